@@ -1,0 +1,65 @@
+# Every target works alone in a fresh clone: it makes .venv, installs what it needs there, and runs.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
+#   TORCH_INDEX=URL     the package index to take torch from, for example PyTorch's own index of CPU builds
+#   PY=/path/to/python  no set-up: run everything with this interpreter as it is (a GPU machine without a network)
+
+PYTHON ?= python3
+TORCH := torch==2.13.0
+VENV := .venv
+
+ifdef PY
+RUNTIME :=
+DEV :=
+else
+PY := $(VENV)/bin/python
+RUNTIME := $(VENV)/.runtime
+DEV := $(VENV)/.ready
+endif
+
+PIP := $(PY) -m pip --disable-pip-version-check install -qq
+PYTEST := $(PY) -m pytest
+export PYTHONPATH := $(CURDIR)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test test-all check bench test-gpu bench-gpu
+
+demo: $(RUNTIME)
+	$(PY) -m tokensieve demo
+
+# One thread per worker: two workers with two threads each are slower on two cores than with one.
+test: check
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu" --ignore tests/test_house.py
+
+test-all: check
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2
+
+check: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy tokensieve
+	$(PYTEST) -q tests/test_house.py
+
+bench: $(RUNTIME)
+	$(PY) benchmarks/cpu.py
+
+test-gpu: $(DEV)
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no CUDA device here")'
+	$(PYTEST) -m gpu
+
+bench-gpu: $(RUNTIME)
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "bench-gpu: torch sees no CUDA device here")'
+	$(PY) benchmarks/gpu.py
+
+# torch goes first and alone: a range that another package asks for would otherwise pull the newest CUDA build.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "tokensieve needs Python 3.11 or newer and '$(PYTHON)' is not: install one and say make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.runtime
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@

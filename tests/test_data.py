@@ -1,0 +1,283 @@
+"""The tokenizer, the token store, and packed sequences."""
+
+import json
+import pickle
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokensieve.config import DataConfig, SourceConfig, UserError
+from tokensieve.data import (
+    Document,
+    PackedDataset,
+    TokenStore,
+    build_dataset,
+    train_tokenizer,
+)
+from tokensieve.data.packing import TextStream, packed_item
+from tokensieve.tasks import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, PlainEncoder
+
+MODULES = ("argparse", "ast", "inspect", "json.decoder", "textwrap", "typing", "random", "shutil")
+
+
+def stdlib_texts() -> list[Document]:
+    import importlib.util
+
+    found = []
+    for name in MODULES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        found.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Document]:
+    return stdlib_texts()
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory) -> Path:
+    return train_tokenizer((d.text for d in corpus), tmp_path_factory.mktemp("tokenizer"), vocab_size=1024)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer) -> PlainEncoder:
+    return PlainEncoder(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def source(corpus, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("source")
+    for document in corpus:
+        path = root.joinpath(*document.name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(document.text, encoding="utf-8")
+    return root
+
+
+def config(source: Path, cache: Path, *generated: str) -> DataConfig:
+    mixture = (SourceConfig(str(source), 1.0), *(SourceConfig(name, 1.0) for name in generated))
+    return DataConfig(mixture, cache=str(cache), held_out_share=0.0)
+
+
+# ---- tokenizer
+
+
+def test_special_tokens_have_their_ids(tokenizer):
+    assert tokenizer.convert_tokens_to_ids([BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK]) == list(range(7))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert tokenizer.convert_tokens_to_ids("<｜reserved_15｜>") == 15 and len(tokenizer) == 1024
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_text_survives_encoding(encode, tokenizer, text):
+    assert encode.decode(encode(text)) == text
+    assert encode.batch([text]) == [encode(text)]
+    if not any(token in text for token in tokenizer.all_special_tokens):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@given(st.text("0123456789 .a", max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_a_digit_is_one_token(encode, text):
+    tokens = [encode.decode([i]) for i in encode(text)]
+    assert [t for t in tokens if any(c.isdigit() for c in t)] == [c for c in text if c.isdigit()]
+
+
+def test_no_token_reaches_past_the_end_of_a_line(encode):
+    for i in range(16, encode.vocab_size):
+        assert "\n" not in encode.decode([i]).rstrip("\n")
+
+
+def test_markers_in_text_stay_text(encode, tokenizer):
+    assert not set(encode(f"{BOS}{THINK}</think>")) & set(range(16))
+    assert tokenizer(BOS, add_special_tokens=False).input_ids == [0]  # the caller's tokenizer is left as it was
+    again = pickle.loads(pickle.dumps(encode))
+    assert again(THINK) == encode(THINK) and again.fingerprint == encode.fingerprint
+
+
+def test_chat_template_is_our_format(encode, tokenizer):
+    from tokensieve.tasks.chat import encode_prompt
+
+    turns = [{"role": "user", "content": " a <b>\n"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert ids == encode_prompt(encode, " a <b>\n")
+    turns = [{"role": "system", "content": "S"}, *turns]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert ids == encode_prompt(encode, " a <b>\n", system="S")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text == f"{BOS}{USER}a{ASSISTANT}{END_THINK}b{EOS}{USER}c"
+    thinking = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, thinking=True)
+    assert thinking == text + ASSISTANT + THINK
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
+def test_the_tokenizer_stays_itself_beside_a_model(folder, tokenizer, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert other.chat_template == tokenizer.chat_template
+
+
+def test_tokenizers_that_cannot_serve(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    with pytest.raises(UserError, match="lacks the marker"):
+        PlainEncoder(Tokenizer(models.BPE()))
+    with pytest.raises(UserError, match="backend"):
+        PlainEncoder("text")
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer([], tmp_path)
+    with pytest.raises(UserError, match="272"):
+        train_tokenizer(["x"], tmp_path, vocab_size=100)
+
+
+# ---- token store
+
+
+def test_store_keeps_documents(corpus, encode, tmp_path):
+    store = TokenStore.build(corpus, encode, tmp_path / "store")
+    assert store.names == [d.name for d in corpus] and store.tokens.dtype == np.uint16
+    assert [encode.decode(store[i]) for i in range(len(store))] == [d.text for d in corpus]
+    copy = pickle.loads(pickle.dumps(store))
+    assert isinstance(copy.tokens, np.memmap) and (copy[3] == store[3]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+
+
+def test_store_is_rebuilt_for_another_tokenizer_only(corpus, encode, tmp_path):
+    folder = tmp_path / "store"
+    TokenStore.build(corpus[:2], encode, folder)
+    assert len(TokenStore.build(corpus[:3], encode, folder)) == 2
+    other = PlainEncoder(_tokenizer(corpus[0].text, tmp_path / "other"))
+    assert len(TokenStore.build(corpus[:3], other, folder)) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
+
+
+def _tokenizer(text: str, folder: Path):
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(train_tokenizer([text], folder, vocab_size=300) / "tokenizer.json"))
+
+
+def test_a_failed_build_leaves_nothing_behind(corpus, encode, tmp_path):
+    def broken():
+        yield corpus[0]
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="free some space"):
+        TokenStore.build(broken(), encode, tmp_path / "store")
+    with pytest.raises(UserError, match="no documents"):
+        TokenStore.build([], encode, tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="missing or damaged"):
+        TokenStore.open(tmp_path / "store")
+
+
+def test_a_truncated_store_is_refused(corpus, encode, tmp_path):
+    TokenStore.build(corpus[:1], encode, tmp_path / "store")
+    tokens = tmp_path / "store" / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(UserError, match="truncated"):
+        TokenStore.open(tmp_path / "store")
+
+
+# ---- packing
+
+
+def test_text_stream_loses_no_token_and_repeats_none(corpus, encode, tmp_path):
+    store = TokenStore.build(corpus, encode, tmp_path / "store")
+    stream = TextStream(store, encode, context=512, seed=3, framed=False)
+    count = stream.total // 512
+    ids = np.concatenate([stream.sequence(n)[0] for n in range(count + 1)])
+    documents = [[0, *store[i].tolist(), 1] for i in range(len(store))]
+    epoch = ids[: stream.total].tolist()
+    begins = [i for i, token in enumerate(epoch) if token == 0] + [stream.total]
+    pieces = [epoch[a:b] for a, b in pairwise(begins)]
+    assert sorted(pieces) == sorted(documents) and pieces != documents
+    assert ids[stream.total] == 0  # the next epoch begins in the same sequence
+
+
+def test_items_mark_their_documents(source, tokenizer, tmp_path):
+    dataset = build_dataset(config(source, tmp_path, "retrieval", "chat"), tokenizer, 512, sequences=60, seed=1)
+    assert len(dataset) == 60 and set(dataset.choice) == {0, 1, 2}
+    for index in range(60):
+        item = dataset[index]
+        assert sorted(item) == ["input_ids", "labels", "position_ids"]
+        assert {(value.dtype, value.shape) for value in item.values()} == {(torch.int64, (512,))}
+        positions, labels = item["position_ids"], item["labels"]
+        first = positions == 0
+        assert first[0]
+        assert (positions[1:][~first[1:]] == positions[:-1][~first[1:]] + 1).all()
+        assert (labels[first] == -100).all() and (labels[~first] == item["input_ids"][~first]).all()
+        assert (item["input_ids"][1:][first[1:]] == 0).all()  # whatever begins inside a sequence begins with bos
+        if dataset.choice[index] == 1:
+            assert int(first.sum()) == 1
+
+
+def test_padding_is_a_document_without_labels():
+    item = packed_item(np.array([0, 5, 6, 0, 7, 2, 2]), np.array([0, 3]), padding=2)
+    assert item["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert item["labels"].tolist() == [-100, 5, 6, -100, 7, -100, -100]
+
+
+def test_items_are_pure_functions_of_seed_and_index(source, tokenizer, tmp_path):
+    settings = config(source, tmp_path, "retrieval", "chat")
+    first = build_dataset(settings, tokenizer, 512, sequences=40, seed=5)
+    wanted = [first[i] for i in range(40)]
+    second = pickle.loads(pickle.dumps(build_dataset(settings, tokenizer, 512, sequences=70, seed=5)))
+    for index in reversed(range(40)):
+        assert all((second[index][name] == wanted[index][name]).all() for name in wanted[index])
+    assert first.fingerprint == second.fingerprint
+    other = build_dataset(settings, tokenizer, 512, sequences=40, seed=6)
+    assert other.fingerprint != first.fingerprint
+    assert sum((other[i]["input_ids"] != wanted[i]["input_ids"]).any() for i in range(40)) == 40
+    with pytest.raises(IndexError):
+        first[40]
+
+
+def test_weights_are_kept_and_checked(source, tokenizer, tmp_path):
+    mixture = (SourceConfig(str(source), 3.0), SourceConfig("retrieval", 1.0))
+    settings = DataConfig(mixture, cache=str(tmp_path), held_out_share=0.0)
+    dataset = build_dataset(settings, tokenizer, 512, sequences=4000, seed=0)
+    assert np.bincount(dataset.choice)[1] == pytest.approx(1000, abs=120)
+    assert dataset.number[dataset.choice == 1].tolist() == list(range(np.bincount(dataset.choice)[1]))
+    with pytest.raises(UserError, match="weights"):
+        PackedDataset(dataset.streams, [1.0, -1.0], 4, seed=0)
+    with pytest.raises(UserError, match="weights"):
+        PackedDataset([], [], 4, seed=0)
+
+
+def test_too_little_text_for_the_context(source, tokenizer, tmp_path):
+    with pytest.raises(UserError, match="larger source"):
+        build_dataset(config(source, tmp_path, "retrieval"), tokenizer, 2**20, sequences=4, seed=0)
+    with pytest.raises(UserError, match="held_out"):
+        build_dataset(config(source, tmp_path), tokenizer, 512, sequences=4, seed=0, split="held_out")
+
+
+def test_sequences_come_fast_enough(source, tokenizer, tmp_path):
+    dataset = build_dataset(config(source, tmp_path, "retrieval"), tokenizer, 8192, sequences=20, seed=0)
+    dataset[0]
+    begin = time.perf_counter()
+    for index in range(20):
+        dataset[index]
+    assert 20 * 8192 / (time.perf_counter() - begin) > 300_000  # about 5 million here

@@ -1,0 +1,113 @@
+"""Which backend runs, by name and by itself; and PyTorch's fused dense attention against the oracle."""
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+from cases import CASES, Case, Inputs, causal, make
+
+from tokensieve import ops
+
+# The cases that are a causal pack of whole documents, which is all that the fused kernels take.
+PACKS = [
+    case
+    for case in CASES
+    if case.queries == case.keys > 0
+    and case.documents == causal(*(document.keys for document in case.documents))
+    and case.content != "none_selected"
+]
+# As in test_ops_attention.py; in bf16 the fused kernel rounds the probabilities before they meet V, and its backward
+# rounds more.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
+
+
+def pack(case: Case) -> dict:
+    lengths = torch.tensor([0, *(document.keys for document in case.documents)])
+    return {"bounds": lengths.cumsum(0).int(), "longest": int(lengths.max())}
+
+
+def dense(x: Inputs, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **how) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.dense_attention(q, k, v, x.starts_S, x.ends_S, x.scale, **how)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", PACKS, ids=str)
+def test_fused_dense_attention_equals_the_oracle(case: Case, dtype: str) -> None:
+    """Values, and the gradients of a loss on the output alone, as in training."""
+    x = make(dataclasses.replace(case, dtype=dtype))
+    leaves = [t.detach().clone().requires_grad_() for t in (x.q_SHD, x.k_TGD, x.v_TGV)]
+    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
+    out, lse = dense(x, *leaves, **pack(case), backend="fused")
+    out64, lse64 = oracle.dense_attention(*leaves64, x.starts_S, x.ends_S, x.scale)
+    assert out.dtype == x.q_SHD.dtype and lse.dtype == torch.float32
+    natural = [z.abs().max().item() for z in (x.v_TGV, x.scale * x.k_TGD, x.scale * x.q_SHD)]
+    oracle.assert_close(out, out64, TOLERANCE[dtype], natural[0], "out")
+    oracle.assert_close(lse, lse64, 1e-5 if dtype == "float32" else 1e-4, 1.0, "lse")
+    lost = 2 * oracle.lse_rounding(lse64, x.q_SHD.dtype)
+    if max(lost, TOLERANCE[dtype]) > 0.5 or (dtype == "bfloat16" and case.content == "integers"):
+        return
+    cotangent = torch.exp2(torch.randint(-3, 1, out.shape, generator=torch.Generator().manual_seed(1)).double())
+    for what, a, e, floor in zip(
+        "qkv",
+        torch.autograd.grad(out, leaves, cotangent.to(out.dtype)),
+        torch.autograd.grad(out64, leaves64, cotangent),
+        (natural[1], max(natural[2], 1.0), 1.0),
+        strict=True,
+    ):
+        assert a.dtype == out.dtype
+        oracle.assert_close(a, e, max(lost, TOLERANCE[dtype]), floor, f"d {what}")
+
+
+def test_fused_past_every_block_size() -> None:
+    """Long ragged documents, a key wider than its value and a value wider than its key, against the reference
+    backend."""
+    for d_k, d_v in ((40, 24), (16, 32)):
+        entry = {"entry": 64, "d_k": d_k, "v_start": 20, "d_v": d_v}
+        case = Case("long pack", causal(700, 1, 66, 513, 32), keys=1312, k=1, heads=4, groups=2, **entry)
+        q, kv = torch.randn(1312, 4, d_k), torch.randn(1312, 2, 64)
+        ranges = [span for document in case.documents for span in document.ranges()]
+        starts, ends = torch.tensor(ranges, dtype=torch.int32).unbind(1)
+        results = []
+        for how in ({"backend": "reference"}, {**pack(case), "backend": "fused"}):
+            leaves = [t.clone().requires_grad_() for t in (q, kv[..., :d_k], kv[..., 20 : 20 + d_v])]
+            out, lse = ops.dense_attention(*leaves, starts, ends, 0.2, **how)
+            results.append((out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+        for a, e in zip(*results, strict=True):
+            oracle.assert_close(a, e, 2e-5)
+
+
+def test_auto_takes_fused_only_for_packs() -> None:
+    x = make(CASES[0])
+    tensors = (x.q_SHD, x.k_TGD, x.v_TGV)
+    with_bounds, without = dense(x, *tensors, **pack(CASES[0])), dense(x, *tensors)
+    for a, b in zip(with_bounds, dense(x, *tensors, **pack(CASES[0]), backend="fused"), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(without, dense(x, *tensors, backend="reference"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    x = make(CASES[0])
+    tensors = (x.q_SHD, x.k_TGD, x.v_TGV)
+    with pytest.raises(ValueError, match="causal pack"):
+        dense(x, *tensors, backend="fused")
+    with pytest.raises(ValueError, match="(?s)float64.*auto"):
+        dense(x, *(t.double() for t in tensors), **pack(CASES[0]), backend="fused")
+    with pytest.raises(ValueError, match="fused cannot run|cannot run select_topk"):
+        ops.select_topk(torch.zeros(2, 3), 1, torch.zeros(2).int(), torch.ones(2).int(), backend="fused")
+    with pytest.raises(ValueError, match="(?s)unknown backend 'cudnn'.*reference"):
+        ops.select_topk(torch.zeros(2, 3), 1, torch.zeros(2).int(), torch.ones(2).int(), backend="cudnn")
+    q = tensors[0].clone().requires_grad_()
+    _, lse = dense(x, q, *tensors[1:], **pack(CASES[0]), backend="fused")
+    with pytest.raises(ValueError, match="logsumexp"):
+        lse.sum().backward()
+
+
+def test_backends_lists_every_op() -> None:
+    listed = ops.backends("cpu")
+    assert set(listed) == set(ops.OPS)
+    for op, rows in listed.items():
+        names = [name for name, _ in rows]
+        assert names[-1] == "reference" and rows[-1][1] is None
+        assert (dict(rows)["fused"] is None) == (op == "dense_attention")

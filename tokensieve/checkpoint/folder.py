@@ -1,0 +1,85 @@
+"""Replace a folder by another at once, so that a full disk or a kill never damages what stood there."""
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from tokensieve.config import UserError
+
+_CHECKPOINT_FILE = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+
+
+def previous_of(folder: Path) -> Path:
+    """Return where the old folder waits while two renames, on systems without an exchange, put the new one in place."""
+    return _sibling(folder, "previous")
+
+
+def _sibling(folder: Path, role: str) -> Path:
+    return folder.resolve().with_name(f".{folder.resolve().name}.{role}")
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder to fill; when the block ends without an error, it takes the place of ``folder`` at once.
+
+    Until then ``folder`` is untouched, and a kill at any moment leaves either the old or the new one whole. Files of
+    the old folder that are no part of a checkpoint are carried over. Raises UserError when the disk is full, or when
+    ``folder`` is a file or holds folders.
+    """
+    folder = Path(folder).resolve()  # of a symbolic link, the target is replaced, not the link
+    new = _sibling(folder, "saving")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
+            raise UserError(f"{folder}: is a file or holds folders, so it is no checkpoint to replace; save elsewhere")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)  # what a killed save left behind
+        new.mkdir()
+        yield new
+        for path in folder.iterdir() if folder.exists() else ():
+            if not _CHECKPOINT_FILE.fullmatch(path.name) and not (new / path.name).exists():
+                shutil.copy2(path, new / path.name)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        _swap(new, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
+            r"os error (28|122)", str(error)
+        )
+        remedy = "the disk is full; free space or save elsewhere" if full else "check the path and its permissions"
+        raise UserError(f"{folder}: cannot write the checkpoint ({error}); {remedy}; nothing was changed") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.rename(folder)
+    elif not _exchange(new, folder):
+        previous = previous_of(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        new.rename(folder)
+        shutil.rmtree(previous)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step, where the system can (Linux); Python has no call for it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0

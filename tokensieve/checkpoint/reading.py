@@ -1,0 +1,240 @@
+"""Stream a checkpoint folder in: safetensors only, headers checked first, pickle never."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokensieve.checkpoint.folder import previous_of
+from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
+from tokensieve.config import UserError
+from tokensieve.ops.quant import dequantize_weight
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FP8, _SCALE = "F8_E4M3", "_scale_inv"
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Return the ``config.json`` of a checkpoint folder as it stands.
+
+    Raises UserError when the folder or the file is missing, is not a JSON object, or is of another architecture.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        previous = previous_of(Path(folder))
+        hint = f"an interrupted save left it in {previous}: rename that" if previous.is_dir() else "check the path"
+        raise UserError(f"{folder}: no such folder; {hint}")
+    if not path.is_file():
+        raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
+    config = _read_json(path)
+    if config.get("model_type") not in ARCHITECTURES:
+        raise UserError(
+            f"{path}: model_type {config.get('model_type')!r} is not supported; "
+            f"use a checkpoint of type {', '.join(ARCHITECTURES)}"
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+        raise UserError(f"{path}: not readable as JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; copy or download it again")
+    return value
+
+
+class _Shards:
+    """The safetensors files of a folder: only headers are read until a tensor is asked for."""
+
+    def __init__(self, folder: Path, block: tuple[int, int]) -> None:
+        self.block = block
+        index = folder / INDEX
+        if (folder / SINGLE).is_file() or not index.is_file():
+            path = _find_single(folder)
+            handles = {path: self._open(path)}
+            self.file_of = dict.fromkeys(handles[path].keys(), path)
+        else:
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{index}: has no weight_map of file names; copy or download it again")
+            self.file_of = {name: folder / file for name, file in weight_map.items()}
+            handles = {path: self._open(path) for path in dict.fromkeys(self.file_of.values())}
+        held = {path: set(handle.keys()) for path, handle in handles.items()}
+        for name, path in self.file_of.items():
+            if name not in held[path]:
+                raise UserError(f"{path}: lacks {name}, which {index.name} promises; copy or download it again")
+        self._handle_of = {name: handles[path] for name, path in self.file_of.items()}
+        views = {name: handle.get_slice(name) for name, handle in self._handle_of.items()}
+        self.shape = {name: tuple(view.get_shape()) for name, view in views.items()}
+        self.dtype = {name: view.get_dtype() for name, view in views.items()}
+        for name, dtype in self.dtype.items():
+            if dtype == _FP8:
+                self._check_scale(name)
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
+
+    def _check_scale(self, name: str) -> None:
+        want = tuple(math.ceil(size / step) for size, step in zip(self.shape[name], self.block, strict=False))
+        if len(self.shape[name]) != 2 or self.shape.get(name + _SCALE) != want:
+            raise UserError(
+                f"{self.file_of[name]}: {name} is FP8 {self.shape[name]}, but {name + _SCALE} is "
+                f"{self.shape.get(name + _SCALE, 'missing')} instead of {want}; weight_block_size in config.json "
+                f"must be the one it was quantized with, now {list(self.block)}"
+            )
+
+    def names(self) -> list[str]:
+        """Return the tensors that are not merely the scales of another."""
+        scales = {name + _SCALE for name, dtype in self.dtype.items() if dtype == _FP8}
+        return [name for name in self.shape if name not in scales]
+
+    def read(self, name: str, fp8_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Return a tensor as stored; FP8 blocks come back multiplied out, in ``fp8_dtype``. May alias the file."""
+        handle = self._handle_of[name]
+        if self.dtype[name] != _FP8:
+            return handle.get_tensor(name)
+        scale = self._handle_of[name + _SCALE].get_tensor(name + _SCALE)
+        return dequantize_weight(handle.get_tensor(name), scale, self.block, fp8_dtype)
+
+
+def _find_single(folder: Path) -> Path:
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"{folder}: {len(found)} safetensors files and no {INDEX}; copy the index beside them")
+    pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise UserError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code and is never loaded; where you trust it, convert "
+            "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise UserError(f"{folder}: no safetensors file; a checkpoint needs {SINGLE}, or shards and {INDEX}")
+
+
+def _open_shards(folder: str | Path) -> _Shards:
+    # From the file, not from a config object: that describes the model in memory, which is never quantized.
+    quantization = read_config(folder).get("quantization_config") or {}
+    method = quantization.get("quant_method", "fp8")
+    if method != "fp8":
+        raise UserError(f"{folder}: quantized with {method}, which is not supported; use the bf16 or FP8-block weights")
+    rows, columns = quantization.get("weight_block_size") or (128, 128)
+    return _Shards(Path(folder), (rows, columns))
+
+
+def _mtp_names(shards: _Shards, config: Any) -> list[str]:
+    first = config.num_hidden_layers
+    layers = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
+    return [name for name in shards.names() if (at := _LAYER.match(name)) and int(at[1]) in layers]
+
+
+def _check(folder: str | Path, config: Any, shards: _Shards) -> None:
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name in shards.shape and shards.shape[name] != shape:
+            raise UserError(
+                f"{shards.file_of[name]}: {name} is {shards.shape[name]}, but config.json makes it {shape}; "
+                "use the config.json that belongs to these weights"
+            )
+        if name in shards.shape and shards.dtype[name] not in _FLOATS | {_FP8}:
+            raise UserError(
+                f"{shards.file_of[name]}: {name} is stored as {shards.dtype[name]}; use bf16 or FP8 weights"
+            )
+    ignored = set(_mtp_names(shards, config)) | {"lm_head.weight"}  # a tied lm_head is compared instead
+    found = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
+    missing = [name for name in expected if name not in shards.shape]
+    surplus = [name for name in found if name not in expected and name not in ignored]
+    for names, complaint, remedy in (
+        (missing, "missing", "complete the download, or use the config.json that belongs to these weights"),
+        (surplus, "unknown", "use the config.json that belongs to these weights (its layer, expert and MTP counts)"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            is_are = "tensor is" if len(names) == 1 else "tensors are"
+            raise UserError(f"{folder}: {len(names)} {is_are} {complaint}: {', '.join(names[:3])}{more}; {remedy}")
+
+
+def load_tensors(folder: str | Path, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream the tensors of a checkpoint folder: (in-memory name, tensor), in the order of the model.
+
+    folder: a ``model.safetensors``, or shards and their index, and the ``config.json`` that says how they are
+    quantized; config: the transformers config made from it. Tensors come on the CPU in ``dtype``, owning their memory;
+    the router's correction bias and the indexer's ``weights_proj`` stay float32. FP8 blocks are multiplied out by
+    ``weight_scale_inv``. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
+    ``lm_head`` is not yielded.
+    Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
+    corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
+    """
+    shards = _open_shards(folder)
+    _check(folder, config, shards)
+    tied_twice = config.tie_word_embeddings and "lm_head.weight" in shards.shape
+    if tied_twice and not torch.equal(shards.read("lm_head.weight"), shards.read("model.embed_tokens.weight")):
+        raise UserError(
+            f"{folder}: lm_head.weight differs from the embedding it is said to share; "
+            "set tie_word_embeddings to false in config.json"
+        )
+    return _stream(shards, memory_layout(config), dtype)
+
+
+def _stream(shards: _Shards, layout: dict[str, list[str]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parts in layout.items():
+        kind = torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype
+        if parts == [name]:
+            yield name, shards.read(name, kind).to(kind, copy=True)
+            continue
+        rows = [shards.shape[part][0] for part in parts]
+        fused = torch.empty(sum(rows), shards.shape[parts[0]][1], dtype=kind)
+        for part, target in zip(parts, fused.split(rows), strict=True):
+            target.copy_(shards.read(part, kind))
+        experts = len(parts) // (2 if name.endswith("gate_up_proj") else 1)
+        yield name, fused.unflatten(0, (experts, -1))
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Tensors that the model does not use and a save must not lose: they stay in ``folder`` and are read again then."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors bit for bit, FP8 blocks multiplied out to bfloat16. Raises UserError when they are gone."""
+        if not self.folder.is_dir():
+            raise UserError(
+                f"{self.folder}: gone, and with it the multi-token-prediction layer to be saved; put it back, or set "
+                "num_nextn_predict_layers to 0 to save without"
+            )
+        shards = _open_shards(self.folder)
+        for name in self.names:
+            if name not in shards.shape:
+                raise UserError(f"{self.folder}: {name} is gone since the model was loaded; put it back")
+            yield name, shards.read(name)
+
+
+def mtp_tensors(folder: str | Path, config: Any) -> Extras | None:
+    """Return the multi-token-prediction tensors of a checkpoint (published: ``model.layers.61.*``), or None.
+
+    Nothing is read but headers. They are the layers from ``num_hidden_layers`` on, ``num_nextn_predict_layers`` of
+    them; a config that counts such a layer while the folder has none is fine. Raises UserError for an unreadable file.
+    """
+    names = _mtp_names(_open_shards(folder), config)
+    return Extras(Path(folder).resolve(), tuple(names)) if names else None

@@ -1,0 +1,104 @@
+"""Stream a checkpoint folder out, in shards, in the published layout."""
+
+import errno
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tokensieve.checkpoint.export import export_config
+from tokensieve.checkpoint.folder import replacing_folder
+from tokensieve.checkpoint.names import expected_tensors, memory_layout
+from tokensieve.checkpoint.reading import INDEX, SINGLE, Extras
+
+
+def save_tensors(
+    folder: str | Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    extras: Extras | None = None,
+    shard_bytes: float = 5e9,
+) -> None:
+    """Write a checkpoint folder in the published layout; what stood there before stays whole until all is on disk.
+
+    config: a dict of config fields, rewritten by :func:`export_config`; tensors: (in-memory name, tensor) in any order,
+    on any device, written in their own dtype, experts split up again, a tied ``lm_head`` left out; extras: what
+    :func:`mtp_tensors` kept. Shards of at most ``shard_bytes`` (a larger tensor gets one of its own) and an index, or a
+    single file. Other files of the folder (tokenizer, README) stay. Raises UserError for a full disk or a folder that
+    cannot be replaced, ValueError for tensors that do not make up ``config``'s model.
+    """
+    model = SimpleNamespace(**config)
+    shapes, layout = expected_tensors(model), memory_layout(model)
+    with replacing_folder(folder) as new:
+        writer = _ShardWriter(new, shard_bytes)
+        dtype: torch.dtype | None = None
+        for name, tensor in tensors:
+            if name == "lm_head.weight" and model.tie_word_embeddings:
+                continue
+            if name not in layout:
+                raise ValueError(f"{name} is not a tensor of this {model.model_type}, or came twice")
+            parts = layout.pop(name)
+            rows = tensor.detach().flatten(0, 1) if len(parts) > 1 or tensor.dim() == 3 else tensor.detach()
+            if sum(shapes[part][0] for part in parts) != rows.shape[0] or shapes[parts[0]][1:] != rows.shape[1:]:
+                raise ValueError(
+                    f"{name} is {tuple(tensor.shape)}, which does not make up {parts[0]} {shapes[parts[0]]}"
+                )
+            if dtype is None:  # all but a sliver is of one dtype, so the first tensor tells the size of the whole
+                writer.require(sum(math.prod(shape) for shape in shapes.values()) * tensor.element_size())
+            if dtype is None or name == "model.embed_tokens.weight":
+                dtype = tensor.dtype
+            for part, piece in zip(parts, rows.split([shapes[part][0] for part in parts]), strict=True):
+                writer.add(part, piece)
+        if layout or dtype is None:
+            raise ValueError(f"{len(layout)} tensors are missing, the first is {next(iter(layout), None)}")
+        for name, tensor in extras.read() if extras else ():
+            writer.add(name, tensor)
+        writer.close()
+        text = json.dumps(export_config(config, dtype, mtp=extras is not None), indent=2)
+        (new / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+class _ShardWriter:
+    """Collects tensors and writes them in files of about equal size."""
+
+    def __init__(self, folder: Path, shard_bytes: float) -> None:
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.pending_bytes = self.total_bytes = 0
+        self.shards: list[list[str]] = []
+
+    def require(self, size: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.pending_bytes + size > self.shard_bytes:
+            self._write()
+        self.pending[name] = tensor.contiguous().cpu()
+        self.pending_bytes += size
+        self.total_bytes += size
+
+    def _write(self) -> None:
+        self.require(self.pending_bytes)
+        save_file(self.pending, self.folder / f"{len(self.shards)}.part", metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.pending, self.pending_bytes = {}, 0
+
+    def close(self) -> None:
+        self._write()
+        count = len(self.shards)
+        names = [SINGLE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        for i, name in enumerate(names):
+            (self.folder / f"{i}.part").rename(self.folder / name)
+        if count > 1:
+            where = {tensor: name for name, tensors in zip(names, self.shards, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

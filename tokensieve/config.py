@@ -1,0 +1,242 @@
+"""Every configuration: the model's (as transformers reads and writes it) and the runs' (frozen dataclasses read from TOML).
+
+A run's file is complete: every key it may hold is a field below, an unknown key is an error, and `--set a.b=value` changes one.
+"""
+
+import dataclasses
+import importlib.resources
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import dacite
+from huggingface_hub.dataclasses import strict
+from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
+
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the remedy; the command line prints it and exits with status 2."""
+
+
+# the model
+
+
+@strict
+class SparseConfig(DeepseekV32Config):
+    """`deepseek_v32` as published, plus what a sparsified model of another family needs.
+
+    `index_dtype`: arithmetic of the index scores in training, evaluation and serving alike: "bf16" scores in the model's own dtype,
+    "fp8" rotates by a Hadamard matrix and rounds to E4M3 blocks first. `scoring_func`: the router's, "sigmoid" (V3) or "softmax" (V2).
+    `q_lora_rank` may be None: then the indexer reads the layer's normalized input instead of the query latent.
+    """
+
+    model_type = "deepseek_v32"
+
+    q_lora_rank: int | None = 1536
+    index_dtype: Literal["bf16", "fp8"] = "bf16"
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: str = "noaux_tc"
+
+
+ModelConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | SparseConfig
+
+MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
+    "deepseek_v32": SparseConfig,
+}
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """A config object from the contents of a config.json, published (rope_scaling) or written by transformers 5 (rope_parameters)."""
+    kind = raw.get("model_type")
+    if kind not in MODEL_CONFIGS:
+        raise UserError(
+            f"config.json: model_type {kind!r} is not supported; tokensieve reads {', '.join(MODEL_CONFIGS)}"
+        )
+    try:
+        config = MODEL_CONFIGS[kind].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"
+        ) from error
+    if getattr(config, "mlp_bias", False):
+        raise UserError(
+            "config.json: mlp_bias is not supported; no published DeepSeek model has biases in its feed-forward layers"
+        )
+    topk = getattr(config, "index_topk", 1)
+    if topk < 1:
+        raise UserError(f"config.json: index_topk is {topk}; the number of selected keys must be at least 1")
+    return config
+
+
+# runs
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    source: str  # "python", "retrieval", "chat", a folder, a file, a glob, a .jsonl or hf:NAME
+    weight: float = 1.0  # share of the sequences, relative to the other sources
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...] = (SourceConfig("python"),)
+    tokenizer: str = "base"  # folder with tokenizer.json, or a bundled model's name
+    cache: str = ""  # folder of the tokenized text; empty: the user's cache folder
+    held_out_share: float = 0.02  # share of modules kept for evaluation
+    limit_bytes: int | None = None  # of text read from each source
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 7.3e-6  # peak, per step of AdamW
+    lr_end: float = 0.0  # as a share of the peak, reached at the last step
+    warmup_steps: int = 0  # linear from 0 to the peak
+    weight_decay: float = 0.0  # per step, times lr; matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0  # largest gradient norm of the trunk
+    indexer_lr: float | None = None  # peak for the indexers; None: the same as lr
+    indexer_clip: float = 1.0  # largest gradient norm of all indexers together
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of a run with one sequence length."""
+
+    steps: int
+    context: int  # tokens per sequence
+    sequences: int  # per step
+    micro_batch: int = 1  # sequences per forward and backward
+    yarn: bool = True  # pretrain: False trains before context extension, with the plain frequencies
+    lr_scale: float = 1.0  # times the schedule
+    lr_scale_end: float | None = None  # at the phase's last step, linear in between; None: as lr_scale
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    stage: Literal["pretrain", "warmup", "adapt"]
+    model: str  # checkpoint or bundled name to start from; for pretrain a [shape] is given instead
+    out: str  # run folder
+    phases: tuple[PhaseConfig, ...]
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the model's config
+    selection: bool = True  # adapt: False trains the dense model on the same tokens, for comparison
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda
+    compile: bool = False  # torch.compile the layers
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass
+    balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load
+    save_every: int = 0  # steps between checkpoints; 0: only at the end and on Ctrl-C
+    keep: int = 2  # checkpoints kept
+    log_every: int = 1  # steps
+    workers: int = 0  # processes that prepare data; 0: the training process does
+    track: tuple[str, ...] = ("tensorboard",)  # also "wandb"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The main job: base -> sparse, with every arm measured on the same prompts."""
+
+    model: str
+    out: str
+    context: int  # tokens, of training sequences and evaluation prompts
+    top_k: int  # selected keys per query
+    warmup: TrainConfig
+    adapt: TrainConfig
+    needle_contexts: int  # each holds 16 needles, every one asked for
+    ppl_sequences: int  # held-out sequences of `context` tokens
+    decode_contexts: tuple[int, ...]  # tokens in the cache when decoding is timed
+    heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SpeedrunConfig:
+    """pretrain, warm-up, adaptation and evaluation in one resumable command."""
+
+    out: str
+    pretrain: TrainConfig
+    warmup: TrainConfig
+    adapt: TrainConfig
+    evaluate: dict[str, Any]
+
+
+def config_path(name: str) -> Path:
+    """A file as given, or a bundled config by its bare name."""
+    if Path(name).is_file():
+        return Path(name)
+    bundled = Path(str(importlib.resources.files("tokensieve") / "configs" / f"{name}.toml"))
+    if bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(p.stem for p in bundled.parent.glob("*.toml")))
+    raise UserError(f"config {name!r}: no such file, and not a bundled one ({known}); give a path to a .toml file")
+
+
+def load_config(kind: type[T], name: str, overrides: tuple[str, ...] = ()) -> T:
+    """The run configuration `kind` from a TOML file, changed by `a.b=value` overrides (values in TOML syntax; bare words are strings)."""
+    path = config_path(name)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not valid TOML ({error}); correct the file") from error
+    except OSError as error:
+        raise UserError(
+            f"config {path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
+    for override in overrides:
+        set_value(raw, override)
+    return from_dict(kind, raw, str(path))
+
+
+def set_value(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: write it as key=value, for example --set optimizer.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    node: Any = raw
+    for table in tables:
+        node = (
+            node[int(table)]
+            if isinstance(node, list) and table.isdigit() and int(table) < len(node)
+            else _table(node, table, override)
+        )
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"--set {override}: {key} does not name a setting; see the config file for its keys")
+
+
+def _table(node: Any, key: str, override: str) -> Any:
+    if not isinstance(node, dict):
+        raise UserError(f"--set {override}: {key} does not name a table; see the config file for its keys")
+    return node.setdefault(key, {})
+
+
+def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
+    try:
+        return dacite.from_dict(kind, raw, dacite.Config(strict=True, cast=[tuple, float], check_types=True))
+    except dacite.UnexpectedDataError as error:
+        names = ", ".join(sorted(error.keys))
+        raise UserError(
+            f"config {where}: unknown key {names}; known keys are the fields of {kind.__name__} in tokensieve/config.py"
+        ) from error
+    except (dacite.DaciteError, ValueError, TypeError) as error:
+        raise UserError(f"config {where}: {' '.join(str(error).split())}; correct the value") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)

@@ -1,0 +1,43 @@
+"""What a model costs: parameters, floating-point operations, bytes, memory and time, as pure functions of its config.
+
+Nothing here computes with tensors or touches a device. Bytes are bytes (whoever prints them makes
+GiB of them), time is seconds.
+"""
+
+from tokensieve.cost.forward import (
+    attention_flops_per_key,
+    cache_bytes_per_token,
+    decode_cache_bytes,
+    decode_weight_bytes,
+    forward_flops,
+    index_bytes,
+    index_flops_per_key,
+    kv_read_fraction,
+    latent_bytes,
+    visible_keys,
+)
+from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of
+from tokensieve.cost.training import Estimate, activation_bytes, duration, run_estimate, train_estimate, train_flops
+
+__all__ = [
+    "Shape",
+    "shape_of",
+    "Parameters",
+    "parameters",
+    "visible_keys",
+    "attention_flops_per_key",
+    "index_flops_per_key",
+    "forward_flops",
+    "latent_bytes",
+    "index_bytes",
+    "cache_bytes_per_token",
+    "kv_read_fraction",
+    "decode_cache_bytes",
+    "decode_weight_bytes",
+    "Estimate",
+    "train_flops",
+    "activation_bytes",
+    "train_estimate",
+    "run_estimate",
+    "duration",
+]

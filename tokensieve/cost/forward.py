@@ -1,0 +1,130 @@
+"""FLOPs of a forward pass and bytes that decoding reads.
+
+A multiplication and an addition are two FLOPs. Norms, RoPE, softmax and the router's sigmoid are left out: below one
+percent at every published size.
+
+Legend: c context (the keys that a query sees, itself included), k selected keys, H query heads.
+"""
+
+from typing import Literal
+
+from tokensieve.config import UserError
+from tokensieve.cost.shape import Shape, parameters
+
+Mode = Literal["mha", "mqa"]
+Layout = Literal["fp8", "bf16", "float32"]
+
+VALUE_BYTES = {"bf16": 2, "float32": 4}
+FP8_BLOCK = 128  # values that share one float32 scale
+ROPE_BYTES = 2  # the rotated part of a key stays in bf16 beside FP8 latents
+
+
+def visible_keys(tokens: int, start: int = 0, top_k: int = 0) -> int:
+    """Keys attended to by all queries at positions start ... start + tokens - 1: min(c, k) each, or c if k = 0."""
+
+    def total(n: int) -> int:
+        if not top_k or n <= top_k:
+            return n * (n + 1) // 2
+        return top_k * (top_k + 1) // 2 + (n - top_k) * top_k
+
+    return total(start + tokens) - total(start)
+
+
+def attention_flops_per_key(shape: Shape, mode: Mode) -> int:
+    """FLOPs of one query token and one key over all heads of one layer: the score and the weighted value.
+
+    mha: keys and values up-projected, width nope + rope and value. mqa: up-projections absorbed into query and output,
+    key [latent, rope], value the latent.
+    """
+    if mode == "mha":
+        return 2 * shape.heads * (shape.nope + shape.rope + shape.value)
+    return 2 * shape.heads * (2 * shape.kv_lora + shape.rope)
+
+
+def index_flops_per_key(shape: Shape) -> int:
+    """FLOPs of one index score of one layer, the weighted sum of H_I products of width d_I (equation 1)."""
+    return 2 * shape.index_heads * (shape.index_dim + 1)
+
+
+def forward_flops(
+    shape: Shape,
+    tokens: int,
+    start: int = 0,
+    *,
+    mode: Mode | None = None,
+    sparse: bool | None = None,
+    logits: int | None = None,
+) -> float:
+    """FLOPs of a forward pass over `tokens` queries of one sequence after `start` cached tokens; decode is tokens=1.
+
+    sparse: None takes what the model is; False computes the same model with dense attention, without its indexer.
+    mode: how attention is computed. None takes what is run: dense prefill in MHA, one token in MQA, and sparse prefill
+    in the cheaper of MQA over the selected keys and masked MHA over all of them.
+    logits: how many positions go through the output head (None: all).
+    """
+    sparse = shape.sparse if sparse is None else sparse
+    counts = parameters(shape)
+    linear = 2 * counts.matmul * tokens + 2 * counts.head * (tokens if logits is None else logits)
+    every = visible_keys(tokens, start)
+    chosen = visible_keys(tokens, start, shape.top_k) if sparse else every
+    mha, mqa = every * attention_flops_per_key(shape, "mha"), chosen * attention_flops_per_key(shape, "mqa")
+    if mode is None:
+        mode = "mqa" if tokens == 1 or (sparse and mqa < mha) else "mha"
+    attention = shape.layers * (mha if mode == "mha" else mqa)
+    index = 2 * counts.indexer_matmul * tokens + shape.layers * every * index_flops_per_key(shape) if sparse else 0
+    return float(linear + attention + index)
+
+
+def latent_bytes(shape: Shape, layout: Layout) -> int:
+    """Bytes of one token's entry in the latent cache of one layer: 656 in FP8 and 1152 in bf16 for the 671B model."""
+    if layout == "fp8":
+        return shape.kv_lora + 4 * -(-shape.kv_lora // FP8_BLOCK) + ROPE_BYTES * shape.rope
+    return VALUE_BYTES[layout] * (shape.kv_lora + shape.rope)
+
+
+def index_bytes(shape: Shape, layout: Layout) -> int:
+    """Bytes of one token's index key in one layer: 132 in FP8 for the 671B model, 0 for a dense model."""
+    if layout == "fp8":
+        return shape.index_dim + 4 * -(-shape.index_dim // FP8_BLOCK)
+    return VALUE_BYTES[layout] * shape.index_dim
+
+
+def cache_bytes_per_token(shape: Shape, layout: Layout) -> int:
+    """Bytes that one token occupies in the caches of all layers."""
+    return shape.layers * (latent_bytes(shape, layout) + index_bytes(shape, layout))
+
+
+def kv_read_fraction(context: int, top_k: int) -> float:
+    """Share of the KV entries visible at `context` that sparse attention reads: min(k, c) / c.
+
+    Raises UserError where either is below 1.
+    """
+    if context < 1 or top_k < 1:
+        raise UserError(f"context ({context}) and k ({top_k}) must be at least 1")
+    return min(top_k, context) / context
+
+
+def decode_cache_bytes(shape: Shape, context: int, layout: Layout, *, sparse: bool | None = None) -> int:
+    """Bytes of cache that one decoded token reads in all layers.
+
+    Dense: every latent entry. Sparse: k latent entries and every index key; while c <= k the selection is everything
+    and no index key is read.
+    """
+    sparse = shape.sparse if sparse is None else sparse
+    latent = latent_bytes(shape, layout)
+    if not sparse or context <= shape.top_k:
+        return shape.layers * context * latent
+    return shape.layers * (shape.top_k * latent + context * index_bytes(shape, layout))
+
+
+def decode_weight_bytes(shape: Shape, batch: int, bytes_per_weight: float) -> float:
+    """Bytes of weights that one decode step of `batch` tokens reads, the expected number of distinct experts included.
+
+    Routing is taken as uniform and independent: E (1 - (1 - e / E)^batch) experts of E are touched with e per token.
+    """
+    counts = parameters(shape)
+    touched = shape.experts_per_token * 1.0
+    if shape.experts:
+        touched = shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** batch)
+    more = shape.moe_layers * (touched - shape.experts_per_token) * 3 * shape.hidden * shape.expert_ffn
+    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + more)

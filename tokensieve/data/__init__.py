@@ -1,0 +1,19 @@
+"""Text to training sequences: sources, the tokenizer, the token store, packing with document bounds, mixing."""
+
+from tokensieve.data.packing import PackedDataset, build_dataset
+from tokensieve.data.sources import canonical_name, is_held_out, licences, read_documents
+from tokensieve.data.store import TokenStore
+from tokensieve.data.tokenizer import train_tokenizer
+from tokensieve.tasks import Document
+
+__all__ = [
+    "Document",
+    "PackedDataset",
+    "TokenStore",
+    "build_dataset",
+    "canonical_name",
+    "is_held_out",
+    "licences",
+    "read_documents",
+    "train_tokenizer",
+]

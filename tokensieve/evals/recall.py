@@ -1,0 +1,83 @@
+"""How much of what dense attention looks at would be selected.
+
+Legend: N queries, T keys, r the measured queries among them, K selected keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tokensieve import ops
+from tokensieve.config import UserError
+from tokensieve.evals.text import evaluating
+from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
+
+ROWS = 128  # queries whose probabilities over all keys are held at a time
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Means over queries that see more than k keys. `overall`: of held / best, layers averaged; `by_layer`: per layer.
+
+    `held`, `best`: share of the attention's head-summed mass in the selected set, and in the best set of the same size, per layer.
+    """
+
+    overall: float
+    by_layer: tuple[float, ...]
+    held: tuple[float, ...]
+    best: tuple[float, ...]
+    queries: int  # measured, per layer
+
+
+@dataclass
+class Recorder:
+    """A selection that only watches: it measures what the indexer would select and returns None, which leaves attention dense.
+
+    So every layer sees the hidden states of the dense model, and the indexer is judged on those same hidden states.
+    """
+
+    queries: int | None  # measured per sequence and layer, evenly spaced; None: all
+    sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> sums of held / best, held, best, and the count
+
+    def __call__(self, c: SelectionContext) -> None:
+        starts, ends = c.pack.starts_N, c.pack.ends_N
+        rows = torch.nonzero(ends - starts > c.k).flatten()
+        if self.queries is not None and len(rows) > self.queries:
+            rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
+        q_I, k_I, w = c.index
+        q, k, scale = c.attention
+        for r in rows.split(ROWS):
+            chosen_rK = ops.index_topk(q_I[r], k_I, w[r], c.k, starts[r], ends[r])
+            mass_rT = ops.head_mass(q[r], k, starts[r], ends[r], scale)
+            held = mass_rT.gather(1, chosen_rK.long()).double().sum(1)  # more than k keys are visible: there is no -1
+            best = mass_rT.topk(c.k, dim=1).values.double().sum(1)
+            parts = torch.stack((held / best, held, best, torch.ones_like(held))).sum(1)
+            self.sums[c.layer] = self.sums.get(c.layer, 0) + parts
+
+
+def recall(
+    model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int | None = None, queries: int | None = None
+) -> Recall:
+    """Recall of the indexer against the dense attention of the same model, as item 7 of the demo's figures defines it:
+
+        sum_{s in S_t} p[t,s] / max_{|S| = k} sum_{s in S} p[t,s],   p = mean over heads of the attention's probabilities
+
+    averaged over queries t with more than k visible keys. `sequences`: int64 (S,) each; `top_k`: the model's unless given; `queries`: how
+    many are measured per sequence and layer (None: all). Memory: `ROWS` x T, whatever the sequence's length.
+
+    Raises:
+        UserError: a model without indexers, or sequences of at most k tokens.
+    """
+    recorder = Recorder(queries)
+    device = model.lm_head.weight.device
+    with evaluating(model), selecting(model, recorder, top_k):
+        for ids in sequences:
+            model.model(input_ids=ids[None].to(device))
+    if not recorder.sums:
+        raise UserError(f"no sequence is longer than k = {top_k or model.top_k} tokens, so there is no recall to measure; use longer ones")
+    means = torch.stack([recorder.sums[layer] for layer in sorted(recorder.sums)]).cpu()
+    count = int(means[0, 3])
+    ratio, held, best = (means[:, :3] / means[:, 3:]).T.tolist()
+    return Recall(sum(ratio) / len(ratio), tuple(ratio), tuple(held), tuple(best), count)

@@ -1,0 +1,130 @@
+"""How well a model predicts held-out text, and where in the context.
+
+Legend: S tokens of one sequence, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokensieve.config import UserError
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.tasks import Document, PlainEncoder, stable_fraction
+
+HEAD_ROWS = 1024  # positions whose logits are held at a time
+ENCODED = 32  # documents tokenized at a time
+
+Progress = Callable[[], None]
+
+
+@contextmanager
+def evaluating(model: DecoderForCausalLM) -> Iterator[None]:
+    """Within the block: evaluation mode, no indexer objective, no gradients. For models that are in the middle of training."""
+    training, objective = model.training, model.model.objective
+    model.eval()
+    model.model.objective = "none"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.model.objective = objective
+        model.train(training)
+
+
+def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> list[Tensor]:
+    """`count` int64 sequences of exactly `context` tokens: bos, then consecutive tokens of a single document each.
+
+    A document gives its first stretch; only when there are too few documents, later ones too. Their order is drawn by a hash of the names.
+
+    Raises:
+        UserError: the documents do not hold so much text.
+    """
+    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+    bos, length = encode.markers.bos, context - 1
+    drawn = sorted(documents, key=lambda d: stable_fraction("sequence " + d.name))
+    long: list[list[int]] = []
+    for begin in range(0, len(drawn), ENCODED):
+        long += [ids for ids in encode.batch([d.text for d in drawn[begin : begin + ENCODED]]) if len(ids) >= length]
+        if len(long) >= count:
+            break
+    sequences: list[Tensor] = []
+    stretch = 0
+    while len(sequences) < count:
+        pieces = [ids[stretch * length : (stretch + 1) * length] for ids in long]
+        whole = [torch.tensor([bos, *piece]) for piece in pieces if len(piece) == length]
+        if not whole:
+            raise UserError(
+                f"the held-out documents hold {len(sequences)} stretches of {context} tokens, not {count}; "
+                "ask for fewer or shorter ones, or raise held_out_share"
+            )
+        sequences += whole
+        stretch += 1
+    return sequences[:count]
+
+
+def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
+    """Cross-entropy in nats (S - 1,) float32 on the CPU: entry i is of token i + 1, predicted from the i + 1 tokens before it.
+
+    The logits of `HEAD_ROWS` positions exist at a time.
+    """
+    device = model.lm_head.weight.device
+    ids = ids_S.to(device)
+    with evaluating(model):
+        hidden = model.model(input_ids=ids[None]).last_hidden_state[0]
+        parts = [
+            F.cross_entropy(model.lm_head(hidden[a : a + HEAD_ROWS]).float(), ids[a + 1 : a + 1 + HEAD_ROWS], reduction="none")
+            for a in range(0, len(ids) - 1, HEAD_ROWS)
+            if (hidden := hidden[: len(ids) - 1]) is not None
+        ]
+    return torch.cat(parts).cpu()
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`ppl`: exp of the mean loss at positions that see more than k tokens, where a selection selects; `ppl_all`: at all positions.
+
+    `loss[i]`: mean in nats where edges[i] < tokens seen <= edges[i + 1]; `tokens`: how many losses `ppl` is the mean of.
+    """
+
+    ppl: float
+    ppl_all: float
+    edges: tuple[int, ...]
+    loss: tuple[float, ...]
+    tokens: int
+
+
+def perplexity(
+    model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int, buckets: int = 16, done: Progress | None = None
+) -> Perplexity:
+    """Perplexity of held-out sequences (equally long, one document each), and the loss by position in `buckets` equal stretches.
+
+    Raises:
+        UserError: no sequences, of different lengths, or none longer than k.
+    """
+    if not sequences or len({len(s) for s in sequences}) > 1:
+        raise UserError("perplexity needs at least one sequence, and all of one length; take them from text_sequences")
+    context = len(sequences[0])
+    if context - 1 <= top_k:
+        raise UserError(f"sequences of {context} tokens never see more than k = {top_k} keys, so nothing is selected; use longer ones")
+    rows = []
+    for ids in sequences:
+        rows.append(token_losses(model, ids))
+        if done is not None:
+            done()
+    losses = torch.stack(rows).double()
+    buckets = min(buckets, context - 1)
+    edges = [round(i * (context - 1) / buckets) for i in range(buckets + 1)]
+    selected = losses[:, top_k:]
+    return Perplexity(
+        ppl=math.exp(float(selected.mean())),
+        ppl_all=math.exp(float(losses.mean())),
+        edges=tuple(edges),
+        loss=tuple(float(losses[:, a:b].mean()) for a, b in zip(edges, edges[1:])),
+        tokens=selected.numel(),
+    )

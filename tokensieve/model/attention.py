@@ -1,0 +1,274 @@
+"""Multi-head latent attention with a lightning indexer: one module, dense and sparse.
+
+Legend: N packed query tokens, T packed keys, H heads, K selected keys, L latent width (kv_lora_rank), R rope dims, E = L + R entry width,
+Q width of a head's query (nope + R), V value width.
+
+The cache holds per token the entry [c_KV, k_R]. Two forms of the same function read it:
+- MQA form: W_UK is absorbed into q and W_UV into the output, all heads share the entry as key (E wide) and value (its first L).
+- MHA form: K and V of every head are expanded from the entries. Cheaper per query and key, but the expansion costs once per key, so it
+  pays for many queries and never in decode.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokensieve import ops
+from tokensieve.config import ModelConfig, UserError
+from tokensieve.model.cache import LatentCache
+from tokensieve.model.indexer import Indexer
+from tokensieve.model.pack import Pack
+from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
+from tokensieve.model.selection import Selection, SelectionContext, dense
+from tokensieve.model.selection import indexer as indexer_selection
+
+MASKED_FORM_KEYS = (
+    3  # sparse prefill: below this many times k keys, masking the MHA form beats gathering (measured: docs/results.md)
+)
+
+
+@dataclass
+class Pass:
+    """What one forward pass wants from every layer, and what the layers hand back."""
+
+    pack: Pack
+    rotation: Rotation
+    selection: Selection
+    top_k: int
+    cache: LatentCache | None = None
+    objective: Literal["none", "warmup", "adapt"] = "none"
+    kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
+    replay: list[Tensor] | None = None  # per layer (N, K) indices to use instead of selecting
+    form: Literal["auto", "mha", "mqa"] = "auto"
+    keep_selection: bool = False
+    selected: dict[int, Tensor] = field(default_factory=dict)  # layer -> (N, K)
+    kl: dict[int, Tensor] = field(default_factory=dict)  # layer -> sum over queries of weight * KL
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
+class LayerLocalLoss(torch.autograd.Function):
+    """A loss of a few parameters whose gradients are taken at once, so that nothing but those gradients waits for the backward pass.
+
+    Forward evaluates `loss()` and differentiates it by `parameters`; backward scales the stored gradients. Memory between the two is the
+    parameters' size, whatever the loss held: this is what lets warm-up run one layer at a time under any trainer.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, *parameters: Tensor) -> Tensor:
+        with torch.enable_grad():
+            value = loss()
+        ctx.save_for_backward(*torch.autograd.grad(value, parameters))
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return None, *(g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+
+
+class InjectedKL(torch.autograd.Function):
+    """Passes `out` on unchanged; in backward sends `weight` as the gradient of `kl`, whatever loss the trainer computes."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, kl_N: Tensor, weight_N: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_N)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (weight_N,) = ctx.saved_tensors
+        return grads[0], weight_N, None
+
+
+class Attention(nn.Module):
+    """Parameter names are the published checkpoint's. `indexer` exists in sparse models only."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent = config.kv_lora_rank
+        self.max_positions = config.max_position_embeddings
+        self.use_rope(config.rope_parameters)
+        self.rotate = rotate_interleaved if getattr(config, "rope_interleave", True) else rotate_half_split
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_width = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+        self.indexer = Indexer(config) if config.model_type == "deepseek_v32" else None
+
+    def use_rope(self, rope_parameters: dict[str, Any]) -> None:
+        self.scale = softmax_scale(rope_parameters, self.nope + self.rope, self.max_positions)
+
+    def forward(self, h_ND: Tensor, p: Pass) -> Tensor:
+        if hasattr(self, "q_proj"):
+            source, q = h_ND, self.q_proj(h_ND)
+        else:
+            source = self.q_a_layernorm(self.q_a_proj(h_ND))
+            q = self.q_b_proj(source)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, self.nope + self.rope)).split([self.nope, self.rope], dim=-1)
+        q_rope = self.rotate(q_rope, p.rotation)
+        c_kv, k_rope = self.kv_a_proj_with_mqa(h_ND).split([self.latent, self.rope], dim=-1)
+        k_rope = self.rotate(k_rope.unsqueeze(1), p.rotation).squeeze(1)
+        entries_TE = torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1)
+        # The indexer learns from its own loss only: what it reads is detached.
+        h, source = h_ND.detach(), source.detach()
+        k_I = None
+        if p.cache is not None:
+            rows = (p.pack.batch, p.pack.length)
+            new_keys = None if self.indexer is None else self.indexer.keys(h, p.rotation).detach().unflatten(0, rows)
+            entries_TE, k_I = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
+        heads = Heads(self, q_nope, q_rope, entries_TE)
+
+        def index_inputs() -> tuple[Tensor, Tensor, Tensor]:
+            if self.indexer is None:
+                raise UserError("this model has no indexer to select with; make it sparse first: tokensieve sparsify")
+            q_I, w = self.indexer.queries(source, h, p.rotation)
+            return q_I, self.indexer.keys(h, p.rotation) if k_I is None else k_I, w
+
+        if p.objective == "warmup":
+            out = self._warmup(heads, index_inputs, p)
+        else:
+            indices = self._select(heads, index_inputs, p)
+            if indices is None:
+                out = heads.dense(p.pack, p.form)
+            elif p.objective == "adapt":
+                out = self._adapt(heads, indices, index_inputs, p)
+            else:
+                out = heads.sparse(indices, p.pack, p.form)
+        return self.o_proj(out.flatten(1))
+
+    def _select(self, heads: "Heads", index_inputs, p: Pass) -> Tensor | None:
+        """(N, K) indices, or None for dense attention: asked for, or the same thing because no query sees more than k keys."""
+        if p.replay is not None:
+            indices = p.replay[self.layer]
+        elif p.selection is dense or (p.pack.max_keys <= p.top_k and p.objective == "none" and not p.keep_selection):
+            return None
+        elif self.indexer is None and p.selection is indexer_selection:
+            return None
+        else:
+            k = min(p.top_k, p.pack.max_keys)
+            with torch.no_grad():
+                indices = p.selection(SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs))
+            if indices is None:
+                return None
+        if p.keep_selection:
+            p.selected[self.layer] = indices
+        return indices
+
+    def _warmup(self, heads: "Heads", index_inputs, p: Pass) -> Tensor:
+        """Dense attention; the indexer learns equation (3) from it, layer by layer."""
+        assert self.indexer is not None and p.kl_weight is not None
+        pack, weight = p.pack, p.kl_weight
+        q, k, v = heads.expanded()
+        out, lse = ops.dense_attention(
+            q, k, v, pack.starts_N, pack.ends_N, self.scale, bounds=pack.bounds, longest=pack.longest
+        )
+
+        def loss() -> Tensor:
+            q_I, k_I, w = index_inputs()
+            kl_N = ops.indexer_kl_dense(q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N)
+            return (kl_N * weight).sum()
+
+        parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
+        if torch.is_grad_enabled() and parameters:
+            p.kl[self.layer] = LayerLocalLoss.apply(loss, *parameters)
+        else:
+            p.kl[self.layer] = loss().detach()
+        return out
+
+    def _adapt(self, heads: "Heads", indices: Tensor, index_inputs, p: Pass) -> Tensor:
+        """Sparse attention; the indexer learns equation (4) from its probabilities, the model only from what is read."""
+        assert p.kl_weight is not None
+        q_I, k_I, w = index_inputs()
+        q = heads.absorbed()
+        width = self.latent + self.rope
+        out, _, kl_N = ops.sparse_attention_kl(
+            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, q_I, k_I, w
+        )
+        p.kl[self.layer] = (kl_N.detach() * p.kl_weight).sum()
+        return heads.up(InjectedKL.apply(out, kl_N, p.kl_weight.to(kl_N.dtype)))
+
+
+class Heads:
+    """The queries of one pass and the entries they may read, in the two forms of MLA."""
+
+    def __init__(self, attention: Attention, q_nope_NHD: Tensor, q_rope_NHR: Tensor, entries_TE: Tensor):
+        self.a = attention
+        self.q_nope, self.q_rope, self.entries = q_nope_NHD, q_rope_NHR, entries_TE
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """W_UK (H, nope, L) and W_UV (H, V, L) out of kv_b_proj."""
+        w = self.a.kv_b_proj.weight.to(self.entries.dtype).unflatten(0, (self.a.heads, self.a.nope + self.a.value))
+        return w[:, : self.a.nope], w[:, self.a.nope :]
+
+    def absorbed(self) -> Tensor:
+        """MQA queries (N, H, E) = [q_nope W_UK, q_rope]."""
+        latent = torch.bmm(self.q_nope.transpose(0, 1), self._up_projections()[0]).transpose(0, 1)
+        return torch.cat((latent, self.q_rope), dim=-1)
+
+    def up(self, out_NHL: Tensor) -> Tensor:
+        """(N, H, V) from the attention's output over latent values."""
+        return torch.bmm(out_NHL.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
+
+    def expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """MHA form: q (N, H, Q), k (T, H, Q), v (T, H, V)."""
+        a = self.a
+        c_kv, k_rope = self.entries.split([a.latent, a.rope], dim=-1)
+        k_nope, v = a.kv_b_proj(c_kv).unflatten(-1, (a.heads, a.nope + a.value)).split([a.nope, a.value], dim=-1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, a.heads, -1)), dim=-1)
+        return torch.cat((self.q_nope, self.q_rope), dim=-1), k, v
+
+    def attention_inputs(self) -> tuple[Tensor, Tensor, float]:
+        return self.absorbed(), self.entries.unsqueeze(1), self.a.scale
+
+    def _expansion_pays(self) -> bool:
+        """Whether expanding K and V once per key costs less than the wider products of the MQA form cost per query and key."""
+        a = self.a
+        saved = self.q_nope.shape[0] * (2 * a.latent - a.nope - a.value)
+        return saved > a.latent * (a.nope + a.value)
+
+    def dense(self, pack: Pack, form: str) -> Tensor:
+        if form == "mha" or (form == "auto" and (pack.bounds is not None or self._expansion_pays())):
+            q, k, v = self.expanded()
+            return ops.dense_attention(
+                q, k, v, pack.starts_N, pack.ends_N, self.a.scale, bounds=pack.bounds, longest=pack.longest
+            )[0]
+        entries = self.entries.unsqueeze(1)
+        out, _ = ops.dense_attention(
+            self.absorbed(), entries, entries[..., : self.a.latent], pack.starts_N, pack.ends_N, self.a.scale
+        )
+        return self.up(out)
+
+    def sparse(self, indices: Tensor, pack: Pack, form: str) -> Tensor:
+        a = self.a
+        if form == "mha" or (
+            form == "auto" and pack.max_keys < MASKED_FORM_KEYS * indices.shape[1] and self._expansion_pays()
+        ):
+            q, k, v = self.expanded()
+            return ops.masked_attention(q, k, v, indices, a.scale)[0]
+        out, _ = ops.sparse_attention(
+            self.absorbed(), self.entries.unsqueeze(1), indices, a.scale, a.latent + a.rope, 0, a.latent
+        )
+        return self.up(out)

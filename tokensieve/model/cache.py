@@ -1,0 +1,111 @@
+"""The cache of a generating model: per token one latent entry [c_KV, k_R] and one index key, nothing per head.
+
+Legend: B rows, T cached tokens, E latent width (kv_lora_rank + rope dims), D index width.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+STEP = 256  # capacity grows to multiples of this, in tokens
+
+
+class LatentCache(Cache):
+    """Contiguous buffers that double when full. Layers append in order; `get_seq_length` counts tokens of whole forward passes.
+
+    A stored entry is final: rotated, normalized and in the model's dtype. `reserve` tokens may be set aside at once for a known length.
+    """
+
+    def __init__(self, reserve: int = 0):
+        self.reserve = reserve
+        self.latent_BTE: list[Tensor] = []
+        self.index_BTD: list[Tensor | None] = []
+        self.row_starts: Tensor | None = None  # (B, 1) int32, set when rows begin late (left padding, packed documents)
+        self._length = 0
+        self._capacity = 0
+
+    # what the model calls
+
+    def room_for(self, tokens: int) -> int:
+        """Capacity in tokens once `tokens` more are to be stored; at least 64 beyond them, which index products read and drop."""
+        needed = max(self._length + tokens, self.reserve) + 64
+        if needed > self._capacity:
+            self._capacity = -(-max(needed, 2 * self._capacity) // STEP) * STEP
+        return self._capacity
+
+    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Stores this pass's entries of one layer; returns the whole buffers, flattened to (B * capacity, E) and (B * capacity, D)."""
+        a, b = self._length, self._length + latent_BSE.shape[1]
+        if layer == len(self.latent_BTE):
+            self.latent_BTE.append(self._buffer(latent_BSE))
+            self.index_BTD.append(None if index_BSD is None else self._buffer(index_BSD))
+        if self.latent_BTE[layer].shape[1] < self._capacity:
+            self.latent_BTE[layer] = self._grown(self.latent_BTE[layer])
+            held = self.index_BTD[layer]
+            self.index_BTD[layer] = None if held is None else self._grown(held)
+        latent, index = self.latent_BTE[layer], self.index_BTD[layer]
+        latent[:, a:b] = latent_BSE
+        if index is not None and index_BSD is not None:
+            index[:, a:b] = index_BSD
+        return latent.flatten(0, 1), None if index is None else index.flatten(0, 1)
+
+    def advance(self, tokens: int) -> None:
+        """Called once after all layers of a pass have appended."""
+        self._length += tokens
+
+    def _buffer(self, like_BSX: Tensor) -> Tensor:
+        return like_BSX.new_zeros(like_BSX.shape[0], self._capacity, like_BSX.shape[2])
+
+    def _grown(self, held_BTX: Tensor) -> Tensor:
+        grown = self._buffer(held_BTX)
+        grown[:, : self._length] = held_BTX[:, : self._length]
+        return grown
+
+    # what transformers' generation calls
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Forgets everything after the first `max_length` tokens; a negative number drops that many."""
+        self._length = max(0, self._length + max_length) if max_length < 0 else min(self._length, max_length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices])
+
+    def reset(self) -> None:
+        self._length, self.row_starts = 0, None
+
+    def _each(self, change) -> None:
+        self.latent_BTE = [change(x) for x in self.latent_BTE]
+        self.index_BTD = [None if x is None else change(x) for x in self.index_BTD]
+        self.row_starts = None if self.row_starts is None else change(self.row_starts)
+
+    def __len__(self) -> int:
+        return len(self.latent_BTE)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.latent_BTE)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * max(1, len(self.latent_BTE))
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(x.nbytes for x in self.latent_BTE) + sum(x.nbytes for x in self.index_BTD if x is not None)

@@ -1,0 +1,222 @@
+"""load, save, sparsify: between a folder (or a bundled name) and a model."""
+
+import importlib.resources
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokensieve import checkpoint
+from tokensieve.config import ModelConfig, SparseConfig, UserError, model_config
+from tokensieve.model.transformer import DecoderForCausalLM
+
+log = logging.getLogger("tokensieve")
+
+INDEXERS = "indexer.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def model_path(name: str | Path) -> Path:
+    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one that is in the Hugging Face cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    if (root / str(name)).is_dir():
+        return root / str(name)
+    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+        return _hub_folder(str(name))
+    raise UserError(
+        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); give a checkpoint folder or owner/name"
+    )
+
+
+def _hub_folder(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {repository!r}: not a folder here and not to be had from the hub ({reason}); download it first"
+        ) from error
+
+
+def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DecoderForCausalLM:
+    """A dense (`deepseek_v2`, `deepseek_v3`) or sparse (`deepseek_v32`) model in evaluation mode.
+
+    `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub id. `dtype`: float32
+    on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. A multi-token-prediction
+    layer is not run but carried along, and written again by `save`. Raises UserError on whatever is wrong with the files.
+    """
+    folder = model_path(name)
+    config = model_config(checkpoint.read_config(folder))
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):
+        model = DecoderForCausalLM(config)
+    tensors = checkpoint.load_tensors(folder, config, dtype)
+    fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
+    model.extras = checkpoint.mtp_tensors(folder, config)
+    model.folder = folder
+    return model.eval()
+
+
+def fill(model: DecoderForCausalLM, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Puts the tensors in the place of the meta tensors of the same names; what is missing in the end is an error."""
+    state = dict(tensors)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    missing, surplus = model.load_state_dict(state, strict=False, assign=True)
+    if missing or surplus:
+        raise UserError(
+            f"checkpoint does not fit its config: missing {missing[:3]}, surplus {surplus[:3]}; use the config.json that belongs"
+        )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def save(
+    model: DecoderForCausalLM, folder: str | Path, dtype: torch.dtype | None = None, shard_bytes: float = 5e9
+) -> list[str]:
+    """Writes a folder in Hugging Face format that transformers, vLLM and SGLang open; returns (and logs) the reasons where they cannot.
+
+    The tokenizer and the multi-token-prediction layer of the folder that the model was loaded from go with it. `dtype`: of the floating
+    tensors, as they are unless given. What stood in `folder` stays whole until the new files are complete. UserError on a full disk.
+    """
+    tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
+    checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes)
+    source = getattr(model, "folder", None)
+    if source is not None and Path(source).resolve() != Path(folder).resolve():
+        copy_tokenizer(Path(source), Path(folder))
+    reasons = checkpoint.exportable(model.config)
+    for reason in reasons:
+        log.warning("%s: %s", folder, reason)
+    return reasons
+
+
+def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dtype: torch.dtype | None = None) -> None:
+    """Writes the indexers alone, for a trunk that did not change: a small checkpoint whose index points at the trunk's files.
+
+    `trunk` is the trunk's folder (one model.safetensors), relative to `folder`. `load` opens the result like any checkpoint; to hand it to
+    other programs `save` it whole.
+    """
+    with checkpoint.replacing_folder(folder) as new:
+        indexers = {n: _cast(n, t, dtype).contiguous() for n, t in model.state_dict().items() if ".indexer." in n}
+        save_file(indexers, new / INDEXERS, metadata={"format": "pt"})
+        files = {
+            name: INDEXERS if ".indexer." in name else f"{trunk}/model.safetensors"
+            for name in checkpoint.expected_tensors(model.config)
+        }
+        (new / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=1))
+        exported = checkpoint.export_config(
+            model.config.to_dict(), dtype or model.model.embed_tokens.weight.dtype, False
+        )
+        (new / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
+    if getattr(model, "folder", None) is not None:
+        copy_tokenizer(Path(model.folder), Path(folder))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    keep = dtype is None or not tensor.is_floating_point() or name.endswith(checkpoint.FLOAT32_SUFFIXES)
+    return tensor if keep else tensor.to(dtype)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def sparsify(
+    model: DecoderForCausalLM,
+    top_k: int = 2048,
+    index_heads: int = 64,
+    index_dim: int = 128,
+    index_dtype: str = "bf16",
+    seed: int = 0,
+) -> DecoderForCausalLM:
+    """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer.
+
+    `top_k` keys are selected per query; the indexer has `index_heads` heads of width `index_dim`, of which the first qk_rope_head_dim
+    carry positions. Its weights are normal with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError on a model that is
+    already sparse, top_k < 1 or an index_dim that cannot hold the positions.
+    """
+    dense = model.config
+    if model.is_sparse:
+        raise UserError("the model already has indexers; train them with: tokensieve warmup")
+    for name, value in (("top_k", top_k), ("index_heads", index_heads)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    fields = {
+        k: v
+        for k, v in dense.to_dict().items()
+        if k not in ("model_type", "architectures", "layer_types", "mlp_layer_types", "head_dim")
+    }
+    if dense.model_type == "deepseek_v2":
+        fields |= {"scoring_func": "softmax", "n_group": dense.n_group or 1, "topk_group": dense.topk_group or 1}
+    config = SparseConfig.from_dict(
+        fields
+        | {"index_topk": top_k, "index_n_heads": index_heads, "index_head_dim": index_dim, "index_dtype": index_dtype}
+    )
+    with torch.device("meta"):
+        sparse = DecoderForCausalLM(config)
+    state = model.state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    like = model.model.embed_tokens.weight
+    for name, parameter in sparse.named_parameters():
+        if ".indexer." in name:
+            dtype = torch.float32 if name.endswith(checkpoint.FLOAT32_SUFFIXES) else like.dtype
+            state[name] = _initial(name, parameter.shape, generator).to(like.device, dtype)
+    fill(sparse, iter(state.items()))
+    if model.extras is not None:
+        log.warning(
+            "the multi-token-prediction layer is left behind: it has no indexer, and engines expect one in a deepseek_v32"
+        )
+    sparse.folder = getattr(model, "folder", None)
+    return sparse.eval()
+
+
+def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if "k_norm" in name:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
+
+
+def load_tokenizer(name: str | Path):
+    """The tokenizer beside a checkpoint, as transformers reads it. UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = model_path(name)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder}: no tokenizer.json; copy the tokenizer files of the original checkpoint into the folder"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]}); copy it again"
+        ) from error
+
+
+def check_tokenizer(tokenizer, config: ModelConfig) -> None:
+    """UserError where the tokenizer has tokens that the model's embedding does not."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {config.vocab_size}; use the checkpoint's own tokenizer"
+        )

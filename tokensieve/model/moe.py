@@ -1,0 +1,131 @@
+"""Feed-forward layers: the gated MLP, the router, the fused experts, and the mixture with its shared expert.
+
+Legend: N tokens, E routed experts, K experts per token, D hidden width, I expert width.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokensieve.config import ModelConfig, UserError
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+
+
+class Router(nn.Module):
+    """Chooses K of E experts per token, in float32.
+
+    V3 ("sigmoid"): scores = sigmoid(logits); a correction bias is added for the choice only. Groups are ranked by the sum of their two best
+    biased scores and only the best `topk_group` groups are considered. Weights = unbiased scores, normalized to sum 1, times the scale.
+    V2 ("softmax"): scores = softmax(logits); groups are ranked by their best score; weights = scores times the scale.
+    Source: DeepSeek-V3 report, section 2.1.2; official demo, class Gate.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.experts = config.n_routed_experts
+        self.groups, self.best_groups = config.n_group or 1, config.topk_group or 1
+        self.scale = config.routed_scaling_factor
+        self.softmax = config.model_type == "deepseek_v2" or getattr(config, "scoring_func", "sigmoid") == "softmax"
+        self.limited = getattr(config, "topk_method", "noaux_tc") != "greedy"
+        self.normalize = bool(config.norm_topk_prob)
+        if self.softmax and self.normalize:
+            raise UserError(
+                "config.json: norm_topk_prob with a softmax router is not supported; no published DeepSeek-V2 model uses it"
+            )
+        self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size))
+        if not self.softmax:
+            self.e_score_correction_bias: Tensor
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.experts, dtype=torch.float32))
+        self.load_E: Tensor | None = None  # tokens sent to each expert since it was last cleared; None: not counted
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """experts (N, K) int64 and weights (N, K) float32."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits = F.linear(x_ND.float(), self.weight.float())
+        scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
+        choice = scores if self.softmax else scores + self.e_score_correction_bias
+        if self.limited and self.best_groups < self.groups:
+            choice = self._within_best_groups(choice)
+        # The choice has no gradient; the weights of the chosen have one.
+        chosen = choice.detach().topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, chosen)
+        if self.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.load_E is not None:
+            self.load_E += torch.bincount(chosen.flatten(), minlength=self.experts)
+        return chosen, weights * self.scale
+
+    def _within_best_groups(self, choice_NE: Tensor) -> Tensor:
+        by_group = choice_NE.unflatten(-1, (self.groups, -1))
+        rank = by_group.amax(-1) if self.softmax else by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
+        best = rank.topk(self.best_groups, dim=-1, sorted=False).indices
+        closed = torch.ones_like(rank, dtype=torch.bool).scatter_(1, best, False)
+        return by_group.masked_fill(closed.unsqueeze(-1), 0.0 if self.softmax else float("-inf")).flatten(-2)
+
+
+class Experts(nn.Module):
+    """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk they are one matrix each."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        N, K = chosen_NK.shape
+        flat = chosen_NK.flatten()
+        order = flat.argsort(stable=True)
+        x = x_ND[order // K]
+        counts = torch.bincount(flat, minlength=self.gate_up_proj.shape[0])
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            y = self._grouped(x, counts.cumsum(0).to(torch.int32))
+        else:
+            y = self._one_by_one(x, counts.tolist())
+        # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
+        back = torch.empty_like(order)
+        back[order] = torch.arange(N * K, device=order.device)
+        return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
+
+    def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
+        parts, a = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                gate, up = F.linear(x[a : a + count], self.gate_up_proj[expert]).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+                a += count
+        return torch.cat(parts)
+
+    def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
+        # Grouped products exist in bfloat16 only; float32 parameters are cast here, as autocast does for a linear layer.
+        gate, up = torch._grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+        return torch._grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends_E)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one, which every token passes."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
+        self.shared_experts = MLP(config.hidden_size, shared) if shared else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        routed = self.experts(x_ND, *self.gate(x_ND))
+        return routed if self.shared_experts is None else routed + self.shared_experts(x_ND)

@@ -1,0 +1,299 @@
+"""The mathematics of DeepSeek Sparse Attention as functions on tensors: no modules, no state.
+
+Legend: S query tokens, T key tokens, H heads, G key-value groups (head h reads group h // (H/G)), K places for selected keys, D key
+width, E entry width, V value width, H_I and d_I heads and width of the indexer.
+
+Everything is packed, without a batch axis. `starts_S`, `ends_S` (integers) give each query the keys [start, end) that it may see, so
+documents and batches are key ranges; start >= end is a query without keys. `indices_SK` (int32) are positions on the key axis: ascending
+and without duplicates, then -1 for unused places. A query without keys returns zeros, lse = -inf and KL 0. lse is the natural log.
+Sums run in float32 (float64 for float64 inputs). `backend` is `auto` or a name from `backends()`; one that cannot run raises.
+
+Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against decode.
+
+Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inference/model.py` of its official demo for shapes and scales.
+"""
+
+import torch
+from torch import Tensor
+
+from tokensieve.ops import custom, reference
+from tokensieve.ops.dispatch import BACKENDS
+
+__all__ = [
+    "backends",
+    "dense_attention",
+    "head_mass",
+    "index_scores",
+    "index_topk",
+    "indexer_kl_dense",
+    "masked_attention",
+    "select_topk",
+    "sparse_attention",
+    "sparse_attention_kl",
+]
+
+OPS = tuple(name for name in __all__ if name not in ("backends", "head_mass"))
+
+
+def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
+    """For each op the backends in the order in which `auto` tries them, with the reason why one cannot run on `device`, or None.
+
+    The probe is a float32 tensor on the CPU and a bfloat16 one elsewhere, and a causal pack of documents.
+    """
+    probe = torch.empty(1, 1, 1, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    return {op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS] for op in OPS}
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_ranges(op: str, S: int, starts_S: Tensor, ends_S: Tensor) -> None:
+    _require(
+        starts_S.shape == (S,) and ends_S.shape == (S,),
+        f"{op}: starts and ends must have shape ({S},), one range per query",
+    )
+
+
+def _check_index(op: str, q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor) -> None:
+    _require(
+        q_SHD.dim() == 3 and k_TD.dim() == 2,
+        f"{op}: q must be (S, H_I, d_I) and k (T, d_I), got {tuple(q_SHD.shape)}, {tuple(k_TD.shape)}",
+    )
+    _require(q_SHD.shape[2] == k_TD.shape[1], f"{op}: q is {q_SHD.shape[2]} wide but k {k_TD.shape[1]}")
+    _require(
+        w_SH.shape == q_SHD.shape[:2], f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])}, got {tuple(w_SH.shape)}"
+    )
+
+
+def _check_k(op: str, k: int) -> None:
+    _require(k >= 1, f"{op}: k must be at least 1, got {k}")
+
+
+def _check_entries(
+    op: str, q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, d_k: int, v_start: int, d_v: int
+) -> None:
+    _require(q_SHD.dim() == 3 and kv_TGE.dim() == 3, f"{op}: q must be (S, H, D) and kv (T, G, E)")
+    S, H, D = q_SHD.shape
+    _, G, E = kv_TGE.shape
+    _require(
+        D == d_k <= E,
+        f"{op}: q is {D} wide, d_k is {d_k}, an entry is {E} wide; d_k must equal q's width and fit in the entry",
+    )
+    _require(
+        0 <= v_start and v_start + d_v <= E,
+        f"{op}: the value [{v_start}, {v_start + d_v}) lies outside an entry of width {E}",
+    )
+    _require(H % G == 0, f"{op}: {H} heads cannot share {G} key-value groups")
+    _check_indices(op, S, kv_TGE.shape[0], indices_SK)
+
+
+def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
+    _require(
+        indices_SK.dim() == 2 and indices_SK.shape[0] == S,
+        f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}",
+    )
+    _require(
+        indices_SK.dtype in (torch.int32, torch.int64), f"{op}: indices must be int32 or int64, got {indices_SK.dtype}"
+    )
+    # Looking at values costs a synchronization on a GPU and cannot be traced; there the kernels' own bounds are what protects.
+    if indices_SK.device.type == "cpu" and indices_SK.numel() and not torch.compiler.is_compiling():
+        low, high = indices_SK.aminmax()
+        _require(
+            int(low) >= -1 and int(high) < T, f"{op}: indices must lie in [-1, {T}), got {int(low)} to {int(high)}"
+        )
+
+
+def index_scores(
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """I[t,s] = k_scale[s] * sum_j w[t,j] * relu(q[t,j] . k[s]): equation (1).
+
+    q (S, H_I, d_I), k (T, d_I), w (S, H_I) with every scale folded in, k_scale (T) float32 for quantized keys (no gradient).
+    Returns (S, T) float32; outside a query's range unspecified. Differentiable by q, k, w. ValueError on mismatched shapes.
+    """
+    _check_index("index_scores", q_SHD, k_TD, w_SH)
+    _check_ranges("index_scores", q_SHD.shape[0], starts_S, ends_S)
+    return custom.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
+
+
+def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, backend: str = "auto") -> Tensor:
+    """S_t = the min(k, end - start) keys with the largest score; ties go to the smaller position: equation (2).
+
+    scores (S, T) floating. Returns (S, k) int32, ascending, then -1. -0.0 counts as 0.0. No gradient.
+    ValueError when k < 1, or when a score inside a range is NaN.
+    """
+    _check_k("select_topk", k)
+    _require(scores_ST.dim() == 2, f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
+    _check_ranges("select_topk", scores_ST.shape[0], starts_S, ends_S)
+    return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
+
+
+def index_topk(
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    k: int,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Equations (1) and (2) in one pass: the same answer as `select_topk(index_scores(...))` without the (S, T) scores in memory.
+
+    Shapes as in `index_scores`; returns (S, k) int32, ascending, then -1. No gradient. Errors as in both.
+    """
+    _check_k("index_topk", k)
+    _check_index("index_topk", q_SHD, k_TD, w_SH)
+    _check_ranges("index_topk", q_SHD.shape[0], starts_S, ends_S)
+    return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
+
+
+def dense_attention(
+    q_SHD: Tensor,
+    k_TGD: Tensor,
+    v_TGV: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    scale: float,
+    *,
+    bounds: Tensor | None = None,
+    longest: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q . k) v over each query's whole range: the attention that DSA replaces and warm-up watches.
+
+    q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by q, k, v.
+    `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
+    each is causal: they say the same as the ranges and let fused kernels run, whose lse carries no gradient.
+    """
+    _require(
+        k_TGD.shape[:2] == v_TGV.shape[:2],
+        f"dense_attention: k {tuple(k_TGD.shape)} and v {tuple(v_TGV.shape)} differ in (T, G)",
+    )
+    _require(q_SHD.shape[2] == k_TGD.shape[2], f"dense_attention: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
+    _require(
+        q_SHD.shape[1] % k_TGD.shape[1] == 0,
+        f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups",
+    )
+    _check_ranges("dense_attention", q_SHD.shape[0], starts_S, ends_S)
+    return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
+
+
+@torch.no_grad()
+def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, scale: float) -> Tensor:
+    """p (S, T): the mean over heads of the attention's probabilities, the target of equations (3) and (4); 0 outside a query's range.
+
+    q (S, H, D), k (T, G, D). It is what evaluation reads to judge a selection: of size S x T, so the caller passes a slice of the queries.
+    No gradient; the reference computes it on every device.
+    """
+    _require(
+        q_SHD.shape[1] % k_TGD.shape[1] == 0, f"head_mass: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups"
+    )
+    _check_ranges("head_mass", q_SHD.shape[0], starts_S, ends_S)
+    return reference.head_mass(q_SHD, k_TGD, starts_S, ends_S, scale)
+
+
+def masked_attention(
+    q_SHD: Tensor, k_THD: Tensor, v_THV: Tensor, indices_SK: Tensor, scale: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q . k) v over the selected keys, computed densely with everything else masked: the form for short contexts.
+
+    q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V), lse (S, H). Differentiable by q, k, v.
+    Source: report, section 2.1, "masked MHA mode". ValueError when an index is outside [-1, T).
+    """
+    _require(
+        k_THD.shape[:2] == v_THV.shape[:2],
+        f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)",
+    )
+    _require(
+        q_SHD.shape[1:] == k_THD.shape[1:],
+        f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)",
+    )
+    _check_indices("masked_attention", q_SHD.shape[0], k_THD.shape[0], indices_SK)
+    return custom.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
+
+
+def sparse_attention(
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """u_t = Attention(h_t, {c_s : s in S_t}), the second half of equation (2): only selected entries are read.
+
+    One entry of width E per token and group: key = [0:d_k], value = [v_start:v_start+d_v]. q (S, H, d_k), kv (T, G, E), indices (S, K).
+    MLA in MQA mode: G = 1, E = 576, d_k = 576, v_start = 0, d_v = 512. GQA: E = 2d, d_k = d, v_start = d, d_v = d.
+    Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes or indices outside [-1, T).
+    """
+    _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
+    return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
+
+
+def sparse_attention_kl(
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparse_attention`, and the indexer's loss of sparse training over the selected set: equation (4).
+
+    kl[t] = KL( p[t,S_t] || softmax(I[t,S_t]) ), p = mean over heads of this attention's own probabilities, detached.
+    q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I). Returns out (S, H, d_v), lse (S, H), kl (S) float32 in nats.
+    Gradients of out and lse reach q and kv only, those of kl reach q_I, k_I and w only. Errors as in `sparse_attention`.
+    """
+    _check_entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
+    _check_index("sparse_attention_kl", q_I, k_I, w)
+    return custom.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
+
+
+def indexer_kl_dense(
+    q_SHD: Tensor,
+    k_TGD: Tensor,
+    lse_SH: Tensor,
+    scale: float,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The indexer's loss of dense warm-up over ALL visible keys: equation (3).
+
+    kl[t] = KL( p[t,:] || softmax(I[t,:]) ), p = mean over heads of exp(scale * q . k - lse), the main attention's probabilities.
+    q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
+    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
+    """
+    _check_index("indexer_kl_dense", q_I, k_I, w)
+    _require(
+        lse_SH.shape == q_SHD.shape[:2],
+        f"indexer_kl_dense: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}",
+    )
+    _check_ranges("indexer_kl_dense", q_SHD.shape[0], starts_S, ends_S)
+    return custom.indexer_kl_dense(
+        q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
+    )

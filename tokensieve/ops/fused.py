@@ -1,0 +1,108 @@
+"""Dense attention through PyTorch's own fused kernels: flash on the CPU, variable-length flash on CUDA.
+
+Legend: S query and key tokens (a causal pack: query i is key i, documents one after another), H heads, D key width, V value width.
+`bounds` (documents + 1) int32 are the cumulative document lengths, `longest` the longest document in tokens.
+Only `dense_attention` of causal packs runs here; everything else is the reference's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def why_not(op: str, q: Tensor, causal_documents: bool) -> str | None:
+    if op != "dense_attention":
+        return "it only has dense_attention"
+    if not causal_documents:
+        return "the keys are not a causal pack of whole documents"
+    if q.device.type == "cuda":
+        return None if q.dtype in _CUDA_DTYPES else f"flash attention on CUDA does not take {q.dtype}"
+    if q.device.type == "cpu":
+        return (
+            None
+            if q.dtype in (torch.float32, torch.bfloat16)
+            else f"flash attention on the CPU is not used for {q.dtype}"
+        )
+    return f"no fused kernel for {q.device.type}"
+
+
+def _wide(x_SHD: Tensor, width: int) -> Tensor:
+    return F.pad(x_SHD, (0, width - x_SHD.shape[2])) if x_SHD.shape[2] < width else x_SHD
+
+
+def _per_query_head(x_TGD: Tensor, H: int) -> Tensor:
+    G = x_TGD.shape[1]
+    return x_TGD if G == H else x_TGD.repeat_interleave(H // G, dim=1)
+
+
+def _fold_heads(dx_SHD: Tensor, G: int) -> Tensor:
+    S, H, D = dx_SHD.shape
+    return dx_SHD if G == H else dx_SHD.view(S, G, H // G, D).sum(2)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts, ends, bounds: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    H, V = q.shape[1], v.shape[2]
+    # Both kernels want one width for keys and values; zeros beside a value stay zeros in the output.
+    width = max(q.shape[2], V)
+    q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
+    if q.is_cuda:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
+        )
+        return out[..., :V].contiguous(), lse.transpose(0, 1).contiguous()
+    outs, lses = [], []
+    for a, b in _documents(bounds):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads(q, a, b), _heads(k, a, b), _heads(v, a, b), 0.0, True, scale=scale
+        )
+        outs.append(out[0].transpose(0, 1)[..., :V])
+        lses.append(_lse(lse))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def dense_attention_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    starts, ends, bounds: Tensor, longest: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if dlse is not None:
+        raise ValueError("the fused dense_attention has no gradient through its logsumexp; use backend='reference'")
+    H, D, V, G = q.shape[1], q.shape[2], v.shape[2], k.shape[1]
+    width = max(D, V)
+    q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
+    out, dout = _wide(out, width), _wide(dout, width)
+    if q.is_cuda:
+        seed = torch.zeros(
+            2, dtype=torch.uint64, device=q.device
+        )  # dropout is off: the kernel's random state is never read
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(), bounds, bounds, longest, longest, 0.0, True,
+            seed, seed[:0], scale=scale,
+        )  # fmt: skip
+    else:
+        parts = []
+        for a, b in _documents(bounds):
+            parts.append(
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _heads(dout, a, b), _heads(q, a, b), _heads(k, a, b), _heads(v, a, b), _heads(out, a, b),
+                    lse[a:b].t()[None].contiguous(), 0.0, True, scale=scale,
+                )
+            )  # fmt: skip
+        dq, dk, dv = (torch.cat([p[i][0].transpose(0, 1) for p in parts]) for i in range(3))
+    return dq[..., :D].contiguous(), _fold_heads(dk[..., :D], G).contiguous(), _fold_heads(dv[..., :V], G).contiguous()
+
+
+def _documents(bounds: Tensor) -> list[tuple[int, int]]:
+    edges = bounds.tolist()
+    return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+
+
+def _heads(x_SHD: Tensor, a: int, b: int) -> Tensor:
+    return x_SHD[a:b].transpose(0, 1).unsqueeze(0)
+
+
+def _lse(lse_1HS: Tensor) -> Tensor:
+    return lse_1HS[0].t().to(torch.float32)

@@ -1,0 +1,36 @@
+"""The reference backend: plain PyTorch, forward and backward, the definition of every op. Runs on any device and dtype."""
+
+from tokensieve.ops.reference.dense import (
+    dense_attention,
+    dense_attention_backward,
+    head_mass,
+    indexer_kl_dense,
+    indexer_kl_dense_backward,
+    masked_attention,
+    masked_attention_backward,
+)
+from tokensieve.ops.reference.index import index_scores, index_scores_backward, index_topk, select_topk
+from tokensieve.ops.reference.sparse import (
+    sparse_attention,
+    sparse_attention_backward,
+    sparse_attention_kl,
+    sparse_attention_kl_backward,
+)
+
+__all__ = [
+    "dense_attention",
+    "dense_attention_backward",
+    "head_mass",
+    "index_scores",
+    "index_scores_backward",
+    "index_topk",
+    "indexer_kl_dense",
+    "indexer_kl_dense_backward",
+    "masked_attention",
+    "masked_attention_backward",
+    "select_topk",
+    "sparse_attention",
+    "sparse_attention_backward",
+    "sparse_attention_kl",
+    "sparse_attention_kl_backward",
+]

@@ -1,0 +1,187 @@
+"""The lightning indexer, equation (1), and the selection, equation (2).
+
+Legend: S query tokens, T key tokens, H index heads, D index width; b queries in a block, n keys in its range.
+
+An index score has the same bits whatever the blocking, the batch, and prefill or decode. A matrix product gives each output element the
+same sum over the width in the same order as long as the library takes its ordinary kernel, and the library leaves that kernel for very
+few rows or columns. So every score is computed as one product per query of `heads padded to 4` x `keys padded to 64`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
+
+KEY_TILE = 2048  # keys scored at a time
+KEY_PAD = 64  # keys per product are padded to a multiple of this
+HEAD_PAD = 4  # heads likewise
+
+
+class IndexInputs(NamedTuple):
+    """q (S, H', D), k (T', D), w (S, H') in the computing dtype, padded so that every product has an ordinary shape."""
+
+    q_SHD: Tensor
+    k_TD: Tensor
+    w_SH: Tensor
+    k_scale_T: Tensor | None
+
+
+def pad_index_inputs(
+    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k_scale_T: Tensor | None, ends_S: Tensor
+) -> IndexInputs:
+    dtype = compute_dtype(q_SHD)
+    q, k, w = q_SHD.to(dtype), k_TD.to(dtype), w_SH.to(dtype)
+    heads = -q.shape[1] % HEAD_PAD
+    if heads:
+        q, w = F.pad(q, (0, 0, 0, heads)), F.pad(w, (0, heads))
+    # A tile may start at any key and is padded at its end: it needs KEY_PAD - 1 rows past the last key that is read. A cache
+    # buffer usually has them as unused capacity; only otherwise are the keys copied.
+    last = int(ends_S.max()) if ends_S.numel() else 0
+    missing = last + KEY_PAD - k.shape[0]
+    if missing > 0:
+        k = F.pad(k, (0, 0, 0, missing))
+    scale = None if k_scale_T is None else F.pad(k_scale_T.to(dtype), (0, k.shape[0] - k_scale_T.shape[0]))
+    return IndexInputs(q.contiguous(), k.contiguous(), w.contiguous(), scale)
+
+
+def head_products(x: IndexInputs, a: int, b: int, lo: int, hi: int) -> Tensor:
+    """q . k for queries [a, b) and keys [lo, lo + padded length): (b, H', n'), n' >= hi - lo."""
+    n = -(-(hi - lo) // KEY_PAD) * KEY_PAD
+    k_nD = x.k_TD[lo : lo + n]
+    return torch.bmm(x.q_SHD[a:b], k_nD.t().expand(b - a, -1, -1))
+
+
+def score_strip(x: IndexInputs, block: Block) -> Tensor:
+    """Index scores (b, hi-lo) of one block of queries over its key range, a tile of keys at a time."""
+    a, b, lo, hi = block
+    tiles = []
+    for first in range(lo, hi, KEY_TILE):
+        last = min(first + KEY_TILE, hi)
+        dots = head_products(x, a, b, first, last).relu_()
+        tile = torch.bmm(x.w_SH[a:b, None, :], dots)[:, 0, : last - first]
+        tiles.append(tile if x.k_scale_T is None else tile * x.k_scale_T[first:last])
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+
+
+def score_elements(H: int):
+    """Elements held per query that sees n keys: its strip of scores, or a tile of all heads."""
+    return lambda n: max(n, H * min(n, KEY_TILE))
+
+
+def index_scores(
+    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
+) -> Tensor:
+    x = pad_index_inputs(q_SHD, k_TD, w_SH, k_scale_T, ends_S)
+    scores_ST = x.q_SHD.new_full((q_SHD.shape[0], k_TD.shape[0]), float("-inf"))
+    for block in query_blocks(starts_S, ends_S, score_elements(q_SHD.shape[1])):
+        scores_ST[block.a : block.b, block.lo : block.hi] = score_strip(x, block)
+    return scores_ST
+
+
+def accumulate_index_gradient(
+    x: IndexInputs, block: Block, dscore_bn: Tensor, dq_SHD: Tensor, dk_TD: Tensor, dw_SH: Tensor
+) -> None:
+    """Adds the gradients of q, k, w for d(score) of one block; recomputes the products tile by tile."""
+    a, b, lo, hi = block
+    for first in range(lo, hi, KEY_TILE):
+        last = min(first + KEY_TILE, hi)
+        n = last - first
+        dots = head_products(x, a, b, first, last)[:, :, :n].relu_()
+        g_bn = dscore_bn[:, first - lo : last - lo]
+        if x.k_scale_T is not None:
+            g_bn = g_bn * x.k_scale_T[first:last]
+        dw_SH[a:b] += torch.bmm(dots, g_bn.unsqueeze(-1)).squeeze(-1)
+        # From here on `dots` holds d(q.k) = g * w where the product was positive: reused, since it is the largest temporary.
+        d_bHn = dots.sign_().mul_(g_bn.unsqueeze(1)).mul_(x.w_SH[a:b].unsqueeze(-1))
+        dq_SHD[a:b] += torch.matmul(d_bHn, x.k_TD[first:last])
+        dk_TD[first:last] += d_bHn.flatten(0, 1).t() @ x.q_SHD[a:b].flatten(0, 1)
+
+
+def index_gradients(x: IndexInputs) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.zeros_like(x.q_SHD), torch.zeros_like(x.k_TD), torch.zeros_like(x.w_SH)
+
+
+def index_scores_backward(
+    dscores_ST: Tensor,
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = pad_index_inputs(q_SHD, k_TD, w_SH, k_scale_T, ends_S)
+    H, T = q_SHD.shape[1], k_TD.shape[0]
+    dq, dk, dw = index_gradients(x)
+    for block in query_blocks(starts_S, ends_S, score_elements(H)):
+        d_bn = dscores_ST[block.a : block.b, block.lo : block.hi].to(dq.dtype)
+        outside = out_of_range(block, starts_S, ends_S)
+        if outside is not None:
+            d_bn = d_bn.masked_fill(outside, 0.0)
+        accumulate_index_gradient(x, block, d_bn, dq, dk, dw)
+    return dq[:, :H].to(q_SHD.dtype), dk[:T].to(k_TD.dtype), dw[:, :H].to(w_SH.dtype)
+
+
+def exact_topk(strip_bn: Tensor, outside_bn: Tensor | None, k: int) -> Tensor:
+    """Positions (b, k) of the k largest, ties to the smaller position, by sorting unique integer keys: (score, -position)."""
+    n = strip_bn.shape[1]
+    double = strip_bn.dtype == torch.float64
+    bits = strip_bn.view(torch.int64 if double else torch.int32)
+    # Monotone map from floats to integers: negative floats order backwards, so their magnitude bits are flipped.
+    ordered = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+    if outside_bn is not None:
+        ordered = ordered.masked_fill(outside_bn, torch.iinfo(bits.dtype).min)
+    # A stable sort keeps equal scores in order of position: this is the tie rule.
+    return torch.sort(ordered, dim=1, descending=True, stable=True).indices[:, : min(k, n)]
+
+
+def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
+    """indices (b, min(k, hi-lo)) int32 of one block, ascending, then -1."""
+    a, b, lo, hi = block
+    outside = out_of_range(block, starts_S, ends_S)
+    if outside is not None:
+        strip_bn = strip_bn.masked_fill(outside, float("-inf"))
+    strip_bn = strip_bn + 0.0  # -0.0 becomes 0.0
+    if bool(torch.isnan(strip_bn).any()):
+        row = a + int(torch.isnan(strip_bn).any(dim=1).nonzero()[0])
+        raise ValueError(
+            f"index scores of query {row} contain NaN: nothing can be selected; check the indexer's inputs and weights"
+        )
+    n = hi - lo
+    if n <= k:
+        chosen = torch.arange(n, device=strip_bn.device).expand(b - a, n)
+    else:
+        values, chosen = torch.topk(strip_bn, k, dim=1, sorted=False)
+        kth = values.amin(dim=1, keepdim=True)
+        # topk takes any of several equal scores. Rows where some of the scores equal to the k-th were left out are done again.
+        ambiguous = ((strip_bn == kth).sum(dim=1) > (values == kth).sum(dim=1)).nonzero().flatten()
+        if ambiguous.numel():
+            chosen[ambiguous] = exact_topk(strip_bn[ambiguous], None if outside is None else outside[ambiguous], k)
+    if outside is None:
+        return chosen.sort(dim=1).values.add_(lo).to(torch.int32) if n > k else (chosen + lo).to(torch.int32)
+    invalid = outside.gather(1, chosen)
+    ascending = chosen.masked_fill(invalid, n).sort(dim=1).values
+    return torch.where(ascending == n, -1, ascending + lo).to(torch.int32)
+
+
+def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
+    indices_SK = torch.full((scores_ST.shape[0], k), -1, dtype=torch.int32, device=scores_ST.device)
+    for block in query_blocks(starts_S, ends_S, lambda n: n):
+        strip = scores_ST[block.a : block.b, block.lo : block.hi].to(compute_dtype(scores_ST))
+        chosen = select_strip(strip, block, k, starts_S, ends_S)
+        indices_SK[block.a : block.b, : chosen.shape[1]] = chosen
+    return indices_SK
+
+
+def index_topk(
+    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
+) -> Tensor:
+    x = pad_index_inputs(q_SHD, k_TD, w_SH, k_scale_T, ends_S)
+    indices_SK = torch.full((q_SHD.shape[0], k), -1, dtype=torch.int32, device=q_SHD.device)
+    for block in query_blocks(starts_S, ends_S, score_elements(q_SHD.shape[1])):
+        chosen = select_strip(score_strip(x, block), block, k, starts_S, ends_S)
+        indices_SK[block.a : block.b, : chosen.shape[1]] = chosen
+    return indices_SK

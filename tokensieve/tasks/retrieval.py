@@ -1,0 +1,311 @@
+"""Needles: facts hidden in real text, asked for at its end.
+
+A training sequence is one document of exactly `context` tokens:
+
+    bos <User> text with n needle lines "\\n\\n" question <Assistant></think> value eos  <User> question ... value eos
+
+An evaluation context is everything up to the end of the text; its questions are asked one by one, each as the first
+turn right after the context, from the context's cache. What is held out is described in `phrasing`.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tokensieve.config import UserError
+from tokensieve.tasks import Document, PlainEncoder
+from tokensieve.tasks.phrasing import NOUNS, Key, draw_keys, draw_value, mention, question, statement
+
+MAX_NEEDLES = 16
+PREFILL_CHUNK = 2048  # tokens
+
+
+@dataclass(frozen=True)
+class Needle:
+    key: Key
+    noun: str
+    value: str
+    line: str
+
+
+@dataclass(frozen=True)
+class NeedleQuestion:
+    """`question_ids` run from the blank line after the text to </think>; `answer_ids` are the value and eos.
+
+    `depth` in [0, 1): where the needle's line begins, as a share of the context's tokens.
+    """
+
+    question_ids: list[int]
+    answer_ids: list[int]
+    depth: float
+    key: str
+    value: str
+
+
+@dataclass(frozen=True)
+class NeedleContext:
+    context_ids: list[int]
+    questions: list[NeedleQuestion]
+
+
+@dataclass(frozen=True)
+class NeedleRecord:
+    context: int
+    key: str
+    depth: float
+    expected: str
+    answered: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class NeedleScore:
+    """`accuracy`: share of questions whose every answer token, eos included, is the greedy choice.
+
+    `by_depth`: the same per tenth of the context, None where no needle lay; `counts`: questions per tenth.
+    """
+
+    accuracy: float
+    by_depth: tuple[float | None, ...]
+    counts: tuple[int, ...]
+    records: tuple[NeedleRecord, ...] = field(repr=False)
+
+
+def draw_needles(rng: random.Random, count: int, held_out: bool) -> list[Needle]:
+    """`count` needles with different keys and values."""
+    needles: list[Needle] = []
+    values: set[str] = set()
+    for key in draw_keys(rng, count, held_out):
+        value = draw_value(rng, held_out)
+        while any(value in other or other in value for other in values):
+            value = draw_value(rng, held_out)
+        values.add(value)
+        noun = NOUNS.draw(rng, held_out)
+        needles.append(Needle(key, noun, value, statement(rng, key, noun, value, held_out)))
+    return needles
+
+
+class LineBounds:
+    """Where a line may be spliced into tokens: after a token that ends a line and before one that does not."""
+
+    def __init__(self, encode: PlainEncoder):
+        tokens = [encode.raw.id_to_token(i) or "" for i in range(encode.vocab_size)]
+        self.ends = np.array([token.endswith(("Ċ", "\n", "<0x0A>")) for token in tokens])
+        self.starts = np.array([token.startswith(("Ċ", "\n", "<0x0A>")) for token in tokens])
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Positions p in [1, len) at which tokens[p] is the first of a line."""
+        return np.flatnonzero(self.ends[tokens[:-1]] & ~self.starts[tokens[1:]]) + 1
+
+
+def _splice(
+    text: np.ndarray, lines: Sequence[list[int]], positions: Sequence[int]
+) -> tuple[list[np.ndarray], list[int]]:
+    """Inserts lines[i] before text[positions[i]]; returns the pieces and where each line begins in the whole."""
+    order = sorted(range(len(lines)), key=lambda i: positions[i])
+    pieces, begins, last, length = [], [0] * len(lines), 0, 0
+    for i in order:
+        piece = text[last : positions[i]]
+        begins[i] = length + len(piece)
+        pieces += [piece, np.asarray(lines[i], dtype=text.dtype)]
+        length = begins[i] + len(lines[i])
+        last = positions[i]
+    pieces.append(text[last:])
+    return pieces, begins
+
+
+def needle_count(rng: random.Random) -> int:
+    """1 to 16, uniform in the logarithm, and 16 in four draws of ten."""
+    return MAX_NEEDLES if rng.random() < 0.4 else round(math.exp(rng.uniform(0, math.log(MAX_NEEDLES))))
+
+
+def training_sequence(
+    rng: random.Random,
+    encode: PlainEncoder,
+    bounds: LineBounds,
+    take_text: Callable[[random.Random, int], np.ndarray],
+    context: int,
+) -> np.ndarray:
+    """One sequence of exactly `context` tokens (int64). `take_text(rng, n)` gives n tokens of real text."""
+    marks = encode.markers
+    needles = draw_needles(rng, needle_count(rng), held_out=False)
+    asked = rng.sample(needles, len(needles) if rng.random() < 0.7 else rng.randint(1, len(needles)))
+    lines: list[list[int]] = []
+    turns: list[list[int]] = []
+    budget = context // 2 - 2
+    for needle in asked:
+        line = encode(needle.line)
+        words = question(rng, needle.key, needle.noun, held_out=False)
+        head = [marks.user, *encode(words)] if turns else encode("\n\n" + words)
+        turn = [*head, marks.assistant, marks.end_think, *encode(needle.value), marks.eos]
+        budget -= len(line) + len(turn)
+        if budget < 0:
+            break
+        lines.append(line)
+        turns.append(turn)
+    if not turns:
+        raise UserError(f"a context of {context} tokens is too short for a needle; use at least 256")
+    unasked = [needle.line for needle in needles if needle not in asked]
+    mentions = [mention(rng, needle.key, needle.noun) for needle in needles if rng.random() < 0.1]
+    for extra in unasked + mentions:
+        line = encode(extra)
+        if budget >= len(line):
+            budget -= len(line)
+            lines.append(line)
+    length = context - 2 - sum(map(len, lines)) - sum(map(len, turns))
+    text = take_text(rng, length)
+    starts = bounds(text)
+    positions = [int(starts[rng.randrange(len(starts))]) if len(starts) else 0 for _ in lines]
+    pieces, _ = _splice(text, lines, positions)
+    tail = [token for turn in turns for token in turn]
+    return np.concatenate([np.array([marks.bos, marks.user]), *pieces, np.array(tail)]).astype(np.int64)
+
+
+def needle_contexts(
+    tokenizer: Any,
+    documents: Iterable[Document],
+    context: int,
+    needles: int = MAX_NEEDLES,
+    count: int = 1,
+    seed: int = 0,
+    depth: int | None = None,
+    held_out: bool = True,
+) -> list[NeedleContext]:
+    """`count` evaluation contexts, each with `needles` needles and one question a needle.
+
+    Args:
+        documents: held-out documents; joined in their order until a context is full.
+        context: tokens; context_ids and any one question with its answer fit in it.
+        depth: a tenth of the context, 0 to 9, in which the needles lie; None spreads them over all of it.
+        held_out: phrasings, keys and values that training never sees.
+
+    Raises:
+        UserError: the documents are too short, or the context is too small for the needles.
+    """
+    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+    bounds = LineBounds(encode)
+    sources = [document.text for document in documents]
+    if not sources:
+        raise UserError("no held-out documents to hide needles in; raise held_out_share or name a larger source")
+    encoded: dict[int, np.ndarray] = {}
+    cursor = random.Random(f"first document {seed}").randrange(len(sources))
+    contexts = []
+    for number in range(count):
+        rng = random.Random(f"needles {seed} {number} {context} {needles} {depth} {held_out}")
+        drawn = draw_needles(rng, needles, held_out)
+        marks = encode.markers
+        tails = [
+            ([*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think])
+            for needle in drawn
+        ]
+        answers = [[*encode(needle.value), marks.eos] for needle in drawn]
+        lines = [encode(needle.line) for needle in drawn]
+        longest = max(len(tail) + len(answer) for tail, answer in zip(tails, answers, strict=True))
+        length = context - 2 - sum(map(len, lines)) - longest
+        if length < 64:
+            raise UserError(f"{needles} needles do not fit in a context of {context} tokens; use a longer context")
+        chunks: list[np.ndarray] = []
+        tried, filled = 0, 0
+        while filled < length:
+            which = (cursor + tried) % len(sources)
+            if not any(needle.value in sources[which] for needle in drawn):
+                if which not in encoded:
+                    encoded[which] = np.array(encode(sources[which].rstrip("\n") + "\n\n\n"))
+                chunks.append(encoded[which])
+                filled += len(encoded[which])
+            tried += 1
+            if tried > 1000 * len(sources):
+                raise UserError("the held-out documents are too short for one context; name a larger source")
+        cursor += tried
+        text_ids = np.concatenate(chunks)[:length]
+        starts = bounds(text_ids)
+        if len(starts):
+            text_ids = text_ids[: starts[-1]]
+            starts = starts[:-1]
+        if not len(starts):
+            raise UserError("the held-out documents have no lines to put needles between; use another source")
+        depths = (starts + 2) / (2 + len(text_ids) + sum(map(len, lines)))
+        positions = []
+        for slot in rng.sample(range(needles), needles):
+            share = (depth + rng.random()) / 10 if depth is not None else (slot + rng.random()) / needles
+            nearest = np.abs(depths - share)
+            if depth is not None:
+                nearest = nearest + (np.floor(depths * 10) != depth)
+            positions.append(int(starts[nearest.argmin()]))
+        pieces, begins = _splice(text_ids, lines, positions)
+        ids = [marks.bos, marks.user, *np.concatenate(pieces).tolist()]
+        contexts.append(
+            NeedleContext(
+                ids,
+                [
+                    NeedleQuestion(tail, answer, (begin + 2) / len(ids), needle.key.render(), needle.value)
+                    for needle, tail, answer, begin in zip(drawn, tails, answers, begins, strict=True)
+                ],
+            )
+        )
+    return contexts
+
+
+def evaluate(
+    model: Any,
+    contexts: Sequence[NeedleContext],
+    on_context: Callable[[int, int], None] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+) -> NeedleScore:
+    """Asks every question of every context; the context is read once and stays cached for all its questions.
+
+    Greedy decoding gives the answer exactly when, with the answer fed in, the best token at each of its positions is
+    the answer's; so a question costs one short pass. `on_context(done, total)` reports progress; `decode` spells the
+    records' answers (token ids otherwise).
+    """
+    import torch
+
+    from tokensieve.model import LatentCache
+
+    spell = decode or (lambda ids: " ".join(map(str, ids)))
+    device = next(model.parameters()).device
+    records = []
+    with torch.inference_mode():
+        for number, item in enumerate(contexts):
+            cache = LatentCache()
+            ids = torch.tensor([item.context_ids], device=device)
+            for begin in range(0, ids.shape[1], PREFILL_CHUNK):
+                chunk = ids[:, begin : begin + PREFILL_CHUNK]
+                model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for ask in item.questions:
+                turn = torch.tensor([ask.question_ids + ask.answer_ids[:-1]], device=device)
+                kept = len(ask.answer_ids)
+                logits = model(turn, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
+                best = logits[0, -kept:].argmax(-1).tolist()
+                cache.crop(len(item.context_ids))
+                right = best == ask.answer_ids
+                records.append(NeedleRecord(number, ask.key, ask.depth, ask.value, spell(best), right))
+            if on_context is not None:
+                on_context(number + 1, len(contexts))
+    return score(records)
+
+
+def score(records: Sequence[NeedleRecord]) -> NeedleScore:
+    """Sums up records; raises UserError when there are none."""
+    if not records:
+        raise UserError("no needle questions to score; ask for at least one context")
+    tenths: list[list[bool]] = [[] for _ in range(10)]
+    for record in records:
+        tenths[min(int(record.depth * 10), 9)].append(record.correct)
+    return NeedleScore(
+        accuracy=sum(record.correct for record in records) / len(records),
+        by_depth=tuple(sum(tenth) / len(tenth) if tenth else None for tenth in tenths),
+        counts=tuple(map(len, tenths)),
+        records=tuple(records),
+    )
+
+
+def reward(completion: str, answer: str) -> float:
+    """1 when the completion names the answer and no other number, else 0."""
+    numbers = set(re.findall(r"\d+", completion))
+    return float(numbers == {answer})

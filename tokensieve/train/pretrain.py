@@ -1,0 +1,53 @@
+"""Pretraining of a small dense model: cross-entropy, expert load balanced by the router's correction bias."""
+
+import torch
+
+from tokensieve.config import DeepseekV3Config, TrainConfig, UserError
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.moe import Router
+from tokensieve.train.stage import Stage, language_losses
+
+
+def new_model(config: TrainConfig) -> DecoderForCausalLM:
+    """A freshly initialized dense model of the shape in `config.shape`; weights from `config.seed`."""
+    if not config.shape:
+        raise UserError("pretrain makes a new model: give its shape in a [shape] table of the config file")
+    known = set(DeepseekV3Config().to_dict())
+    for name in config.shape:
+        if name not in known:
+            raise UserError(f"config shape: unknown key {name}; known keys are the fields of transformers' DeepseekV3Config")
+    torch.manual_seed(config.seed)
+    model = DecoderForCausalLM(DeepseekV3Config(num_nextn_predict_layers=0, **config.shape))
+    # Residual outputs start smaller with depth, so that the first steps are stable at a high learning rate.
+    smaller = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.mul_(smaller)
+    return model
+
+
+def routers(model: DecoderForCausalLM) -> list[Router]:
+    return [m for m in model.modules() if isinstance(m, Router) and not m.softmax]
+
+
+def prepare(model: DecoderForCausalLM, config: TrainConfig) -> None:
+    model.train_for("none")
+    for router in routers(model):
+        router.load_E = torch.zeros(router.experts, dtype=torch.int64, device=router.weight.device)
+
+
+@torch.no_grad()
+def balance(model: DecoderForCausalLM, config: TrainConfig) -> None:
+    """Moves each expert's bias by `balance_rate` towards even load: up where it got fewer tokens than the mean, down where more.
+
+    Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
+    """
+    for router in routers(model):
+        assert router.load_E is not None
+        load = router.load_E.float()
+        router.e_score_correction_bias += config.balance_rate * torch.sign(load.mean() - load)
+        router.load_E.zero_()
+
+
+STAGE = Stage(prepare, language_losses, balance)

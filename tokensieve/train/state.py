@@ -1,0 +1,90 @@
+"""Checkpoints of a run: written atomically, rotated, and enough to continue as if nothing had happened.
+
+A checkpoint is a folder `step-000120` of the run: the model in Hugging Face format, the optimizer's moments as safetensors, and state.json
+(step, random state, fingerprint of config and data). Data order needs no state: a sequence is a function of seed and number.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tokensieve import checkpoint
+from tokensieve.config import UserError
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.loading import copy_tokenizer
+
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    step: int  # finished steps
+    fingerprint: str  # of the config and the data
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
+def save_state(
+    run: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, state: RunState, keep: int, shard_bytes: float = 5e9
+) -> Path:
+    """Writes a checkpoint and removes the oldest ones beyond `keep`. UserError on a full disk, with everything older intact."""
+    folder = folder_of(run, state.step)
+    names = {id(p): n for n, p in model.named_parameters()}
+    with checkpoint.replacing_folder(folder) as new:
+        checkpoint.save_tensors(new, model.config.to_dict(), model.state_dict().items(), model.extras, shard_bytes)
+        tensors: dict[str, Tensor] = {}
+        for parameter, moments in optimizer.state.items():
+            for key, value in moments.items():
+                tensors[f"{names[id(parameter)]}|{key}"] = torch.as_tensor(value).contiguous()
+        tensors["rng|cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng|cuda"] = torch.cuda.get_rng_state()
+        save_file(tensors, new / OPTIMIZER)
+        (new / STATE).write_text(json.dumps({"step": state.step, "fingerprint": state.fingerprint}))
+        if getattr(model, "folder", None) is not None:
+            copy_tokenizer(Path(model.folder), new)
+    for old in checkpoints(run)[: -max(1, keep)]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first. What a kill left half-written has another name and is not among them."""
+    return sorted(p for p in run.glob("step-*") if (p / STATE).is_file())
+
+
+def read_state(folder: Path) -> RunState:
+    raw: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return RunState(raw["step"], raw["fingerprint"])
+
+
+def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
+    """Moments and random state of the checkpoint `folder`. UserError on a damaged file."""
+    path = folder / OPTIMIZER
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it") from error
+    torch.set_rng_state(tensors.pop("rng|cpu"))
+    cuda = tensors.pop("rng|cuda", None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, moment = key.partition("|")
+        parameter = parameters[name]
+        # The step count stays on the CPU where the optimizer keeps it there.
+        optimizer.state[parameter][moment] = value if moment == "step" and not _fused(optimizer) else value.to(parameter.device)
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("fused"))
