@@ -100,7 +100,7 @@ def random_config(family: str, seed: int) -> Any:
 
 @torch.no_grad()
 def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Weights that keep activations near 1 and logits within about 5, norms and biases that a test notices when left out."""
+    """Weights that keep activations near 1 and logits within about 4; norms and biases whose absence a test notices."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if name.endswith("bias"):
@@ -108,7 +108,7 @@ def randomize(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         elif tensor.dim() == 1:
             tensor.uniform_(0.4, 1.6, generator=generator)
         else:
-            tensor.normal_(0.0, 1.2 * tensor.shape[-1] ** -0.5, generator=generator)
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
     return model.eval()
 
 
@@ -130,7 +130,8 @@ def pair(config: Any, folder: Path, seed: int = 0) -> tuple[PreTrainedModel, Dec
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Without 0, which is the padding: `generate` would make a mask with holes out of it."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -139,7 +140,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @contextmanager
 def margins(model: DecoderForCausalLM) -> Iterator[list[float]]:
-    """Collects by how much every choice of experts, groups and keys was made: what was chosen last against the first left out.
+    """By how much each choice of experts, groups and keys was made: the last chosen against the first left out.
 
     Two programs that round differently can be asked for equal logits only where no choice hangs on the rounding.
     """

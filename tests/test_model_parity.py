@@ -1,4 +1,4 @@
-"""Our logits are transformers' logits, in float32 to 1e-4, for every family and in both directions through a saved folder."""
+"""Our logits are transformers' logits in float32 to 1e-4: every family, both directions through a saved folder."""
 
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import tokensieve
 TOLERANCE = 1e-4
 CLEAR = 1e-5  # ten times what rounding moves a score: no choice in these cases hangs on the order of additions
 LENGTH = 72
-CASES = [("v2", seed) for seed in range(12)] + [("v3", seed) for seed in range(12)]
-CASES += [("v32", seed) for seed in (*range(11), 17)]  # 11: two scores at the k-th place are equal to the last digits
+# Twelve of each; seeds in which two scores at the last place are equal to the last digits are stepped over by twelve.
+SEEDS = {"v2": range(12), "v3": (0, 1, 2, 15, *range(4, 12)), "v32": (*range(7), 19, 20, 9, 10, 11)}
+CASES = [(family, seed) for family, seeds in SEEDS.items() for seed in seeds]
 
 
 def padded(rows: int, side: str) -> Tensor:
@@ -32,23 +33,26 @@ def test_logits_equal_those_of_transformers(family: str, seed: int, tmp_path: Pa
     oracle, model = pair(random_config(family, seed), tmp_path / "theirs", seed)
     ids = tokens(2, LENGTH, seed)
     labels = ids.masked_fill(ids % 3 == 0, -100)
-    want = oracle(ids, labels=labels)
+    want = oracle(ids, labels=labels, output_hidden_states=True)
     assert 1.0 < float(want.logits.abs().max()) < 10.0
 
     with margins(model) as gaps:
-        got = model(ids, labels=labels)
+        got = model(ids, labels=labels, output_hidden_states=True)
         assert difference(got.logits, want.logits) < TOLERANCE
         assert difference(got.loss, want.loss) < 1e-5
+        for mine, theirs in zip(got.hidden_states, want.hidden_states, strict=True):
+            assert difference(mine, theirs) < TOLERANCE
         short = ids[:, : getattr(model.config, "index_topk", 8)]  # k tokens and fewer: nothing is left out
         assert difference(model(short).logits, oracle(short).logits) < TOLERANCE
         for side in ("left", "right"):
             mask = padded(2, side)
-            theirs = oracle(ids, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100))
-            mine = model(ids, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100))
-            assert difference(mine.logits[mask == 1], theirs.logits[mask == 1]) < TOLERANCE, side
-            assert difference(mine.loss, theirs.loss) < 1e-5, side
-        kept = model(ids, logits_to_keep=5).logits
-        assert kept.shape[1] == 5 and difference(kept, want.logits[:, -5:]) < TOLERANCE
+            asked = {"attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
+            a, b = model(ids, **asked), oracle(ids, **asked)
+            assert difference(a.logits[mask == 1], b.logits[mask == 1]) < TOLERANCE, side
+            assert difference(a.loss, b.loss) < 1e-5, side
+        for keep in (5, torch.tensor([3, 40])):
+            kept = model(inputs_embeds=model.model.embed_tokens(ids), logits_to_keep=keep).logits
+            assert difference(kept, oracle(ids, logits_to_keep=keep).logits) < TOLERANCE
     assert min(gaps, default=1.0) > CLEAR, "a choice hangs on rounding: take another seed"
 
     tokensieve.save(model, tmp_path / "ours")
@@ -60,8 +64,8 @@ def test_logits_equal_those_of_transformers(family: str, seed: int, tmp_path: Pa
 
 def test_the_drawn_configs_are_many_kinds() -> None:
     """What a seed draws is left to chance, so that chance is checked once."""
-    for family in ("v2", "v3", "v32"):
-        drawn = [random_config(family, seed) for kind, seed in CASES if kind == family]
+    for family in SEEDS:
+        drawn = [random_config(family, seed) for seed in SEEDS[family]]
         kinds = {
             "heads": {c.num_attention_heads for c in drawn},
             "rope dims": {c.qk_rope_head_dim for c in drawn},

@@ -99,7 +99,7 @@ def contexts(model: DecoderForCausalLM, ids: Tensor) -> list[SelectionContext]:
 @pytest.mark.parametrize("latent", [32, None])
 @torch.no_grad()
 def test_scores_are_equation_1_without_the_softmax_factor(latent: int | None) -> None:
-    """In float64 from the layer's input; the selection cannot tell a factor on all scores, so the scores are looked at."""
+    """In float64 from the layer's input: a factor on all scores changes no selection, so the scores are looked at."""
     c = config("v32", q_lora_rank=latent, rope_parameters=YARN | {"mscale_all_dim": 0.7})
     model = ours(c, seed=4)
     a = model.model.layers[0].self_attn
@@ -167,7 +167,7 @@ def test_decode_never_expands_k_and_v(family: str, rows: int) -> None:
         for _ in range(3):
             model(ids[:, -1:], past_key_values=cache, use_cache=True)
     assert calls == []
-    # Neither through the layer nor in any other way: all keys' K or V would be heads * 12 (or 16) wide. The cache itself is 32 wide.
+    # Neither through the layer nor in any other way: all keys' K or V are heads * 12 or 16 wide, the cache is 32 wide.
     assert largest.elements < rows * 400 * 16 * 12 // 2, largest.elements
 
 

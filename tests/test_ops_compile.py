@@ -166,3 +166,15 @@ def test_opcheck_of_fused_dense_attention(dtype: torch.dtype) -> None:
 
     opcheck("dense_attention", out_only, tensors)
     opcheck("dense_attention", out_only, tuple(strided(t) for t in tensors))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name: str) -> None:
+    """The ops choose their own precision: float32 inputs give the same bits under bf16 autocast, forward and
+    backward."""
+    function, tensors = calls(make(CASE))[name]
+    expected = run(function, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = run(function, tensors)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype and torch.equal(a, e)

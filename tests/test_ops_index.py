@@ -131,6 +131,18 @@ def test_bitwise_the_same_wherever_the_keys_lie(heads: int, width: int, dtype: t
             assert torch.equal(packed[t, : ends[t]], alone[t, : ends[t]]), f"query {t}, keys moved by {offset}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bitwise_the_same_for_every_part_of_the_keys(dtype: torch.dtype) -> None:
+    """Keys [start, end) on their own: each then stands in another place of the products that compute it."""
+    g = torch.Generator().manual_seed(0)
+    for heads, width, T in ((1, 32, 64), (8, 40, 64), (5, 24, 130), (4, 8, 1100), (64, 128, 500)):
+        q, k, w = draw(3, T, heads, width, dtype)
+        together = ops.index_scores(q, k, w, *whole(3, T))
+        for start, end in torch.randint(0, T + 1, (20, 2), generator=g).sort(1).values.tolist():
+            alone = ops.index_scores(q, k[start:end], w, *whole(3, end - start))
+            assert torch.equal(alone, together[:, start:end]), f"{heads} heads of {width}, keys [{start}, {end}) of {T}"
+
+
 @pytest.mark.parametrize(("heads", "width"), WIDTHS)
 def test_bitwise_the_same_for_prefill_and_decode(heads: int, width: int) -> None:
     """Each query of a causal prefill, alone, against a cache that holds only the keys so far or that has room for

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import dacite
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
 
 
@@ -60,7 +61,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         )
     try:
         config = MODEL_CONFIGS[kind].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"
         ) from error
@@ -90,6 +91,7 @@ class DataConfig:
     cache: str = ""  # folder of the tokenized text; empty: the user's cache folder
     held_out_share: float = 0.02  # share of modules kept for evaluation
     limit_bytes: int | None = None  # of text read from each source
+    answer_weight: float = 1.0  # weight in the loss of answers that only the context can tell (the needles' values)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,9 +28,18 @@ GENERATED = ("retrieval", "chat")
 CHAT_BYTES = 24_000_000  # of source text to take functions from
 
 
+SHORTEST_RETRIEVAL = 512  # tokens of a needle document
+
+
+class Row(NamedTuple):
+    ids: np.ndarray  # (context,) tokens
+    starts: np.ndarray  # positions at which documents begin, 0 first
+    answers: np.ndarray | None = None  # (context,) bool: tokens that only the context can tell
+
+
 class Stream(Protocol):
-    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens of the stream's `number`-th sequence and the positions at which its documents begin (0 first)."""
+    def sequence(self, number: int) -> Row:
+        """The stream's `number`-th sequence: a function of the number alone."""
 
 
 class TextStream:
@@ -55,7 +64,7 @@ class TextStream:
             self._epoch = (epoch, order, begins)
         return self._epoch[1], self._epoch[2]
 
-    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def sequence(self, number: int) -> Row:
         ids = np.empty(self.context, dtype=np.int64)
         starts = []
         filled = 0
@@ -72,11 +81,15 @@ class TextStream:
                 position += len(piece)
                 place += 1
             epoch, position = epoch + 1, 0
-        return ids, np.array(starts)
+        return Row(ids, np.array(starts))
 
 
 class RetrievalStream:
-    """Needle documents, one a sequence, in slices of the stored text (modules of one package lie side by side)."""
+    """Needle documents in slices of the stored text (modules of one package lie side by side).
+
+    Half of the sequences are one document, the others two, four, ... equal ones: the short ones hold more answers per token, which is
+    what teaches to match a key, the long ones teach the distance.
+    """
 
     def __init__(self, store: TokenStore, encode: PlainEncoder, context: int, seed: int):
         if len(store.tokens) < 2 * context:
@@ -96,25 +109,37 @@ class RetrievalStream:
             end -= len(reach) - 1 - int(ends[-1])
         return self.store.tokens[end - length : end]
 
-    def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def sequence(self, number: int) -> Row:
         digest = hashlib.blake2b(f"retrieval {self.seed} {number}".encode(), digest_size=8).digest()
         rng = random.Random(int.from_bytes(digest, "big"))
-        ids = retrieval.training_sequence(rng, self.encode, self.bounds, self._take, self.context)
-        return ids, np.zeros(1, dtype=np.int64)
+        halvings = max(0, (self.context // SHORTEST_RETRIEVAL).bit_length() - 1)
+        pieces = 1 << (rng.randint(1, halvings) if halvings and rng.random() < 0.5 else 0)
+        length = self.context // pieces
+        lengths = [length] * (pieces - 1) + [self.context - length * (pieces - 1)]
+        drawn = [retrieval.training_sequence(rng, self.encode, self.bounds, self._take, n) for n in lengths]
+        ids = np.concatenate([ids for ids, _ in drawn])
+        return Row(ids, np.arange(pieces) * length, np.concatenate([answers for _, answers in drawn]))
 
 
 class PackedDataset(Dataset):
-    """Map-style: item i is a dict of int64 tensors of shape (context,): input_ids, labels, position_ids.
+    """Map-style: item i is a dict of tensors of shape (context,): input_ids, labels, position_ids (int64), and with an
+    `answer_weight` other than 1 loss_weights (float32), which are that number at answers that only the context can tell, 1 elsewhere.
 
     `fingerprint` changes whenever the items would: a resumed run can check that it still reads the same data.
     """
 
     def __init__(
-        self, streams: Sequence[Stream], weights: Sequence[float], sequences: int, seed: int, fingerprint: str = ""
+        self,
+        streams: Sequence[Stream],
+        weights: Sequence[float],
+        sequences: int,
+        seed: int,
+        fingerprint: str = "",
+        answer_weight: float = 1.0,
     ):
         if not streams or len(streams) != len(weights) or min(weights) < 0 or sum(weights) <= 0:
             raise UserError("the data mixture needs sources with weights of 0 or more that do not sum to 0")
-        self.streams, self.fingerprint = list(streams), fingerprint
+        self.streams, self.fingerprint, self.answer_weight = list(streams), fingerprint, answer_weight
         edges = np.cumsum(weights) / np.sum(weights)
         # Drawn one by one from a seeded generator: a longer run begins with the same choices.
         draws = np.random.default_rng([seed, 0x6D6978]).random(sequences)
@@ -130,8 +155,13 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        ids, starts = self.streams[self.choice[index]].sequence(int(self.number[index]))
-        return packed_item(ids, starts)
+        ids, starts, answers = self.streams[self.choice[index]].sequence(int(self.number[index]))
+        item = packed_item(ids, starts)
+        if self.answer_weight != 1:
+            item["loss_weights"] = torch.ones(len(ids))
+            if answers is not None:
+                item["loss_weights"][torch.from_numpy(answers)] = self.answer_weight
+        return item
 
 
 def packed_item(ids: np.ndarray, starts: np.ndarray, padding: int = 0) -> dict[str, torch.Tensor]:
@@ -195,7 +225,7 @@ def build_dataset(
     text = next((entry.source for entry in config.sources if entry.source not in GENERATED), "python")
     streams: list[Stream] = []
     listings: dict[str, str] = {}
-    keys = [repr((context, seed, [entry.weight for entry in config.sources]))]
+    keys = [repr((context, seed, [entry.weight for entry in config.sources], config.answer_weight))]
     for place, entry in enumerate(config.sources):
         own = seed * 1009 + place
         kind = entry.source if entry.source in GENERATED else "text"
@@ -210,4 +240,5 @@ def build_dataset(
         else:
             streams.append(TextStream(store, encode, context, own, framed=kind == "chat"))
     fingerprint = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
-    return PackedDataset(streams, [entry.weight for entry in config.sources], sequences, seed, fingerprint)
+    weights = [entry.weight for entry in config.sources]
+    return PackedDataset(streams, weights, sequences, seed, fingerprint, config.answer_weight)

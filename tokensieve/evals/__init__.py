@@ -1,12 +1,13 @@
-"""What was lost and what was gained: parity of dense and sparse, long contexts, decode time. Functions from models and data to figures.
+"""What was lost and what was gained: parity of dense and sparse, long contexts, decode time. Functions from models
+and data to figures.
 
 Losses are in nats a token, shares in [0, 1], times in milliseconds where the name says ms.
 """
 
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
 from tokensieve.evals.longcontext import FULL, QUICK, AcceptanceSizes, acceptance, context_gain, needle_heat
-from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, demo_arms, metrics_of
-from tokensieve.evals.recall import Recall, recall
+from tokensieve.evals.mass import Recall, recall
+from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, demo_arms, loss_by_position, metrics_of
 from tokensieve.evals.text import Perplexity, perplexity, text_sequences, token_losses
 from tokensieve.evals.timing import decode_ms, kv_entries
 
@@ -27,6 +28,7 @@ __all__ = [
     "decode_ms",
     "demo_arms",
     "kv_entries",
+    "loss_by_position",
     "metrics_of",
     "needle_heat",
     "parity_criteria",

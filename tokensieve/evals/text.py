@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ Progress = Callable[[], None]
 
 @contextmanager
 def evaluating(model: DecoderForCausalLM) -> Iterator[None]:
-    """Within the block: evaluation mode, no indexer objective, no gradients. For models that are in the middle of training."""
+    """Within the block: evaluation mode, no indexer objective, no gradients. For models that are in the middle of
+    training.
+    """
     training, objective = model.training, model.model.objective
     model.eval()
     model.model.objective = "none"
@@ -40,7 +43,8 @@ def evaluating(model: DecoderForCausalLM) -> Iterator[None]:
 def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> list[Tensor]:
     """`count` int64 sequences of exactly `context` tokens: bos, then consecutive tokens of a single document each.
 
-    A document gives its first stretch; only when there are too few documents, later ones too. Their order is drawn by a hash of the names.
+    A document gives its first stretch; only when there are too few documents, later ones too. Their order is drawn by
+    a hash of the names.
 
     Raises:
         UserError: the documents do not hold so much text.
@@ -69,27 +73,27 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
 
 
 def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
-    """Cross-entropy in nats (S - 1,) float32 on the CPU: entry i is of token i + 1, predicted from the i + 1 tokens before it.
+    """Cross-entropy in nats (S - 1,) float32 on the CPU: entry i is of token i + 1, predicted from the i + 1 tokens
+    before it.
 
     The logits of `HEAD_ROWS` positions exist at a time.
     """
     device = model.lm_head.weight.device
     ids = ids_S.to(device)
     with evaluating(model):
-        hidden = model.model(input_ids=ids[None]).last_hidden_state[0]
-        parts = [
-            F.cross_entropy(model.lm_head(hidden[a : a + HEAD_ROWS]).float(), ids[a + 1 : a + 1 + HEAD_ROWS], reduction="none")
-            for a in range(0, len(ids) - 1, HEAD_ROWS)
-            if (hidden := hidden[: len(ids) - 1]) is not None
-        ]
+        hidden = model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
+        pairs = zip(hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True)
+        parts = [F.cross_entropy(model.lm_head(h).float(), target, reduction="none") for h, target in pairs]
     return torch.cat(parts).cpu()
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`ppl`: exp of the mean loss at positions that see more than k tokens, where a selection selects; `ppl_all`: at all positions.
+    """`ppl`: exp of the mean loss at positions that see more than k tokens, where a selection selects; `ppl_all`: at
+    all positions.
 
-    `loss[i]`: mean in nats where edges[i] < tokens seen <= edges[i + 1]; `tokens`: how many losses `ppl` is the mean of.
+    `loss[i]`: mean in nats where edges[i] < tokens seen <= edges[i + 1]; `tokens`: how many losses `ppl` is the mean
+    of.
     """
 
     ppl: float
@@ -102,7 +106,8 @@ class Perplexity:
 def perplexity(
     model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int, buckets: int = 16, done: Progress | None = None
 ) -> Perplexity:
-    """Perplexity of held-out sequences (equally long, one document each), and the loss by position in `buckets` equal stretches.
+    """Perplexity of held-out sequences (equally long, one document each), and the loss by position in `buckets` equal
+    stretches.
 
     Raises:
         UserError: no sequences, of different lengths, or none longer than k.
@@ -111,7 +116,9 @@ def perplexity(
         raise UserError("perplexity needs at least one sequence, and all of one length; take them from text_sequences")
     context = len(sequences[0])
     if context - 1 <= top_k:
-        raise UserError(f"sequences of {context} tokens never see more than k = {top_k} keys, so nothing is selected; use longer ones")
+        raise UserError(
+            f"sequences of {context} tokens never see more than k = {top_k} keys: nothing is selected; use longer ones"
+        )
     rows = []
     for ids in sequences:
         rows.append(token_losses(model, ids))
@@ -125,6 +132,6 @@ def perplexity(
         ppl=math.exp(float(selected.mean())),
         ppl_all=math.exp(float(losses.mean())),
         edges=tuple(edges),
-        loss=tuple(float(losses[:, a:b].mean()) for a, b in zip(edges, edges[1:])),
+        loss=tuple(float(losses[:, a:b].mean()) for a, b in pairwise(edges)),
         tokens=selected.numel(),
     )

@@ -23,7 +23,7 @@ from tokensieve.model.cache import LatentCache
 from tokensieve.model.indexer import Indexer
 from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
-from tokensieve.model.selection import Selection, SelectionContext, dense
+from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
 
 MASKED_FORM_KEYS = (
@@ -42,7 +42,7 @@ class Pass:
     cache: LatentCache | None = None
     objective: Literal["none", "warmup", "adapt"] = "none"
     kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
-    replay: list[Tensor] | None = None  # per layer (N, K) indices to use instead of selecting
+    replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
     form: Literal["auto", "mha", "mqa"] = "auto"
     keep_selection: bool = False
     selected: dict[int, Tensor] = field(default_factory=dict)  # layer -> (N, K)
@@ -163,8 +163,15 @@ class Attention(nn.Module):
         """(N, K) indices, or None for dense attention: asked for, or the same thing because no query sees more than k keys."""
         if p.replay is not None:
             indices = p.replay[self.layer]
-        elif p.selection is dense or (p.pack.max_keys <= p.top_k and p.objective == "none" and not p.keep_selection):
+        elif p.selection is dense:
             return None
+        elif (
+            p.selection in SELECTIONS.values()
+            and p.pack.max_keys <= p.top_k
+            and p.objective == "none"
+            and not p.keep_selection
+        ):
+            return None  # ours select everything then; a function of the user's may not
         elif self.indexer is None and p.selection is indexer_selection:
             return None
         else:
@@ -173,7 +180,7 @@ class Attention(nn.Module):
                 indices = p.selection(SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs))
             if indices is None:
                 return None
-        if p.keep_selection:
+        if p.keep_selection and indices is not None:
             p.selected[self.layer] = indices
         return indices
 

@@ -3,7 +3,6 @@
 Legend: B rows, T cached tokens, E latent width (kv_lora_rank + rope dims), D index width.
 """
 
-import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -18,6 +17,7 @@ class LatentCache(Cache):
 
     def __init__(self, reserve: int = 0):
         self.reserve = reserve
+        self.layers: list = []  # transformers' own cache layers: none, though generation and repr look for them
         self.latent_BTE: list[Tensor] = []
         self.index_BTD: list[Tensor | None] = []
         self.row_starts: Tensor | None = None  # (B, 1) int32, set when rows begin late (left padding, packed documents)
@@ -44,6 +44,10 @@ class LatentCache(Cache):
             held = self.index_BTD[layer]
             self.index_BTD[layer] = None if held is None else self._grown(held)
         latent, index = self.latent_BTE[layer], self.index_BTD[layer]
+        if latent.shape[0] != latent_BSE.shape[0]:
+            raise ValueError(
+                f"the cache holds {latent.shape[0]} rows and the input {latent_BSE.shape[0]}; start a new cache"
+            )
         latent[:, a:b] = latent_BSE
         if index is not None and index_BSD is not None:
             index[:, a:b] = index_BSD
@@ -70,8 +74,19 @@ class LatentCache(Cache):
         return -1
 
     def crop(self, max_length: int) -> None:
-        """Forgets everything after the first `max_length` tokens; a negative number drops that many."""
-        self._length = max(0, self._length + max_length) if max_length < 0 else min(self._length, max_length)
+        """Forgets everything after the first `max_length` tokens; a negative number drops that many, and 0 drops none.
+
+        (transformers' assisted generation drops -n tokens where n may be 0; `reset` is what forgets everything.)
+        ValueError where that ends before the beginning of a row's last document (or in its padding).
+        """
+        length = max(0, self._length + max_length) if max_length <= 0 else min(self._length, max_length)
+        if length == 0:
+            self.row_starts = None
+        elif self.row_starts is not None and length < self._length and int(self.row_starts.max()) >= length:
+            raise ValueError(
+                f"cannot crop to {length} tokens: a row begins at {int(self.row_starts.max())}; start a new cache"
+            )
+        self._length = length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))

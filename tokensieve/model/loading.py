@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve import checkpoint
-from tokensieve.config import ModelConfig, SparseConfig, UserError, model_config
+from tokensieve.config import ModelConfig, UserError, model_config
 from tokensieve.model.transformer import DecoderForCausalLM
 
 log = logging.getLogger("tokensieve")
@@ -169,10 +169,13 @@ def sparsify(
     }
     if dense.model_type == "deepseek_v2":
         fields |= {"scoring_func": "softmax", "n_group": dense.n_group or 1, "topk_group": dense.topk_group or 1}
-    config = SparseConfig.from_dict(
-        fields
-        | {"index_topk": top_k, "index_n_heads": index_heads, "index_head_dim": index_dim, "index_dtype": index_dtype}
-    )
+    fields |= {
+        "index_topk": top_k,
+        "index_n_heads": index_heads,
+        "index_head_dim": index_dim,
+        "index_dtype": index_dtype,
+    }
+    config = model_config(fields | {"model_type": "deepseek_v32"})
     with torch.device("meta"):
         sparse = DecoderForCausalLM(config)
     state = model.state_dict()

@@ -90,23 +90,23 @@ class Experts(nn.Module):
         N, K = chosen_NK.shape
         flat = chosen_NK.flatten()
         order = flat.argsort(stable=True)
-        x = x_ND[order // K]
         counts = torch.bincount(flat, minlength=self.gate_up_proj.shape[0])
-        if x.is_cuda and x.dtype == torch.bfloat16:
-            y = self._grouped(x, counts.cumsum(0).to(torch.int32))
-        else:
-            y = self._one_by_one(x, counts.tolist())
-        # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
-        back = torch.empty_like(order)
-        back[order] = torch.arange(N * K, device=order.device)
-        return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
+        # Autocast would turn the sum over K, and with it the residual stream, to float32.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x = x_ND[order // K]
+            grouped = x.is_cuda and x.dtype == torch.bfloat16
+            y = self._grouped(x, counts.cumsum(0).to(torch.int32)) if grouped else self._one_by_one(x, counts.tolist())
+            # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
+            back = torch.empty_like(order)
+            back[order] = torch.arange(N * K, device=order.device)
+            return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
 
     def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
         parts, a = [], 0
         for expert, count in enumerate(counts):
             if count:
-                gate, up = F.linear(x[a : a + count], self.gate_up_proj[expert]).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, self.down_proj[expert]))
+                gate, up = F.linear(x[a : a + count], self.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, self.down_proj[expert].to(x.dtype)))
                 a += count
         return torch.cat(parts)
 

@@ -45,6 +45,8 @@ def make_pack(
     (B, past + S) marks padding with 0 on either side; a hole in the middle raises. Past tokens come from the cache.
     """
     past = 0 if cache is None else cache.get_seq_length()
+    if length == 0:
+        raise UserError("the input holds no token; give at least one")
     if past + length > max_positions:
         raise UserError(
             f"a sequence of {past + length} tokens is past the model's {max_positions} positions; shorten it or extend the model with YaRN"
@@ -55,12 +57,20 @@ def make_pack(
         )
     mask = None
     if attention_mask is not None and not bool(attention_mask.all()):
+        if attention_mask.shape[1] < past + length:
+            raise UserError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens of {past + length}; cached ones count"
+            )
         mask = attention_mask[:, -(past + length) :].bool()
         if bool((mask.int().diff(dim=1, prepend=mask.new_zeros(batch, 1).int()) == 1).sum(1).gt(1).any()):
             raise UserError("attention_mask has a hole: padding must lie at the ends of a row")
     if position_ids is None:
         if mask is None:
             positions = torch.arange(past, past + length, device=device).expand(batch, length)
+            if (
+                cache is not None and cache.row_starts is not None
+            ):  # counted from the row's own beginning, as what is cached was
+                positions = positions - cache.row_starts
         else:
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
     else:
@@ -82,7 +92,7 @@ def make_pack(
         if cache is not None and cache.row_starts is not None:
             first = cache.row_starts
         begins = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        begins[:, 0] = past == 0
+        begins[:, 0] = positions[:, 0] == 0 if past else True
         begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
         if mask is not None:
             # A row's own start is its first token that is not padding, wherever its position ids begin.

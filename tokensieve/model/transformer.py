@@ -21,6 +21,7 @@ from tokensieve.model.moe import MLP, Experts, MoE, Router
 from tokensieve.model.pack import Pack, make_pack
 from tokensieve.model.rope import frequencies, rotation
 from tokensieve.model.selection import Selection, indexer, resolve
+from tokensieve.model.supported import check_supported
 
 Objective = Literal["none", "warmup", "adapt"]
 
@@ -32,7 +33,7 @@ class TrunkOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
-    selection: list[Tensor] | None = None
+    selection: list[Tensor | None] | None = None
     kl: Tensor | None = None
 
 
@@ -44,7 +45,7 @@ class CausalOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
-    selection: list[Tensor] | None = None
+    selection: list[Tensor | None] | None = None
     kl: Tensor | None = None
 
 
@@ -94,6 +95,7 @@ class Trunk(DecoderPreTrainedModel):
     """Everything below the vocabulary head. Trainers that bypass the head (TRL) call this, so the objective and the selection live here."""
 
     def __init__(self, config: ModelConfig):
+        check_supported(config)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -116,7 +118,11 @@ class Trunk(DecoderPreTrainedModel):
     def use_yarn(self, on: bool) -> None:
         """Off: plain frequencies and softmax scale, as a model trains before its context is extended. Part of training, not of the config."""
         config = self.config
-        rope = config.rope_parameters if on else {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+        rope = (
+            config.rope_parameters
+            if on
+            else {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
+        )
         with torch.device("cpu"):
             self._frequencies = frequencies(rope, config.qk_rope_head_dim, config.max_position_embeddings)
         for layer in self.layers:
@@ -131,12 +137,16 @@ class Trunk(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        selection: list[Tensor] | None = None,
+        selection: list[Tensor | None] | None = None,
         return_selection: bool = False,
         **kwargs: Any,
     ) -> TrunkOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if selection is not None and len(selection) != len(self.layers):
+            raise ValueError(
+                f"selection has {len(selection)} layers and the model {len(self.layers)}; pass what the model returned"
+            )
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, S, _ = x_BSD.shape
         device = x_BSD.device
@@ -158,7 +168,7 @@ class Trunk(DecoderPreTrainedModel):
             cache=past_key_values,
             objective=objective,
             kl_weight=None if objective == "none" else self._query_weights(pack, device),
-            replay=None if selection is None else [to_packed(s, pack) for s in selection],
+            replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             form=self.form,
             keep_selection=return_selection,
         )
@@ -177,11 +187,16 @@ class Trunk(DecoderPreTrainedModel):
         if past_key_values is not None:
             past_key_values.advance(S)
         kl = torch.stack([p.kl[i] for i in sorted(p.kl)]).sum() if p.kl else None
+        last = self.norm(x).unflatten(0, (B, S))
+        if states is not None:
+            states[-1] = last  # as everywhere in transformers
         return TrunkOutput(
-            last_hidden_state=self.norm(x).unflatten(0, (B, S)),
+            last_hidden_state=last,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
-            selection=[to_rows(p.selected[i], pack) for i in sorted(p.selected)] if return_selection else None,
+            selection=[to_rows(p.selected[i], pack) if i in p.selected else None for i in range(len(self.layers))]
+            if return_selection
+            else None,
             kl=kl,
         )
 
@@ -204,7 +219,15 @@ def to_rows(indices_NK: Tensor, pack: Pack) -> Tensor:
 
 def to_packed(indices_BSK: Tensor, pack: Pack) -> Tensor:
     row = torch.arange(pack.batch, device=indices_BSK.device, dtype=indices_BSK.dtype)[:, None, None]
-    return torch.where(indices_BSK < 0, indices_BSK, indices_BSK + row * pack.row_keys).flatten(0, 1)
+    packed = torch.where(indices_BSK < 0, indices_BSK, indices_BSK + row * pack.row_keys).flatten(0, 1)
+    # Looking at values costs a synchronization on a GPU.
+    if packed.device.type == "cpu":
+        unseen = (packed < pack.starts_N[:, None]) | (packed >= pack.ends_N[:, None])
+        if bool((unseen & (packed >= 0)).any()):
+            raise ValueError(
+                "selection names keys that their query may not see; replay it with its own mask and positions"
+            )
+    return packed
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -267,7 +290,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        selection: list[Tensor] | None = None,
+        selection: list[Tensor | None] | None = None,
         return_selection: bool = False,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -275,7 +298,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> CausalOutput | tuple:
         """Logits, and a loss where `labels` (B, S) are given (unshifted; -100 is ignored). In warm-up the loss is the KL.
 
-        `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` gave them.
+        `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` gave them;
+        None where the layer's attention is dense.
         """
         out = self.model(
             input_ids=input_ids,

@@ -44,65 +44,81 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     return {op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS] for op in OPS}
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
+    # Messages are built only when a check fails: torch.compile cannot format symbolic sizes, and decode calls this per layer.
+    if starts_S.shape != (S,) or ends_S.shape != (S,):
+        raise ValueError(f"{op}: starts and ends must have shape ({S},), one range per query")
+    if starts_S.device.type == "cpu" and S and not torch.compiler.is_compiling():
+        low, high = int(starts_S.min()), int(ends_S.max())
+        if low < 0 or high > T:
+            raise ValueError(f"{op}: key ranges must lie in [0, {T}], got starts from {low} and ends to {high}")
 
 
-def _check_ranges(op: str, S: int, starts_S: Tensor, ends_S: Tensor) -> None:
-    _require(
-        starts_S.shape == (S,) and ends_S.shape == (S,),
-        f"{op}: starts and ends must have shape ({S},), one range per query",
-    )
+def _check_index(op: str, q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k_scale_T: Tensor | None = None) -> None:
+    if q_SHD.dim() != 3 or k_TD.dim() != 2:
+        raise ValueError(f"{op}: q must be (S, H_I, d_I) and k (T, d_I), got {tuple(q_SHD.shape)}, {tuple(k_TD.shape)}")
+    if q_SHD.shape[2] != k_TD.shape[1]:
+        raise ValueError(f"{op}: q is {q_SHD.shape[2]} wide but k {k_TD.shape[1]}")
+    if w_SH.shape != q_SHD.shape[:2]:
+        raise ValueError(f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])}, got {tuple(w_SH.shape)}")
+    if k_scale_T is not None and k_scale_T.shape != k_TD.shape[:1]:
+        raise ValueError(f"{op}: k_scale must be (T) = {tuple(k_TD.shape[:1])}, got {tuple(k_scale_T.shape)}")
 
 
-def _check_index(op: str, q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor) -> None:
-    _require(
-        q_SHD.dim() == 3 and k_TD.dim() == 2,
-        f"{op}: q must be (S, H_I, d_I) and k (T, d_I), got {tuple(q_SHD.shape)}, {tuple(k_TD.shape)}",
-    )
-    _require(q_SHD.shape[2] == k_TD.shape[1], f"{op}: q is {q_SHD.shape[2]} wide but k {k_TD.shape[1]}")
-    _require(
-        w_SH.shape == q_SHD.shape[:2], f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])}, got {tuple(w_SH.shape)}"
-    )
+def _check_scored(op: str, q_SHD: Tensor, k_TGD: Tensor, q_I: Tensor, k_I: Tensor, w: Tensor) -> None:
+    _check_index(op, q_I, k_I, w)
+    if q_I.shape[0] != q_SHD.shape[0] or k_I.shape[0] != k_TGD.shape[0]:
+        raise ValueError(
+            f"{op}: q_I and k_I have {q_I.shape[0]} queries and {k_I.shape[0]} keys, "
+            f"the attention {q_SHD.shape[0]} and {k_TGD.shape[0]}"
+        )
 
 
 def _check_k(op: str, k: int) -> None:
-    _require(k >= 1, f"{op}: k must be at least 1, got {k}")
+    if k < 1:
+        raise ValueError(f"{op}: k must be at least 1, got {k}")
+
+
+def _check_groups(op: str, q_SHD: Tensor, k_TGD: Tensor) -> None:
+    if q_SHD.dim() != 3 or k_TGD.dim() != 3:
+        raise ValueError(
+            f"{op}: q must be (S, H, D) and keys (kv) (T, G, D), got {tuple(q_SHD.shape)}, {tuple(k_TGD.shape)}"
+        )
+    if q_SHD.shape[1] % k_TGD.shape[1]:
+        raise ValueError(f"{op}: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} key-value groups")
+
+
+def _check_width(op: str, q_SHD: Tensor, k_TGD: Tensor) -> None:
+    if q_SHD.shape[2] != k_TGD.shape[2]:
+        raise ValueError(f"{op}: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
 
 
 def _check_entries(
     op: str, q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, d_k: int, v_start: int, d_v: int
 ) -> None:
-    _require(q_SHD.dim() == 3 and kv_TGE.dim() == 3, f"{op}: q must be (S, H, D) and kv (T, G, E)")
-    S, H, D = q_SHD.shape
-    _, G, E = kv_TGE.shape
-    _require(
-        D == d_k <= E,
-        f"{op}: q is {D} wide, d_k is {d_k}, an entry is {E} wide; d_k must equal q's width and fit in the entry",
-    )
-    _require(
-        0 <= v_start and v_start + d_v <= E,
-        f"{op}: the value [{v_start}, {v_start + d_v}) lies outside an entry of width {E}",
-    )
-    _require(H % G == 0, f"{op}: {H} heads cannot share {G} key-value groups")
-    _check_indices(op, S, kv_TGE.shape[0], indices_SK)
+    _check_groups(op, q_SHD, kv_TGE)
+    D, E = q_SHD.shape[2], kv_TGE.shape[2]
+    if D != d_k or d_k > E:
+        raise ValueError(
+            f"{op}: q is {D} wide, d_k is {d_k}, an entry is {E} wide; d_k must equal q's width and fit in the entry"
+        )
+    if v_start < 0 or d_v < 1 or v_start + d_v > E:
+        raise ValueError(
+            f"{op}: the value [{v_start}, {v_start + d_v}) (d_v {d_v}) is empty or outside an entry of width {E}"
+        )
+    _check_indices(op, q_SHD.shape[0], kv_TGE.shape[0], indices_SK)
 
 
 def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
-    _require(
-        indices_SK.dim() == 2 and indices_SK.shape[0] == S,
-        f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}",
-    )
-    _require(
-        indices_SK.dtype in (torch.int32, torch.int64), f"{op}: indices must be int32 or int64, got {indices_SK.dtype}"
-    )
+    if indices_SK.dim() != 2 or indices_SK.shape[0] != S:
+        raise ValueError(f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}")
+    if indices_SK.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{op}: indices must be int32 or int64, got {indices_SK.dtype}")
     # Looking at values costs a synchronization on a GPU and cannot be traced; there the kernels' own bounds are what protects.
     if indices_SK.device.type == "cpu" and indices_SK.numel() and not torch.compiler.is_compiling():
         low, high = indices_SK.aminmax()
-        _require(
-            int(low) >= -1 and int(high) < T, f"{op}: indices must lie in [-1, {T}), got {int(low)} to {int(high)}"
-        )
+        if int(low) < -1 or int(high) >= T:
+            raise ValueError(f"{op}: indices must lie in [-1, {T}), got {int(low)} to {int(high)}")
 
 
 def index_scores(
@@ -120,8 +136,8 @@ def index_scores(
     q (S, H_I, d_I), k (T, d_I), w (S, H_I) with every scale folded in, k_scale (T) float32 for quantized keys (no gradient).
     Returns (S, T) float32; outside a query's range unspecified. Differentiable by q, k, w. ValueError on mismatched shapes.
     """
-    _check_index("index_scores", q_SHD, k_TD, w_SH)
-    _check_ranges("index_scores", q_SHD.shape[0], starts_S, ends_S)
+    _check_index("index_scores", q_SHD, k_TD, w_SH, k_scale_T)
+    _check_ranges("index_scores", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
     return custom.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
 
 
@@ -132,8 +148,9 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, 
     ValueError when k < 1, or when a score inside a range is NaN.
     """
     _check_k("select_topk", k)
-    _require(scores_ST.dim() == 2, f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
-    _check_ranges("select_topk", scores_ST.shape[0], starts_S, ends_S)
+    if not (scores_ST.dim() == 2):
+        raise ValueError(f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
+    _check_ranges("select_topk", *scores_ST.shape, starts_S, ends_S)
     return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
 
 
@@ -153,8 +170,8 @@ def index_topk(
     Shapes as in `index_scores`; returns (S, k) int32, ascending, then -1. No gradient. Errors as in both.
     """
     _check_k("index_topk", k)
-    _check_index("index_topk", q_SHD, k_TD, w_SH)
-    _check_ranges("index_topk", q_SHD.shape[0], starts_S, ends_S)
+    _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
+    _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
     return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
 
 
@@ -176,16 +193,13 @@ def dense_attention(
     `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
     each is causal: they say the same as the ranges and let fused kernels run, whose lse carries no gradient.
     """
-    _require(
-        k_TGD.shape[:2] == v_TGV.shape[:2],
-        f"dense_attention: k {tuple(k_TGD.shape)} and v {tuple(v_TGV.shape)} differ in (T, G)",
-    )
-    _require(q_SHD.shape[2] == k_TGD.shape[2], f"dense_attention: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
-    _require(
-        q_SHD.shape[1] % k_TGD.shape[1] == 0,
-        f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups",
-    )
-    _check_ranges("dense_attention", q_SHD.shape[0], starts_S, ends_S)
+    if not (k_TGD.shape[:2] == v_TGV.shape[:2]):
+        raise ValueError(f"dense_attention: k {tuple(k_TGD.shape)} and v {tuple(v_TGV.shape)} differ in (T, G)")
+    if not (q_SHD.shape[2] == k_TGD.shape[2]):
+        raise ValueError(f"dense_attention: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
+    if not (q_SHD.shape[1] % k_TGD.shape[1] == 0):
+        raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
+    _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
 
 
@@ -196,10 +210,9 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
     q (S, H, D), k (T, G, D). It is what evaluation reads to judge a selection: of size S x T, so the caller passes a slice of the queries.
     No gradient; the reference computes it on every device.
     """
-    _require(
-        q_SHD.shape[1] % k_TGD.shape[1] == 0, f"head_mass: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups"
-    )
-    _check_ranges("head_mass", q_SHD.shape[0], starts_S, ends_S)
+    if not (q_SHD.shape[1] % k_TGD.shape[1] == 0):
+        raise ValueError(f"head_mass: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
+    _check_ranges("head_mass", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return reference.head_mass(q_SHD, k_TGD, starts_S, ends_S, scale)
 
 
@@ -211,14 +224,10 @@ def masked_attention(
     q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V), lse (S, H). Differentiable by q, k, v.
     Source: report, section 2.1, "masked MHA mode". ValueError when an index is outside [-1, T).
     """
-    _require(
-        k_THD.shape[:2] == v_THV.shape[:2],
-        f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)",
-    )
-    _require(
-        q_SHD.shape[1:] == k_THD.shape[1:],
-        f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)",
-    )
+    if not (k_THD.shape[:2] == v_THV.shape[:2]):
+        raise ValueError(f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)")
+    if not (q_SHD.shape[1:] == k_THD.shape[1:]):
+        raise ValueError(f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)")
     _check_indices("masked_attention", q_SHD.shape[0], k_THD.shape[0], indices_SK)
     return custom.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
 
@@ -265,7 +274,7 @@ def sparse_attention_kl(
     Gradients of out and lse reach q and kv only, those of kl reach q_I, k_I and w only. Errors as in `sparse_attention`.
     """
     _check_entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
-    _check_index("sparse_attention_kl", q_I, k_I, w)
+    _check_scored("sparse_attention_kl", q_SHD, kv_TGE, q_I, k_I, w)
     return custom.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
 
 
@@ -288,12 +297,12 @@ def indexer_kl_dense(
     q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
     Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
     """
-    _check_index("indexer_kl_dense", q_I, k_I, w)
-    _require(
-        lse_SH.shape == q_SHD.shape[:2],
-        f"indexer_kl_dense: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}",
-    )
-    _check_ranges("indexer_kl_dense", q_SHD.shape[0], starts_S, ends_S)
+    _check_groups("indexer_kl_dense", q_SHD, k_TGD)
+    _check_width("indexer_kl_dense", q_SHD, k_TGD)
+    _check_scored("indexer_kl_dense", q_SHD, k_TGD, q_I, k_I, w)
+    if not (lse_SH.shape == q_SHD.shape[:2]):
+        raise ValueError(f"indexer_kl_dense: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}")
+    _check_ranges("indexer_kl_dense", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return custom.indexer_kl_dense(
         q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
     )

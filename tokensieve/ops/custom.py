@@ -4,12 +4,25 @@ The bodies only pick a backend and call it; the mathematics is in `reference/` a
 meaning in `__init__.py`. Each backward is an op of its own, so that torch.compile sees through it as well.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from tokensieve.ops.dispatch import pick
 from tokensieve.ops.reference.blocks import compute_dtype
+
+
+def full_precision(body):
+    """Inside an op the reference computes in float32, whatever autocast the model runs under."""
+
+    @functools.wraps(body)
+    def run(*args, **kwargs):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return body(*args, **kwargs)
+
+    return run
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -20,6 +33,7 @@ def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @custom_op("tokensieve::index_scores", mutates_args=())
+@full_precision
 def index_scores(
     q: Tensor, k: Tensor, w: Tensor, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> Tensor:
@@ -32,6 +46,7 @@ def _(q, k, w, starts, ends, k_scale, backend):
 
 
 @custom_op("tokensieve::index_scores_backward", mutates_args=())
+@full_precision
 def index_scores_backward(
     dscores: Tensor, q: Tensor, k: Tensor, w: Tensor, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +55,7 @@ def index_scores_backward(
 
 @index_scores_backward.register_fake
 def _(dscores, q, k, w, starts, ends, k_scale, backend):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(w)
+    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(w, *w.shape)
 
 
 def _index_scores_setup(ctx, inputs, output):
@@ -59,6 +74,7 @@ index_scores.register_autograd(_index_scores_backward, setup_context=_index_scor
 
 
 @custom_op("tokensieve::select_topk", mutates_args=())
+@full_precision
 def select_topk(scores: Tensor, k: int, starts: Tensor, ends: Tensor, backend: str) -> Tensor:
     return pick("select_topk", scores, backend).select_topk(scores, k, starts, ends)
 
@@ -69,6 +85,7 @@ def _(scores, k, starts, ends, backend):
 
 
 @custom_op("tokensieve::index_topk", mutates_args=())
+@full_precision
 def index_topk(
     q: Tensor, k_I: Tensor, w: Tensor, k: int, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> Tensor:
@@ -84,6 +101,7 @@ def _(q, k_I, w, k, starts, ends, k_scale, backend):
 
 
 @custom_op("tokensieve::dense_attention", mutates_args=())
+@full_precision
 def dense_attention(
     q: Tensor,
     k: Tensor,
@@ -106,6 +124,7 @@ def _(q, k, v, starts, ends, bounds, longest, scale, backend):
 
 
 @custom_op("tokensieve::dense_attention_backward", mutates_args=())
+@full_precision
 def dense_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -127,7 +146,7 @@ def dense_attention_backward(
 
 @dense_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, starts, ends, bounds, longest, scale, backend):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(v, *v.shape)
 
 
 def _dense_setup(ctx, inputs, output):
@@ -152,6 +171,7 @@ dense_attention.register_autograd(_dense_backward, setup_context=_dense_setup)
 
 
 @custom_op("tokensieve::masked_attention", mutates_args=())
+@full_precision
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -165,6 +185,7 @@ def _(q, k, v, indices, scale, backend):
 
 
 @custom_op("tokensieve::masked_attention_backward", mutates_args=())
+@full_precision
 def masked_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -182,7 +203,7 @@ def masked_attention_backward(
 
 @masked_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, indices, scale, backend):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(v, *v.shape)
 
 
 def _masked_setup(ctx, inputs, output):
@@ -204,6 +225,7 @@ masked_attention.register_autograd(_masked_backward, setup_context=_masked_setup
 
 
 @custom_op("tokensieve::sparse_attention", mutates_args=())
+@full_precision
 def sparse_attention(
     q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_k: int, v_start: int, d_v: int, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -217,6 +239,7 @@ def _(q, kv, indices, scale, d_k, v_start, d_v, backend):
 
 
 @custom_op("tokensieve::sparse_attention_backward", mutates_args=())
+@full_precision
 def sparse_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -237,7 +260,7 @@ def sparse_attention_backward(
 
 @sparse_attention_backward.register_fake
 def _(dout, dlse, q, kv, indices, out, lse, scale, d_k, v_start, d_v, backend):
-    return torch.empty_like(q), torch.empty_like(kv)
+    return _empty(q, *q.shape), _empty(kv, *kv.shape)
 
 
 def _sparse_setup(ctx, inputs, output):
@@ -264,6 +287,7 @@ sparse_attention.register_autograd(_sparse_backward, setup_context=_sparse_setup
 
 
 @custom_op("tokensieve::sparse_attention_kl", mutates_args=())
+@full_precision
 def sparse_attention_kl(
     q: Tensor,
     kv: Tensor,
@@ -290,6 +314,7 @@ def _(q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w, backend):
 
 
 @custom_op("tokensieve::sparse_attention_kl_backward", mutates_args=())
+@full_precision
 def sparse_attention_kl_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -316,7 +341,13 @@ def sparse_attention_kl_backward(
 
 @sparse_attention_kl_backward.register_fake
 def _(dout, dlse, dkl, q, kv, indices, out, lse, scale, d_k, v_start, d_v, q_I, k_I, w, backend):
-    return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(q_I), torch.empty_like(k_I), torch.empty_like(w)
+    return (
+        _empty(q, *q.shape),
+        _empty(kv, *kv.shape),
+        _empty(q_I, *q_I.shape),
+        _empty(k_I, *k_I.shape),
+        _empty(w, *w.shape),
+    )
 
 
 def _sparse_kl_setup(ctx, inputs, output):
@@ -344,6 +375,7 @@ sparse_attention_kl.register_autograd(_sparse_kl_backward, setup_context=_sparse
 
 
 @custom_op("tokensieve::indexer_kl_dense", mutates_args=())
+@full_precision
 def indexer_kl_dense(
     q: Tensor,
     k: Tensor,
@@ -365,6 +397,7 @@ def _(q, k, lse, scale, q_I, k_I, w, starts, ends, backend):
 
 
 @custom_op("tokensieve::indexer_kl_dense_backward", mutates_args=())
+@full_precision
 def indexer_kl_dense_backward(
     dkl: Tensor,
     q: Tensor,
@@ -385,7 +418,7 @@ def indexer_kl_dense_backward(
 
 @indexer_kl_dense_backward.register_fake
 def _(dkl, q, k, lse, scale, q_I, k_I, w, starts, ends, backend):
-    return torch.empty_like(q_I), torch.empty_like(k_I), torch.empty_like(w)
+    return _empty(q_I, *q_I.shape), _empty(k_I, *k_I.shape), _empty(w, *w.shape)
 
 
 def _kl_dense_setup(ctx, inputs, output):

@@ -105,12 +105,8 @@ CLAUSES = Split(
     the correct {n} {of} {k} {is} {v}
     the {n} {is} {v} for {k}
     {v} is the {n} {of} {k}
-    {v} was the {n} {of} {k}
     use {v} as the {n} {of} {k}
-    the number {v} is the {n} {of} {k}
-    enter {v}, the {n} {of} {k}
-    {v} ({n} {of} {k})
-    they chose {v} to be the {n} {of} {k}"""),
+    the number {v} is the {n} {of} {k}"""),
     _lines("""{k} goes with the {n} {v}
     the {n} recorded {of} {k} {is} {v}
     in the case of {k}, the {n} {is} {v}
@@ -119,8 +115,7 @@ CLAUSES = Split(
     the present {n} {of} {k} {is} {v}
     {k} received the {n} {v}
     as for {k}, its {n} {is} {v}
-    it says here that the {n} {of} {k} {is} {v}
-    {v} serves as the {n} {of} {k}"""),
+    it says here that the {n} {of} {k} {is} {v}"""),
 )
 ENDINGS = Split(
     (".",) * 5
@@ -197,10 +192,10 @@ CLOSINGS = Split(
     ("", "", "", " Return only the number.", " Nothing but the digits, please.", " It was mentioned above."),
 )
 FRAMES = Split(  # what surrounds a key, in the statement and in the question alike
-    ("{}",) * 12
+    ("{}",) * 40
     + ("project {}", "the {} team", "server {}", "customer {}", "agent {}", "the {} account", "user {}", "box {}")
     + ("the {} door", "the {} lab", "station {}", "service {}", "ship {}", "the {} file", "city {}"),
-    ("{}",) * 6 + ("warehouse {}", "the {} cabinet", "group {}"),
+    ("{}",) * 20 + ("warehouse {}", "the {} cabinet", "group {}"),
 )
 MENTIONS = (  # lines that name a key and not its value
     "{k} was checked yesterday.",
@@ -274,23 +269,16 @@ class Key:
     style: str
     frame: str
 
-    def render(self, style: str | None = None, framed: bool = True) -> str:
-        style = style or self.style
-        words = self.words
+    def render(self, framed: bool = True) -> str:
+        words, style = self.words, self.style
         if style in ("'", '"', "`"):
             text = f"{style}{'-'.join(words)}{style}"
-        elif style == "Title":
-            text = " ".join(word.capitalize() for word in words)
-        elif style == "UPPER":
-            text = "_".join(words).upper()
-        elif style == "Camel":
-            text = "".join(word.capitalize() for word in words)
         else:
             text = style.join(words)
         return self.frame.format(text) if framed else text
 
 
-STYLES = ("-",) * 12 + ("_",) * 5 + (" ",) * 4 + ("Title",) * 3 + ("UPPER",) * 2 + ("Camel",) * 2 + ("'", '"', "`")
+STYLES = ("-",) * 14 + ("_",) * 4 + (" ",) * 3 + ("'", '"', "`")
 
 
 def is_held_out_key(words: tuple[str, ...]) -> bool:
@@ -302,8 +290,8 @@ def is_held_out_value(value: str) -> bool:
 
 
 def draw_keys(rng: random.Random, count: int, held_out: bool) -> list[Key]:
-    """`count` keys of distinct words; one training draw in four makes them share words, so that all of a key counts."""
-    crowded = not held_out and count > 1 and rng.random() < 0.25
+    """`count` keys of distinct words; one training draw in eight makes them share words, so that all of a key counts."""
+    crowded = not held_out and count > 1 and rng.random() < 0.125
     adjectives = rng.sample(ADJECTIVES, 3 + count // 2) if crowded else ADJECTIVES
     things = rng.sample(THINGS, 3 + count // 2) if crowded else THINGS
     keys: dict[tuple[str, ...], Key] = {}
@@ -344,19 +332,22 @@ def statement(rng: random.Random, key: Key, noun: str, value: str, held_out: boo
 
 def question(rng: random.Random, key: Key, noun: str, held_out: bool) -> str:
     """A question for the value of the key, worded independently of the statement."""
-    style, framed = key.style, True
+    framed = True
     if not held_out:
         if rng.random() < 0.15:
             noun = rng.choice(GENERIC_NOUNS)
         framed = rng.random() < 0.8
-        if style in "-_'\"`" and rng.random() < 0.15:
-            style = rng.choice(("-", "_", " "))
     form = FORMS.draw(rng, held_out)
-    text = form.format(n=noun, k=key.render(style, framed), of=CONNECTIVES.draw(rng, held_out))
+    text = form.format(n=noun, k=key.render(framed), of=CONNECTIVES.draw(rng, held_out))
     opening = QUESTION_OPENINGS.draw(rng, held_out)
     opening += " " if opening and not opening.endswith(" ") else ""
     closing = "" if text[-1] not in ".?" else CLOSINGS.draw(rng, held_out)
     return opening + text + closing
+
+
+def answer(key: Key, value: str) -> str:
+    """What the assistant says: the key as the statement writes it, without its frame, and the value."""
+    return f"{key.render(framed=False)}: {value}"
 
 
 def mention(rng: random.Random, key: Key, noun: str) -> str:

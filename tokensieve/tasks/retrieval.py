@@ -19,7 +19,7 @@ import numpy as np
 
 from tokensieve.config import UserError
 from tokensieve.tasks import Document, PlainEncoder
-from tokensieve.tasks.phrasing import NOUNS, Key, draw_keys, draw_value, mention, question, statement
+from tokensieve.tasks.phrasing import NOUNS, Key, answer, draw_keys, draw_value, mention, question, statement
 
 MAX_NEEDLES = 16
 PREFILL_CHUNK = 2048  # tokens
@@ -35,7 +35,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleQuestion:
-    """`question_ids` run from the blank line after the text to </think>; `answer_ids` are the value and eos.
+    """`question_ids` run from the blank line after the text to </think>; `answer_ids` are key, value and eos.
 
     `depth` in [0, 1): where the needle's line begins, as a share of the context's tokens.
     """
@@ -130,8 +130,11 @@ def training_sequence(
     bounds: LineBounds,
     take_text: Callable[[random.Random, int], np.ndarray],
     context: int,
-) -> np.ndarray:
-    """One sequence of exactly `context` tokens (int64). `take_text(rng, n)` gives n tokens of real text."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """One sequence of exactly `context` tokens (int64), and where its answers' values stand (bool).
+
+    `take_text(rng, n)` gives n tokens of real text.
+    """
     marks = encode.markers
     needles = draw_needles(rng, needle_count(rng), held_out=False)
     asked = rng.sample(needles, len(needles) if rng.random() < 0.7 else rng.randint(1, len(needles)))
@@ -142,7 +145,7 @@ def training_sequence(
         line = encode(needle.line)
         words = question(rng, needle.key, needle.noun, held_out=False)
         head = [marks.user, *encode(words)] if turns else encode("\n\n" + words)
-        turn = [*head, marks.assistant, marks.end_think, *encode(needle.value), marks.eos]
+        turn = [*head, marks.assistant, marks.end_think, *encode(answer(needle.key, needle.value)), marks.eos]
         budget -= len(line) + len(turn)
         if budget < 0:
             break
@@ -163,7 +166,13 @@ def training_sequence(
     positions = [int(starts[rng.randrange(len(starts))]) if len(starts) else 0 for _ in lines]
     pieces, _ = _splice(text, lines, positions)
     tail = [token for turn in turns for token in turn]
-    return np.concatenate([np.array([marks.bos, marks.user]), *pieces, np.array(tail)]).astype(np.int64)
+    ids = np.concatenate([np.array([marks.bos, marks.user]), *pieces, np.array(tail)]).astype(np.int64)
+    answers = np.zeros(context, dtype=bool)
+    end = context - len(tail)
+    for turn, needle in zip(turns, asked, strict=False):
+        end += len(turn)
+        answers[end - 1 - len(encode(needle.value)) : end] = True
+    return ids, answers
 
 
 def needle_contexts(
@@ -203,7 +212,7 @@ def needle_contexts(
             ([*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think])
             for needle in drawn
         ]
-        answers = [[*encode(needle.value), marks.eos] for needle in drawn]
+        answers = [[*encode(answer(needle.key, needle.value)), marks.eos] for needle in drawn]
         lines = [encode(needle.line) for needle in drawn]
         longest = max(len(tail) + len(answer) for tail, answer in zip(tails, answers, strict=True))
         length = context - 2 - sum(map(len, lines)) - longest

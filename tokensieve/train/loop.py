@@ -164,7 +164,7 @@ def _step(
 ) -> dict[str, float]:
     begin = time.perf_counter()
     totals = StepTotals(
-        labels=sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
+        labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
     )
     share = lr_share(config.optimizer, config.phases, step)
     for group in optimizer.param_groups:
@@ -197,6 +197,12 @@ def _step(
         stage.after_step(model, config)
     seconds = time.perf_counter() - begin
     return figures | {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "tokens_per_second": totals.queries / seconds}
+
+
+def _label_weight(batch: dict[str, Tensor]) -> float:
+    predicted = batch["labels"][:, 1:] != -100
+    weights = batch.get("loss_weights")
+    return float(predicted.sum() if weights is None else weights[:, 1:][predicted].sum())
 
 
 def _optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:

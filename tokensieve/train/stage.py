@@ -6,6 +6,7 @@ Legend: B sequences of a micro-batch, S tokens each.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import TrainConfig
@@ -16,7 +17,7 @@ from tokensieve.model import DecoderForCausalLM
 class StepTotals:
     """Counts over the whole optimizer step, so that no result depends on how it is cut into micro-batches."""
 
-    labels: int  # tokens that are predicted
+    labels: float  # tokens that are predicted, or their weights
     queries: int  # tokens that are not padding
 
 
@@ -37,7 +38,12 @@ class Stage:
 
 
 def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
-    """Cross-entropy summed over the micro-batch and divided by the step's count; the KL comes along where an indexer trains."""
+    """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along where an indexer trains."""
     model.model.kl_weight = 1.0 / totals.queries
-    out = model(**batch, num_items_in_batch=totals.labels)
-    return Losses(out.loss, out.loss.detach(), None if out.kl is None else out.kl.detach())
+    labels, weights = batch["labels"], batch.get("loss_weights")
+    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+    entropy = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    if weights is not None:
+        entropy = entropy * weights[:, 1:].flatten()
+    loss = entropy.sum() / totals.labels
+    return Losses(loss, loss.detach(), None if out.kl is None else out.kl.detach())

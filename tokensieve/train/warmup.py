@@ -14,7 +14,7 @@ def prepare(model: DecoderForCausalLM, config: TrainConfig) -> None:
 def losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
     """The model's loss is the KL; labels play no part, so they are not passed on and no logits are computed."""
     model.model.kl_weight = 1.0 / totals.queries
-    loss = model(**{k: v for k, v in batch.items() if k != "labels"}).loss
+    loss = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).loss
     return Losses(loss, None, loss.detach())
 
 

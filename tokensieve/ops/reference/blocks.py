@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 20  # elements of the largest temporary: 4 MiB in float32, about what stays in a core's cache
+CPU_ELEMENTS = 1 << 20  # elements of the largest temporary: 4 MiB in float32, about what stays in a core's cache
+GPU_ELEMENTS = 1 << 26  # 256 MiB in float32: enough work per launch
 
 
 class Block(NamedTuple):
@@ -26,11 +27,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def block_elements(x: Tensor) -> int:
+    return CPU_ELEMENTS if x.device.type == "cpu" else GPU_ELEMENTS
+
+
 def query_blocks(starts_S: Tensor, ends_S: Tensor, elements_per_query: Callable[[int], int]) -> Iterator[Block]:
     """Blocks of consecutive queries with the same `start`, so that one key range serves the block; queries without keys are left out.
 
     `elements_per_query(n)` is the size of the caller's largest temporary for one query that sees n keys.
     """
+    limit = block_elements(starts_S)
     starts, ends = starts_S.tolist(), ends_S.tolist()
     S, a = len(starts), 0
     while a < S:
@@ -40,15 +46,16 @@ def query_blocks(starts_S: Tensor, ends_S: Tensor, elements_per_query: Callable[
             continue
         while b < S and starts[b] == lo and ends[b] > lo:
             wider = max(hi, ends[b])
-            if (b + 1 - a) * elements_per_query(wider - lo) > BLOCK_ELEMENTS:
+            if (b + 1 - a) * elements_per_query(wider - lo) > limit:
                 break
             hi, b = wider, b + 1
         yield Block(a, b, lo, hi)
         a = b
 
 
-def row_blocks(S: int, elements_per_row: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, elements_per_row))
+def row_blocks(S: int, elements_per_row: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Ranges [a, b) of rows that hold at most a block's elements; `like` tells the device."""
+    rows = max(1, block_elements(like) // max(1, elements_per_row))
     for a in range(0, S, rows):
         yield a, min(a + rows, S)
 

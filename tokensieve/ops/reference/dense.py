@@ -8,7 +8,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from tokensieve.ops.reference.blocks import Block, compute_dtype, normalized, out_of_range, query_blocks, row_blocks
+from tokensieve.ops.reference.blocks import (
+    Block,
+    block_elements,
+    compute_dtype,
+    normalized,
+    out_of_range,
+    query_blocks,
+    row_blocks,
+)
 from tokensieve.ops.reference.index import (
     accumulate_index_gradient,
     index_gradients,
@@ -50,7 +58,7 @@ def block_attention(
         if mask is not None:
             logits.masked_fill_(mask, float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
-        p = normalized(logits, lse)
+        p = torch.softmax(logits, dim=-1)  # not exp(logits - lse): at logits of 1e4 lse has too few digits left
         values = v_TGV[lo:hi].to(dtype).transpose(0, 1)
         out_SHV[a:b] = torch.bmm(grouped_rows(p, G), values).view(H, b - a, V).transpose(0, 1)
         lse_SH[a:b] = lse.t()
@@ -72,7 +80,7 @@ def block_attention_backward(
     H, D = q_SHD.shape[1:]
     G = v_TGV.shape[1]
     dtype = compute_dtype(q_SHD)
-    dq_SHD = torch.zeros_like(q_SHD)
+    dq_SHD = q_SHD.new_zeros(q_SHD.shape)
     dk_TGD = torch.zeros(k_TGD.shape, dtype=dtype, device=k_TGD.device)
     dv_TGV = torch.zeros(v_TGV.shape, dtype=dtype, device=v_TGV.device)
     for block in blocks:
@@ -138,7 +146,7 @@ def selection_blocks(q_SHD: Tensor, indices_SK: Tensor) -> tuple[Iterator[Block]
             # A block grows while the keys it spans stay mostly shared; a query of another document begins a new one.
             while b < S and last[b] >= 0 and first[b] < hi:
                 low, high = min(lo, first[b]), max(hi, last[b] + 1)
-                if (b + 1 - a) * (high - low) * H > 1 << 20:
+                if (b + 1 - a) * (high - low) * H > block_elements(q_SHD):
                     break
                 lo, hi, b = low, high, b + 1
             yield Block(a, b, lo, hi)
@@ -187,7 +195,7 @@ def target_strip(
     lse = lse_SH[a:b].to(compute_dtype(q_SHD)).t()
     p = torch.zeros(b - a, n, dtype=lse.dtype, device=lse.device)
     per_group = H // G
-    for first, last in row_blocks(G, per_group * (b - a) * n):
+    for first, last in row_blocks(G, per_group * (b - a) * n, q_SHD):
         heads = slice(first * per_group, last * per_group)
         logits = block_logits(q_SHD[:, heads], k_TGD[:, first:last], block, scale)
         p += normalized(logits, lse[heads]).sum(0)
@@ -203,7 +211,7 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
         mask = excluded(block)
         if mask is not None:
             logits.masked_fill_(mask, float("-inf"))
-        mass_ST[block.a : block.b, block.lo : block.hi] = torch.softmax(logits, dim=-1).mean(0).nan_to_num_(0.0)
+        mass_ST[block.a : block.b, block.lo : block.hi] = torch.softmax(logits, dim=-1).mean(0)
     return mass_ST
 
 
@@ -256,4 +264,4 @@ def indexer_kl_dense_backward(
         )
         accumulate_index_gradient(x, block, dscore, dq, dk, dw)
     H, T = q_I.shape[1], k_I.shape[0]
-    return dq[:, :H].to(q_I.dtype), dk[:T].to(k_I.dtype), dw[:, :H].to(w.dtype)
+    return dq[:, :H].to(q_I.dtype).contiguous(), dk[:T].to(k_I.dtype), dw[:, :H].to(w.dtype).contiguous()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
 
-KEY_TILE = 2048  # keys scored at a time
-KEY_PAD = 64  # keys per product are padded to a multiple of this
+KEY_TILE = 1920  # keys scored at a time
+KEY_PAD = 192  # keys per product are padded to a multiple of this
 HEAD_PAD = 4  # heads likewise
 
 
@@ -122,7 +122,7 @@ def index_scores_backward(
         if outside is not None:
             d_bn = d_bn.masked_fill(outside, 0.0)
         accumulate_index_gradient(x, block, d_bn, dq, dk, dw)
-    return dq[:, :H].to(q_SHD.dtype), dk[:T].to(k_TD.dtype), dw[:, :H].to(w_SH.dtype)
+    return dq[:, :H].to(q_SHD.dtype).contiguous(), dk[:T].to(k_TD.dtype), dw[:, :H].to(w_SH.dtype).contiguous()
 
 
 def exact_topk(strip_bn: Tensor, outside_bn: Tensor | None, k: int) -> Tensor:

@@ -25,6 +25,8 @@ def gather_entries(kv_TGE: Tensor, indices_bK: Tensor, dtype: torch.dtype) -> Ga
         index, mask = indices_bK.long(), None
     else:
         index, mask = indices_bK.clamp_min(0).long(), unused
+    if kv_TGE.shape[0] == 0:  # no key at all: every place is unused and points at one made up here
+        kv_TGE = kv_TGE.new_zeros(1, *kv_TGE.shape[1:])
     entries = kv_TGE.index_select(0, index.flatten()).view(*index.shape, *kv_TGE.shape[1:]).to(dtype)
     return Gathered(entries, mask, index)
 
@@ -49,6 +51,11 @@ def selected_logits(q_bHD: Tensor, g: Gathered, scale: float, d_k: int) -> Tenso
     return logits if g.unused_bK is None else logits.masked_fill_(g.unused_bK[:, None, :], float("-inf"))
 
 
+def probabilities(logits_bHK: Tensor, lse_bH: Tensor) -> Tensor:
+    """Softmax over K, zeros for a query without keys. Not exp(logits - lse): at logits of 1e4 lse has too few digits left."""
+    return torch.softmax(logits_bHK, dim=-1).masked_fill_((lse_bH == float("-inf")).unsqueeze(-1), 0.0)
+
+
 def sparse_attention(
     q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int
 ) -> tuple[Tensor, Tensor]:
@@ -56,11 +63,11 @@ def sparse_attention(
     G, E, K = kv_TGE.shape[1], kv_TGE.shape[2], indices_SK.shape[1]
     dtype = compute_dtype(q_SHD)
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
-    for a, b in row_blocks(S, K * max(G * E, H)):
+    for a, b in row_blocks(S, K * max(G * E, H), q_SHD):
         g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
         logits = selected_logits(q_SHD[a:b].to(dtype), g, scale, d_k)
         lse = torch.logsumexp(logits, dim=-1)
-        p = normalized(logits, lse)
+        p = probabilities(logits, lse)
         values = by_group(g.entries_bKGE[..., v_start : v_start + d_v])
         out_SHV[a:b] = torch.bmm(grouped(p, G), values).view(b - a, H, d_v)
         lse_SH[a:b] = lse
@@ -69,6 +76,8 @@ def sparse_attention(
 
 def selected_index_dots(q_I: Tensor, k_I: Tensor, index_bK: Tensor) -> tuple[Tensor, Tensor]:
     """relu(q_I . k_I) at the selected keys (b, H_I, K), and those keys (b, K, D)."""
+    if k_I.shape[0] == 0:
+        k_I = k_I.new_zeros(1, k_I.shape[1])
     keys = k_I.index_select(0, index_bK.flatten()).view(*index_bK.shape, k_I.shape[1])
     return torch.bmm(q_I, keys.transpose(1, 2)).relu_(), keys
 
@@ -104,11 +113,11 @@ def sparse_attention_kl(
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
     kl_S = torch.zeros(S, dtype=dtype, device=q_SHD.device)
     k_I = k_I.to(dtype)
-    for a, b in row_blocks(S, K * max(G * E, H, k_I.shape[1])):
+    for a, b in row_blocks(S, K * max(G * E, H, k_I.shape[1]), q_SHD):
         g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
         logits = selected_logits(q_SHD[a:b].to(dtype), g, scale, d_k)
         lse = torch.logsumexp(logits, dim=-1)
-        p = normalized(logits, lse)
+        p = probabilities(logits, lse)
         values = by_group(g.entries_bKGE[..., v_start : v_start + d_v])
         out_SHV[a:b] = torch.bmm(grouped(p, G), values).view(b - a, H, d_v)
         lse_SH[a:b] = lse
@@ -159,13 +168,13 @@ def sparse_attention_kl_backward(
     T, G, E = kv_TGE.shape
     K = indices_SK.shape[1]
     dtype = compute_dtype(q_SHD)
-    dq_SHD, dkv_TGE = torch.empty_like(q_SHD), torch.zeros(T, G, E, dtype=dtype, device=q_SHD.device)
+    dq_SHD, dkv_TGE = q_SHD.new_empty(q_SHD.shape), torch.zeros(max(T, 1), G, E, dtype=dtype, device=q_SHD.device)
     if dkl_S is not None:
         assert q_I is not None and k_I is not None and w is not None
-        dq_I, dw = torch.empty_like(q_I), torch.empty_like(w)
-        dk_I = torch.zeros(k_I.shape, dtype=dtype, device=k_I.device)
+        dq_I, dw = q_I.new_empty(q_I.shape), w.new_empty(w.shape)
+        dk_I = torch.zeros(max(T, 1), k_I.shape[1], dtype=dtype, device=k_I.device)
         k_I32 = k_I.to(dtype)
-    for a, b in row_blocks(S, K * max(G * E, H)):
+    for a, b in row_blocks(S, K * max(G * E, H), q_SHD):
         g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
         q, dout = q_SHD[a:b].to(dtype), dout_SHV[a:b].to(dtype)
         p = normalized(selected_logits(q, g, scale, d_k), lse_SH[a:b].to(dtype))
@@ -195,6 +204,6 @@ def sparse_attention_kl_backward(
             dq_I[a:b] = torch.bmm(d_bHK, index_keys)
             dk_I.index_add_(0, g.index_bK.flatten(), torch.bmm(d_bHK.transpose(1, 2), qi).flatten(0, 1))
     if dkl_S is None:
-        return dq_SHD, dkv_TGE.to(kv_TGE.dtype)
+        return dq_SHD, dkv_TGE[:T].to(kv_TGE.dtype)
     assert k_I is not None
-    return dq_SHD, dkv_TGE.to(kv_TGE.dtype), dq_I, dk_I.to(k_I.dtype), dw
+    return dq_SHD, dkv_TGE[:T].to(kv_TGE.dtype), dq_I, dk_I[:T].to(k_I.dtype), dw

@@ -21,7 +21,8 @@ ROWS = 128  # queries whose probabilities over all keys are held at a time
 class Recall:
     """Means over queries that see more than k keys. `overall`: of held / best, layers averaged; `by_layer`: per layer.
 
-    `held`, `best`: share of the attention's head-summed mass in the selected set, and in the best set of the same size, per layer.
+    `held`, `best`: share of the attention's head-summed mass in the selected set, and in the best set of the same
+    size, per layer.
     """
 
     overall: float
@@ -33,7 +34,8 @@ class Recall:
 
 @dataclass
 class Recorder:
-    """A selection that only watches: it measures what the indexer would select and returns None, which leaves attention dense.
+    """A selection that only watches: it measures what the indexer would select and returns None, which leaves
+    attention dense.
 
     So every layer sees the hidden states of the dense model, and the indexer is judged on those same hidden states.
     """
@@ -44,6 +46,8 @@ class Recorder:
     def __call__(self, c: SelectionContext) -> None:
         starts, ends = c.pack.starts_N, c.pack.ends_N
         rows = torch.nonzero(ends - starts > c.k).flatten()
+        if not len(rows):
+            return
         if self.queries is not None and len(rows) > self.queries:
             rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
         q_I, k_I, w = c.index
@@ -60,12 +64,14 @@ class Recorder:
 def recall(
     model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int | None = None, queries: int | None = None
 ) -> Recall:
-    """Recall of the indexer against the dense attention of the same model, as item 7 of the demo's figures defines it:
+    """The attention's mass that the indexer's selection holds, as a share of what the best set of that size holds:
 
-        sum_{s in S_t} p[t,s] / max_{|S| = k} sum_{s in S} p[t,s],   p = mean over heads of the attention's probabilities
+        sum_{s in S_t} p[t,s] / max_{|S| = k} sum_{s in S} p[t,s],   p = mean over heads of attention's probabilities
 
-    averaged over queries t with more than k visible keys. `sequences`: int64 (S,) each; `top_k`: the model's unless given; `queries`: how
-    many are measured per sequence and layer (None: all). Memory: `ROWS` x T, whatever the sequence's length.
+    S_t is what equation (2) selects and p is the target of equation (3), both on the hidden states of dense attention;
+    averaged over queries t with more than k visible keys. `sequences`: int64 (S,) each; `top_k`: the model's unless
+    given; `queries`: how many are measured per sequence and layer (None: all). Memory: `ROWS` x T, whatever the
+    sequence's length.
 
     Raises:
         UserError: a model without indexers, or sequences of at most k tokens.
@@ -76,7 +82,9 @@ def recall(
         for ids in sequences:
             model.model(input_ids=ids[None].to(device))
     if not recorder.sums:
-        raise UserError(f"no sequence is longer than k = {top_k or model.top_k} tokens, so there is no recall to measure; use longer ones")
+        raise UserError(
+            f"no sequence is longer than k = {top_k or model.top_k} tokens: nothing is selected; use longer ones"
+        )
     means = torch.stack([recorder.sums[layer] for layer in sorted(recorder.sums)]).cpu()
     count = int(means[0, 3])
     ratio, held, best = (means[:, :3] / means[:, 3:]).T.tolist()

@@ -1,0 +1,124 @@
+"""The main job from end to end, on a model that fits in a test."""
+
+import inspect
+import json
+import shutil
+
+import models
+import pytest
+import torch
+from rich.console import Console
+
+import tokensieve
+from tokensieve import demo
+from tokensieve.config import DataConfig, DemoConfig, PhaseConfig, SourceConfig, TrainConfig, UserError
+from tokensieve.data import train_tokenizer
+from tokensieve.evals import ARMS
+
+MODULES = ("argparse", "ast", "inspect", "textwrap", "typing", "random", "shutil", "dataclasses", "enum", "pathlib")
+CONTEXT, DECODE = 1000, (64, 600)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A dense checkpoint with a tokenizer, and a folder of text."""
+    folder = tmp_path_factory.mktemp("demo")
+    text = folder / "text"
+    text.mkdir()
+    for name in MODULES:
+        shutil.copy(inspect.getfile(__import__(name)), text / f"{name}.py")
+    model = models.ours(models.config("v3", vocab_size=1024, num_hidden_layers=2))
+    model.folder = train_tokenizer((p.read_text() for p in text.iterdir()), folder / "tokenizer", 1024)
+    tokensieve.save(model, folder / "base")
+    return folder
+
+
+def config(base, **changes):
+    text = DataConfig(
+        (SourceConfig(str(base / "text")), SourceConfig("retrieval")),
+        tokenizer=str(base / "base"),
+        cache=str(base / "cache"),
+        held_out_share=0.5,
+    )
+    stages = {
+        name: TrainConfig(name, str(base / "base"), "", (PhaseConfig(steps, CONTEXT, 1),), text, track=())
+        for name, steps in (("warmup", 3), ("adapt", 2))
+    }
+    figures = {
+        "model": str(base / "base"),
+        "out": str(base / "out"),
+        "context": CONTEXT,
+        "top_k": 32,
+        "index_heads": 4,
+        "index_dim": 16,
+        "needle_contexts": 1,
+        "ppl_sequences": 2,
+        "decode_contexts": DECODE,
+        "heat_lengths": (960,),
+    }
+    return DemoConfig(**(figures | stages | changes))
+
+
+def test_demo_writes_checkpoint_metrics_and_report(base):
+    console = Console(record=True, width=120)
+    (base / "out").mkdir(exist_ok=True)
+    (base / "out" / "mine.txt").write_text("kept")
+    returned = demo.run(config(base), console)
+    out = base / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics == returned
+    rest = {"kl", "recall", "decode_ms", "kv_read_fraction", "top_k", "context", "seconds"}
+    assert set(metrics) == set(ARMS) | rest
+    assert all(set(metrics[arm]) == {"ppl", "needle"} for arm in ARMS)
+    assert set(metrics["kl"]) == set(metrics["recall"]) == {"first", "last"}
+    assert metrics["kl"]["last"] < metrics["kl"]["first"]
+    assert {name: list(ms) for name, ms in metrics["decode_ms"].items()} == {
+        "dense": ["64", "600"],
+        "sparse": ["64", "600"],
+    }
+    assert metrics["kv_read_fraction"] == 32 / 1000 and metrics["top_k"] == 32 and metrics["context"] == CONTEXT
+    details = json.loads((out / "details.json").read_text())
+    assert details["questions"] == 16 and details["heat"]["sparse"]["lengths"] == [960, 1000]
+    stages = [(row["stage"], row["step"]) for row in details["history"]]
+    assert stages == [
+        ("warm-up", 0),
+        ("warm-up", 1),
+        ("warm-up", 2),
+        ("warm-up", 3),
+        ("adaptation", 1),
+        ("adaptation", 2),
+    ]
+    assert ["recall" in row for row in details["history"]] == [True, False, True, True, False, True]
+    assert "</html>" in (out / "report.html").read_text() and (out / "mine.txt").read_text() == "kept"
+
+    sparse = tokensieve.load(out / "sparse")
+    assert sparse.is_sparse and sparse.config.index_topk == 32
+    dense = tokensieve.load(base / "base")
+    tokens = torch.arange(20, 60)[None]
+    with torch.no_grad():
+        assert not torch.equal(sparse(tokens).logits, dense(tokens).logits)
+    shown = console.export_text()
+    assert "untrained_indexer" in shown and str(out / "report.html") in shown.replace("\n", "")
+
+    demo.run(config(base), Console(quiet=True))  # a second demo takes the first one's place
+    assert json.loads((out / "metrics.json").read_text())["sparse"] == metrics["sparse"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 1000}, "context 1000 is not longer than top_k 1000"),
+        ({"decode_contexts": (1024,)}, "1024 tokens is past the model's 1024 positions"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_done(base, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        demo.run(config(base, out=str(tmp_path / "out"), **changes), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_starts_from_a_dense_model(base, tmp_path):
+    sparse = tokensieve.sparsify(tokensieve.load(base / "base"), 32, 4, 16)
+    tokensieve.save(sparse, tmp_path / "sparse")
+    with pytest.raises(UserError, match="is sparse already"):
+        demo.run(config(base, model=str(tmp_path / "sparse"), out=str(tmp_path / "out")), Console(quiet=True))

@@ -1,0 +1,177 @@
+"""The main job as a script: a dense long-context model becomes a sparse one, and a page shows what was lost and gained.
+
+From the base model: sparsify, warm the indexers up, adapt everything, and train the dense model on the same further
+tokens, to have something fair to compare with. Then every arm answers the same prompts, one more token is timed, and
+the report is written.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import tokensieve
+from tokensieve import cost, evals, train
+from tokensieve.config import DemoConfig, TrainConfig, UserError
+from tokensieve.data import read_documents
+from tokensieve.data.packing import GENERATED
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.report import environment, show, write_run
+from tokensieve.tasks import Document, PlainEncoder, retrieval
+
+RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
+STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
+PROBES = (2, 5, 10, 20, 50, 100, 200, 500)  # steps after which recall is measured, beside the last one
+RECALL_SEQUENCES, RECALL_QUERIES = 2, 128  # held-out sequences, and queries measured in each layer of each
+
+Row = dict[str, Any]
+
+
+def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
+    """Does all of it in the folder `config.out`: sparse/ (the checkpoint), metrics.json, details.json, report.html.
+
+    Returns the metrics. What an earlier demo left there is replaced. Raises UserError on bad configs and data, and
+    train.Interrupted after Ctrl-C.
+    """
+    begin = time.perf_counter()
+    console = console or Console()
+
+    def say(text: str) -> None:
+        console.print(f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{text}[/bold]", highlight=False)
+
+    base = tokensieve.load(config.model)
+    _check(config, base)
+    size = sum(p.numel() for p in base.parameters())
+    say(f"{config.model}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
+    encode = PlainEncoder(tokensieve.load_tokenizer(config.model))
+    documents = _held_out(config)
+    texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
+    needles = retrieval.needle_contexts(
+        encode, documents, config.context, count=config.needle_contexts, seed=config.seed
+    )
+    questions = sum(len(c.questions) for c in needles)
+    say(f"Held-out prompts of {config.context:,} tokens: {len(texts)} texts, {questions} questions")
+
+    say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
+    sparse, untrained = (
+        tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
+        for dense in (tokensieve.load(config.model), base)
+    )
+
+    def recall() -> evals.Recall:
+        return evals.recall(sparse, texts[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
+
+    _clear(out := Path(config.out))
+    first = recall().overall
+    history: list[Row] = [{"stage": STAGES["warmup"], "step": 0, "recall": first}]
+    say("Warm up: attention stays dense, and the indexers learn where it looks")
+    history += _train(replace(config.warmup, out=str(out / "warmup")), sparse, recall)
+    say("Adapt: selection is on, and everything trains")
+    history += _train(replace(config.adapt, out=str(out / "adapt")), sparse, recall)
+    say("The dense model on the same further tokens, to compare with")
+    dense = replace(config.adapt, selection=False, out=str(out / "adapt-dense"))
+    dense_adapted = train.run(dense, tokensieve.load(config.model))
+    tokensieve.save(sparse, out / "sparse")
+
+    say("Compare: every arm on the same prompts")
+    base, untrained = base.to(sparse.device), untrained.to(sparse.device)
+    arms = evals.demo_arms(base, dense_adapted, sparse, untrained)
+    pair = {"dense": base, "sparse": sparse}
+    with _progress(console) as bar:
+        task = bar.add_task("", total=len(arms) * (len(texts) + len(needles)))
+        scores = evals.compare(
+            arms, texts, needles, config.top_k, lambda arm: bar.update(task, advance=1, description=arm)
+        )
+        heat = {
+            name: evals.needle_heat(
+                model,
+                encode,
+                documents,
+                config.heat_lengths,
+                seed=config.seed,
+                known={config.context: scores[name].needles},
+            )
+            for name, model in pair.items()
+        }
+    last = recall()
+    say("Time one more token")
+    decode_ms = evals.decode_ms(pair, texts[0], config.decode_contexts)
+
+    kl = [row["kl"] for row in history if row["stage"] == STAGES["warmup"] and "kl" in row]
+    metrics: Row = {
+        **evals.metrics_of(scores),
+        "kl": {"first": kl[0], "last": kl[-1]},
+        "recall": {"first": first, "last": last.overall},
+        "decode_ms": decode_ms,
+        "kv_read_fraction": cost.kv_read_fraction(config.context, config.top_k),
+        "top_k": config.top_k,
+        "context": config.context,
+        "seconds": time.perf_counter() - begin,
+    }
+    details = {
+        "base": config.model,
+        "parameters": size,
+        "questions": questions,
+        "loss_by_position": evals.loss_by_position(scores),
+        "heat": heat,
+        "kv_entries": evals.kv_entries(config.decode_contexts, config.top_k),
+        "recall": {"by_layer": last.by_layer, "held": last.held, "best": last.best},
+        "run": environment(),
+    }
+    page = write_run(out, metrics, history, details)
+    console.print()
+    show(console, metrics)
+    console.print(f"\nDone in {cost.duration(metrics['seconds'])}. The report: {page}\nNext:", highlight=False)
+    for command in (f"tokensieve eval {out / 'sparse'}", "tokensieve adapt --help", "tokensieve doctor"):
+        console.print(f"  {command}", style="bold", highlight=False)
+    return metrics
+
+
+def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
+    """What would otherwise only come out after minutes."""
+    if base.is_sparse:
+        raise UserError(f"model {config.model} is sparse already; the demo starts from a dense one, for example base")
+    if config.context <= config.top_k:
+        raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
+    longest, limit = max(config.context, *config.decode_contexts, *config.heat_lengths), base.config
+    if longest + 1 > limit.max_position_embeddings:
+        raise UserError(
+            f"a context of {longest} tokens is past the model's {limit.max_position_embeddings} positions; shorten it"
+        )
+
+
+def _held_out(config: DemoConfig) -> list[Document]:
+    data = config.adapt.data
+    source = next((s.source for s in data.sources if s.source not in GENERATED), "python")
+    return list(read_documents(source, "held_out", data.held_out_share, data.limit_bytes))
+
+
+def _clear(out: Path) -> None:
+    """Removes the training runs of an earlier demo, which a new one cannot continue."""
+    for name in RUNS:
+        if (out / name / "metrics.jsonl").is_file():
+            shutil.rmtree(out / name)
+
+
+def _train(config: TrainConfig, model: DecoderForCausalLM, recall: Callable[[], evals.Recall]) -> list[Row]:
+    """Trains the model in place; returns the rows of its history, some with the recall on held-out text."""
+    steps = sum(p.steps for p in config.phases)
+    measured: dict[int, float] = {}
+
+    def on_step(step: int, figures: dict[str, float]) -> None:
+        if step in PROBES or step == steps:
+            measured[step] = recall().overall
+
+    train.run(config, model, on_step=on_step)
+    rows = [{"stage": STAGES[config.stage], **row} for row in train.history(config.out)]
+    return [row | {"recall": measured[row["step"]]} if row["step"] in measured else row for row in rows]
+
+
+def _progress(console: Console) -> Progress:
+    arm = TextColumn("        {task.description:<17}")
+    return Progress(arm, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)

@@ -1,0 +1,130 @@
+"""What one more token costs, against the length of the context.
+
+Legend: B rows (1), T cached tokens, X width of a cache entry.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tokensieve import cost
+from tokensieve.config import UserError
+from tokensieve.evals.text import Progress, evaluating
+from tokensieve.model import DecoderForCausalLM, LatentCache
+
+CHUNK = 2048  # tokens of one prefill pass
+NOISE = 0.01  # of a repeated entry, relative to the entries' spread
+SPARE = 64  # tokens of room beyond the context, so that no timed step has to grow a buffer
+
+
+@torch.no_grad()
+def prefilled(model: DecoderForCausalLM, prompt_S: Tensor) -> LatentCache:
+    """A cache of the prompt's tokens, read in chunks."""
+    cache = LatentCache(reserve=len(prompt_S))
+    for chunk in prompt_S.to(model.lm_head.weight.device)[None].split(CHUNK, dim=1):
+        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def stretched(real: LatentCache, tokens: int, seed: int = 0) -> LatentCache:
+    """A cache of exactly `tokens` tokens: the entries of a real one (or its first ones), then the same again and again.
+
+    What a decode step costs depends on how many entries there are, and through the selection a little on what they hold
+    (equal scores are told apart by position, which takes longer). So the entries are real ones, and repeated ones get
+    1% of noise: exact copies would tie.
+    """
+    cache = LatentCache(reserve=tokens + SPARE)
+    cache.room_for(tokens)
+    device = real.latent_BTE[0].device
+    length = real.get_seq_length()
+    place = torch.arange(tokens, device=device) % length
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def copies(held_BTX: Tensor) -> Tensor:
+        entries = held_BTX[:, place]
+        noise = torch.randn(entries[:, length:].shape, generator=generator, device=device)
+        entries[:, length:] += (NOISE * held_BTX[:, :length].float().std() * noise).to(entries.dtype)
+        return entries
+
+    for layer, (latent, index) in enumerate(zip(real.latent_BTE, real.index_BTD, strict=True)):
+        cache.append(layer, copies(latent), None if index is None else copies(index))
+    cache.advance(tokens)
+    return cache
+
+
+def decode_ms(
+    models: Mapping[str, DecoderForCausalLM],
+    prompt_S: Tensor,
+    contexts: Sequence[int],
+    rounds: int = 7,
+    burst: int = 3,
+    done: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """{model's name: {str(context): milliseconds to decode one token after `context` cached ones}}, batch 1.
+
+    The models take turns, `burst` tokens each, so that a machine that slows down slows all of them; the figure is the
+    median over `rounds` of a turn's mean. Every step starts from the same cache: what it appends is cropped.
+    `prompt_S`:
+    tokens to fill the caches with (`stretched`).
+
+    Raises:
+        UserError: a context past a model's positions.
+    """
+    for name, model in models.items():
+        limit = model.config.max_position_embeddings
+        if max(contexts) + 1 > limit:
+            raise UserError(
+                f"decoding after {max(contexts)} tokens is past the {limit} positions of {name}; time shorter contexts"
+            )
+    results: dict[str, dict[str, float]] = {name: {} for name in models}
+    real = {}
+    for name, model in models.items():
+        with evaluating(model):
+            real[name] = prefilled(model, prompt_S[: max(contexts)])
+    for tokens in contexts:
+        caches = {name: stretched(cache, tokens) for name, cache in real.items()}
+        turns: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(rounds + 1):
+            for name, model in models.items():
+                with evaluating(model):
+                    taken = _decode(model, prompt_S[:1], caches[name], tokens, burst)
+                if number:  # the first turn warms up
+                    turns[name].append(taken)
+        for name, seconds in turns.items():
+            results[name][str(tokens)] = 1000 * statistics.median(seconds)
+        if done is not None:
+            done()
+    return results
+
+
+def _decode(model: DecoderForCausalLM, token: Tensor, cache: LatentCache, tokens: int, steps: int) -> float:
+    """Seconds per step."""
+    ids = token.to(model.lm_head.weight.device)[None]
+    _finish(ids)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(tokens)
+    _finish(ids)
+    return (time.perf_counter() - begin) / steps
+
+
+def _finish(on: Tensor) -> None:
+    if on.device.type == "cuda":
+        torch.cuda.synchronize(on.device)
+
+
+def kv_entries(contexts: Sequence[int], top_k: int) -> dict[str, dict[str, int]]:
+    """KV entries that attention reads for one token, per layer: {"dense", "sparse": {str(context): count}}.
+
+    `index_keys` are the sparse model's other reads, one small key per token of the context (none while the context is
+    at most k).
+    """
+    return {
+        "dense": {str(c): c for c in contexts},
+        "sparse": {str(c): round(cost.kv_read_fraction(c, top_k) * c) for c in contexts},
+        "index_keys": {str(c): c if c > top_k else 0 for c in contexts},
+    }

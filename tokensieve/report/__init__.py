@@ -1,0 +1,138 @@
+"""One page that shows what a run lost and gained: self-contained HTML, figures inline, light and dark."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tokensieve import cost
+from tokensieve.config import UserError
+from tokensieve.evals.criteria import RECALL, Criterion, parity_criteria
+from tokensieve.evals.parity import ARMS
+from tokensieve.report import plots
+from tokensieve.report.table import show
+from tokensieve.report.where import environment
+
+__all__ = ["environment", "show", "write_report", "write_run"]
+
+RELATIONS = {"<=": "≤", ">=": "≥"}
+
+
+def write_run(
+    folder: str | Path,
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    details: Mapping[str, Any],
+) -> Path:
+    """Writes metrics.json, details.json (the history too) and report.html to a folder; returns the page's path.
+
+    Arguments and errors as in `write_report`.
+    """
+    folder = Path(folder)
+    _write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _write(folder / "details.json", json.dumps({**details, "history": history}, indent=2) + "\n")
+    return write_report(metrics, history, folder / "report.html", details)
+
+
+def write_report(
+    metrics: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    details: Mapping[str, Any],
+) -> Path:
+    """Writes the page to `path` and returns it.
+
+    Args:
+        metrics: a demo's metrics.json.
+        history: rows {"stage", "step", "kl"?, "recall"?}, in order; within a stage steps count from 1 (0: before it).
+        details: {"base": name, "parameters", "questions": counts, "run": `environment()`, "heat": {arm: {"lengths",
+            "accuracy", "counts"}}, "loss_by_position": {"edges", "loss": {arm: nats}}, "kv_entries": {"dense",
+            "sparse", "index_keys": {context: count}}, "recall": {"by_layer", "held", "best": one share per layer}}.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    page = Environment(
+        loader=PackageLoader("tokensieve.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("page.html.j2")
+    criteria = parity_criteria(metrics)
+    loss, top_k = details["loss_by_position"], metrics["top_k"]
+    drawn = {
+        "kl": plots.kl_plot(history),
+        "recall": plots.recall_plot(history, RECALL),
+        "loss": plots.loss_plot(loss, top_k),
+        "difference": plots.difference_plot(loss, top_k),
+        "reads": plots.reads_plot(details["kv_entries"]),
+        "decode": plots.decode_plot(metrics["decode_ms"]),
+    }
+    text = page.render(
+        metrics=metrics,
+        details=details,
+        run=details["run"],
+        seconds=cost.duration(metrics["seconds"]),
+        arms=[_arm(name, metrics[name]) for name in ARMS if name in metrics],
+        criteria=[_row(c) for c in criteria],
+        hold=sum(c.holds for c in criteria),
+        seen=_seen(metrics, details),
+        figures={name: Markup(figure) for name, figure in drawn.items()},
+        maps=[Markup(plots.heat_plot(heat, arm)) for arm, heat in details["heat"].items()],
+    )
+    path = Path(path)
+    _write(path, text)
+    return path
+
+
+def _arm(name: str, figures: Mapping[str, float]) -> dict[str, Any]:
+    color = plots.VARIABLES[plots.STYLES[name]["color"]]
+    return {"name": name, "label": plots.label(name), "what": ARMS[name], "color": color, **figures}
+
+
+def _row(c: Criterion) -> dict[str, Any]:
+    points = "needles" in c.name
+    value = f"{100 * c.value:+.1f} points" if points else f"{c.value:.3f}"
+    bound = f"{100 * c.bound:+.0f} points" if points else f"{c.bound:.2f}"
+    name = c.name.replace("_", " ")
+    return {"name": name, "value": value, "bound": f"{RELATIONS[c.relation]} {bound}", "holds": c.holds}
+
+
+def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that the page's paragraphs speak of beside those in the metrics."""
+    by_layer = details["recall"]["by_layer"]
+    worst = min(range(len(by_layer)), key=by_layer.__getitem__)
+    better = min((a for a in ("dense", "dense_adapted") if a in metrics), key=lambda a: metrics[a]["ppl"])
+    ms = metrics["decode_ms"]
+    shortest, longest = min(ms["dense"], key=int), max(ms["dense"], key=int)
+    faster = ms["dense"][longest] / ms["sparse"][longest]
+    return {
+        "better": plots.label(better),
+        "ppl_change": 100 * (metrics["sparse"]["ppl"] / metrics[better]["ppl"] - 1),
+        "worst_layer": worst,
+        "worst_recall": by_layer[worst],
+        "worst_best": details["recall"]["best"][worst],
+        "shortest": int(shortest),
+        "longest": int(longest),
+        "growth": {name: ms[name][longest] / ms[name][shortest] for name in ("dense", "sparse")},
+        "faster": f"{faster:.1f} times faster than dense"
+        if faster > 1.05
+        else "slower than dense"
+        if faster < 0.95
+        else "level with dense",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        remedy = "free some space or choose another folder"
+        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
