@@ -273,6 +273,25 @@ def test_left_padding_on_a_reused_cache(sparse: DecoderForCausalLM) -> None:
         assert difference(in_chunks(sparse, ids, [60, 30], cache=cache)[0], sparse(ids).logits) < TOLERANCE
 
 
+def test_rows_of_a_cache_can_be_chosen_and_repeated(sparse: DecoderForCausalLM) -> None:
+    """What searches do: every row keeps its own entries, index keys and padding."""
+    ids, missing = tokens(3, LENGTH, seed=1), [0, 5, 61]
+    padded, mask = left_padded(ids, missing)
+    step = tokens(3, 1, seed=9)
+    full = torch.cat((padded, step), dim=1)
+    want = sparse(full, attention_mask=torch.cat((mask, torch.ones_like(step)), dim=1)).logits[:, -1]
+    rows = torch.tensor([2, 0, 1])
+    for change, kept in (
+        (lambda c: c.reorder_cache(rows), rows),
+        (lambda c: c.batch_select_indices(rows[:2]), rows[:2]),
+        (lambda c: c.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+    ):
+        _, cache = in_chunks(sparse, padded, [LENGTH], attention_mask=mask)
+        change(cache)
+        got = sparse(step[kept], past_key_values=cache, use_cache=True).logits[:, -1]
+        assert difference(got, want[kept]) < TOLERANCE
+
+
 def test_a_mask_of_ones_and_positions_that_continue_change_nothing(model: DecoderForCausalLM) -> None:
     ids = tokens(2, LENGTH, seed=1)
     want = model(ids).logits

@@ -67,8 +67,7 @@ def decode_ms(
 
     The models take turns, `burst` tokens each, so that a machine that slows down slows all of them; the figure is the
     median over `rounds` of a turn's mean. Every step starts from the same cache: what it appends is cropped.
-    `prompt_S`:
-    tokens to fill the caches with (`stretched`).
+    `prompt_S`: tokens to fill the caches with (`stretched`).
 
     Raises:
         UserError: a context past a model's positions.

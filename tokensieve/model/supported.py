@@ -15,6 +15,10 @@ def check_supported(config: ModelConfig) -> None:
         value = getattr(config, field, None)
         if value is not None and value < 1:
             raise UserError(f"config.json: {field} is {value}; it must be at least 1")
+    if config.qk_rope_head_dim % 2:
+        raise UserError(
+            f"config.json: qk_rope_head_dim is {config.qk_rope_head_dim}; it must be even, for pairs are rotated"
+        )
     if config.hidden_act != "silu":
         raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; DeepSeek's models use 'silu'")
     kind = config.rope_parameters.get("rope_type", config.rope_parameters.get("type", "default"))

@@ -56,6 +56,9 @@ RC = {
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 9.0,
+    # Room for the larger letters that the page gives figures on a phone.
+    "legend.columnspacing": 3.2,
+    "axes.labelpad": 8.0,
 }
 
 
