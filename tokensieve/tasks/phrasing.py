@@ -261,6 +261,28 @@ THINGS = tuple(
 )
 
 
+# A fixed set of phrasings can be learned by heart, and then an unseen one hides the key. So a share of the training lines and questions
+# is word salad around the key (and the value): only the context tells which words are the key.
+SALAD = tuple(
+    """a about after again all also always and any anyone are as ask at away back be because been before below best better between both
+    but by call can case change check come could day did do does done down each early else end enough even ever every everyone far few
+    final find first follow found from get give go good had has have he help her here high him his how however if in into is it its just
+    keep kind know last later least left less let like list little long look made make many may maybe me mean mind more most move much
+    must my name near need never new next no not nothing now of off often old on once one only open or other our out over own page part
+    people perhaps place plan please point quite rather read ready really right said same say search see seem send set several shall she
+    should show since so some soon state still stop such sure take tell text than that the their them then there these they thing think
+    this those though time to today together too took try turn two under until up upon us use very want was way we week well went were
+    what when where whether which while who whole why will with within without word work would write year yes yet you your
+    answer ask asked belongs confirmed describe document entry file given goes group holds inform kept known letter line listing manual
+    mention noted owner paper person record refer remind reply report request require shown stands stored table team told value wanted
+    warehouse cabinet drawer shelf office folder archive desk""".split()
+)
+
+
+def salad(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(SALAD) for _ in range(rng.randint(low, high)))
+
+
 @dataclass(frozen=True)
 class Key:
     """The name of a needle. `words` decide whether it is held out; `style` only decides how it is written."""
@@ -320,6 +342,9 @@ def draw_value(rng: random.Random, held_out: bool) -> str:
 
 def statement(rng: random.Random, key: Key, noun: str, value: str, held_out: bool) -> str:
     """One line that tells the value of the key, newline included."""
+    if not held_out and rng.random() < 0.2:
+        words = f"{salad(rng, 0, 6)} {key.render()} {salad(rng, 0, 6)} {value}".strip()
+        return f"{rng.choice(PREFIXES)}{' '.join(words.split())}{rng.choice(ENDINGS.train)}\n"
     clause = CLAUSES.draw(rng, held_out)
     bare = not held_out and rng.random() < 0.4
     opening = "" if bare else OPENINGS.draw(rng, held_out) + " "
@@ -332,6 +357,9 @@ def statement(rng: random.Random, key: Key, noun: str, value: str, held_out: boo
 
 def question(rng: random.Random, key: Key, noun: str, held_out: bool) -> str:
     """A question for the value of the key, worded independently of the statement."""
+    if not held_out and rng.random() < 0.35:
+        words = " ".join(f"{salad(rng, 0, 9)} {key.render(rng.random() < 0.8)} {salad(rng, 0, 6)}".split())
+        return words + rng.choice(("?", "?", ".", "", ":"))
     framed = True
     if not held_out:
         if rng.random() < 0.15:
