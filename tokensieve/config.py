@@ -151,6 +151,8 @@ class DemoConfig:
     out: str
     context: int  # tokens, of training sequences and evaluation prompts
     top_k: int  # selected keys per query
+    index_heads: int  # of every layer's indexer
+    index_dim: int  # width of an index head
     warmup: TrainConfig
     adapt: TrainConfig
     needle_contexts: int  # each holds 16 needles, every one asked for

@@ -22,7 +22,7 @@ from tokensieve.tasks import Document, PlainEncoder
 from tokensieve.tasks.phrasing import NOUNS, Key, answer, draw_keys, draw_value, mention, question, statement
 
 MAX_NEEDLES = 16
-PREFILL_CHUNK = 2048  # tokens
+PREFILL_CHUNK = 32768  # tokens: a first chunk runs on fused kernels, and attention's memory is linear in it
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Needle:
 
 @dataclass(frozen=True)
 class NeedleQuestion:
-    """`question_ids` run from the blank line after the text to </think>; `answer_ids` are key, value and eos.
+    """`question_ids` run from the blank line after the text over </think> to the key that begins the answer, as with a prefix
+    completion; `answer_ids` are the value and eos: what only the context can tell.
 
     `depth` in [0, 1): where the needle's line begins, as a share of the context's tokens.
     """
@@ -209,10 +210,15 @@ def needle_contexts(
         drawn = draw_needles(rng, needles, held_out)
         marks = encode.markers
         tails = [
-            ([*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think])
+            [*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think]
             for needle in drawn
         ]
-        answers = [[*encode(answer(needle.key, needle.value)), marks.eos] for needle in drawn]
+        answers = []
+        for needle, tail in zip(drawn, tails, strict=True):
+            whole = encode(answer(needle.key, needle.value))
+            value = len(encode(needle.value))  # digits are tokens of their own, so the value is the answer's last tokens
+            tail += whole[:-value]
+            answers.append([*whole[-value:], marks.eos])
         lines = [encode(needle.line) for needle in drawn]
         longest = max(len(tail) + len(answer) for tail, answer in zip(tails, answers, strict=True))
         length = context - 2 - sum(map(len, lines)) - longest
