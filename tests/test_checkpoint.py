@@ -232,6 +232,17 @@ def test_fp8_blocks_with_ragged_edges(block: tuple[int, int], tmp_path: Path) ->
         checkpoint.load_tensors(source, config, torch.float32)
 
 
+@pytest.mark.parametrize("block", [[128], [128, 0], [128, 128, 128], 128, ["128", "128"]])
+def test_a_block_size_that_is_none_is_refused(tmp_path: Path, block: object) -> None:
+    config = sparse_config()
+    folder = write_folder(tmp_path / "m", config, random_tensors(config))
+    quantization = {"quant_method": "fp8", "weight_block_size": block}
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
+    with pytest.raises(UserError, match=r"weight_block_size is .* \[128, 128\] for the published weights"):
+        checkpoint.load_tensors(folder, config, torch.float32)
+
+
 def test_other_quantization_is_refused(tmp_path: Path) -> None:
     config = sparse_config(quantization_config={"quant_method": "awq"})
     folder = write_folder(tmp_path / "m", config, random_tensors(config))
@@ -348,5 +359,8 @@ def test_exportable_says_who_cannot_open_what() -> None:
     for part in ("query latent", "softmax", "tied", "bias", "index_head_dim 128, here it is 64", "kv_lora_rank 512"):
         assert sum(part in reason for reason in reasons) == 1, part
     assert [reason.startswith("transformers") for reason in reasons] == [True, True, False, False, False, False]
+    halves = "rotates interleaved pairs"
+    assert [halves in reason for reason in checkpoint.exportable(DeepseekV3Config(rope_interleave=False))] == [True]
+    assert any(halves in reason for reason in checkpoint.exportable(sparse_config(rope_interleave=False)))
     odd = sparse_config(mlp_layer_types=["sparse", "dense", "sparse"])
     assert any("mlp_layer_types" in reason for reason in checkpoint.exportable(odd))

@@ -1,9 +1,42 @@
-"""tokensieve: DeepSeek Sparse Attention for any decoder language model, end to end."""
+"""tokensieve: DeepSeek Sparse Attention for any decoder language model, end to end.
 
-from tokensieve import ops
-from tokensieve.config import SparseConfig, UserError
-from tokensieve.model import LatentCache, load, load_tokenizer, save, selecting, sparsify
+Names are resolved when first used, so that `from tokensieve import ops` loads torch and the operators and nothing else.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokensieve import ops
+    from tokensieve.config import SparseConfig, UserError
+    from tokensieve.model import LatentCache, load, load_tokenizer, save, selecting, sparsify
 
 __all__ = ["LatentCache", "SparseConfig", "UserError", "load", "load_tokenizer", "ops", "save", "selecting", "sparsify"]
 
 __version__ = "0.1.0"
+
+_MODULE_OF = {
+    "LatentCache": "tokensieve.model",
+    "SparseConfig": "tokensieve.config",
+    "UserError": "tokensieve.config",
+    "load": "tokensieve.model",
+    "load_tokenizer": "tokensieve.model",
+    "save": "tokensieve.model",
+    "selecting": "tokensieve.model",
+    "sparsify": "tokensieve.model",
+}
+_PACKAGES = ("checkpoint", "config", "cost", "data", "evals", "model", "ops", "tasks", "train")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"tokensieve.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'tokensieve' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

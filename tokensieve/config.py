@@ -15,7 +15,6 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
 
-
 T = TypeVar("T")
 
 

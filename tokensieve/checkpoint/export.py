@@ -64,6 +64,11 @@ def exportable(config: Any) -> list[str]:
         reasons.append(engines + "lm_head is a tensor of its own there, here it is tied to the embedding")
     if config.attention_bias:
         reasons.append(engines + "attention projections have no bias there (attention_bias is true)")
+    if not getattr(config, "rope_interleave", True):
+        who = everyone if sparse else engines
+        reasons.append(
+            who + "MLA rotates interleaved pairs there, here halves of the vector (rope_interleave is false)"
+        )
     kinds = getattr(config, "mlp_layer_types", None)
     if kinds is not None and kinds != _layer_kinds(config.num_hidden_layers, config.first_k_dense_replace):
         reasons.append(engines + "dense layers can only come first (mlp_layer_types)")

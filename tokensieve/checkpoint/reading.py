@@ -137,8 +137,13 @@ def _open_shards(folder: str | Path) -> _Shards:
     method = quantization.get("quant_method", "fp8")
     if method != "fp8":
         raise UserError(f"{folder}: quantized with {method}, which is not supported; use the bf16 or FP8-block weights")
-    rows, columns = quantization.get("weight_block_size") or (128, 128)
-    return _Shards(Path(folder), (rows, columns))
+    block = quantization.get("weight_block_size") or [128, 128]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
+        raise UserError(
+            f"{folder}: weight_block_size is {block}, not the rows and columns of an FP8 block; correct it in config.json, "
+            "[128, 128] for the published weights"
+        )
+    return _Shards(Path(folder), (block[0], block[1]))
 
 
 def _mtp_names(shards: _Shards, config: Any) -> list[str]:

@@ -17,7 +17,7 @@ class _RoundStraightThrough(torch.autograd.Function):
     """Hadamard rotation and rounding to E4M3 blocks forward; the gradient passes the rounding and turns back through the rotation."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale_format: str) -> Tensor:
+    def forward(ctx, x: Tensor, scale_format: quant.ScaleFormat) -> Tensor:
         values, scales = quant.quantize_e4m3(quant.hadamard(x), scale_format=scale_format)
         return quant.dequantize_e4m3(values, scales, dtype=x.dtype)
 

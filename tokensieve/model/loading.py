@@ -221,5 +221,6 @@ def check_tokenizer(tokenizer, config: ModelConfig) -> None:
     """UserError where the tokenizer has tokens that the model's embedding does not."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {config.vocab_size}; use the checkpoint's own tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {config.vocab_size}; "
+            "use the checkpoint's own tokenizer"
         )

@@ -78,7 +78,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
         elif isinstance(module, Router):
             module.weight.normal_(0.0, std)
@@ -87,7 +87,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
             module.down_proj.normal_(0.0, std)
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             module.weight.fill_(1.0)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.LayerNorm):
                 module.bias.zero_()
 
 
@@ -116,7 +116,10 @@ class Trunk(DecoderPreTrainedModel):
         return self.config.model_type == "deepseek_v32"
 
     def use_yarn(self, on: bool) -> None:
-        """Off: plain frequencies and softmax scale, as a model trains before its context is extended. Part of training, not of the config."""
+        """Off: plain frequencies and softmax scale, as a model trains before its context is extended.
+
+        Part of training, not of the config.
+        """
         config = self.config
         rope = (
             config.rope_parameters
@@ -125,8 +128,9 @@ class Trunk(DecoderPreTrainedModel):
         )
         with torch.device("cpu"):
             self._frequencies = frequencies(rope, config.qk_rope_head_dim, config.max_position_embeddings)
-        for layer in self.layers:
-            layer.self_attn.use_rope(rope)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.use_rope(rope)
 
     def forward(
         self,
@@ -159,6 +163,7 @@ class Trunk(DecoderPreTrainedModel):
         )
         if self._frequencies is None:
             self.use_yarn(True)
+        assert self._frequencies is not None
         objective = self.objective if self.training or self.objective == "warmup" else "none"
         p = Pass(
             pack=pack,

@@ -98,7 +98,7 @@ def _check_entries(
 ) -> None:
     _check_groups(op, q_SHD, kv_TGE)
     D, E = q_SHD.shape[2], kv_TGE.shape[2]
-    if D != d_k or d_k > E:
+    if d_k != D or d_k > E:
         raise ValueError(
             f"{op}: q is {D} wide, d_k is {d_k}, an entry is {E} wide; d_k must equal q's width and fit in the entry"
         )
@@ -148,9 +148,9 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, 
     ValueError when k < 1, or when a score inside a range is NaN.
     """
     _check_k("select_topk", k)
-    if not (scores_ST.dim() == 2):
+    if scores_ST.dim() != 2:
         raise ValueError(f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
-    _check_ranges("select_topk", *scores_ST.shape, starts_S, ends_S)
+    _check_ranges("select_topk", scores_ST.shape[0], scores_ST.shape[1], starts_S, ends_S)
     return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
 
 
@@ -192,12 +192,14 @@ def dense_attention(
     q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by q, k, v.
     `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
     each is causal: they say the same as the ranges and let fused kernels run, whose lse carries no gradient.
+    ValueError on mismatched shapes or ranges outside [0, T].
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report, section 2.
     """
-    if not (k_TGD.shape[:2] == v_TGV.shape[:2]):
+    if k_TGD.shape[:2] != v_TGV.shape[:2]:
         raise ValueError(f"dense_attention: k {tuple(k_TGD.shape)} and v {tuple(v_TGV.shape)} differ in (T, G)")
-    if not (q_SHD.shape[2] == k_TGD.shape[2]):
+    if q_SHD.shape[2] != k_TGD.shape[2]:
         raise ValueError(f"dense_attention: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
-    if not (q_SHD.shape[1] % k_TGD.shape[1] == 0):
+    if q_SHD.shape[1] % k_TGD.shape[1]:
         raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
     _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
@@ -210,7 +212,7 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
     q (S, H, D), k (T, G, D). It is what evaluation reads to judge a selection: of size S x T, so the caller passes a slice of the queries.
     No gradient; the reference computes it on every device.
     """
-    if not (q_SHD.shape[1] % k_TGD.shape[1] == 0):
+    if q_SHD.shape[1] % k_TGD.shape[1]:
         raise ValueError(f"head_mass: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
     _check_ranges("head_mass", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return reference.head_mass(q_SHD, k_TGD, starts_S, ends_S, scale)
@@ -224,9 +226,9 @@ def masked_attention(
     q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V), lse (S, H). Differentiable by q, k, v.
     Source: report, section 2.1, "masked MHA mode". ValueError when an index is outside [-1, T).
     """
-    if not (k_THD.shape[:2] == v_THV.shape[:2]):
+    if k_THD.shape[:2] != v_THV.shape[:2]:
         raise ValueError(f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)")
-    if not (q_SHD.shape[1:] == k_THD.shape[1:]):
+    if q_SHD.shape[1:] != k_THD.shape[1:]:
         raise ValueError(f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)")
     _check_indices("masked_attention", q_SHD.shape[0], k_THD.shape[0], indices_SK)
     return custom.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
@@ -300,7 +302,7 @@ def indexer_kl_dense(
     _check_groups("indexer_kl_dense", q_SHD, k_TGD)
     _check_width("indexer_kl_dense", q_SHD, k_TGD)
     _check_scored("indexer_kl_dense", q_SHD, k_TGD, q_I, k_I, w)
-    if not (lse_SH.shape == q_SHD.shape[:2]):
+    if lse_SH.shape != q_SHD.shape[:2]:
         raise ValueError(f"indexer_kl_dense: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}")
     _check_ranges("indexer_kl_dense", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return custom.indexer_kl_dense(

@@ -5,6 +5,8 @@ Legend: S query and key tokens (a causal pack: query i is key i, documents one a
 Only `dense_attention` of causal packs runs here; everything else is the reference's.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +99,7 @@ def dense_attention_backward(
 
 def _documents(bounds: Tensor) -> list[tuple[int, int]]:
     edges = bounds.tolist()
-    return [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
 def _heads(x_SHD: Tensor, a: int, b: int) -> Tensor:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +25,7 @@ from tokensieve import cost
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
+from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
 from tokensieve.train.schedule import check_phases, lr_share, place, total_steps
 from tokensieve.train.stage import Stage, StepTotals
@@ -56,8 +58,12 @@ def run(
     out = Path(config.out)
     done = checkpoints(out)
     if done and not resume:
-        raise UserError(f"{out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        raise UserError(
+            f"{out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder"
+        )
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    )
     if done:
         model, first = load(done[-1], torch.float32, device), read_state(done[-1]).step
     else:
@@ -77,16 +83,22 @@ def run(
     optimizer = _optimizer(config, model, device)
     if done:
         if read_state(done[-1]).fingerprint != fingerprint:
-            raise UserError(f"{out}: config or data differ from the run that is there; resume with the same ones, or name another folder")
+            raise UserError(
+                f"{out}: config or data differ from the run that is there; resume with the same ones, or name another folder"
+            )
         restore_optimizer(done[-1], model, optimizer)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     if config.compile:
         for layer in model.model.layers:
-            layer.mlp.compile()
+            cast(DecoderLayer, layer).mlp.compile()
     last = total_steps(config.phases)
     rate = cost_rate(device)
-    log.info("%s: %s", config.stage, cost.run_estimate(model.config, config, rate, value_bytes=2 if device.type == "cuda" else 4))
+    log.info(
+        "%s: %s",
+        config.stage,
+        cost.run_estimate(model.config, config, rate, value_bytes=2 if device.type == "cuda" else 4),
+    )
     tracker = Tracker(config, first)
     model.train()
     stop = _StopSignal()
@@ -126,11 +138,14 @@ def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
     longest = max(p.context for p in config.phases)
     if longest > model.config.max_position_embeddings:
         raise UserError(
-            f"phases.context {longest} is past the model's {model.config.max_position_embeddings} positions; shorten it or choose another model"
+            f"phases.context {longest} is past the model's {model.config.max_position_embeddings} positions; "
+            "shorten it or choose another model"
         )
 
 
-def _batches(config: TrainConfig, datasets: list, first: int, last: int) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+def _batches(
+    config: TrainConfig, datasets: list, first: int, last: int
+) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
     """(step, micro-batches) from `first` on; each phase reads its own dataset from where the step begins."""
     step = first
     while step < last:
@@ -163,9 +178,7 @@ def _step(
     device: torch.device,
 ) -> dict[str, float]:
     begin = time.perf_counter()
-    totals = StepTotals(
-        labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
-    )
+    totals = StepTotals(labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro))
     share = lr_share(config.optimizer, config.phases, step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
@@ -183,7 +196,9 @@ def _step(
     trunk = [p for p in model.parameters() if p.grad is not None and id(p) not in own]
     norms = {
         "grad_norm": torch.nn.utils.clip_grad_norm_(trunk, config.optimizer.clip) if trunk else None,
-        "indexer_grad_norm": torch.nn.utils.clip_grad_norm_(indexers, config.optimizer.indexer_clip) if indexers else None,
+        "indexer_grad_norm": torch.nn.utils.clip_grad_norm_(indexers, config.optimizer.indexer_clip)
+        if indexers
+        else None,
     }
     figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
     if not all(math.isfinite(v) for v in figures.values()):
@@ -196,7 +211,11 @@ def _step(
     if stage.after_step is not None:
         stage.after_step(model, config)
     seconds = time.perf_counter() - begin
-    return figures | {"lr": optimizer.param_groups[0]["lr"], "seconds": seconds, "tokens_per_second": totals.queries / seconds}
+    return figures | {
+        "lr": optimizer.param_groups[0]["lr"],
+        "seconds": seconds,
+        "tokens_per_second": totals.queries / seconds,
+    }
 
 
 def _label_weight(batch: dict[str, Tensor]) -> float:
@@ -265,7 +284,12 @@ class _StopSignal:
 
 @contextlib.contextmanager
 def _bar(show: bool, name: str, first: int, last: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not show) as bar:
         task = bar.add_task(name, total=last, completed=first, figures="")
 

@@ -15,7 +15,9 @@ def new_model(config: TrainConfig) -> DecoderForCausalLM:
     known = set(DeepseekV3Config().to_dict())
     for name in config.shape:
         if name not in known:
-            raise UserError(f"config shape: unknown key {name}; known keys are the fields of transformers' DeepseekV3Config")
+            raise UserError(
+                f"config shape: unknown key {name}; known keys are the fields of transformers' DeepseekV3Config"
+            )
     torch.manual_seed(config.seed)
     model = DecoderForCausalLM(DeepseekV3Config(num_nextn_predict_layers=0, **config.shape))
     # Residual outputs start smaller with depth, so that the first steps are stable at a high learning rate.

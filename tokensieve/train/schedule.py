@@ -47,4 +47,6 @@ def check_phases(phases: tuple[PhaseConfig, ...]) -> None:
             if getattr(phase, name) < 1:
                 raise UserError(f"phases.{name} is {getattr(phase, name)}; it must be at least 1")
         if phase.sequences % phase.micro_batch:
-            raise UserError(f"phases: {phase.sequences} sequences do not divide into micro-batches of {phase.micro_batch}")
+            raise UserError(
+                f"phases: {phase.sequences} sequences do not divide into micro-batches of {phase.micro_batch}"
+            )

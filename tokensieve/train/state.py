@@ -34,7 +34,12 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def save_state(
-    run: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, state: RunState, keep: int, shard_bytes: float = 5e9
+    run: Path,
+    model: DecoderForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    state: RunState,
+    keep: int,
+    shard_bytes: float = 5e9,
 ) -> Path:
     """Writes a checkpoint and removes the oldest ones beyond `keep`. UserError on a full disk, with everything older intact."""
     folder = folder_of(run, state.step)
@@ -73,7 +78,9 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it"
+        ) from error
     torch.set_rng_state(tensors.pop("rng|cpu"))
     cuda = tensors.pop("rng|cuda", None)
     if cuda is not None and torch.cuda.is_available():
@@ -83,7 +90,9 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
         name, _, moment = key.partition("|")
         parameter = parameters[name]
         # The step count stays on the CPU where the optimizer keeps it there.
-        optimizer.state[parameter][moment] = value if moment == "step" and not _fused(optimizer) else value.to(parameter.device)
+        optimizer.state[parameter][moment] = (
+            value if moment == "step" and not _fused(optimizer) else value.to(parameter.device)
+        )
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

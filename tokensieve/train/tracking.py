@@ -14,7 +14,9 @@ class Tracker:
         self.run = Path(config.out)
         self.path = self.run / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if first_step else []
+            kept = (
+                [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if first_step else []
+            )
             self.path.write_text("".join(line + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.writers: list[Any] = []
