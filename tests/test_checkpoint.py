@@ -28,7 +28,7 @@ from tokensieve import checkpoint
 from tokensieve.config import SparseConfig, UserError
 from tokensieve.ops import quant
 
-# ---- names and shapes
+# names and shapes
 
 
 def test_the_671b_model() -> None:
@@ -128,7 +128,7 @@ def test_transformers_writes_what_we_read_and_reads_what_we_write(config: Any, t
         assert torch.equal(theirs.eval()(ids).logits, again.eval()(ids).logits)
 
 
-# ---- round trips
+# round trips
 
 
 @pytest.mark.parametrize("shard_bytes", [5e9, 4000])
@@ -254,7 +254,7 @@ def test_other_quantization_is_refused(tmp_path: Path) -> None:
         checkpoint.load_tensors(folder, sparse_config(), torch.float32)
 
 
-# ---- the multi-token-prediction layer
+# the multi-token-prediction layer
 
 
 def with_mtp(folder: Path, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -309,7 +309,7 @@ def test_an_mtp_layer_that_is_gone_or_uncounted(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
-# ---- what others read
+# what others read
 
 
 def test_the_published_config_survives_export() -> None:

@@ -15,7 +15,7 @@ from tokensieve.checkpoint import folder as folder_module
 from tokensieve.checkpoint import writing
 from tokensieve.config import UserError
 
-# ---- bad input
+# bad input
 
 
 def test_bad_config(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_missing_surplus_and_misshapen_tensors(tmp_path: Path) -> None:
     assert_same(loaded(write_folder(tmp_path / "m", config, tensors | frequencies), config), loaded(folder, config))
 
 
-# ---- a save that fails
+# a save that fails
 
 
 def test_other_files_stay_and_old_shards_go(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The tokenizer, the token store, and packed sequences."""
 
+import dataclasses
 import json
 import pickle
 import time
@@ -74,7 +75,7 @@ def config(source: Path, cache: Path, *generated: str) -> DataConfig:
     return DataConfig(mixture, cache=str(cache), held_out_share=0.0)
 
 
-# ---- tokenizer
+# tokenizer
 
 
 def test_special_tokens_have_their_ids(tokenizer):
@@ -152,7 +153,7 @@ def test_tokenizers_that_cannot_serve(tmp_path):
         train_tokenizer(["x"], tmp_path, vocab_size=100)
 
 
-# ---- token store
+# token store
 
 
 def test_store_keeps_documents(corpus, encode, tmp_path):
@@ -201,7 +202,7 @@ def test_a_truncated_store_is_refused(corpus, encode, tmp_path):
         TokenStore.open(tmp_path / "store")
 
 
-# ---- packing
+# packing
 
 
 def test_text_stream_loses_no_token_and_repeats_none(corpus, encode, tmp_path):
@@ -232,6 +233,34 @@ def test_items_mark_their_documents(source, tokenizer, tmp_path):
         assert (item["input_ids"][1:][first[1:]] == 0).all()  # whatever begins inside a sequence begins with bos
         if dataset.choice[index] == 1:
             assert int(first.sum()) == 1
+
+
+def test_retrieval_sequences_hold_documents_of_several_lengths(source, tokenizer, tmp_path):
+    dataset = build_dataset(config(source, tmp_path, "retrieval"), tokenizer, 2048, sequences=120, seed=2)
+    rows = [dataset.streams[1].sequence(n) for n in range(40)]
+    assert {len(row.starts) for row in rows} == {1, 2, 4}  # the shortest are of 512 tokens
+    for row in rows:
+        assert row.answers is not None and row.ids.shape == row.answers.shape == (2048,)
+        assert (row.ids[row.starts] == 0).all() and (row.ids == 0).sum() == len(row.starts)
+        assert row.starts.tolist() == list(range(0, 2048, 2048 // len(row.starts)))
+        for start in row.starts:  # no document is without a question
+            assert row.answers[start : start + 2048 // len(row.starts)].any()
+
+
+def test_answers_weigh_more_where_the_config_says_so(source, tokenizer, tmp_path):
+    plain = build_dataset(config(source, tmp_path, "retrieval"), tokenizer, 512, sequences=40, seed=1)
+    settings = dataclasses.replace(config(source, tmp_path, "retrieval"), answer_weight=5.0)
+    weighted = build_dataset(settings, tokenizer, 512, sequences=40, seed=1)
+    assert weighted.fingerprint != plain.fingerprint
+    for index in range(40):
+        item, same = weighted[index], plain[index]
+        assert "loss_weights" not in same and all((item[name] == same[name]).all() for name in same)
+        weights = item["loss_weights"]
+        assert weights.dtype == torch.float32 and weights.shape == (512,)
+        row = weighted.streams[weighted.choice[index]].sequence(int(weighted.number[index]))
+        answers = torch.zeros(512, dtype=torch.bool) if row.answers is None else torch.from_numpy(row.answers)
+        assert (weights == torch.where(answers, 5.0, 1.0)).all()
+        assert bool(answers.any()) == (weighted.choice[index] == 1)
 
 
 def test_padding_is_a_document_without_labels():

@@ -60,7 +60,7 @@ def contexts(encode, documents):
     return retrieval.needle_contexts(encode, documents, 1024, needles=4, count=1)
 
 
-# ---- held-out text
+# held-out text
 
 
 def test_sequences_are_stretches_of_single_documents(encode, documents, texts):
@@ -128,7 +128,7 @@ def test_evaluating_puts_everything_back(sparse):
     sparse.eval()
 
 
-# ---- recall
+# recall
 
 
 def test_recall_is_that_of_a_naive_count(sparse, texts):
@@ -179,7 +179,7 @@ def test_recall_needs_an_indexer_and_long_sequences(dense, sparse, texts):
         evals.recall(sparse, texts, top_k=5000)
 
 
-# ---- parity
+# parity
 
 
 def test_compare_scores_every_arm_on_the_same_prompts(dense, sparse, texts, contexts):
@@ -239,7 +239,7 @@ def test_parity_criteria(changes, broken):
     assert [c.name for c in found if not c.holds] == ([broken] if broken else [])
 
 
-# ---- long contexts
+# long contexts
 
 
 def test_context_gain_scores_the_same_tokens(dense, texts, monkeypatch):
@@ -286,7 +286,7 @@ def test_acceptance_runs_small(dense, encode, documents):
     assert not criteria[0].holds and figures["completions"]["count"] == figures["chat"]["count"] == 2
 
 
-# ---- time
+# time
 
 
 def test_a_stretched_cache_repeats_a_real_one(sparse, texts, monkeypatch):

@@ -64,7 +64,7 @@ def pieces(sizes: list[int]) -> str:
     return "+".join(map(str, sizes)) if len(sizes) < 20 else f"{len(sizes)} single tokens"
 
 
-# ---- prefill and decode
+# prefill and decode
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [1] * LENGTH, [7, 33, 1, 1, 13, 35], [K, 1, LENGTH - K - 1]], ids=pieces)
@@ -130,7 +130,7 @@ def test_rows_of_a_batch_do_not_meet(model: DecoderForCausalLM) -> None:
     assert difference(changed[[0, 2]], together[[0, 2]]) < TOLERANCE and difference(changed[1], together[1]) > 0.1
 
 
-# ---- the cache itself
+# the cache itself
 
 
 def test_crop_then_continue(model: DecoderForCausalLM) -> None:
@@ -186,7 +186,7 @@ def test_a_failed_pass_leaves_the_cache_usable(sparse: DecoderForCausalLM) -> No
     assert difference(in_chunks(sparse, ids[:, 50:], [40], cache=cache)[0], want[:, 50:]) < TOLERANCE
 
 
-# ---- packed documents and padding
+# packed documents and padding
 
 
 def documents(*lengths: int) -> Tensor:
@@ -306,7 +306,7 @@ def test_a_mask_of_ones_and_positions_that_continue_change_nothing(model: Decode
         assert difference(got, want) <= tolerance or model.config.index_dtype == "fp8"
 
 
-# ---- generation
+# generation
 
 
 @pytest.mark.parametrize("family", ["v2", "v3", "v32"])
@@ -370,7 +370,7 @@ def test_a_conversation_continues_on_its_cache(sparse: DecoderForCausalLM) -> No
     assert torch.equal(sparse.generate(longer, past_key_values=cache, **settings), sparse.generate(longer, **settings))
 
 
-# ---- bad input
+# bad input
 
 
 def test_what_cannot_be_meant_is_refused(sparse: DecoderForCausalLM) -> None:

@@ -103,7 +103,7 @@ def with_config(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -
     return folder
 
 
-# ---- the 671B shape
+# the 671B shape
 
 
 def test_the_671b_model_builds_on_the_meta_device() -> None:
@@ -130,7 +130,7 @@ def test_the_671b_model_builds_on_the_meta_device() -> None:
     assert all(x.is_meta for x in state.values())
 
 
-# ---- configs, published and of transformers 5
+# configs, published and of transformers 5
 
 
 def test_published_and_transformers_5_configs_make_the_same_model(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_model_that_is_not_there() -> None:
     assert "\n" not in str(error.value)
 
 
-# ---- save
+# save
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_transformers_own_save_and_load(tmp_path: Path) -> None:
     assert wide == {name for name in half.state_dict() if name.endswith(checkpoint.FLOAT32_SUFFIXES)}
 
 
-# ---- sparsify
+# sparsify
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_what_sparsify_refuses() -> None:
         assert "\n" not in str(error.value)
 
 
-# ---- the tokenizer
+# the tokenizer
 
 
 def test_the_tokenizer_goes_with_the_model(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def padded(ids: Tensor) -> Tensor:
     return mask
 
 
-# ---- replay
+# replay
 
 
 def test_what_is_returned(any_dtype: DecoderForCausalLM) -> None:
@@ -97,7 +97,7 @@ def test_replay_token_by_token(any_dtype: DecoderForCausalLM) -> None:
     assert difference(trained, torch.cat(logits, dim=1)) < TOLERANCE
 
 
-# ---- a score does not depend on how it is asked for
+# a score does not depend on how it is asked for
 
 
 def recorded(model: DecoderForCausalLM, calls: Callable[[], Any], layer: int = 1) -> list[SelectionContext]:
@@ -194,7 +194,7 @@ def test_fp8_rounding_passes_the_gradient() -> None:
         assert float(torch.cosine_similarity(coarse.flatten(), exact.flatten(), dim=0)) > 0.95, name
 
 
-# ---- the arms
+# the arms
 
 
 def test_the_arms_by_name(sparse: DecoderForCausalLM, trunk: DecoderForCausalLM) -> None:

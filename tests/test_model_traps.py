@@ -47,7 +47,7 @@ def selected(model: DecoderForCausalLM) -> Tensor:
     return model(tokens(1, LENGTH), return_selection=True).selection[0]
 
 
-# ---- 1 and 2: what is rotated how, and what the indexer reads
+# 1 and 2: what is rotated how, and what the indexer reads
 
 
 def test_a_swapped_rope_layout_of_mla_is_noticed(both: Any) -> None:
@@ -135,7 +135,7 @@ def test_scores_are_equation_1_without_the_softmax_factor(latent: int | None) ->
     assert a.scale == pytest.approx(20**-0.5 * mscale**2, rel=1e-12)
 
 
-# ---- 12: K and V in decode
+# 12: K and V in decode
 
 
 class Largest(TorchDispatchMode):
@@ -171,7 +171,7 @@ def test_decode_never_expands_k_and_v(family: str, rows: int) -> None:
     assert largest.elements < rows * 400 * 16 * 12 // 2, largest.elements
 
 
-# ---- float32 where the published model has it
+# float32 where the published model has it
 
 
 def test_what_stays_float32_in_a_bfloat16_model(saved: tuple[PreTrainedModel, Path]) -> None:

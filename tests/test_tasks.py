@@ -37,7 +37,7 @@ def encode(corpus, tmp_path_factory) -> PlainEncoder:
     return PlainEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-# ---- phrasings, keys and values
+# phrasings, keys and values
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,32 @@ def test_phrasings_are_many():
     ("style", "text"),
     [
         ("-", "the amber-falcon lab"),
-        ("Title", "the Amber Falcon lab"),
-        ("UPPER", "the AMBER_FALCON lab"),
-        ("Camel", "the AmberFalcon lab"),
+        ("_", "the amber_falcon lab"),
         ("`", "the `amber-falcon` lab"),
         (" ", "the amber falcon lab"),
     ],
 )
 def test_key_styles(style, text):
-    assert phrasing.Key(("amber", "falcon"), style, "the {} lab").render() == text
+    key = phrasing.Key(("amber", "falcon"), style, "the {} lab")
+    assert style in phrasing.STYLES and key.render() == text
+    assert phrasing.answer(key, "4938") == text.removeprefix("the ").removesuffix(" lab") + ": 4938"
 
 
-# ---- training sequences
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_word_salad_keeps_key_and_value_and_nothing_else_that_counts(seed):
+    rng = random.Random(seed)
+    (needle,) = retrieval.draw_needles(rng, 1, held_out=False)
+    words = phrasing.salad(rng, 0, 9).split()
+    assert len(words) <= 9 and set(words) <= set(phrasing.SALAD)
+    assert not any(character.isdigit() for word in phrasing.SALAD for character in word)
+    lines = [phrasing.statement(rng, needle.key, needle.noun, needle.value, held_out=False) for _ in range(40)]
+    asked = [phrasing.question(rng, needle.key, needle.noun, held_out=False) for _ in range(40)]
+    assert all(line.count(needle.value) == 1 and needle.key.render() in line for line in lines)
+    assert all(needle.key.render(framed=False) in question and needle.value not in question for question in asked)
+
+
+# training sequences
 
 
 def taker(encode, corpus):
@@ -104,11 +118,17 @@ def taker(encode, corpus):
 def test_training_sequences_fill_the_context_and_hold_their_answers(encode, corpus, context):
     take, bounds = taker(encode, corpus), retrieval.LineBounds(encode)
     for seed in range(20):
-        ids = retrieval.training_sequence(random.Random(seed), encode, bounds, take, context)
-        assert ids.shape == (context,) and ids[:2].tolist() == [0, 3] and ids[-1] == 1 and (ids == 0).sum() == 1
+        ids, told = retrieval.training_sequence(random.Random(seed), encode, bounds, take, context)
+        assert told.shape == ids.shape == (context,) and told.dtype == bool
+        assert ids[:2].tolist() == [0, 3] and ids[-1] == 1 and (ids == 0).sum() == 1
         turns = encode.decode(ids).split("<｜Assistant｜></think>")
         text, answers = turns[0], [turn.split("<｜end▁of▁sentence｜>")[0] for turn in turns[1:]]
-        assert 1 <= len(answers) <= 16 and all(a.isdigit() and a in text for a in answers)
+        assert 1 <= len(answers) <= 16
+        values = [answer.rpartition(": ")[2] for answer in answers]
+        assert all(value.isdigit() and value in text for value in values)
+        assert all(answer.removesuffix(": " + value) in text for answer, value in zip(answers, values, strict=True))
+        # Only the value and the end of the turn are what the context alone can tell: the key stands in the question.
+        assert encode.decode(ids[told]) == "".join(value + "<｜end▁of▁sentence｜>" for value in values)
         assert (ids == 4).sum() == len(answers) and (ids == 3).sum() == len(answers)
 
 
@@ -127,7 +147,7 @@ def test_lines_are_spliced_between_lines(encode):
     assert prefixes == ["def f():\n", "def f():\n    return 1\n\n\n", "def f():\n    return 1\n\n\nclass A:\n"]
 
 
-# ---- evaluation contexts
+# evaluation contexts
 
 
 @pytest.mark.parametrize(("context", "needles"), [(1024, 1), (2048, 16)])
@@ -139,7 +159,9 @@ def test_every_answer_is_in_the_context_once_and_everything_fits(encode, corpus,
             assert text.count(ask.value) == 1 and ask.key in text
             assert encode.decode(ask.answer_ids) == ask.value + "<｜end▁of▁sentence｜>"
             asked = encode.decode(ask.question_ids)
-            assert asked.startswith("\n\n") and asked.endswith("<｜Assistant｜></think>") and ask.value not in asked
+            asked, _, begun = asked.partition("<｜Assistant｜></think>")
+            assert asked.startswith("\n\n") and ask.value not in asked
+            assert begun.endswith(": ") and begun[:-2] in ask.key and begun[:-2] in asked
             at = len(encode(text[len("<｜begin▁of▁sentence｜><｜User｜>") : text.index(ask.value)])) + 2
             assert 0 <= at / len(item.context_ids) - ask.depth < 60 / len(item.context_ids)
             assert context * 0.9 < len(item.context_ids) + len(ask.question_ids) + len(ask.answer_ids) <= context
@@ -206,6 +228,7 @@ class Reader(torch.nn.Module):
 
 @pytest.mark.parametrize("right", [True, False])
 def test_evaluation_reads_a_context_once_and_asks_from_its_cache(encode, corpus, monkeypatch, right):
+    monkeypatch.setattr(retrieval, "PREFILL_CHUNK", 2048)
     monkeypatch.setitem(sys.modules, "tokensieve.model", SimpleNamespace(LatentCache=FakeCache))
     contexts = retrieval.needle_contexts(encode, corpus, 4096, 8, count=2)
     model = Reader(contexts, lambda ask: ask.answer_ids if right else [*ask.answer_ids[:-1], 5], encode.vocab_size)
@@ -233,7 +256,7 @@ def test_reward(completion_text, value):
     assert retrieval.reward(completion_text, "493817") == value
 
 
-# ---- chat
+# chat
 
 SOURCE = '''
 def add(first, second=1):
@@ -296,7 +319,7 @@ def test_chat_evaluation_counts_whole_answers(encode):
         chat.evaluate(Writer(lambda _: [1]), encode, [])
 
 
-# ---- completion
+# completion
 
 MODULE = '''"""A module."""
 LIMIT = 3
