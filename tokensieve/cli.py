@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from tokensieve.config import TrainConfig
+    from tokensieve.evals import AcceptanceSizes
     from tokensieve.model import DecoderForCausalLM
 
 # Of the system, not of the program: no space, no permission, not a folder, a read-only disk.
@@ -73,7 +74,6 @@ def setup(
     log = logging.getLogger("tokensieve")
     log.handlers = [RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)]
     log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 @app.command()
@@ -166,7 +166,7 @@ def evaluate(
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME unless given.")] = None,
     data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
-    context: Annotated[int | None, typer.Option(help="Sparse models: tokens of the prompts.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompts.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure a model: a dense one's use of its context, a sparse one against its own dense attention.
@@ -185,9 +185,11 @@ def evaluate(
     if loaded.is_sparse:
         metrics = _parity(loaded, tokenizer, documents, quick, context)
     else:
-        metrics = _acceptance(loaded, tokenizer, documents, evals.QUICK if quick else evals.FULL)
+        metrics = _acceptance(loaded, tokenizer, documents, evals.QUICK if quick else evals.FULL, context)
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
-    folder = out or Path("runs") / f"eval-{Path(model).name}"
+    path = Path(model)
+    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
+    folder = out or Path("runs") / f"eval-{name}"
     typer.echo(f"\nFigures: {_write_json(folder / 'metrics.json', metrics)}")
 
 
@@ -316,11 +318,17 @@ def _newest(run: Path) -> Path:
     return checkpoints(run)[-1]
 
 
-def _acceptance(model: "DecoderForCausalLM", tokenizer: Any, documents: list, sizes: Any) -> dict[str, Any]:
+def _acceptance(
+    model: "DecoderForCausalLM", tokenizer: Any, documents: list, sizes: "AcceptanceSizes", context: int | None
+) -> dict[str, Any]:
+    """What a base model has to show, in the contexts of `sizes` or in one that was asked for."""
     from rich.console import Console
 
     from tokensieve import evals
 
+    if context is not None:
+        sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
+    _check_room(model, max(*sizes.contexts, sizes.long))
     console = Console()
     with Console(stderr=True).status("Needles, text, completions and answers"):
         figures = evals.acceptance(model, tokenizer, documents, sizes)
@@ -331,6 +339,16 @@ def _acceptance(model: "DecoderForCausalLM", tokenizer: Any, documents: list, si
     return figures | {"criteria": {c.name: c.holds for c in criteria}}
 
 
+def _check_room(model: "DecoderForCausalLM", context: int) -> None:
+    from tokensieve.config import UserError
+
+    room = model.config.max_position_embeddings
+    if context > room:
+        raise UserError(
+            f"prompts of {context} tokens are past the model's {room} positions; shorten them with --context"
+        )
+
+
 def _parity(
     model: "DecoderForCausalLM", tokenizer: Any, documents: list, quick: bool, context: int | None
 ) -> dict[str, Any]:
@@ -338,12 +356,15 @@ def _parity(
     from rich.console import Console
 
     from tokensieve import cost, evals
+    from tokensieve.config import UserError
     from tokensieve.report import show
     from tokensieve.tasks import PlainEncoder, retrieval
 
     k = model.top_k
     context = context or max((evals.QUICK if quick else evals.FULL).contexts[0], SELECT_FROM * k)
-    context = min(context, model.config.max_position_embeddings - 256)  # room for questions and answers
+    _check_room(model, context)
+    if context <= k:
+        raise UserError(f"prompts of {context} tokens are not longer than k = {k}: nothing is selected; see --context")
     encode = PlainEncoder(tokenizer)
     texts = evals.text_sequences(encode, documents, context, 2 if quick else 16)
     needles = retrieval.needle_contexts(encode, documents, context, count=1 if quick else 8)
