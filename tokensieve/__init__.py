@@ -10,12 +10,25 @@ if TYPE_CHECKING:
     from tokensieve import ops
     from tokensieve.config import SparseConfig, UserError
     from tokensieve.model import LatentCache, load, load_tokenizer, save, selecting, sparsify
+    from tokensieve.train.callbacks import KLCallback
 
-__all__ = ["LatentCache", "SparseConfig", "UserError", "load", "load_tokenizer", "ops", "save", "selecting", "sparsify"]
+__all__ = [
+    "KLCallback",
+    "LatentCache",
+    "SparseConfig",
+    "UserError",
+    "load",
+    "load_tokenizer",
+    "ops",
+    "save",
+    "selecting",
+    "sparsify",
+]
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "KLCallback": "tokensieve.train.callbacks",
     "LatentCache": "tokensieve.model",
     "SparseConfig": "tokensieve.config",
     "UserError": "tokensieve.config",

@@ -79,7 +79,7 @@ class LayerLocalLoss(torch.autograd.Function):
 
 
 class InjectedKL(torch.autograd.Function):
-    """Passes `out` on unchanged; in backward sends `weight` as the gradient of `kl`, whatever loss the trainer computes."""
+    """Passes `out` on unchanged; in backward sends `weight` as the gradient of `kl`, of its shape, whatever loss the trainer computes."""
 
     @staticmethod
     def forward(ctx, out: Tensor, kl_N: Tensor, weight_N: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import importlib.resources
 import json
 import logging
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,15 +58,22 @@ def _hub_folder(repository: str) -> Path:
         ) from error
 
 
-def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> DecoderForCausalLM:
+def load(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    config: ModelConfig | None = None,
+) -> DecoderForCausalLM:
     """A dense (`deepseek_v2`, `deepseek_v3`) or sparse (`deepseek_v32`) model in evaluation mode.
 
     `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub id. `dtype`: float32
-    on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. A multi-token-prediction
-    layer is not run but carried along, and written again by `save`. Raises UserError on whatever is wrong with the files.
+    on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. `config`: used in place
+    of the folder's config.json. A multi-token-prediction layer is not run but carried along, and written again by `save`. Raises UserError
+    on whatever is wrong with the files.
     """
     folder = model_path(name)
-    config = model_config(checkpoint.read_config(folder))
+    if config is None:
+        config = model_config(checkpoint.read_config(folder))
     device = torch.device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
@@ -107,6 +116,21 @@ def save(
     for reason in reasons:
         log.warning("%s: %s", folder, reason)
     return reasons
+
+
+def save_into(model: DecoderForCausalLM, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
+    """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
+        new = Path(within) / "model"
+        checkpoint.save_tensors(new, model.config.to_dict(), state.items(), model.extras, shard_bytes)
+        files = list(new.iterdir())
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
+        for path in files:
+            os.replace(path, folder / path.name)
+    if getattr(model, "folder", None) is not None:
+        copy_tokenizer(Path(model.folder), folder)
 
 
 def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dtype: torch.dtype | None = None) -> None:

@@ -3,6 +3,8 @@
 Legend: N tokens, E routed experts, K experts per token, D hidden width, I expert width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -85,6 +87,22 @@ class Experts(nn.Module):
         E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Takes one matrix per expert too, as on disk: trainers resume by loading the file of `save_pretrained` with load_state_dict.
+
+        A shard may hold some of the experts only, so each goes straight to its place.
+        """
+        width = self.down_proj.shape[2]
+        for name in [n for n in state_dict if n.startswith(prefix) and n.endswith("_proj.weight")]:
+            expert, kind, _ = name.removeprefix(prefix).split(".")
+            rows = {"gate_proj": slice(0, width), "up_proj": slice(width, None), "down_proj": slice(None)}[kind]
+            target = self.down_proj if kind == "down_proj" else self.gate_up_proj
+            with torch.no_grad():
+                target[int(expert), rows].copy_(state_dict.pop(name))
+            fused = "down_proj" if kind == "down_proj" else "gate_up_proj"
+            state_dict.setdefault(prefix + fused, target.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         N, K = chosen_NK.shape

@@ -5,6 +5,7 @@ checkpoint, so that state dicts, transformers, vLLM and SGLang agree; only the e
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.attention import Attention, Pass, RMSNorm
+from tokensieve.model.attention import Attention, InjectedKL, Pass, RMSNorm
 from tokensieve.model.cache import LatentCache
 from tokensieve.model.moe import MLP, Experts, MoE, Router
 from tokensieve.model.pack import Pack, make_pack
@@ -105,9 +106,12 @@ class Trunk(DecoderPreTrainedModel):
         self.top_k: int = getattr(config, "index_topk", config.max_position_embeddings)
         self.form: Literal["auto", "mha", "mqa"] = "auto"
         self.objective: Objective = "none"
-        # Gradient weight of one query's KL: 1 / (valid queries of the whole optimizer step). None: 1 / (those of this call * accumulation).
+        # Weight of one query's KL: 1 / (valid queries of the whole optimizer step). None: 1 / (valid queries of this call).
         self.kl_weight: float | None = None
-        self.kl_accumulation: int | None = None
+        # Under a Hugging Face trainer, set by KLCallback: the weight of this call's mean in the step's, which its gradients get whatever
+        # the trainer does to the loss, and by what the trainer expects a loss to have been divided.
+        self.kl_share: float | None = None
+        self.kl_divisor: int = 1
         self._frequencies: tuple[Tensor, float] | None = None
         self.post_init()
 
@@ -193,6 +197,9 @@ class Trunk(DecoderPreTrainedModel):
             past_key_values.advance(S)
         kl = torch.stack([p.kl[i] for i in sorted(p.kl)]).sum() if p.kl else None
         last = self.norm(x).unflatten(0, (B, S))
+        if objective == "warmup" and kl is not None and kl.requires_grad:
+            # For a trainer that bypasses the head: whatever it computes from these states, its backward pass brings the KL's gradient.
+            last = InjectedKL.apply(last, kl, torch.ones_like(kl))
         if states is not None:
             states[-1] = last  # as everywhere in transformers
         return TrunkOutput(
@@ -210,7 +217,9 @@ class Trunk(DecoderPreTrainedModel):
         if self.kl_weight is not None:
             one: float | Tensor = self.kl_weight
         else:
-            one = 1.0 / (pack.valid_count * (self.kl_accumulation or 1))
+            count = pack.valid_count
+            share = 1.0 if self.kl_share is None else self.kl_share
+            one = share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
         valid = torch.ones(pack.positions_N.shape[0], device=device) if pack.valid_N is None else pack.valid_N.float()
         return valid * (one / len(self.layers))
 
@@ -279,6 +288,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 f"{objective} trains indexers and this model has none; make it sparse first: tokensieve sparsify"
             )
         self.model.objective = objective
+        self.model.kl_weight = self.model.kl_share = None  # whoever trains next sets its own scale
         indexers = {id(x) for x in self.indexer_parameters()}
         for x in self.parameters():
             x.requires_grad_(objective != "warmup" or id(x) in indexers)
@@ -317,22 +327,68 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             selection=selection,
             return_selection=return_selection,
         )
-        hidden = out.last_hidden_state
+        hidden, trunk = out.last_hidden_state, self.model
+        unscaled = self.training and trunk.objective != "none" and trunk.kl_share is None and trunk.kl_weight is None
+        if unscaled and kwargs.get("num_items_in_batch") is not None:
+            raise UserError(
+                f"{trunk.objective} under a Hugging Face trainer needs the scale of the KL; add tokensieve.KLCallback() to its callbacks"
+            )
+        kl = out.kl if trunk.kl_share is None or out.kl is None else out.kl.detach() / (trunk.kl_share or 1.0)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss, logits = None, None
-        if self.model.objective == "warmup":
-            if kwargs.get("num_items_in_batch") is not None and self.model.kl_accumulation is None:
-                raise UserError(
-                    "warm-up under a Hugging Face trainer needs its scale: add tokensieve.KLCallback() to the trainer's callbacks"
-                )
+        if trunk.objective == "warmup":
             # The head is not part of the loss, and in warm-up nobody reads logits: they would cost more than the indexers.
             loss = out.kl
+            if trunk.kl_share is not None:
+                divisor = 1 if kwargs.get("num_items_in_batch") is None or not self.training else trunk.kl_divisor
+                loss = kl / divisor
+                if out.kl.requires_grad:
+                    loss = InjectedKL.apply(loss, out.kl, torch.ones_like(out.kl)).clone()  # trainers scale it in place
         else:
             logits = self.lm_head(hidden[:, kept])
-            if labels is not None:
+            if labels is not None or kwargs.get("shift_labels") is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        result = CausalOutput(loss, logits, out.past_key_values, out.hidden_states, out.selection, out.kl)
+        result = CausalOutput(loss, logits, out.past_key_values, out.hidden_states, out.selection, kl)
         return result.to_tuple() if return_dict is False else result
+
+    # what transformers and its trainers call to load and save
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: ModelConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | None = None,
+    ) -> "DecoderForCausalLM":
+        """`tokensieve.load`, under the name that transformers has for it. UserError where that raises it, or for a dtype torch lacks."""
+        from tokensieve.model.loading import load
+
+        named = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if named is not None and not isinstance(named, torch.dtype):
+            raise UserError(f"dtype {dtype!r} is not one of torch's; use for instance 'bfloat16'")
+        return load(pretrained_model_name_or_path, named, "cpu" if device_map in (None, "auto") else device_map, config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | float = 5e9,
+        **kwargs: Any,
+    ) -> None:
+        """As `tokensieve.save`, in the published layout, but into a folder that may hold other things, as a trainer's does."""
+        from tokensieve.model.loading import save_into
+
+        if kwargs.get("push_to_hub"):
+            raise UserError(
+                "save_pretrained: push_to_hub is not supported; save, then upload the folder with: hf upload"
+            )
+        if is_main_process:
+            save_into(
+                self, Path(save_directory), self.state_dict() if state_dict is None else state_dict, max_shard_size
+            )
 
     # generation
 

@@ -70,8 +70,7 @@ def run(
         model, first = _start(config, model).to(device), 0
     stage = STAGES[config.stage]
     stage.prepare(model, config)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.model.gradient_checkpointing = config.activation_checkpointing
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(tokenizer, model.config)
     _check_positions(config, model)
@@ -87,8 +86,13 @@ def run(
                 f"{out}: config or data differ from the run that is there; resume with the same ones, or name another folder"
             )
         restore_optimizer(done[-1], model, optimizer)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); free space, or name another run folder"
+        ) from error
     if config.compile:
         for layer in model.model.layers:
             cast(DecoderLayer, layer).mlp.compile()
@@ -159,6 +163,7 @@ def _batches(
             num_workers=config.workers,
             prefetch_factor=4 if config.workers else None,
             persistent_workers=False,
+            generator=torch.Generator(),  # the loader draws a seed, and would take it from the run's random state
         )
         micro: list[dict[str, Tensor]] = []
         for batch in loader:
@@ -250,7 +255,7 @@ def _fingerprint(config: TrainConfig, data: list[str]) -> str:
 def cost_rate(device: torch.device, seconds: float = 0.05) -> float:
     """FLOP/s that a square matrix product reaches on `device`, times the share of it that training usually does."""
     size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    a = torch.full((size, size), 1e-3, device=device, dtype=dtype)  # drawing numbers would shift the run's random state
     (a @ a).sum().item()
     count, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:

@@ -42,7 +42,9 @@ def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals:
     model.model.kl_weight = 1.0 / totals.queries
     labels, weights = batch["labels"], batch.get("loss_weights")
     out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
-    entropy = F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    entropy = F.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none", ignore_index=-100
+    )
     if weights is not None:
         entropy = entropy * weights[:, 1:].flatten()
     loss = entropy.sum() / totals.labels

@@ -6,7 +6,7 @@ A checkpoint is a folder `step-000120` of the run: the model in Hugging Face for
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,18 @@ def save_state(
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
     for old in checkpoints(run)[: -max(1, keep)]:
+        _leave(model, old, folder)
+        (old / STATE).unlink()  # first, so that a kill in between leaves nothing that looks complete
         shutil.rmtree(old)
     return folder
+
+
+def _leave(model: DecoderForCausalLM, old: Path, new: Path) -> None:
+    """A resumed model takes its tokenizer and its carried tensors from the checkpoint it was loaded from, which is about to go."""
+    if getattr(model, "folder", None) is not None and Path(model.folder).resolve() == old.resolve():
+        model.folder = new
+    if model.extras is not None and model.extras.folder == old.resolve():
+        model.extras = replace(model.extras, folder=new.resolve())
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from tokensieve.config import TrainConfig, UserError, to_dict
 
+CUT_OFF = 1 << 62  # the step of a line that a kill cut off
+
 
 class Tracker:
     """One row per logged step. A resumed run first drops the rows after the step that it resumes from."""
@@ -17,7 +19,9 @@ class Tracker:
             kept = (
                 [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if first_step else []
             )
-            self.path.write_text("".join(line + "\n" for line in kept))
+            whole = self.path.with_name(self.path.name + ".partial")
+            whole.write_text("".join(line + "\n" for line in kept))
+            whole.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
         self.writers: list[Any] = []
         for name in config.track:
@@ -31,8 +35,13 @@ class Tracker:
                 raise UserError(f"track: {name!r} is unknown; use tensorboard or wandb")
 
     def row(self, step: int, figures: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); free space, then continue from the last checkpoint with --resume"
+            ) from error
         for writer in self.writers:
             for name, value in figures.items():
                 writer.add_scalar(name, value, step)
@@ -62,10 +71,11 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError):
-        return 1 << 62  # a line that a kill cut off
+        return CUT_OFF
 
 
 def history(run: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl."""
+    """The rows of a run's metrics.jsonl, without a last one that a kill cut off."""
     path = Path(run) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step(line) != CUT_OFF]
