@@ -47,23 +47,27 @@ def pad_index_inputs(
     return IndexInputs(q.contiguous(), k.contiguous(), w.contiguous(), scale)
 
 
+def padded(keys: int) -> int:
+    return -(-keys // KEY_PAD) * KEY_PAD
+
+
 def head_products(x: IndexInputs, a: int, b: int, lo: int, hi: int) -> Tensor:
     """q . k for queries [a, b) and keys [lo, lo + padded length): (b, H', n'), n' >= hi - lo."""
-    n = -(-(hi - lo) // KEY_PAD) * KEY_PAD
-    k_nD = x.k_TD[lo : lo + n]
+    k_nD = x.k_TD[lo : lo + padded(hi - lo)]
     return torch.bmm(x.q_SHD[a:b], k_nD.t().expand(b - a, -1, -1))
 
 
 def score_strip(x: IndexInputs, block: Block) -> Tensor:
     """Index scores (b, hi-lo) of one block of queries over its key range, a tile of keys at a time."""
     a, b, lo, hi = block
+    q_bHD, w_b1H, k_bDT = x.q_SHD[a:b], x.w_SH[a:b, None, :], x.k_TD.t().expand(b - a, -1, -1)
     tiles = []
     for first in range(lo, hi, KEY_TILE):
-        last = min(first + KEY_TILE, hi)
-        dots = head_products(x, a, b, first, last).relu_()
-        tile = torch.bmm(x.w_SH[a:b, None, :], dots)[:, 0, : last - first]
-        tiles.append(tile if x.k_scale_T is None else tile * x.k_scale_T[first:last])
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        # In decode a tile is so little work that views cost as much as products: one view a tile.
+        dots = torch.bmm(q_bHD, k_bDT.narrow(2, first, padded(min(KEY_TILE, hi - first))))
+        tiles.append(torch.bmm(w_b1H, dots.relu_()))
+    strip_bn = (tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2))[:, 0, : hi - lo]
+    return strip_bn if x.k_scale_T is None else strip_bn * x.k_scale_T[lo:hi]
 
 
 def score_elements(H: int):
@@ -129,8 +133,9 @@ def exact_topk(strip_bn: Tensor, outside_bn: Tensor | None, k: int) -> Tensor:
     """Positions (b, k) of the k largest, ties to the smaller position, by sorting unique integer keys: (score, -position)."""
     n = strip_bn.shape[1]
     double = strip_bn.dtype == torch.float64
-    bits = strip_bn.view(torch.int64 if double else torch.int32)
+    bits = (strip_bn + 0.0).view(torch.int64 if double else torch.int32)
     # Monotone map from floats to integers: negative floats order backwards, so their magnitude bits are flipped.
+    # (-0.0 + 0.0 is 0.0, so both zeros have the bits of one.)
     ordered = torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
     if outside_bn is not None:
         ordered = ordered.masked_fill(outside_bn, torch.iinfo(bits.dtype).min)
@@ -144,17 +149,19 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
     outside = out_of_range(block, starts_S, ends_S)
     if outside is not None:
         strip_bn = strip_bn.masked_fill(outside, float("-inf"))
-    strip_bn = strip_bn + 0.0  # -0.0 becomes 0.0
-    if bool(torch.isnan(strip_bn).any()):
-        row = a + int(torch.isnan(strip_bn).any(dim=1).nonzero()[0])
+    n = hi - lo
+    if n <= k:
+        values, chosen = strip_bn, torch.arange(n, device=strip_bn.device).expand(b - a, n)
+    else:
+        values, chosen = torch.topk(strip_bn, k, dim=1, sorted=False)
+    # topk counts NaN as the largest: a strip that has one has one among the values taken.
+    wrong = torch.isnan(values)
+    if bool(wrong.any()):
+        row = a + int(wrong.any(dim=1).nonzero()[0])
         raise ValueError(
             f"index scores of query {row} contain NaN: nothing can be selected; check the indexer's inputs and weights"
         )
-    n = hi - lo
-    if n <= k:
-        chosen = torch.arange(n, device=strip_bn.device).expand(b - a, n)
-    else:
-        values, chosen = torch.topk(strip_bn, k, dim=1, sorted=False)
+    if n > k:
         kth = values.amin(dim=1, keepdim=True)
         # topk takes any of several equal scores. Rows where some of the scores equal to the k-th were left out are done again.
         ambiguous = ((strip_bn == kth).sum(dim=1) > (values == kth).sum(dim=1)).nonzero().flatten()
