@@ -195,8 +195,7 @@ class Attention(nn.Module):
 
         def loss() -> Tensor:
             q_I, k_I, w = index_inputs()
-            kl_N = ops.indexer_kl_dense(q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N)
-            return (kl_N * weight).sum()
+            return ops.indexer_kl_dense_sum(q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N, weight)
 
         parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
         if torch.is_grad_enabled() and parameters:

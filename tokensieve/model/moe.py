@@ -120,12 +120,14 @@ class Experts(nn.Module):
             return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
 
     def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
-        parts, a = [], 0
-        for expert, count in enumerate(counts):
-            if count:
-                gate, up = F.linear(x[a : a + count], self.gate_up_proj[expert].to(x.dtype)).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, self.down_proj[expert].to(x.dtype)))
-                a += count
+        parts = []
+        # unbind, not indexing: the gradient of an index is a tensor of all experts' size, mostly zeros, for every expert.
+        for part, gate_up, down in zip(
+            x.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
+        ):
+            if part.shape[0]:
+                gate, up = F.linear(part, gate_up.to(x.dtype)).chunk(2, dim=-1)
+                parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype)))
         return torch.cat(parts)
 
     def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:

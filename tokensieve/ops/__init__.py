@@ -26,13 +26,14 @@ __all__ = [
     "index_scores",
     "index_topk",
     "indexer_kl_dense",
+    "indexer_kl_dense_sum",
     "masked_attention",
     "select_topk",
     "sparse_attention",
     "sparse_attention_kl",
 ]
 
-OPS = tuple(name for name in __all__ if name not in ("backends", "head_mass"))
+OPS = tuple(name for name in __all__ if name not in ("backends", "head_mass", "indexer_kl_dense_sum"))
 
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
@@ -119,6 +120,25 @@ def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
         low, high = indices_SK.aminmax()
         if int(low) < -1 or int(high) >= T:
             raise ValueError(f"{op}: indices must lie in [-1, {T}), got {int(low)} to {int(high)}")
+
+
+def _check_kl_dense(
+    op: str,
+    q_SHD: Tensor,
+    k_TGD: Tensor,
+    lse_SH: Tensor,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+) -> None:
+    _check_groups(op, q_SHD, k_TGD)
+    _check_width(op, q_SHD, k_TGD)
+    _check_scored(op, q_SHD, k_TGD, q_I, k_I, w)
+    if lse_SH.shape != q_SHD.shape[:2]:
+        raise ValueError(f"{op}: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}")
+    _check_ranges(op, q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
 
 
 def index_scores(
@@ -299,12 +319,44 @@ def indexer_kl_dense(
     q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
     Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
     """
-    _check_groups("indexer_kl_dense", q_SHD, k_TGD)
-    _check_width("indexer_kl_dense", q_SHD, k_TGD)
-    _check_scored("indexer_kl_dense", q_SHD, k_TGD, q_I, k_I, w)
-    if lse_SH.shape != q_SHD.shape[:2]:
-        raise ValueError(f"indexer_kl_dense: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}")
-    _check_ranges("indexer_kl_dense", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
+    _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     return custom.indexer_kl_dense(
         q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
     )
+
+
+def indexer_kl_dense_sum(
+    q_SHD: Tensor,
+    k_TGD: Tensor,
+    lse_SH: Tensor,
+    scale: float,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    weight_S: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """sum(weight * `indexer_kl_dense`) (): equation (3) as a training step wants it, its gradient computed in the same pass.
+
+    Target and scores cost most of the loss; with the weights known beforehand they are computed once instead of once in each direction.
+    weight (S) float32 is not differentiated; everything else, shapes, errors and source, as in `indexer_kl_dense`.
+    """
+    _check_kl_dense("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
+    if weight_S.shape != q_SHD.shape[:1]:
+        raise ValueError(f"indexer_kl_dense_sum: weight must be ({q_SHD.shape[0]},), got {tuple(weight_S.shape)}")
+    return custom.indexer_kl_dense_sum(
+        q_SHD.detach(),
+        k_TGD.detach(),
+        lse_SH.detach(),
+        scale,
+        q_I,
+        k_I,
+        w,
+        starts_S,
+        ends_S,
+        weight_S.detach(),
+        backend,
+    )[0]

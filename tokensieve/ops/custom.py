@@ -433,3 +433,42 @@ def _kl_dense_backward(ctx, dkl):
 
 
 indexer_kl_dense.register_autograd(_kl_dense_backward, setup_context=_kl_dense_setup)
+
+
+@custom_op("tokensieve::indexer_kl_dense_sum", mutates_args=())
+@full_precision
+def indexer_kl_dense_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    weight: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    module = pick("indexer_kl_dense", q, backend)
+    kl, *gradients = module.indexer_kl_dense_step(q, k, lse, scale, q_I, k_I, w, starts, ends, weight)
+    return (kl * weight.to(kl.dtype)).sum(), *gradients
+
+
+@indexer_kl_dense_sum.register_fake
+def _(q, k, lse, scale, q_I, k_I, w, starts, ends, weight, backend):
+    return _empty(q, dtype=compute_dtype(q_I)), q_I.new_empty(q_I.shape), k_I.new_empty(k_I.shape), w.new_empty(w.shape)
+
+
+def _kl_sum_setup(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _kl_sum_backward(ctx, dsum, *unused):
+    # The forward has the gradients already; the other outputs are those gradients, which nobody differentiates.
+    gradients = [None if dsum is None else g * dsum.to(g.dtype) for g in ctx.saved_tensors]
+    return None, None, None, None, *gradients, None, None, None, None
+
+
+indexer_kl_dense_sum.register_autograd(_kl_sum_backward, setup_context=_kl_sum_setup)

@@ -4,12 +4,11 @@ from tokensieve.ops.reference.dense import (
     dense_attention,
     dense_attention_backward,
     head_mass,
-    indexer_kl_dense,
-    indexer_kl_dense_backward,
     masked_attention,
     masked_attention_backward,
 )
 from tokensieve.ops.reference.index import index_scores, index_scores_backward, index_topk, select_topk
+from tokensieve.ops.reference.kl import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
 from tokensieve.ops.reference.sparse import (
     sparse_attention,
     sparse_attention_backward,
@@ -26,6 +25,7 @@ __all__ = [
     "index_topk",
     "indexer_kl_dense",
     "indexer_kl_dense_backward",
+    "indexer_kl_dense_step",
     "masked_attention",
     "masked_attention_backward",
     "select_topk",

@@ -1,4 +1,4 @@
-"""Dense attention, attention masked to a selection, and the KL of equation (3), forward and backward.
+"""Dense attention and attention masked to a selection, forward and backward.
 
 Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width, V value width; b queries in a block, n keys in its range.
 """
@@ -15,14 +15,6 @@ from tokensieve.ops.reference.blocks import (
     normalized,
     out_of_range,
     query_blocks,
-    row_blocks,
-)
-from tokensieve.ops.reference.index import (
-    accumulate_index_gradient,
-    index_gradients,
-    pad_index_inputs,
-    score_elements,
-    score_strip,
 )
 
 Excluded = Callable[[Block], Tensor | None]  # a block's mask (b, n), True where a key does not take part
@@ -183,26 +175,6 @@ def masked_attention_backward(
     return block_attention_backward(dout, dlse, q, k, v, out, lse, scale, *selection_blocks(q, indices_SK))
 
 
-# equation (3): the warm-up's KL over all visible keys
-
-
-def target_strip(
-    q_SHD: Tensor, k_TGD: Tensor, lse_SH: Tensor, scale: float, block: Block, outside: Tensor | None
-) -> Tensor:
-    """p (b, n): the mean over heads of the attention's probabilities, from its logsumexp; heads in slices of bounded size."""
-    a, b, lo, hi = block
-    G, H, n = k_TGD.shape[1], q_SHD.shape[1], hi - lo
-    lse = lse_SH[a:b].to(compute_dtype(q_SHD)).t()
-    p = torch.zeros(b - a, n, dtype=lse.dtype, device=lse.device)
-    per_group = H // G
-    for first, last in row_blocks(G, per_group * (b - a) * n, q_SHD):
-        heads = slice(first * per_group, last * per_group)
-        logits = block_logits(q_SHD[:, heads], k_TGD[:, first:last], block, scale)
-        p += normalized(logits, lse[heads]).sum(0)
-    p /= H
-    return p if outside is None else p.masked_fill_(outside, 0.0)
-
-
 def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, scale: float) -> Tensor:
     mass_ST = torch.zeros(q_SHD.shape[0], k_TGD.shape[0], dtype=compute_dtype(q_SHD), device=q_SHD.device)
     blocks, excluded = dense_blocks(q_SHD, starts_S, ends_S)
@@ -213,55 +185,3 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
             logits.masked_fill_(mask, float("-inf"))
         mass_ST[block.a : block.b, block.lo : block.hi] = torch.softmax(logits, dim=-1).mean(0)
     return mass_ST
-
-
-def kl_blocks(q_SHD: Tensor, q_I: Tensor, starts_S: Tensor, ends_S: Tensor) -> Iterator[Block]:
-    # One head's logits at least are held for all queries of a block, so a block is as wide as the scores or eight heads allow.
-    elements = score_elements(q_I.shape[1])
-    return query_blocks(starts_S, ends_S, lambda n: max(elements(n), min(q_SHD.shape[1], 8) * n))
-
-
-def indexer_kl_dense(
-    q_SHD: Tensor,
-    k_TGD: Tensor,
-    lse_SH: Tensor,
-    scale: float,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    starts_S: Tensor,
-    ends_S: Tensor,
-) -> Tensor:
-    x = pad_index_inputs(q_I, k_I, w, None, ends_S)
-    kl_S = torch.zeros(q_SHD.shape[0], dtype=x.q_SHD.dtype, device=q_SHD.device)
-    for block in kl_blocks(q_SHD, q_I, starts_S, ends_S):
-        outside = out_of_range(block, starts_S, ends_S)
-        p = target_strip(q_SHD, k_TGD, lse_SH, scale, block, outside)
-        score = score_strip(x, block)
-        lse = torch.logsumexp(score if outside is None else score.masked_fill(outside, float("-inf")), dim=1)
-        kl_S[block.a : block.b] = torch.xlogy(p, p).sum(1) - (p * score).sum(1) + lse * p.sum(1)
-    return kl_S
-
-
-def indexer_kl_dense_backward(
-    dkl_S: Tensor, q_SHD: Tensor, k_TGD: Tensor, lse_SH: Tensor, scale: float,
-    q_I: Tensor, k_I: Tensor, w: Tensor, starts_S: Tensor, ends_S: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/dI = softmax(I) - p, then through the scores; a strip of queries x keys of dI is all that exists at a time."""
-    x = pad_index_inputs(q_I, k_I, w, None, ends_S)
-    dq, dk, dw = index_gradients(x)
-    for block in kl_blocks(q_SHD, q_I, starts_S, ends_S):
-        outside = out_of_range(block, starts_S, ends_S)
-        p = target_strip(q_SHD, k_TGD, lse_SH, scale, block, outside)
-        score = score_strip(x, block)
-        if outside is not None:
-            score = score.masked_fill(outside, float("-inf"))
-        dscore = (
-            torch.softmax(score, dim=1)
-            .mul_(p.sum(1, keepdim=True))
-            .sub_(p)
-            .mul_(dkl_S[block.a : block.b, None].to(p.dtype))
-        )
-        accumulate_index_gradient(x, block, dscore, dq, dk, dw)
-    H, T = q_I.shape[1], k_I.shape[0]
-    return dq[:, :H].to(q_I.dtype).contiguous(), dk[:T].to(k_I.dtype), dw[:, :H].to(w.dtype).contiguous()
