@@ -1,0 +1,23 @@
+"""The CPU benchmark runs beside transformers and writes what docs/results.md reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "cpu.json"
+    command = [sys.executable, "benchmarks/cpu.py", "--quick", "--threads", "1", "--out", str(out)]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    figures = json.loads(out.read_text())
+    assert figures["logits_difference"] < 1e-4
+    for name in ("prefill_seconds", "decode_ms", "memory_bytes"):
+        assert set(figures[name]) == {"tokensieve", "transformers"}
+    assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
