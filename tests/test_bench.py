@@ -1,6 +1,7 @@
 """The CPU benchmark runs beside transformers and writes what docs/results.md reads."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "new" / "cpu.json"
     command = [sys.executable, "benchmarks/cpu.py", "--quick", "--threads", "1", "--out", str(out)]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     figures = json.loads(out.read_text())
     assert figures["logits_difference"] < 1e-4
