@@ -216,7 +216,8 @@ def needle_contexts(
         answers = []
         for needle, tail in zip(drawn, tails, strict=True):
             whole = encode(answer(needle.key, needle.value))
-            value = len(encode(needle.value))  # digits are tokens of their own, so the value is the answer's last tokens
+            # Digits are tokens of their own, so the value is the answer's last tokens.
+            value = len(encode(needle.value))
             tail += whole[:-value]
             answers.append([*whole[-value:], marks.eos])
         lines = [encode(needle.line) for needle in drawn]
