@@ -16,7 +16,7 @@ Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inferen
 import torch
 from torch import Tensor
 
-from tokensieve.ops import custom, reference
+from tokensieve.ops import custom, custom_kl, reference
 from tokensieve.ops.dispatch import BACKENDS
 
 __all__ = [
@@ -297,7 +297,7 @@ def sparse_attention_kl(
     """
     _check_entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
     _check_scored("sparse_attention_kl", q_SHD, kv_TGE, q_I, k_I, w)
-    return custom.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
+    return custom_kl.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
 
 
 def indexer_kl_dense(
@@ -320,7 +320,7 @@ def indexer_kl_dense(
     Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
     """
     _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
-    return custom.indexer_kl_dense(
+    return custom_kl.indexer_kl_dense(
         q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
     )
 
@@ -347,7 +347,7 @@ def indexer_kl_dense_sum(
     _check_kl_dense("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     if weight_S.shape != q_SHD.shape[:1]:
         raise ValueError(f"indexer_kl_dense_sum: weight must be ({q_SHD.shape[0]},), got {tuple(weight_S.shape)}")
-    return custom.indexer_kl_dense_sum(
+    return custom_kl.indexer_kl_dense_sum(
         q_SHD.detach(),
         k_TGD.detach(),
         lse_SH.detach(),

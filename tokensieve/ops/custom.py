@@ -25,8 +25,8 @@ def full_precision(body):
     return run
 
 
-def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty(shape, dtype=dtype or x.dtype)
+def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return x.newempty(shape, dtype=dtype or x.dtype)
 
 
 # index_scores
@@ -42,7 +42,7 @@ def index_scores(
 
 @index_scores.register_fake
 def _(q, k, w, starts, ends, k_scale, backend):
-    return _empty(q, q.shape[0], k.shape[0], dtype=compute_dtype(q))
+    return empty(q, q.shape[0], k.shape[0], dtype=compute_dtype(q))
 
 
 @custom_op("tokensieve::index_scores_backward", mutates_args=())
@@ -55,7 +55,7 @@ def index_scores_backward(
 
 @index_scores_backward.register_fake
 def _(dscores, q, k, w, starts, ends, k_scale, backend):
-    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(w, *w.shape)
+    return empty(q, *q.shape), empty(k, *k.shape), empty(w, *w.shape)
 
 
 def _index_scores_setup(ctx, inputs, output):
@@ -81,7 +81,7 @@ def select_topk(scores: Tensor, k: int, starts: Tensor, ends: Tensor, backend: s
 
 @select_topk.register_fake
 def _(scores, k, starts, ends, backend):
-    return _empty(scores, scores.shape[0], k, dtype=torch.int32)
+    return empty(scores, scores.shape[0], k, dtype=torch.int32)
 
 
 @custom_op("tokensieve::index_topk", mutates_args=())
@@ -94,7 +94,7 @@ def index_topk(
 
 @index_topk.register_fake
 def _(q, k_I, w, k, starts, ends, k_scale, backend):
-    return _empty(q, q.shape[0], k, dtype=torch.int32)
+    return empty(q, q.shape[0], k, dtype=torch.int32)
 
 
 # dense attention
@@ -120,7 +120,7 @@ def dense_attention(
 @dense_attention.register_fake
 def _(q, k, v, starts, ends, bounds, longest, scale, backend):
     S, H = q.shape[:2]
-    return _empty(q, S, H, v.shape[2]), _empty(q, S, H, dtype=compute_dtype(q))
+    return empty(q, S, H, v.shape[2]), empty(q, S, H, dtype=compute_dtype(q))
 
 
 @custom_op("tokensieve::dense_attention_backward", mutates_args=())
@@ -146,7 +146,7 @@ def dense_attention_backward(
 
 @dense_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, starts, ends, bounds, longest, scale, backend):
-    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(v, *v.shape)
+    return empty(q, *q.shape), empty(k, *k.shape), empty(v, *v.shape)
 
 
 def _dense_setup(ctx, inputs, output):
@@ -181,7 +181,7 @@ def masked_attention(
 @masked_attention.register_fake
 def _(q, k, v, indices, scale, backend):
     S, H = q.shape[:2]
-    return _empty(q, S, H, v.shape[2]), _empty(q, S, H, dtype=compute_dtype(q))
+    return empty(q, S, H, v.shape[2]), empty(q, S, H, dtype=compute_dtype(q))
 
 
 @custom_op("tokensieve::masked_attention_backward", mutates_args=())
@@ -203,7 +203,7 @@ def masked_attention_backward(
 
 @masked_attention_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, indices, scale, backend):
-    return _empty(q, *q.shape), _empty(k, *k.shape), _empty(v, *v.shape)
+    return empty(q, *q.shape), empty(k, *k.shape), empty(v, *v.shape)
 
 
 def _masked_setup(ctx, inputs, output):
@@ -235,7 +235,7 @@ def sparse_attention(
 @sparse_attention.register_fake
 def _(q, kv, indices, scale, d_k, v_start, d_v, backend):
     S, H = q.shape[:2]
-    return _empty(q, S, H, d_v), _empty(q, S, H, dtype=compute_dtype(q))
+    return empty(q, S, H, d_v), empty(q, S, H, dtype=compute_dtype(q))
 
 
 @custom_op("tokensieve::sparse_attention_backward", mutates_args=())
@@ -260,7 +260,7 @@ def sparse_attention_backward(
 
 @sparse_attention_backward.register_fake
 def _(dout, dlse, q, kv, indices, out, lse, scale, d_k, v_start, d_v, backend):
-    return _empty(q, *q.shape), _empty(kv, *kv.shape)
+    return empty(q, *q.shape), empty(kv, *kv.shape)
 
 
 def _sparse_setup(ctx, inputs, output):
@@ -284,191 +284,3 @@ def _sparse_backward(ctx, dout, dlse):
 
 
 sparse_attention.register_autograd(_sparse_backward, setup_context=_sparse_setup)
-
-
-@custom_op("tokensieve::sparse_attention_kl", mutates_args=())
-@full_precision
-def sparse_attention_kl(
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    scale: float,
-    d_k: int,
-    v_start: int,
-    d_v: int,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("sparse_attention_kl", q, backend).sparse_attention_kl(
-        q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w
-    )
-
-
-@sparse_attention_kl.register_fake
-def _(q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w, backend):
-    S, H = q.shape[:2]
-    dtype = compute_dtype(q)
-    return _empty(q, S, H, d_v), _empty(q, S, H, dtype=dtype), _empty(q, S, dtype=dtype)
-
-
-@custom_op("tokensieve::sparse_attention_kl_backward", mutates_args=())
-@full_precision
-def sparse_attention_kl_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    dkl: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    d_k: int,
-    v_start: int,
-    d_v: int,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module = pick("sparse_attention_kl", q, backend)
-    return module.sparse_attention_kl_backward(
-        dout, dlse, dkl, q, kv, indices, out, lse, scale, d_k, v_start, d_v, q_I, k_I, w
-    )
-
-
-@sparse_attention_kl_backward.register_fake
-def _(dout, dlse, dkl, q, kv, indices, out, lse, scale, d_k, v_start, d_v, q_I, k_I, w, backend):
-    return (
-        _empty(q, *q.shape),
-        _empty(kv, *kv.shape),
-        _empty(q_I, *q_I.shape),
-        _empty(k_I, *k_I.shape),
-        _empty(w, *w.shape),
-    )
-
-
-def _sparse_kl_setup(ctx, inputs, output):
-    q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w, ctx.backend = inputs
-    ctx.numbers = (scale, d_k, v_start, d_v)
-    ctx.set_materialize_grads(False)
-    out, lse, _ = output
-    ctx.save_for_backward(q, kv, indices, out, lse, q_I, k_I, w)
-
-
-def _sparse_kl_backward(ctx, dout, dlse, dkl):
-    q, kv, indices, out, lse, q_I, k_I, w = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    dkl = lse.new_zeros(lse.shape[0]) if dkl is None else dkl
-    dq, dkv, dq_I, dk_I, dw = sparse_attention_kl_backward(
-        dout, dlse, dkl, q, kv, indices, out, lse, *ctx.numbers, q_I, k_I, w, ctx.backend
-    )
-    return dq, dkv, None, None, None, None, None, dq_I, dk_I, dw, None
-
-
-sparse_attention_kl.register_autograd(_sparse_kl_backward, setup_context=_sparse_kl_setup)
-
-
-# equation (3)
-
-
-@custom_op("tokensieve::indexer_kl_dense", mutates_args=())
-@full_precision
-def indexer_kl_dense(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    scale: float,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    backend: str,
-) -> Tensor:
-    return pick("indexer_kl_dense", q, backend).indexer_kl_dense(q, k, lse, scale, q_I, k_I, w, starts, ends)
-
-
-@indexer_kl_dense.register_fake
-def _(q, k, lse, scale, q_I, k_I, w, starts, ends, backend):
-    return _empty(q, q.shape[0], dtype=compute_dtype(q_I))
-
-
-@custom_op("tokensieve::indexer_kl_dense_backward", mutates_args=())
-@full_precision
-def indexer_kl_dense_backward(
-    dkl: Tensor,
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    scale: float,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("indexer_kl_dense", q, backend).indexer_kl_dense_backward(
-        dkl, q, k, lse, scale, q_I, k_I, w, starts, ends
-    )
-
-
-@indexer_kl_dense_backward.register_fake
-def _(dkl, q, k, lse, scale, q_I, k_I, w, starts, ends, backend):
-    return _empty(q_I, *q_I.shape), _empty(k_I, *k_I.shape), _empty(w, *w.shape)
-
-
-def _kl_dense_setup(ctx, inputs, output):
-    q, k, lse, ctx.scale, q_I, k_I, w, starts, ends, ctx.backend = inputs
-    ctx.save_for_backward(q, k, lse, q_I, k_I, w, starts, ends)
-
-
-def _kl_dense_backward(ctx, dkl):
-    q, k, lse, q_I, k_I, w, starts, ends = ctx.saved_tensors
-    dq_I, dk_I, dw = indexer_kl_dense_backward(dkl, q, k, lse, ctx.scale, q_I, k_I, w, starts, ends, ctx.backend)
-    return None, None, None, None, dq_I, dk_I, dw, None, None, None
-
-
-indexer_kl_dense.register_autograd(_kl_dense_backward, setup_context=_kl_dense_setup)
-
-
-@custom_op("tokensieve::indexer_kl_dense_sum", mutates_args=())
-@full_precision
-def indexer_kl_dense_sum(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    scale: float,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    weight: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = pick("indexer_kl_dense", q, backend)
-    kl, *gradients = module.indexer_kl_dense_step(q, k, lse, scale, q_I, k_I, w, starts, ends, weight)
-    return (kl * weight.to(kl.dtype)).sum(), *gradients
-
-
-@indexer_kl_dense_sum.register_fake
-def _(q, k, lse, scale, q_I, k_I, w, starts, ends, weight, backend):
-    return _empty(q, dtype=compute_dtype(q_I)), q_I.new_empty(q_I.shape), k_I.new_empty(k_I.shape), w.new_empty(w.shape)
-
-
-def _kl_sum_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _kl_sum_backward(ctx, dsum, *unused):
-    # The forward has the gradients already; the other outputs are those gradients, which nobody differentiates.
-    gradients = [None if dsum is None else g * dsum.to(g.dtype) for g in ctx.saved_tensors]
-    return None, None, None, None, *gradients, None, None, None, None
-
-
-indexer_kl_dense_sum.register_autograd(_kl_sum_backward, setup_context=_kl_sum_setup)
