@@ -26,7 +26,7 @@ def full_precision(body):
 
 
 def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return x.newempty(shape, dtype=dtype or x.dtype)
+    return x.new_empty(shape, dtype=dtype or x.dtype)
 
 
 # index_scores

@@ -180,7 +180,7 @@ def indexer_kl_dense_sum(
 
 @indexer_kl_dense_sum.register_fake
 def _(q, k, lse, scale, q_I, k_I, w, starts, ends, weight, backend):
-    return empty(q, dtype=compute_dtype(q_I)), q_I.newempty(q_I.shape), k_I.newempty(k_I.shape), w.newempty(w.shape)
+    return empty(q, dtype=compute_dtype(q_I)), q_I.new_empty(q_I.shape), k_I.new_empty(k_I.shape), w.new_empty(w.shape)
 
 
 def _kl_sum_setup(ctx, inputs, output):
