@@ -70,7 +70,9 @@ def workplace(root: Path) -> Workplace:
         (root / "text" / f"module_{number}.py").write_text(texts[-1])
     train_tokenizer(texts, root / "tokenizer", VOCAB)
     for family, name in (("v32", "sparse"), ("v3", "dense")):
-        tokensieve.save(model(family), root / name)
+        made = model(family)
+        made.folder = root / "tokenizer"  # so that it goes with the model
+        tokensieve.save(made, root / name)
     return Workplace(root)
 
 

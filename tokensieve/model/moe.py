@@ -119,6 +119,7 @@ class Experts(nn.Module):
             back[order] = torch.arange(N * K, device=order.device)
             return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
 
+    @torch.compiler.disable  # every new set of counts would be another program
     def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
         parts = []
         # unbind, not indexing: the gradient of an index is a tensor of all experts' size, mostly zeros, for every expert.

@@ -36,6 +36,8 @@ log = logging.getLogger("tokensieve")
 
 STAGES: dict[str, Stage] = {"pretrain": pretrain.STAGE, "warmup": warmup.STAGE, "adapt": adapt.STAGE}
 
+DIVERGED = "nothing was changed; begin again from an earlier checkpoint with a lower learning rate"
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run has been saved; the message says where and how to go on."""
@@ -80,6 +82,7 @@ def run(
     ]
     fingerprint = _fingerprint(config, [d.fingerprint for d in datasets])
     optimizer = _optimizer(config, model, device)
+    torch.manual_seed(config.seed)
     if done:
         if read_state(done[-1]).fingerprint != fingerprint:
             raise UserError(
@@ -188,14 +191,19 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     sums: dict[str, Tensor] = {}
-    for batch in micro:
-        moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-            losses = stage.losses(model, moved, totals)
-        losses.total.backward()
-        for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
-            if value is not None:
-                sums[name] = sums[name] + value if name in sums else value
+    try:
+        for batch in micro:
+            moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+                losses = stage.losses(model, moved, totals)
+            losses.total.backward()
+            for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
+                if value is not None:
+                    sums[name] = sums[name] + value if name in sums else value
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise UserError(f"step {step + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
     indexers = [p for p in model.indexer_parameters() if p.grad is not None]
     own = {id(p) for p in indexers}
     trunk = [p for p in model.parameters() if p.grad is not None and id(p) not in own]
@@ -208,8 +216,7 @@ def _step(
     figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
     if not all(math.isfinite(v) for v in figures.values()):
         raise UserError(
-            f"step {step + 1}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); nothing was "
-            "changed; resume from the last checkpoint with a lower learning rate"
+            f"step {step + 1}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); {DIVERGED}"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -57,10 +57,12 @@ def save_state(
         (new / STATE).write_text(json.dumps({"step": state.step, "fingerprint": state.fingerprint}))
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
-    for old in checkpoints(run)[: -max(1, keep)]:
-        _leave(model, old, folder)
-        (old / STATE).unlink()  # first, so that a kill in between leaves nothing that looks complete
-        shutil.rmtree(old)
+    kept = checkpoints(run)[-max(1, keep) :]
+    for old in run.glob("step-*"):
+        if old.is_dir() and old not in kept:
+            _leave(model, old, folder)
+            (old / STATE).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks complete
+            shutil.rmtree(old)
     return folder
 
 
@@ -78,8 +80,14 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def read_state(folder: Path) -> RunState:
-    raw: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return RunState(raw["step"], raw["fingerprint"])
+    """UserError on a damaged file."""
+    try:
+        raw: dict[str, Any] = json.loads((folder / STATE).read_text())
+        return RunState(raw["step"], raw["fingerprint"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"{folder / STATE}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it"
+        ) from error
 
 
 def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
