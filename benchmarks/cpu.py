@@ -117,6 +117,10 @@ def decode_step(model: Any, cache: Any, token: Tensor) -> None:
 # time
 
 
+def progress(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 def seconds(step: Step) -> float:
     begin = time.perf_counter()
     step()
@@ -145,8 +149,10 @@ def times(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     def prefill(model: Any, room: Callable[[int], Any]) -> Step:
         return lambda: read(model, prompt, room(options.context), options.context)
 
+    progress(f"prefill of {options.context:,} tokens (transformers takes minutes)")
     prefills = in_turns({name: prefill(*both) for name, both in programs.items()}, options.rounds, warm_up=0)
 
+    progress("decode")
     caches = {}
     for name, (model, room) in programs.items():
         caches[name] = room(options.context + 64)
@@ -205,6 +211,7 @@ def memory_of(name: str, folder: Path, context: int) -> dict[str, int]:
 
 
 def measured_alone(name: str, folder: Path, options: argparse.Namespace) -> dict[str, int]:
+    progress(f"memory of {name}")
     command = [
         sys.executable,
         __file__,

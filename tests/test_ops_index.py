@@ -158,6 +158,26 @@ def test_bitwise_the_same_for_prefill_and_decode(heads: int, width: int) -> None
             assert torch.equal(step[0, : t + 1], prefill[t, : t + 1]), f"decode step {t}"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("heads", "width"), [(4, 16), (8, 32), (5, 64), (64, 128)])
+def test_bitwise_the_same_for_one_query_and_many_over_a_long_range(heads: int, width: int, threads: int) -> None:
+    """In decode a tile of keys is as long as its heads allow: 16,320 keys of 8 heads, where prefill takes 1,920."""
+    S, T = 40, 17_000
+    q_SID, k_TD, w_SI = draw(S, T, heads, width, seed=heads)
+    starts_S, ends_S = torch.zeros(S, dtype=torch.int32), torch.arange(T - S + 1, T + 1, dtype=torch.int32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = ops.index_scores(q_SID, k_TD, w_SI, starts_S, ends_S)
+        for t in (0, 17, S - 1):
+            one = slice(t, t + 1)
+            alone = ops.index_scores(q_SID[one], k_TD, w_SI[one], starts_S[one], ends_S[one])
+            seen = int(ends_S[t])
+            assert torch.equal(alone[0, :seen].view(torch.int32), together[t, :seen].view(torch.int32))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bitwise_the_same_for_every_memory_layout_and_thread_count() -> None:
     S, T, heads, width = 67, 301, 4, 24
     q, k, w = draw(S, T, heads, width)

@@ -16,6 +16,9 @@ from torch import Tensor
 from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
 
 KEY_TILE = 1920  # keys scored at a time
+TILE_PRODUCTS = (
+    1 << 17
+)  # heads x keys: in decode a tile may be longer, up to this many products (half a MiB in float32)
 KEY_PAD = 192  # keys per product are padded to a multiple of this
 HEAD_PAD = 4  # heads likewise
 
@@ -61,10 +64,11 @@ def score_strip(x: IndexInputs, block: Block) -> Tensor:
     """Index scores (b, hi-lo) of one block of queries over its key range, a tile of keys at a time."""
     a, b, lo, hi = block
     q_bHD, w_b1H, k_bDT = x.q_SHD[a:b], x.w_SH[a:b, None, :], x.k_TD.t().expand(b - a, -1, -1)
+    tile = max(KEY_TILE, TILE_PRODUCTS // (q_bHD.shape[0] * q_bHD.shape[1]) // KEY_PAD * KEY_PAD)
     tiles = []
-    for first in range(lo, hi, KEY_TILE):
+    for first in range(lo, hi, tile):
         # In decode a tile is so little work that views cost as much as products: one view a tile.
-        dots = torch.bmm(q_bHD, k_bDT.narrow(2, first, padded(min(KEY_TILE, hi - first))))
+        dots = torch.bmm(q_bHD, k_bDT.narrow(2, first, padded(min(tile, hi - first))))
         tiles.append(torch.bmm(w_b1H, dots.relu_()))
     strip_bn = (tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2))[:, 0, : hi - lo]
     return strip_bn if x.k_scale_T is None else strip_bn * x.k_scale_T[lo:hi]
