@@ -96,7 +96,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     lr: float = 7.3e-6  # peak, per step of AdamW
-    lr_end: float = 0.0  # as a share of the peak, reached at the last step
+    lr_end: float = 0.0  # as a share of the peak, approached at the last step
     warmup_steps: int = 0  # linear from 0 to the peak
     weight_decay: float = 0.0  # per step, times lr; matrices only
     beta1: float = 0.9
