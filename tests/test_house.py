@@ -37,7 +37,7 @@ FORBIDDEN = [
     "/opt/" + "wheels",
     "/opt/" + "pypi",
     "pypi" + ".org",
-    "pythonhosted" + ".org",
+    "python" + "hosted.org",
     "npmjs" + ".org",
     "debian" + ".org",
     "anaconda" + ".org",

@@ -27,7 +27,7 @@ from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, 
 from tokensieve.model.selection import indexer as indexer_selection
 
 MASKED_FORM_KEYS = (
-    3  # sparse prefill: below this many times k keys, masking the MHA form beats gathering (measured: docs/results.md)
+    3  # sparse prefill: below this many times k keys, the masked MHA form runs (docs/results.md: a guess below 3)
 )
 
 
