@@ -197,6 +197,49 @@ def test_labels_play_no_part_and_no_logits_are_made(warming: DecoderForCausalLM)
     assert torch.equal(warming.eval()(input_ids=inputs["input_ids"]).loss, out.loss.detach())
 
 
+def test_warmup_goes_on_past_8192_keys() -> None:
+    """What the last queries of a long document add to the loss and to its gradients, against equation (3) in float64.
+
+    Queries before them see the same keys in a shorter document, so the difference of the two is theirs alone.
+    """
+    T, last = 8448, 256
+    made = model(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        index_n_heads=2,
+        max_position_embeddings=T,
+    )
+    made.train_for("warmup")
+    made.model.kl_weight = 1.0  # the sum over queries, not their mean
+    ids = batch(1, T)["input_ids"]
+
+    def summed(length: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = made(input_ids=ids[:, :length]).loss
+        return loss.detach().double(), gradients(made, loss)
+
+    whole, short = summed(T), summed(T - last)
+    found: list[Tensor] = []
+
+    def recording(c: SelectionContext) -> None:
+        visible = torch.arange(T) <= torch.arange(T - last, T)[:, None]
+        q, k, scale = c.attention
+        main = torch.einsum("nhd,td->nht", q[-last:].double(), k[:, 0].double()) * scale
+        p = main.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).detach()
+        with torch.enable_grad():
+            q_I, k_I, w = (x.double() for x in c.index_inputs())
+            scores = torch.einsum("nh,nht->nt", w[-last:], torch.einsum("nhd,td->nht", q_I[-last:], k_I).relu())
+            log_q = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
+            found.append(torch.where(visible, p * (p.clamp_min(1e-300).log() - log_q), 0.0).sum())
+
+    made.model.objective = "none"
+    with tokensieve.selecting(made, recording):
+        made(input_ids=ids)
+    assert torch.isclose(whole[0] - short[0], found[0].detach(), rtol=1e-4)
+    difference = {n: g - short[1][n] for n, g in whole[1].items()}
+    assert apart(difference, gradients(made, found[0])) < 2e-3
+
+
 # ---- packing and padding, in both
 
 

@@ -36,8 +36,8 @@ BACKENDS: tuple[Backend, ...] = (
 
 
 @lru_cache
-def _log_choice(op: str, name: str, device: str) -> None:
-    log.info("%s on %s: %s backend", op, device, name)
+def _log_choice(op: str, name: str, device: str, passed_over: tuple[str, ...]) -> None:
+    log.info("%s on %s: %s backend%s", op, device, name, f" ({'; '.join(passed_over)})" if passed_over else "")
 
 
 def pick(op: str, q: torch.Tensor, backend: str = "auto", causal_documents: bool = False) -> ModuleType:
@@ -51,9 +51,13 @@ def pick(op: str, q: torch.Tensor, backend: str = "auto", causal_documents: bool
                 return candidate.module
         known = ", ".join(b.name for b in BACKENDS)
         raise ValueError(f"unknown backend {backend!r} for {op}; known: auto, {known}")
+    passed_over: tuple[str, ...] = ()
     for candidate in BACKENDS:
-        if candidate.why_not(op, q, causal_documents) is None:
+        reason = candidate.why_not(op, q, causal_documents)
+        if reason is None:
             if not torch.compiler.is_compiling():
-                _log_choice(op, candidate.name, q.device.type)
+                _log_choice(op, candidate.name, q.device.type, passed_over)
             return candidate.module
+        if op in vars(candidate.module):  # that a backend has no such op is not worth a word
+            passed_over += (f"{candidate.name}: {reason}",)
     raise ValueError(f"no backend can run {op} on {q.device.type} with {q.dtype}")

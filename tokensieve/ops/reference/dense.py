@@ -25,9 +25,9 @@ def block_logits(q_SHD: Tensor, k_TGD: Tensor, block: Block, scale: float) -> Te
     a, b, lo, hi = block
     G = k_TGD.shape[1]
     dtype = compute_dtype(q_SHD)
-    q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, q_SHD.shape[2])
+    q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, q_SHD.shape[2]) * scale  # here it is one pass over q only
     k = k_TGD[lo:hi].to(dtype).permute(1, 2, 0)
-    return torch.bmm(q, k).mul_(scale).view(q_SHD.shape[1], b - a, hi - lo)
+    return torch.bmm(q, k).view(q_SHD.shape[1], b - a, hi - lo)
 
 
 def grouped_rows(x_HbX: Tensor, G: int) -> Tensor:
@@ -89,10 +89,10 @@ def block_attention_backward(
         dv_TGV[lo:hi] += torch.bmm(grouped_rows(p, G).transpose(1, 2), grouped_rows(dout, G)).transpose(0, 1)
         values = v_TGV[lo:hi].to(dtype).permute(1, 2, 0)
         dp = torch.bmm(grouped_rows(dout, G), values).view(H, b - a, hi - lo)
-        ds = grouped_rows(dp.sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale), G)
+        ds = grouped_rows(dp.sub_(delta.unsqueeze(-1)).mul_(p), G)
         keys = k_TGD[lo:hi].to(dtype).transpose(0, 1)
-        dq_SHD[a:b] = torch.bmm(ds, keys).view(H, b - a, D).transpose(0, 1)
-        q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, D)
+        dq_SHD[a:b] = torch.bmm(ds, keys).mul_(scale).view(H, b - a, D).transpose(0, 1)
+        q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, D) * scale
         dk_TGD[lo:hi] += torch.bmm(ds.transpose(1, 2), q).transpose(0, 1)
     return dq_SHD, dk_TGD.to(k_TGD.dtype), dv_TGV.to(v_TGV.dtype)
 

@@ -1,8 +1,10 @@
 """The warm-up's KL over all visible keys, equation (3): value, gradient, and both in one pass.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width; b queries in a block, n keys in its range.
+Legend: S query tokens, T key tokens, H heads (of the indexer where D is its width), G key-value groups, D width; b queries in a block, n
+keys in its range.
 
-A strip of queries x keys of the target and of the scores is all that exists at a time: memory is linear in T.
+A strip of queries x keys of the target and of the scores is all that exists at a time: memory is linear in T. A loss needs no score with
+the same bits whatever the blocking, as selection does (`index.py`), so scores are plain products of all the block's queries and heads.
 """
 
 from collections.abc import Iterator
@@ -10,15 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokensieve.ops.reference.blocks import Block, compute_dtype, normalized, out_of_range, query_blocks, row_blocks
+from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks, row_blocks
 from tokensieve.ops.reference.dense import block_logits
-from tokensieve.ops.reference.index import (
-    accumulate_index_gradient,
-    index_gradients,
-    pad_index_inputs,
-    score_elements,
-    score_strip,
-)
 
 
 def target_strip(
@@ -28,31 +23,52 @@ def target_strip(
     a, b, lo, hi = block
     G, H, n = k_TGD.shape[1], q_SHD.shape[1], hi - lo
     lse = lse_SH[a:b].to(compute_dtype(q_SHD)).t()
+    lse = lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
     p = torch.zeros(b - a, n, dtype=lse.dtype, device=lse.device)
     per_group = H // G
     for first, last in row_blocks(G, per_group * (b - a) * n, q_SHD):
         heads = slice(first * per_group, last * per_group)
         logits = block_logits(q_SHD[:, heads], k_TGD[:, first:last], block, scale)
-        p += normalized(logits, lse[heads]).sum(0)
+        p += logits.sub_(lse[heads]).exp_().sum(0)
     p /= H
     return p if outside is None else p.masked_fill_(outside, 0.0)
 
 
+def score_strip(q_bHD: Tensor, k_nD: Tensor, w_bH: Tensor) -> tuple[Tensor, Tensor]:
+    """Index scores (b, n) and the relu'd products (b, H, n) that they sum."""
+    b, H, _ = q_bHD.shape
+    dots = torch.mm(q_bHD.flatten(0, 1), k_nD.t()).relu_().view(b, H, -1)
+    return torch.bmm(w_bH.unsqueeze(1), dots).squeeze(1), dots
+
+
+def open_gradient(dots_bHn: Tensor, dscore_bn: Tensor) -> Tensor:
+    """d(score) where the relu let a product through, else 0 (b, H, n), in the place of the products: the largest temporary."""
+    dscore_bHn = dscore_bn.unsqueeze(1).expand_as(dots_bHn)
+    return torch.ops.aten.threshold_backward.grad_input(dscore_bHn, dots_bHn, 0, grad_input=dots_bHn)
+
+
+def weighted_gradients(moved_bHD: Tensor, q_bHD: Tensor, w_bH: Tensor) -> tuple[Tensor, Tensor]:
+    """dq (b, H, D) and dw (b, H) from the product of `open_gradient` with the keys: relu(q . k) is q . k where it is not 0."""
+    return moved_bHD * w_bH.unsqueeze(-1), (moved_bHD * q_bHD).sum(-1)
+
+
 def kl_blocks(q_SHD: Tensor, q_I: Tensor, starts_S: Tensor, ends_S: Tensor) -> Iterator[Block]:
-    # One head's logits at least are held for all queries of a block, so a block is as wide as the scores or eight heads allow.
-    elements = score_elements(q_I.shape[1])
-    return query_blocks(starts_S, ends_S, lambda n: max(elements(n), min(q_SHD.shape[1], 8) * n))
+    # A block holds the products of all index heads; of the attention's one slice at a time, but eight heads at least.
+    heads = max(q_I.shape[1], min(q_SHD.shape[1], 8))
+    return query_blocks(starts_S, ends_S, lambda n: heads * n)
 
 
 def kl_strip(p_bn: Tensor, score_bn: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """KL(p || softmax(score)) (b), and its gradient by the scores, softmax(score) * sum(p) - p (b, n)."""
+    """KL(p || softmax(score)) (b), and its gradient by the scores, softmax(score) * sum(p) - p (b, n), which takes the scores' place."""
     mass = p_bn.sum(1)
+    # Sums of p log p as a clamped logarithm: several times faster than xlogy, and 0 where p is 0 all the same.
+    entropy = p_bn.clamp_min(torch.finfo(p_bn.dtype).tiny).log_().mul_(p_bn).sum(1)
     cross = (p_bn * score_bn).sum(1)  # p is 0 outside the range, where scores are finite but mean nothing
     if outside is not None:
-        score_bn = score_bn.masked_fill(outside, float("-inf"))
+        score_bn.masked_fill_(outside, float("-inf"))
     lse = torch.logsumexp(score_bn, dim=1)
-    kl = torch.xlogy(p_bn, p_bn).sum(1) - cross + lse * mass
-    return kl, torch.exp(score_bn - lse[:, None]).mul_(mass[:, None]).sub_(p_bn)
+    kl = entropy - cross + lse * mass
+    return kl, score_bn.sub_(lse[:, None]).exp_().mul_(mass[:, None]).sub_(p_bn)
 
 
 def indexer_kl_dense(
@@ -66,12 +82,14 @@ def indexer_kl_dense(
     starts_S: Tensor,
     ends_S: Tensor,
 ) -> Tensor:
-    x = pad_index_inputs(q_I, k_I, w, None, ends_S)
-    kl_S = torch.zeros(q_SHD.shape[0], dtype=x.q_SHD.dtype, device=q_SHD.device)
+    dtype = compute_dtype(q_I)
+    q, k, w = q_I.to(dtype), k_I.to(dtype), w.to(dtype)
+    kl_S = torch.zeros(q_SHD.shape[0], dtype=dtype, device=q_SHD.device)
     for block in kl_blocks(q_SHD, q_I, starts_S, ends_S):
+        a, b, lo, hi = block
         outside = out_of_range(block, starts_S, ends_S)
         p = target_strip(q_SHD, k_TGD, lse_SH, scale, block, outside)
-        kl_S[block.a : block.b] = kl_strip(p, score_strip(x, block), outside)[0]
+        kl_S[a:b] = kl_strip(p, score_strip(q[a:b], k[lo:hi], w[a:b])[0], outside)[0]
     return kl_S
 
 
@@ -88,17 +106,22 @@ def indexer_kl_dense_step(
     weight_S: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """kl (S) and the gradients of sum(weight * kl) by q_I, k_I and w: target and scores are computed once for all four."""
-    x = pad_index_inputs(q_I, k_I, w, None, ends_S)
-    kl_S = torch.zeros(q_SHD.shape[0], dtype=x.q_SHD.dtype, device=q_SHD.device)
-    dq, dk, dw = index_gradients(x)
+    dtype = compute_dtype(q_I)
+    q, k, w32 = (x.to(dtype).contiguous() for x in (q_I, k_I, w))
+    kl_S = torch.zeros(q_SHD.shape[0], dtype=dtype, device=q_SHD.device)
+    dq, dk, dw = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(w32)
     for block in kl_blocks(q_SHD, q_I, starts_S, ends_S):
+        a, b, lo, hi = block
         outside = out_of_range(block, starts_S, ends_S)
         p = target_strip(q_SHD, k_TGD, lse_SH, scale, block, outside)
-        kl, dscore = kl_strip(p, score_strip(x, block), outside)
-        kl_S[block.a : block.b] = kl
-        accumulate_index_gradient(x, block, dscore.mul_(weight_S[block.a : block.b, None].to(p.dtype)), dq, dk, dw)
-    H, T = q_I.shape[1], k_I.shape[0]
-    return kl_S, dq[:, :H].to(q_I.dtype).contiguous(), dk[:T].to(k_I.dtype), dw[:, :H].to(w.dtype).contiguous()
+        score, dots = score_strip(q[a:b], k[lo:hi], w32[a:b])
+        kl_S[a:b], dscore = kl_strip(p, score, outside)
+        dscore.mul_(weight_S[a:b, None].to(dtype))
+        opened = open_gradient(dots, dscore).flatten(0, 1)
+        moved = torch.mm(opened, k[lo:hi]).view_as(q[a:b])
+        dq[a:b], dw[a:b] = weighted_gradients(moved, q[a:b], w32[a:b])
+        dk[lo:hi].addmm_(opened.t(), (q[a:b] * w32[a:b].unsqueeze(-1)).flatten(0, 1))
+    return kl_S, dq.to(q_I.dtype), dk.to(k_I.dtype), dw.to(w.dtype)
 
 
 def indexer_kl_dense_backward(

@@ -1,98 +1,81 @@
 """Attention over selected entries, forward and backward, with the KL of equation (4) that its probabilities give for free.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups, K selected, D key width, E entry width, V value width; b queries.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, M heads of a group, K selected, D key width, E entry width, V value
+width; b queries in a block.
+
+Each entry is gathered once per query and direction and read from there by few, wide products: reading is what this costs.
 """
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.ops.reference.blocks import compute_dtype, normalized, row_blocks
+from tokensieve.ops.reference.blocks import compute_dtype, row_blocks
+from tokensieve.ops.reference.kl import open_gradient, weighted_gradients
 
 
-class Gathered(NamedTuple):
-    """One block's selected entries: keys (b*G, D, K) and values (b*G, K, V), the mask of unused places (b, K) or None, flat indices."""
+def selected_rows(x_TX: Tensor, indices_bK: Tensor) -> Tensor:
+    """Rows (b, K, X) of the selected tokens; an unused place reads token 0, which every caller masks."""
+    if x_TX.shape[0] == 0:  # no key at all: every place is unused and points at one made up here
+        x_TX = x_TX.new_zeros(1, x_TX.shape[1])
+    return x_TX.index_select(0, indices_bK.clamp_min(0).flatten()).view(*indices_bK.shape, x_TX.shape[1])
 
-    entries_bKGE: Tensor
-    unused_bK: Tensor | None
-    index_bK: Tensor
 
-
-def gather_entries(kv_TGE: Tensor, indices_bK: Tensor, dtype: torch.dtype) -> Gathered:
-    unused = indices_bK < 0
-    if not bool(unused.any()):
-        index, mask = indices_bK.long(), None
-    else:
-        index, mask = indices_bK.clamp_min(0).long(), unused
-    if kv_TGE.shape[0] == 0:  # no key at all: every place is unused and points at one made up here
-        kv_TGE = kv_TGE.new_zeros(1, *kv_TGE.shape[1:])
-    entries = kv_TGE.index_select(0, index.flatten()).view(*index.shape, *kv_TGE.shape[1:]).to(dtype)
-    return Gathered(entries, mask, index)
+def by_group(rows_bKX: Tensor, G: int) -> Tensor:
+    """(b, K, G*E) -> (b*G, K, E), a view when G is 1."""
+    return rows_bKX.unflatten(2, (G, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def grouped(x_bHD: Tensor, G: int) -> Tensor:
-    """(b, H, D) -> (b*G, H/G, D); head h belongs to group h // (H/G)."""
+    """(b, H, D) -> (b*G, M, D); head h belongs to group h // M."""
     b, H, D = x_bHD.shape
     return x_bHD.reshape(b * G, H // G, D)
 
 
-def by_group(x_bKGD: Tensor) -> Tensor:
-    """(b, K, G, D) -> (b*G, K, D), a view when G is 1."""
-    return x_bKGD.transpose(1, 2).flatten(0, 1)
+def attend(
+    q_bHD: Tensor, entries_BKE: Tensor, unused_bK: Tensor, v_start: int, d_v: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (b, H, V), lse (b, H) and probabilities (b, H, K) of scaled queries over gathered entries (b*G, K, E)."""
+    b, H, d_k = q_bHD.shape
+    G = entries_BKE.shape[0] // b
+    logits = torch.bmm(grouped(q_bHD, G), entries_BKE[..., :d_k].transpose(1, 2)).view(b, H, -1)
+    logits.masked_fill_(unused_bK[:, None], float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    # Not exp(logits - lse): at logits of 1e4 lse has too few digits left. Zeros for a query without keys.
+    p = torch.softmax(logits, dim=-1).masked_fill_((lse == float("-inf")).unsqueeze(-1), 0.0)
+    out = torch.bmm(grouped(p, G), entries_BKE[..., v_start : v_start + d_v]).view(b, H, d_v)
+    return out, lse, p
 
 
-def selected_logits(q_bHD: Tensor, g: Gathered, scale: float, d_k: int) -> Tensor:
-    """scale * q . k (b, H, K), -inf at unused places."""
-    b, H, _ = q_bHD.shape
-    G = g.entries_bKGE.shape[2]
-    keys = by_group(g.entries_bKGE[..., :d_k])
-    logits = torch.bmm(grouped(q_bHD, G), keys.transpose(1, 2)).mul_(scale).view(b, H, -1)
-    return logits if g.unused_bK is None else logits.masked_fill_(g.unused_bK[:, None, :], float("-inf"))
+def selected_scores(q_bHD: Tensor, w_bH: Tensor, keys_bKD: Tensor) -> tuple[Tensor, Tensor]:
+    """Index scores (b, K) of the selected keys and the relu'd products (b, H, K) that they sum."""
+    dots = torch.bmm(q_bHD, keys_bKD.transpose(1, 2)).relu_()
+    return torch.bmm(w_bH.unsqueeze(1), dots).squeeze(1), dots
 
 
-def probabilities(logits_bHK: Tensor, lse_bH: Tensor) -> Tensor:
-    """Softmax over K, zeros for a query without keys. Not exp(logits - lse): at logits of 1e4 lse has too few digits left."""
-    return torch.softmax(logits_bHK, dim=-1).masked_fill_((lse_bH == float("-inf")).unsqueeze(-1), 0.0)
+def selected_kl(p_bHK: Tensor, score_bK: Tensor, unused_bK: Tensor) -> tuple[Tensor, Tensor]:
+    """Equation (4) of one block: KL(p || softmax(score)) (b), and its gradient by the scores, softmax * sum(p) - p (b, K)."""
+    target = p_bHK.mean(dim=1)
+    cross = (target * score_bK.masked_fill(unused_bK, 0.0)).sum(-1)
+    score_bK = score_bK.masked_fill(unused_bK, float("-inf"))
+    lse = torch.logsumexp(score_bK, dim=-1)
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    mass = target.sum(dim=-1)
+    kl = torch.xlogy(target, target).sum(-1) - cross + lse * mass
+    return kl, torch.exp(score_bK - lse[:, None]) * mass[:, None] - target
 
 
 def sparse_attention(
     q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int
 ) -> tuple[Tensor, Tensor]:
     S, H, _ = q_SHD.shape
-    G, E, K = kv_TGE.shape[1], kv_TGE.shape[2], indices_SK.shape[1]
+    G, K = kv_TGE.shape[1], indices_SK.shape[1]
     dtype = compute_dtype(q_SHD)
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
-    for a, b in row_blocks(S, K * max(G * E, H), q_SHD):
-        g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
-        logits = selected_logits(q_SHD[a:b].to(dtype), g, scale, d_k)
-        lse = torch.logsumexp(logits, dim=-1)
-        p = probabilities(logits, lse)
-        values = by_group(g.entries_bKGE[..., v_start : v_start + d_v])
-        out_SHV[a:b] = torch.bmm(grouped(p, G), values).view(b - a, H, d_v)
-        lse_SH[a:b] = lse
+    for a, b in row_blocks(S, K * max(kv_TGE[:1].numel(), H), q_SHD):
+        entries = by_group(selected_rows(kv_TGE.flatten(1), indices_SK[a:b]).to(dtype), G)
+        out_SHV[a:b], lse_SH[a:b], _ = attend(q_SHD[a:b].to(dtype) * scale, entries, indices_SK[a:b] < 0, v_start, d_v)
     return out_SHV, lse_SH
-
-
-def selected_index_dots(q_I: Tensor, k_I: Tensor, index_bK: Tensor) -> tuple[Tensor, Tensor]:
-    """relu(q_I . k_I) at the selected keys (b, H_I, K), and those keys (b, K, D)."""
-    if k_I.shape[0] == 0:
-        k_I = k_I.new_zeros(1, k_I.shape[1])
-    keys = k_I.index_select(0, index_bK.flatten()).view(*index_bK.shape, k_I.shape[1])
-    return torch.bmm(q_I, keys.transpose(1, 2)).relu_(), keys
-
-
-def selected_kl(p_bHK: Tensor, score_bK: Tensor, unused_bK: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Equation (4) of one block: KL(p || softmax(score)) (b), and its gradient by the scores, softmax * sum(p) - p (b, K)."""
-    target = p_bHK.mean(dim=1)
-    if unused_bK is not None:
-        score_bK = score_bK.masked_fill(unused_bK, float("-inf"))
-    lse = torch.logsumexp(score_bK, dim=-1)
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    mass = target.sum(dim=-1)
-    cross = target * (score_bK if unused_bK is None else score_bK.masked_fill(unused_bK, 0.0))
-    kl = torch.xlogy(target, target).sum(-1) - cross.sum(-1) + lse * mass
-    return kl, torch.exp(score_bK - lse[:, None]) * mass[:, None] - target
 
 
 def sparse_attention_kl(
@@ -112,18 +95,14 @@ def sparse_attention_kl(
     dtype = compute_dtype(q_SHD)
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
     kl_S = torch.zeros(S, dtype=dtype, device=q_SHD.device)
-    k_I = k_I.to(dtype)
-    for a, b in row_blocks(S, K * max(G * E, H, k_I.shape[1]), q_SHD):
-        g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
-        logits = selected_logits(q_SHD[a:b].to(dtype), g, scale, d_k)
-        lse = torch.logsumexp(logits, dim=-1)
-        p = probabilities(logits, lse)
-        values = by_group(g.entries_bKGE[..., v_start : v_start + d_v])
-        out_SHV[a:b] = torch.bmm(grouped(p, G), values).view(b - a, H, d_v)
-        lse_SH[a:b] = lse
-        dots, _ = selected_index_dots(q_I[a:b].to(dtype), k_I, g.index_bK)
-        score = torch.bmm(w[a:b, None].to(dtype), dots).squeeze(1)
-        kl_S[a:b] = selected_kl(p, score, g.unused_bK)[0]
+    for a, b in row_blocks(S, K * max(G * E, H, *q_I.shape[1:]), q_SHD):
+        indices = indices_SK[a:b]
+        unused = indices < 0
+        entries = by_group(selected_rows(kv_TGE.flatten(1), indices).to(dtype), G)
+        out_SHV[a:b], lse_SH[a:b], p = attend(q_SHD[a:b].to(dtype) * scale, entries, unused, v_start, d_v)
+        index_keys = selected_rows(k_I, indices).to(dtype)
+        score, _ = selected_scores(q_I[a:b].to(dtype), w[a:b].to(dtype), index_keys)
+        kl_S[a:b], _ = selected_kl(p, score, unused)
     return out_SHV, lse_SH, kl_S
 
 
@@ -166,44 +145,44 @@ def sparse_attention_kl_backward(
     """dq, dkv of the attention, and with `dkl_S` also dq_I, dk_I, dw of equation (4), from one recomputation of the probabilities."""
     S, H, _ = q_SHD.shape
     T, G, E = kv_TGE.shape
-    K = indices_SK.shape[1]
+    K, M = indices_SK.shape[1], H // G
     dtype = compute_dtype(q_SHD)
-    dq_SHD, dkv_TGE = q_SHD.new_empty(q_SHD.shape), torch.zeros(max(T, 1), G, E, dtype=dtype, device=q_SHD.device)
+    dq_SHD = q_SHD.new_empty(q_SHD.shape)
+    dkv_TX = torch.zeros(max(T, 1), G * E, dtype=dtype, device=q_SHD.device)
     if dkl_S is not None:
         assert q_I is not None and k_I is not None and w is not None
         dq_I, dw = q_I.new_empty(q_I.shape), w.new_empty(w.shape)
         dk_I = torch.zeros(max(T, 1), k_I.shape[1], dtype=dtype, device=k_I.device)
-        k_I32 = k_I.to(dtype)
-    for a, b in row_blocks(S, K * max(G * E, H), q_SHD):
-        g = gather_entries(kv_TGE, indices_SK[a:b], dtype)
-        q, dout = q_SHD[a:b].to(dtype), dout_SHV[a:b].to(dtype)
-        p = normalized(selected_logits(q, g, scale, d_k), lse_SH[a:b].to(dtype))
-        keys = by_group(g.entries_bKGE[..., :d_k])
-        values = by_group(g.entries_bKGE[..., v_start : v_start + d_v])
-        dp = torch.bmm(grouped(dout, G), values.transpose(1, 2)).view(b - a, H, K)
-        delta = (dout * out_SHV[a:b].to(dtype)).sum(-1)
+    for a, b in row_blocks(S, K * max(G * E, 2 * H), q_SHD):
+        indices = indices_SK[a:b]
+        unused, index = indices < 0, indices.clamp_min(0).flatten().long()
+        entries = by_group(selected_rows(kv_TGE.flatten(1), indices).to(dtype), G)
+        # As wide as an entry, queries and output gradients go through one product each way.
+        q = grouped(F.pad(q_SHD[a:b].to(dtype) * scale, (0, E - d_k)), G)
+        dout = grouped(F.pad(dout_SHV[a:b].to(dtype), (v_start, E - v_start - d_v)), G)
+        both = torch.bmm(torch.cat((q, dout), dim=1), entries.transpose(1, 2))
+        p, ds = both.view(b - a, G, 2, M, K).unbind(2)  # the logits and d(p) at first
+        lse = lse_SH[a:b].to(dtype)
+        lse = lse.masked_fill(lse == float("-inf"), 0.0).view(b - a, G, M, 1)
+        p.sub_(lse).exp_().masked_fill_(unused[:, None, None], 0.0)
+        delta = (dout_SHV[a:b].to(dtype) * out_SHV[a:b].to(dtype)).sum(-1)
         if dlse_SH is not None:
             delta = delta - dlse_SH[a:b].to(dtype)
-        ds = (dp - delta.unsqueeze(-1)).mul_(p).mul_(scale)
-        dq_SHD[a:b] = torch.bmm(grouped(ds, G), keys).view(b - a, H, d_k)
-        dentry = g.entries_bKGE.new_zeros(b - a, G, K, E)
-        dentry[..., :d_k] = torch.bmm(grouped(ds, G).transpose(1, 2), grouped(q, G)).view(b - a, G, K, d_k)
-        dentry[..., v_start : v_start + d_v] += torch.bmm(grouped(p, G).transpose(1, 2), grouped(dout, G)).view(
-            b - a, G, K, d_v
-        )
+        ds.sub_(delta.view(b - a, G, M, 1)).mul_(p)
+        dq = torch.bmm(both[:, M:], entries[..., :d_k]).mul_(scale)
+        dq_SHD[a:b] = dq.view(b - a, H, d_k)
+        dentries = torch.bmm(both.transpose(1, 2), torch.cat((dout, q), dim=1))
         # Unused places point at key 0 with probability 0: they add zeros.
-        dkv_TGE.index_add_(0, g.index_bK.flatten(), dentry.transpose(1, 2).reshape(-1, G, E))
+        dkv_TX.index_add_(0, index, dentries.view(b - a, G, K, E).transpose(1, 2).reshape(-1, G * E))
         if dkl_S is not None:
-            assert q_I is not None and w is not None
-            qi, wi = q_I[a:b].to(dtype), w[a:b].to(dtype)
-            dots, index_keys = selected_index_dots(qi, k_I32, g.index_bK)
-            score = torch.bmm(wi[:, None], dots).squeeze(1)
-            dscore = selected_kl(p, score, g.unused_bK)[1] * dkl_S[a:b, None].to(dtype)
-            dw[a:b] = torch.bmm(dots, dscore.unsqueeze(-1)).squeeze(-1)
-            d_bHK = dots.sign_().mul_(dscore.unsqueeze(1)).mul_(wi.unsqueeze(-1))
-            dq_I[a:b] = torch.bmm(d_bHK, index_keys)
-            dk_I.index_add_(0, g.index_bK.flatten(), torch.bmm(d_bHK.transpose(1, 2), qi).flatten(0, 1))
+            assert q_I is not None and k_I is not None and w is not None
+            qi, wi, keys = q_I[a:b].to(dtype), w[a:b].to(dtype), selected_rows(k_I, indices).to(dtype)
+            score, dots = selected_scores(qi, wi, keys)
+            dscore = selected_kl(p.reshape(b - a, H, K), score, unused)[1].mul_(dkl_S[a:b, None].to(dtype))
+            opened = open_gradient(dots, dscore)
+            dq_I[a:b], dw[a:b] = weighted_gradients(torch.bmm(opened, keys), qi, wi)
+            dk_I.index_add_(0, index, torch.bmm(opened.transpose(1, 2), qi * wi.unsqueeze(-1)).flatten(0, 1))
     if dkl_S is None:
-        return dq_SHD, dkv_TGE[:T].to(kv_TGE.dtype)
+        return dq_SHD, dkv_TX[:T].view(T, G, E).to(kv_TGE.dtype)
     assert k_I is not None
-    return dq_SHD, dkv_TGE[:T].to(kv_TGE.dtype), dq_I, dk_I[:T].to(k_I.dtype), dw
+    return dq_SHD, dkv_TX[:T].view(T, G, E).to(kv_TGE.dtype), dq_I, dk_I[:T].to(k_I.dtype), dw
