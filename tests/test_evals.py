@@ -263,9 +263,17 @@ def test_context_gain_scores_the_same_tokens(dense, texts, monkeypatch):
 
 @pytest.mark.parametrize("needles", [1, 8])
 def test_every_decile_gets_its_questions(dense, encode, documents, needles):
-    found = longcontext.needles_by_decile(dense, encode, documents, 1024, needles, 1)
+    found = longcontext.needles_by_decile(dense, encode, documents, 2048, needles, 1)
     assert min(found["counts"]) >= 1 and len(found["by_depth"]) == 10
     assert found["accuracy"] == 0  # of a model with random weights
+
+
+def test_questions_that_share_a_context_get_the_answers_they_get_alone(sparse, encode, documents, monkeypatch):
+    contexts = retrieval.needle_contexts(encode, documents, 1024, 8)
+    together = retrieval.evaluate(sparse, contexts)
+    monkeypatch.setattr(retrieval, "TOGETHER", 1)
+    alone = retrieval.evaluate(sparse, contexts)
+    assert together.records == alone.records and len({record.answered for record in alone.records}) > 1
 
 
 def test_heat_asks_only_what_is_not_known(dense, encode, documents):

@@ -98,8 +98,7 @@ def test_word_salad_keeps_key_and_value_and_nothing_else_that_counts(seed):
     rng = random.Random(seed)
     (needle,) = retrieval.draw_needles(rng, 1, held_out=False)
     words = phrasing.salad(rng, 0, 9).split()
-    assert len(words) <= 9 and set(words) <= set(phrasing.SALAD)
-    assert not any(character.isdigit() for word in phrasing.SALAD for character in word)
+    assert len(words) <= 9 and all(word.isalpha() and word.islower() for word in words)
     lines = [phrasing.statement(rng, needle.key, needle.noun, needle.value, held_out=False) for _ in range(40)]
     asked = [phrasing.question(rng, needle.key, needle.noun, held_out=False) for _ in range(40)]
     assert all(line.count(needle.value) == 1 and needle.key.render() in line for line in lines)
@@ -195,10 +194,11 @@ def test_contexts_that_cannot_be_made(encode, corpus):
 
 class FakeCache:
     def __init__(self):
-        self.ids: list[int] = []
+        self.ids: tuple[int, ...] = ()
+        self.rows = 1
 
-    def crop(self, length: int) -> None:
-        del self.ids[length:]
+    def batch_repeat_interleave(self, rows: int) -> None:
+        self.rows = rows
 
 
 class Reader(torch.nn.Module):
@@ -209,26 +209,35 @@ class Reader(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.contexts, self.answers, self.vocab = contexts, answers, vocab
         self.prefilled = 0
+        self.together: list[int] = []
 
-    def forward(self, ids, past_key_values, use_cache, logits_to_keep):
-        ids = ids[0].tolist()
-        past_key_values.ids += ids
+    def forward(self, ids, past_key_values, use_cache, logits_to_keep=0):
         if logits_to_keep == 1:
-            assert len(ids) <= 2048
-            self.prefilled += len(ids)
+            assert ids.shape[0] == 1 and ids.shape[1] <= 2048
+            past_key_values.ids += tuple(ids[0].tolist())
+            self.prefilled += ids.shape[1]
             return SimpleNamespace(logits=torch.zeros(1, 1, self.vocab))
-        for context in self.contexts:
-            for ask in context.questions:
-                if past_key_values.ids == context.context_ids + ask.question_ids + ask.answer_ids[:-1]:
-                    best = torch.tensor(self.answers(ask))
-                    logits = torch.nn.functional.one_hot(best, self.vocab).float()
-                    return SimpleNamespace(logits=logits[None])
+        assert len(ids) == past_key_values.rows
+        self.together.append(len(ids))
+        (context,) = [c for c in self.contexts if tuple(c.context_ids) == past_key_values.ids]
+        best = torch.stack([self.row(context, row) for row in ids])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(best, self.vocab).float())
+
+    def row(self, context, ids):
+        """The answer at its own positions, something else everywhere else."""
+        for ask in context.questions:
+            turn = ask.question_ids + ask.answer_ids[:-1]
+            if ids[: len(turn)].tolist() == turn:
+                best = torch.full_like(ids, 7)
+                best[len(ask.question_ids) - 1 : len(turn)] = torch.tensor(self.answers(ask))
+                return best
         raise AssertionError("a question without its context")
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_evaluation_reads_a_context_once_and_asks_from_its_cache(encode, corpus, monkeypatch, right):
     monkeypatch.setattr(retrieval, "PREFILL_CHUNK", 2048)
+    monkeypatch.setattr(retrieval, "TOGETHER", 3 * 4096)
     monkeypatch.setitem(sys.modules, "tokensieve.model", SimpleNamespace(LatentCache=FakeCache))
     contexts = retrieval.needle_contexts(encode, corpus, 4096, 8, count=2)
     model = Reader(contexts, lambda ask: ask.answer_ids if right else [*ask.answer_ids[:-1], 5], encode.vocab_size)
@@ -236,6 +245,7 @@ def test_evaluation_reads_a_context_once_and_asks_from_its_cache(encode, corpus,
     result = retrieval.evaluate(model, contexts, on_context=lambda *progress: seen.append(progress))
     assert result.accuracy == float(right) and len(result.records) == sum(result.counts) == 16
     assert model.prefilled == sum(len(c.context_ids) for c in contexts)  # once, in chunks
+    assert model.together == [3, 3, 2] * 2  # as many as fit
     assert seen == [(1, 2), (2, 2)]
     assert all(share in (None, float(right)) for share in result.by_depth)
 
@@ -369,6 +379,36 @@ def test_a_completion_ends_where_the_function_ends():
     assert not completion.parses(example.head, "")
     assert not completion.parses('def f():\n    """Doc."""\n', "")
     assert completion.parses('def f():\n    """Doc."""\n', "    return '''\nx\n'''")
+
+
+LOOP = "            'x', 'x',\n" * 20
+
+
+@pytest.mark.parametrize(
+    ("body", "cut"),
+    [
+        ("        a = 1\n        b = [\n" + LOOP, "        a = 1"),
+        ("        if a:\n            b = 1\n        else:\n            c = '", "        if a:\n            b = 1"),
+        ("        for a in b:\n            c()\n            d(", "        for a in b:\n            c()"),
+        ("        a = 1\n        b = 2\n", "        a = 1\n        b = 2"),
+        ("        return [\n" + LOOP, ""),  # the first statement never ends
+        ('        """A docstring."""\n        return (\n', ""),  # no statement beside the docstring
+        ("        # comments alone\n        # are nothing\n        x", ""),
+        ("        return 1", ""),  # no whole line
+    ],
+)
+def test_a_completion_that_the_budget_cut_is_judged_to_its_last_whole_statement(body: str, cut: str):
+    example = next(e for e in completion.examples([Document("m", MODULE)]) if e.name == "m.long")
+    assert completion.finish(example, body, complete=False) == cut
+    assert completion.parses(example.head, cut) == bool(cut)
+
+
+def test_a_completion_that_the_model_ended_is_judged_whole():
+    example = next(e for e in completion.examples([Document("m", MODULE)]) if e.name == "m.long")
+    broken = "        a = 1\n        b = (\n"
+    assert completion.finish(example, broken, complete=True) == broken  # by the end marker
+    assert completion.finish(example, broken + "    x = 2\n", complete=False) == broken.rstrip("\n")  # by a dedent
+    assert not completion.parses(example.head, broken)
 
 
 def test_real_bodies_parse(corpus):

@@ -24,7 +24,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class CompletionScore:
-    """`parsed`: share of examples whose completion parses on its own and has at least one statement."""
+    """`parsed`: share of examples whose completion, as `finish` cuts it, parses and has at least one statement."""
 
     parsed: float
     completions: tuple[str, ...]
@@ -60,20 +60,29 @@ def _signature_end(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDe
 
 
 def finish(example: CompletionExample, completion: str, complete: bool) -> str:
-    """The part of a completion that belongs to the function.
+    """The part of a completion that is judged: what belongs to the function, and of that what the model had time for.
 
-    It ends before the first line that is indented no more than the `def`; when the budget ran out before that
-    (`complete` false), it ends with the last whole line.
+    What belongs to it ends before the first line that is indented no more than the `def`. A model that wrote such a
+    line, or the end marker (`complete`), ended the function itself: all that it wrote is judged. Where the budget of
+    tokens cut it off instead, it is judged on its last whole statement: on the longest prefix of whole lines that parses
+    as the function with at least one statement beside the docstring. Where no prefix does, nothing is left, which does
+    not parse: a loop inside the brackets of the very first statement still fails.
     """
     lines = completion.split("\n")
     for number, line in enumerate(lines):
         if line.strip() and len(line) - len(line.lstrip()) <= example.indent:
             return "\n".join(lines[:number])
-    return "\n".join(lines if complete else lines[:-1])
+    if complete:
+        return completion
+    prefixes = ("\n".join(lines[:end]) for end in range(len(lines) - 1, 0, -1))
+    return next((prefix for prefix in prefixes if parses(example.head, prefix)), "")
 
 
 def parses(head: str, body: str) -> bool:
-    """Whether head + body is one function with at least one statement beside its docstring."""
+    """Whether head + body is one function with at least one statement beside its docstring.
+
+    Nothing is forgiven here: what a cut-off completion is judged on, `finish` decides.
+    """
     # A block around a method makes its indentation legal and leaves multi-line strings as they are.
     tree = parse_python(("if True:\n" if head[:1].isspace() else "") + head + body)
     if tree is None:

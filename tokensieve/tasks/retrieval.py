@@ -12,6 +12,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,11 @@ import numpy as np
 
 from tokensieve.config import UserError
 from tokensieve.tasks import Document, PlainEncoder
-from tokensieve.tasks.phrasing import NOUNS, Key, answer, draw_keys, draw_value, mention, question, statement
+from tokensieve.tasks.phrasing import NOUNS, Key, answer, draw_keys, draw_value, mention, part, question, statement
 
 MAX_NEEDLES = 16
 PREFILL_CHUNK = 32768  # tokens: a first chunk runs on fused kernels, and attention's memory is linear in it
+TOGETHER = 65536  # cached tokens, over all the copies of a context whose questions go through the model together
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def draw_needles(rng: random.Random, count: int, held_out: bool) -> list[Needle]
         while any(value in other or other in value for other in values):
             value = draw_value(rng, held_out)
         values.add(value)
-        noun = NOUNS.draw(rng, held_out)
+        noun = part(rng, NOUNS, held_out, 2)
         needles.append(Needle(key, noun, value, statement(rng, key, noun, value, held_out)))
     return needles
 
@@ -276,8 +278,8 @@ def evaluate(
     """Asks every question of every context; the context is read once and stays cached for all its questions.
 
     Greedy decoding gives the answer exactly when, with the answer fed in, the best token at each of its positions is
-    the answer's; so a question costs one short pass. `on_context(done, total)` reports progress; `decode` spells the
-    records' answers (token ids otherwise).
+    the answer's; so a question costs one short pass, and several that share a context go through one together.
+    `on_context(done, total)` reports progress; `decode` spells the records' answers (token ids otherwise).
     """
     import torch
 
@@ -293,17 +295,31 @@ def evaluate(
             for begin in range(0, ids.shape[1], PREFILL_CHUNK):
                 chunk = ids[:, begin : begin + PREFILL_CHUNK]
                 model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for ask in item.questions:
-                turn = torch.tensor([ask.question_ids + ask.answer_ids[:-1]], device=device)
-                kept = len(ask.answer_ids)
-                logits = model(turn, past_key_values=cache, use_cache=True, logits_to_keep=kept).logits
-                best = logits[0, -kept:].argmax(-1).tolist()
-                cache.crop(len(item.context_ids))
-                right = best == ask.answer_ids
-                records.append(NeedleRecord(number, ask.key, ask.depth, ask.value, spell(best), right))
+            together = max(1, TOGETHER // len(item.context_ids))
+            for first in range(0, len(item.questions), together):
+                asked = item.questions[first : first + together]
+                for ask, best in zip(asked, _answers(model, cache, asked), strict=True):
+                    right = best == ask.answer_ids
+                    records.append(NeedleRecord(number, ask.key, ask.depth, ask.value, spell(best), right))
             if on_context is not None:
                 on_context(number + 1, len(contexts))
     return score(records)
+
+
+def _answers(model: Any, cache: Any, asked: Sequence[NeedleQuestion]) -> list[list[int]]:
+    """The best token at each position of each answer; every question is a row after the one cached context."""
+    import torch
+
+    rows = copy(cache)  # its buffers are made anew for the rows
+    rows.batch_repeat_interleave(len(asked))
+    turns = [ask.question_ids + ask.answer_ids[:-1] for ask in asked]
+    # Shorter rows are filled up at the end, which nothing before it sees.
+    width = max(map(len, turns))
+    ids = torch.tensor(
+        [turn + turn[-1:] * (width - len(turn)) for turn in turns], device=next(model.parameters()).device
+    )
+    best = model(ids, past_key_values=rows, use_cache=True).logits.argmax(-1).tolist()
+    return [row[len(turn) - len(ask.answer_ids) : len(turn)] for ask, turn, row in zip(asked, turns, best, strict=True)]
 
 
 def score(records: Sequence[NeedleRecord]) -> NeedleScore:
