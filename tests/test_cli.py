@@ -15,7 +15,7 @@ from commands import tiny
 import tokensieve
 from tokensieve import evals
 
-COMMANDS = ("demo", "doctor", "pretrain", "sparsify", "warmup", "adapt", "eval", "generate")
+COMMANDS = ("demo", "doctor", "pretrain", "speedrun", "sparsify", "warmup", "adapt", "eval", "generate")
 SMALL = ("--top-k", "24", "--index-heads", "4", "--index-dim", "16")
 
 

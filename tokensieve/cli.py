@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,8 @@ import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
-    from tokensieve.config import TrainConfig
-    from tokensieve.evals import AcceptanceSizes
     from tokensieve.model import DecoderForCausalLM
 
 # Of the system, not of the program: no space, no permission, not a folder, a read-only disk.
@@ -41,6 +41,13 @@ class SelectBy(StrEnum):
     indexer = "indexer"
     dense = "dense"
     window = "window"
+
+
+class Until(StrEnum):
+    pretrain = "pretrain"
+    warmup = "warmup"
+    adapt = "adapt"
+    evaluate = "evaluate"
 
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base).")]
@@ -68,11 +75,10 @@ def setup(
 
     Start with: tokensieve demo
     """
-    from rich.console import Console
     from rich.logging import RichHandler
 
     log = logging.getLogger("tokensieve")
-    log.handlers = [RichHandler(console=Console(stderr=True), show_path=False, show_time=False, show_level=False)]
+    log.handlers = [RichHandler(console=_stderr(), show_path=False, show_time=False, show_level=False)]
     log.setLevel(logging.INFO)
 
 
@@ -106,6 +112,24 @@ def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume:
     Example: tokensieve pretrain --config base --set optimizer.lr=2e-3 --out runs/mine
     """
     _train("pretrain", config, _overrides(set_, out=out), resume)
+
+
+@app.command()
+def speedrun(
+    config: Config = "speedrun",
+    set_: Set = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")] = False,
+    until: Annotated[Until, typer.Option(help="The last part to do now; --resume does the rest.")] = Until.evaluate,
+) -> None:
+    """Pretrain a base model, warm its indexers up, adapt it and measure all three, as the bundled ones were made.
+
+    Example: tokensieve speedrun --out runs/speedrun --until pretrain
+    """
+    from tokensieve import speedrun as whole_road
+    from tokensieve.config import SpeedrunConfig, load_config
+
+    whole_road.run(load_config(SpeedrunConfig, config, _overrides(set_, out=out)), resume, until.value)
 
 
 @app.command()
@@ -174,23 +198,20 @@ def evaluate(
     Example: tokensieve eval base --quick
     """
     import tokensieve
-    from tokensieve import evals
     from tokensieve.data import read_documents
     from tokensieve.report import environment
+    from tokensieve.train.figures import write_figures
 
     begin = time.perf_counter()
     loaded = tokensieve.load(model, device=_device(device))
     tokenizer = _tokenizer(model, loaded)
     documents = list(read_documents(data, "held_out"))
-    if loaded.is_sparse:
-        metrics = _parity(loaded, tokenizer, documents, quick, context)
-    else:
-        metrics = _acceptance(loaded, tokenizer, documents, evals.QUICK if quick else evals.FULL, context)
+    metrics = _measure(loaded, tokenizer, documents, quick, context)
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
     path = Path(model)
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
     folder = out or Path("runs") / f"eval-{name}"
-    typer.echo(f"\nFigures: {_write_json(folder / 'metrics.json', metrics)}")
+    typer.echo(f"\nFigures: {write_figures(folder / 'metrics.json', metrics)}")
 
 
 @app.command()
@@ -257,6 +278,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}", 2)
 
 
+@cache
+def _stderr() -> "Console":
+    """One for the log and for what moves: two would write into each other's lines."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _bad_input() -> type[Exception]:
     from tokensieve.config import UserError
 
@@ -284,6 +313,7 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
     """Runs a stage, writes its metrics.json, and returns the run folder."""
     from tokensieve import train
     from tokensieve.config import TrainConfig, UserError, load_config
+    from tokensieve.train.figures import summary, write_figures
 
     config = load_config(TrainConfig, name, overrides)
     if config.stage != stage:
@@ -294,22 +324,9 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         config = replace(config, data=replace(config.data, tokenizer=config.model))
     begin = time.perf_counter()
     train.run(config, resume=resume)
-    _write_json(Path(config.out) / "metrics.json", _training_metrics(config, time.perf_counter() - begin))
+    write_figures(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
     typer.echo(f"{_newest(Path(config.out))}: the trained model")
     return Path(config.out)
-
-
-def _training_metrics(config: "TrainConfig", seconds: float) -> dict[str, Any]:
-    """{"stage", "steps", "tokens", "seconds" of this command, and of each loss "first" and "last" of the whole run}."""
-    from tokensieve import train
-
-    rows = train.history(config.out)
-    losses: dict[str, Any] = {
-        k: {"first": rows[0][k], "last": rows[-1][k]} for k in ("loss", "lm", "kl") if rows and k in rows[-1]
-    }
-    steps = sum(p.steps for p in config.phases)
-    tokens = sum(p.steps * p.sequences * p.context for p in config.phases)
-    return {"stage": config.stage, "steps": steps, "tokens": tokens, "seconds": seconds, **losses}
 
 
 def _newest(run: Path) -> Path:
@@ -318,64 +335,39 @@ def _newest(run: Path) -> Path:
     return checkpoints(run)[-1]
 
 
-def _acceptance(
-    model: "DecoderForCausalLM", tokenizer: Any, documents: list, sizes: "AcceptanceSizes", context: int | None
+def _measure(
+    model: "DecoderForCausalLM", tokenizer: Any, documents: list, quick: bool, context: int | None
 ) -> dict[str, Any]:
-    """What a base model has to show, in the contexts of `sizes` or in one that was asked for."""
+    """A sparse model's arms, or what a dense one has to show, in the usual contexts or in the one asked for; printed."""
     from rich.console import Console
 
     from tokensieve import evals
+    from tokensieve.report import show
 
+    sizes, console = evals.QUICK if quick else evals.FULL, Console()
+    status = _stderr().status("Needles, text, completions and answers")
+    if model.is_sparse:
+        context = context or max(sizes.contexts[0], SELECT_FROM * model.top_k)
+        texts, needle_contexts = (2, 1) if quick else (16, 8)
+        with status:
+            figures = evals.judge_sparse(
+                model,
+                tokenizer,
+                documents,
+                context,
+                texts,
+                needle_contexts,
+                on_step=lambda what: status.update(f"Measuring: {what}"),
+            )
+        show(console, figures)
+        return figures
     if context is not None:
         sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
-    _check_room(model, max(*sizes.contexts, sizes.long))
-    console = Console()
-    with Console(stderr=True).status("Needles, text, completions and answers"):
-        figures = evals.acceptance(model, tokenizer, documents, sizes)
-    criteria = evals.acceptance_criteria(figures)
-    for c in criteria:
-        verdict = "[green]holds[/green]" if c.holds else "[red]fails[/red]"
-        console.print(f"{verdict}  {c.name}: {c.value:.3f} ({c.relation} {c.bound:.2f})", highlight=False)
-    return figures | {"criteria": {c.name: c.holds for c in criteria}}
-
-
-def _check_room(model: "DecoderForCausalLM", context: int) -> None:
-    from tokensieve.config import UserError
-
-    room = model.config.max_position_embeddings
-    if context > room:
-        raise UserError(
-            f"prompts of {context} tokens are past the model's {room} positions; shorten them with --context"
-        )
-
-
-def _parity(
-    model: "DecoderForCausalLM", tokenizer: Any, documents: list, quick: bool, context: int | None
-) -> dict[str, Any]:
-    """The arms of one sparse model on the same prompts; all prompts are longer than k."""
-    from rich.console import Console
-
-    from tokensieve import cost, evals
-    from tokensieve.config import UserError
-    from tokensieve.report import show
-    from tokensieve.tasks import PlainEncoder, retrieval
-
-    k = model.top_k
-    context = context or max((evals.QUICK if quick else evals.FULL).contexts[0], SELECT_FROM * k)
-    _check_room(model, context)
-    if context <= k:
-        raise UserError(f"prompts of {context} tokens are not longer than k = {k}: nothing is selected; see --context")
-    encode = PlainEncoder(tokenizer)
-    texts = evals.text_sequences(encode, documents, context, 2 if quick else 16)
-    needles = retrieval.needle_contexts(encode, documents, context, count=1 if quick else 8)
-    with Console(stderr=True).status("") as status:
-        scores = evals.compare(evals.arms_of(model), texts, needles, k, lambda arm: status.update(f"Arm {arm}"))
-        status.update("Recall")
-        recall = evals.recall(model, texts[:2], queries=128)
-    figures = {"recall": {"last": recall.overall}, "kv_read_fraction": cost.kv_read_fraction(context, k)}
-    metrics = {**evals.metrics_of(scores), **figures, "top_k": k, "context": context}
-    show(Console(), metrics)
-    return metrics
+    with status:
+        figures = evals.judge_base(model, tokenizer, documents, sizes)
+    for criterion in evals.acceptance_criteria(figures):
+        console.print(evals.verdict(criterion), highlight=False)
+    return figures
 
 
 def _prompt_ids(tokenizer: Any, text: str, as_chat: bool) -> list[int]:
@@ -432,14 +424,6 @@ def _stored_dtype(name: str) -> "torch.dtype | None":
     raw = checkpoint.read_config(model_path(name))
     stated = str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(stated)
-
-
-def _write_json(path: Path, figures: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
 
 
 __all__ = ["app", "main"]

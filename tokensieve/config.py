@@ -162,14 +162,50 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class AcceptanceSizes:
+    """How much a base model is asked."""
+
+    contexts: tuple[int, ...]  # tokens of the needle contexts
+    needles: tuple[int, ...]  # in a context
+    prompts_per_decile: int
+    long: int  # tokens, for the loss with much context
+    short: int  # tokens, for the loss of the same tokens with little
+    sequences: int  # long sequences whose ends are scored
+    completions: int  # held-out functions
+    answers: int  # chat prompts
+    new_tokens: int  # at most, in an answer or a completion
+
+
+@dataclass(frozen=True)
+class ParitySizes:
+    """How much a sparse model is asked, beside the dense one, in each of the contexts."""
+
+    contexts: tuple[int, ...]  # tokens of a prompt, all more than k
+    texts: int  # held-out sequences whose perplexity is measured
+    needle_contexts: int  # each holds 16 needles, every one asked for
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    base: AcceptanceSizes
+    sparse: ParitySizes
+
+
+@dataclass(frozen=True)
 class SpeedrunConfig:
-    """pretrain, warm-up, adaptation and evaluation in one resumable command."""
+    """Pretrain, warm-up, adaptation and evaluation in one resumable command.
+
+    What the three runs start from, where they are kept, and their tokenizer (pretraining's) are the speedrun's own.
+    """
 
     out: str
+    top_k: int  # selected keys per query
+    index_heads: int  # of every layer's indexer
+    index_dim: int  # width of an index head
     pretrain: TrainConfig
     warmup: TrainConfig
     adapt: TrainConfig
-    evaluate: dict[str, Any]
+    evaluate: EvaluateConfig
 
 
 def config_path(name: str) -> Path:

@@ -4,8 +4,10 @@ and data to figures.
 Losses are in nats a token, shares in [0, 1], times in milliseconds where the name says ms.
 """
 
+from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
-from tokensieve.evals.longcontext import FULL, QUICK, AcceptanceSizes, acceptance, context_gain, needle_heat
+from tokensieve.evals.judge import judge_base, judge_sparse, verdict
+from tokensieve.evals.longcontext import FULL, QUICK, acceptance, context_gain, needle_heat
 from tokensieve.evals.mass import Recall, recall
 from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, demo_arms, loss_by_position, metrics_of
 from tokensieve.evals.text import Perplexity, perplexity, text_sequences, token_losses
@@ -27,6 +29,8 @@ __all__ = [
     "context_gain",
     "decode_ms",
     "demo_arms",
+    "judge_base",
+    "judge_sparse",
     "kv_entries",
     "loss_by_position",
     "metrics_of",
@@ -36,4 +40,5 @@ __all__ = [
     "recall",
     "text_sequences",
     "token_losses",
+    "verdict",
 ]

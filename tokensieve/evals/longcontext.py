@@ -5,31 +5,19 @@ still writes and talks.
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.text import Progress, evaluating, text_sequences, token_losses
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.tasks import Document, chat, completion, retrieval
 
 SCORED = 1024  # tokens at the end of a long sequence whose losses are compared
 SPAN = 256  # of these, how many a short sequence scores: its context is `short` to `short + SPAN` tokens
-
-
-@dataclass(frozen=True)
-class AcceptanceSizes:
-    contexts: tuple[int, ...]  # tokens of the needle contexts
-    needles: tuple[int, ...]  # in a context
-    prompts_per_decile: int
-    long: int  # tokens, for the loss with much context
-    short: int  # tokens, for the loss of the same tokens with little
-    sequences: int  # long sequences whose ends are scored
-    completions: int  # held-out functions
-    answers: int  # chat prompts
-    new_tokens: int  # at most, in an answer or a completion
 
 
 FULL = AcceptanceSizes((8192, 32768), (1, 16), 100, 8192, 1024, 64, 200, 48, 160)

@@ -16,13 +16,14 @@ from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.selection import Selection
 from tokensieve.tasks import retrieval
 
+# True of the demo, whose dense arm is the base model, and of `eval`, whose arms are one model.
 ARMS = {
-    "dense": "the base model, as it was",
-    "dense_adapted": "the base model trained on the same further tokens, without selection",
-    "sparse": "the adapted model; its indexer selects",
-    "untrained_indexer": "the adapted model with an indexer that was never trained",
-    "window": "the adapted model; the last k tokens are selected",
-    "oracle": "the adapted model; the true attention's own top k are selected",
+    "dense": "attends to every key",
+    "dense_adapted": "attends to every key; trained on the same further tokens as sparse",
+    "sparse": "attends to the k keys that its indexer selects",
+    "untrained_indexer": "as sparse, with an indexer that was never trained",
+    "window": "as sparse, but the last k keys are selected",
+    "oracle": "as sparse, but the true attention's own top k are selected",
 }
 
 OnStep = Callable[[str], None]  # told the arm's name after each sequence and each context

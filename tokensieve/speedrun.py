@@ -1,0 +1,300 @@
+"""The whole road as a script: a base model from nothing, its indexers, its adaptation, and what each of them can do.
+
+Four parts, each of which leaves something that the next one starts from: base/ (dense), sparse/ (the same trunk with
+warmed-up indexers beside it), adapted/ (everything trained with selection on), and the figures. metrics.json says which
+parts are done, so the same command goes on where it was stopped: by Ctrl-C, by a kill, or with `until`.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tokensieve
+from tokensieve import cost, evals, train
+from tokensieve.config import SpeedrunConfig, TrainConfig, UserError, to_dict
+from tokensieve.data import read_documents
+from tokensieve.data.packing import GENERATED
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.loading import save_indexers
+from tokensieve.report import environment, show
+from tokensieve.tasks import Document
+from tokensieve.train.figures import summary, write_figures
+from tokensieve.train.pretrain import new_model
+from tokensieve.train.schedule import check_phases
+
+PARTS = {
+    "pretrain": "Pretrain: a dense model from random weights",
+    "warmup": "Warm up: the model is frozen and attends densely, and the indexers learn where it looks",
+    "adapt": "Adapt: selection is on, and everything trains",
+    "evaluate": "Evaluate: the base model's use of its context, and both sparse models against it",
+}
+MADE = {"pretrain": "base", "warmup": "sparse", "adapt": "adapted"}  # the folder of a part's model
+NOTED = 10  # seconds between two notes of the time spent: what a kill can lose of it
+
+OnStep = Callable[[int, dict[str, float]], None]
+Note = Callable[..., None]  # called now and then, with anything
+
+
+def run(
+    config: SpeedrunConfig, resume: bool = False, until: str = "evaluate", console: Console | None = None
+) -> dict[str, Any]:
+    """Does the parts up to `until` in the folder `config.out`; with `resume` those that it does not hold yet.
+
+    Returns what metrics.json holds: {"pretrain", "warmup", "adapt": a run's figures; "evaluate": {"base", "sparse",
+    "adapted"}; "seconds": of each part, added up over all the times it was run; "settings": digests; "run": the
+    machine}. Raises UserError on bad configs and data, and train.Interrupted after Ctrl-C.
+    """
+    begin = time.perf_counter()
+    console = console or Console()
+    out, runs = Path(config.out), _runs(config)
+    record = Record.of(out, resume)
+    _check(config, runs)
+    record.match(_settings(config, runs))
+    try:
+        for part in list(PARTS)[: list(PARTS).index(until) + 1]:
+            if part in MADE and part in record.figures:
+                continue
+            console.print(
+                f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{PARTS[part]}[/bold]", highlight=False
+            )
+            with record.timing(part) as note:
+                if part == "evaluate":
+                    _evaluate(config, record.figures.setdefault(part, {}), note, console)
+                else:
+                    TRAIN[part](config, runs[part], note)
+                    record.figures[part] = summary(runs[part]) | {"bytes": _size(out / MADE[part])}
+    except KeyboardInterrupt as error:
+        raise train.Interrupted(f"what was done is kept in {out}; continue with --resume") from error
+    record.figures["run"] = environment()
+    record.write()
+    _show(config, record.figures, console)
+    return record.figures
+
+
+def _pretrain(config: SpeedrunConfig, run: TrainConfig, on_step: OnStep) -> None:
+    model = train.run(run, resume=True, on_step=on_step)
+    tokensieve.save(model, Path(config.out) / "base", torch.bfloat16)
+
+
+def _warmup(config: SpeedrunConfig, run: TrainConfig, on_step: OnStep) -> None:
+    """The indexers learn from the base model as it was saved, rounded: that is the one they will select for."""
+    base = tokensieve.load(Path(config.out) / "base", torch.float32)
+    untrained = tokensieve.sparsify(base, config.top_k, config.index_heads, config.index_dim, seed=run.seed)
+    model = train.run(run, untrained, resume=True, on_step=on_step)
+    save_indexers(model, Path(config.out) / "sparse", "../base", torch.bfloat16)
+
+
+def _adapt(config: SpeedrunConfig, run: TrainConfig, on_step: OnStep) -> None:
+    warmed_up = tokensieve.load(Path(config.out) / "sparse", torch.float32)
+    model = train.run(run, warmed_up, resume=True, on_step=on_step)
+    tokensieve.save(model, Path(config.out) / "adapted", torch.bfloat16)
+
+
+TRAIN: dict[str, Callable[[SpeedrunConfig, TrainConfig, OnStep], None]] = {
+    "pretrain": _pretrain,
+    "warmup": _warmup,
+    "adapt": _adapt,
+}
+
+
+def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, console: Console) -> None:
+    """Measures what `figures` does not hold yet, and prints all of it. On a GPU in bfloat16, as the models are stored."""
+    device = config.adapt.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    out, sizes = Path(config.out), config.evaluate
+    tokenizer = tokensieve.load_tokenizer(out / "base")
+
+    @cache
+    def model(name: str) -> DecoderForCausalLM:
+        return tokensieve.load(out / name, device=device)
+
+    @cache
+    def documents() -> list[Document]:
+        data = config.pretrain.data
+        source = next((s.source for s in data.sources if s.source not in GENERATED), "python")
+        return list(read_documents(source, "held_out", data.held_out_share, data.limit_bytes))
+
+    def judged(name: str, context: int, what: str) -> dict[str, Any]:
+        counts = sizes.sparse.texts, sizes.sparse.needle_contexts
+        with console.status(what) as status:
+            return evals.judge_sparse(
+                model(name),
+                tokenizer,
+                documents(),
+                context,
+                *counts,
+                dense=model("base"),
+                on_step=lambda arm: status.update(f"{what}: {arm}"),
+            )
+
+    if "base" not in figures:
+        with console.status("base: needles, text, completions and answers"):
+            figures["base"] = evals.judge_base(model("base"), tokenizer, documents(), sizes.base)
+        note(now=True)
+    console.print("\n[bold]base[/bold]", highlight=False)
+    for criterion in evals.acceptance_criteria(figures["base"]):
+        console.print(evals.verdict(criterion), highlight=False)
+    for name in ("sparse", "adapted"):
+        known = figures.setdefault(name, {})
+        for context in sizes.sparse.contexts:
+            what = f"{name}, prompts of {context:,} tokens"
+            if str(context) not in known:
+                known[str(context)] = judged(name, context, what)
+                note(now=True)
+            console.print(f"\n[bold]{what}[/bold]", highlight=False)
+            show(console, known[str(context)])
+
+
+class Record:
+    """metrics.json: the figures of what is done, and the seconds of every part. It is there before anything else is."""
+
+    def __init__(self, path: Path, figures: dict[str, Any]):
+        self.path, self.figures = path, figures
+
+    @classmethod
+    def of(cls, out: Path, resume: bool) -> "Record":
+        """UserError for a folder of something else, and without `resume` for one that holds a run."""
+        path = out / "metrics.json"
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return cls(path, {"settings": {}, "seconds": {}})
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))
+            known = isinstance(figures["settings"], dict) and isinstance(figures["seconds"], dict)
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise UserError(f"{out} is there and is no folder of a speedrun; name another one with --out")
+        if not resume:
+            done = [part for part in PARTS if part in figures]
+            reached = f" (up to {done[-1]})" if done else ""
+            raise UserError(f"{out} holds a run already{reached}; add --resume to continue it, or name another folder")
+        return cls(path, figures)
+
+    def match(self, settings: dict[str, str]) -> None:
+        """Takes these settings. Forgets what is gone or was measured by others; UserError where others trained."""
+        then, out = self.figures["settings"], self.path.parent
+        for number, part in enumerate(PARTS):
+            if part not in then:
+                continue
+            changed, trained = then[part] != settings[part], self._folders([part])
+            if changed and trained:
+                raise UserError(
+                    f"{out}: config differs from the run that is there, from {part} on; resume with the same one, "
+                    f"name another folder, or remove {', '.join(self._folders(list(PARTS)[number:]))} to do that again"
+                )
+            if changed or (part in MADE and MADE[part] not in trained):
+                self.figures.pop(part, None)
+            if not trained and (changed or part in MADE):
+                self.figures["seconds"].pop(part, None)
+        self.figures["settings"] = settings
+
+    def _folders(self, parts: list[str]) -> list[str]:
+        """Those that the parts have left: of their training runs and of their models."""
+        names = [name for part in parts if part in MADE for name in (part, MADE[part])]
+        return [name for name in names if (self.path.parent / name).exists()]
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[Note]:
+        """Adds the block's time to that of the part; what it gives notes the time so far, lest a kill lose it all."""
+        before, begin = self.figures["seconds"].get(part, 0.0), time.perf_counter()
+        noted = begin
+
+        def note(*_: object, now: bool = False) -> None:
+            nonlocal noted
+            if now or time.perf_counter() - noted > NOTED:
+                noted = time.perf_counter()
+                self.figures["seconds"][part] = before + noted - begin
+                self.write()
+
+        note(now=True)
+        try:
+            yield note
+        finally:
+            note(now=True)
+
+    def write(self) -> None:
+        write_figures(self.path, self.figures)
+
+
+def _runs(config: SpeedrunConfig) -> dict[str, TrainConfig]:
+    """The three training runs, each in its folder. All of them read with pretraining's tokenizer."""
+    out, tokenizer = Path(config.out), config.pretrain.data.tokenizer
+    runs = {"pretrain": config.pretrain, "warmup": config.warmup, "adapt": config.adapt}
+    return {
+        part: replace(run, out=str(out / part), model="", data=replace(run.data, tokenizer=tokenizer))
+        for part, run in runs.items()
+    }
+
+
+def _check(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> None:
+    """What would otherwise only come out after minutes."""
+    for part, run in runs.items():
+        if run.stage != part:
+            raise UserError(f'config {part}: its stage is {run.stage}; write stage = "{part}"')
+        check_phases(run.phases)
+    model = tokensieve.sparsify(new_model(runs["pretrain"]), config.top_k, config.index_heads, config.index_dim)
+    base, sparse = config.evaluate.base, config.evaluate.sparse
+    trained = [phase.context for run in runs.values() for phase in run.phases]
+    longest, room = max(*trained, *base.contexts, base.long, *sparse.contexts), model.config.max_position_embeddings
+    if longest > room:
+        raise UserError(f"a context of {longest} tokens is past the {room} positions of pretrain.shape; shorten it")
+    if sparse.contexts and min(sparse.contexts) <= config.top_k:
+        raise UserError(
+            f"evaluate.sparse.contexts: {min(sparse.contexts)} tokens are not longer than top_k {config.top_k}, and "
+            "nothing would be selected; set longer ones"
+        )
+
+
+def _settings(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> dict[str, str]:
+    """A digest for each part of what decides its result: its own settings, and those of every part before it."""
+    digest, found = hashlib.blake2b(digest_size=8), {}
+    indexer = [config.top_k, config.index_heads, config.index_dim]
+    own = {part: [_decisive(run)] + (indexer if part == "warmup" else []) for part, run in runs.items()}
+    for part, settings in (own | {"evaluate": [to_dict(config.evaluate)]}).items():
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        found[part] = digest.hexdigest()
+    return found
+
+
+def _decisive(run: TrainConfig) -> dict[str, Any]:
+    """Without what may change between two parts of a run, as in the training loop."""
+    same = replace(run, out="", save_every=0, keep=0, log_every=1, workers=0, track=(), device="auto")
+    return to_dict(replace(same, data=replace(run.data, cache="")))
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _show(config: SpeedrunConfig, figures: dict[str, Any], console: Console) -> None:
+    out, seconds = Path(config.out), figures["seconds"]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("part", "seconds", "MiB", "loss", ""):
+        table.add_column(column, justify="right" if column in ("seconds", "MiB") else "left", no_wrap=True)
+    for part in (part for part in PARTS if part in figures):
+        model, losses = figures[part], []
+        for name in (name for name in ("lm", "kl") if name in model):
+            losses.append(f"{name} {model[name]['first']:.3f} -> {model[name]['last']:.3f}")
+        size = f"{model['bytes'] / 2**20:.1f}" if part in MADE else ""
+        where = str(out / MADE[part]) if part in MADE else str(out / "metrics.json")
+        table.add_row(part, f"{seconds[part]:.0f}", size, "  ".join(losses), where)
+    console.print()
+    console.print(table)
+    spent = cost.duration(sum(seconds.values()))
+    if "evaluate" not in figures:
+        console.print(f"\n{spent} so far. Next: the same command with --resume does the rest", highlight=False)
+        return
+    console.print(f"\nDone in {spent}. Next:", highlight=False)
+    for command in (f"tokensieve generate {out / 'base'} --chat 'Who are you?'", f"tokensieve eval {out / 'adapted'}"):
+        console.print(f"  {command}", style="bold", highlight=False)
