@@ -183,7 +183,7 @@ def test_a_run_is_not_overwritten_but_resumed(run, refused, home: Path, tmp_path
     assert run(*tiny(home, "warmup", out)).status == 0
     before = listing(out)
     refused(("holds a run already", "--resume"), *tiny(home, "warmup", out))
-    refused(("differ", "resume"), *tiny(home, "warmup", out, "--resume", "--set", "seed=1"))
+    refused(("seed is 1", "there 0", "resume"), *tiny(home, "warmup", out, "--resume", "--set", "seed=1"))
     assert listing(out) == before
 
 

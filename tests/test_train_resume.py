@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -250,19 +251,38 @@ def test_another_config_is_refused(straight: Callable[[str], TrainConfig], here:
     if not other_text.exists():
         other_text.mkdir()
         (other_text / "a.py").write_text("x = 1\n" * 400)
-    changed = [
-        replace(settings, seed=1),
-        replace(settings, optimizer=replace(settings.optimizer, lr=1e-5)),
-        replace(settings, phases=PHASES[:1]),
-        replace(settings, data=here.data(answer_weight=2.0)),
-        replace(
-            settings, data=replace(settings.data, sources=(replace(settings.data.sources[0], source=str(other_text)),))
+    source = replace(settings.data.sources[0], source=str(other_text))
+    changed = {
+        "seed is 1, in the run that is there 0; resume": replace(settings, seed=1),
+        "optimizer.lr is 1e-05, in the run that is there 0.003; resume": replace(
+            settings, optimizer=replace(settings.optimizer, lr=1e-5)
         ),
-    ]
+        "phases.1.steps is not given, in the run that is there 3; phases.1.context": replace(
+            settings, phases=PHASES[:1]
+        ),
+        "; 3 more settings differ; resume with the same, or name another folder": replace(settings, phases=PHASES[:1]),
+        "data.answer_weight is 2.0, in the run that is there 1.0; resume": replace(
+            settings, data=here.data(answer_weight=2.0)
+        ),
+        f'data.sources.0.source is "{other_text}", in': replace(
+            settings, data=replace(settings.data, sources=(source,))
+        ),
+    }
     before = (Path(settings.out) / "metrics.jsonl").read_bytes()
-    for other in changed:
-        with pytest.raises(UserError, match="config or data differ from the run that is there"):
+    for words, other in changed.items():
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
             run(other, resume=True, progress=False)
+        assert "\n" not in str(caught.value)
+    new_text = here.root / "text" / "new.py"
+    new_text.write_text("x = 1\n" * 400)
+    with pytest.raises(UserError, match="the data differ from those of the run that is there: a source's text"):
+        run(settings, resume=True, progress=False)
+    new_text.unlink()
+    kept = (Path(settings.out) / "config.json").read_text()
+    (Path(settings.out) / "config.json").write_text(kept[:-9])
+    with pytest.raises(UserError, match=r"config or data differ .* whose config.json cannot be read"):
+        run(replace(settings, seed=1), resume=True, progress=False)
+    (Path(settings.out) / "config.json").write_text(kept)
     assert (Path(settings.out) / "metrics.jsonl").read_bytes() == before
     # Where the run lies, and how often it saves or logs, may change.
     moved = here.root / "runs" / "moved"

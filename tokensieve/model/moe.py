@@ -67,8 +67,6 @@ class Router(nn.Module):
         weights = scores.gather(1, chosen)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.load_E is not None:
-            self.load_E += torch.bincount(chosen.flatten(), minlength=self.experts)
         return chosen, weights * self.scale
 
     def _within_best_groups(self, choice_NE: Tensor) -> Tensor:
@@ -104,27 +102,31 @@ class Experts(nn.Module):
             state_dict.setdefault(prefix + fused, target.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
+        """out (N, D), and how many tokens each expert got (E) int64."""
         N, K = chosen_NK.shape
-        flat = chosen_NK.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=self.gate_up_proj.shape[0])
+        E = self.gate_up_proj.shape[0]
+        by_expert, order = chosen_NK.flatten().sort(stable=True)
+        # Where each expert's rows end; counting them with bincount would stop a GPU to look at the largest.
+        ends_E = torch.searchsorted(by_expert, torch.arange(E, device=x_ND.device), right=True)
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         # Autocast would turn the sum over K, and with it the residual stream, to float32.
         with torch.autocast(x_ND.device.type, enabled=False):
-            x = x_ND[order // K]
+            x = x_ND.index_select(0, order // K)
             grouped = x.is_cuda and x.dtype == torch.bfloat16
-            y = self._grouped(x, counts.cumsum(0).to(torch.int32)) if grouped else self._one_by_one(x, counts.tolist())
+            y = self._grouped(x, ends_E.to(torch.int32)) if grouped else self._one_by_one(x, counts_E)
             # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
             back = torch.empty_like(order)
             back[order] = torch.arange(N * K, device=order.device)
-            return (y[back].view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
+            out = (y.index_select(0, back).view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
+        return out, counts_E
 
     @torch.compiler.disable  # every new set of counts would be another program
-    def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
+    def _one_by_one(self, x: Tensor, counts_E: Tensor) -> Tensor:
         parts = []
         # unbind, not indexing: the gradient of an index is a tensor of all experts' size, mostly zeros, for every expert.
         for part, gate_up, down in zip(
-            x.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
+            x.split(counts_E.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
         ):
             if part.shape[0]:
                 gate, up = F.linear(part, gate_up.to(x.dtype)).chunk(2, dim=-1)
@@ -148,5 +150,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        routed = self.experts(x_ND, *self.gate(x_ND))
+        routed, counts_E = self.experts(x_ND, *self.gate(x_ND))
+        if self.gate.load_E is not None:
+            self.gate.load_E += counts_E
         return routed if self.shared_experts is None else routed + self.shared_experts(x_ND)

@@ -12,7 +12,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -21,15 +20,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from tokensieve import cost
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
+from tokensieve.train.rehearsal import estimate
 from tokensieve.train.schedule import check_phases, lr_share, place, total_steps
-from tokensieve.train.stage import Stage, StepTotals
-from tokensieve.train.state import RunState, checkpoints, read_state, restore_optimizer, save_state
+from tokensieve.train.stage import Stage, StepTotals, backward
+from tokensieve.train.state import (
+    CONFIG,
+    RunState,
+    checkpoints,
+    decisive,
+    read_state,
+    restore_optimizer,
+    save_state,
+    what_differs,
+)
 from tokensieve.train.tracking import Tracker
 
 log = logging.getLogger("tokensieve")
@@ -86,31 +94,31 @@ def run(
     if done:
         if read_state(done[-1]).fingerprint != fingerprint:
             raise UserError(
-                f"{out}: config or data differ from the run that is there; resume with the same ones, or name another folder"
+                f"{out}: {what_differs(out, to_dict(config))}; resume with the same, or name another folder"
             )
         restore_optimizer(done[-1], model, optimizer)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+        (out / CONFIG).write_text(json.dumps(to_dict(config), indent=2))
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written ({error.strerror}); free space, or name another run folder"
         ) from error
+    last = total_steps(config.phases)
+    model.train()
+    if first < last:
+        log.info("%s: %s", config.stage, estimate(config, stage, model, device))
     if config.compile:
         for layer in model.model.layers:
-            cast(DecoderLayer, layer).mlp.compile()
-    last = total_steps(config.phases)
-    rate = cost_rate(device)
-    log.info(
-        "%s: %s",
-        config.stage,
-        cost.run_estimate(model.config, config, rate, value_bytes=2 if device.type == "cuda" else 4),
-    )
+            # An indexer's loss keeps a program from being whole, and a layer in pieces gains little over its feed-forward part.
+            unit = layer if model.model.objective == "none" else cast(DecoderLayer, layer).mlp
+            unit.compile()
     tracker = Tracker(config, first)
-    model.train()
     stop = _StopSignal()
     try:
-        with stop, _bar(progress, config.stage, first, last) as advance:
+        # Each kind of layer is compiled anew for every phase; past the usual limit of programs torch would go on without compiling.
+        many = torch._dynamo.config.patch(recompile_limit=64)
+        with stop, many, _bar(progress, config.stage, first, last) as advance:
             for step, batch in _batches(config, datasets, first, last):
                 model.model.use_yarn(config.phases[place(config.phases, step).phase].yarn)
                 figures = _step(config, stage, model, optimizer, step, batch, device)
@@ -122,7 +130,7 @@ def run(
                 due = config.save_every and (step + 1) % config.save_every == 0
                 if due or stop.asked or step + 1 == last:
                     where = save_state(out, model, optimizer, RunState(step + 1, fingerprint), config.keep)
-                if stop.asked and step + 1 < last:
+                if stop.asked:
                     raise Interrupted(f"saved {where} after step {step + 1} of {last}; continue with --resume")
     finally:
         tracker.close()
@@ -165,7 +173,7 @@ def _batches(
             batch_size=phase.micro_batch,
             num_workers=config.workers,
             prefetch_factor=4 if config.workers else None,
-            persistent_workers=False,
+            worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # the loader draws a seed, and would take it from the run's random state
         )
         micro: list[dict[str, Tensor]] = []
@@ -174,6 +182,12 @@ def _batches(
             if len(micro) * phase.micro_batch == phase.sequences:
                 yield step, micro
                 micro, step = [], step + 1
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and many a SIGTERM reach every process of the run; the batches must go on until the loop has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _step(
@@ -193,10 +207,7 @@ def _step(
     sums: dict[str, Tensor] = {}
     try:
         for batch in micro:
-            moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-                losses = stage.losses(model, moved, totals)
-            losses.total.backward()
+            losses = backward(stage, model, batch, totals, device)
             for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
                 if value is not None:
                     sums[name] = sums[name] + value if name in sums else value
@@ -231,9 +242,10 @@ def _step(
 
 
 def _label_weight(batch: dict[str, Tensor]) -> float:
-    predicted = batch["labels"][:, 1:] != -100
+    # In NumPy: so short a sum is not worth waking torch's threads for, whose cores the data's workers use.
+    predicted = batch["labels"].numpy()[:, 1:] != -100
     weights = batch.get("loss_weights")
-    return float(predicted.sum() if weights is None else weights[:, 1:][predicted].sum())
+    return float(predicted.sum() if weights is None else weights.numpy()[:, 1:][predicted].sum(dtype="float64"))
 
 
 def _optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
@@ -253,22 +265,9 @@ def _optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.dev
 
 
 def _fingerprint(config: TrainConfig, data: list[str]) -> str:
-    """Everything that decides the losses; where the run is kept and how often it saves or logs does not."""
-    decisive = to_dict(replace(config, out="", save_every=0, keep=0, log_every=1, workers=0, track=(), device="auto"))
-    decisive["data"]["cache"] = ""
-    return hashlib.blake2b(json.dumps([decisive, data], sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def cost_rate(device: torch.device, seconds: float = 0.05) -> float:
-    """FLOP/s that a square matrix product reaches on `device`, times the share of it that training usually does."""
-    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
-    a = torch.full((size, size), 1e-3, device=device, dtype=dtype)  # drawing numbers would shift the run's random state
-    (a @ a).sum().item()
-    count, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        (a @ a).sum().item()
-        count += 1
-    return 0.4 * 2 * size**3 * count / (time.perf_counter() - begin)
+    return hashlib.blake2b(
+        json.dumps([decisive(to_dict(config)), data], sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
 
 
 class _StopSignal:

@@ -20,7 +20,9 @@ from tokensieve.config import UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import copy_tokenizer
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
+CONFIG = "config.json"  # of the run
+NAMED = 3  # settings that a message names at most
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,50 @@ def read_state(folder: Path) -> RunState:
         raise UserError(
             f"{folder / STATE}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it"
         ) from error
+
+
+def decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a config decides the losses: not where the run is kept, nor how often it saves or logs."""
+    data = settings["data"] | {"cache": ""}
+    return settings | {
+        "out": "",
+        "save_every": 0,
+        "keep": 0,
+        "log_every": 1,
+        "workers": 0,
+        "track": (),
+        "device": "auto",
+        "data": data,
+    }
+
+
+def what_differs(run: Path, settings: dict[str, Any]) -> str:
+    """Why a run cannot go on with these settings: the first ones that its own config.json has otherwise, both values told."""
+    try:
+        there = _by_name(decisive(json.loads((run / CONFIG).read_text())))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"config or data differ from the run that is there, whose {CONFIG} cannot be read ({error})"
+    here = _by_name(decisive(settings))
+    other = [name for name in here | there if here.get(name) != there.get(name)]
+    if not other:
+        return "the data differ from those of the run that is there: a source's text or the tokenizer has changed"
+    named = "; ".join(
+        f"{name} is {_told(here, name)}, in the run that is there {_told(there, name)}" for name in other[:NAMED]
+    )
+    return named + (f"; {len(other) - NAMED} more settings differ" if len(other) > NAMED else "")
+
+
+def _by_name(settings: Any, name: str = "") -> dict[str, Any]:
+    """{"optimizer.lr": 0.001, "phases.0.steps": 200, ...}"""
+    if isinstance(settings, list | tuple) and settings:
+        settings = dict(enumerate(settings))
+    if not isinstance(settings, dict):
+        return {name: list(settings) if isinstance(settings, tuple) else settings}
+    return {k: v for key, value in settings.items() for k, v in _by_name(value, f"{name}.{key}".lstrip(".")).items()}
+
+
+def _told(settings: dict[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else "not given"
 
 
 def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
