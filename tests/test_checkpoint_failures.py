@@ -1,6 +1,7 @@
 """Checkpoints that are ill: bad files are named with a remedy, and a failed save damages nothing."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_missing_surplus_and_misshapen_tensors(tmp_path: Path) -> None:
 
 
 # a save that fails
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_follow_the_umask(mask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors alone would make them 0600, and a colleague could not read the checkpoint."""
+    config = sparse_config()
+    source = write_folder(tmp_path / "source", config, random_tensors(config))
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "m", config, source, shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "m").iterdir())
+    assert len([f for f in files if f.suffix == ".safetensors"]) > 1
+    assert {f.stat().st_mode & 0o777 for f in files} == {mode}
 
 
 def test_other_files_stay_and_old_shards_go(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import tokensieve
 from tokensieve import doctor, ops
 
 
@@ -27,7 +28,7 @@ def test_report_is_plain_data(found: dict) -> None:
     assert found["cpu"]["threads"] >= found["cpu"]["usable"] >= 1
     assert found["memory"]["total_bytes"] > found["memory"]["available_bytes"] > 0
     assert found["disk"]["free_bytes"] > 0
-    assert found["packages"]["torch"]
+    assert found["packages"]["torch"] and found["tokensieve"] == tokensieve.__version__
     assert set(found["bundled"]) == {"base", "sparse"}
 
 
@@ -59,8 +60,38 @@ def test_json() -> None:
 
 def test_table() -> None:
     shown = run()
-    for thing in ("Python", "memory", "flash_mla", "model 'base'", "op select_topk", "will be used"):
+    for thing in ("Python", "memory", "GPU", "torch 2", "flash_mla", "base ", "will be used", "operators"):
         assert thing in shown
+    assert len(shown.splitlines()) <= 20
+
+
+def test_each_operator_is_accounted_for_in_a_few_lines(found: dict) -> None:
+    """Which backend runs what, and each reason why not once."""
+    able, reason = {"name": "reference", "why_not": None}, "it only has a"
+    slow = [{"name": "fast", "why_not": reason}, able]
+    made = {
+        "backends": {"a": [{"name": "fast", "why_not": None}, able], "b": slow, "c": slow},
+        "uses": {"backends": {"a": "fast", "b": "reference", "c": "reference"}},
+    }
+    assert doctor.operators(found | made) == [
+        ("operators", "fast for a; reference for the 2 others"),
+        ("", f"not fast for the 2 others: {reason}"),
+    ]
+    made = {"backends": {"b": slow, "c": slow}, "uses": {"backends": {"b": "reference", "c": "reference"}}}
+    assert doctor.operators(found | made)[0] == ("operators", "reference for all operators")
+
+
+def test_what_is_broken_or_missing_is_said(found: dict) -> None:
+    """A package that is not there is one name in a list; one that is there and does not work has a line of its own."""
+    vendor = {"flash_mla": "OSError: libcuda.so.1 is missing", "deep_gemm": doctor.NOT_INSTALLED, "tilelang": None}
+    device = {"device": "cuda:0", "name": "H200", "capability": "9.0", "total_bytes": 140 << 30, "free_bytes": 9 << 30}
+    bundled = {"base": None, "sparse": 1 << 20}
+    shown = doctor.rows(found | {"vendor": vendor, "devices": [device], "bundled": bundled})
+    assert ("", "flash_mla does not work: OSError: libcuda.so.1 is missing") in shown
+    assert ("GPU", "cuda:0: H200, capability 9.0, 9.0 GiB free of 140.0 GiB") in shown
+    assert ("models", "base is missing here, sparse 1.0 MiB") in shown
+    text = dict(shown)["packages"]
+    assert "tilelang" in text and "deep_gemm" not in text
 
 
 def test_help_has_an_example() -> None:

@@ -26,7 +26,7 @@ from tokensieve.tasks import Document, PlainEncoder, retrieval
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
-PROBES = (2, 5, 10, 20, 50, 100, 200, 500)  # steps after which recall is measured, beside the last one
+PROBES = (5, 20, 50, 100, 200, 500)  # steps after which recall is measured, beside the last one
 RECALL_SEQUENCES, RECALL_QUERIES = 2, 128  # held-out sequences, and queries measured in each layer of each
 
 Row = dict[str, Any]
@@ -164,7 +164,7 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, recall: Callable[[], 
     measured: dict[int, float] = {}
 
     def on_step(step: int, figures: dict[str, float]) -> None:
-        if step in PROBES or step == steps:
+        if step == steps or (step in PROBES and 3 * step <= 2 * steps):
             measured[step] = recall().overall
 
     train.run(config, model, on_step=on_step)

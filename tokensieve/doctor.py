@@ -18,12 +18,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokensieve import ops
+from tokensieve import __version__, ops
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "triton", "datasets", "trl", "fastapi", "wandb")
 VENDOR_MODULES = ("flash_mla", "deep_gemm", "tilelang")
 BUNDLED = ("base", "sparse")
 IMPORT_SECONDS = 60
+NOT_INSTALLED = "not installed"
 
 
 def report() -> dict[str, Any]:
@@ -36,7 +37,7 @@ def report() -> dict[str, Any]:
     device = devices[0]["device"] if devices else "cpu"
     backends = ops.backends(device)
     return {
-        "tokensieve": version("tokensieve"),
+        "tokensieve": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "os": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "cpu": {
@@ -67,7 +68,7 @@ def report() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """The installed version; of tokensieve run from its source tree, which pip does not know, None too."""
+    """The installed version, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -121,10 +122,16 @@ def accelerators() -> list[dict[str, Any]]:
     return []
 
 
+def no_accelerator() -> str:
+    if torch.version.cuda is None and torch.version.hip is None and not torch.backends.mps.is_built():
+        return f"torch {torch.__version__} is built for CPUs alone"
+    return "torch sees no CUDA device and no MPS"
+
+
 def vendor_why_not(module: str) -> str | None:
     """Why a vendor's kernels cannot be used, or None. It is imported in its own process: a wrong build may abort."""
     if importlib.util.find_spec(module) is None:
-        return "not installed"
+        return NOT_INSTALLED
     command = [sys.executable, "-c", f"import {module}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
@@ -150,36 +157,57 @@ def gib(size: int | None) -> str:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The report as (thing, what is known) pairs, in the order of the table."""
+    """The report as (thing, what is known) pairs, in the order of the table; `--json` has what is left out here."""
     cpu, ram, disk, uses = found["cpu"], found["memory"], found["disk"], found["uses"]
-    limit = f", limited to {gib(ram['limit_bytes'])}" if ram["limit_bytes"] else ""
+    limit = f", this container may use {gib(ram['limit_bytes'])}" if ram["limit_bytes"] else ""
+    usable = f", {cpu['usable']} of {cpu['threads']} threads usable" if cpu["usable"] != cpu["threads"] else ""
     table = [
-        ("tokensieve", found["tokensieve"] or "from its source tree"),
-        ("Python", f"{found['python']['version']} ({found['python']['executable']})"),
-        ("system", " ".join(found["os"].values())),
-        ("CPU", f"{cpu['model']}: {cpu['cores']} cores, {cpu['usable']} of {cpu['threads']} threads usable"),
-        ("memory", f"{gib(ram['available_bytes'])} available of {gib(ram['total_bytes'])}{limit}"),
+        (
+            "tokensieve",
+            f"{found['tokensieve']} on Python {found['python']['version']}, {' '.join(found['os'].values())}",
+        ),
+        ("CPU", f"{cpu['model']}, {cpu['cores']} cores{usable}"),
+        ("memory", f"{gib(ram['available_bytes'])} free of {gib(ram['total_bytes'])}{limit}"),
         ("disk", f"{gib(disk['free_bytes'])} free at {disk['path']}"),
-        ("packages", ", ".join(f"{name} {number or '(none)'}" for name, number in found["packages"].items())),
     ]
     for device in found["devices"]:
         capability = f", capability {device['capability']}" if device["capability"] else ""
         size = f", {gib(device['free_bytes'])} free of {gib(device['total_bytes'])}" if device["total_bytes"] else ""
-        table.append((device["device"], f"{device['name']}{capability}{size}"))
+        table.append(("GPU", f"{device['device']}: {device['name']}{capability}{size}"))
     if not found["devices"]:
-        table.append(("accelerator", "none: torch sees no CUDA device and no MPS"))
-    table += [(module, why_not or "works") for module, why_not in found["vendor"].items()]
-    for name, size in found["bundled"].items():
-        known = f"{size / 2**20:.1f} MiB" if size else "missing: this build of the package does not carry it"
-        table.append((f"model '{name}'", known))
+        table.append(("GPU", f"none: {no_accelerator()}"))
+    present = [f"{name} {number}" for name, number in found["packages"].items() if number]
+    absent = [name for name, number in found["packages"].items() if not number]
+    absent += [module for module, why_not in found["vendor"].items() if why_not == NOT_INSTALLED]
+    table.append(("packages", ", ".join([*present, *(m for m, why_not in found["vendor"].items() if why_not is None)])))
+    if absent:
+        table.append(("", f"not installed, all optional: {', '.join(absent)}"))
+    table += [
+        ("", f"{m} does not work: {why}") for m, why in found["vendor"].items() if why not in (None, NOT_INSTALLED)
+    ]
+    sizes = [f"{n} {size / 2**20:.1f} MiB" if size else f"{n} is missing here" for n, size in found["bundled"].items()]
+    table += [("models", ", ".join(sizes)), ("", "")]
+    table.append(("will be used", f"{uses['device']}, {uses['dtype']}, {cpu['torch_threads']} CPU threads"))
+    return table + operators(found)
+
+
+def operators(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which backend runs which operators, the one with the most at the end, and why those before it do not run them."""
+    runs: dict[str, list[str]] = {}
+    refused: dict[tuple[str, str], list[str]] = {}
     for op, choices in found["backends"].items():
-        able = [f"{c['name']}" if c["why_not"] is None else f"{c['name']} (no: {c['why_not']})" for c in choices]
-        table.append((f"op {op}", ", ".join(able)))
-    chosen = sorted({name for name in uses["backends"].values() if name})
-    table.append(
-        ("will be used", f"{uses['device']}, {uses['dtype']}, {cpu['torch_threads']} threads; {', '.join(chosen)}")
-    )
-    return table
+        runs.setdefault(found["uses"]["backends"][op] or "nothing", []).append(op)
+        for choice in choices:
+            if choice["why_not"] is not None:
+                refused.setdefault((choice["name"], choice["why_not"]), []).append(op)
+    *few, (most, others) = sorted(runs.items(), key=lambda item: len(item[1]))
+
+    def named(ops: list[str]) -> str:
+        every = f"the {len(others)} others" if few else "all operators"
+        return every if ops == others else ", ".join(ops) if len(ops) < 4 else f"{len(ops)} operators"
+
+    table = [("operators", "; ".join(f"{name} for {named(ops)}" for name, ops in [*few, (most, others)]))]
+    return table + [("", f"not {name} for {named(ops)}: {reason}") for (name, reason), ops in refused.items()]
 
 
 def doctor(

@@ -73,8 +73,11 @@ def exportable(config: Any) -> list[str]:
     if kinds is not None and kinds != _layer_kinds(config.num_hidden_layers, config.first_k_dense_replace):
         reasons.append(engines + "dense layers can only come first (mlp_layer_types)")
     widths = {"index_head_dim": (128,), "index_n_heads": (32, 64), "kv_lora_rank": (512,), "qk_rope_head_dim": (64,)}
-    for field, built in widths.items() if sparse else ():
-        if getattr(config, field) not in built:
-            allowed = " or ".join(map(str, built))
-            reasons.append(engines + f"the sparse kernels need {field} {allowed}, here it is {getattr(config, field)}")
+    other = [
+        f"{field} {' or '.join(map(str, built))} (here {getattr(config, field)})"
+        for field, built in widths.items()
+        if sparse and getattr(config, field) not in built
+    ]
+    if other:
+        reasons.append(engines + f"the sparse kernels need {', '.join(other)}")
     return reasons

@@ -41,7 +41,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)  # what a killed save left behind
         new.mkdir()
+        mode = new.stat().st_mode & 0o666  # what the umask leaves of a new file's
         yield new
+        for path in new.rglob("*.safetensors"):
+            path.chmod(mode)  # safetensors makes files that only their owner may read
         for path in folder.iterdir() if folder.exists() else ():
             if not _CHECKPOINT_FILE.fullmatch(path.name) and not (new / path.name).exists():
                 shutil.copy2(path, new / path.name)
