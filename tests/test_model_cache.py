@@ -404,3 +404,20 @@ def test_what_cannot_be_meant_is_refused(sparse: DecoderForCausalLM) -> None:
         sparse(ids[:, :0])
     with pytest.raises(ValueError, match="exactly one"):
         sparse()
+
+
+def test_decode_never_copies_the_index_keys(monkeypatch):
+    """However full the buffers are: index products read some way past the last key, and that room has to be there."""
+    model = ours(config("v32", max_position_embeddings=1024))
+    copies = []
+    pad = torch.nn.functional.pad
+    monkeypatch.setattr(
+        "tokensieve.ops.reference.index.F.pad", lambda x, *rest: copies.append(x.shape) or pad(x, *rest)
+    )
+    cache = LatentCache()
+    ids = torch.randint(3, 60, (1, 320), generator=torch.Generator().manual_seed(0))
+    model(ids[:, :50], past_key_values=cache, use_cache=True)
+    copies.clear()
+    for token in ids[0, 50:].split(1):
+        model(token[None], past_key_values=cache, use_cache=True)
+    assert not [shape for shape in copies if len(shape) == 2 and shape[0] > 50]  # keys are (T, D)

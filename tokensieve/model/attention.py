@@ -26,9 +26,7 @@ from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleave
 from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
 
-MASKED_FORM_KEYS = (
-    3  # sparse prefill: below this many times k keys, the masked MHA form runs (docs/results.md: a guess below 3)
-)
+MASKED_FORM_KEYS = 3  # sparse prefill: below so many times k keys the masked MHA form runs (docs/results.md: a guess)
 
 
 @dataclass
@@ -139,6 +137,8 @@ class Attention(nn.Module):
             rows = (p.pack.batch, p.pack.length)
             new_keys = None if self.indexer is None else self.indexer.keys(h, p.rotation).detach().unflatten(0, rows)
             entries_TE, k_I = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
+            if p.pack.batch == 1:  # K and V are not to be expanded over the room that is still empty
+                entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
         heads = Heads(self, q_nope, q_rope, entries_TE)
 
         def index_inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ Legend: B rows, T cached tokens, E latent width (kv_lora_rank + rope dims), D in
 from torch import Tensor
 from transformers import Cache
 
+from tokensieve.ops.reference.index import KEY_PAD
+
 STEP = 256  # capacity grows to multiples of this, in tokens
 
 
@@ -27,8 +29,8 @@ class LatentCache(Cache):
     # what the model calls
 
     def room_for(self, tokens: int) -> int:
-        """Capacity in tokens once `tokens` more are to be stored; at least 64 beyond them, which index products read and drop."""
-        needed = max(self._length + tokens, self.reserve) + 64
+        """Capacity in tokens once `tokens` more are to be stored, and as many beyond them as index products read and drop."""
+        needed = max(self._length + tokens, self.reserve) + KEY_PAD
         if needed > self._capacity:
             self._capacity = -(-max(needed, 2 * self._capacity) // STEP) * STEP
         return self._capacity

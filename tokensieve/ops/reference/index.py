@@ -4,7 +4,7 @@ Legend: S query tokens, T key tokens, H index heads, D index width; b queries in
 
 An index score has the same bits whatever the blocking, the batch, and prefill or decode. A matrix product gives each output element the
 same sum over the width in the same order as long as the library takes its ordinary kernel, and the library leaves that kernel for very
-few rows or columns. So every score is computed as one product per query of `heads padded to 4` x `keys padded to 64`.
+few rows or columns. So every score is computed as one product per query, of heads padded to HEAD_PAD x keys padded to KEY_PAD.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,7 @@ from torch import Tensor
 from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
 
 KEY_TILE = 1920  # keys scored at a time
-TILE_PRODUCTS = (
-    1 << 17
-)  # heads x keys: in decode a tile may be longer, up to this many products (half a MiB in float32)
+TILE_PRODUCTS = 1 << 17  # heads x keys: in decode a tile may be longer, up to so many products (half a MiB in float32)
 KEY_PAD = 192  # keys per product are padded to a multiple of this
 HEAD_PAD = 4  # heads likewise
 
@@ -134,7 +132,7 @@ def index_scores_backward(
 
 
 def exact_topk(strip_bn: Tensor, outside_bn: Tensor | None, k: int) -> Tensor:
-    """Positions (b, k) of the k largest, ties to the smaller position, by sorting unique integer keys: (score, -position)."""
+    """Positions (b, k) of the k largest, ties to the smaller position: a stable sort of the scores as integers."""
     n = strip_bn.shape[1]
     double = strip_bn.dtype == torch.float64
     bits = (strip_bn + 0.0).view(torch.int64 if double else torch.int32)
