@@ -118,7 +118,7 @@ def test_bad_arguments(refused, home: Path, tmp_path: Path) -> None:
     refused(("--prompt", "--chat"), "generate", home / "dense")
     refused(("--selection window", "dense"), "generate", home / "dense", "--prompt", "x", "--selection", "window")
     refused(("1600 positions", "shorten"), "generate", home / "dense", "--prompt", "x " * 2000)
-    refused(("--device tpu",), "generate", home / "dense", "--prompt", "x", "--device", "tpu")
+    refused(("device tpu",), "generate", home / "dense", "--prompt", "x", "--device", "tpu")
     refused(("1600 positions", "--context"), "eval", home / "dense", "--data", home / "text")
     refused(("not longer than k",), "eval", home / "sparse", "--data", home / "text" / "*.py", "--context", "20")
     for bad in (("--top-k", "0"), ("--index-heads", "0"), ("--index-dim", "4")):

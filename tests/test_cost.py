@@ -198,6 +198,28 @@ def test_pretrain_is_six_n_when_the_context_is_short() -> None:
     assert per_token == pytest.approx(6 * (counts.matmul + counts.head), rel=0.02)
 
 
+def test_warmup_by_hand() -> None:
+    """The loss scores every (query, key, head) once, and has one product more for each of its two gradients."""
+    context = 4096
+    every = cost.visible_keys(context)
+    trunk = cost.forward_flops(DENSE, context, logits=0)
+    target = 61 * every * 2 * 128 * 192
+    projections = 3 * 2 * cost.parameters(SPARSE).indexer_matmul * context
+    scores = 61 * every * 2 * 64 * (129 + 128 + 128)
+    assert cost.train_flops(SPARSE, "warmup", context) == trunk + target + projections + scores
+
+
+@pytest.mark.parametrize("context", [1024, 131072])
+def test_adapt_by_hand(context: int) -> None:
+    """The selected entries are gathered in MQA form even where k is everything and MHA would be cheaper."""
+    counts = cost.parameters(SPARSE)
+    every, chosen = cost.visible_keys(context), cost.visible_keys(context, top_k=2048)
+    linear = 3 * 2 * (counts.matmul + counts.head + counts.indexer_matmul) * context
+    attention = 3.5 * 61 * chosen * 2 * 128 * (576 + 512)
+    scores = 61 * 2 * 64 * (every * 129 + chosen * (2 * 129 + 2 * 128))
+    assert cost.train_flops(SPARSE, "adapt", context) == pytest.approx(linear + attention + scores, rel=1e-12)
+
+
 def test_train_estimate_scales() -> None:
     one = cost.train_estimate(SMALL, "adapt", **RUN)
     twice = cost.train_estimate(SMALL, "adapt", **RUN | {"steps": 20})
@@ -237,6 +259,11 @@ def test_checkpointing_trades_memory_for_time() -> None:
     plain, saved = (cost.train_estimate(SMALL, "pretrain", **RUN, checkpointing=c) for c in (False, True))
     assert saved.activation_bytes < plain.activation_bytes
     assert plain.flops < saved.flops < 1.4 * plain.flops
+    # What adaptation computes again is what it computed: attention over the selected keys in MQA form.
+    plain, saved = (cost.train_estimate(SMALL, "adapt", **RUN, checkpointing=c) for c in (False, True))
+    shape = cost.shape_of(SMALL)
+    again = cost.forward_flops(shape, RUN["context"], mode="mqa", logits=0) * plain.tokens / RUN["context"]
+    assert saved.flops - plain.flops == pytest.approx(again)
 
 
 def test_autocast_keeps_a_copy_of_the_weights() -> None:

@@ -19,9 +19,10 @@ from tokensieve.data import (
     PackedDataset,
     TokenStore,
     build_dataset,
+    text_source,
     train_tokenizer,
 )
-from tokensieve.data.packing import TextStream, packed_item
+from tokensieve.data.packing import TextStream
 from tokensieve.tasks import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, PlainEncoder
 
 MODULES = ("argparse", "ast", "inspect", "json.decoder", "textwrap", "typing", "random", "shutil")
@@ -263,12 +264,6 @@ def test_answers_weigh_more_where_the_config_says_so(source, tokenizer, tmp_path
         assert bool(answers.any()) == (weighted.choice[index] == 1)
 
 
-def test_padding_is_a_document_without_labels():
-    item = packed_item(np.array([0, 5, 6, 0, 7, 2, 2]), np.array([0, 3]), padding=2)
-    assert item["position_ids"].tolist() == [0, 1, 2, 0, 1, 0, 1]
-    assert item["labels"].tolist() == [-100, 5, 6, -100, 7, -100, -100]
-
-
 def test_items_are_pure_functions_of_seed_and_index(source, tokenizer, tmp_path):
     settings = config(source, tmp_path, "retrieval", "chat")
     first = build_dataset(settings, tokenizer, 512, sequences=40, seed=5)
@@ -294,6 +289,11 @@ def test_weights_are_kept_and_checked(source, tokenizer, tmp_path):
         PackedDataset(dataset.streams, [1.0, -1.0], 4, seed=0)
     with pytest.raises(UserError, match="weights"):
         PackedDataset([], [], 4, seed=0)
+
+
+def test_generated_examples_are_made_from_the_first_plain_source():
+    for names, wanted in ((("retrieval", "a", "b"), "a"), (("chat",), "python"), (("python", "a"), "python")):
+        assert text_source(DataConfig(tuple(SourceConfig(name) for name in names))) == wanted
 
 
 def test_too_little_text_for_the_context(source, tokenizer, tmp_path):

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 import tokensieve
 from tokensieve import doctor, ops
+from tokensieve.config import UserError
+from tokensieve.machine import choose_device
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,19 @@ def test_report_uses_the_first_able_backend(found: dict) -> None:
         able = [c["name"] for c in choices if c["why_not"] is None]
         assert able, f"no backend runs {op}"
         assert found["uses"]["backends"][op] == able[0]
-    assert found["uses"]["device"] == (found["devices"][0]["device"] if found["devices"] else "cpu")
+    assert found["uses"]["device"] == ("cuda" if found["devices"] else "cpu")
+
+
+def test_it_says_what_commands_take(monkeypatch) -> None:
+    """Nothing selects Apple's device, so it is not announced."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    found = doctor.report()
+    assert found["uses"]["device"] == choose_device("auto") == "cpu" and not found["devices"]
+    for asked, message in (("mps", "use auto, cpu or cuda"), ("cuda:0", "no CUDA device")):
+        with pytest.raises(UserError, match=message):
+            choose_device(asked)
 
 
 def test_a_reason_for_every_vendor_module(found: dict, tmp_path, monkeypatch) -> None:

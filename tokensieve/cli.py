@@ -50,7 +50,9 @@ class Until(StrEnum):
     evaluate = "evaluate"
 
 
-Model = Annotated[str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base).")]
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base, sparse).")
+]
 Config = Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="A .toml file, or a bundled config by name.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")]
 Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
@@ -199,11 +201,12 @@ def evaluate(
     """
     import tokensieve
     from tokensieve.data import read_documents
+    from tokensieve.machine import choose_device
     from tokensieve.report import environment
     from tokensieve.train.figures import write_figures
 
     begin = time.perf_counter()
-    loaded = tokensieve.load(model, device=_device(device))
+    loaded = tokensieve.load(model, device=choose_device(device))
     tokenizer = _tokenizer(model, loaded)
     documents = list(read_documents(data, "held_out"))
     metrics = _measure(loaded, tokenizer, documents, quick, context)
@@ -233,11 +236,12 @@ def generate(
     from transformers import TextStreamer
 
     import tokensieve
+    from tokensieve.machine import choose_device
 
     if (prompt is None) == (chat is None):
         raise tokensieve.UserError("give either --prompt TEXT or --chat TEXT")
     text = sys.stdin.read() if "-" in (prompt, chat) else prompt or chat or ""
-    loaded = tokensieve.load(model, device=_device(device))
+    loaded = tokensieve.load(model, device=choose_device(device))
     if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
         raise tokensieve.UserError(f"--selection {selection}: {model} is dense and selects nothing; sparsify it first")
     tokenizer = _tokenizer(model, loaded)
@@ -342,7 +346,7 @@ def _measure(
     from rich.console import Console
 
     from tokensieve import evals
-    from tokensieve.report import show
+    from tokensieve.report import show, show_criteria
 
     sizes, console = evals.QUICK if quick else evals.FULL, Console()
     status = _stderr().status("Needles, text, completions and answers")
@@ -365,8 +369,7 @@ def _measure(
         sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
     with status:
         figures = evals.judge_base(model, tokenizer, documents, sizes)
-    for criterion in evals.acceptance_criteria(figures):
-        console.print(evals.verdict(criterion), highlight=False)
+    show_criteria(console, evals.acceptance_criteria(figures))
     return figures
 
 
@@ -398,20 +401,6 @@ def _tokenizer(name: str, model: "DecoderForCausalLM") -> Any:
     tokenizer = tokensieve.load_tokenizer(name)
     check_tokenizer(tokenizer, model.config)
     return tokenizer
-
-
-def _device(name: str) -> str:
-    import torch
-
-    from tokensieve.config import UserError
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device here; see tokensieve doctor")
-    return name
 
 
 def _stored_dtype(name: str) -> "torch.dtype | None":

@@ -1,6 +1,7 @@
 """Every configuration: the model's (as transformers reads and writes it) and the runs' (frozen dataclasses read from TOML).
 
-A run's file is complete: every key it may hold is a field below, an unknown key is an error, and `--set a.b=value` changes one.
+Every key that a run's file may hold is a field below. One that it lacks takes the default that stands here, an unknown one is an error, and
+`--set a.b=value` changes one.
 """
 
 import dataclasses
@@ -132,7 +133,7 @@ class TrainConfig:
     selection: bool = True  # adapt: False trains the dense model on the same tokens, for comparison
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
-    compile: bool = False  # torch.compile the layers
+    compile: bool = False  # torch.compile whole layers where no indexer learns, the feed-forward part otherwise
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load
     save_every: int = 0  # steps between checkpoints; 0: only at the end and on Ctrl-C

@@ -18,16 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
-from tokensieve.data import read_documents
-from tokensieve.data.packing import GENERATED
+from tokensieve.data import read_documents, text_source
+from tokensieve.evals.judge import RECALL_QUERIES, RECALL_SEQUENCES
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.report import environment, show, write_run
 from tokensieve.tasks import Document, PlainEncoder, retrieval
+from tokensieve.train.schedule import total_steps
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
 PROBES = (5, 20, 50, 100, 200, 500)  # steps after which recall is measured, beside the last one
-RECALL_SEQUENCES, RECALL_QUERIES = 2, 128  # held-out sequences, and queries measured in each layer of each
 
 Row = dict[str, Any]
 
@@ -147,8 +147,7 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
 
 def _held_out(config: DemoConfig) -> list[Document]:
     data = config.adapt.data
-    source = next((s.source for s in data.sources if s.source not in GENERATED), "python")
-    return list(read_documents(source, "held_out", data.held_out_share, data.limit_bytes))
+    return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
 
 
 def _clear(out: Path) -> None:
@@ -160,10 +159,11 @@ def _clear(out: Path) -> None:
 
 def _train(config: TrainConfig, model: DecoderForCausalLM, recall: Callable[[], evals.Recall]) -> list[Row]:
     """Trains the model in place; returns the rows of its history, some with the recall on held-out text."""
-    steps = sum(p.steps for p in config.phases)
+    steps = total_steps(config.phases)
     measured: dict[int, float] = {}
 
     def on_step(step: int, figures: dict[str, float]) -> None:
+        # The last step is always measured; a probe in the last third would cost as much and show nearly the same.
         if step == steps or (step in PROBES and 3 * step <= 2 * steps):
             measured[step] = recall().overall
 

@@ -1,9 +1,7 @@
 """What this machine has and what tokensieve will use on it."""
 
-import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokensieve import __version__, ops
+from tokensieve.machine import choose_device, processor, usable_cores, version
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "triton", "datasets", "trl", "fastapi", "wandb")
 VENDOR_MODULES = ("flash_mla", "deep_gemm", "tilelang")
@@ -34,17 +33,17 @@ def report() -> dict[str, Any]:
     `uses` is what commands take when nothing else is asked for: device, dtype, and for each op the first able backend.
     """
     devices = accelerators()
-    device = devices[0]["device"] if devices else "cpu"
+    device = choose_device()
     backends = ops.backends(device)
     return {
         "tokensieve": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "os": {"system": platform.system(), "release": platform.release(), "machine": platform.machine()},
         "cpu": {
-            "model": cpu_model(),
+            "model": processor(),
             "cores": psutil.cpu_count(logical=False),
             "threads": psutil.cpu_count(),
-            "usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
+            "usable": usable_cores(),
             "torch_threads": torch.get_num_threads(),
         },
         "memory": memory(),
@@ -58,35 +57,13 @@ def report() -> dict[str, Any]:
         "disk": {"path": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
         "uses": {
             "device": device,
-            "dtype": "bfloat16" if devices else "float32",
+            "dtype": "float32" if device == "cpu" else "bfloat16",
             "backends": {
                 op: next((name for name, why_not in choices if why_not is None), None)
                 for op, choices in backends.items()
             },
         },
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it, or its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if platform.system() == "Darwin":
-        brand = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        if brand.returncode == 0:
-            return brand.stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 def memory() -> dict[str, int | None]:
@@ -102,30 +79,26 @@ def memory() -> dict[str, int | None]:
 
 
 def accelerators() -> list[dict[str, Any]]:
-    """CUDA devices (ROCm's too, which torch calls cuda) and Apple's, the one that is used first."""
-    if torch.cuda.is_available():
-        found = []
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            found.append(
-                {
-                    "device": f"cuda:{index}",
-                    "name": torch.cuda.get_device_name(index),
-                    "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
-                    "total_bytes": total,
-                    "free_bytes": free,
-                }
-            )
-        return found
-    if torch.backends.mps.is_available():
-        return [{"device": "mps", "name": cpu_model(), "capability": None, "total_bytes": None, "free_bytes": None}]
-    return []
+    """CUDA devices (ROCm's too, which torch calls cuda), the one that is used first."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": torch.cuda.get_device_name(index),
+                "capability": ".".join(map(str, torch.cuda.get_device_capability(index))),
+                "total_bytes": total,
+                "free_bytes": free,
+            }
+        )
+    return found
 
 
 def no_accelerator() -> str:
-    if torch.version.cuda is None and torch.version.hip is None and not torch.backends.mps.is_built():
-        return f"torch {torch.__version__} is built for CPUs alone"
-    return "torch sees no CUDA device and no MPS"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "torch sees no CUDA device"
 
 
 def vendor_why_not(module: str) -> str | None:

@@ -22,15 +22,16 @@ from rich.table import Table
 import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import SpeedrunConfig, TrainConfig, UserError, to_dict
-from tokensieve.data import read_documents
-from tokensieve.data.packing import GENERATED
+from tokensieve.data import read_documents, text_source
+from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import save_indexers
-from tokensieve.report import environment, show
+from tokensieve.report import environment, show, show_criteria
 from tokensieve.tasks import Document
 from tokensieve.train.figures import summary, write_figures
 from tokensieve.train.pretrain import new_model
 from tokensieve.train.schedule import check_phases
+from tokensieve.train.state import decisive
 
 PARTS = {
     "pretrain": "Pretrain: a dense model from random weights",
@@ -109,9 +110,7 @@ TRAIN: dict[str, Callable[[SpeedrunConfig, TrainConfig, OnStep], None]] = {
 
 def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, console: Console) -> None:
     """Measures what `figures` does not hold yet, and prints all of it. On a GPU in bfloat16, as the models are stored."""
-    device = config.adapt.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.adapt.device)
     out, sizes = Path(config.out), config.evaluate
     tokenizer = tokensieve.load_tokenizer(out / "base")
 
@@ -122,8 +121,7 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
     @cache
     def documents() -> list[Document]:
         data = config.pretrain.data
-        source = next((s.source for s in data.sources if s.source not in GENERATED), "python")
-        return list(read_documents(source, "held_out", data.held_out_share, data.limit_bytes))
+        return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
 
     def judged(name: str, context: int, what: str) -> dict[str, Any]:
         counts = sizes.sparse.texts, sizes.sparse.needle_contexts
@@ -143,8 +141,7 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
             figures["base"] = evals.judge_base(model("base"), tokenizer, documents(), sizes.base)
         note(now=True)
     console.print("\n[bold]base[/bold]", highlight=False)
-    for criterion in evals.acceptance_criteria(figures["base"]):
-        console.print(evals.verdict(criterion), highlight=False)
+    show_criteria(console, evals.acceptance_criteria(figures["base"]))
     for name in ("sparse", "adapted"):
         known = figures.setdefault(name, {})
         for context in sizes.sparse.contexts:
@@ -260,17 +257,11 @@ def _settings(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> dict[str,
     """A digest for each part of what decides its result: its own settings, and those of every part before it."""
     digest, found = hashlib.blake2b(digest_size=8), {}
     indexer = [config.top_k, config.index_heads, config.index_dim]
-    own = {part: [_decisive(run)] + (indexer if part == "warmup" else []) for part, run in runs.items()}
+    own = {part: [decisive(to_dict(run))] + (indexer if part == "warmup" else []) for part, run in runs.items()}
     for part, settings in (own | {"evaluate": [to_dict(config.evaluate)]}).items():
         digest.update(json.dumps(settings, sort_keys=True).encode())
         found[part] = digest.hexdigest()
     return found
-
-
-def _decisive(run: TrainConfig) -> dict[str, Any]:
-    """Without what may change between two parts of a run, as in the training loop."""
-    same = replace(run, out="", save_every=0, keep=0, log_every=1, workers=0, track=(), device="auto")
-    return to_dict(replace(same, data=replace(run.data, cache="")))
 
 
 def _size(folder: Path) -> int:

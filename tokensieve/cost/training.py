@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.cost.forward import attention_flops_per_key, forward_flops, index_flops_per_key, visible_keys
+from tokensieve.cost.forward import Mode, attention_flops_per_key, forward_flops, index_flops_per_key, visible_keys
 from tokensieve.cost.shape import Shape, parameters, shape_of
 
 Stage = Literal["pretrain", "warmup", "adapt"]
@@ -55,9 +55,9 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     pretrain: all parameters, dense attention (dense adaptation costs the same): the linear layers three times,
     attention three and a half times.
     warmup: the trunk forward, without the output head; its probabilities once more for the target; the indexer's
-    projections forward and backward; index scores four times (the normalizer, the loss, and both gradients).
-    adapt: as pretrain with attention over the selected keys; index scores of every key once to select, and of the
-    selected ones for the loss and its gradients.
+    projections forward and backward; index scores and both their gradients once, in one pass.
+    adapt: as pretrain with attention over the selected keys, always in MQA form, whatever the context; index scores of
+    every key once to select, and of the selected ones for the loss, again in its backward pass, and both gradients.
     """
     counts = parameters(shape)
     every = visible_keys(context)
@@ -65,17 +65,23 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     if stage == "warmup":
         trunk = forward_flops(shape, context, sparse=False, logits=0)
         target = shape.layers * every * 2 * shape.heads * (shape.nope + shape.rope)
-        index = LINEAR_FORWARD_BACKWARD * index_linear + 4 * shape.layers * every * index_flops_per_key(shape)
+        scored = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
+        index = LINEAR_FORWARD_BACKWARD * index_linear + shape.layers * every * scored
         return trunk + target + index
     linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
-    mha = every * attention_flops_per_key(shape, "mha")
     if stage == "pretrain":
-        return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * mha
+        attention = every * attention_flops_per_key(shape, "mha")
+        return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
     chosen = visible_keys(context, top_k=shape.top_k)
-    attention = min(mha, chosen * attention_flops_per_key(shape, "mqa"))
-    scored = every + LINEAR_FORWARD_BACKWARD * chosen
-    index = LINEAR_FORWARD_BACKWARD * index_linear + shape.layers * scored * index_flops_per_key(shape)
+    attention = chosen * attention_flops_per_key(shape, "mqa")
+    scored = (every + 2 * chosen) * index_flops_per_key(shape) + chosen * index_gradient_flops_per_key(shape)
+    index = LINEAR_FORWARD_BACKWARD * index_linear + shape.layers * scored
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
+
+
+def index_gradient_flops_per_key(shape: Shape) -> int:
+    """FLOPs of the gradients of one index score of one layer by its query and by its key: a product of width d_I a head each."""
+    return 2 * 2 * shape.index_heads * shape.index_dim
 
 
 def layer_values(shape: Shape, moe: bool) -> int:
@@ -148,7 +154,8 @@ def train_estimate(
     copies = value_bytes if value_bytes < weight_bytes else 0
     sequence = train_flops(shape, stage, context)
     if checkpointing and stage != "warmup":
-        sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0)
+        mode: Mode = "mqa" if stage == "adapt" else "mha"
+        sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0, mode=mode)
     flops = sequence * tokens_per_step * steps / context
     return Estimate(
         tokens=tokens_per_step * steps,

@@ -1,6 +1,6 @@
 """Text to training sequences: sources, the tokenizer, the token store, packing with document bounds, mixing."""
 
-from tokensieve.data.packing import PackedDataset, build_dataset
+from tokensieve.data.packing import PackedDataset, build_dataset, text_source
 from tokensieve.data.sources import canonical_name, is_held_out, licences, read_documents
 from tokensieve.data.store import TokenStore
 from tokensieve.data.tokenizer import train_tokenizer
@@ -15,5 +15,6 @@ __all__ = [
     "is_held_out",
     "licences",
     "read_documents",
+    "text_source",
     "train_tokenizer",
 ]

@@ -5,7 +5,7 @@ agree on anything. A sequence is `context` tokens:
 
     input_ids     the tokens
     position_ids  counts up within a document and restarts at 0 where the next one begins
-    labels        input_ids, -100 at the first token of every document and on padding
+    labels        input_ids, -100 at the first token of every document
 """
 
 import hashlib
@@ -26,8 +26,6 @@ from tokensieve.tasks import Document, PlainEncoder, chat, retrieval
 
 GENERATED = ("retrieval", "chat")
 CHAT_BYTES = 24_000_000  # of source text to take functions from
-
-
 SHORTEST_RETRIEVAL = 512  # tokens of a needle document
 
 
@@ -164,21 +162,23 @@ class PackedDataset(Dataset):
         return item
 
 
-def packed_item(ids: np.ndarray, starts: np.ndarray, padding: int = 0) -> dict[str, torch.Tensor]:
-    """A batch item from tokens and the positions where documents begin; the last `padding` tokens are no text."""
+def packed_item(ids: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
+    """A batch item from tokens and the positions where documents begin."""
     begin = np.zeros(len(ids), dtype=np.int64)
     begin[starts] = starts
     labels = ids.astype(np.int64)
     labels[starts] = -100
-    if padding:
-        labels[-padding:] = -100
-        begin[len(ids) - padding] = len(ids) - padding
     positions = np.arange(len(ids)) - np.maximum.accumulate(begin)
     return {
         "input_ids": torch.from_numpy(ids.astype(np.int64)),
         "labels": torch.from_numpy(labels),
         "position_ids": torch.from_numpy(positions),
     }
+
+
+def text_source(config: DataConfig) -> str:
+    """The first plain source of the mixture, "python" without one: what examples are made from and evaluations read."""
+    return next((entry.source for entry in config.sources if entry.source not in GENERATED), "python")
 
 
 def user_cache() -> Path:
@@ -211,7 +211,7 @@ def build_dataset(
 ) -> PackedDataset:
     """The mixture that a config names, tokenized into `config.cache` on first use.
 
-    "retrieval" and "chat" make their examples from the first plain source of the mixture ("python" without one).
+    "retrieval" and "chat" make their examples from `text_source`.
 
     Args:
         context: tokens per sequence.
@@ -222,7 +222,7 @@ def build_dataset(
         UserError: a source is missing, unreadable or empty; the tokenizer lacks the chat markers.
     """
     encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-    text = next((entry.source for entry in config.sources if entry.source not in GENERATED), "python")
+    text = text_source(config)
     streams: list[Stream] = []
     listings: dict[str, str] = {}
     keys = [repr((context, seed, [entry.weight for entry in config.sources], config.answer_weight))]

@@ -27,13 +27,10 @@ SplitName = Literal["train", "held_out", "all"]
 
 MIN_CHARS, MAX_BYTES, MAX_LINE = 400, 400_000, 1000  # of a Python module worth reading; longer lines look generated
 NEAR_DUPLICATE = 0.5  # share of a file's lines that also occur in held-out files
-VENDORED = {"vendor", "_vendor", "vendored", "_vendored", "vendored_packages", "_vendored_packages"} | {
-    "third_party",
-    "_third_party",
-    "extern",
-    "_extern",
-    "externals",
-}
+VENDORED = frozenset(
+    """vendor _vendor vendored _vendored vendored_packages _vendored_packages third_party _third_party extern _extern
+    externals""".split()
+)
 PERMISSIVE_SPDX = frozenset(
     """MIT MIT-0 MIT-CMU HPND BSD-2-Clause BSD-3-Clause 0BSD Apache-2.0 ISC PSF-2.0 Python-2.0 Unlicense Zlib CC0-1.0
     BSL-1.0 CNRI-Python NCSA""".lower().split()

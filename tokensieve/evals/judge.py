@@ -5,7 +5,7 @@ from typing import Any
 
 from tokensieve import cost
 from tokensieve.config import AcceptanceSizes, UserError
-from tokensieve.evals.criteria import Criterion, acceptance_criteria
+from tokensieve.evals.criteria import acceptance_criteria
 from tokensieve.evals.longcontext import FULL, acceptance
 from tokensieve.evals.mass import recall
 from tokensieve.evals.parity import Arm, OnStep, arms_of, compare, metrics_of
@@ -67,12 +67,6 @@ def judge_sparse(
     held = recall(model, sequences[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
     figures = {"recall": {"last": held.overall}, "kv_read_fraction": cost.kv_read_fraction(context, k)}
     return {**metrics_of(scores), **figures, "top_k": k, "context": context}
-
-
-def verdict(c: Criterion) -> str:
-    """A criterion as a line for a rich console."""
-    word = "[green]holds[/green]" if c.holds else "[red]fails[/red]"
-    return f"{word}  {c.name}: {c.value:.3f} ({c.relation} {c.bound:.2f})"
 
 
 def _check_room(model: DecoderForCausalLM, context: int) -> None:

@@ -19,9 +19,28 @@ from tokensieve.tasks import Document, chat, completion, retrieval
 SCORED = 1024  # tokens at the end of a long sequence whose losses are compared
 SPAN = 256  # of these, how many a short sequence scores: its context is `short` to `short + SPAN` tokens
 
-
-FULL = AcceptanceSizes((8192, 32768), (1, 16), 100, 8192, 1024, 64, 200, 48, 160)
-QUICK = AcceptanceSizes((2048,), (1, 16), 2, 2048, 512, 4, 12, 6, 96)
+FULL = AcceptanceSizes(
+    contexts=(8192, 32768),
+    needles=(1, 16),
+    prompts_per_decile=100,
+    long=8192,
+    short=1024,
+    sequences=64,
+    completions=200,
+    answers=48,
+    new_tokens=160,
+)
+QUICK = AcceptanceSizes(
+    contexts=(2048,),
+    needles=(1, 16),
+    prompts_per_decile=2,
+    long=2048,
+    short=512,
+    sequences=4,
+    completions=12,
+    answers=6,
+    new_tokens=96,
+)
 
 
 def needle_heat(

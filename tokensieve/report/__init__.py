@@ -13,10 +13,10 @@ from tokensieve.config import UserError
 from tokensieve.evals.criteria import RECALL, Criterion, parity_criteria
 from tokensieve.evals.parity import ARMS
 from tokensieve.report import plots
-from tokensieve.report.table import show
+from tokensieve.report.table import show, show_criteria
 from tokensieve.report.where import environment
 
-__all__ = ["environment", "show", "write_report", "write_run"]
+__all__ = ["environment", "show", "show_criteria", "write_report", "write_run"]
 
 RELATIONS = {"<=": "≤", ">=": "≥"}
 

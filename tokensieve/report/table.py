@@ -1,12 +1,12 @@
 """The same figures in a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tokensieve.evals.criteria import parity_criteria
+from tokensieve.evals.criteria import Criterion, parity_criteria
 from tokensieve.evals.parity import ARMS
 
 
@@ -28,7 +28,12 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print()
         console.print(times)
     console.print()
-    for c in parity_criteria(metrics):
+    show_criteria(console, parity_criteria(metrics))
+
+
+def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:
+    """A line for each: whether it holds, its figure, and its bound."""
+    for c in criteria:
         verdict = "[green]holds[/green]" if c.holds else "[red]fails[/red]"
         console.print(f"{verdict}  {c.name}: {c.value:.3f} ({c.relation} {c.bound:.2f})", highlight=False)
 

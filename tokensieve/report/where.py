@@ -1,8 +1,6 @@
 """Where a run's figures come from: command, date, machine, versions."""
 
 import datetime
-import importlib.metadata
-import os
 import platform
 import shlex
 import sys
@@ -10,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from tokensieve.machine import processor, usable_cores, version
+
 VERSIONS = ("tokensieve", "torch", "transformers", "tokenizers", "numpy")
+FROM_SOURCE = "(from its source tree)"  # which pip does not know
 
 
 def environment(command: str | None = None) -> dict[str, str]:
@@ -18,10 +19,9 @@ def environment(command: str | None = None) -> dict[str, str]:
 
     `command`: this process's own unless given.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    machine = (_processor(), f"{cores} cores", f"{torch.get_num_threads()} threads", device, platform.system())
-    versions = (f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in VERSIONS))
+    machine = (processor(), f"{usable_cores()} cores", f"{torch.get_num_threads()} threads", device, platform.system())
+    versions = (f"Python {platform.python_version()}", *(f"{name} {version(name) or FROM_SOURCE}" for name in VERSIONS))
     return {
         "command": command or _command(),
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -33,17 +33,3 @@ def environment(command: str | None = None) -> dict[str, str]:
 def _command() -> str:
     name = Path(sys.argv[0]).name
     return shlex.join(["tokensieve" if name == "__main__.py" else name, *sys.argv[1:]])
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(from its source tree)"  # which pip does not know

@@ -120,18 +120,8 @@ CLAUSES = Split(
 )
 ENDINGS = Split(
     (".",) * 5
-    + (
-        "",
-        "",
-        "!",
-        ";",
-        " (checked).",
-        ", as agreed.",
-        " since Monday.",
-        ", do not share it.",
-        " until further notice.",
-    )
-    + (", please keep it.", " from now on.", ", no more and no less.", " as of today."),
+    + ("", "", "!", ";", " (checked).", ", as agreed.", " since Monday.", ", do not share it.")
+    + (" until further notice.", ", please keep it.", " from now on.", ", no more and no less.", " as of today."),
     (", as noted.", " for the time being.", ", keep it safe.", " this week."),
 )
 FORMS = Split(
@@ -192,13 +182,15 @@ CLOSINGS = Split(
     + (" Be brief.", " Thanks!", " It is in the text.", " Answer:", " Write the number.", " No explanation."),
     ("", "", "", " Return only the number.", " Nothing but the digits, please.", " It was mentioned above."),
 )
-FRAMES = Split(  # what surrounds a key, in the statement and in the question alike
+# What surrounds a key, in the statement and in the question alike.
+FRAMES = Split(
     ("{}",) * 40
     + ("project {}", "the {} team", "server {}", "customer {}", "agent {}", "the {} account", "user {}", "box {}")
     + ("the {} door", "the {} lab", "station {}", "service {}", "ship {}", "the {} file", "city {}"),
     ("{}",) * 20 + ("warehouse {}", "the {} cabinet", "group {}"),
 )
-MENTIONS = (  # lines that name a key and not its value
+# Lines that name a key and not its value.
+MENTIONS = (
     "{k} was checked yesterday.",
     "Ask the office about {k}.",
     "{k} is described elsewhere.",

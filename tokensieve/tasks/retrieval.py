@@ -2,10 +2,11 @@
 
 A training sequence is one document of exactly `context` tokens:
 
-    bos <User> text with n needle lines "\\n\\n" question <Assistant></think> value eos  <User> question ... value eos
+    bos <User> text with n needle lines "\\n\\n" question <Assistant></think> key: value eos  <User> question ... eos
 
-An evaluation context is everything up to the end of the text; its questions are asked one by one, each as the first
-turn right after the context, from the context's cache. What is held out is described in `phrasing`.
+An evaluation context is everything up to the end of the text. Each of its questions is the first turn right after the
+context: they go through the model together, as rows that all begin with the one cached context, and each with its
+answer begun ("key: "). What is held out is described in `phrasing`.
 """
 
 import math

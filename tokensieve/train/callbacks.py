@@ -49,16 +49,14 @@ class KLCallback(TrainerCallback):
         if trunk is None or trunk.objective == "none":
             raise UserError('KLCallback: no indexer loss to scale; call model.train_for("warmup") or ("adapt") first')
         indexers = [x for name, x in trunk.named_parameters() if ".indexer." in name and x.requires_grad]
+        parallelism = getattr(args, "parallelism_config", None)
         for wrong, what in (
             (not indexers, "every indexer is frozen; let its parameters require gradients"),
             (args.n_gpu > 1, "several GPUs in one process are not supported; start one process per GPU with torchrun"),
             (args.fp16, "float16 scales the loss and would not scale the KL; use bf16=True"),
             (bool(args.fsdp), "FSDP is not supported; use tokensieve's own loop (tokensieve warmup, adapt)"),
             (bool(args.deepspeed), "DeepSpeed is not supported; use tokensieve's own loop (tokensieve warmup, adapt)"),
-            (
-                getattr(args, "parallelism_config", None) is not None,
-                "parallelism_config is not supported; use data parallelism",
-            ),
+            (parallelism is not None, "parallelism_config is not supported; use data parallelism"),
             (args.torch_compile, "torch_compile is not supported here; set it to False"),
             (args.label_smoothing_factor > 0, "labels would be smoothed unshifted; set label_smoothing_factor to 0"),
         ):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import TrainConfig
+from tokensieve.train.schedule import total_steps
 from tokensieve.train.tracking import history
 
 
@@ -13,9 +14,8 @@ def summary(config: TrainConfig) -> dict[str, Any]:
     rows = history(config.out)
     names = [k for k in ("loss", "lm", "kl") if rows and k in rows[-1]]
     losses: dict[str, Any] = {k: {"first": rows[0][k], "last": rows[-1][k]} for k in names}
-    steps = sum(p.steps for p in config.phases)
     tokens = sum(p.steps * p.sequences * p.context for p in config.phases)
-    return {"stage": config.stage, "steps": steps, "tokens": tokens, **losses}
+    return {"stage": config.stage, "steps": total_steps(config.phases), "tokens": tokens, **losses}
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> Path:

@@ -20,7 +20,7 @@ class StepTotals:
     """Counts over the whole optimizer step, so that no result depends on how it is cut into micro-batches."""
 
     labels: float  # tokens that are predicted, or their weights
-    queries: int  # tokens that are not padding
+    queries: int  # all tokens: packed rows have no padding
 
 
 @dataclass(frozen=True)

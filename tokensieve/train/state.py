@@ -154,9 +154,8 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
         name, _, moment = key.partition("|")
         parameter = parameters[name]
         # The step count stays on the CPU where the optimizer keeps it there.
-        optimizer.state[parameter][moment] = (
-            value if moment == "step" and not _fused(optimizer) else value.to(parameter.device)
-        )
+        stays = moment == "step" and not _fused(optimizer)
+        optimizer.state[parameter][moment] = value if stays else value.to(parameter.device)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

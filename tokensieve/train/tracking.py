@@ -16,9 +16,8 @@ class Tracker:
         self.run = Path(config.out)
         self.path = self.run / "metrics.jsonl"
         if self.path.exists():
-            kept = (
-                [line for line in self.path.read_text().splitlines() if _step(line) <= first_step] if first_step else []
-            )
+            lines = self.path.read_text().splitlines() if first_step else []
+            kept = [line for line in lines if _step(line) <= first_step]
             whole = self.path.with_name(self.path.name + ".partial")
             whole.write_text("".join(line + "\n" for line in kept))
             whole.replace(self.path)
