@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Subset
 
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
+from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
@@ -71,9 +72,7 @@ def run(
         raise UserError(
             f"{out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder"
         )
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = torch.device(choose_device(config.device))
     if done:
         model, first = load(done[-1], torch.float32, device), read_state(done[-1]).step
     else:
