@@ -16,10 +16,13 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """cos, sin (N, 1, d/2) float32 of the N tokens' positions."""
+    """cos and signed sin (N, 1, d) float32 of the N tokens' positions, laid out once per pass for either layout of d dims:
 
-    cos: Tensor
-    sin: Tensor
+    rotated = x * cos + partner(x) * sin, where a pair's sines are (-sin, sin).
+    """
+
+    interleaved: tuple[Tensor, Tensor]
+    half_split: tuple[Tensor, Tensor]
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -70,16 +73,20 @@ def softmax_scale(rope: dict[str, Any], qk_width: int, max_positions: int) -> fl
 
 def rotation(positions_N: Tensor, inverse_frequencies: Tensor, factor: float) -> Rotation:
     angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies.to(positions_N.device)
-    return Rotation(angle.cos() * factor, angle.sin() * factor)
+    cos, sin = angle.cos() * factor, angle.sin() * factor
+    interleaved = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    return Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate_interleaved(x_NHD: Tensor, r: Rotation) -> Tensor:
     """Rotates pairs (2i, 2i+1) of the last axis; layout unchanged. For MLA."""
-    even, odd = x_NHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * r.cos - odd * r.sin, odd * r.cos + even * r.sin), dim=-1).flatten(-2).to(x_NHD.dtype)
+    x, (cos, sin) = x_NHD.float(), r.interleaved
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, partner, sin).to(x_NHD.dtype)
 
 
 def rotate_half_split(x_NHD: Tensor, r: Rotation) -> Tensor:
     """Rotates pairs (i, i + d/2) of the last axis; layout unchanged. For the indexer."""
-    first, second = x_NHD.float().chunk(2, dim=-1)
-    return torch.cat((first * r.cos - second * r.sin, second * r.cos + first * r.sin), dim=-1).to(x_NHD.dtype)
+    x, (cos, sin) = x_NHD.float(), r.half_split
+    partner = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, partner, sin).to(x_NHD.dtype)
