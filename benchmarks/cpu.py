@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tokensieve
+from tokensieve.machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ("argparse", "ast", "inspect", "typing", "tarfile", "subprocess", "datetime", "pathlib", "decimal")
@@ -314,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "top_k": config.index_topk,
             "context": options.context,
             "threads": options.threads,
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "machine": {"processor": processor(), "cores": os.cpu_count()},
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,

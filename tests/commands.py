@@ -15,6 +15,8 @@ from tokensieve.data import train_tokenizer
 MODULES = "argparse ast inspect textwrap typing random shutil enum pathlib tarfile zipfile".split()
 VOCABULARY, POSITIONS = 512, 1600
 
+SMALL = ("--top-k", "24", "--index-heads", "4", "--index-dim", "16")  # an indexer of the tiny model
+
 
 @dataclass(frozen=True)
 class Ended:

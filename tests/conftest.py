@@ -1,5 +1,6 @@
-"""What holds for every test: threads, no network, and GPU tests skipped with their reason."""
+"""What holds for every test: threads, no network, the log, and GPU tests skipped with their reason."""
 
+import logging
 import os
 
 import pytest
@@ -18,3 +19,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A command sets up the log of its process, which here is everybody's."""
+    log = logging.getLogger("tokensieve")
+    before = log.handlers, log.level
+    yield
+    log.handlers, log.level = before
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command in this process."""
+    import commands
+
+    monkeypatch.setenv("COLUMNS", "200")
+    return commands.runner(capsys)

@@ -1,7 +1,6 @@
 """The commands as a user types them: their help, and one whole pass over the road on a tiny model."""
 
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -16,22 +15,6 @@ import tokensieve
 from tokensieve import evals
 
 COMMANDS = ("demo", "doctor", "pretrain", "speedrun", "sparsify", "warmup", "adapt", "eval", "generate")
-SMALL = ("--top-k", "24", "--index-heads", "4", "--index-dim", "16")
-
-
-@pytest.fixture(autouse=True)
-def _log_as_before():
-    """A command sets up the log of its process, which here is everybody's."""
-    log = logging.getLogger("tokensieve")
-    before = log.handlers, log.level
-    yield
-    log.handlers, log.level = before
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    return commands.runner(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +68,7 @@ def test_wrong_usage_is_status_2(run, arguments: tuple[str, ...]) -> None:
 
 def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = run("sparsify", home / "dense", "untrained", *SMALL, "--index-dtype", "fp8")
+    ended = run("sparsify", home / "dense", "untrained", *commands.SMALL, "--index-dtype", "fp8")
     assert ended.status == 0 and "Next: tokensieve warmup --model untrained" in ended.out
     assert tokensieve.load("untrained").config.index_dtype == "fp8"
 

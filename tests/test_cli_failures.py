@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import shutil
 import signal
 from dataclasses import replace
@@ -18,23 +17,6 @@ from tokensieve import checkpoint, cli
 from tokensieve.checkpoint import writing
 from tokensieve.data import train_tokenizer
 from tokensieve.train import loop
-
-SMALL = ("--top-k", "24", "--index-heads", "4", "--index-dim", "16")
-
-
-@pytest.fixture(autouse=True)
-def _log_as_before():
-    """A command sets up the log of its process, which here is everybody's."""
-    log = logging.getLogger("tokensieve")
-    before = log.handlers, log.level
-    yield
-    log.handlers, log.level = before
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    return commands.runner(capsys)
 
 
 @pytest.fixture
@@ -126,7 +108,7 @@ def test_bad_arguments(refused, home: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "new").exists()
     refused(("already has indexers",), "sparsify", home / "sparse", tmp_path / "new")
     before = listing(home / "dense")
-    refused(("exists already",), "sparsify", home / "dense", home / "dense", *SMALL)
+    refused(("exists already",), "sparsify", home / "dense", home / "dense", *commands.SMALL)
     assert listing(home / "dense") == before
 
 

@@ -77,6 +77,23 @@ def test_fused_past_every_block_size() -> None:
             oracle.assert_close(a, e, 2e-5)
 
 
+@pytest.mark.gpu
+def test_fused_on_cuda_equals_the_reference() -> None:
+    """Variable-length flash attention at the bundled model's widths, in bf16, values and gradients."""
+    case = Case("long pack", causal(700, 1, 66, 513, 32), keys=1312, k=1, heads=8, groups=8, entry=80, d_k=48, d_v=32)
+    q, k, v = (torch.randn(1312, 8, width).bfloat16().cuda() for width in (48, 48, 32))
+    ranges = [span for document in case.documents for span in document.ranges()]
+    starts, ends = torch.tensor(ranges, dtype=torch.int32).cuda().unbind(1)
+    shape = {"bounds": pack(case)["bounds"].cuda(), "longest": pack(case)["longest"]}
+    results = []
+    for how in ({"backend": "reference"}, {**shape, "backend": "fused"}):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out, lse = ops.dense_attention(*leaves, starts, ends, 0.2, **how)
+        results.append((out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for a, e in zip(*results, strict=True):
+        oracle.assert_close(a.cpu(), e.cpu(), TOLERANCE["bfloat16"])
+
+
 def test_auto_takes_fused_only_for_packs() -> None:
     x = make(CASES[0])
     tensors = (x.q_SHD, x.k_TGD, x.v_TGV)

@@ -188,7 +188,7 @@ def test_stopped_and_continued(home: Path, whole: Path, capsys, monkeypatch) -> 
         return judge(model, *arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evals, "judge_base", kill)
+        patch.setattr(evals, "acceptance", kill)
         patch.setattr(evals, "judge_sparse", only_the_second)
         ended = run(*command, "--resume")
     assert ended.status == 0 and f"tokensieve eval {out}/adapted" in ended.out, ended

@@ -20,7 +20,7 @@ FREE = OPTIMIZER.__class__(lr=3e-3, clip=1e9, indexer_clip=1e9)
 
 def run(stage: str, **changes: Any) -> TrainConfig:
     phases = (PhaseConfig(4, 48, 4, 4),)
-    return TrainConfig(stage, "", "", phases, optimizer=FREE, device="cpu", **changes)  # type: ignore[arg-type]
+    return TrainConfig(stage, "", "", phases, optimizer=FREE, device="cpu", **changes)
 
 
 def gradients(trained: DecoderForCausalLM, loss: Tensor) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     """The most memory held at once above what was held before, from the allocator's own events."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()

@@ -365,7 +365,7 @@ def test_a_full_disk_while_figures_are_written(here: Workplace, monkeypatch: pyt
     class FullTracker(loop.Tracker):
         def __init__(self, *args: Any):
             super().__init__(*args)
-            self.file = Full(self.file)  # type: ignore[assignment]
+            self.file = Full(self.file)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Tracker", FullTracker)

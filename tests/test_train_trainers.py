@@ -91,7 +91,7 @@ def ours() -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
 
 def loop_step(objective: str, n: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     free = OPTIMIZER.__class__(clip=1e9, indexer_clip=1e9)
-    config = TrainConfig(objective, "", "", (PhaseConfig(1, 40, 8, 8 // n),), optimizer=free, device="cpu")  # type: ignore[arg-type]
+    config = TrainConfig(objective, "", "", (PhaseConfig(1, 40, 8, 8 // n),), optimizer=free, device="cpu")
     return step_gradients(config, model(), cut(STEP, n))
 
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str, 
         object.__setattr__(settings, name, value)
     made = prepared("adapt")
     with pytest.raises(UserError, match=message):
-        tokensieve.KLCallback().on_train_begin(settings, None, None, model=made)  # type: ignore[arg-type]
+        tokensieve.KLCallback().on_train_begin(settings, None, None, model=made)
     assert made.model.kl_share is None
 
 
@@ -215,17 +215,17 @@ def test_models_that_train_no_indexer_are_refused(tmp_path: Path) -> None:
     settings, callback = TrainingArguments(**arguments(tmp_path)), tokensieve.KLCallback()
     for made in (model(), model("v3"), torch.nn.Linear(2, 2)):
         with pytest.raises(UserError, match="train_for"):
-            callback.on_train_begin(settings, None, None, model=made)  # type: ignore[arg-type]
+            callback.on_train_begin(settings, None, None, model=made)
     frozen = prepared("adapt")
     for parameter in frozen.indexer_parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UserError, match="every indexer is frozen"):
-        callback.on_train_begin(settings, None, None, model=frozen)  # type: ignore[arg-type]
+        callback.on_train_begin(settings, None, None, model=frozen)
 
 
 def test_two_forward_passes_before_a_backward_pass(tmp_path: Path) -> None:
     made, callback = prepared("adapt").train(), tokensieve.KLCallback()
-    callback.on_train_begin(TrainingArguments(**arguments(tmp_path)), None, None, model=torch.nn.Sequential(made))  # type: ignore[arg-type]
+    callback.on_train_begin(TrainingArguments(**arguments(tmp_path)), None, None, model=torch.nn.Sequential(made))
     with torch.no_grad():
         made(**STEP)
         made(**STEP)
@@ -254,7 +254,7 @@ def test_a_trainer_saves_and_resumes(shard_size: int | None, tmp_path: Path, mon
     assert len(list((tmp_path / "checkpoint-2").glob("model*.safetensors"))) in (
         [1] if shard_size is None else range(5, 40)
     )
-    again = hugging_face(tmp_path, randomize(prepared("adapt"), 5), 1, data, **settings)  # type: ignore[arg-type]
+    again = hugging_face(tmp_path, randomize(prepared("adapt"), 5), 1, data, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     ours, theirs = again.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)

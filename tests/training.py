@@ -46,7 +46,7 @@ class Workplace:
 
     def run(self, stage: str, name: str, *phases: PhaseConfig, **changes: Any) -> TrainConfig:
         made = TrainConfig(
-            stage=stage,  # type: ignore[arg-type]
+            stage=stage,
             model="" if stage == "pretrain" else str(self.root / "sparse"),
             out=str(self.root / "runs" / name),
             phases=phases or (PhaseConfig(steps=4, context=48, sequences=4, micro_batch=2),),

@@ -368,7 +368,7 @@ def _measure(
     if context is not None:
         sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
     with status:
-        figures = evals.judge_base(model, tokenizer, documents, sizes)
+        figures = evals.acceptance(model, tokenizer, documents, sizes)
     show_criteria(console, evals.acceptance_criteria(figures))
     return figures
 

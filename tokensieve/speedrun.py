@@ -138,7 +138,7 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
 
     if "base" not in figures:
         with console.status("base: needles, text, completions and answers"):
-            figures["base"] = evals.judge_base(model("base"), tokenizer, documents(), sizes.base)
+            figures["base"] = evals.acceptance(model("base"), tokenizer, documents(), sizes.base)
         note(now=True)
     console.print("\n[bold]base[/bold]", highlight=False)
     show_criteria(console, evals.acceptance_criteria(figures["base"]))

@@ -6,7 +6,7 @@ Losses are in nats a token, shares in [0, 1], times in milliseconds where the na
 
 from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
-from tokensieve.evals.judge import judge_base, judge_sparse
+from tokensieve.evals.judge import judge_sparse
 from tokensieve.evals.longcontext import FULL, QUICK, acceptance, context_gain, needle_heat
 from tokensieve.evals.mass import Recall, recall
 from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, demo_arms, loss_by_position, metrics_of
@@ -29,7 +29,6 @@ __all__ = [
     "context_gain",
     "decode_ms",
     "demo_arms",
-    "judge_base",
     "judge_sparse",
     "kv_entries",
     "loss_by_position",

@@ -1,36 +1,17 @@
-"""One model, judged: what `tokensieve eval` and the speedrun measure of it, and which criteria hold."""
+"""A sparse model, judged: what `tokensieve eval` and the speedrun measure of it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from tokensieve import cost
-from tokensieve.config import AcceptanceSizes, UserError
-from tokensieve.evals.criteria import acceptance_criteria
-from tokensieve.evals.longcontext import FULL, acceptance
+from tokensieve.config import UserError
 from tokensieve.evals.mass import recall
 from tokensieve.evals.parity import Arm, OnStep, arms_of, compare, metrics_of
-from tokensieve.evals.text import Progress, text_sequences
+from tokensieve.evals.text import check_room, text_sequences
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.tasks import Document, PlainEncoder, retrieval
 
 RECALL_SEQUENCES, RECALL_QUERIES = 2, 128  # held-out sequences, and queries measured in each layer of each
-
-
-def judge_base(
-    model: DecoderForCausalLM,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    sizes: AcceptanceSizes = FULL,
-    done: Progress | None = None,
-) -> dict[str, Any]:
-    """What a base model has to show: `acceptance`'s figures and "criteria": {name: whether it holds}.
-
-    Raises:
-        UserError: prompts past the model's positions.
-    """
-    _check_room(model, max(*sizes.contexts, sizes.long))
-    figures = acceptance(model, tokenizer, documents, sizes, done)
-    return figures | {"criteria": {c.name: c.holds for c in acceptance_criteria(figures)}}
 
 
 def judge_sparse(
@@ -52,7 +33,7 @@ def judge_sparse(
         UserError: prompts past the model's positions, or not longer than k.
     """
     k = model.top_k
-    _check_room(model, context)
+    check_room(model, context)
     if context <= k:
         raise UserError(f"prompts of {context} tokens are not longer than k = {k}: nothing is selected; see --context")
     encode = PlainEncoder(tokenizer)
@@ -67,11 +48,3 @@ def judge_sparse(
     held = recall(model, sequences[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
     figures = {"recall": {"last": held.overall}, "kv_read_fraction": cost.kv_read_fraction(context, k)}
     return {**metrics_of(scores), **figures, "top_k": k, "context": context}
-
-
-def _check_room(model: DecoderForCausalLM, context: int) -> None:
-    room = model.config.max_position_embeddings
-    if context > room:
-        raise UserError(
-            f"prompts of {context} tokens are past the model's {room} positions; shorten them with --context"
-        )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import AcceptanceSizes
-from tokensieve.evals.text import Progress, evaluating, text_sequences, token_losses
+from tokensieve.evals.criteria import acceptance_criteria
+from tokensieve.evals.text import Progress, check_room, evaluating, text_sequences, token_losses
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.tasks import Document, chat, completion, retrieval
 
@@ -186,18 +187,24 @@ def acceptance(
 ) -> dict[str, Any]:
     """Everything that a base model has to show, on held-out documents; `criteria.acceptance_criteria` judges it.
 
-    Returns {"needles": [`needles_by_decile`, ...], "context_gain", "completions", "chat", "sizes"}.
+    Returns {"needles": [`needles_by_decile`, ...], "context_gain", "completions", "chat", "sizes", "criteria": {name:
+    whether it holds}}.
+
+    Raises:
+        UserError: prompts past the model's positions.
     """
+    check_room(model, max(*sizes.contexts, sizes.long))
     needles = [
         needles_by_decile(model, tokenizer, documents, context, count, sizes.prompts_per_decile, done=done)
         for context in sizes.contexts
         for count in sizes.needles
     ]
     sequences = text_sequences(tokenizer, documents, sizes.long, sizes.sequences)
-    return {
+    figures = {
         "needles": needles,
         "context_gain": context_gain(model, sequences, sizes.short),
         "completions": completions(model, tokenizer, documents, sizes.completions, sizes.new_tokens),
         "chat": chat_answers(model, tokenizer, documents, sizes.answers, sizes.new_tokens),
         "sizes": asdict(sizes),
     }
+    return figures | {"criteria": {c.name: c.holds for c in acceptance_criteria(figures)}}

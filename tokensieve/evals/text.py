@@ -135,3 +135,12 @@ def perplexity(
         loss=tuple(float(losses[:, a:b].mean()) for a, b in pairwise(edges)),
         tokens=selected.numel(),
     )
+
+
+def check_room(model: DecoderForCausalLM, context: int) -> None:
+    """UserError for prompts past the model's positions."""
+    room = model.config.max_position_embeddings
+    if context > room:
+        raise UserError(
+            f"prompts of {context} tokens are past the model's {room} positions; shorten them with --context"
+        )
