@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 import tokensieve
 from tests.training import OPTIMIZER, apart, batch, indexers, model, step_gradients
 from tokensieve.config import PhaseConfig, TrainConfig
-from tokensieve.model import DecoderForCausalLM, SelectionContext, attention
-from tokensieve.model.attention import LayerLocalLoss
+from tokensieve.model import DecoderForCausalLM, KLScale, SelectionContext, attention
+from tokensieve.model.kl import LayerLocalLoss
 from tokensieve.train import loop
 
 FREE = OPTIMIZER.__class__(lr=3e-3, clip=1e9, indexer_clip=1e9)
@@ -53,12 +53,12 @@ def test_each_loss_reaches_only_its_own_parameters(adapting: DecoderForCausalLM,
     inputs = batch(2, 48, documents=True)
     both = gradients(adapting, adapting(**inputs).loss)
     assert set(both) == {n for n, _ in adapting.named_parameters()}
-    adapting.model.kl_weight = 0.0
+    adapting.model.kl_scale = KLScale(per_query=0.0)
     language = gradients(adapting, adapting(**inputs).loss)
     assert largest(indexers(language)) == 0.0  # the language-modelling loss does not reach the indexers
     assert all(torch.equal(g, both[n]) for n, g in trunk(language).items())  # and the KL does not reach the trunk
     assert min(float(g.abs().max()) for g in trunk(language).values()) > 0.0
-    adapting.model.kl_weight = None
+    adapting.model.kl_scale = None
     kl = gradients(adapting, 0.0 * adapting(**inputs).loss)
     assert largest(trunk(kl)) == 0.0
     assert all(torch.equal(g, both[n]) for n, g in indexers(kl).items())
@@ -211,7 +211,7 @@ def test_warmup_goes_on_past_8192_keys() -> None:
         max_position_embeddings=T,
     )
     made.train_for("warmup")
-    made.model.kl_weight = 1.0  # the sum over queries, not their mean
+    made.model.kl_scale = KLScale(per_query=1.0)  # the sum over queries, not their mean
     ids = batch(1, T)["input_ids"]
 
     def summed(length: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -251,7 +251,7 @@ def test_packed_documents_equal_separate_ones(objective: Any) -> None:
     ids = batch(1, 60)["input_ids"]
     lengths = (37, 22, 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    made.model.kl_weight = 1.0 / 60
+    made.model.kl_scale = KLScale(per_query=1.0 / 60)
     packed_kl, alone = made(input_ids=ids, position_ids=positions), []
     packed = gradients(made, packed_kl.loss if objective == "warmup" else 0.0 * packed_kl.logits.sum())
     made.zero_grad()

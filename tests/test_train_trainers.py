@@ -16,7 +16,7 @@ import tokensieve
 from tests.models import randomize
 from tests.training import OPTIMIZER, Still, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.model import DecoderForCausalLM, KLScale
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 STEP = batch(8, 40)
@@ -116,7 +116,7 @@ def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, token
             made = hugging_face(tmp_path, prepared(objective), n, rows(STEP, "input_ids", "labels"))
         found, log = trained(made)
         kl = log["kl"]
-        assert made.model.model.kl_share is None  # nothing of the trainer stays behind
+        assert made.model.model.kl_scale is None  # nothing of the trainer stays behind
         if objective == "adapt" or trainer == "transformers":
             assert log["loss"] == pytest.approx(figures["lm" if objective == "adapt" else "kl"], rel=1e-5)
     assert apart(indexers(found), indexers(expected)) < 1e-5
@@ -135,7 +135,7 @@ def test_micro_batches_of_different_size(tmp_path: Path) -> None:
     data["labels"] = data["input_ids"].masked_fill(mask == 0, -100)
     for objective in OBJECTIVES:
         whole = prepared(objective).train()
-        whole.model.kl_weight = 1.0 / float(mask.sum())
+        whole.model.kl_scale = KLScale(per_query=1.0 / float(mask.sum()))
         out = whole(**data)
         out.loss.backward()
         expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
@@ -161,7 +161,7 @@ def test_padding_free_packing_in_trl(tokenizer: Path, tmp_path: Path) -> None:
     made = trl(tmp_path, prepared("adapt"), 1, ids, tokenizer, padding_free=True, per_device_train_batch_size=4)
     found, _ = trained(made)
     whole = prepared("adapt").train()
-    whole.model.kl_weight = 1.0 / sum(lengths)
+    whole.model.kl_scale = KLScale(per_query=1.0 / sum(lengths))
     for row in ids:
         whole(input_ids=torch.tensor([row])).logits.mul(0.0).sum().backward()
     expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
@@ -208,7 +208,7 @@ def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str, 
     made = prepared("adapt")
     with pytest.raises(UserError, match=message):
         tokensieve.KLCallback().on_train_begin(settings, None, None, model=made)
-    assert made.model.kl_share is None
+    assert made.model.kl_scale is None
 
 
 def test_models_that_train_no_indexer_are_refused(tmp_path: Path) -> None:

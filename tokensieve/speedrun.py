@@ -61,6 +61,8 @@ def run(
     record = Record.of(out, resume)
     _check(config, runs)
     record.match(_settings(config, runs))
+    if until == "evaluate":
+        _check_texts(config)
     try:
         for part in list(PARTS)[: list(PARTS).index(until) + 1]:
             if part in MADE and part in record.figures:
@@ -112,16 +114,11 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
     """Measures what `figures` does not hold yet, and prints all of it. On a GPU in bfloat16, as the models are stored."""
     device = choose_device(config.adapt.device)
     out, sizes = Path(config.out), config.evaluate
-    tokenizer = tokensieve.load_tokenizer(out / "base")
+    tokenizer, documents = tokensieve.load_tokenizer(out / "base"), _held_out(config)
 
     @cache
     def model(name: str) -> DecoderForCausalLM:
         return tokensieve.load(out / name, device=device)
-
-    @cache
-    def documents() -> list[Document]:
-        data = config.pretrain.data
-        return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
 
     def judged(name: str, context: int, what: str) -> dict[str, Any]:
         counts = sizes.sparse.texts, sizes.sparse.needle_contexts
@@ -129,7 +126,7 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
             return evals.judge_sparse(
                 model(name),
                 tokenizer,
-                documents(),
+                documents,
                 context,
                 *counts,
                 dense=model("base"),
@@ -138,7 +135,7 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
 
     if "base" not in figures:
         with console.status("base: needles, text, completions and answers"):
-            figures["base"] = evals.acceptance(model("base"), tokenizer, documents(), sizes.base)
+            figures["base"] = evals.acceptance(model("base"), tokenizer, documents, sizes.base)
         note(now=True)
     console.print("\n[bold]base[/bold]", highlight=False)
     show_criteria(console, evals.acceptance_criteria(figures["base"]))
@@ -251,6 +248,20 @@ def _check(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> None:
             f"evaluate.sparse.contexts: {min(sparse.contexts)} tokens are not longer than top_k {config.top_k}, and "
             "nothing would be selected; set longer ones"
         )
+
+
+def _held_out(config: SpeedrunConfig) -> list[Document]:
+    data = config.pretrain.data
+    return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
+
+
+def _check_texts(config: SpeedrunConfig) -> None:
+    """That the held-out text is enough for what will be measured on it: UserError now rather than after the training."""
+    base, sparse = config.evaluate.base, config.evaluate.sparse
+    tokenizer, documents = tokensieve.load_tokenizer(config.pretrain.data.tokenizer), _held_out(config)
+    evals.text_sequences(tokenizer, documents, base.long, base.sequences)
+    if sparse.contexts:
+        evals.text_sequences(tokenizer, documents, max(sparse.contexts), sparse.texts)
 
 
 def _settings(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> dict[str, str]:

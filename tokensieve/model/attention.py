@@ -21,6 +21,7 @@ from tokensieve import ops
 from tokensieve.config import ModelConfig, UserError
 from tokensieve.model.cache import LatentCache
 from tokensieve.model.indexer import Indexer
+from tokensieve.model.kl import InjectedKL, LayerLocalLoss
 from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
 from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
@@ -55,39 +56,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
-
-
-class LayerLocalLoss(torch.autograd.Function):
-    """A loss of a few parameters whose gradients are taken at once, so that nothing but those gradients waits for the backward pass.
-
-    Forward evaluates `loss()` and differentiates it by `parameters`; backward scales the stored gradients. Memory between the two is the
-    parameters' size, whatever the loss held: this is what lets warm-up run one layer at a time under any trainer.
-    """
-
-    @staticmethod
-    def forward(ctx, loss, *parameters: Tensor) -> Tensor:
-        with torch.enable_grad():
-            value = loss()
-        ctx.save_for_backward(*torch.autograd.grad(value, parameters))
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, *(g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-
-
-class InjectedKL(torch.autograd.Function):
-    """Passes `out` on unchanged; in backward sends `weight` as the gradient of `kl`, of its shape, whatever loss the trainer computes."""
-
-    @staticmethod
-    def forward(ctx, out: Tensor, kl_N: Tensor, weight_N: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_N)
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (weight_N,) = ctx.saved_tensors
-        return grads[0], weight_N, None
 
 
 class Attention(nn.Module):
@@ -249,14 +217,14 @@ class Heads:
     def attention_inputs(self) -> tuple[Tensor, Tensor, float]:
         return self.absorbed(), self.entries.unsqueeze(1), self.a.scale
 
-    def _expansion_pays(self) -> bool:
+    def _expansion_pays(self, pack: Pack) -> bool:
         """Whether expanding K and V once per key costs less than the wider products of the MQA form cost per query and key."""
         a = self.a
-        saved = self.q_nope.shape[0] * (2 * a.latent - a.nope - a.value)
+        saved = pack.length * (2 * a.latent - a.nope - a.value)  # a key is read by the queries of its own row
         return saved > a.latent * (a.nope + a.value)
 
     def dense(self, pack: Pack, form: str) -> Tensor:
-        if form == "mha" or (form == "auto" and (pack.bounds is not None or self._expansion_pays())):
+        if form == "mha" or (form == "auto" and (pack.bounds is not None or self._expansion_pays(pack))):
             q, k, v = self.expanded()
             return ops.dense_attention(
                 q, k, v, pack.starts_N, pack.ends_N, self.a.scale, bounds=pack.bounds, longest=pack.longest
@@ -270,7 +238,7 @@ class Heads:
     def sparse(self, indices: Tensor, pack: Pack, form: str) -> Tensor:
         a = self.a
         if form == "mha" or (
-            form == "auto" and pack.max_keys < MASKED_FORM_KEYS * indices.shape[1] and self._expansion_pays()
+            form == "auto" and pack.max_keys < MASKED_FORM_KEYS * indices.shape[1] and self._expansion_pays(pack)
         ):
             q, k, v = self.expanded()
             return ops.masked_attention(q, k, v, indices, a.scale)[0]

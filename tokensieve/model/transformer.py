@@ -16,8 +16,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.attention import Attention, InjectedKL, Pass, RMSNorm
+from tokensieve.model.attention import Attention, Pass, RMSNorm
 from tokensieve.model.cache import LatentCache
+from tokensieve.model.kl import InjectedKL, KLScale
 from tokensieve.model.moe import MLP, Experts, MoE, Router
 from tokensieve.model.pack import Pack, make_pack
 from tokensieve.model.rope import frequencies, rotation
@@ -40,7 +41,8 @@ class TrunkOutput(ModelOutput):
 
 @dataclass
 class CausalOutput(ModelOutput):
-    """loss (); logits (B, S or kept, V); selection: per layer (B, S, K) int32 positions in the row, then -1; kl (): the indexer's loss."""
+    """loss (); logits (B, S or kept, V); selection: per layer (B, S, K) int32 positions in the row, then -1; kl (): the indexer's loss,
+    detached."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -106,12 +108,9 @@ class Trunk(DecoderPreTrainedModel):
         self.top_k: int = getattr(config, "index_topk", config.max_position_embeddings)
         self.form: Literal["auto", "mha", "mqa"] = "auto"
         self.objective: Objective = "none"
-        # Weight of one query's KL: 1 / (valid queries of the whole optimizer step). None: 1 / (valid queries of this call).
-        self.kl_weight: float | None = None
-        # Under a Hugging Face trainer, set by KLCallback: the weight of this call's mean in the step's, which its gradients get whatever
-        # the trainer does to the loss, and by what the trainer expects a loss to have been divided.
-        self.kl_share: float | None = None
-        self.kl_divisor: int = 1
+        self.kl_scale: KLScale | None = (
+            None  # set by whoever trains; None: the mean over the valid queries of each call
+        )
         self._frequencies: tuple[Tensor, float] | None = None
         self.post_init()
 
@@ -214,12 +213,12 @@ class Trunk(DecoderPreTrainedModel):
 
     def _query_weights(self, pack: Pack, device: torch.device) -> Tensor:
         """(N) float32: every valid query's share in the mean over queries and layers."""
-        if self.kl_weight is not None:
-            one: float | Tensor = self.kl_weight
+        scale = self.kl_scale or KLScale()
+        if scale.per_query is not None:
+            one: float | Tensor = scale.per_query
         else:
             count = pack.valid_count
-            share = 1.0 if self.kl_share is None else self.kl_share
-            one = share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
+            one = scale.share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
         valid = torch.ones(pack.positions_N.shape[0], device=device) if pack.valid_N is None else pack.valid_N.float()
         return valid * (one / len(self.layers))
 
@@ -288,7 +287,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 f"{objective} trains indexers and this model has none; make it sparse first: tokensieve sparsify"
             )
         self.model.objective = objective
-        self.model.kl_weight = self.model.kl_share = None  # whoever trains next sets its own scale
+        self.model.kl_scale = None  # whoever trains next sets its own
         indexers = {id(x) for x in self.indexer_parameters()}
         for x in self.parameters():
             x.requires_grad_(objective != "warmup" or id(x) in indexers)
@@ -328,20 +327,19 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             return_selection=return_selection,
         )
         hidden, trunk = out.last_hidden_state, self.model
-        unscaled = self.training and trunk.objective != "none" and trunk.kl_share is None and trunk.kl_weight is None
-        if unscaled and kwargs.get("num_items_in_batch") is not None:
+        scale, counted = trunk.kl_scale, kwargs.get("num_items_in_batch") is not None
+        if self.training and trunk.objective != "none" and scale is None and counted:
             raise UserError(
                 f"{trunk.objective} under a Hugging Face trainer needs the scale of the KL; add tokensieve.KLCallback() to its callbacks"
             )
-        kl = out.kl if trunk.kl_share is None or out.kl is None else out.kl.detach() / (trunk.kl_share or 1.0)
+        kl = None if out.kl is None else out.kl.detach() / ((scale.share if scale else 1.0) or 1.0)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss, logits = None, None
         if trunk.objective == "warmup":
             # The head is not part of the loss, and in warm-up nobody reads logits: they would cost more than the indexers.
             loss = out.kl
-            if trunk.kl_share is not None:
-                divisor = 1 if kwargs.get("num_items_in_batch") is None or not self.training else trunk.kl_divisor
-                loss = kl / divisor
+            if scale is not None and scale.divisor is not None:
+                loss = kl / (scale.divisor if counted and self.training else 1)
                 if out.kl.requires_grad:
                     loss = InjectedKL.apply(loss, out.kl, torch.ones_like(out.kl)).clone()  # trainers scale it in place
         else:

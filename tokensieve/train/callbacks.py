@@ -8,6 +8,7 @@ their number. TRL computes the loss itself from the trunk's hidden states. None 
 of them: it is injected in the backward pass with a weight of its own, which this callback keeps.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokensieve.config import UserError
-from tokensieve.model import Trunk
+from tokensieve.model import KLScale, Trunk
 
 
 class KLCallback(TrainerCallback):
@@ -65,10 +66,8 @@ class KLCallback(TrainerCallback):
         self._close()
         self._trunk, self._indexers = trunk, indexers
         self._kl, self._queries, self._seen, self._waiting = 0.0, 0.0, 0.0, False
-        trunk.kl_weight, trunk.kl_share = None, 1.0
-        trunk.kl_divisor = args.gradient_accumulation_steps
-        if args.average_tokens_across_devices:
-            trunk.kl_divisor *= args.world_size
+        across = args.world_size if args.average_tokens_across_devices else 1
+        trunk.kl_scale = KLScale(divisor=args.gradient_accumulation_steps * across)
         self._hooks = [
             trunk.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             trunk.register_forward_hook(self._after_forward),
@@ -105,11 +104,12 @@ class KLCallback(TrainerCallback):
             hook.remove()
         self._hooks = []
         if self._trunk is not None:
-            self._trunk.kl_share, self._trunk.kl_divisor = None, 1
+            self._trunk.kl_scale = None
 
     def _before_forward(self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert trunk.kl_scale is not None
         if not _trains(trunk):
-            trunk.kl_share = 1.0
+            trunk.kl_scale = replace(trunk.kl_scale, share=1.0)
             return
         if self._waiting:
             raise UserError(
@@ -127,13 +127,14 @@ class KLCallback(TrainerCallback):
                 if parameter.grad is not None:
                     parameter.grad.mul_(before / self._seen)
         # Processes average their gradients, hence the factor.
-        trunk.kl_share = processes * here / max(1.0, self._seen)
+        trunk.kl_scale = replace(trunk.kl_scale, share=processes * here / max(1.0, self._seen))
         self._waiting = True
 
     def _after_forward(self, trunk: Trunk, args: tuple[Any, ...], output: Any) -> None:
-        if _trains(trunk) and output.kl is not None and trunk.kl_share:
-            count = trunk.kl_share * max(1.0, self._seen)
-            self._kl = self._kl + output.kl.detach() / trunk.kl_share * count
+        assert trunk.kl_scale is not None
+        if _trains(trunk) and output.kl is not None and trunk.kl_scale.share:
+            count = trunk.kl_scale.share * max(1.0, self._seen)
+            self._kl = self._kl + output.kl.detach() / trunk.kl_scale.share * count
             self._queries += count
 
     def _after_backward(self, parameter: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import TrainConfig
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.model import DecoderForCausalLM, KLScale
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def backward(
 
 def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
     """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along where an indexer trains."""
-    model.model.kl_weight = 1.0 / totals.queries
+    model.model.kl_scale = KLScale(per_query=1.0 / totals.queries)
     out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     # The labels are shifted and not the logits, whose gradient would have to be copied to a larger tensor.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()

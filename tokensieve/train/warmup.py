@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from tokensieve.config import TrainConfig
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.model import DecoderForCausalLM, KLScale
 from tokensieve.train.stage import Losses, Stage, StepTotals
 
 
@@ -13,7 +13,7 @@ def prepare(model: DecoderForCausalLM, config: TrainConfig) -> None:
 
 def losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
     """The model's loss is the KL; labels play no part, so they are not passed on and no logits are computed."""
-    model.model.kl_weight = 1.0 / totals.queries
+    model.model.kl_scale = KLScale(per_query=1.0 / totals.queries)
     loss = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).loss
     return Losses(loss, None, loss.detach())
 
