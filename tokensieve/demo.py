@@ -7,13 +7,13 @@ the report is written.
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 import tokensieve
 from tokensieve import cost, evals, train
@@ -32,6 +32,33 @@ PROBES = (5, 20, 50, 100, 200, 500)  # steps after which recall is measured, bes
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What every arm is asked: held-out texts, and needle contexts with a question for each of their needles."""
+
+    encode: PlainEncoder
+    documents: list[Document]
+    texts: list[Tensor]
+    needles: list[retrieval.NeedleContext]
+
+    @classmethod
+    def of(cls, config: DemoConfig) -> "Prompts":
+        encode, data = PlainEncoder(tokensieve.load_tokenizer(config.model)), config.adapt.data
+        documents = list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
+        texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
+        needles = retrieval.needle_contexts(
+            encode, documents, config.context, count=config.needle_contexts, seed=config.seed
+        )
+        return cls(encode, documents, texts, needles)
+
+    @property
+    def questions(self) -> int:
+        return sum(len(context.questions) for context in self.needles)
+
+    def recall(self, model: DecoderForCausalLM) -> evals.Recall:
+        return evals.recall(model, self.texts[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
+
+
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Does all of it in the folder `config.out`: sparse/ (the checkpoint), metrics.json, details.json, report.html.
 
@@ -48,31 +75,21 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     _check(config, base)
     size = sum(p.numel() for p in base.parameters())
     say(f"{config.model}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
-    encode = PlainEncoder(tokensieve.load_tokenizer(config.model))
-    documents = _held_out(config)
-    texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
-    needles = retrieval.needle_contexts(
-        encode, documents, config.context, count=config.needle_contexts, seed=config.seed
-    )
-    questions = sum(len(c.questions) for c in needles)
-    say(f"Held-out prompts of {config.context:,} tokens: {len(texts)} texts, {questions} questions")
+    prompts = Prompts.of(config)
+    say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts, {prompts.questions} questions")
 
     say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
     sparse, untrained = (
         tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
         for dense in (tokensieve.load(config.model), base)
     )
-
-    def recall() -> evals.Recall:
-        return evals.recall(sparse, texts[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
-
     _clear(out := Path(config.out))
-    first = recall().overall
+    first = prompts.recall(sparse).overall
     history: list[Row] = [{"stage": STAGES["warmup"], "step": 0, "recall": first}]
     say("Warm up: attention stays dense, and the indexers learn where it looks")
-    history += _train(replace(config.warmup, out=str(out / "warmup")), sparse, recall)
+    history += _train(replace(config.warmup, out=str(out / "warmup")), sparse, prompts)
     say("Adapt: selection is on, and everything trains")
-    history += _train(replace(config.adapt, out=str(out / "adapt")), sparse, recall)
+    history += _train(replace(config.adapt, out=str(out / "adapt")), sparse, prompts)
     say("The dense model on the same further tokens, to compare with")
     dense = replace(config.adapt, selection=False, out=str(out / "adapt-dense"))
     dense_adapted = train.run(dense, tokensieve.load(config.model))
@@ -80,27 +97,11 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
 
     say("Compare: every arm on the same prompts")
     base, untrained = base.to(sparse.device), untrained.to(sparse.device)
-    arms = evals.demo_arms(base, dense_adapted, sparse, untrained)
     pair = {"dense": base, "sparse": sparse}
-    with _progress(console) as bar:
-        task = bar.add_task("", total=len(arms) * (len(texts) + len(needles)))
-        scores = evals.compare(
-            arms, texts, needles, config.top_k, lambda arm: bar.update(task, advance=1, description=arm)
-        )
-        heat = {
-            name: evals.needle_heat(
-                model,
-                encode,
-                documents,
-                config.heat_lengths,
-                seed=config.seed,
-                known={config.context: scores[name].needles},
-            )
-            for name, model in pair.items()
-        }
-    last = recall()
+    scores, heat = _compare(config, evals.demo_arms(base, dense_adapted, sparse, untrained), pair, prompts, console)
+    last = prompts.recall(sparse)
     say("Time one more token")
-    decode_ms = evals.decode_ms(pair, texts[0], config.decode_contexts)
+    decode_ms = evals.decode_ms(pair, prompts.texts[0], config.decode_contexts)
 
     kl = [row["kl"] for row in history if row["stage"] == STAGES["warmup"] and "kl" in row]
     metrics: Row = {
@@ -116,7 +117,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     details = {
         "base": config.model,
         "parameters": size,
-        "questions": questions,
+        "questions": prompts.questions,
         "loss_by_position": evals.loss_by_position(scores),
         "heat": heat,
         "kv_entries": evals.kv_entries(config.decode_contexts, config.top_k),
@@ -132,6 +133,33 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     return metrics
 
 
+def _compare(
+    config: DemoConfig,
+    arms: dict[str, evals.Arm],
+    pair: dict[str, DecoderForCausalLM],
+    prompts: Prompts,
+    console: Console,
+) -> tuple[dict[str, evals.Score], Row]:
+    """The scores of every arm, and for both models of `pair` the needles by depth and length."""
+    with _progress(console) as bar:
+        task = bar.add_task("", total=len(arms) * (len(prompts.texts) + len(prompts.needles)))
+        scores = evals.compare(
+            arms, prompts.texts, prompts.needles, config.top_k, lambda arm: bar.update(task, advance=1, description=arm)
+        )
+        heat = {
+            name: evals.needle_heat(
+                model,
+                prompts.encode,
+                prompts.documents,
+                config.heat_lengths,
+                seed=config.seed,
+                known={config.context: scores[name].needles},
+            )
+            for name, model in pair.items()
+        }
+    return scores, heat
+
+
 def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
     """What would otherwise only come out after minutes."""
     if base.is_sparse:
@@ -145,11 +173,6 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
         )
 
 
-def _held_out(config: DemoConfig) -> list[Document]:
-    data = config.adapt.data
-    return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
-
-
 def _clear(out: Path) -> None:
     """Removes the training runs of an earlier demo, which a new one cannot continue."""
     for name in RUNS:
@@ -157,7 +180,7 @@ def _clear(out: Path) -> None:
             shutil.rmtree(out / name)
 
 
-def _train(config: TrainConfig, model: DecoderForCausalLM, recall: Callable[[], evals.Recall]) -> list[Row]:
+def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> list[Row]:
     """Trains the model in place; returns the rows of its history, some with the recall on held-out text."""
     steps = total_steps(config.phases)
     measured: dict[int, float] = {}
@@ -165,7 +188,7 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, recall: Callable[[], 
     def on_step(step: int, figures: dict[str, float]) -> None:
         # The last step is always measured; a probe in the last third would cost as much and show nearly the same.
         if step == steps or (step in PROBES and 3 * step <= 2 * steps):
-            measured[step] = recall().overall
+            measured[step] = prompts.recall(model).overall
 
     train.run(config, model, on_step=on_step)
     rows = [{"stage": STAGES[config.stage], **row} for row in train.history(config.out)]

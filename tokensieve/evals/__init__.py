@@ -9,7 +9,7 @@ from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_cri
 from tokensieve.evals.judge import judge_sparse
 from tokensieve.evals.longcontext import FULL, QUICK, acceptance, context_gain, needle_heat
 from tokensieve.evals.mass import Recall, recall
-from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, demo_arms, loss_by_position, metrics_of
+from tokensieve.evals.parity import ARMS, Arm, Score, arms_of, compare, demo_arms, loss_by_position, metrics_of
 from tokensieve.evals.text import Perplexity, perplexity, text_sequences, token_losses
 from tokensieve.evals.timing import decode_ms, kv_entries
 
@@ -22,6 +22,7 @@ __all__ = [
     "Criterion",
     "Perplexity",
     "Recall",
+    "Score",
     "acceptance",
     "acceptance_criteria",
     "arms_of",

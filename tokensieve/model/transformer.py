@@ -338,7 +338,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         if trunk.objective == "warmup":
             # The head is not part of the loss, and in warm-up nobody reads logits: they would cost more than the indexers.
             loss = out.kl
-            if scale is not None and scale.divisor is not None:
+            if kl is not None and scale is not None and scale.divisor is not None:
                 loss = kl / (scale.divisor if counted and self.training else 1)
                 if out.kl.requires_grad:
                     loss = InjectedKL.apply(loss, out.kl, torch.ones_like(out.kl)).clone()  # trainers scale it in place

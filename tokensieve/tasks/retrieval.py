@@ -201,73 +201,79 @@ def needle_contexts(
         UserError: the documents are too short, or the context is too small for the needles.
     """
     encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-    bounds = LineBounds(encode)
-    sources = [document.text for document in documents]
-    if not sources:
-        raise UserError("no held-out documents to hide needles in; raise held_out_share or name a larger source")
-    encoded: dict[int, np.ndarray] = {}
-    cursor = random.Random(f"first document {seed}").randrange(len(sources))
+    bounds, filler = LineBounds(encode), Filler(encode, [document.text for document in documents], seed)
     contexts = []
     for number in range(count):
         rng = random.Random(f"needles {seed} {number} {context} {needles} {depth} {held_out}")
         drawn = draw_needles(rng, needles, held_out)
-        marks = encode.markers
-        tails = [
-            [*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think]
-            for needle in drawn
-        ]
-        answers = []
-        for needle, tail in zip(drawn, tails, strict=True):
-            whole = encode(answer(needle.key, needle.value))
-            # Digits are tokens of their own, so the value is the answer's last tokens.
-            value = len(encode(needle.value))
-            tail += whole[:-value]
-            answers.append([*whole[-value:], marks.eos])
+        asked = [_asked(rng, encode, needle, held_out) for needle in drawn]
         lines = [encode(needle.line) for needle in drawn]
-        longest = max(len(tail) + len(answer) for tail, answer in zip(tails, answers, strict=True))
+        longest = max(len(tail) + len(answer) for tail, answer in asked)
         length = context - 2 - sum(map(len, lines)) - longest
         if length < 64:
             raise UserError(f"{needles} needles do not fit in a context of {context} tokens; use a longer context")
-        chunks: list[np.ndarray] = []
-        tried, filled = 0, 0
-        while filled < length:
-            which = (cursor + tried) % len(sources)
-            if not any(needle.value in sources[which] for needle in drawn):
-                if which not in encoded:
-                    encoded[which] = np.array(encode(sources[which].rstrip("\n") + "\n\n\n"))
-                chunks.append(encoded[which])
-                filled += len(encoded[which])
-            tried += 1
-            if tried > 1000 * len(sources):
-                raise UserError("the held-out documents are too short for one context; name a larger source")
-        cursor += tried
-        text_ids = np.concatenate(chunks)[:length]
-        starts = bounds(text_ids)
-        if len(starts):
-            text_ids = text_ids[: starts[-1]]
-            starts = starts[:-1]
+        text = filler.take(length, without=[needle.value for needle in drawn])
+        starts = bounds(text)
+        if len(starts):  # the last line is not a whole one
+            text, starts = text[: starts[-1]], starts[:-1]
         if not len(starts):
             raise UserError("the held-out documents have no lines to put needles between; use another source")
-        depths = (starts + 2) / (2 + len(text_ids) + sum(map(len, lines)))
-        positions = []
-        for slot in rng.sample(range(needles), needles):
-            share = (depth + rng.random()) / 10 if depth is not None else (slot + rng.random()) / needles
-            nearest = np.abs(depths - share)
-            if depth is not None:
-                nearest = nearest + (np.floor(depths * 10) != depth)
-            positions.append(int(starts[nearest.argmin()]))
-        pieces, begins = _splice(text_ids, lines, positions)
-        ids = [marks.bos, marks.user, *np.concatenate(pieces).tolist()]
-        contexts.append(
-            NeedleContext(
-                ids,
-                [
-                    NeedleQuestion(tail, answer, (begin + 2) / len(ids), needle.key.render(), needle.value)
-                    for needle, tail, answer, begin in zip(drawn, tails, answers, begins, strict=True)
-                ],
-            )
-        )
+        depths = (starts + 2) / (2 + len(text) + sum(map(len, lines)))
+        pieces, begins = _splice(text, lines, [int(starts[i]) for i in _spread(rng, depths, needles, depth)])
+        ids = [encode.markers.bos, encode.markers.user, *np.concatenate(pieces).tolist()]
+        questions = [
+            NeedleQuestion(tail, answer, (begin + 2) / len(ids), needle.key.render(), needle.value)
+            for needle, (tail, answer), begin in zip(drawn, asked, begins, strict=True)
+        ]
+        contexts.append(NeedleContext(ids, questions))
     return contexts
+
+
+def _asked(rng: random.Random, encode: PlainEncoder, needle: Needle, held_out: bool) -> tuple[list[int], list[int]]:
+    """A needle's question with its answer begun, and what is to follow."""
+    marks = encode.markers
+    tail = [*encode("\n\n" + question(rng, needle.key, needle.noun, held_out)), marks.assistant, marks.end_think]
+    whole = encode(answer(needle.key, needle.value))
+    value = len(encode(needle.value))  # digits are tokens of their own, so the value is the answer's last tokens
+    return tail + whole[:-value], [*whole[-value:], marks.eos]
+
+
+class Filler:
+    """The held-out text between needles: whole documents in turn, so that one context goes on where the last one ended."""
+
+    def __init__(self, encode: PlainEncoder, texts: list[str], seed: int):
+        if not texts:
+            raise UserError("no held-out documents to hide needles in; raise held_out_share or name a larger source")
+        self.encode, self.texts, self.encoded = encode, texts, dict[int, np.ndarray]()
+        self.cursor = random.Random(f"first document {seed}").randrange(len(texts))
+
+    def take(self, length: int, without: Sequence[str]) -> np.ndarray:
+        """`length` tokens of documents that hold none of the values `without`."""
+        chunks: list[np.ndarray] = []
+        filled = 0
+        for tried in range(1000 * len(self.texts)):
+            if filled >= length:
+                self.cursor += tried
+                return np.concatenate(chunks)[:length]
+            which = (self.cursor + tried) % len(self.texts)
+            if not any(value in self.texts[which] for value in without):
+                if which not in self.encoded:
+                    self.encoded[which] = np.array(self.encode(self.texts[which].rstrip("\n") + "\n\n\n"))
+                chunks.append(self.encoded[which])
+                filled += len(self.encoded[which])
+        raise UserError("the held-out documents are too short for one context; name a larger source")
+
+
+def _spread(rng: random.Random, depths: np.ndarray, needles: int, tenth: int | None) -> list[int]:
+    """Which of the lines that begin at `depths` the needles come before: one in each `needles`th, or all in one tenth."""
+    chosen = []
+    for slot in rng.sample(range(needles), needles):
+        share = (tenth + rng.random()) / 10 if tenth is not None else (slot + rng.random()) / needles
+        distance = np.abs(depths - share)
+        if tenth is not None:
+            distance = distance + (np.floor(depths * 10) != tenth)
+        chosen.append(int(distance.argmin()))
+    return chosen
 
 
 def evaluate(
