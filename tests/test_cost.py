@@ -204,7 +204,7 @@ def test_warmup_by_hand() -> None:
     every = cost.visible_keys(context)
     trunk = cost.forward_flops(DENSE, context, logits=0)
     target = 61 * every * 2 * 128 * 192
-    projections = 3 * 2 * cost.parameters(SPARSE).indexer_matmul * context
+    projections = 2 * 2 * cost.parameters(SPARSE).indexer_matmul * context
     scores = 61 * every * 2 * 64 * (129 + 128 + 128)
     assert cost.train_flops(SPARSE, "warmup", context) == trunk + target + projections + scores
 

@@ -16,6 +16,8 @@ Stage = Literal["pretrain", "warmup", "adapt"]
 # A fused attention backward recomputes the probabilities: five products where the forward has two.
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
+# The indexer's inputs are detached, so its projections have no gradient but their weights'; adaptation runs them once more to select.
+INDEX_WARMUP, INDEX_ADAPT = 2.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     pretrain: all parameters, dense attention (dense adaptation costs the same): the linear layers three times,
     attention three and a half times.
     warmup: the trunk forward, without the output head; its probabilities once more for the target; the indexer's
-    projections forward and backward; index scores and both their gradients once, in one pass.
+    projections forward and their weights' gradients; index scores and both their gradients once, in one pass.
     adapt: as pretrain with attention over the selected keys, always in MQA form, whatever the context; index scores of
     every key once to select, and of the selected ones for the loss, again in its backward pass, and both gradients.
     """
@@ -66,7 +68,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
         trunk = forward_flops(shape, context, sparse=False, logits=0)
         target = shape.layers * every * 2 * shape.heads * (shape.nope + shape.rope)
         scored = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = LINEAR_FORWARD_BACKWARD * index_linear + shape.layers * every * scored
+        index = INDEX_WARMUP * index_linear + shape.layers * every * scored
         return trunk + target + index
     linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
     if stage == "pretrain":
@@ -75,7 +77,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     chosen = visible_keys(context, top_k=shape.top_k)
     attention = chosen * attention_flops_per_key(shape, "mqa")
     scored = (every + 2 * chosen) * index_flops_per_key(shape) + chosen * index_gradient_flops_per_key(shape)
-    index = LINEAR_FORWARD_BACKWARD * index_linear + shape.layers * scored
+    index = INDEX_ADAPT * index_linear + shape.layers * scored
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 
