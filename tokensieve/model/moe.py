@@ -133,6 +133,15 @@ class Experts(nn.Module):
                 parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype)))
         return torch.cat(parts)
 
+    @torch.compiler.disable
+    def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """`forward` for a single token in decode: sorting, counting and putting back would take longer than the products."""
+        parts = []
+        for expert in chosen_1K[0].tolist():
+            gate, up = F.linear(x_1D, self.gate_up_proj[expert].to(x_1D.dtype)).chunk(2, dim=-1)
+            parts.append(F.linear(F.silu(gate) * up, self.down_proj[expert].to(x_1D.dtype)))
+        return weights_1K.to(x_1D.dtype) @ torch.cat(parts)
+
     def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
         # Grouped products exist in bfloat16 only; float32 parameters are cast here, as autocast does for a linear layer.
         gate, up = torch._grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
@@ -150,7 +159,12 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        routed, counts_E = self.experts(x_ND, *self.gate(x_ND))
-        if self.gate.load_E is not None:
-            self.gate.load_E += counts_E
+        chosen_NK, weights_NK = self.gate(x_ND)
+        alone = x_ND.shape[0] == 1 and x_ND.device.type == "cpu"
+        if alone and self.gate.load_E is None and not torch.is_grad_enabled():
+            routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
+        else:
+            routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)
+            if self.gate.load_E is not None:
+                self.gate.load_E += counts_E
         return routed if self.shared_experts is None else routed + self.shared_experts(x_ND)
