@@ -45,6 +45,12 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     return {op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS] for op in OPS}
 
 
+def _run(op, q: Tensor, *args):
+    """Calls a registered op. Its body at once where nobody differentiates or traces: in decode the registration is much of the time."""
+    registered = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor
+    return (op if registered else op._init_fn)(q, *args)
+
+
 def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
     # Messages are built only when a check fails: torch.compile cannot format symbolic sizes, and decode calls this per layer.
     if starts_S.shape != (S,) or ends_S.shape != (S,):
@@ -192,7 +198,9 @@ def index_topk(
     _check_k("index_topk", k)
     _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
     _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
-    return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
+    return _run(
+        custom.index_topk, q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend
+    )
 
 
 def dense_attention(
@@ -272,7 +280,7 @@ def sparse_attention(
     Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes or indices outside [-1, T).
     """
     _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
-    return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
+    return _run(custom.sparse_attention, q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
 
 
 def sparse_attention_kl(

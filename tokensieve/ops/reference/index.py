@@ -40,7 +40,7 @@ def pad_index_inputs(
         q, w = F.pad(q, (0, 0, 0, heads)), F.pad(w, (0, heads))
     # A tile may start at any key and is padded at its end: it needs KEY_PAD - 1 rows past the last key that is read. A cache
     # buffer usually has them as unused capacity; only otherwise are the keys copied.
-    last = int(ends_S.max()) if ends_S.numel() else 0
+    last = max(ends_S.tolist(), default=0)
     missing = last + KEY_PAD - k.shape[0]
     if missing > 0:
         k = F.pad(k, (0, 0, 0, missing))
@@ -159,8 +159,8 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
         kth = torch.topk(strip_bn, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
         taken = strip_bn >= kth
         # Scores equal to the k-th are all taken, so there may be too many. With a NaN, the largest to topk, none is taken.
-        unclear = (taken.sum(dim=1) != k).nonzero().flatten()
-        if unclear.numel():
+        unclear = [row for row, count in enumerate(taken.sum(dim=1).tolist()) if count != k]
+        if unclear:
             reject_nan(strip_bn, a)
             exact = exact_topk(strip_bn[unclear], None if outside is None else outside[unclear], k)
             taken[unclear] = torch.zeros_like(taken[unclear]).scatter_(1, exact, True)
