@@ -178,3 +178,14 @@ def test_autocast_changes_nothing(name: str) -> None:
         actual = run(function, tensors)
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and torch.equal(a, e)
+
+
+@pytest.mark.parametrize("name", ["index_topk", "sparse_attention"])
+def test_without_gradients_the_body_gives_what_the_registered_op_gives(name: str) -> None:
+    function, tensors = calls(make(CASE))[name]
+    want = function(*tensors)
+    with torch.no_grad(), RecordedCalls() as seen:
+        got = function(*tensors)
+    for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (want, got)), strict=True):
+        assert torch.equal(a, b)
+    assert not seen.calls

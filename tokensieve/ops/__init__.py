@@ -46,9 +46,9 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
 
 
 def _run(op, q: Tensor, *args):
-    """Calls a registered op. Its body at once where nobody differentiates or traces: in decode the registration is much of the time."""
-    registered = torch.compiler.is_compiling() or torch.is_grad_enabled() or type(q) is not Tensor
-    return (op if registered else op._init_fn)(q, *args)
+    """Calls a registered op; on the CPU its body at once where nobody differentiates or traces: registration is slow for a single token."""
+    direct = q.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return (op._init_fn if direct else op)(q, *args)
 
 
 def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
