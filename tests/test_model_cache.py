@@ -82,6 +82,23 @@ def test_chunks_give_the_full_forward(model: DecoderForCausalLM, rows: int, size
     assert not cache.latent_BTE[0].isnan().any()
 
 
+def test_one_token_passes_the_experts_as_many_do(model: DecoderForCausalLM) -> None:
+    moe = model.model.layers[-1].mlp
+    x = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([moe(row) for row in x.split(1)])
+    assert difference(alone, moe(x)) < TOLERANCE
+    with torch.enable_grad():  # one token, but the path of many
+        assert difference(alone, torch.cat([moe(row).detach() for row in x.split(1)])) < TOLERANCE
+
+
+def test_one_token_is_normalized_as_many_are(sparse: DecoderForCausalLM) -> None:
+    norm = sparse.model.layers[0].input_layernorm
+    x = 30 * torch.randn(20, sparse.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    x[3] = 0.0
+    assert difference(torch.cat([norm(row) for row in x.split(1)]), norm(x)) < 1e-6
+    assert norm(x[:1].bfloat16()).dtype == torch.bfloat16
+
+
 def mostly_equal(got: Tensor, want: Tensor) -> bool:
     """FP8: a value that rounding carries over an E4M3 boundary moves by 6%, and a key with it into the set or out."""
     return bool(((got - want).abs().amax(-1) < TOLERANCE).float().mean() > 0.9)

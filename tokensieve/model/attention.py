@@ -10,6 +10,7 @@ The cache holds per token the entry [c_KV, k_R]. Two forms of the same function 
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
 from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
+from tokensieve.model.single import alone
 
 MASKED_FORM_KEYS = 3  # sparse prefill: below so many times k keys the masked MHA form runs (docs/results.md: a guess)
 
@@ -54,8 +56,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        weight = self.weight
+        if alone(x_ND) and x_ND.dtype == weight.dtype == torch.float32:  # half the operators
+            x_D = x_ND[0]
+            return x_ND * (float(x_D.dot(x_D)) / x_D.shape[0] + self.eps) ** -0.5 * weight
+        return F.rms_norm(x_ND, weight.shape, weight.to(x_ND.dtype), self.eps).to(x_ND.dtype)
 
 
 class Attention(nn.Module):
@@ -93,9 +99,11 @@ class Attention(nn.Module):
         else:
             source = self.q_a_layernorm(self.q_a_proj(h_ND))
             q = self.q_b_proj(source)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, self.nope + self.rope)).split([self.nope, self.rope], dim=-1)
+        q = q.view(-1, self.heads, self.nope + self.rope)  # a view and slices: unflatten and split cost decode more
+        q_nope, q_rope = q[..., : self.nope], q[..., self.nope :]
         q_rope = self.rotate(q_rope, p.rotation)
-        c_kv, k_rope = self.kv_a_proj_with_mqa(h_ND).split([self.latent, self.rope], dim=-1)
+        entries_TE = self.kv_a_proj_with_mqa(h_ND)
+        c_kv, k_rope = entries_TE[:, : self.latent], entries_TE[:, self.latent :]
         k_rope = self.rotate(k_rope.unsqueeze(1), p.rotation).squeeze(1)
         entries_TE = torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1)
         # The indexer learns from its own loss only: what it reads is detached.
@@ -192,19 +200,20 @@ class Heads:
         self.a = attention
         self.q_nope, self.q_rope, self.entries = q_nope_NHD, q_rope_NHR, entries_TE
 
+    @cached_property
     def _up_projections(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, nope, L) and W_UV (H, V, L) out of kv_b_proj."""
-        w = self.a.kv_b_proj.weight.to(self.entries.dtype).unflatten(0, (self.a.heads, self.a.nope + self.a.value))
+        w = self.a.kv_b_proj.weight.to(self.entries.dtype).view(self.a.heads, -1, self.a.latent)
         return w[:, : self.a.nope], w[:, self.a.nope :]
 
     def absorbed(self) -> Tensor:
         """MQA queries (N, H, E) = [q_nope W_UK, q_rope]."""
-        latent = torch.bmm(self.q_nope.transpose(0, 1), self._up_projections()[0]).transpose(0, 1)
+        latent = torch.bmm(self.q_nope.transpose(0, 1), self._up_projections[0]).transpose(0, 1)
         return torch.cat((latent, self.q_rope), dim=-1)
 
     def up(self, out_NHL: Tensor) -> Tensor:
         """(N, H, V) from the attention's output over latent values."""
-        return torch.bmm(out_NHL.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(out_NHL.transpose(0, 1), self._up_projections[1].transpose(1, 2)).transpose(0, 1)
 
     def expanded(self) -> tuple[Tensor, Tensor, Tensor]:
         """MHA form: q (N, H, Q), k (T, H, Q), v (T, H, V)."""

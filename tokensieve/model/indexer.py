@@ -11,6 +11,7 @@ from torch import Tensor
 from tokensieve.config import SparseConfig, UserError
 from tokensieve.model.rope import Rotation, rotate_half_split
 from tokensieve.ops import quant
+from tokensieve.ops.custom import without_autocast
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -58,8 +59,8 @@ class Indexer(nn.Module):
 
     def queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """q_I (N, H, D) and w (N, H) float32."""
-        q = self.wq_b(source_NL).unflatten(-1, (self.heads, self.width))
-        with torch.autocast(h_ND.device.type, enabled=False):
+        q = self.wq_b(source_NL).view(-1, self.heads, self.width)
+        with without_autocast(h_ND):
             w = F.linear(h_ND.to(self.weights_proj.weight.dtype), self.weights_proj.weight)
         return self._finish(q, rotation), w * (self.heads**-0.5 * self.width**-0.5)
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import ModelConfig, UserError
+from tokensieve.model.single import alone
+from tokensieve.ops.custom import without_autocast
 
 
 class MLP(nn.Module):
@@ -56,7 +58,7 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """experts (N, K) int64 and weights (N, K) float32."""
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND):
             logits = F.linear(x_ND.float(), self.weight.float())
         scores = logits.softmax(-1) if self.softmax else logits.sigmoid()
         choice = scores if self.softmax else scores + self.e_score_correction_bias
@@ -111,7 +113,7 @@ class Experts(nn.Module):
         ends_E = torch.searchsorted(by_expert, torch.arange(E, device=x_ND.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         # Autocast would turn the sum over K, and with it the residual stream, to float32.
-        with torch.autocast(x_ND.device.type, enabled=False):
+        with without_autocast(x_ND):
             x = x_ND.index_select(0, order // K)
             grouped = x.is_cuda and x.dtype == torch.bfloat16
             y = self._grouped(x, ends_E.to(torch.int32)) if grouped else self._one_by_one(x, counts_E)
@@ -133,6 +135,14 @@ class Experts(nn.Module):
                 parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype)))
         return torch.cat(parts)
 
+    def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """`forward` for a single token in decode: sorting, counting and putting back would take longer than the products."""
+        chosen = chosen_1K[0].tolist()
+        gate, up = torch.cat([F.linear(x_1D, self.gate_up_proj[e].to(x_1D.dtype)) for e in chosen]).chunk(2, dim=-1)
+        inner = (F.silu(gate) * up).split(1)
+        down = [F.linear(x, self.down_proj[e].to(x.dtype)) for x, e in zip(inner, chosen, strict=True)]
+        return weights_1K.to(x_1D.dtype) @ torch.cat(down)
+
     def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
         # Grouped products exist in bfloat16 only; float32 parameters are cast here, as autocast does for a linear layer.
         gate, up = torch._grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
@@ -150,7 +160,11 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        routed, counts_E = self.experts(x_ND, *self.gate(x_ND))
-        if self.gate.load_E is not None:
-            self.gate.load_E += counts_E
+        chosen_NK, weights_NK = self.gate(x_ND)
+        if alone(x_ND) and self.gate.load_E is None:
+            routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
+        else:
+            routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)
+            if self.gate.load_E is not None:
+                self.gate.load_E += counts_E
         return routed if self.shared_experts is None else routed + self.shared_experts(x_ND)

@@ -5,6 +5,7 @@ meaning in `__init__.py`. Each backward is an op of its own, so that torch.compi
 """
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,12 +15,18 @@ from tokensieve.ops.dispatch import pick
 from tokensieve.ops.reference.blocks import compute_dtype
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """For `with`: autocast off on the device of `x`. Where it is off already nothing is entered, which is what decode can afford."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def full_precision(body):
     """Inside an op the reference computes in float32, whatever autocast the model runs under."""
 
     @functools.wraps(body)
     def run(*args, **kwargs):
-        with torch.autocast(args[0].device.type, enabled=False):
+        with without_autocast(args[0]):
             return body(*args, **kwargs)
 
     return run

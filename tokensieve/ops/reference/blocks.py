@@ -69,6 +69,16 @@ def out_of_range(block: Block, starts_S: Tensor, ends_S: Tensor) -> Tensor | Non
     return (position < starts) | (position >= ends)
 
 
+def softmax_with_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax over the last axis, in the logits' place, and logsumexp; zeros and -inf for a query without keys, whose logits are -inf."""
+    # Not exp(logits - lse): at logits of 1e4 lse has too few digits left.
+    largest = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
+    p = logits.sub_(largest).exp_()
+    total = p.sum(dim=-1, keepdim=True)  # at least 1, the largest's own share, or 0
+    lse = total.log().add_(largest).squeeze(-1)
+    return p.div_(total.clamp_min_(1)), lse
+
+
 def normalized(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse) over the last axis, zeros where lse is -inf (a query without keys)."""
     return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))

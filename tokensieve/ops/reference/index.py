@@ -40,7 +40,7 @@ def pad_index_inputs(
         q, w = F.pad(q, (0, 0, 0, heads)), F.pad(w, (0, heads))
     # A tile may start at any key and is padded at its end: it needs KEY_PAD - 1 rows past the last key that is read. A cache
     # buffer usually has them as unused capacity; only otherwise are the keys copied.
-    last = int(ends_S.max()) if ends_S.numel() else 0
+    last = max(ends_S.tolist(), default=0)
     missing = last + KEY_PAD - k.shape[0]
     if missing > 0:
         k = F.pad(k, (0, 0, 0, missing))
@@ -153,27 +153,31 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
         strip_bn = strip_bn.masked_fill(outside, float("-inf"))
     n = hi - lo
     if n <= k:
-        values, chosen = strip_bn, torch.arange(n, device=strip_bn.device).expand(b - a, n)
+        reject_nan(strip_bn, a)
+        chosen = torch.arange(n, device=strip_bn.device).expand(b - a, n)
     else:
-        values, chosen = torch.topk(strip_bn, k, dim=1, sorted=False)
-    # topk counts NaN as the largest: a strip that has one has one among the values taken.
-    wrong = torch.isnan(values)
-    if bool(wrong.any()):
-        row = a + int(wrong.any(dim=1).nonzero()[0])
-        raise ValueError(
-            f"index scores of query {row} contain NaN: nothing can be selected; check the indexer's inputs and weights"
-        )
-    if n > k:
-        kth = values.amin(dim=1, keepdim=True)
-        # topk takes any of several equal scores. Rows where some of the scores equal to the k-th were left out are done again.
-        ambiguous = ((strip_bn == kth).sum(dim=1) > (values == kth).sum(dim=1)).nonzero().flatten()
-        if ambiguous.numel():
-            chosen[ambiguous] = exact_topk(strip_bn[ambiguous], None if outside is None else outside[ambiguous], k)
+        kth = torch.topk(strip_bn, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+        taken = strip_bn >= kth
+        # Scores equal to the k-th are all taken, so there may be too many. With a NaN, the largest to topk, none is taken.
+        unclear = [row for row, count in enumerate(taken.sum(dim=1).tolist()) if count != k]
+        if unclear:
+            reject_nan(strip_bn, a)
+            exact = exact_topk(strip_bn[unclear], None if outside is None else outside[unclear], k)
+            taken[unclear] = torch.zeros_like(taken[unclear]).scatter_(1, exact, True)
+        chosen = taken.nonzero()[:, 1].view(b - a, k)
     if outside is None:
-        return chosen.sort(dim=1).values.add_(lo).to(torch.int32) if n > k else (chosen + lo).to(torch.int32)
-    invalid = outside.gather(1, chosen)
-    ascending = chosen.masked_fill(invalid, n).sort(dim=1).values
-    return torch.where(ascending == n, -1, ascending + lo).to(torch.int32)
+        return chosen.to(torch.int32).add_(lo)
+    # Keys outside are the last ones: a block's queries share their first key.
+    return torch.where(outside.gather(1, chosen), -1, chosen + lo).to(torch.int32)
+
+
+def reject_nan(strip_bn: Tensor, first_query: int) -> None:
+    wrong = strip_bn.isnan().any(dim=1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"index scores of query {first_query + int(wrong.nonzero()[0])} contain NaN: nothing can be selected; "
+            "check the indexer's inputs and weights"
+        )
 
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.ops.reference.blocks import compute_dtype, row_blocks
+from tokensieve.ops.reference.blocks import compute_dtype, row_blocks, softmax_with_lse
 from tokensieve.ops.reference.kl import open_gradient, weighted_gradients
 
 
@@ -40,9 +40,7 @@ def attend(
     G = entries_BKE.shape[0] // b
     logits = torch.bmm(grouped(q_bHD, G), entries_BKE[..., :d_k].transpose(1, 2)).view(b, H, -1)
     logits.masked_fill_(unused_bK[:, None], float("-inf"))
-    lse = torch.logsumexp(logits, dim=-1)
-    # Not exp(logits - lse): at logits of 1e4 lse has too few digits left. Zeros for a query without keys.
-    p = torch.softmax(logits, dim=-1).masked_fill_((lse == float("-inf")).unsqueeze(-1), 0.0)
+    p, lse = softmax_with_lse(logits)
     out = torch.bmm(grouped(p, G), entries_BKE[..., v_start : v_start + d_v]).view(b, H, d_v)
     return out, lse, p
 
