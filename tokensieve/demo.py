@@ -27,7 +27,7 @@ from tokensieve.train.schedule import total_steps
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
-PROBES = (5, 20, 50, 100, 200, 500)  # steps after which recall is measured, beside the last one
+PROBES = (10, 50, 200, 500)  # steps after which recall is measured, beside the last one
 
 Row = dict[str, Any]
 

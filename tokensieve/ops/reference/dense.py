@@ -15,6 +15,7 @@ from tokensieve.ops.reference.blocks import (
     normalized,
     out_of_range,
     query_blocks,
+    softmax_with_lse,
 )
 
 Excluded = Callable[[Block], Tensor | None]  # a block's mask (b, n), True where a key does not take part
@@ -49,8 +50,7 @@ def block_attention(
         mask = excluded(block)
         if mask is not None:
             logits.masked_fill_(mask, float("-inf"))
-        lse = torch.logsumexp(logits, dim=-1)
-        p = torch.softmax(logits, dim=-1)  # not exp(logits - lse): at logits of 1e4 lse has too few digits left
+        p, lse = softmax_with_lse(logits)
         values = v_TGV[lo:hi].to(dtype).transpose(0, 1)
         out_SHV[a:b] = torch.bmm(grouped_rows(p, G), values).view(H, b - a, V).transpose(0, 1)
         lse_SH[a:b] = lse.t()
@@ -183,5 +183,5 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
         mask = excluded(block)
         if mask is not None:
             logits.masked_fill_(mask, float("-inf"))
-        mass_ST[block.a : block.b, block.lo : block.hi] = torch.softmax(logits, dim=-1).mean(0)
+        mass_ST[block.a : block.b, block.lo : block.hi] = softmax_with_lse(logits)[0].mean(0)
     return mass_ST
