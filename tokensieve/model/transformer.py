@@ -16,10 +16,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.attention import Attention, Pass, RMSNorm
+from tokensieve.model.attention import Attention, Pass
 from tokensieve.model.cache import LatentCache
 from tokensieve.model.kl import InjectedKL, KLScale
 from tokensieve.model.moe import MLP, Experts, MoE, Router
+from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack, make_pack
 from tokensieve.model.rope import frequencies, rotation
 from tokensieve.model.selection import Selection, indexer, resolve
