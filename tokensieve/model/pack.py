@@ -51,67 +51,34 @@ def make_pack(
         raise UserError(
             f"a sequence of {past + length} tokens is past the model's {max_positions} positions; shorten it or extend the model with YaRN"
         )
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise UserError(
-            "attention_mask must be (batch, tokens) of 0 and 1; packed documents are given by position_ids that restart"
-        )
-    mask = None
-    if attention_mask is not None and not bool(attention_mask.all()):
-        if attention_mask.shape[1] < past + length:
-            raise UserError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens of {past + length}; cached ones count"
-            )
-        mask = attention_mask[:, -(past + length) :].bool()
-        if bool((mask.int().diff(dim=1, prepend=mask.new_zeros(batch, 1).int()) == 1).sum(1).gt(1).any()):
-            raise UserError("attention_mask has a hole: padding must lie at the ends of a row")
-    if position_ids is None:
-        if mask is None:
-            positions = torch.arange(past, past + length, device=device).expand(batch, length)
-            if (
-                cache is not None and cache.row_starts is not None
-            ):  # counted from the row's own beginning, as what is cached was
-                positions = positions - cache.row_starts
-        else:
-            positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -length:]
-    else:
-        positions = position_ids.to(torch.long).expand(batch, length)
-
+    mask = _padding(attention_mask, batch, past + length)
+    row_starts = None if cache is None else cache.row_starts
     row_keys = length if cache is None else cache.room_for(length)
     offset = torch.arange(batch, device=device, dtype=torch.int32)[:, None] * row_keys
     index = torch.arange(past, past + length, device=device, dtype=torch.int32).expand(batch, length)
+    positions = _positions(index, position_ids, mask, row_starts)
     ends = index + 1
-    plain = position_ids is None and mask is None and (cache is None or cache.row_starts is None)
     bounds, longest, valid = None, length, None
     # Fused kernels want queries and keys on the same axis: nothing cached before, and no room between the rows.
     same_axis = past == 0 and (cache is None or batch == 1)
-    if plain:
+    if position_ids is None and mask is None and row_starts is None:
         starts = torch.zeros_like(index)
         bounds = torch.arange(0, (batch + 1) * length, length, device=device, dtype=torch.int32) if same_axis else None
     else:
-        first = torch.zeros(batch, 1, dtype=torch.int32, device=device)
-        if cache is not None and cache.row_starts is not None:
-            first = cache.row_starts
-        begins = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        begins[:, 0] = positions[:, 0] == 0 if past else True
-        begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
-        if mask is not None:
-            # A row's own start is its first token that is not padding, wherever its position ids begin.
-            own = torch.cat((mask.new_zeros(batch, 1), mask[:, :-1]), dim=1)
-            begins |= (mask & ~own)[:, -length:]
+        begins = _beginnings(positions, mask, past)
+        first = torch.zeros(batch, 1, dtype=torch.int32, device=device) if row_starts is None else row_starts
         starts = torch.where(begins, index, first).cummax(1).values
         if mask is not None:
             valid = mask[:, -length:]
             starts = torch.where(valid, starts, ends)
             valid = valid.flatten()
-        if past == 0:  # then a document is no longer than the distance between two beginnings
+        elif past == 0:  # then a document is no longer than the distance between two beginnings
             edges = begins.flatten().nonzero().flatten().to(torch.int32)
-            if mask is None:
-                edges = torch.cat((edges, edges.new_full((1,), batch * length)))
-                longest = int(edges.diff().max())
-                bounds = edges if same_axis else None
+            edges = torch.cat((edges, edges.new_full((1,), batch * length)))
+            longest = int(edges.diff().max())
+            bounds = edges if same_axis else None
         if cache is not None:
             cache.row_starts = starts[:, -1:]
-    max_keys = longest if past == 0 else past + length
     return Pack(
         batch,
         length,
@@ -119,8 +86,45 @@ def make_pack(
         (starts + offset).flatten(),
         (ends + offset).flatten(),
         row_keys,
-        max_keys,
+        longest if past == 0 else past + length,
         bounds,
         longest,
         valid,
     )
+
+
+def _padding(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """The mask of a row's `tokens` tokens, past ones included, as bool; None where nothing is padded."""
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise UserError(
+            "attention_mask must be (batch, tokens) of 0 and 1; packed documents are given by position_ids that restart"
+        )
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    if attention_mask.shape[1] < tokens:
+        raise UserError(f"attention_mask covers {attention_mask.shape[1]} tokens of {tokens}; cached ones count")
+    mask = attention_mask[:, -tokens:].bool()
+    if bool((mask.int().diff(dim=1, prepend=mask.new_zeros(batch, 1).int()) == 1).sum(1).gt(1).any()):
+        raise UserError("attention_mask has a hole: padding must lie at the ends of a row")
+    return mask
+
+
+def _positions(index_BS: Tensor, position_ids: Tensor | None, mask: Tensor | None, row_starts: Tensor | None) -> Tensor:
+    """(B, S) int64: as given, else counted from the row's own beginning, as those of what is cached were."""
+    if position_ids is not None:
+        return position_ids.to(torch.long).expand(index_BS.shape)
+    if mask is not None:
+        return (mask.long().cumsum(1) - 1).clamp_min(0)[:, -index_BS.shape[1] :]
+    return index_BS.long() if row_starts is None else index_BS.long() - row_starts
+
+
+def _beginnings(positions_BS: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    """(B, S) bool: where a document begins, which is where positions do not continue by one, and at a row's first token."""
+    begins = torch.zeros_like(positions_BS, dtype=torch.bool)
+    begins[:, 0] = positions_BS[:, 0] == 0 if past else True
+    begins[:, 1:] = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
+    if mask is not None:
+        # A row's own start is its first token that is not padding, wherever its position ids begin.
+        own = torch.cat((mask.new_zeros(mask.shape[0], 1), mask[:, :-1]), dim=1)
+        begins |= (mask & ~own)[:, -positions_BS.shape[1] :]
+    return begins
