@@ -1,7 +1,6 @@
 """The whole road from random weights on a tiny shape: what it leaves, and that stopping it anywhere changes nothing."""
 
 import json
-import logging
 import shutil
 import signal
 from dataclasses import replace
@@ -26,15 +25,6 @@ SHAPE = models.SHAPE | {
     "max_position_embeddings": commands.POSITIONS,
 }
 TRAINED = ("pretrain", "warmup", "adapt")
-
-
-@pytest.fixture(autouse=True)
-def _log_as_before():
-    """A command sets up the log of its process, which here is everybody's."""
-    log = logging.getLogger("tokensieve")
-    before = log.handlers, log.level
-    yield
-    log.handlers, log.level = before
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +227,7 @@ BAD = [
     ("warmup.phases.0.micro_batch=3", "do not divide"),
     ("adapt.phases.0.context=2048", "2048 tokens is past the 1600 positions"),
     ("evaluate.sparse.contexts=[24]", "24 tokens are not longer than top_k 24"),
+    ("evaluate.sparse.texts=100000", "the held-out documents hold [0-9]+ stretches of 1500 tokens, not 100000"),
     ("evaluate.sparse.textts=1", "unknown key textts"),
 ]
 

@@ -14,9 +14,7 @@ class KLScale:
     `KLCallback` gives `share` and `divisor`, and the gradient is injected past whatever the trainer does to the loss.
     """
 
-    per_query: float | None = (
-        None  # weight of one query's KL; None: `share` of the mean over the valid queries of the pass
-    )
+    per_query: float | None = None  # weight of one query's KL; None: `share` of the mean over the pass's valid queries
     share: float = 1.0  # weight of the pass's mean in the step's
     divisor: int | None = None  # by what the trainer expects a loss to have been divided; None: no trainer
 

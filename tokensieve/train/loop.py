@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -274,7 +274,7 @@ class _StopSignal:
 
     def __init__(self) -> None:
         self.asked = False
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}  # handlers, as signal.signal gives them
 
     def __enter__(self) -> "_StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -289,7 +289,7 @@ class _StopSignal:
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
