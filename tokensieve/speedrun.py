@@ -285,12 +285,12 @@ def _show(config: SpeedrunConfig, figures: dict[str, Any], console: Console) -> 
     for column in ("part", "seconds", "MiB", "loss", ""):
         table.add_column(column, justify="right" if column in ("seconds", "MiB") else "left", no_wrap=True)
     for part in (part for part in PARTS if part in figures):
-        model, losses = figures[part], []
-        for name in (name for name in ("lm", "kl") if name in model):
-            losses.append(f"{name} {model[name]['first']:.3f} -> {model[name]['last']:.3f}")
-        size = f"{model['bytes'] / 2**20:.1f}" if part in MADE else ""
+        # the KL where there is one: one batch's own loss says little in an adaptation of a few steps
+        name = next((name for name in ("kl", "lm") if name in figures[part]), None)
+        loss = f"{name} {figures[part][name]['first']:.3f} -> {figures[part][name]['last']:.3f}" if name else ""
+        size = f"{figures[part]['bytes'] / 2**20:.1f}" if part in MADE else ""
         where = str(out / MADE[part]) if part in MADE else str(out / "metrics.json")
-        table.add_row(part, f"{seconds[part]:.0f}", size, "  ".join(losses), where)
+        table.add_row(part, f"{seconds[part]:.0f}", size, loss, where)
     console.print()
     console.print(table)
     spent = cost.duration(sum(seconds.values()))
