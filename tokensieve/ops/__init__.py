@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops import custom, custom_kl, reference
-from tokensieve.ops.dispatch import BACKENDS
+from tokensieve.ops.dispatch import BACKENDS, OPS
 
 __all__ = [
     "backends",
@@ -33,16 +33,18 @@ __all__ = [
     "sparse_attention_kl",
 ]
 
-OPS = tuple(name for name in __all__ if name not in ("backends", "head_mass", "indexer_kl_dense_sum"))
-
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
-    """For each op the backends in the order in which `auto` tries them, with the reason why one cannot run on `device`, or None.
+    """For each op the backends that have it on `device`, in the order in which `auto` tries them, with the reason why one cannot run.
 
-    The probe is a float32 tensor on the CPU and a bfloat16 one elsewhere, and a causal pack of documents.
+    The probe is a causal pack of documents, in bfloat16 on a GPU; scores, and everything on the CPU, are float32.
     """
-    probe = torch.empty(1, 1, 1, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    return {op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS] for op in OPS}
+    narrow, wide = (torch.empty(1, 1, 1, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    probes = {op: wide if device == "cpu" or op == "select_topk" else narrow for op in OPS}
+    kind = torch.device(device).type
+    return {
+        op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS if b.has(op, kind)] for op, probe in probes.items()
+    }
 
 
 def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:

@@ -1,37 +1,92 @@
 """Which backend runs an op: the one place where kernels are picked.
 
 A backend is a module with one function per op (and `<op>_backward` where the op has a gradient). `BACKENDS` is ordered, fastest
-first; `auto` takes the first whose `why_not` returns None for this call and logs the choice once per op. A backend asked for by name
+first; `auto` takes the first that has no reason against this call and logs the choice once per op. A backend asked for by name
 that cannot run raises with its reason: there is no silent fallback.
 """
 
+import importlib
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
 
-from tokensieve.ops import fused, reference
+from tokensieve.ops import fused
 
 log = logging.getLogger("tokensieve.ops")
 
-WhyNot = Callable[[str, torch.Tensor, "bool"], str | None]
+OPS = (
+    "index_scores",
+    "select_topk",
+    "index_topk",
+    "dense_attention",
+    "masked_attention",
+    "sparse_attention",
+    "sparse_attention_kl",
+    "indexer_kl_dense",
+)
+TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`why_not(op, q, causal_documents)` says in one clause why this backend cannot run the call, or None if it can."""
+    """`limits(op, q, causal_documents)` says in one clause why this backend cannot run a call on its devices, or None if it can."""
 
     name: str
-    module: ModuleType
-    why_not: WhyNot
+    path: str  # of its module, which is imported when it first runs: Triton is not on every machine
+    ops: tuple[str, ...]
+    devices: tuple[str, ...]  # none named: all
+    limits: Callable[[str, torch.Tensor, bool], str | None]
+
+    def has(self, op: str, device: str) -> bool:
+        return op in self.ops and (not self.devices or device in self.devices)
+
+    def why_not(self, op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
+        """Why this backend cannot run `op` for queries like `q`, in one clause, or None if it can."""
+        if op not in self.ops:
+            return f"it has no {op}"
+        if not self.has(op, q.device.type):
+            return f"it does not run on {q.device.type}"
+        return self.limits(op, q, causal_documents)
 
 
+@cache
+def _module(path: str) -> ModuleType:
+    return importlib.import_module(path)
+
+
+@cache
+def _no_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
+    dtypes = [torch.float16, torch.bfloat16]
+    if op in ("index_scores", "index_topk"):
+        dtypes.append(torch.float8_e4m3fn)
+    if op == "select_topk":  # scores are float32 whatever the model's dtype is
+        dtypes = [torch.float32]
+    return _no_triton() if q.dtype in dtypes else f"no kernel takes {q.dtype}"
+
+
+def _interpreter_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
+    if q.dtype not in (torch.float16, torch.float32):
+        return f"it is not used for {q.dtype}"
+    return _no_triton() if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"
+
+
+# The interpreter runs the same kernels slowly, without a GPU. It stands behind the reference, which runs everything: `auto` never
+# comes to it.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("fused", fused, fused.why_not),
-    Backend("reference", reference, lambda op, q, causal_documents: None),
+    Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
+    Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
+    Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, causal_documents: None),
+    Backend("interpreter", "tokensieve.ops.triton", TRITON_OPS, ("cpu",), _interpreter_limits),
 )
 
 
@@ -48,16 +103,18 @@ def pick(op: str, q: torch.Tensor, backend: str = "auto", causal_documents: bool
                 reason = candidate.why_not(op, q, causal_documents)
                 if reason is not None:
                     raise ValueError(f"backend {backend!r} cannot run {op}: {reason}; use backend='auto'")
-                return candidate.module
+                return _module(candidate.path)
         known = ", ".join(b.name for b in BACKENDS)
         raise ValueError(f"unknown backend {backend!r} for {op}; known: auto, {known}")
+    device = q.device.type
     passed_over: tuple[str, ...] = ()
     for candidate in BACKENDS:
-        reason = candidate.why_not(op, q, causal_documents)
+        if not candidate.has(op, device):  # that is not worth a word
+            continue
+        reason = candidate.limits(op, q, causal_documents)
         if reason is None:
             if not torch.compiler.is_compiling():
-                _log_choice(op, candidate.name, q.device.type, passed_over)
-            return candidate.module
-        if op in vars(candidate.module):  # that a backend has no such op is not worth a word
-            passed_over += (f"{candidate.name}: {reason}",)
-    raise ValueError(f"no backend can run {op} on {q.device.type} with {q.dtype}")
+                _log_choice(op, candidate.name, device, passed_over)
+            return _module(candidate.path)
+        passed_over += (f"{candidate.name}: {reason}",)
+    raise ValueError(f"no backend can run {op} on {device} with {q.dtype}")

@@ -14,20 +14,14 @@ from torch import Tensor
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def why_not(op: str, q: Tensor, causal_documents: bool) -> str | None:
-    if op != "dense_attention":
-        return "it only has dense_attention"
+def limits(op: str, q: Tensor, causal_documents: bool) -> str | None:
     if not causal_documents:
         return "the keys are not a causal pack of whole documents"
     if q.device.type == "cuda":
         return None if q.dtype in _CUDA_DTYPES else f"flash attention on CUDA does not take {q.dtype}"
-    if q.device.type == "cpu":
-        return (
-            None
-            if q.dtype in (torch.float32, torch.bfloat16)
-            else f"flash attention on the CPU is not used for {q.dtype}"
-        )
-    return f"no fused kernel for {q.device.type}"
+    if q.dtype in (torch.float32, torch.bfloat16):
+        return None
+    return f"flash attention on the CPU is not used for {q.dtype}"
 
 
 def _wide(x_SHD: Tensor, width: int) -> Tensor:

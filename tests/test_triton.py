@@ -1,0 +1,247 @@
+"""The Triton kernels against the float64 reference: in Triton's interpreter where there is no GPU, else on it.
+
+Outputs are poisoned first: under deterministic algorithms PyTorch fills what `empty` returns with NaN, integers with their largest value.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import oracle
+import pytest
+import torch
+from cases import CASES, Case, Document, Inputs, causal, make
+from torch import Tensor
+
+from tokensieve import ops
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+
+# float32 in the interpreter: as the reference's own float32 (test_ops_attention.py). On a GPU the products take bf16 or half inputs
+# and add up in float32; probabilities and their derivatives are rounded (2**-9, 2**-11) before they meet the next product.
+TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 1.5e-2}
+LSE_TOLERANCE = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-4}
+QUICK = (
+    "ragged pack, keys nobody sees",
+    "one-token documents",
+    "T < k",
+    "no key tokens",
+    "decode of a batch",
+    "prefill chunks of a batch",
+    "empty rows",
+    "nothing selected",
+    "zero scores",
+    "index shape of the 671B model",
+    "value apart from key",
+    "MLA widths",
+)
+
+
+def places() -> list:
+    """(case, device, dtype): the interpreter runs float32, a few cases in `make test` and all in `make test-all`; a GPU runs all."""
+    found = []
+    for case in CASES:
+        marks = [] if case.name in QUICK else [pytest.mark.slow]
+        found.append(pytest.param(case, "cpu", "float32", id=f"{case}-interpreter", marks=marks))
+        for dtype in ("bfloat16", "float16"):
+            if dtype == "bfloat16" or case.magnitude <= 16:  # half precision ends at 65504
+                found.append(pytest.param(case, "cuda", dtype, id=f"{case}-{dtype}", marks=pytest.mark.gpu))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def backend(device: str) -> str:
+    return "triton" if device == "cuda" else "interpreter"
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def results(x: Inputs, how: str) -> dict[str, Tensor]:
+    """Every op's outputs and gradients."""
+    found: dict[str, Tensor] = {}
+    g = torch.Generator().manual_seed(1)
+
+    def take(name: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+        # powers of two: exact in every dtype
+        cotangents = [torch.exp2(torch.randint(-3, 1, y.shape, generator=g)).to(y) for y in outputs.values()]
+        cotangents = [torch.where(y.isfinite(), c, 0.0) for y, c in zip(outputs.values(), cotangents, strict=True)]
+        gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), cotangents)
+        found.update({f"{name}: {what}": y.detach() for what, y in outputs.items()})
+        found.update({f"{name}: d {what}": y for what, y in zip(inputs, gradients, strict=True)})
+
+    visible = x.visible_ST()
+    q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)
+    scores = ops.index_scores(q_I, k_I, w, x.starts_S, x.ends_S, backend=how)
+    take("index_scores", {"scores": torch.where(visible, scores, 0.0)}, {"q_I": q_I, "k_I": k_I, "w": w})
+    q, kv = leaves(x.q_SHD, x.kv_TGE)
+    out, lse = ops.sparse_attention(q, kv, x.indices_SK, x.scale, **x.parts, backend=how)
+    take("sparse_attention", {"out": out, "lse": lse}, {"q": q, "kv": kv})
+    q, kv, q_I, k_I, w = leaves(x.q_SHD, x.kv_TGE, x.q_SID, x.k_TD, x.w_SI)
+    out, lse, kl = ops.sparse_attention_kl(q, kv, x.indices_SK, x.scale, *x.parts.values(), q_I, k_I, w, backend=how)
+    inputs = {"q": q, "kv": kv, "q_I": q_I, "k_I": k_I, "w": w}
+    take("sparse_attention_kl", {"out": out, "lse": lse, "kl": kl}, inputs)
+    q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)
+    lse = ops.dense_attention(x.q_SHD, x.k_TGD, x.v_TGV, x.starts_S, x.ends_S, x.scale, backend="reference")[1]
+    kl = ops.indexer_kl_dense(x.q_SHD, x.k_TGD, lse, x.scale, q_I, k_I, w, x.starts_S, x.ends_S, backend=how)
+    take("indexer_kl_dense", {"kl": kl}, {"q_I": q_I, "k_I": k_I, "w": w})
+    return found
+
+
+@pytest.mark.parametrize(("case", "device", "dtype"), places())
+def test_values_and_gradients(case: Case, device: str, dtype: str) -> None:
+    x = make(dataclasses.replace(case, dtype=dtype), device)
+    if device == "cuda" and x.w_SI.dtype != torch.float32:
+        x = dataclasses.replace(x, w_SI=x.w_SI.float())  # as the model's indexer gives it
+    expected, actual = results(x.to(torch.float64), "reference"), results(x, backend(device))
+    rounding = oracle.lse_rounding(expected["sparse_attention: lse"], torch.float32)
+    for name, e in expected.items():
+        a = actual[name]
+        assert a.isfinite().eq(e.isfinite()).all(), name
+        tolerance = LSE_TOLERANCE[dtype] if name.endswith(": lse") else TOLERANCE[dtype]
+        if ": d " in name or name.startswith("indexer_kl_dense") or name.endswith(": kl"):
+            tolerance = max(tolerance, 4 * rounding)  # from probabilities that an lse in float32 gives back
+        if tolerance < 0.5:  # else they have no digit left
+            oracle.assert_close(a.double(), e, tolerance, 1.0, name)
+
+
+@pytest.mark.parametrize(("case", "device", "dtype"), places())
+def test_the_selection_is_the_oracles(case: Case, device: str, dtype: str) -> None:
+    x = make(case, device)
+    scores = oracle.index_scores(x.q_SID, x.k_TD, x.w_SI).float()
+    found = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=backend(device))
+    assert torch.equal(found.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
+    if case.content != "normal" or device == "cpu":  # scores are the same to the last bit, or nearly so
+        fused = ops.index_topk(
+            *(t.to(getattr(torch, dtype)) for t in (x.q_SID, x.k_TD)), x.w_SI, x.k, x.starts_S, x.ends_S, backend=backend(device)
+        )  # fmt: skip
+        assert torch.equal(fused.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
+
+
+def hard_rows(N: int) -> dict[str, Tensor]:
+    """Rows that a guess from a sample gets wrong, and rows of ties."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(N, generator=g)
+    return {
+        "noise": noise,
+        "half zeros": noise.relu(),
+        "zeros": torch.zeros(N),
+        "zeros of both signs": torch.zeros(N) * noise,
+        "all the same": torch.full((N,), -5.0),
+        "rising": torch.arange(N).float(),
+        "falling": -torch.arange(N).float(),
+        "sorted noise": noise.sort().values,
+        "three values": torch.randint(0, 3, (N,), generator=g).float(),
+        "huge": noise * 1e30,
+        "subnormal": noise * 1e-40,
+        "the best in one place": torch.cat((torch.full((N - 90,), -1e9), torch.ones(90))),
+        "the best where no sample is": torch.where(torch.arange(N) % 32 == 17, 1e9, noise),
+        "with a period": (torch.arange(N) % 97).float(),
+        "half infinite": torch.cat((noise[: N // 2], torch.full((N - N // 2,), math.inf))),
+        "all -inf": torch.full((N,), -math.inf),
+    }
+
+
+def selected_as_by_the_reference(rows: dict[str, Tensor], k: int, device: str) -> None:
+    scores = torch.stack(list(rows.values()))
+    S, N = scores.shape
+    starts, ends = torch.zeros(S, dtype=torch.int32), torch.full((S,), N, dtype=torch.int32)
+    starts[3], ends[5] = 17, N - 89
+    expected = ops.select_topk(scores, k, starts, ends, backend="reference")
+    given = (t.to(device) for t in (scores, starts, ends))
+    s, first, last = given
+    found = ops.select_topk(s, k, first, last, backend=backend(device)).cpu()
+    for name, a, e in zip(rows, found, expected, strict=True):
+        assert torch.equal(a, e), name
+
+
+@pytest.mark.parametrize("k", [1, 8, 200])
+def test_rows_longer_than_the_candidates(k: int) -> None:
+    selected_as_by_the_reference(hard_rows(700), k, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 100, 2048, 5000])
+def test_rows_longer_than_the_candidates_on_a_gpu(k: int) -> None:
+    selected_as_by_the_reference(hard_rows(40_000), k, "cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("length", [50, 700])
+def test_nan_is_refused(length: int, device: str) -> None:
+    scores = torch.randn(9, length, generator=torch.Generator().manual_seed(2)).to(device)
+    starts, ends = torch.zeros(9, device=device).int(), torch.full((9,), length, device=device).int()
+    ends[2] = 40
+    scores[2, 40:] = math.nan  # nobody sees these
+    ops.select_topk(scores, 8, starts, ends, backend=backend(device))
+    scores[4, 30], scores[7, 3] = math.nan, math.nan
+    with pytest.raises(ValueError, match="query 4 contain NaN"):
+        ops.select_topk(scores, 8, starts, ends, backend=backend(device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "width"), [(3, 16), (8, 32), (32, 128), (64, 128)])
+def test_bits_of_a_score(heads: int, width: int, dtype: torch.dtype) -> None:
+    """A score does not depend on its neighbours: all queries at once, one by one, a slice of the keys.
+
+    Only a GPU can show it: the interpreter's products are numpy's, which sum the edges of a matrix in another way.
+    """
+    S, T, device = 67, 3000, "cuda"
+    g = torch.Generator().manual_seed(3)
+    q, k = torch.randn(S, heads, width, generator=g), torch.randn(T, width, generator=g)
+    q, k, w = q.to(device, dtype), k.to(device, dtype), torch.randn(S, heads, generator=g).to(device)
+    starts, ends = torch.zeros(S, device=device).int(), torch.full((S,), T, device=device).int()
+    together = ops.index_scores(q, k, w, starts, ends, backend="triton")
+    assert torch.equal(together, ops.index_scores(q, k, w, starts, ends, backend="triton"))
+    for t in (0, 3, S - 1):
+        one = slice(t, t + 1)
+        alone = ops.index_scores(q[one], k, w[one], starts[one], ends[one], backend="triton")
+        assert torch.equal(together[one], alone)
+        fewer = ends[one] - 29 - 7
+        moved = ops.index_scores(q[one], k[29:], w[one], starts[one], fewer, backend="triton")
+        assert torch.equal(together[one, 29 : T - 7], moved[:, : T - 36])
+
+
+def test_queries_of_tiles_hold_every_query_that_sees_a_key() -> None:
+    from tokensieve.ops.triton.index import queries_of_tiles
+
+    g = torch.Generator().manual_seed(4)
+    T, tile = 90, 16
+    starts = torch.randint(0, T, (40,), generator=g).int()
+    ends = (starts + torch.randint(-3, 30, (40,), generator=g)).clamp(0, T).int()
+    packed = make(Case("packs", causal(20, 1, 33), keys=60, k=4))
+    for first, last, keys in ((starts, ends, T), (packed.starts_S, packed.ends_S, 60)):
+        firsts, lasts = queries_of_tiles(first, last, keys, tile)
+        for number, begin in enumerate(range(0, keys, tile)):
+            sees = ((last > begin) & (first < min(begin + tile, keys)) & (last > first)).nonzero().flatten()
+            if len(sees):
+                assert firsts[number] <= sees[0] and sees[-1] < lasts[number]
+    firsts, lasts = queries_of_tiles(packed.starts_S, packed.ends_S, 60, tile)
+    assert lasts.sum() - firsts.sum() < 2.2 * 54  # of a pack about the queries of one document, not all
+
+
+def test_scaled_keys() -> None:
+    x = make(dataclasses.replace(CASES[0], documents=(Document(0, 70, 9),), keys=70))
+    scale = torch.rand(70, generator=torch.Generator().manual_seed(5)) + 0.25
+    both = []
+    for how in ("interpreter", "reference"):
+        q, k, w = leaves(x.q_SID, x.k_TD, x.w_SI)
+        scores = ops.index_scores(q, k, w, x.starts_S, x.ends_S, scale, backend=how)
+        scores = torch.where(x.visible_ST(), scores, 0.0)
+        both.append((scores, *torch.autograd.grad(scores.square().sum(), (q, k, w))))
+    for a, e in zip(*both, strict=True):
+        oracle.assert_close(a, e, 1e-5)
+
+
+def test_the_interpreter_is_never_picked_by_itself() -> None:
+    for op, choices in ops.backends("cpu").items():
+        names = [name for name, why_not in choices if why_not is None]
+        assert names[0] != "interpreter" and "triton" not in dict(choices), op

@@ -1,0 +1,25 @@
+"""Portable Triton kernels: the ops on GPUs, and on the CPU in Triton's interpreter, which checks them where there is no GPU.
+
+A file holds one family: `index` (scores, equation (1), and their gradients), `topk` (the selection, equation (2)), `attention` (over
+selected entries), `attention_kl` (the same with the KL of equation (4)), `loss` (the warm-up's KL, equation (3)).
+"""
+
+from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
+from tokensieve.ops.triton.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
+from tokensieve.ops.triton.index import index_scores, index_scores_backward
+from tokensieve.ops.triton.loss import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
+from tokensieve.ops.triton.topk import index_topk, select_topk
+
+__all__ = [
+    "index_scores",
+    "index_scores_backward",
+    "index_topk",
+    "indexer_kl_dense",
+    "indexer_kl_dense_backward",
+    "indexer_kl_dense_step",
+    "select_topk",
+    "sparse_attention",
+    "sparse_attention_backward",
+    "sparse_attention_kl",
+    "sparse_attention_kl_backward",
+]

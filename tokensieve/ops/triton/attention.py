@@ -1,0 +1,288 @@
+"""Attention over selected entries in Triton, forward and backward.
+
+Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group, K selected, E entry width, V value width. A program
+holds one query: BH of a group's heads x tiles of BN selected entries. An entry's key is cut into a main part, a power of two wide
+(DM), and a tail (DT): 576 = 512 + 64; under MLA the main part is the value too and is loaded once.
+
+Logits are taken to base 2, so that exp2 needs no further product. Places beyond the last used one are never read.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensieve.ops.triton.index import exact, padded
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+
+
+def widths(d_k: int, v_start: int, d_v: int) -> dict[str, int | bool]:
+    """DM, DT: the key's main part and its tail (0: none), VP: the value, all padded; SHARED: the value is the main part."""
+    DM = max(16, triton.next_power_of_2(d_k + 1) // 2)  # the largest power of two that fits
+    DT = padded(d_k - DM) if d_k > DM else 0
+    VP = padded(d_v)
+    return {"DM": DM, "DT": DT, "VP": VP, "SHARED": v_start == 0 and d_v == DM and d_k >= DM}
+
+
+def head_block(M: int) -> int:
+    return min(64, padded(M))
+
+
+@triton.jit
+def used_places(indices, K, KP: tl.constexpr):
+    """One more than the last place of a row that names a key."""
+    at = tl.arange(0, KP)
+    index = tl.load(indices + at, mask=at < K, other=-1)
+    return tl.max(tl.where(index >= 0, at + 1, 0))
+
+
+@triton.jit
+def load_part(x, row, mask, width: tl.constexpr, W: tl.constexpr):
+    """The first `width` values after each pointer offset `row`, padded with zeros to W; zeros where `mask` is off."""
+    w = tl.arange(0, W)
+    return tl.load(x + row[:, None] + w[None, :], mask=mask[:, None] & (w < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_part(x, row, mask, value, width: tl.constexpr, W: tl.constexpr):
+    w = tl.arange(0, W)
+    tl.store(x + row[:, None] + w[None, :], value, mask=mask[:, None] & (w < width)[None, :])
+
+
+@triton.jit
+def add_part(x, row, mask, value, width: tl.constexpr, W: tl.constexpr):
+    w = tl.arange(0, W)
+    tl.atomic_add(x + row[:, None] + w[None, :], value, mask=mask[:, None] & (w < width)[None, :], sem="relaxed")
+
+
+@triton.jit
+def load_entry(
+    kv, index, g, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
+    DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Main part, tail and value of the entries that `index` names, group g; zeros where it names none."""
+    live = index >= 0
+    row = (index.to(tl.int64) * G + g) * E
+    main = load_part(kv, row, live, d_k if d_k < DM else DM, DM)
+    tail = load_part(kv, row + DM, live, d_k - DM, DT) if DT > 0 else main
+    value = main if SHARED else load_part(kv, row + v_start, live, d_v, VP)
+    return main, tail, value
+
+
+@triton.jit
+def _forward_kernel(
+    q, kv, indices, out, lse, K, scale,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
+    DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
+    KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    M: tl.constexpr = H // G
+    blocks: tl.constexpr = (M + BH - 1) // BH
+    t, g = tl.program_id(0).to(tl.int64), tl.program_id(1) // blocks
+    head = tl.program_id(1) % blocks * BH + tl.arange(0, BH)
+    mine, n = head < M, tl.arange(0, BN)
+    row = t * H + g * M + head
+    q_main = load_part(q, row * d_k, mine, d_k if d_k < DM else DM, DM)
+    q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT) if DT > 0 else q_main
+    largest = tl.zeros((BH,), tl.float32) + float("-inf")
+    total = tl.zeros((BH,), tl.float32)
+    acc_HV = tl.zeros((BH, VP), tl.float32)
+    indices += t * K
+    for first in range(0, used_places(indices, K, KP), BN):
+        index = tl.load(indices + first + n, mask=first + n < K, other=-1)
+        main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
+        logit_HN = tl.dot(q_main, tl.trans(main), input_precision=EXACT)
+        if DT > 0:
+            logit_HN = tl.dot(q_tail, tl.trans(tail), logit_HN, input_precision=EXACT)
+        logit_HN = tl.where((index >= 0)[None, :], logit_HN * (scale * LOG2E), float("-inf"))
+        now = tl.maximum(largest, tl.max(logit_HN, 1))
+        base = tl.where(now == float("-inf"), 0.0, now)
+        p_HN = tl.exp2(logit_HN - base[:, None])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(p_HN, 1)
+        acc_HV = tl.dot(p_HN.to(value.dtype), value, acc_HV * shrink[:, None], input_precision=EXACT)
+        largest = now
+    some = tl.where(total > 0, total, 1.0)
+    out_HV = acc_HV / some[:, None]
+    store_part(out, row * d_v, mine, out_HV, d_v, VP)
+    tl.store(lse + row, tl.where(total > 0, largest * LN2 + tl.log(some), float("-inf")), mask=mine)
+
+
+def sparse_attention(
+    q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int
+) -> tuple[Tensor, Tensor]:
+    (S, H, _), (_, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
+    out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
+    if S == 0:
+        return out, lse
+    BH = head_block(H // G)
+    _forward_kernel[(S, G * triton.cdiv(H // G, BH))](
+        q_SHD.contiguous(), kv_TGE.contiguous(), indices_SK.contiguous(), out, lse, K, scale,
+        H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
+        KP=padded(K), BH=BH, BN=64, EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=2,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _dq_kernel(
+    dout, dlse, q, kv, indices, out, lse, dq, delta, mass, K, scale, S,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
+    DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
+    KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    HAS_DLSE: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
+    """dq, delta = sum(dout * out) - dlse, and (MASS) the probabilities summed over this block's heads, for the target of (4)."""
+    M: tl.constexpr = H // G
+    blocks: tl.constexpr = (M + BH - 1) // BH
+    t, g = tl.program_id(0).to(tl.int64), tl.program_id(1) // blocks
+    head = tl.program_id(1) % blocks * BH + tl.arange(0, BH)
+    mine, n = head < M, tl.arange(0, BN)
+    row = t * H + g * M + head
+    q_main = load_part(q, row * d_k, mine, d_k if d_k < DM else DM, DM)
+    q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT) if DT > 0 else q_main
+    delta_H = tl.zeros((BH,), tl.float32)
+    for begin in tl.static_range(0, VP, 16):  # narrow pieces: registers are what this kernel is short of
+        some = row * d_v + begin
+        a, b = load_part(dout, some, mine, d_v - begin, 16), load_part(out, some, mine, d_v - begin, 16)
+        delta_H += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    dout_HV = load_part(dout, row * d_v, mine, d_v, VP)
+    if HAS_DLSE:
+        delta_H -= tl.load(dlse + row, mask=mine, other=0.0).to(tl.float32)
+    tl.store(delta + row, delta_H, mask=mine)
+    # a row past the last head, or without keys, has probability 0 everywhere
+    lse_H = tl.load(lse + row, mask=mine, other=float("inf"))
+    lse_H = tl.where(lse_H == float("-inf"), float("inf"), lse_H) * LOG2E
+    dmain_HD = tl.zeros((BH, DM), tl.float32)
+    dtail_HD = tl.zeros((BH, DT if DT > 0 else 16), tl.float32)
+    indices += t * K
+    for first in range(0, used_places(indices, K, KP), BN):
+        index = tl.load(indices + first + n, mask=first + n < K, other=-1)
+        main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
+        logit_HN = tl.dot(q_main, tl.trans(main), input_precision=EXACT)
+        if DT > 0:
+            logit_HN = tl.dot(q_tail, tl.trans(tail), logit_HN, input_precision=EXACT)
+        p_HN = tl.exp2(logit_HN * (scale * LOG2E) - lse_H[:, None])
+        p_HN = tl.where((index >= 0)[None, :], p_HN, 0.0)
+        if MASS:
+            place = mass + (tl.program_id(1).to(tl.int64) * S + t) * K + first + n
+            tl.store(place, tl.sum(p_HN, 0), mask=first + n < K)
+        dp_HN = tl.dot(dout_HV, tl.trans(value), input_precision=EXACT)
+        ds_HN = (p_HN * (dp_HN - delta_H[:, None])).to(main.dtype)
+        dmain_HD = tl.dot(ds_HN, main, dmain_HD, input_precision=EXACT)
+        if DT > 0:
+            dtail_HD = tl.dot(ds_HN, tail, dtail_HD, input_precision=EXACT)
+    store_part(dq, row * d_k, mine, dmain_HD * scale, d_k if d_k < DM else DM, DM)
+    if DT > 0:
+        store_part(dq, row * d_k + DM, mine, dtail_HD * scale, d_k - DM, DT)
+
+
+@triton.jit
+def _dkv_kernel(
+    dout, q, kv, indices, lse, delta, dkv, K, scale,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
+    DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Adds one query's part of the gradient of one tile of its entries: summed over all heads first, since adding is what is dear."""
+    M: tl.constexpr = H // G
+    tiles, n = (K + BN - 1) // BN, tl.arange(0, BN)
+    t = (tl.program_id(0) // tiles).to(tl.int64)
+    first, g = tl.program_id(0) % tiles * BN, tl.program_id(1)
+    index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
+    live = index >= 0
+    if tl.max(index) >= 0:
+        main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
+        dmain_ND = tl.zeros((BN, DM), tl.float32)
+        dtail_ND = tl.zeros((BN, DT if DT > 0 else 16), tl.float32)
+        dvalue_NV = tl.zeros((BN, 16 if SHARED else VP), tl.float32)
+        for begin in range(0, M, BH):
+            head = begin + tl.arange(0, BH)
+            mine = head < M
+            row = t * H + g * M + head
+            q_main = load_part(q, row * d_k, mine, d_k if d_k < DM else DM, DM)
+            dout_HV = load_part(dout, row * d_v, mine, d_v, VP)
+            logit_HN = tl.dot(q_main, tl.trans(main), input_precision=EXACT)
+            if DT > 0:
+                q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT)
+                logit_HN = tl.dot(q_tail, tl.trans(tail), logit_HN, input_precision=EXACT)
+            lse_H = tl.load(lse + row, mask=mine, other=float("inf"))
+            lse_H = tl.where(lse_H == float("-inf"), float("inf"), lse_H) * LOG2E
+            p_HN = tl.where(live[None, :], tl.exp2(logit_HN * (scale * LOG2E) - lse_H[:, None]), 0.0)
+            dp_HN = tl.dot(dout_HV, tl.trans(value), input_precision=EXACT)
+            delta_H = tl.load(delta + row, mask=mine, other=0.0)
+            ds_NH = tl.trans((p_HN * (dp_HN - delta_H[:, None]) * scale).to(main.dtype))
+            p_NH = tl.trans(p_HN.to(main.dtype))
+            dmain_ND = tl.dot(ds_NH, q_main, dmain_ND, input_precision=EXACT)
+            if SHARED:
+                dmain_ND = tl.dot(p_NH, dout_HV, dmain_ND, input_precision=EXACT)
+            else:
+                dvalue_NV = tl.dot(p_NH, dout_HV, dvalue_NV, input_precision=EXACT)
+            if DT > 0:
+                dtail_ND = tl.dot(ds_NH, q_tail, dtail_ND, input_precision=EXACT)
+        row_N = (index.to(tl.int64) * G + g) * E
+        add_part(dkv, row_N, live, dmain_ND, d_k if d_k < DM else DM, DM)
+        if DT > 0:
+            add_part(dkv, row_N + DM, live, dtail_ND, d_k - DM, DT)
+        if not SHARED:
+            add_part(dkv, row_N + v_start, live, dvalue_NV, d_v, VP)
+
+
+def backward_with_mass(
+    dout_SHV: Tensor,
+    dlse_SH: Tensor | None,
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    with_mass: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq, dkv, and with `with_mass` the probabilities summed over heads (S, K), unspecified past a row's last used place."""
+    (S, H, _), (_, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
+    dq = q_SHD.new_empty(q_SHD.shape)
+    dkv = torch.zeros(kv_TGE.shape, dtype=torch.float32, device=q_SHD.device)
+    BH = head_block(H // G)
+    blocks = G * triton.cdiv(H // G, BH)
+    mass = torch.empty(blocks if with_mass else 0, S, K, dtype=torch.float32, device=q_SHD.device)
+    if S > 0:
+        delta = torch.empty_like(lse_SH)
+        q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
+        dlse = dlse_SH.contiguous() if dlse_SH is not None else None
+        shape = {"H": H, "G": G, "E": E, "d_k": d_k, "v_start": v_start, "d_v": d_v} | widths(d_k, v_start, d_v)
+        settings = {"EXACT": exact(q_SHD), "num_warps": 8 if d_v > 128 else 4}
+        _dq_kernel[(S, blocks)](
+            dout, dlse, q, kv, indices, out_SHV, lse_SH, dq, delta, mass, K, scale, S,
+            **shape, KP=padded(K), BH=BH, BN=32, HAS_DLSE=dlse is not None, MASS=with_mass, num_stages=1, **settings,
+        )  # fmt: skip
+        _dkv_kernel[(S * triton.cdiv(K, 32), G)](
+            dout, q, kv, indices, lse_SH, delta, dkv, K, scale, **shape, BH=min(BH, 32), BN=32, num_stages=2, **settings
+        )
+    return dq, dkv.to(kv_TGE.dtype), mass.sum(0) if with_mass else None
+
+
+def sparse_attention_backward(
+    dout_SHV: Tensor,
+    dlse_SH: Tensor | None,
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+) -> tuple[Tensor, Tensor]:
+    dq, dkv, _ = backward_with_mass(
+        dout_SHV, dlse_SH, q_SHD, kv_TGE, indices_SK, out_SHV, lse_SH, scale, d_k, v_start, d_v, with_mass=False
+    )
+    return dq, dkv

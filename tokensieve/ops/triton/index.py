@@ -1,0 +1,205 @@
+"""Index scores, equation (1), and their gradients, in Triton.
+
+Legend: S query tokens, T key tokens, H index heads (HP padded to a power of two), D index width (DP padded); a program holds BQ
+queries x HP heads as the rows of one matrix product and walks over tiles of BK keys.
+
+A score has the same bits whatever the tiling, the batch, and prefill or decode: it is one product over the whole width and one sum over
+the heads, in an order that depends on (H, D, dtype) alone, because BQ and BK do.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 256  # query heads in one product: four queries of 64 heads keep the tensor cores busier than fewer
+BK = 64
+PROGRAMS = 1024  # about how many programs fill a large GPU several times
+
+
+def padded(n: int, least: int = 16) -> int:
+    """The power of two that a matrix product wants for a width or a number of heads."""
+    return max(least, triton.next_power_of_2(n))
+
+
+def exact(x: Tensor) -> str:
+    """float32 products are not to be rounded to TF32; for narrower types the word means nothing."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def block_range(starts, ends, t, S):
+    """The keys that any of the queries `t` sees: [lo, hi); lo >= hi where none sees any."""
+    start = tl.load(starts + t, mask=t < S, other=0)
+    end = tl.load(ends + t, mask=t < S, other=0)
+    seen = end > start
+    lo = tl.min(tl.where(seen, start, 2147483647))
+    hi = tl.max(tl.where(seen, end, 0))
+    return start, end, lo, hi
+
+
+@triton.jit
+def load_rows(x, row, mask, d, D):
+    """Rows (R, D) of a matrix of width D, zeros past it and where `mask` is off."""
+    return tl.load(x + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+def queries_of_tiles(starts_S: Tensor, ends_S: Tensor, T: int, tile: int) -> tuple[Tensor, Tensor]:
+    """For each tile of keys the queries [first, last) among which all are that see any of it; ranges in any order."""
+    sees = ends_S > starts_S
+    ends = torch.where(sees, ends_S, 0).cummax(0).values  # the first query whose range ends past the tile's first key
+    starts = torch.where(sees, starts_S, T).flip(0).cummin(0).values.flip(0)  # the last one that starts before its end
+    edges = torch.arange(0, T, tile, device=starts_S.device, dtype=ends.dtype)
+    first = torch.searchsorted(ends, edges, right=True)
+    last = torch.searchsorted(starts, (edges + tile).clamp_max(T))
+    return first.to(torch.int32), last.to(torch.int32)
+
+
+@triton.jit
+def _scores_kernel(
+    q, k, w, k_scale, starts, ends, out, S, T, chunk,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SCALED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
+    t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
+    _, _, lo, hi = block_range(starts, ends, t, S)
+    lo = tl.maximum(lo // BK * BK, tl.program_id(1) * chunk)
+    hi = tl.minimum(hi, tl.program_id(1) * chunk + chunk)
+    row = tl.arange(0, BQ * HP)
+    owner, head = first + row // HP, row % HP
+    real = (owner < S) & (head < H)
+    q_RD = load_rows(q, owner * H + head, real, d, D)
+    w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
+    for s in range(lo, hi, BK):
+        k_ND = load_rows(k, s + n, s + n < T, d, D)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
+        weighted = tl.maximum(dots_RN, 0.0) * w_R[:, None]
+        score_QN = tl.sum(tl.reshape(weighted, (BQ, HP, BK)), 1)
+        if SCALED:
+            score_QN *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[None, :]
+        place = out + t.to(tl.int64)[:, None] * T + (s + n)[None, :]
+        tl.store(place, score_QN, mask=(t < S)[:, None] & (s + n < T)[None, :])
+
+
+def index_scores(
+    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
+) -> Tensor:
+    (S, H, D), T = q_SHD.shape, k_TD.shape[0]
+    scores_ST = torch.empty(S, T, dtype=torch.float32, device=q_SHD.device)
+    if S == 0 or T == 0:
+        return scores_ST
+    HP, DP = padded(H), padded(D, 32)
+    BQ = max(1, ROWS // HP)
+    starts_S, ends_S, blocks = starts_S.contiguous(), ends_S.contiguous(), triton.cdiv(S, BQ)
+    # Few queries: the keys are shared out as well, so that the GPU is full.
+    chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
+    chunk = max(chunk, 16 * BK)
+    _scores_kernel[(blocks, triton.cdiv(T, chunk))](
+        q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, starts_S, ends_S, scores_ST, S, T, chunk,
+        H=H, D=D, HP=HP, DP=DP, BQ=BQ, BK=BK, SCALED=k_scale_T is not None, EXACT=exact(q_SHD),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return scores_ST
+
+
+@triton.jit
+def _dq_kernel(
+    dscore, q, k, w, k_scale, starts, ends, dq, dw, S, T,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SCALED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dq = w * sum_s g[s] 1[q.k > 0] k[s], with g the score's gradient; dw is the same sum times q, since relu(q.k) is q.k or 0."""
+    first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
+    t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
+    start, end, lo, hi = block_range(starts, ends, t, S)
+    row = tl.arange(0, BQ * HP)
+    owner, head = first + row // HP, row % HP
+    real = (owner < S) & (head < H)
+    q_RD = load_rows(q, owner * H + head, real, d, D)
+    moved_RD = tl.zeros((BQ * HP, DP), dtype=tl.float32)
+    for s in range(lo // BK * BK, hi, BK):
+        k_ND = load_rows(k, s + n, s + n < T, d, D)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
+        key = (s + n)[None, :]
+        seen = (key >= start[:, None]) & (key < end[:, None])
+        g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + key, mask=seen, other=0.0).to(tl.float32)
+        if SCALED:
+            g_QN *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[None, :]
+        g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
+        opened_RN = tl.where(dots_RN > 0, g_RN, 0.0).to(k_ND.dtype)
+        moved_RD = tl.dot(opened_RN, k_ND, moved_RD, input_precision=EXACT)
+    w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
+    place = dq + (owner * H + head).to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(place, moved_RD * w_R[:, None], mask=real[:, None] & (d < D)[None, :])
+    tl.store(dw + owner * H + head, tl.sum(moved_RD * q_RD.to(tl.float32), 1), mask=real)
+
+
+@triton.jit
+def _dk_kernel(
+    dscore, q, k, w, k_scale, starts, ends, firsts, lasts, dk, S, T,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    SCALED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dk[s] = sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j]: one tile of keys, all queries that see any of it."""
+    s, d = tl.program_id(0) * BK, tl.arange(0, DP)
+    n, row = s + tl.arange(0, BK), tl.arange(0, BQ * HP)
+    k_ND = load_rows(k, n, n < T, d, D)
+    dk_ND = tl.zeros((BK, DP), dtype=tl.float32)
+    for first in range(tl.load(firsts + tl.program_id(0)), tl.load(lasts + tl.program_id(0)), BQ):
+        t = first + tl.arange(0, BQ)
+        start = tl.load(starts + t, mask=t < S, other=0)[:, None]
+        end = tl.load(ends + t, mask=t < S, other=0)[:, None]
+        owner, head = first + row // HP, row % HP
+        real = (owner < S) & (head < H)
+        q_RD = load_rows(q, owner * H + head, real, d, D)
+        w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
+        seen = (n[None, :] >= start) & (n[None, :] < end)
+        g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + n[None, :], mask=seen, other=0.0).to(tl.float32)
+        g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
+        opened_RN = tl.where(dots_RN > 0, g_RN * w_R[:, None], 0.0).to(q_RD.dtype)
+        dk_ND = tl.dot(tl.trans(opened_RN), q_RD, dk_ND, input_precision=EXACT)
+    if SCALED:
+        dk_ND *= tl.load(k_scale + n, mask=n < T, other=0.0)[:, None]
+    tl.store(dk + n.to(tl.int64)[:, None] * D + d[None, :], dk_ND, mask=(n < T)[:, None] & (d < D)[None, :])
+
+
+def gradients_of_scores(
+    dscores_ST: Tensor,
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq and dw in their inputs' dtypes, dk in float32, so that strips of queries can be added up."""
+    (S, H, D), T = q_SHD.shape, k_TD.shape[0]
+    dq, dw = q_SHD.new_empty(q_SHD.shape), w_SH.new_empty(w_SH.shape)
+    dk = torch.zeros(k_TD.shape, dtype=torch.float32, device=k_TD.device)
+    if S == 0 or T == 0:
+        return dq.zero_(), dk, dw.zero_()
+    HP, DP = padded(H), padded(D, 32)
+    BQ = max(1, ROWS // 2 // HP)
+    starts_S, ends_S = starts_S.contiguous(), ends_S.contiguous()
+    inputs = (dscores_ST.contiguous(), q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T)
+    shape = {"H": H, "D": D, "HP": HP, "DP": DP, "BQ": BQ, "BK": BK, "SCALED": k_scale_T is not None}
+    settings = {"EXACT": exact(q_SHD), "num_warps": 8, "num_stages": 2}
+    _dq_kernel[(triton.cdiv(S, BQ),)](*inputs, starts_S, ends_S, dq, dw, S, T, **shape, **settings)
+    tiles = queries_of_tiles(starts_S, ends_S, T, BK)
+    _dk_kernel[(triton.cdiv(T, BK),)](*inputs, starts_S, ends_S, *tiles, dk, S, T, **shape, **settings)
+    return dq, dk, dw
+
+
+def index_scores_backward(
+    dscores_ST: Tensor,
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dw = gradients_of_scores(dscores_ST, q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T)
+    return dq, dk.to(k_TD.dtype), dw
