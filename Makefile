@@ -22,7 +22,7 @@ PYTEST := $(PY) -m pytest
 export PYTHONPATH := $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check bench test-gpu
+.PHONY: demo test test-all check bench test-gpu bench-gpu
 
 demo: $(RUNTIME)
 	$(PY) -m tokensieve demo
@@ -46,6 +46,9 @@ bench: $(RUNTIME)
 test-gpu: $(DEV)
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: torch sees no CUDA device here")'
 	$(PYTEST) -m gpu
+
+bench-gpu: $(DEV)
+	$(PY) benchmarks/gpu.py
 
 # torch goes first and alone: a range that another package asks for would otherwise pull the newest CUDA build.
 $(VENV)/.runtime: pyproject.toml constraints.txt

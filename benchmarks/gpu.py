@@ -1,0 +1,325 @@
+"""The GPU kernels at the shapes of the 671B model, each beside its peer in the same run.
+
+    make bench-gpu, or: python benchmarks/gpu.py [--only WORD] [--out FILE] [--quick]
+
+Prefill: the last 4096 queries of a context, causal. Times are medians of many runs; a row says how many times faster than the peer the
+own kernel is, where the peer's package imports: DeepGEMM (`deep_gemm`), FlashMLA (`flash_mla`), PyTorch's own otherwise. TFLOP/s and
+GB/s are counted from the work that the mathematics asks for, not from what a kernel does besides. Every own result is compared with
+the peer's, or with the reference on a few queries. Table to standard output, figures to a JSON file; exit status 1 when a result is
+wrong.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.testing import do_bench
+
+from tokensieve import ops
+from tokensieve.ops.quant import quantize_e4m3
+
+ROOT = Path(__file__).resolve().parents[1]
+HEADS, KEY, VALUE, INDEX_HEADS, INDEX_DIM, K = 128, 576, 512, 64, 128, 2048
+NOPE, ROPE, HEAD_VALUE = 128, 64, 128
+SCALE = 192**-0.5
+QUERIES = 4096
+
+Step = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """One measurement: milliseconds, and what was counted."""
+
+    op: str
+    shape: str
+    own_ms: float
+    peer: str = ""
+    peer_ms: float | None = None
+    tflop: float = 0.0  # 1e12 operations of one call
+    gb: float = 0.0  # 1e9 bytes, each input and output once
+    error: float = 0.0  # largest difference from the peer or the reference, relative to the largest value
+    allowed: float = 0.02
+    memory_gb: float = 0.0  # peak of one call above what was there before it
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.peer_ms is None else self.peer_ms / self.own_ms
+
+
+def milliseconds(step: Step, quick: bool) -> float:
+    return do_bench(step, warmup=5 if quick else 25, rep=20 if quick else 100, return_mode="median")
+
+
+def peak_gb(step: Step) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def difference(a: Tensor, e: Tensor) -> float:
+    return float((a.double() - e.double()).abs().max() / e.double().abs().max().clamp_min(1e-30))
+
+
+def peer(module: str) -> Any | None:
+    return importlib.import_module(module) if importlib.util.find_spec(module) else None
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def last_queries(T: int, S: int = QUERIES) -> tuple[Tensor, Tensor]:
+    ends = torch.arange(T - S + 1, T + 1, device="cuda", dtype=torch.int32)
+    return torch.zeros_like(ends), ends
+
+
+def pairs(starts: Tensor, ends: Tensor) -> int:
+    return int((ends - starts).clamp_min(0).long().sum())
+
+
+def index_inputs(T: int, S: int = QUERIES) -> tuple[Tensor, Tensor, Tensor]:
+    w = torch.randn(S, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5
+    return normal(S, INDEX_HEADS, INDEX_DIM), normal(T, INDEX_DIM), w
+
+
+def random_selection(S: int, T: int) -> Tensor:
+    """Ascending causal selections of the last S queries."""
+    rows = []
+    for t in range(T - S + 1, T + 1):
+        rows.append(torch.randperm(t, device="cuda")[:K].sort().values)
+    return torch.stack(rows).to(torch.int32)
+
+
+def scores(T: int, quick: bool) -> Iterator[Row]:
+    deep_gemm = peer("deep_gemm")
+    q, k, w = index_inputs(T)
+    starts, ends = last_queries(T)
+    q8, q_scale = quantize_e4m3(q, INDEX_DIM, "ue8m0")
+    k8, k_scale = quantize_e4m3(k, INDEX_DIM, "ue8m0")
+    w8, k_scale = w * q_scale.squeeze(-1), k_scale.squeeze(-1)
+    work = pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12
+    seen = torch.arange(T, device="cuda")[None] < ends[:64, None]
+    expected = ops.index_scores(
+        q8[:64].float(), k8.float(), w8[:64], starts[:64], ends[:64], k_scale, backend="reference"
+    )
+
+    def fp8() -> Tensor:
+        return ops.index_scores(q8, k8, w8, starts, ends, k_scale)
+
+    row = Row("index scores fp8", f"{QUERIES} x {T // 1024}K", milliseconds(fp8, quick), tflop=work)
+    row.error = difference(fp8()[:64][seen], expected[seen])
+    if deep_gemm is not None:
+        row.peer = "DeepGEMM"
+        row.peer_ms = milliseconds(
+            lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
+        )
+    yield row
+    bf16 = milliseconds(lambda: ops.index_scores(q, k, w, starts, ends), quick)
+    yield Row("index scores bf16", row.shape, bf16, tflop=work)
+
+
+def selection(shape: tuple[int, int], quick: bool) -> Iterator[Row]:
+    S, T = shape
+    x = torch.randn(S, T, device="cuda")
+    starts, ends = torch.zeros(S, device="cuda").int(), torch.full((S,), T, device="cuda").int()
+    own = milliseconds(lambda: ops.select_topk(x, K, starts, ends), quick)
+    few = slice(0, S, 64)
+    found = ops.select_topk(x, K, starts, ends)[few]
+    expected = ops.select_topk(x[few], K, starts[few], ends[few], backend="reference")
+    row = Row(f"top-{K}", f"{S} x {T // 1024}K", own, "torch.topk", gb=S * T * 4 / 1e9, allowed=0.0)
+    row.error = float((found != expected).any(dim=1).float().mean())
+    row.peer_ms = milliseconds(lambda: torch.topk(x, K, dim=1, sorted=False), quick)
+    yield row
+
+
+def index_and_select(T: int, quick: bool) -> Iterator[Row]:
+    deep_gemm = peer("deep_gemm")
+    q, k, w = index_inputs(T)
+    starts, ends = last_queries(T)
+    q8, q_scale = quantize_e4m3(q, INDEX_DIM, "ue8m0")
+    k8, k_scale = quantize_e4m3(k, INDEX_DIM, "ue8m0")
+    w8, k_scale = w * q_scale.squeeze(-1), k_scale.squeeze(-1)
+    own = milliseconds(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale), quick)
+    row = Row(
+        "index and select",
+        f"{QUERIES} x {T // 1024}K",
+        own,
+        tflop=pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12,
+    )
+    found = ops.index_topk(q8, k8, w8, K, starts, ends, k_scale)
+    apart = ops.select_topk(ops.index_scores(q8, k8, w8, starts, ends, k_scale), K, starts, ends)
+    row.error, row.allowed = float((found != apart).any(dim=1).float().mean()), 0.0
+    if deep_gemm is not None:
+        row.peer = "DeepGEMM's scores alone"
+        row.peer_ms = milliseconds(
+            lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
+        )
+    yield row
+
+
+def sparse_forward(T: int, quick: bool) -> Iterator[Row]:
+    flash_mla = peer("flash_mla")
+    q, kv, indices = normal(QUERIES, HEADS, KEY), normal(T, 1, KEY), random_selection(QUERIES, T)
+
+    def own() -> tuple[Tensor, Tensor]:
+        return ops.sparse_attention(q, kv, indices, SCALE, KEY, 0, VALUE)
+
+    row = Row("sparse forward", f"{QUERIES} x {T // 1024}K, k {K}", milliseconds(own, quick))
+    row.tflop = float((indices >= 0).sum()) * HEADS * (KEY + VALUE) * 2 / 1e12
+    few = slice(0, QUERIES, 64)
+    expected = ops.sparse_attention(q[few], kv, indices[few], SCALE, KEY, 0, VALUE, backend="reference")[0]
+    row.error = difference(own()[0][few], expected)
+    if flash_mla is not None:
+        row.peer = "FlashMLA"
+        row.peer_ms = milliseconds(
+            lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices.unsqueeze(1), SCALE, VALUE), quick
+        )
+    yield row
+
+
+def sparse_backward(T: int, quick: bool) -> Iterator[Row]:
+    q, kv, indices = normal(QUERIES, HEADS, KEY), normal(T, 1, KEY), random_selection(QUERIES, T)
+    q_I, k_I, w = index_inputs(T)
+    leaves = [x.requires_grad_() for x in (q, kv, q_I, k_I, w)]
+    dout, dkl = normal(QUERIES, HEADS, VALUE), torch.full((QUERIES,), 1 / QUERIES, device="cuda")
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return ops.sparse_attention_kl(q, kv, indices, SCALE, KEY, 0, VALUE, q_I, k_I, w)
+
+    out, _, kl = forward()
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad((out, kl), leaves, (dout, dkl), retain_graph=True)
+
+    used = float((indices >= 0).sum())
+    shape = f"{QUERIES} x {T // 1024}K, k {K}, {HEADS} heads"
+    work = used * (HEADS * (KEY + VALUE) + HEADS * KEY + INDEX_HEADS * INDEX_DIM) * 2 / 1e12
+    yield Row("sparse forward with KL", shape, milliseconds(forward, quick), tflop=work)
+    row = Row("sparse backward with KL", shape, milliseconds(backward, quick))
+    row.tflop = used * (HEADS * (3 * KEY + 2 * VALUE) + 3 * INDEX_HEADS * INDEX_DIM) * 2 / 1e12
+    few = slice(0, QUERIES, 64)
+    parts = [x.detach()[few].requires_grad_() for x in (q, q_I, w)]
+    small = ops.sparse_attention_kl(
+        parts[0],
+        kv.detach(),
+        indices[few],
+        SCALE,
+        KEY,
+        0,
+        VALUE,
+        parts[1],
+        k_I.detach(),
+        parts[2],
+        backend="reference",
+    )
+    expected = torch.autograd.grad((small[0], small[2]), parts, (dout[few], dkl[few]))
+    found = backward()
+    row.error = max(difference(found[i][few], e) for i, e in zip((0, 2, 4), expected, strict=True))
+    row.memory_gb = peak_gb(backward)
+    yield row
+
+
+def warmup(T: int, quick: bool) -> Iterator[Row]:
+    """One layer's KL of equation (3) beyond the dense forward that it needs anyway."""
+    q, k = normal(T, HEADS, NOPE + ROPE), normal(T, HEADS, NOPE + ROPE)
+    v = normal(T, HEADS, HEAD_VALUE)
+    q_I, k_I, w = index_inputs(T, T)
+    leaves = [x.requires_grad_() for x in (q_I, k_I, w)]
+    starts, ends = torch.zeros(T, device="cuda").int(), torch.arange(1, T + 1, device="cuda").int()
+
+    def dense() -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=SCALE)
+
+    bounds = torch.tensor([0, T], device="cuda", dtype=torch.int32)
+    lse = ops.dense_attention(q, k, v, starts, ends, SCALE, bounds=bounds, longest=T)[1]
+    weight = torch.full((T,), 1 / T, device="cuda")
+
+    def step() -> tuple[Tensor, ...]:
+        kl = ops.indexer_kl_dense_sum(q, k, lse, SCALE, q_I, k_I, w, starts, ends, weight)
+        return torch.autograd.grad(kl, leaves)
+
+    row = Row("warm-up step", f"{T // 1024}K, {HEADS} heads", milliseconds(step, quick), "cuDNN's dense forward")
+    row.peer_ms = milliseconds(dense, quick)
+    row.tflop = T * (T + 1) / 2 * (HEADS * (NOPE + ROPE) + 3 * INDEX_HEADS * INDEX_DIM) * 2 / 1e12
+    row.memory_gb = peak_gb(step)
+    if T <= 8192:
+        expected = torch.autograd.grad(
+            ops.indexer_kl_dense_sum(q, k, lse, SCALE, q_I, k_I, w, starts, ends, weight, backend="reference"),
+            leaves,
+        )
+        row.error = max(difference(a, e) for a, e in zip(step(), expected, strict=True))
+    yield row
+
+
+CONTEXTS = (8192, 32768, 131072)
+PARTS: dict[str, tuple[Callable[..., Iterator[Row]], tuple]] = {
+    "scores": (scores, CONTEXTS),
+    "topk": (selection, ((4096, 8192), (4096, 32768), (1024, 131072))),
+    "index-and-select": (index_and_select, CONTEXTS[-1:]),
+    "forward": (sparse_forward, CONTEXTS),
+    "backward": (sparse_backward, CONTEXTS),
+    "warmup": (warmup, CONTEXTS),
+}
+
+
+def show(rows: list[Row]) -> None:
+    table = Table("op", "shape", "ms", "TFLOP/s", "GB/s", "peer", "its ms", "times faster", "error", "GB above")
+    for row in rows:
+        table.add_row(
+            row.op, row.shape, f"{row.own_ms:.3f}",
+            f"{row.tflop / row.own_ms * 1e3:.0f}" if row.tflop else "", f"{row.gb / row.own_ms * 1e3:.0f}" if row.gb else "",
+            row.peer, f"{row.peer_ms:.3f}" if row.peer_ms else "", f"{row.ratio:.2f}" if row.ratio else "",
+            f"{row.error:.1e}" + ("" if row.error <= row.allowed else " wrong"), f"{row.memory_gb:.2f}" if row.memory_gb else "",
+        )  # fmt: skip
+    Console(width=170).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", choices=PARTS, help="a part; may be given several times")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, two sizes of each")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench-gpu: torch sees no CUDA device here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    begin, rows = time.perf_counter(), []
+    for name in options.only or PARTS:
+        measure, sizes = PARTS[name]
+        for size in sizes[:2] if options.quick else sizes:
+            for row in measure(size, options.quick):
+                rows.append(row)
+                print(
+                    f"{time.perf_counter() - begin:4.0f} s  {row.op}, {row.shape}: {row.own_ms:.3f} ms", file=sys.stderr
+                )
+            torch.cuda.empty_cache()
+    show(rows)
+    import triton
+
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return int(any(row.error > row.allowed for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
