@@ -258,14 +258,15 @@ def backward_with_mass(
         q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
         dlse = dlse_SH.contiguous() if dlse_SH is not None else None
         shape = {"H": H, "G": G, "E": E, "d_k": d_k, "v_start": v_start, "d_v": d_v} | widths(d_k, v_start, d_v)
-        settings = {"EXACT": exact(q_SHD), "num_warps": 8 if d_v > 128 else 4}
         _dq_kernel[(S, blocks)](
             dout, dlse, q, kv, indices, out_SHV, lse_SH, dq, delta, mass, K, scale, S,
-            **shape, KP=padded(K), BH=BH, BN=32, HAS_DLSE=dlse is not None, MASS=with_mass, num_stages=1, **settings,
+            **shape, KP=padded(K), BH=BH, BN=64, HAS_DLSE=dlse is not None, MASS=with_mass,
+            EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=1,
         )  # fmt: skip
         _dkv_kernel[(S * triton.cdiv(K, 32), G)](
-            dout, q, kv, indices, lse_SH, delta, dkv, K, scale, **shape, BH=min(BH, 32), BN=32, num_stages=2, **settings
-        )
+            dout, q, kv, indices, lse_SH, delta, dkv, K, scale,
+            **shape, BH=min(BH, 32), BN=32, EXACT=exact(q_SHD), num_warps=4, num_stages=2,
+        )  # fmt: skip
     return dq, dkv.to(kv_TGE.dtype), mass.sum(0) if with_mass else None
 
 

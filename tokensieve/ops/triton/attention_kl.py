@@ -156,7 +156,7 @@ def sparse_attention_kl(
     mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
     _mass_kernel[(S * triton.cdiv(K, 64),)](
         q, kv, indices, lse, mass, K, scale, H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
-        BH=head_block(H // G), BN=64, EXACT=exact(q), num_warps=8, num_stages=2,
+        BH=min(32, head_block(H // G)), BN=64, EXACT=exact(q), num_warps=4, num_stages=2,
     )  # fmt: skip
     scores = _selected_scores(q_I, k_I, w, indices)
     _kl_kernel[(S,)](mass, scores, indices, kl, kl, H, K, KP=padded(K), WEIGHTED=False)
@@ -193,6 +193,6 @@ def sparse_attention_kl_backward(
         _kl_kernel[(S,)](mass, scores, indices, dkl_S.contiguous(), scores, q_SHD.shape[1], K, KP=KP, WEIGHTED=True)
         _index_gradient_kernel[(S,)](
             q_c, k_c, w_c, indices, scores, dq_I, dk_I, dw, K,
-            H=H, D=D, HP=HP, DP=DP, BN=64, KP=KP, EXACT=exact(q_c), num_warps=8,
+            H=H, D=D, HP=HP, DP=DP, BN=64, KP=KP, EXACT=exact(q_c), num_warps=4,
         )  # fmt: skip
     return dq, dkv, dq_I, dk_I.to(k_I.dtype), dw

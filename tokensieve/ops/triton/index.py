@@ -33,8 +33,9 @@ def block_range(starts, ends, t, S):
     start = tl.load(starts + t, mask=t < S, other=0)
     end = tl.load(ends + t, mask=t < S, other=0)
     seen = end > start
-    lo = tl.min(tl.where(seen, start, 2147483647))
     hi = tl.max(tl.where(seen, end, 0))
+    # never far above hi: a pipelined loop looks a few steps ahead, and past the largest integer it would see negative keys
+    lo = tl.min(tl.where(seen, start, hi))
     return start, end, lo, hi
 
 
@@ -73,13 +74,14 @@ def _scores_kernel(
     w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
     for s in range(lo, hi, BK):
         k_ND = load_rows(k, s + n, s + n < T, d, D)
-        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-        weighted = tl.maximum(dots_RN, 0.0) * w_R[:, None]
-        score_QN = tl.sum(tl.reshape(weighted, (BQ, HP, BK)), 1)
+        # keys are the rows: the sum over heads then stays within a thread, but for its last steps
+        dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
+        weighted = tl.maximum(dots_NR, 0.0) * w_R[None, :]
+        score_NQ = tl.sum(tl.reshape(weighted, (BK, BQ, HP)), 2)
         if SCALED:
-            score_QN *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[None, :]
-        place = out + t.to(tl.int64)[:, None] * T + (s + n)[None, :]
-        tl.store(place, score_QN, mask=(t < S)[:, None] & (s + n < T)[None, :])
+            score_NQ *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[:, None]
+        place = out + t.to(tl.int64)[None, :] * T + (s + n)[:, None]
+        tl.store(place, score_NQ, mask=(t < S)[None, :] & (s + n < T)[:, None])
 
 
 def index_scores(
@@ -181,14 +183,14 @@ def gradients_of_scores(
     if S == 0 or T == 0:
         return dq.zero_(), dk, dw.zero_()
     HP, DP = padded(H), padded(D, 32)
-    BQ = max(1, ROWS // 2 // HP)
+    BQ = max(1, 64 // HP)
     starts_S, ends_S = starts_S.contiguous(), ends_S.contiguous()
     inputs = (dscores_ST.contiguous(), q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T)
-    shape = {"H": H, "D": D, "HP": HP, "DP": DP, "BQ": BQ, "BK": BK, "SCALED": k_scale_T is not None}
-    settings = {"EXACT": exact(q_SHD), "num_warps": 8, "num_stages": 2}
+    shape = {"H": H, "D": D, "HP": HP, "DP": DP, "BQ": BQ, "BK": 128, "SCALED": k_scale_T is not None}
+    settings = {"EXACT": exact(q_SHD), "num_warps": 4, "num_stages": 3}
     _dq_kernel[(triton.cdiv(S, BQ),)](*inputs, starts_S, ends_S, dq, dw, S, T, **shape, **settings)
-    tiles = queries_of_tiles(starts_S, ends_S, T, BK)
-    _dk_kernel[(triton.cdiv(T, BK),)](*inputs, starts_S, ends_S, *tiles, dk, S, T, **shape, **settings)
+    tiles = queries_of_tiles(starts_S, ends_S, T, 128)
+    _dk_kernel[(triton.cdiv(T, 128),)](*inputs, starts_S, ends_S, *tiles, dk, S, T, **shape, **settings)
     return dq, dk, dw
 
 

@@ -3,10 +3,10 @@
 Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT); HI index heads, DI index width (DIP padded); a
 program holds a tile of BQ queries and walks over tiles of BK keys, a chunk of them.
 
-Three passes over the keys. The first gives the logsumexp of the scores. The second sums the heads' probabilities of a tile on the
-chip, adds up the KL and writes softmax(I) - p for a strip of queries: the only thing that is a strip wide and T long. The third reads the
-strip twice, by queries for dq_I and dw and by keys for dk_I: adding dq_I up from programs that hold keys would cost more than the
-products that it saves.
+Passes over the keys: the logsumexp of the scores; the heads' probabilities, summed on the chip; the KL and its derivative softmax(I) - p,
+which takes the place of p; and from it dq_I and dw by queries and dk_I by keys, since adding dq_I up from programs that hold keys would
+cost more than the products that it saves. One strip of queries x T is the only thing of that length; p and the scores are passes of
+their own because the tiles that suit them differ, and together they do not fit into a program's registers.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from tokensieve.ops.triton.attention import LOG2E, load_part
 from tokensieve.ops.triton.index import PROGRAMS, block_range, exact, gradients_of_scores, load_rows, padded
 
-STRIP = 1 << 28  # entries of softmax(I) - p held at a time: 512 MiB in bfloat16
+STRIP = 1 << 27  # entries of p held at a time: 512 MiB
 
 
 @triton.jit
@@ -55,18 +55,14 @@ def _lse_kernel(
 
 
 @triton.jit
-def _kl_kernel(
-    q, k, lse, q_I, k_I, w, lse_I, weight, starts, ends, dscore, kl, S, T, chunk, scale,
+def _target_kernel(
+    q, k, lse, starts, ends, target, S, T, chunk, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr,
-    HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's part of the KL, and (GRADIENT) its weighted derivative by the scores, softmax(I) - p."""
+    """p, the mean over heads of the attention's probabilities, where a query sees a key; elsewhere nothing is written."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
     start, end, lo, hi = block_range(starts, ends, t, S)
-    lse_Q = tl.load(lse_I + t, mask=t < S, other=0.0)
-    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)  # of a query without keys
-    kl_Q = tl.zeros((BQ,), tl.float32)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         p_QN = tl.zeros((BQ, BK), tl.float32)
         for h in range(H):
@@ -83,44 +79,69 @@ def _kl_kernel(
             p_QN += tl.exp2(logit_QN * (scale * LOG2E) - lse_h[:, None])
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
-        p_QN = tl.where(seen, p_QN / H, 0.0)
+        tl.store(target + t.to(tl.int64)[:, None] * T + key, p_QN / H, mask=seen)
+
+
+@triton.jit
+def _kl_kernel(
+    target, q_I, k_I, w, lse_I, weight, starts, ends, kl, S, T, chunk,
+    HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """One chunk's part of the KL; GRADIENT: its weighted derivative by the scores, softmax(I) - p, in the place of p."""
+    t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
+    start, end, lo, hi = block_range(starts, ends, t, S)
+    lse_Q = tl.load(lse_I + t, mask=t < S, other=0.0)
+    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)  # of a query without keys
+    kl_Q = tl.zeros((BQ,), tl.float32)
+    for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
+        key = (s + n)[None, :]
+        seen = (key >= start[:, None]) & (key < end[:, None])
         k_ND = load_rows(k_I, s + n, s + n < T, tl.arange(0, DIP), DI)
         log_share = score_tile(q_I, k_ND, w, t, S, HI, DI, DIP, EXACT) - lse_Q[:, None]
+        place = target + t.to(tl.int64)[:, None] * T + key
+        p_QN = tl.load(place, mask=seen, other=0.0)
         log_p = tl.log(tl.where(p_QN > 0, p_QN, 1.0))
         kl_Q += tl.sum(p_QN * tl.where(seen, log_p - log_share, 0.0), 1)
         if GRADIENT:
             weight_Q = tl.load(weight + t, mask=t < S, other=0.0).to(tl.float32)
-            d_QN = (tl.where(seen, tl.exp(log_share), 0.0) - p_QN) * weight_Q[:, None]
-            place = dscore + t.to(tl.int64)[:, None] * T + key
-            tl.store(place, d_QN, mask=seen & (t < S)[:, None])
+            tl.store(place, (tl.exp(log_share) - p_QN) * weight_Q[:, None], mask=seen)
     tl.store(kl + part * S + t, kl_Q, mask=t < S)
+
+
+def _chunks(S: int, T: int, BQ: int, BK: int) -> tuple[tuple[int, int], int]:
+    """The grid of query tiles x chunks of keys that fills a large GPU, and the keys of a chunk."""
+    blocks = triton.cdiv(S, BQ)
+    chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
+    chunk = max(chunk, 8 * BK)
+    return (blocks, triton.cdiv(T, chunk)), chunk
 
 
 def _strip(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor,
     starts: Tensor, ends: Tensor, weight: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """kl of some queries, and with `weight` the weighted derivative by their scores (queries, T), unspecified outside ranges."""
     (S, H, D), (T, G, _), (_, HI, DI) = q.shape, k.shape, q_I.shape
     DM = max(16, triton.next_power_of_2(D + 1) // 2)
     DT = padded(D - DM) if D > DM else 0
-    BQ = BK = 64 if q.is_cuda else 32
-    blocks = triton.cdiv(S, BQ)
-    chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
-    chunk = max(chunk, 16 * BK)
-    grid = (blocks, triton.cdiv(T, chunk))
-    index = {"HI": HI, "DI": DI, "DIP": padded(DI), "BQ": BQ, "BK": BK}
-    parts = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
-    _lse_kernel[grid](q_I, k_I, w, starts, ends, parts, S, T, chunk, **index, EXACT=exact(q_I), num_warps=4)
-    lse_I = torch.logsumexp(parts, 0)
-    # In half precision a derivative as small as a step's weight would be rounded to nothing.
-    dtype = torch.bfloat16 if q_I.dtype == torch.bfloat16 else torch.float32
-    dscore = None if weight is None else torch.empty(S, T, dtype=dtype, device=q.device)
-    _kl_kernel[grid](
-        q, k, lse, q_I, k_I, w, lse_I, weight, starts, ends, dscore, parts, S, T, chunk, scale,
-        H=H, G=G, D=D, DM=DM, DT=DT, **index, EXACT=exact(q), GRADIENT=weight is not None, num_warps=8, num_stages=2,
+    target = torch.empty(S, T, dtype=torch.float32, device=q.device)
+    BQ, BK, warps, stages = (128, 64, 8, 3) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
+    grid, chunk = _chunks(S, T, BQ, BK)
+    _target_kernel[grid](
+        q, k, lse, starts, ends, target, S, T, chunk, scale,
+        H=H, G=G, D=D, DM=DM, DT=DT, BQ=BQ, BK=BK, EXACT=exact(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return parts.sum(0), dscore
+    BQ, BK = (64, 128) if q_I.element_size() == 2 else (32, 32)
+    grid, chunk = _chunks(S, T, BQ, BK)
+    index = {"HI": HI, "DI": DI, "DIP": padded(DI), "BQ": BQ, "BK": BK, "EXACT": exact(q_I), "num_stages": 3}
+    parts = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
+    _lse_kernel[grid](q_I, k_I, w, starts, ends, parts, S, T, chunk, **index, num_warps=4)
+    lse_I, gradient = torch.logsumexp(parts, 0), weight is not None
+    _kl_kernel[grid](
+        target, q_I, k_I, w, lse_I, weight, starts, ends, parts, S, T, chunk, **index, GRADIENT=gradient, num_warps=4
+    )
+    return parts.sum(0), target
 
 
 def _walk(
@@ -137,7 +158,7 @@ def _walk(
         b = slice(a, a + rows)
         given = None if weight is None else weight[b].contiguous()
         kl[b], dscore = _strip(q[b], k, lse[b], scale, q_I[b], k_I, w[b], starts[b], ends[b], given)
-        if dscore is not None:
+        if weight is not None:
             dq[b], part, dw[b] = gradients_of_scores(dscore, q_I[b], k_I, w[b], starts[b], ends[b], None)
             dk += part
     return kl, dq, dk.to(k_I.dtype), dw

@@ -2,10 +2,11 @@
 
 Legend: S queries, T keys, K selected, C candidates kept of one row.
 
-Scores are compared as integers in the same order (-0.0 counting as 0.0). A sample of the row gives a guess at a value that somewhat
-more than k of its scores reach. One pass keeps those scores, of those equal to the guess only the first k, in order of position. A
-guess that keeps fewer than k or more than C is corrected between what is known to be too low and too high, and the row is read again:
-the guess decides how often that happens, never what is selected. Among the candidates the k-th largest is then found bit by bit.
+Scores are compared as integers in the same order (-0.0 counting as 0.0, NaN as the largest). A sample of the row gives a guess at a value
+that somewhat more than k of its scores reach. One pass keeps those scores, of those equal to the guess only the first k, in order of
+position. A guess that keeps fewer than k or more than C is corrected, in growing steps until it is known to lie between two others, and
+the row is read again: the guess decides how often that happens, never what is selected. Among the candidates the k-th largest is
+then found by bisection.
 """
 
 import torch
@@ -18,111 +19,146 @@ from tokensieve.ops.triton.index import index_scores
 LOWEST: tl.constexpr = tl.constexpr(-2147483648)
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
 PIECE: tl.constexpr = tl.constexpr(32)  # neighbouring scores of one piece of the sample: whole lines of memory
+SAMPLE = 2048
+FIRST_STEP: tl.constexpr = tl.constexpr(1 << 18)  # of a correction: a thirty-second of the score, about
+STRIP = 1 << 25  # candidates held at a time: 256 MiB
 
 
 @triton.jit
 def ordered(x):
-    """float32 scores as integers in the same order."""
+    """float32 scores as integers in the same order; NaN is HIGHEST, which no number is."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(x != x, HIGHEST, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
-def kth_largest(keys, k):
-    """The largest value that at least k of the keys reach; LOWEST where there are fewer than k."""
-    reached = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= k, 0, LOWEST)
-    for bit in range(31):
-        higher = reached + ((1 << 30) >> bit)
-        reached = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= k, higher, reached)
-    return reached
+def reached_by(keys, k, slack):
+    """A value that at least k and at most k + slack of the keys reach, or else the k-th largest; there are k keys at least."""
+    positive = tl.sum((keys >= 0).to(tl.int32))
+    value = tl.where(positive >= k, 0, tl.min(keys))
+    top = tl.where(positive >= k, tl.max(keys), -1)
+    count = tl.where(positive >= k, positive, k + slack + 1)
+    step = 1 << 30
+    while step > top - value:
+        step = step >> 1
+    while (step > 0) & (count > k + slack):
+        if step <= top - value:
+            reach = tl.sum((keys >= value + step).to(tl.int32))
+            count = tl.where(reach >= k, reach, count)
+            value = tl.where(reach >= k, value + step, value)
+        step = step >> 1
+    return value
 
 
 @triton.jit
-def _select_kernel(
-    scores, starts, ends, out, wrong, kept_keys, kept_places, S, T, K, before,
-    C: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr, PROGRAMS: tl.constexpr,
+def _keep_kernel(
+    scores, starts, ends, counts, kept_keys, kept_places, T, K,
+    C: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    c, n, piece = tl.arange(0, C), tl.arange(0, TILE), tl.arange(0, SAMPLE)
-    kept_keys += tl.program_id(0).to(tl.int64) * C
-    kept_places += tl.program_id(0).to(tl.int64) * C
-    for t in range(tl.program_id(0), S, PROGRAMS):
-        row, out_row = scores + tl.cast(t, tl.int64) * T, out + tl.cast(t, tl.int64) * K
-        start, end = tl.load(starts + t), tl.load(ends + t)
-        length = tl.maximum(end - start, 0)
-        if length <= C:
-            whole = tl.load(row + start + c, mask=c < length, other=0.0)
-            if tl.max((whole != whole).to(tl.int32)) > 0:
-                tl.atomic_max(wrong, before - t)
-            keys = tl.where(c < length, ordered(whole), LOWEST)
-            places, kept = start + c, length
+    """The candidates of a row that is longer than C, in order of position."""
+    t, n, piece = tl.program_id(0).to(tl.int64), tl.arange(0, TILE), tl.arange(0, SAMPLE)
+    start, end = tl.load(starts + t), tl.load(ends + t)
+    length = end - start
+    scores += t * T
+    kept_keys += t * C
+    kept_places += t * C
+    if length > C:
+        at = (piece // PIECE).to(tl.int64) * (length - PIECE) // (SAMPLE // PIECE - 1) + piece % PIECE
+        half = tl.cast((K + C) // 2, tl.int64)  # halfway between too few and too many
+        aim = tl.maximum(half * SAMPLE // length, 1).to(tl.int32)
+        guess = reached_by(ordered(tl.load(scores + start + at)), aim, aim // 32)
+        low, high, step = (
+            LOWEST,
+            HIGHEST,
+            FIRST_STEP,
+        )  # low is known to keep too many, high too few, or nothing is known
+        kept, reach, tries = 0, 0, 0
+        while (tries < 80) & ((tries == 0) | (reach < K) | (kept > C)):
+            if tries > 0:
+                low = tl.where(reach < K, low, guess)
+                high = tl.where(reach < K, guess, high)
+                middle = (low & high) + ((low ^ high) >> 1)
+                if reach < K:
+                    guess = tl.where((low == LOWEST) & (guess > LOWEST + step), guess - step, middle)
+                else:
+                    guess = tl.where((high == HIGHEST) & (guess < HIGHEST - step), guess + step, middle)
+                step = tl.minimum(step, 1 << 27) * 4
+            above, equal = 0, 0
+            for s in range(start, end, TILE):
+                x = tl.load(scores + s + n, mask=s + n < end, other=float("-inf"))
+                key = ordered(x)
+                larger = (key > guess) & (s + n < end)
+                same = (key == guess) & (s + n < end)
+                both = larger.to(tl.int32) + (same.to(tl.int32) << 16)  # two counts in one scan
+                scan, total = tl.cumsum(both, 0), tl.sum(both)
+                rank = equal + (scan >> 16)
+                keep = larger | (same & (rank <= K))
+                place = above + (scan & 0xFFFF) + tl.minimum(rank, K) - 1
+                tl.store(kept_keys + place, key, mask=keep & (place < C))
+                tl.store(kept_places + place, s + n, mask=keep & (place < C))
+                above += total & 0xFFFF
+                equal += total >> 16
+            kept, reach, tries = above + tl.minimum(equal, K), above + equal, tries + 1
+        tl.store(counts + t, tl.minimum(kept, C))
+
+
+@triton.jit
+def _take_kernel(
+    scores, starts, ends, counts, kept_keys, kept_places, out, wrong, T, K, before, C: tl.constexpr, WIDE: tl.constexpr
+):
+    """The k best candidates of a row; of a row no longer than C, of all of it."""
+    t, c = tl.program_id(0).to(tl.int64), tl.arange(0, C)
+    start, length = tl.load(starts + t), tl.load(ends + t) - tl.load(starts + t)
+    wanted = tl.minimum(K, tl.maximum(length, 0))
+    out += t * K
+    if length > C:
+        count = tl.load(counts + t)
+        keys = tl.load(kept_keys + t * C + c, mask=c < count, other=LOWEST)
+    else:
+        count = tl.maximum(length, 0)
+        keys = ordered(tl.load(scores + t * T + start + c, mask=c < count, other=float("-inf")))
+    if tl.max(tl.where(c < count, keys, LOWEST)) == HIGHEST:
+        tl.atomic_max(wrong, before - tl.program_id(0))
+    if wanted > 0:
+        # unused places count as -inf, which is no number that a candidate's place could be lost to: they come last
+        last = reached_by(tl.where(c < count, keys, LOWEST), wanted, 0)
+        above, tied = (c < count) & (keys > last), (c < count) & (keys == last)
+        if WIDE:
+            both = above.to(tl.int64) + (tied.to(tl.int64) << 32)
+            scan, shift, mask = tl.cumsum(both, 0), 32, 0xFFFFFFFF
         else:
-            # 1. a guess: `SAMPLE` scores in pieces that lie evenly over the row
-            at = (piece // PIECE).to(tl.int64) * (length - PIECE) // (SAMPLE // PIECE - 1) + piece % PIECE
-            sample = ordered(tl.load(row + start + at))
-            aim = (K + C) // 2  # halfway between too few and too many
-            guess = kth_largest(sample, tl.maximum(aim * SAMPLE // length, 1))
-            low, high = LOWEST, HIGHEST  # known to keep too many, known to keep too few
-            kept, reach, bad, tries = 0, 0, 0, 0
-            while (tries == 0) | (reach < K) | (kept > C):
-                if tries > 0:
-                    low = tl.where(reach < K, low, guess)
-                    high = tl.where(reach < K, guess, high)
-                    guess = (low & high) + ((low ^ high) >> 1)
-                    if tries == 1:  # the sample once more, well to the other side
-                        rank = tl.where(high == HIGHEST, K // 2, 2 * C)
-                        other = kth_largest(sample, tl.maximum(rank * SAMPLE // length, 1))
-                        guess = tl.where((other > low) & (other < high), other, guess)
-                # 2. one pass: keep what is above the guess, and the first k equal to it
-                kept, reach, bad, equal = 0, 0, 0, 0
-                for s in range(start, end, TILE):
-                    x = tl.load(row + s + n, mask=s + n < end, other=float("-inf"))
-                    key = tl.where(s + n < end, ordered(x), LOWEST)
-                    same = (key == guess).to(tl.int32)
-                    rank = equal + tl.cumsum(same, 0)
-                    keep = ((key > guess) | ((same > 0) & (rank <= K))).to(tl.int32)
-                    place = kept + tl.cumsum(keep, 0) - 1
-                    tl.store(kept_keys + place, key, mask=(keep > 0) & (place < C))
-                    tl.store(kept_places + place, s + n, mask=(keep > 0) & (place < C))
-                    kept += tl.sum(keep)
-                    equal += tl.sum(same)
-                    reach += tl.sum((key >= guess).to(tl.int32))
-                    bad += tl.sum((x != x).to(tl.int32))
-                tries += 1
-            if bad > 0:
-                tl.atomic_max(wrong, before - t)
-            tl.debug_barrier()
-            keys = tl.load(kept_keys + c, mask=c < kept, other=LOWEST)
-            places = tl.load(kept_places + c, mask=c < kept, other=0)
-        # 3. the k best candidates; they lie in order of position
-        wanted = tl.minimum(K, length)
-        last = kth_largest(keys, wanted)
-        live = c < kept
-        above = (live & (keys > last)).to(tl.int32)
-        tied = (live & (keys == last)).to(tl.int32)
-        taken = above | (tied & (tl.cumsum(tied, 0) <= wanted - tl.sum(above)).to(tl.int32))
-        slot = tl.cumsum(taken, 0) - 1
-        tl.store(out_row + slot, places, mask=taken > 0)
-        for first in range(wanted // C * C, K, C):
-            tl.store(out_row + first + c, -1, mask=(first + c >= wanted) & (first + c < K))
-        tl.debug_barrier()
+            both = above.to(tl.int32) + (tied.to(tl.int32) << 16)
+            scan, shift, mask = tl.cumsum(both, 0), 16, 0xFFFF
+        free = wanted - tl.sum(above.to(tl.int32))  # what is left for ties
+        rank = scan >> shift
+        taken = above | (tied & (rank <= free))
+        slot = (scan & mask) + tl.minimum(rank, free) - 1
+        if length > C:
+            places = tl.load(kept_places + t * C + c, mask=taken, other=0)
+        else:
+            places = start + c
+        tl.store(out + slot, places, mask=taken)
+    tl.store(out + c, -1, mask=(c >= wanted) & (c < K))
 
 
 def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices_SK: Tensor, before: int) -> Tensor:
     """Fills `indices`. Returns a number on the device: 0, or `before` less the first query that has a NaN in its range."""
     S, T = scores_ST.shape
     wrong = torch.zeros(1, dtype=torch.int32, device=scores_ST.device)
-    if S == 0:
-        return wrong
     C = max(64, triton.next_power_of_2(2 * k))
-    programs = min(S, 4)
-    if scores_ST.is_cuda:
-        programs = min(S, 8 * torch.cuda.get_device_properties(scores_ST.device).multi_processor_count)
-    kept = torch.empty(2, programs, C, dtype=torch.int32, device=scores_ST.device)
-    inputs = (scores_ST.contiguous(), starts_S.contiguous(), ends_S.contiguous())
-    _select_kernel[(programs,)](
-        *inputs, indices_SK, wrong, kept[0], kept[1], S, T, k, before, PROGRAMS=programs,
-        C=C, SAMPLE=min(max(C, 128), 4096), TILE=min(max(C // 2, 64), 2048), num_warps=4 if C <= 4096 else 8,
-    )  # fmt: skip
+    rows = max(1, STRIP // C)
+    longer = T > C
+    kept = torch.empty(2, min(S, rows) if longer else 0, C, dtype=torch.int32, device=scores_ST.device)
+    counts = torch.empty(min(S, rows), dtype=torch.int32, device=scores_ST.device)
+    scores_ST, starts_S, ends_S = scores_ST.contiguous(), starts_S.contiguous(), ends_S.contiguous()
+    for a in range(0, S, rows):
+        part = slice(a, min(a + rows, S))
+        grid, inputs = (part.stop - a,), (scores_ST[part], starts_S[part], ends_S[part], counts, kept[0], kept[1])
+        if longer:
+            sample, tile = min(max(C, 128), SAMPLE), min(max(C // 2, 64), 2048)
+            _keep_kernel[grid](*inputs, T, k, C=C, SAMPLE=sample, TILE=tile, num_warps=4)
+        warps = 4 if C <= 4096 else 8 if C <= 16384 else 16
+        _take_kernel[grid](*inputs, indices_SK[part], wrong, T, k, before - a, C=C, WIDE=C > 16384, num_warps=warps)
     return wrong
 
 
@@ -142,7 +178,7 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> 
     return indices_SK
 
 
-STRIP = 1 << 28  # scores held at a time: 1 GiB
+SCORES = 1 << 28  # held at a time: 1 GiB
 
 
 def index_topk(
@@ -150,7 +186,7 @@ def index_topk(
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
     indices_SK = torch.empty(S, k, dtype=torch.int32, device=q_SHD.device)
-    rows, wrong = max(1, STRIP // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
+    rows, wrong = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
         scores = index_scores(q_SHD[part], k_TD, w_SH[part], starts_S[part], ends_S[part], k_scale_T)
