@@ -210,10 +210,8 @@ def takes_tensors(function: ast.FunctionDef) -> bool:
 
 def public_ops() -> list[ast.FunctionDef]:
     """The public functions of tokensieve.ops that take or return tensors."""
-    source = PACKAGE / "ops" / "__init__.py"
-    if not source.is_file():
-        return []
-    functions = [node for node in parse(source).body if isinstance(node, ast.FunctionDef)]
+    sources = [path for name in ("__init__.py", "paged.py") if (path := PACKAGE / "ops" / name).is_file()]
+    functions = [node for source in sources for node in parse(source).body if isinstance(node, ast.FunctionDef)]
     return [f for f in functions if not f.name.startswith("_") and takes_tensors(f)]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokensieve import ops
+from tokensieve.ops.dispatch import PAGED_OPS
 
 CASE = Case(
     "compiled",
@@ -99,7 +100,8 @@ def run(function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def test_every_op_is_called_here() -> None:
-    assert set(NAMES) == set(ops.OPS)
+    """The ops on pages, which write and have no gradient, are compiled in test_ops_paged.py."""
+    assert set(NAMES) == set(ops.OPS) - set(PAGED_OPS)
 
 
 @pytest.mark.parametrize("name", NAMES)

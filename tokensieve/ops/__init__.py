@@ -8,7 +8,8 @@ documents and batches are key ranges; start >= end is a query without keys. `ind
 and without duplicates, then -1 for unused places. A query without keys returns zeros, lse = -inf and KL 0. lse is the natural log.
 Sums run in float32 (float64 for float64 inputs). `backend` is `auto` or a name from `backends()`; one that cannot run raises.
 
-Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against decode.
+Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against decode. The ops of `paged.py` do
+the same on caches in pages, for decoding.
 
 Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inference/model.py` of its official demo for shapes and scales.
 """
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from tokensieve.ops import custom, custom_kl, reference
 from tokensieve.ops.dispatch import BACKENDS, OPS
+from tokensieve.ops.paged import index_scores_paged, sparse_attention_paged, write_caches
 
 __all__ = [
     "backends",
     "dense_attention",
     "head_mass",
     "index_scores",
+    "index_scores_paged",
     "index_topk",
     "indexer_kl_dense",
     "indexer_kl_dense_sum",
@@ -31,6 +34,8 @@ __all__ = [
     "select_topk",
     "sparse_attention",
     "sparse_attention_kl",
+    "sparse_attention_paged",
+    "write_caches",
 ]
 
 

@@ -20,6 +20,7 @@ from tokensieve.ops import fused
 
 log = logging.getLogger("tokensieve.ops")
 
+PAGED_OPS = ("index_scores_paged", "sparse_attention_paged", "write_caches")
 OPS = (
     "index_scores",
     "select_topk",
@@ -29,8 +30,9 @@ OPS = (
     "sparse_attention",
     "sparse_attention_kl",
     "indexer_kl_dense",
+    *PAGED_OPS,
 )
-TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
+TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
 
 
 @dataclass(frozen=True)

@@ -143,21 +143,39 @@ def _check(name: str, x: torch.Tensor, tail: tuple[int, ...], dtype: torch.dtype
         raise ValueError(f"{name} must be {want}, not {tuple(x.shape)} {x.dtype}")
 
 
-def pack_latent_page(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """Write latent cache pages as FlashMLA reads them.
-
-    latent (P, 64, 512) and k_rope (P, 64, 64), floating -> (P, 64, 656) uint8. Bytes of one token:
+def pack_latent_tokens(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    """The bytes of single tokens of a latent page: latent (..., 512) and k_rope (..., 64), floating -> (..., 656) uint8.
 
         0..511 512 E4M3 | 512..527 4 float32 scales, powers of two, one per 128 values | 528..655 64 bfloat16 rope dims
 
-    in the machine's (little-endian) order. Slots without a token: any finite value, zeros by custom. Raises ValueError
-    for other shapes and for a NaN or an infinity in the latent. Source: FlashMLA's sparse FP8 decode layout.
+    in the machine's (little-endian) order. Raises ValueError for a NaN or an infinity in the latent.
     """
-    _check("latent", latent, (PAGE_TOKENS, LATENT_WIDTH))
-    _check("k_rope", k_rope, (PAGE_TOKENS, ROPE_WIDTH))
     values, scales = quantize_e4m3(latent, SCALE_BLOCK, "ue8m0")
     rope = k_rope.detach().to(torch.bfloat16).contiguous()
     return torch.cat([part.view(torch.uint8) for part in (values, scales, rope)], -1)
+
+
+def unpack_latent_tokens(
+    tokens: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read bytes of :func:`pack_latent_tokens`: (..., 656) uint8 -> latent (..., 512) and k_rope (..., 64) in ``dtype``."""
+    values, scales, rope = tokens.split((LATENT_WIDTH, LATENT_WIDTH // SCALE_BLOCK * 4, ROPE_WIDTH * 2), -1)
+    latent = dequantize_e4m3(
+        values.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32), SCALE_BLOCK, dtype
+    )
+    return latent, rope.contiguous().view(torch.bfloat16).to(dtype)
+
+
+def pack_latent_page(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
+    """Write latent cache pages as FlashMLA reads them.
+
+    latent (P, 64, 512) and k_rope (P, 64, 64), floating -> (P, 64, 656) uint8, tokens as :func:`pack_latent_tokens`
+    lays them out. Slots without a token: any finite value, zeros by custom. Raises ValueError for other shapes and for
+    a NaN or an infinity in the latent. Source: FlashMLA's sparse FP8 decode layout.
+    """
+    _check("latent", latent, (PAGE_TOKENS, LATENT_WIDTH))
+    _check("k_rope", k_rope, (PAGE_TOKENS, ROPE_WIDTH))
+    return pack_latent_tokens(latent, k_rope)
 
 
 def unpack_latent_page(page: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,11 +185,13 @@ def unpack_latent_page(page: torch.Tensor, dtype: torch.dtype = torch.bfloat16) 
     Raises ValueError for another shape or dtype.
     """
     _check("page", page, (PAGE_TOKENS, LATENT_TOKEN_BYTES), torch.uint8)
-    values, scales, rope = page.split((LATENT_WIDTH, LATENT_WIDTH // SCALE_BLOCK * 4, ROPE_WIDTH * 2), -1)
-    latent = dequantize_e4m3(
-        values.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32), SCALE_BLOCK, dtype
-    )
-    return latent, rope.contiguous().view(torch.bfloat16).to(dtype)
+    return unpack_latent_tokens(page, dtype)
+
+
+def index_page_tokens(page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An index page's bytes by token, views of it: (P, 8448) uint8 -> values (P, 64, 128) and scales (P, 64, 4) uint8."""
+    values, scales = page.split((PAGE_TOKENS * INDEX_WIDTH, PAGE_TOKENS * 4), -1)
+    return values.unflatten(-1, (PAGE_TOKENS, INDEX_WIDTH)), scales.unflatten(-1, (PAGE_TOKENS, 4))
 
 
 def pack_index_page(k_I: torch.Tensor, scale_format: ScaleFormat = "ue8m0") -> torch.Tensor:
@@ -195,6 +215,5 @@ def unpack_index_page(page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     These are the ``k_TD`` and ``k_scale_T`` of ``index_scores``. Raises ValueError for another shape or dtype.
     """
     _check("page", page, (INDEX_PAGE_BYTES,), torch.uint8)
-    values, scales = page.split((PAGE_TOKENS * INDEX_WIDTH, PAGE_TOKENS * 4), -1)
-    k_I = values.contiguous().view(torch.float8_e4m3fn).unflatten(-1, (PAGE_TOKENS, INDEX_WIDTH))
-    return k_I, scales.contiguous().view(torch.float32)
+    values, scales = index_page_tokens(page)
+    return values.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32).squeeze(-1)

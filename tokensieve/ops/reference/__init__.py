@@ -9,6 +9,7 @@ from tokensieve.ops.reference.dense import (
 )
 from tokensieve.ops.reference.index import index_scores, index_scores_backward, index_topk, select_topk
 from tokensieve.ops.reference.kl import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
+from tokensieve.ops.reference.paged import index_scores_paged, sparse_attention_paged, write_caches
 from tokensieve.ops.reference.sparse import (
     sparse_attention,
     sparse_attention_backward,
@@ -22,6 +23,7 @@ __all__ = [
     "head_mass",
     "index_scores",
     "index_scores_backward",
+    "index_scores_paged",
     "index_topk",
     "indexer_kl_dense",
     "indexer_kl_dense_backward",
@@ -33,4 +35,6 @@ __all__ = [
     "sparse_attention_backward",
     "sparse_attention_kl",
     "sparse_attention_kl_backward",
+    "sparse_attention_paged",
+    "write_caches",
 ]

@@ -1,0 +1,111 @@
+"""Decoding from caches in pages, and writing them: equations (1) and (2) on keys that a page table finds.
+
+Legend: S query tokens, B sequences, n queries of a sequence (S = B * n), P pages that a row of the page table names, T = 64 * P tokens,
+H heads, K selected, D index width, E entry width, V value width, N tokens to write; b queries in a block.
+
+The mathematics is that of `index.py` and `sparse.py`, on what was gathered: prefill and decode agree because they run the same code.
+Pages are a pool that sequences share, and what no sequence has written yet is garbage, NaN too: it must not even be multiplied by zero.
+"""
+
+import torch
+from torch import Tensor
+
+from tokensieve.ops import quant
+from tokensieve.ops.quant import PAGE_TOKENS
+from tokensieve.ops.reference.blocks import compute_dtype, row_blocks
+from tokensieve.ops.reference.index import index_scores
+from tokensieve.ops.reference.sparse import attend
+
+
+def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
+    """The tokens (S) that each query sees: of n queries of a sequence, query j sees all but the last n - 1 - j."""
+    n = S // max(lens_B.shape[0], 1)
+    behind = torch.arange(1 - n, 1, dtype=lens_B.dtype, device=lens_B.device)
+    return (lens_B[:, None] + behind).clamp_min_(0).flatten()
+
+
+def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Keys (64p, D) of the named pages as they are stored, and their scales (64p) where they are quantized."""
+    pages = index_pages.index_select(0, pages_p)
+    if pages.dtype != torch.uint8:
+        return pages.flatten(0, 1), None
+    keys, scales = quant.unpack_index_page(pages)
+    return keys.flatten(0, 1), scales.flatten()
+
+
+def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lens: Tensor) -> Tensor:
+    S, (B, P) = q_SHD.shape[0], page_table.shape
+    n = S // max(B, 1)
+    scores_ST = torch.full((S, P * PAGE_TOKENS), float("-inf"), dtype=compute_dtype(q_SHD), device=q_SHD.device)
+    ends_S = seen_tokens(lens, S)
+    starts_S = torch.zeros_like(ends_S)
+    for sequence, length in enumerate(lens.tolist()):
+        keys, scales = index_keys(index_pages, page_table[sequence, : -(-length // PAGE_TOKENS)])
+        own = slice(sequence * n, (sequence + 1) * n)
+        scores_ST[own, :length] = index_scores(
+            q_SHD[own],
+            keys[:length],
+            w_SH[own],
+            starts_S[own],
+            ends_S[own],
+            None if scales is None else scales[:length],
+        )
+    return scores_ST
+
+
+def token_rows(pages: Tensor, page_bK: Tensor, offset_bK: Tensor) -> Tensor:
+    """Rows (b, K, X) of single tokens of pages (pages, 64, X)."""
+    if not pages.is_contiguous():  # one layer of a pool of all layers, say: to flatten it would be to copy it
+        return pages[page_bK, offset_bK]
+    # Copies whole rows, which is several times faster than indexing by two tensors.
+    rows = pages.flatten(0, 1).index_select(0, (page_bK * PAGE_TOKENS + offset_bK).flatten())
+    return rows.unflatten(0, page_bK.shape)
+
+
+def sparse_attention_paged(
+    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+) -> tuple[Tensor, Tensor]:
+    S, H, E = q_SHD.shape
+    (B, P), K = page_table.shape, indices_SK.shape[1]
+    n = S // max(B, 1)
+    dtype = compute_dtype(q_SHD)
+    out_SHV = q_SHD.new_zeros(S, H, d_v)
+    lse_SH = torch.full((S, H), float("-inf"), dtype=dtype, device=q_SHD.device)
+    if 0 in (K, P, latent_pages.shape[0]):
+        return out_SHV, lse_SH
+    seen_S = seen_tokens(lens, S)
+    for a, b in row_blocks(S, K * max(E, H), q_SHD):
+        indices = indices_SK[a:b].long()
+        unused = (indices < 0) | (indices >= seen_S[a:b, None])
+        position = indices.masked_fill(unused, 0)
+        sequence = torch.arange(a, b, device=q_SHD.device)[:, None] // n
+        # A sequence without tokens has nothing valid in the table: unused places read page 0 of the pool instead, as zeros.
+        page = page_table[sequence, position // PAGE_TOKENS].long().masked_fill_(unused, 0)
+        rows = token_rows(latent_pages, page, position % PAGE_TOKENS).masked_fill_(unused[..., None], 0)
+        if rows.dtype == torch.uint8:
+            entries = torch.cat(quant.unpack_latent_tokens(rows, torch.float32), -1).to(dtype)
+        else:
+            entries = rows.to(dtype)
+        out_SHV[a:b], lse_SH[a:b], _ = attend(q_SHD[a:b].to(dtype) * scale, entries, unused, 0, d_v)
+    return out_SHV, lse_SH
+
+
+def write_caches(
+    latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
+) -> None:
+    kept = slots >= 0
+    page, offset = slots[kept].long() // PAGE_TOKENS, slots[kept].long() % PAGE_TOKENS
+    latent, k_rope, k_I = latent[kept], k_rope[kept], k_I[kept]
+    quantized_index = index_pages.dtype == torch.uint8
+    # Quantizing refuses NaN: it comes before the first write, so that a refused call leaves both caches as they were.
+    if quantized_index:
+        values, scales = quant.quantize_e4m3(quant.hadamard(k_I), quant.INDEX_WIDTH, "ue8m0")
+    if latent_pages.dtype == torch.uint8:
+        latent_pages[page, offset] = quant.pack_latent_tokens(latent, k_rope)
+    else:
+        latent_pages[page, offset] = torch.cat([x.to(latent_pages.dtype) for x in (latent, k_rope)], -1)
+    if quantized_index:
+        value_bytes, scale_bytes = quant.index_page_tokens(index_pages)
+        value_bytes[page, offset], scale_bytes[page, offset] = values.view(torch.uint8), scales.view(torch.uint8)
+    else:
+        index_pages[page, offset] = k_I.to(index_pages.dtype)
