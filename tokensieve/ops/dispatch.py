@@ -33,6 +33,14 @@ OPS = (
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
+# Wider heads do not fit into a program's shared memory; 576 is MLA's entry.
+TRITON_WIDEST = {
+    "index_scores": 128,
+    "index_topk": 128,
+    "sparse_attention": 576,
+    "sparse_attention_kl": 576,
+    "indexer_kl_dense": 576,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,10 @@ def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | No
         dtypes.append(torch.float8_e4m3fn)
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         dtypes = [torch.float32]
-    return _no_triton() if q.dtype in dtypes else f"no kernel takes {q.dtype}"
+    if q.dtype not in dtypes:
+        return f"no kernel takes {q.dtype}"
+    widest = TRITON_WIDEST.get(op, q.shape[-1])
+    return _no_triton() if q.shape[-1] <= widest else f"no kernel takes heads wider than {widest}"
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
