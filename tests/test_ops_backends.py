@@ -8,7 +8,7 @@ import torch
 from cases import CASES, Case, Inputs, causal, make
 
 from tokensieve import ops
-from tokensieve.ops.dispatch import BACKENDS
+from tokensieve.ops import dispatch
 
 # The cases that are a causal pack of whole documents, which is all that the fused kernels take.
 PACKS = [
@@ -131,19 +131,25 @@ def test_backends_lists_every_op() -> None:
         assert dict(rows)["reference"] is None
 
 
-def test_what_the_triton_kernels_do_not_take() -> None:
+def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
     """On the meta device: nothing is computed, only asked."""
-    triton = next(b for b in BACKENDS if b.name == "triton")
+    triton = next(b for b in dispatch.BACKENDS if b.name == "triton")
 
-    def why_not(op: str, width: int, dtype: torch.dtype) -> str | None:
-        return triton.limits(op, torch.empty(1, 1, width, dtype=dtype, device="meta"), False)
+    def why_not(op: str, width: int, dtype: torch.dtype) -> str:
+        return str(triton.limits(op, torch.empty(1, 1, width, dtype=dtype, device="meta"), False))
 
-    assert why_not("sparse_attention", 576, torch.bfloat16) is None
-    assert why_not("index_topk", 128, torch.float8_e4m3fn) is None
-    assert why_not("select_topk", 9999, torch.float32) is None
-    assert "wider than 576" in str(why_not("sparse_attention", 640, torch.bfloat16))
-    assert "wider than 128" in str(why_not("index_scores", 256, torch.bfloat16))
-    assert "float64" in str(why_not("sparse_attention", 64, torch.float64))
-    assert "bfloat16" in str(why_not("select_topk", 64, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda device: True)
+    taken = str(dispatch._no_triton())
+    assert why_not("sparse_attention", 576, torch.bfloat16) == taken
+    assert why_not("index_topk", 128, torch.float8_e4m3fn) == taken
+    assert why_not("select_topk", 9999, torch.float32) == taken
+    assert "wider than 576" in why_not("sparse_attention", 640, torch.bfloat16)
+    assert "wider than 128" in why_not("index_scores", 256, torch.bfloat16)
+    assert "float64" in why_not("sparse_attention", 64, torch.float64)
+    assert "bfloat16" in why_not("select_topk", 64, torch.bfloat16)
+    monkeypatch.setattr(dispatch, "_is_hopper", lambda device: False)
+    assert why_not("sparse_attention_kl", 80, torch.bfloat16) == taken
+    assert "wider than 128" in why_not("sparse_attention", 576, torch.bfloat16)
+    assert "wider than 64" in why_not("index_topk", 128, torch.bfloat16)
     assert "no masked_attention" in str(triton.why_not("masked_attention", torch.empty(1, 1, 1), False))
     assert "not run on cpu" in str(triton.why_not("sparse_attention", torch.empty(1, 1, 1), False))

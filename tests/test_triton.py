@@ -13,7 +13,9 @@ import torch
 from cases import CASES, Case, Document, Inputs, causal, make
 from torch import Tensor
 
+from tests import training
 from tokensieve import ops
+from tokensieve.ops import dispatch
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
@@ -245,3 +247,25 @@ def test_the_interpreter_is_never_picked_by_itself() -> None:
     for op, choices in ops.backends("cpu").items():
         names = [name for name, why_not in choices if why_not is None]
         assert names[0] != "interpreter" and "triton" not in dict(choices), op
+
+
+@pytest.mark.parametrize("objective", ["warmup", "adapt"])
+def test_a_model_trains_through_the_kernels(objective: str, monkeypatch) -> None:
+    """Loss and every gradient of a step, packed documents included, as with the reference."""
+    inputs = training.batch(2, 40, documents=True)
+    by_name = {b.name: b for b in dispatch.BACKENDS}
+    both = []
+    for names in (("reference",), ("interpreter", "reference")):
+        monkeypatch.setattr(dispatch, "BACKENDS", tuple(by_name[name] for name in names))
+        assert dispatch.pick("index_topk", inputs["input_ids"].float()).__name__.endswith(
+            "triton" if "interpreter" in names else "reference"
+        )
+        model = training.model()
+        model.train_for(objective)
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        both.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
+    expected, actual = both
+    assert set(actual) == set(expected)
+    for name, e in expected.items():
+        oracle.assert_close(actual[name], e, 1e-4, float(e.abs().max()), name)

@@ -33,14 +33,9 @@ OPS = (
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
-# Wider heads do not fit into a program's shared memory; 576 is MLA's entry.
-TRITON_WIDEST = {
-    "index_scores": 128,
-    "index_topk": 128,
-    "sparse_attention": 576,
-    "sparse_attention_kl": 576,
-    "indexer_kl_dense": 576,
-}
+# Wider heads do not fit into a program's shared memory: on Hopper (576 is MLA's entry), and on every other GPU (docs/kernels.md).
+ATTENTION_OPS = ("sparse_attention", "sparse_attention_kl", "indexer_kl_dense")
+TRITON_WIDEST = {"index_scores": (128, 64), "index_topk": (128, 64)} | dict.fromkeys(ATTENTION_OPS, (576, 128))
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,11 @@ def _no_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
     dtypes = [torch.float16, torch.bfloat16]
     if op in ("index_scores", "index_topk"):
@@ -83,8 +83,11 @@ def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | No
         dtypes = [torch.float32]
     if q.dtype not in dtypes:
         return f"no kernel takes {q.dtype}"
-    widest = TRITON_WIDEST.get(op, q.shape[-1])
-    return _no_triton() if q.shape[-1] <= widest else f"no kernel takes heads wider than {widest}"
+    if op in TRITON_WIDEST:
+        widest = TRITON_WIDEST[op][0 if _is_hopper(q.device) else 1]
+        if q.shape[-1] > widest:
+            return f"no kernel for this GPU takes heads wider than {widest}"
+    return _no_triton()
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
 
 KEY_TILE = 1920  # keys scored at a time
-TILE_PRODUCTS = 1 << 17  # heads x keys: in decode a tile may be longer, up to so many products (half a MiB in float32)
+TILE_PRODUCTS = 1 << 18  # heads x keys: in decode a tile may be longer, up to so many products (a MiB in float32)
 KEY_PAD = 192  # keys per product are padded to a multiple of this
 HEAD_PAD = 4  # heads likewise
 
@@ -156,15 +156,15 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
         reject_nan(strip_bn, a)
         chosen = torch.arange(n, device=strip_bn.device).expand(b - a, n)
     else:
-        kth = torch.topk(strip_bn, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-        taken = strip_bn >= kth
-        # Scores equal to the k-th are all taken, so there may be too many. With a NaN, the largest to topk, none is taken.
-        unclear = [row for row, count in enumerate(taken.sum(dim=1).tolist()) if count != k]
+        # One more than asked for shows a tie for the last place, of which topk takes any; a NaN, the largest to topk, comes first.
+        values, places = torch.topk(strip_bn, k + 1, dim=1)
+        chosen = places[:, :k].sort(dim=1).values
+        rows = zip(values[:, 0].tolist(), values[:, k - 1].tolist(), values[:, k].tolist(), strict=True)
+        unclear = [row for row, (first, last, next_) in enumerate(rows) if first != first or last == next_]
         if unclear:
             reject_nan(strip_bn, a)
             exact = exact_topk(strip_bn[unclear], None if outside is None else outside[unclear], k)
-            taken[unclear] = torch.zeros_like(taken[unclear]).scatter_(1, exact, True)
-        chosen = taken.nonzero()[:, 1].view(b - a, k)
+            chosen[unclear] = exact.sort(dim=1).values
     if outside is None:
         return chosen.to(torch.int32).add_(lo)
     # Keys outside are the last ones: a block's queries share their first key.
