@@ -170,7 +170,7 @@ def test_rows_longer_than_the_candidates(k: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("k", [1, 100, 2048, 5000])
+@pytest.mark.parametrize("k", [1, 100, 2048, 5000, 9000])
 def test_rows_longer_than_the_candidates_on_a_gpu(k: int) -> None:
     selected_as_by_the_reference(hard_rows(40_000), k, "cuda")
 
@@ -186,6 +186,17 @@ def test_nan_is_refused(length: int, device: str) -> None:
     scores[4, 30], scores[7, 3] = math.nan, math.nan
     with pytest.raises(ValueError, match="query 4 contain NaN"):
         ops.select_topk(scores, 8, starts, ends, backend=backend(device))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("where", ["q_SID", "k_TD", "w_SI"])
+def test_nan_among_the_inputs_is_not_hidden(where: str, device: str) -> None:
+    """Neither by the relu nor by the selection: a broken model must not go on."""
+    x = make(dataclasses.replace(CASES[0], documents=causal(20), keys=20), device)
+    x = x.to(torch.bfloat16) if device == "cuda" else x
+    getattr(x, where).view(-1)[5 if where == "k_TD" else -1] = math.nan
+    with pytest.raises(ValueError, match="contain NaN"):
+        ops.index_topk(x.q_SID, x.k_TD, x.w_SI, 4, x.starts_S, x.ends_S, backend=backend(device))
 
 
 @pytest.mark.gpu

@@ -26,7 +26,11 @@ def full_precision(body):
 
     @functools.wraps(body)
     def run(*args, **kwargs):
-        with without_autocast(args[0]):
+        x = args[0]
+        if x.is_cuda:  # a Triton kernel is launched on the current device, wherever its tensors are
+            with torch.cuda.device_of(x), without_autocast(x):
+                return body(*args, **kwargs)
+        with without_autocast(x):
             return body(*args, **kwargs)
 
     return run

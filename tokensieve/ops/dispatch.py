@@ -72,7 +72,8 @@ def _no_triton() -> str | None:
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    # ROCm calls its devices cuda too
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:

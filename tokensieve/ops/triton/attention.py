@@ -106,10 +106,10 @@ def _forward_kernel(
         total = total * shrink + tl.sum(p_HN, 1)
         acc_HV = tl.dot(p_HN.to(value.dtype), value, acc_HV * shrink[:, None], input_precision=EXACT)
         largest = now
-    some = tl.where(total > 0, total, 1.0)
+    some = tl.where(total == 0, 1.0, total)  # NaN stays
     out_HV = acc_HV / some[:, None]
     store_part(out, row * d_v, mine, out_HV, d_v, VP)
-    tl.store(lse + row, tl.where(total > 0, largest * LN2 + tl.log(some), float("-inf")), mask=mine)
+    tl.store(lse + row, tl.where(total == 0, float("-inf"), largest * LN2 + tl.log(some)), mask=mine)
 
 
 def sparse_attention(

@@ -22,7 +22,7 @@ from tokensieve.ops.triton.attention import (
     used_places,
     widths,
 )
-from tokensieve.ops.triton.index import exact, load_rows, padded
+from tokensieve.ops.triton.index import exact, load_rows, padded, relu
 
 
 @triton.jit
@@ -72,7 +72,11 @@ def _selected_scores_kernel(
         index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
         k_ND = load_rows(k, index, index >= 0, d, D)
         dots_HN = tl.dot(q_HD, tl.trans(k_ND), input_precision=EXACT)
-        tl.store(scores + t * K + first + n, tl.sum(tl.maximum(dots_HN, 0.0) * w_H[:, None], 0), mask=first + n < K)
+        tl.store(
+            scores + t * K + first + n,
+            tl.sum(relu(dots_HN) * w_H[:, None], 0),
+            mask=first + n < K,
+        )
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Index scores, equation (1), and their gradients, in Triton.
 
 Legend: S query tokens, T key tokens, H index heads (HP padded to a power of two), D index width (DP padded); a program holds BQ
-queries x HP heads as the rows of one matrix product and walks over tiles of BK keys.
+queries x HP heads as one side of a matrix product (R) and walks over tiles of BK keys, the other side (N).
 
 A score has the same bits whatever the tiling, the batch, and prefill or decode: it is one product over the whole width and one sum over
 the heads, in an order that depends on (H, D, dtype) alone, because BQ and BK do.
@@ -25,6 +25,16 @@ def padded(n: int, least: int = 16) -> int:
 def exact(x: Tensor) -> str:
     """float32 products are not to be rounded to TF32; for narrower types the word means nothing."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def ranges(starts_S: Tensor, ends_S: Tensor) -> tuple[Tensor, Tensor]:
+    """As the kernels read them."""
+    return starts_S.to(torch.int32).contiguous(), ends_S.to(torch.int32).contiguous()
+
+
+@triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # by itself it would turn a NaN into 0
 
 
 @triton.jit
@@ -76,7 +86,7 @@ def _scores_kernel(
         k_ND = load_rows(k, s + n, s + n < T, d, D)
         # keys are the rows: the sum over heads then stays within a thread, but for its last steps
         dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
-        weighted = tl.maximum(dots_NR, 0.0) * w_R[None, :]
+        weighted = relu(dots_NR) * w_R[None, :]
         score_NQ = tl.sum(tl.reshape(weighted, (BK, BQ, HP)), 2)
         if SCALED:
             score_NQ *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[:, None]
@@ -93,12 +103,12 @@ def index_scores(
         return scores_ST
     HP, DP = padded(H), padded(D, 32)
     BQ = max(1, ROWS // HP)
-    starts_S, ends_S, blocks = starts_S.contiguous(), ends_S.contiguous(), triton.cdiv(S, BQ)
+    blocks = triton.cdiv(S, BQ)
     # Few queries: the keys are shared out as well, so that the GPU is full.
     chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
     chunk = max(chunk, 16 * BK)
     _scores_kernel[(blocks, triton.cdiv(T, chunk))](
-        q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, starts_S, ends_S, scores_ST, S, T, chunk,
+        q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, *ranges(starts_S, ends_S), scores_ST, S, T, chunk,
         H=H, D=D, HP=HP, DP=DP, BQ=BQ, BK=BK, SCALED=k_scale_T is not None, EXACT=exact(q_SHD),
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -184,7 +194,7 @@ def gradients_of_scores(
         return dq.zero_(), dk, dw.zero_()
     HP, DP = padded(H), padded(D, 32)
     BQ = max(1, 64 // HP)
-    starts_S, ends_S = starts_S.contiguous(), ends_S.contiguous()
+    starts_S, ends_S = ranges(starts_S, ends_S)
     inputs = (dscores_ST.contiguous(), q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T)
     shape = {"H": H, "D": D, "HP": HP, "DP": DP, "BQ": BQ, "BK": 128, "SCALED": k_scale_T is not None}
     settings = {"EXACT": exact(q_SHD), "num_warps": 4, "num_stages": 3}

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensieve.ops.triton.attention import LOG2E, load_part
-from tokensieve.ops.triton.index import PROGRAMS, block_range, exact, gradients_of_scores, load_rows, padded
+from tokensieve.ops.triton.index import (
+    PROGRAMS,
+    block_range,
+    exact,
+    gradients_of_scores,
+    load_rows,
+    padded,
+    ranges,
+    relu,
+)
 
 STRIP = 1 << 27  # entries of p held at a time: 512 MiB
 
@@ -28,7 +37,8 @@ def score_tile(q, k_ND, w, t, S, HI: tl.constexpr, DI: tl.constexpr, DIP: tl.con
     for j in range(HI):
         q_QD = load_rows(q, t * HI + j, t < S, d, DI)
         w_Q = tl.load(w + t * HI + j, mask=t < S, other=0.0).to(tl.float32)
-        score_QN += tl.maximum(tl.dot(q_QD, tl.trans(k_ND), input_precision=EXACT), 0.0) * w_Q[:, None]
+        dots_QN = tl.dot(q_QD, tl.trans(k_ND), input_precision=EXACT)
+        score_QN += relu(dots_QN) * w_Q[:, None]
     return score_QN
 
 
@@ -50,7 +60,7 @@ def _lse_kernel(
         base = tl.where(now == float("-inf"), 0.0, now)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(score_QN - base[:, None]), 1)
         largest = now
-    found = tl.where(total > 0, largest + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    found = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(lse + part * S + t, found, mask=t < S)
 
 
@@ -126,7 +136,7 @@ def _strip(
     DM = max(16, triton.next_power_of_2(D + 1) // 2)
     DT = padded(D - DM) if D > DM else 0
     target = torch.empty(S, T, dtype=torch.float32, device=q.device)
-    BQ, BK, warps, stages = (128, 64, 8, 3) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
+    BQ, BK, warps, stages = (128, 64, 8, 3 if D <= 192 else 2) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
     grid, chunk = _chunks(S, T, BQ, BK)
     _target_kernel[grid](
         q, k, lse, starts, ends, target, S, T, chunk, scale,
@@ -152,7 +162,8 @@ def _walk(
     kl = torch.zeros(S, dtype=torch.float32, device=q.device)
     dq, dw = q_I.new_zeros(q_I.shape), w.new_zeros(w.shape)
     dk = torch.zeros(k_I.shape, dtype=torch.float32, device=k_I.device)
-    q, k, lse, q_I, k_I, w, starts, ends = (x.contiguous() for x in (q, k, lse, q_I, k_I, w, starts, ends))
+    q, k, lse, q_I, k_I, w = (x.contiguous() for x in (q, k, lse, q_I, k_I, w))
+    starts, ends = ranges(starts, ends)
     rows = max(1, STRIP // max(T, 1)) if T else S
     for a in range(0, S if T else 0, max(rows, 1)):
         b = slice(a, a + rows)
@@ -161,6 +172,8 @@ def _walk(
         if weight is not None:
             dq[b], part, dw[b] = gradients_of_scores(dscore, q_I[b], k_I, w[b], starts[b], ends[b], None)
             dk += part
+            del part
+        del dscore  # before the next strip is made
     return kl, dq, dk.to(k_I.dtype), dw
 
 

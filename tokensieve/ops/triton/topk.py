@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensieve.ops.triton.index import index_scores
+from tokensieve.ops.triton.index import index_scores, ranges
 
 LOWEST: tl.constexpr = tl.constexpr(-2147483648)
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
@@ -120,7 +120,7 @@ def _take_kernel(
     if tl.max(tl.where(c < count, keys, LOWEST)) == HIGHEST:
         tl.atomic_max(wrong, before - tl.program_id(0))
     if wanted > 0:
-        # unused places count as -inf, which is no number that a candidate's place could be lost to: they come last
+        # unused places are below -inf: no candidate loses its place to them
         last = reached_by(tl.where(c < count, keys, LOWEST), wanted, 0)
         above, tied = (c < count) & (keys > last), (c < count) & (keys == last)
         if WIDE:
@@ -145,12 +145,12 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
     """Fills `indices`. Returns a number on the device: 0, or `before` less the first query that has a NaN in its range."""
     S, T = scores_ST.shape
     wrong = torch.zeros(1, dtype=torch.int32, device=scores_ST.device)
-    C = max(64, triton.next_power_of_2(2 * k))
+    C = max(64, triton.next_power_of_2(2 * min(k, max(T, 1))))
     rows = max(1, STRIP // C)
     longer = T > C
     kept = torch.empty(2, min(S, rows) if longer else 0, C, dtype=torch.int32, device=scores_ST.device)
     counts = torch.empty(min(S, rows), dtype=torch.int32, device=scores_ST.device)
-    scores_ST, starts_S, ends_S = scores_ST.contiguous(), starts_S.contiguous(), ends_S.contiguous()
+    scores_ST, (starts_S, ends_S) = scores_ST.contiguous(), ranges(starts_S, ends_S)
     for a in range(0, S, rows):
         part = slice(a, min(a + rows, S))
         grid, inputs = (part.stop - a,), (scores_ST[part], starts_S[part], ends_S[part], counts, kept[0], kept[1])
@@ -173,7 +173,7 @@ def _reject_nan(wrong: Tensor, queries: int) -> None:
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
     S = scores_ST.shape[0]
-    indices_SK = torch.empty(S, k, dtype=torch.int32, device=scores_ST.device)
+    indices_SK = torch.full((S, k), -1, dtype=torch.int32, device=scores_ST.device)
     _reject_nan(_select(scores_ST, k, starts_S, ends_S, indices_SK, S), S)
     return indices_SK
 
@@ -185,12 +185,13 @@ def index_topk(
     q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
-    indices_SK = torch.empty(S, k, dtype=torch.int32, device=q_SHD.device)
+    indices_SK = torch.full((S, k), -1, dtype=torch.int32, device=q_SHD.device)
     rows, wrong = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
         scores = index_scores(q_SHD[part], k_TD, w_SH[part], starts_S[part], ends_S[part], k_scale_T)
         found = _select(scores, k, starts_S[part], ends_S[part], indices_SK[part], S - a)
         wrong = torch.maximum(wrong, found)
+        del scores  # before the next strip is made
     _reject_nan(wrong, S)
     return indices_SK
