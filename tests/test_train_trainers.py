@@ -298,6 +298,9 @@ found, log = trained(trainer)
 if trainer.is_world_process_zero():
     save_file({n: g.contiguous() for n, g in found.items()}, Path(sys.argv[1]) / f"{trainer.args.world_size}.safetensors")
     print(log)
+# a process that ends while the other still holds the group is aborted
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
