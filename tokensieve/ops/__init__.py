@@ -122,7 +122,7 @@ def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
         raise ValueError(f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}")
     if indices_SK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: indices must be int32 or int64, got {indices_SK.dtype}")
-    # Looking at values costs a synchronization on a GPU and cannot be traced; there the kernels' own bounds are what protects.
+    # Looking at values costs a synchronization on a GPU and cannot be traced: there the caller answers for them (docs/kernels.md).
     if indices_SK.device.type == "cpu" and indices_SK.numel() and not torch.compiler.is_compiling():
         low, high = indices_SK.aminmax()
         if int(low) < -1 or int(high) >= T:

@@ -4,7 +4,7 @@ Legend: S queries, T key tokens, H heads, G key-value groups, K selected; HI ind
 holds one query.
 
 Forward needs the head-summed probabilities once more after the logsumexp is known; in backward they fall out of dq. Only rows of K
-probabilities and scores are ever stored, (S, K) each.
+are ever stored: scores (S, K), and probabilities, in backward one (S, K) per block of heads.
 """
 
 import torch

@@ -154,10 +154,11 @@ def _strip(
     return parts.sum(0), target
 
 
-def _walk(
+def _by_strips(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor,
     starts: Tensor, ends: Tensor, weight: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """kl (S), and with `weight` the gradients of sum(weight * kl) by q_I, k_I and w, else zeros; a strip of queries at a time."""
     S, T = q.shape[0], k.shape[0]
     kl = torch.zeros(S, dtype=torch.float32, device=q.device)
     dq, dw = q_I.new_zeros(q_I.shape), w.new_zeros(w.shape)
@@ -188,7 +189,7 @@ def indexer_kl_dense(
     starts_S: Tensor,
     ends_S: Tensor,
 ) -> Tensor:
-    return _walk(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, None)[0]
+    return _by_strips(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, None)[0]
 
 
 def indexer_kl_dense_step(
@@ -204,7 +205,7 @@ def indexer_kl_dense_step(
     weight_S: Tensor,
 ) -> tuple[Tensor, ...]:
     """kl (S) and the gradients of sum(weight * kl) by q_I, k_I and w."""
-    return _walk(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, weight_S)
+    return _by_strips(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, weight_S)
 
 
 def indexer_kl_dense_backward(
@@ -219,4 +220,4 @@ def indexer_kl_dense_backward(
     starts_S: Tensor,
     ends_S: Tensor,
 ) -> tuple[Tensor, ...]:
-    return _walk(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, dkl_S)[1:]
+    return _by_strips(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, dkl_S)[1:]

@@ -67,11 +67,9 @@ def _keep_kernel(
         half = tl.cast((K + C) // 2, tl.int64)  # halfway between too few and too many
         aim = tl.maximum(half * SAMPLE // length, 1).to(tl.int32)
         guess = reached_by(ordered(tl.load(scores + start + at)), aim, aim // 32)
-        low, high, step = (
-            LOWEST,
-            HIGHEST,
-            FIRST_STEP,
-        )  # low is known to keep too many, high too few, or nothing is known
+        # low is known to keep too many, high too few; at the ends nothing is known yet
+        low, high, step = LOWEST, HIGHEST, FIRST_STEP
+        # steps and bisection end long before 80 tries, unless there are more than C NaN, which the next kernel reports
         kept, reach, tries = 0, 0, 0
         while (tries < 80) & ((tries == 0) | (reach < K) | (kept > C)):
             if tries > 0:
