@@ -292,7 +292,8 @@ def show(rows: list[Row]) -> None:
             row.op, row.shape, f"{row.own_ms:.3f}",
             f"{row.tflop / row.own_ms * 1e3:.0f}" if row.tflop else "", f"{row.gb / row.own_ms * 1e3:.0f}" if row.gb else "",
             row.peer, f"{row.peer_ms:.3f}" if row.peer_ms else "", f"{row.ratio:.2f}" if row.ratio else "",
-            "" if row.error is None else f"{row.error:.1e}" + (" wrong" if is_wrong(row) else ""), f"{row.memory_gb:.2f}" if row.memory_gb else "",
+            "" if row.error is None else f"{row.error:.1e}" + (" wrong" if is_wrong(row) else ""),
+            f"{row.memory_gb:.2f}" if row.memory_gb else "",
         )  # fmt: skip
     Console(width=170).print(table)
 
