@@ -133,6 +133,7 @@ class TrainConfig:
     selection: bool = True  # adapt: False trains the dense model on the same tokens, for comparison
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
+    backend: Literal["auto", "reference"] = "auto"  # of the ops; reference: plain PyTorch throughout
     compile: bool = False  # torch.compile whole layers where no indexer learns, the feed-forward part otherwise
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load

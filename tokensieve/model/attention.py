@@ -37,6 +37,7 @@ class Pass:
     kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
     replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
     form: Literal["auto", "mha", "mqa"] = "auto"
+    backend: str = "auto"  # of the ops
     keep_selection: bool = False
     selected: dict[int, Tensor] = field(default_factory=dict)  # layer -> (N, K)
     kl: dict[int, Tensor] = field(default_factory=dict)  # layer -> sum over queries of weight * KL
@@ -93,7 +94,7 @@ class Attention(nn.Module):
             entries_TE, k_I = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
             if p.pack.batch == 1:  # K and V are not to be expanded over the room that is still empty
                 entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
-        heads = Heads(self, q_nope, q_rope, entries_TE)
+        heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
 
         def index_inputs() -> tuple[Tensor, Tensor, Tensor]:
             if self.indexer is None:
@@ -131,7 +132,8 @@ class Attention(nn.Module):
         else:
             k = min(p.top_k, p.pack.max_keys)
             with torch.no_grad():
-                indices = p.selection(SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs))
+                c = SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs, p.backend)
+                indices = p.selection(c)
             if indices is None:
                 return None
         if p.keep_selection and indices is not None:
@@ -144,12 +146,14 @@ class Attention(nn.Module):
         pack, weight = p.pack, p.kl_weight
         q, k, v = heads.expanded()
         out, lse = ops.dense_attention(
-            q, k, v, pack.starts_N, pack.ends_N, self.scale, bounds=pack.bounds, longest=pack.longest
+            q, k, v, pack.starts_N, pack.ends_N, self.scale, bounds=pack.bounds, longest=pack.longest, backend=p.backend
         )
 
         def loss() -> Tensor:
             q_I, k_I, w = index_inputs()
-            return ops.indexer_kl_dense_sum(q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N, weight)
+            return ops.indexer_kl_dense_sum(
+                q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N, weight, backend=p.backend
+            )
 
         parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
         if torch.is_grad_enabled() and parameters:
@@ -165,7 +169,7 @@ class Attention(nn.Module):
         q = heads.absorbed()
         width = self.latent + self.rope
         out, _, kl_N = ops.sparse_attention_kl(
-            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, q_I, k_I, w
+            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, q_I, k_I, w, backend=p.backend
         )
         p.kl[self.layer] = (kl_N.detach() * p.kl_weight).sum()
         return heads.up(InjectedKL.apply(out, kl_N, p.kl_weight.to(kl_N.dtype)))

@@ -27,8 +27,10 @@ MASKED_FORM_KEYS = 3  # sparse prefill: below so many times k keys the masked MH
 class Heads:
     """The queries of one pass and the entries they may read, in the two forms of MLA."""
 
-    def __init__(self, attention: "Attention", q_nope_NHD: Tensor, q_rope_NHR: Tensor, entries_TE: Tensor):
-        self.a = attention
+    def __init__(
+        self, attention: "Attention", q_nope_NHD: Tensor, q_rope_NHR: Tensor, entries_TE: Tensor, backend: str
+    ):
+        self.a, self.backend = attention, backend
         self.q_nope, self.q_rope, self.entries = q_nope_NHD, q_rope_NHR, entries_TE
 
     @cached_property
@@ -64,15 +66,15 @@ class Heads:
         return saved > a.latent * (a.nope + a.value)
 
     def dense(self, pack: Pack, form: str) -> Tensor:
+        ranges = pack.starts_N, pack.ends_N
         if form == "mha" or (form == "auto" and (pack.bounds is not None or self._expansion_pays(pack))):
             q, k, v = self.expanded()
             return ops.dense_attention(
-                q, k, v, pack.starts_N, pack.ends_N, self.a.scale, bounds=pack.bounds, longest=pack.longest
+                q, k, v, *ranges, self.a.scale, bounds=pack.bounds, longest=pack.longest, backend=self.backend
             )[0]
-        entries = self.entries.unsqueeze(1)
-        out, _ = ops.dense_attention(
-            self.absorbed(), entries, entries[..., : self.a.latent], pack.starts_N, pack.ends_N, self.a.scale
-        )
+        k = self.entries.unsqueeze(1)
+        v = k[..., : self.a.latent]
+        out, _ = ops.dense_attention(self.absorbed(), k, v, *ranges, self.a.scale, backend=self.backend)
         return self.up(out)
 
     def sparse(self, indices: Tensor, pack: Pack, form: str) -> Tensor:
@@ -81,8 +83,7 @@ class Heads:
             form == "auto" and pack.max_keys < MASKED_FORM_KEYS * indices.shape[1] and self._expansion_pays(pack)
         ):
             q, k, v = self.expanded()
-            return ops.masked_attention(q, k, v, indices, a.scale)[0]
-        out, _ = ops.sparse_attention(
-            self.absorbed(), self.entries.unsqueeze(1), indices, a.scale, a.latent + a.rope, 0, a.latent
-        )
+            return ops.masked_attention(q, k, v, indices, a.scale, backend=self.backend)[0]
+        kv, width = self.entries.unsqueeze(1), a.latent + a.rope
+        out, _ = ops.sparse_attention(self.absorbed(), kv, indices, a.scale, width, 0, a.latent, backend=self.backend)
         return self.up(out)

@@ -34,6 +34,7 @@ class SelectionContext:
     pack: Pack
     index_inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
     attention_inputs: Callable[[], tuple[Tensor, Tensor, float]]
+    backend: str = "auto"  # of the ops
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +53,8 @@ class SelectionContext:
     def scores(self, rows: slice = slice(None)) -> Tensor:
         """Index scores (rows, T) float32 of equation (1); outside a query's range unspecified."""
         q_I, k_I, w = self.index
-        return ops.index_scores(q_I[rows], k_I, w[rows], self.pack.starts_N[rows], self.pack.ends_N[rows])
+        starts, ends = self.pack.starts_N[rows], self.pack.ends_N[rows]
+        return ops.index_scores(q_I[rows], k_I, w[rows], starts, ends, backend=self.backend)
 
     def head_mass(self, rows: slice = slice(None)) -> Tensor:
         """p (rows, T) float32: the mean over heads of the true attention's probabilities; 0 outside a query's range."""
@@ -66,7 +68,7 @@ Selection = Callable[[SelectionContext], Tensor | None]  # None: attend to every
 def indexer(c: SelectionContext) -> Tensor:
     """The k keys with the largest index score: equation (2)."""
     q_I, k_I, w = c.index
-    return ops.index_topk(q_I, k_I, w, c.k, c.pack.starts_N, c.pack.ends_N)
+    return ops.index_topk(q_I, k_I, w, c.k, c.pack.starts_N, c.pack.ends_N, backend=c.backend)
 
 
 def window(c: SelectionContext) -> Tensor:
@@ -78,8 +80,11 @@ def window(c: SelectionContext) -> Tensor:
 
 def oracle(c: SelectionContext) -> Tensor:
     """The k keys to which the true attention gives most, heads summed: the best that any selection of this size can do."""
-    parts = [ops.select_topk(c.head_mass(r), c.k, c.pack.starts_N[r], c.pack.ends_N[r]) for r in c.row_slices()]
-    return torch.cat(parts)
+
+    def select(rows: slice) -> Tensor:
+        return ops.select_topk(c.head_mass(rows), c.k, c.pack.starts_N[rows], c.pack.ends_N[rows], backend=c.backend)
+
+    return torch.cat([select(rows) for rows in c.row_slices()])
 
 
 def dense(c: SelectionContext) -> None:

@@ -108,6 +108,7 @@ class Trunk(DecoderPreTrainedModel):
         self.selection: Selection = indexer
         self.top_k: int = getattr(config, "index_topk", config.max_position_embeddings)
         self.form: Literal["auto", "mha", "mqa"] = "auto"
+        self.backend = "auto"  # of the ops
         self.objective: Objective = "none"
         self.kl_scale: KLScale | None = (
             None  # set by whoever trains; None: the mean over the valid queries of each call
@@ -179,6 +180,7 @@ class Trunk(DecoderPreTrainedModel):
             kl_weight=None if objective == "none" else self._query_weights(pack, device),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             form=self.form,
+            backend=self.backend,
             keep_selection=return_selection,
         )
         # Under autocast the residual stream is held in its dtype, as a model loaded in that dtype holds it.

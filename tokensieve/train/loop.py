@@ -80,6 +80,7 @@ def run(
     stage = STAGES[config.stage]
     stage.prepare(model, config)
     model.model.gradient_checkpointing = config.activation_checkpointing
+    model.model.backend = config.backend
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_tokenizer(tokenizer, model.config)
     _check_positions(config, model)
@@ -134,6 +135,7 @@ def run(
     finally:
         tracker.close()
     model.train_for("none")
+    model.model.backend = "auto"
     model.model.use_yarn(True)
     return model.eval()
 

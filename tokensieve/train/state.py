@@ -103,6 +103,7 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
         "workers": 0,
         "track": (),
         "device": "auto",
+        "backend": "auto",
         "data": data,
     }
 
