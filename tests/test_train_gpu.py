@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training import Workplace, workplace
+from tests.training import Workplace, batch, model, workplace
+from tokensieve.model.indexer import Indexer
 from tokensieve.ops import custom, custom_kl
 from tokensieve.train import run
 
@@ -46,3 +47,47 @@ def test_every_op_of_a_run_is_asked_of_its_backend(stage: str, backend: str, her
     picked.clear()
     made(torch.ones(1, 20, dtype=torch.long))
     assert {asked for _, _, asked in picked} == {"auto"}  # it was the run's choice
+
+
+@pytest.mark.parametrize("objective", ["warmup", "adapt"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_under_autocast_every_op_gets_what_the_kernels_take(
+    objective: str, weights: torch.dtype, picked: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries in bfloat16 (what `dispatch` looks at), keys too, head weights in float32; and every indexer's matrix has a gradient."""
+    made = model()
+    for name, parameter in made.named_parameters():
+        if "weights_proj" not in name:
+            parameter.data = parameter.data.to(weights)
+    made.train_for(objective)
+    made.train()
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    def note(original: Any) -> Any:
+        def op(*args: Any) -> Any:
+            seen.append(tuple(x.dtype for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()))
+            return original(*args)
+
+        return op
+
+    for module, op in ((custom, "index_topk"), (custom_kl, "sparse_attention_kl"), (custom_kl, "indexer_kl_dense_sum")):
+        monkeypatch.setattr(module, op, note(getattr(module, op)))
+    with torch.autocast("cpu", torch.bfloat16):
+        made(**batch(2, 48, documents=True)).loss.backward()
+    narrow, wide = torch.bfloat16, torch.float32
+    expected = {
+        "warmup": {(narrow, narrow, wide, narrow, narrow, wide, wide)},  # q, k, lse, q_I, k_I, w, weight
+        "adapt": {(narrow, narrow, wide), (narrow, narrow, narrow, narrow, wide)},  # q_I, k_I, w; q, kv, q_I, k_I, w
+    }
+    assert set(seen) == expected[objective]
+    assert {dtype for _, dtype, _ in picked} == {narrow}
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in made.indexer_parameters())
+
+
+def test_adaptation_computes_index_queries_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = model(), []
+    original = Indexer.queries
+    monkeypatch.setattr(Indexer, "queries", lambda self, *args: calls.append(self) or original(self, *args))
+    made.train_for("adapt")
+    made.train()(**batch(1, 48)).loss.backward()
+    assert len(calls) == len(made.model.layers)

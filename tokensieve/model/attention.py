@@ -105,11 +105,13 @@ class Attention(nn.Module):
         if p.objective == "warmup":
             out = self._warmup(heads, index_inputs, p)
         else:
-            indices = self._select(heads, index_inputs, p)
+            # Where the indexer learns, the choice and the loss read the same tensors, made once and outside of no_grad.
+            index = index_inputs() if p.objective == "adapt" else None
+            indices = self._select(heads, index_inputs if index is None else lambda: index, p)
             if indices is None:
                 out = heads.dense(p.pack, p.form)
-            elif p.objective == "adapt":
-                out = self._adapt(heads, indices, index_inputs, p)
+            elif index is not None:
+                out = self._adapt(heads, indices, index, p)
             else:
                 out = heads.sparse(indices, p.pack, p.form)
         return self.o_proj(out.flatten(1))
@@ -162,14 +164,13 @@ class Attention(nn.Module):
             p.kl[self.layer] = loss().detach()
         return out
 
-    def _adapt(self, heads: Heads, indices: Tensor, index_inputs, p: Pass) -> Tensor:
+    def _adapt(self, heads: Heads, indices: Tensor, index: tuple[Tensor, Tensor, Tensor], p: Pass) -> Tensor:
         """Sparse attention; the indexer learns equation (4) from its probabilities, the model only from what is read."""
         assert p.kl_weight is not None
-        q_I, k_I, w = index_inputs()
         q = heads.absorbed()
         width = self.latent + self.rope
         out, _, kl_N = ops.sparse_attention_kl(
-            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, q_I, k_I, w, backend=p.backend
+            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, *index, backend=p.backend
         )
         p.kl[self.layer] = (kl_N.detach() * p.kl_weight).sum()
         return heads.up(InjectedKL.apply(out, kl_N, p.kl_weight.to(kl_N.dtype)))
