@@ -214,7 +214,7 @@ def test_adapt_by_hand(context: int) -> None:
     """The selected entries are gathered in MQA form even where k is everything and MHA would be cheaper."""
     counts = cost.parameters(SPARSE)
     every, chosen = cost.visible_keys(context), cost.visible_keys(context, top_k=2048)
-    linear = 3 * 2 * (counts.matmul + counts.head + counts.indexer_matmul) * context
+    linear = 2 * (3 * (counts.matmul + counts.head) + 2 * counts.indexer_matmul) * context
     attention = 3.5 * 61 * chosen * 2 * 128 * (576 + 512)
     scores = 61 * 2 * 64 * (every * 129 + chosen * (2 * 129 + 2 * 128))
     assert cost.train_flops(SPARSE, "adapt", context) == pytest.approx(linear + attention + scores, rel=1e-12)
@@ -264,6 +264,16 @@ def test_checkpointing_trades_memory_for_time() -> None:
     shape = cost.shape_of(SMALL)
     again = cost.forward_flops(shape, RUN["context"], mode="mqa", logits=0) * plain.tokens / RUN["context"]
     assert saved.flops - plain.flops == pytest.approx(again)
+
+
+def test_logits_of_a_large_vocabulary_are_held_a_piece_at_a_time() -> None:
+    large = SMALL | {"vocab_size": 102400}
+    short, long = (cost.train_estimate(large, "pretrain", **RUN | {"tokens_per_step": n}) for n in (1 << 16, 1 << 17))
+    few, many = (cost.train_estimate(SMALL, "pretrain", **RUN | {"tokens_per_step": n}) for n in (1 << 16, 1 << 17))
+    others = 8 * cost.parameters(cost.shape_of(SMALL)).head // SMALL["hidden_size"]  # bytes of a token's logits
+    assert cost.head_rows(102400) == 5242 and cost.head_rows(4096) == 131072
+    grown = long.activation_bytes - short.activation_bytes
+    assert grown == many.activation_bytes - few.activation_bytes - others * (1 << 16)
 
 
 def test_autocast_keeps_a_copy_of_the_weights() -> None:

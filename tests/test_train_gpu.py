@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.training import Workplace, batch, model, workplace
+from tests.training import VOCAB, Workplace, apart, batch, model, step_gradients, workplace
+from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model.indexer import Indexer
 from tokensieve.ops import custom, custom_kl
 from tokensieve.train import run
@@ -91,3 +93,17 @@ def test_adaptation_computes_index_queries_once(monkeypatch: pytest.MonkeyPatch)
     made.train_for("adapt")
     made.train()(**batch(1, 48)).loss.backward()
     assert len(calls) == len(made.model.layers)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "adapt"])
+def test_logits_a_piece_at_a_time_change_nothing(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, settings = batch(2, 48, documents=True), TrainConfig(stage, "", "", (PhaseConfig(1, 48, 2, 2),))
+    sizes: list[int] = []
+    original = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *rest, **how: sizes.append(len(x)) or original(x, *rest, **how))
+    whole, figures = step_gradients(settings, model().double(), [step])
+    assert sizes == [96]
+    monkeypatch.setattr("tokensieve.cost.training.LOGITS", 40 * VOCAB)
+    found, again = step_gradients(settings, model().double(), [step])
+    assert sizes[1:4] == [40, 40, 16] and max(sizes[1:]) == 40
+    assert apart(found, whole) < 1e-12 and again["loss"] == pytest.approx(figures["loss"], rel=1e-9)

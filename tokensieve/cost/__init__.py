@@ -17,7 +17,15 @@ from tokensieve.cost.forward import (
     visible_keys,
 )
 from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of
-from tokensieve.cost.training import Estimate, activation_bytes, duration, run_estimate, train_estimate, train_flops
+from tokensieve.cost.training import (
+    Estimate,
+    activation_bytes,
+    duration,
+    head_rows,
+    run_estimate,
+    train_estimate,
+    train_flops,
+)
 
 __all__ = [
     "Shape",
@@ -37,6 +45,7 @@ __all__ = [
     "Estimate",
     "train_flops",
     "activation_bytes",
+    "head_rows",
     "train_estimate",
     "run_estimate",
     "duration",

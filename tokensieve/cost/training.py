@@ -16,8 +16,8 @@ Stage = Literal["pretrain", "warmup", "adapt"]
 # A fused attention backward recomputes the probabilities: five products where the forward has two.
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
-# The indexer's inputs are detached, so its projections have no gradient but their weights'; adaptation runs them once more to select.
-INDEX_WARMUP, INDEX_ADAPT = 2.0, 3.0
+INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: its projections have no gradient but their weights'
+LOGITS = 1 << 29  # of the output head, held at a time: 2 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
         trunk = forward_flops(shape, context, sparse=False, logits=0)
         target = shape.layers * every * 2 * shape.heads * (shape.nope + shape.rope)
         scored = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = INDEX_WARMUP * index_linear + shape.layers * every * scored
+        index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * every * scored
         return trunk + target + index
     linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
     if stage == "pretrain":
@@ -77,7 +77,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     chosen = visible_keys(context, top_k=shape.top_k)
     attention = chosen * attention_flops_per_key(shape, "mqa")
     scored = (every + 2 * chosen) * index_flops_per_key(shape) + chosen * index_gradient_flops_per_key(shape)
-    index = INDEX_ADAPT * index_linear + shape.layers * scored
+    index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * scored
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 
@@ -98,22 +98,27 @@ def layer_values(shape: Shape, moe: bool) -> int:
     return 5 * shape.hidden + attention + ffn + index
 
 
+def head_rows(vocabulary: int) -> int:
+    """Tokens whose logits training holds at a time: of 128K tokens and a vocabulary of 100K they would be 54 GB."""
+    return max(1, LOGITS // vocabulary)
+
+
 def activation_bytes(shape: Shape, stage: Stage, tokens: int, value_bytes: int, *, checkpointing: bool) -> int:
     """Bytes that the activations of a micro-batch of `tokens` tokens occupy at the peak; blocks of attention apart.
 
     warmup keeps one layer, whatever the depth. Checkpointing keeps every layer's input and one whole layer. The logits
-    and their gradient are float32; the selected indices are int32.
+    and their gradient are float32, of `head_rows` tokens at most; the selected indices are int32.
     """
     moe_values, dense_values = layer_values(shape, True), layer_values(shape, False)
     dense_layers = shape.layers - shape.moe_layers
     widest = max(moe_values if shape.moe_layers else 0, dense_values if dense_layers else 0)
     if stage == "warmup":
         return tokens * value_bytes * (widest + shape.hidden)
-    logits = 2 * 4 * shape.vocabulary
+    logits = 2 * 4 * shape.vocabulary * min(tokens, head_rows(shape.vocabulary))
     if checkpointing:
-        return tokens * (value_bytes * (shape.layers * shape.hidden + widest) + 4 * shape.top_k + logits)
+        return tokens * (value_bytes * (shape.layers * shape.hidden + widest) + 4 * shape.top_k) + logits
     values = shape.moe_layers * moe_values + dense_layers * dense_values
-    return tokens * (value_bytes * values + shape.layers * 4 * shape.top_k + logits)
+    return tokens * (value_bytes * values + shape.layers * 4 * shape.top_k) + logits
 
 
 def train_estimate(

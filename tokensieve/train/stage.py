@@ -1,6 +1,6 @@
 """What differs between the three stages of training: everything else is the one loop.
 
-Legend: B sequences of a micro-batch, S tokens each.
+Legend: B sequences of a micro-batch, S tokens each, N = B * S; D hidden width.
 """
 
 import contextlib
@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from tokensieve import cost
 from tokensieve.config import TrainConfig
 from tokensieve.model import DecoderForCausalLM, KLScale
 
@@ -53,12 +56,26 @@ def backward(
 def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
     """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along where an indexer trains."""
     model.model.kl_scale = KLScale(per_query=1.0 / totals.queries)
-    out = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+    out = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+    assert out.last_hidden_state is not None
     # The labels are shifted and not the logits, whose gradient would have to be copied to a larger tensor.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
-    entropy = F.cross_entropy(out.logits.flatten(0, 1).float(), targets, reduction="none", ignore_index=-100)
+    entropy = _entropies(model.lm_head, out.last_hidden_state.flatten(0, 1), targets)
     weights = batch.get("loss_weights")
     if weights is not None:
         entropy = entropy * F.pad(weights[:, 1:], (0, 1)).flatten()
     loss = entropy.sum() / totals.labels
     return Losses(loss, loss.detach(), None if out.kl is None else out.kl.detach())
+
+
+def _entropies(head: nn.Linear, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Cross-entropies (N) float32 of the head's logits, of which no more exist at a time than `cost.head_rows` says."""
+
+    def some(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, reduction="none", ignore_index=-100)
+
+    rows = cost.head_rows(head.weight.shape[0])
+    if len(hidden_ND) <= rows:
+        return some(hidden_ND, targets_N)
+    pieces = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    return torch.cat([checkpoint(some, *piece, use_reentrant=False) for piece in pieces])
