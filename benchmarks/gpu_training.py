@@ -115,8 +115,7 @@ class Curve:
 
     stage: str
     loss: str
-    first: float
-    last: float  # of the reference
+    steps: dict[str, list[float]]  # by arm
     mean: float
     largest: float
     floor: dict[str, tuple[float, float]]  # mean and largest difference of two runs that should be the same
@@ -245,10 +244,7 @@ def losses(sizes: Sizes, device: torch.device, write: Write) -> list[Curve]:
                 line = {arm: figures[name] for arm, figures in found.items()}
                 seconds = {arm: statistics.median(figures["seconds"]) for arm, figures in found.items()}
                 floor = {of: apart(line[b], line[a]) for of, (a, b) in FLOOR.items()}
-                expected = line["reference"]
-                rows.append(
-                    Curve(stage, name, expected[0], expected[-1], *apart(line["kernels"], expected), floor, seconds)
-                )
+                rows.append(Curve(stage, name, line, *apart(line["kernels"], line["reference"]), floor, seconds))
                 write(rows)
     return rows
 
@@ -259,7 +255,7 @@ def show_losses(rows: list[Curve]) -> None:
     )
     for row in rows:
         table.add_row(
-            row.stage, row.loss, f"{row.first:.4f} -> {row.last:.4f}",
+            row.stage, row.loss, "{:.4f} -> {:.4f}".format(row.steps["reference"][0], row.steps["reference"][-1]),
             f"{row.mean:.1e}  {row.largest:.1e}" + ("  wrong" if row.is_wrong else ""),
             *("{:.1e}  {:.1e}".format(*row.floor[name]) for name in ("kernels", "reference")),
             f"{1000 * row.seconds['kernels']:.0f}, reference {1000 * row.seconds['reference']:.0f}",
