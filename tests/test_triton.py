@@ -23,6 +23,8 @@ pytest.importorskip("triton", reason="Triton has no build for this machine")
 # and add up in float32; probabilities and their derivatives are rounded (2**-9, 2**-11) before they meet the next product.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 1.5e-2}
 LSE_TOLERANCE = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-4}
+# In any order, so that they differ in the last bits from run to run.
+ADDED_ATOMICALLY = ("sparse_attention: d kv", "sparse_attention_kl: d kv", "sparse_attention_kl: d k_I")
 QUICK = (
     "ragged pack, keys nobody sees",
     "one-token documents",
@@ -63,7 +65,7 @@ def backend(device: str) -> str:
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def results(x: Inputs, how: str) -> dict[str, Tensor]:
@@ -91,7 +93,8 @@ def results(x: Inputs, how: str) -> dict[str, Tensor]:
     inputs = {"q": q, "kv": kv, "q_I": q_I, "k_I": k_I, "w": w}
     take("sparse_attention_kl", {"out": out, "lse": lse, "kl": kl}, inputs)
     q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)
-    lse = ops.dense_attention(x.q_SHD, x.k_TGD, x.v_TGV, x.starts_S, x.ends_S, x.scale, backend="reference")[1]
+    spans = (edge.clamp(0, len(x.k_TD)) for edge in (x.starts_S, x.ends_S))
+    lse = ops.dense_attention(x.q_SHD, x.k_TGD, x.v_TGV, *spans, x.scale, backend="reference")[1]
     kl = ops.indexer_kl_dense(x.q_SHD, x.k_TGD, lse, x.scale, q_I, k_I, w, x.starts_S, x.ends_S, backend=how)
     take("indexer_kl_dense", {"kl": kl}, {"q_I": q_I, "k_I": k_I, "w": w})
     return found
@@ -197,6 +200,52 @@ def test_nan_among_the_inputs_is_not_hidden(where: str, device: str) -> None:
     getattr(x, where).view(-1)[5 if where == "k_TD" else -1] = math.nan
     with pytest.raises(ValueError, match="contain NaN"):
         ops.index_topk(x.q_SID, x.k_TD, x.w_SI, 4, x.starts_S, x.ends_S, backend=backend(device))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
+    """Nobody checks values on a GPU: an index past the keys counts as -1, a range is cut to them. Around them lies NaN."""
+    monkeypatch.setattr(ops, "_check_indices", lambda *given: None)
+    monkeypatch.setattr(ops, "_check_ranges", lambda *given: None)
+    lowest, highest = -(2**31), 2**31 - 1
+    x = make(
+        Case("strays", (Document(0, 40, 4), Document(40, 50, 3), Document(0, 0, 3)), keys=90, k=8, heads=2), device
+    )
+    x = x.to(torch.bfloat16) if device == "cuda" else x
+    S, T, how = len(x.q_SHD), len(x.k_TD), backend(device)
+
+    def among_nan(keys: Tensor) -> Tensor:
+        surrounded = keys.new_full((3 * T, *keys.shape[1:]), math.nan)
+        surrounded[T : 2 * T] = keys
+        return surrounded[T : 2 * T]
+
+    starts, ends = torch.where(x.starts_S == 0, -70, x.starts_S), torch.where(x.ends_S == T, T + 70, x.ends_S)
+    starts[-3:], ends[-3:] = (
+        torch.tensor(edges).to(starts) for edges in ((lowest, T + 1, highest), (highest, T + 9, lowest))
+    )
+    clean = torch.full((S, 5), -1, device=device).int()
+    strays = torch.tensor([T, T + 1, highest, -2, lowest], device=device).int().expand(S, -1)
+    given = dataclasses.replace(
+        x, kv_TGE=among_nan(x.kv_TGE), k_TD=among_nan(x.k_TD), starts_S=starts, ends_S=ends, indices_SK=torch.cat((strays, x.indices_SK), 1)
+    )  # fmt: skip
+    meant = dataclasses.replace(
+        x, starts_S=starts.clamp(0, T), ends_S=ends.clamp(0, T), indices_SK=torch.cat((clean, x.indices_SK), 1)
+    )
+    scores = torch.randn(S, T, generator=torch.Generator().manual_seed(6)).to(device)
+
+    def everything(y: Inputs) -> dict[str, Tensor]:
+        found = results(y, how)
+        for k in (4, 80):  # rows longer and shorter than their candidates
+            found[f"top-{k}"] = ops.select_topk(scores, k, y.starts_S, y.ends_S, backend=how)
+        found["fused"] = ops.index_topk(y.q_SID, y.k_TD, y.w_SI, 4, y.starts_S, y.ends_S, backend=how)
+        return found
+
+    expected, actual = everything(meant), everything(given)
+    for name, e in expected.items():
+        if device == "cuda" and name in ADDED_ATOMICALLY:
+            oracle.assert_close(actual[name], e, TOLERANCE["bfloat16"], 1.0, name)
+        else:
+            assert torch.equal(actual[name], e), name
 
 
 @pytest.mark.gpu

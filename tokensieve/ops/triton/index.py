@@ -38,10 +38,17 @@ def relu(x):
 
 
 @triton.jit
-def block_range(starts, ends, t, S):
-    """The keys that any of the queries `t` sees: [lo, hi); lo >= hi where none sees any."""
+def key_range(starts, ends, t, S, T):
+    """The keys [start, end) of the queries `t`, cut to the T that there are: nobody else looks at ranges on a GPU."""
     start = tl.load(starts + t, mask=t < S, other=0)
     end = tl.load(ends + t, mask=t < S, other=0)
+    return tl.minimum(tl.maximum(start, 0), T), tl.minimum(tl.maximum(end, 0), T)
+
+
+@triton.jit
+def block_range(starts, ends, t, S, T):
+    """The keys that each of the queries `t` sees, and those that any sees: [lo, hi); lo >= hi where none sees any."""
+    start, end = key_range(starts, ends, t, S, T)
     seen = end > start
     hi = tl.max(tl.where(seen, end, 0))
     # never far above hi: a pipelined loop looks a few steps ahead, and past the largest integer it would see negative keys
@@ -74,7 +81,7 @@ def _scores_kernel(
 ):  # fmt: skip
     first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
-    _, _, lo, hi = block_range(starts, ends, t, S)
+    _, _, lo, hi = block_range(starts, ends, t, S, T)
     lo = tl.maximum(lo // BK * BK, tl.program_id(1) * chunk)
     hi = tl.minimum(hi, tl.program_id(1) * chunk + chunk)
     row = tl.arange(0, BQ * HP)
@@ -124,7 +131,7 @@ def _dq_kernel(
     """dq = w * sum_s g[s] 1[q.k > 0] k[s], with g the score's gradient; dw is the same sum times q, since relu(q.k) is q.k or 0."""
     first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     row = tl.arange(0, BQ * HP)
     owner, head = first + row // HP, row % HP
     real = (owner < S) & (head < H)
@@ -160,14 +167,13 @@ def _dk_kernel(
     dk_ND = tl.zeros((BK, DP), dtype=tl.float32)
     for first in range(tl.load(firsts + tl.program_id(0)), tl.load(lasts + tl.program_id(0)), BQ):
         t = first + tl.arange(0, BQ)
-        start = tl.load(starts + t, mask=t < S, other=0)[:, None]
-        end = tl.load(ends + t, mask=t < S, other=0)[:, None]
+        start, end = key_range(starts, ends, t, S, T)
         owner, head = first + row // HP, row % HP
         real = (owner < S) & (head < H)
         q_RD = load_rows(q, owner * H + head, real, d, D)
         w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
         dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-        seen = (n[None, :] >= start) & (n[None, :] < end)
+        seen = (n[None, :] >= start[:, None]) & (n[None, :] < end[:, None])
         g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + n[None, :], mask=seen, other=0.0).to(tl.float32)
         g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
         opened_RN = tl.where(dots_RN > 0, g_RN * w_R[:, None], 0.0).to(q_RD.dtype)

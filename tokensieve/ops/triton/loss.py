@@ -49,7 +49,7 @@ def _lse_kernel(
 ):  # fmt: skip
     """The logsumexp of one chunk's scores, -inf where a query sees none of its keys."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     largest, total = tl.zeros((BQ,), tl.float32) + float("-inf"), tl.zeros((BQ,), tl.float32)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         key = (s + n)[None, :]
@@ -72,7 +72,7 @@ def _target_kernel(
 ):  # fmt: skip
     """p, the mean over heads of the attention's probabilities, where a query sees a key; elsewhere nothing is written."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         p_QN = tl.zeros((BQ, BK), tl.float32)
         for h in range(H):
@@ -100,7 +100,7 @@ def _kl_kernel(
 ):  # fmt: skip
     """One chunk's part of the KL; GRADIENT: its weighted derivative by the scores, softmax(I) - p, in the place of p."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     lse_Q = tl.load(lse_I + t, mask=t < S, other=0.0)
     lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)  # of a query without keys
     kl_Q = tl.zeros((BQ,), tl.float32)
