@@ -138,13 +138,14 @@ def _dq_kernel(
     q_RD = load_rows(q, owner * H + head, real, d, D)
     moved_RD = tl.zeros((BQ * HP, DP), dtype=tl.float32)
     for s in range(lo // BK * BK, hi, BK):
-        k_ND = load_rows(k, s + n, s + n < T, d, D)
-        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
+        used = tl.max(seen.to(tl.int32), 0) > 0  # what nobody here sees may be NaN, of which even zero times is NaN
+        k_ND = load_rows(k, s + n, used, d, D)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + key, mask=seen, other=0.0).to(tl.float32)
         if SCALED:
-            g_QN *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[None, :]
+            g_QN *= tl.load(k_scale + s + n, mask=used, other=0.0)[None, :]
         g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
         opened_RN = tl.where(dots_RN > 0, g_RN, 0.0).to(k_ND.dtype)
         moved_RD = tl.dot(opened_RN, k_ND, moved_RD, input_precision=EXACT)
@@ -165,11 +166,12 @@ def _dk_kernel(
     n, row = s + tl.arange(0, BK), tl.arange(0, BQ * HP)
     k_ND = load_rows(k, n, n < T, d, D)
     dk_ND = tl.zeros((BK, DP), dtype=tl.float32)
-    for first in range(tl.load(firsts + tl.program_id(0)), tl.load(lasts + tl.program_id(0)), BQ):
+    last = tl.load(lasts + tl.program_id(0))
+    for first in range(tl.load(firsts + tl.program_id(0)), last, BQ):
         t = first + tl.arange(0, BQ)
         start, end = key_range(starts, ends, t, S, T)
         owner, head = first + row // HP, row % HP
-        real = (owner < S) & (head < H)
+        real = (owner < last) & (head < H)
         q_RD = load_rows(q, owner * H + head, real, d, D)
         w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
         dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
