@@ -283,6 +283,21 @@ def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> No
         assert not actual[name][bad_queries if len(e) == 13 else bad_keys & seen.any(0)].isfinite().all(), name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_target_that_does_not_sum_to_one(device: str) -> None:
+    """With an lse from elsewhere, as of attention over more keys: value and gradients are still the reference's."""
+    x = make(Case("part of the mass", causal(9, 12), keys=21, k=4, heads=2), device)
+    x = x.to(torch.bfloat16) if device == "cuda" else x
+    lse = torch.rand(21, 2, generator=torch.Generator().manual_seed(7)).to(device) + 2
+    both = []
+    for how, y in (("reference", x.to(torch.float64)), (backend(device), x)):
+        inputs = leaves(y.q_SID, y.k_TD, y.w_SI)
+        kl = ops.indexer_kl_dense(y.q_SHD, y.k_TGD, lse, y.scale, *inputs, y.starts_S, y.ends_S, backend=how)
+        both.append((kl.detach(), *torch.autograd.grad(kl.sum(), inputs)))
+    for e, a in zip(*both, strict=True):
+        oracle.assert_close(a.double(), e, TOLERANCE["bfloat16" if device == "cuda" else "float32"], 1.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("heads", "width"), [(3, 16), (8, 32), (32, 128), (64, 128)])

@@ -327,7 +327,8 @@ def indexer_kl_dense(
 
     kl[t] = KL( p[t,:] || softmax(I[t,:]) ), p = mean over heads of exp(scale * q . k - lse), the main attention's probabilities.
     q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
-    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
+    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) * sum(p) - p; sum(p) is 1 unless lse comes
+    from elsewhere than from this attention over these keys. Memory is linear in T.
     """
     _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     return custom_kl.indexer_kl_dense(
