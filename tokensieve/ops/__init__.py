@@ -49,10 +49,11 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     """
     narrow, wide = (torch.empty(1, 1, 1, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     probes = {op: wide if device == "cpu" or op == "select_topk" else narrow for op in OPS}
-    kind = torch.device(device).type
-    return {
-        op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS if b.has(op, kind)] for op, probe in probes.items()
-    }
+    kind, found = torch.device(device).type, {}
+    for op, probe in probes.items():
+        operands = dict.fromkeys(("k", "v", "kv", "q_I", "k_I", "bounds"), probe) | {"v_start": 0, "d_v": 1}
+        found[op] = [(b.name, b.why_not(op, probe, operands)) for b in BACKENDS if b.has(op, kind)]
+    return found
 
 
 def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:

@@ -85,7 +85,7 @@ def _target_kernel(
                 q_tail = load_part(q, q_row + DM, t < S, D - DM, DT)
                 k_tail = load_part(k, k_row + DM, s + n < T, D - DM, DT)
                 logit_QN = tl.dot(q_tail, tl.trans(k_tail), logit_QN, input_precision=EXACT)
-            lse_h = tl.load(lse + t * H + h, mask=t < S, other=float("inf"))
+            lse_h = tl.load(lse + t * H + h, mask=t < S, other=float("inf")).to(tl.float32)
             lse_h = tl.where(lse_h == float("-inf"), float("inf"), lse_h) * LOG2E
             p_QN += tl.exp2(logit_QN * (scale * LOG2E) - lse_h[:, None])
         key = (s + n)[None, :]
