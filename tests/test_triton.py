@@ -298,6 +298,43 @@ def test_a_target_that_does_not_sum_to_one(device: str) -> None:
         oracle.assert_close(a.double(), e, TOLERANCE["bfloat16" if device == "cuda" else "float32"], 1.0)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_second_run_has_the_same_bits(device: str) -> None:
+    """Every op, and every gradient that is not added atomically; the memory that outputs get is poisoned before each run."""
+    if device == "cuda":  # enough programs to meet in another order
+        documents, sizes = (
+            causal(700, 1, 1500, 66),
+            {"keys": 2267, "k": 300, "heads": 64, "entry": 576, "d_k": 576, "d_v": 512},
+        )
+        sizes |= {"index_heads": 64, "index_dim": 128}
+    else:
+        documents, sizes = causal(4, 3), {"keys": 7, "k": 4, "heads": 2}
+    x = make(Case("twice", documents, **sizes), device)
+    x = x.to(torch.bfloat16) if device == "cuda" else x
+    how, weight = backend(device), torch.rand(len(x.q_SHD), generator=torch.Generator().manual_seed(8)).to(device)
+
+    def everything() -> dict[str, Tensor]:
+        found = {name: y for name, y in results(x, how).items() if name not in ADDED_ATOMICALLY}
+        inputs, lse = (
+            leaves(x.q_SID, x.k_TD, x.w_SI),
+            weight[:, None] + torch.ones_like(x.q_SHD[..., 0], dtype=torch.float32),
+        )
+        total = ops.indexer_kl_dense_sum(
+            x.q_SHD, x.k_TGD, lse, x.scale, *inputs, x.starts_S, x.ends_S, weight, backend=how
+        )
+        found["indexer_kl_dense_sum"] = total.detach()
+        for what, y in zip(("q_I", "k_I", "w"), torch.autograd.grad(total, inputs), strict=True):
+            found[f"indexer_kl_dense_sum: d {what}"] = y
+        scores = found["index_scores: scores"]
+        found["select_topk"] = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=how)
+        found["index_topk"] = ops.index_topk(x.q_SID, x.k_TD, x.w_SI, x.k, x.starts_S, x.ends_S, backend=how)
+        return found
+
+    first, second = everything(), everything()
+    for name, e in first.items():
+        assert torch.equal(second[name], e), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("heads", "width"), [(3, 16), (8, 32), (32, 128), (64, 128)])
