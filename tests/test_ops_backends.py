@@ -135,21 +135,56 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
     """On the meta device: nothing is computed, only asked."""
     triton = next(b for b in dispatch.BACKENDS if b.name == "triton")
 
-    def why_not(op: str, width: int, dtype: torch.dtype) -> str:
-        return str(triton.limits(op, torch.empty(1, 1, width, dtype=dtype, device="meta"), False))
+    def why_not(op: str, width: int, dtype: torch.dtype, other: torch.dtype | None = None, **changes) -> str:
+        q, k = (torch.empty(1, 1, width, dtype=x or dtype, device="meta") for x in (dtype, other))
+        index = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="meta")
+        operands = {"k": k, "kv": k, "v_start": 0, "d_v": 64} | changes
+        if op in ("sparse_attention_kl", "indexer_kl_dense"):
+            operands = {"q_I": index, "k_I": index} | operands
+        return str(triton.limits(op, q, operands))
 
+    def index(width: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(1, 1, width, dtype=dtype, device="meta")
+
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
     monkeypatch.setattr(dispatch, "_is_hopper", lambda device: True)
     taken = str(dispatch._no_triton())
-    assert why_not("sparse_attention", 576, torch.bfloat16) == taken
-    assert why_not("index_topk", 128, torch.float8_e4m3fn) == taken
+    assert why_not("sparse_attention", 576, bf16, d_v=512) == taken
+    assert why_not("sparse_attention", 256, bf16, v_start=256, d_v=256) == taken
+    assert why_not("sparse_attention_kl", 576, bf16, d_v=512) == taken
+    assert why_not("indexer_kl_dense", 192, bf16) == taken
+    assert why_not("index_topk", 128, fp8) == taken
     assert why_not("select_topk", 9999, torch.float32) == taken
-    assert "wider than 576" in why_not("sparse_attention", 640, torch.bfloat16)
-    assert "wider than 128" in why_not("index_scores", 256, torch.bfloat16)
+    assert "wider than 576" in why_not("sparse_attention", 640, bf16)
+    assert "wider than 128" in why_not("index_scores", 256, bf16)
     assert "float64" in why_not("sparse_attention", 64, torch.float64)
-    assert "bfloat16" in why_not("select_topk", 64, torch.bfloat16)
+    assert "bfloat16" in why_not("select_topk", 64, bf16)
+    # what is not seen by looking at q alone
+    assert "bfloat16 with torch.float32" in why_not("sparse_attention", 64, bf16, torch.float32)
+    assert "e4m3fn with torch.bfloat16" in why_not("index_topk", 128, fp8, bf16)
+    assert "bfloat16 with torch.float16" in why_not("indexer_kl_dense", 192, bf16, torch.float16)
+    for op in ("sparse_attention_kl", "indexer_kl_dense"):
+        assert "wider than 128" in why_not(op, 64, bf16, q_I=index(256, bf16))
+        assert "takes torch.float8" in why_not(op, 64, bf16, q_I=index(128, fp8))
+        assert "bfloat16 with torch.float32" in why_not(op, 64, bf16, k_I=index(64, torch.float32))
+    assert "wider than 256" in why_not("sparse_attention", 576, bf16, v_start=64, d_v=512)
+    assert "wider than 256" in why_not("sparse_attention", 64, bf16, d_v=512)
+    assert "wider than 256" in why_not("sparse_attention_kl", 300, bf16, d_v=300)
     monkeypatch.setattr(dispatch, "_is_hopper", lambda device: False)
-    assert why_not("sparse_attention_kl", 80, torch.bfloat16) == taken
-    assert "wider than 128" in why_not("sparse_attention", 576, torch.bfloat16)
-    assert "wider than 64" in why_not("index_topk", 128, torch.bfloat16)
-    assert "no masked_attention" in str(triton.why_not("masked_attention", torch.empty(1, 1, 1), False))
-    assert "not run on cpu" in str(triton.why_not("sparse_attention", torch.empty(1, 1, 1), False))
+    assert why_not("sparse_attention_kl", 80, bf16) == taken
+    assert why_not("sparse_attention", 128, bf16, v_start=128, d_v=128) == taken
+    assert "wider than 128" in why_not("sparse_attention", 576, bf16, d_v=512)
+    assert "wider than 128" in why_not("sparse_attention", 128, bf16, d_v=256)
+    assert "wider than 64" in why_not("index_topk", 128, bf16)
+    assert "no masked_attention" in str(triton.why_not("masked_attention", torch.empty(1, 1, 1), {}))
+    assert "not run on cpu" in str(triton.why_not("sparse_attention", torch.empty(1, 1, 1), {}))
+
+
+def test_auto_sees_every_operand() -> None:
+    """Where the queries alone would do for fused kernels and kernels, but the keys do not."""
+    x = make(CASES[0])
+    out, lse = dense(x, x.q_SHD, x.k_TGD.double(), x.v_TGV.double(), **pack(CASES[0]))
+    same = dense(x, x.q_SHD, x.k_TGD, x.v_TGV, backend="reference")
+    assert torch.equal(out, same[0]) and torch.equal(lse, same[1])
+    with pytest.raises(ValueError, match="float32 with torch.float64"):
+        dense(x, x.q_SHD, x.k_TGD.double(), x.v_TGV, **pack(CASES[0]), backend="fused")

@@ -6,6 +6,9 @@ width, E entry width, V value width, H_I and d_I heads and width of the indexer.
 Everything is packed, without a batch axis. `starts_S`, `ends_S` (integers) give each query the keys [start, end) that it may see, so
 documents and batches are key ranges; start >= end is a query without keys. `indices_SK` (int32) are positions on the key axis: ascending
 and without duplicates, then -1 for unused places. A query without keys returns zeros, lse = -inf and KL 0. lse is the natural log.
+On the CPU a range outside [0, T] or an index outside [-1, T) raises ValueError. On a GPU looking at values would stop its queue: there a
+kernel cuts ranges to [0, T] and takes an index outside [0, T) for -1, so that nothing outside the keys is ever touched; the reference
+relies on PyTorch's own checks.
 Sums run in float32 (float64 for float64 inputs). `backend` is `auto` or a name from `backends()`; one that cannot run raises.
 
 Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against decode. The ops of `paged.py` do
@@ -46,10 +49,11 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     """
     narrow, wide = (torch.empty(1, 1, 1, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     probes = {op: wide if device == "cpu" or op == "select_topk" else narrow for op in OPS}
-    kind = torch.device(device).type
-    return {
-        op: [(b.name, b.why_not(op, probe, True)) for b in BACKENDS if b.has(op, kind)] for op, probe in probes.items()
-    }
+    kind, found = torch.device(device).type, {}
+    for op, probe in probes.items():
+        operands = dict.fromkeys(("k", "v", "kv", "q_I", "k_I", "bounds"), probe) | {"v_start": 0, "d_v": 1}
+        found[op] = [(b.name, b.why_not(op, probe, operands)) for b in BACKENDS if b.has(op, kind)]
+    return found
 
 
 def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
@@ -122,7 +126,7 @@ def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
         raise ValueError(f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}")
     if indices_SK.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: indices must be int32 or int64, got {indices_SK.dtype}")
-    # Looking at values costs a synchronization on a GPU and cannot be traced: there the caller answers for them (docs/kernels.md).
+    # Looking at values costs a synchronization on a GPU and cannot be traced: there the caller answers for them (the top of this file).
     if indices_SK.device.type == "cpu" and indices_SK.numel() and not torch.compiler.is_compiling():
         low, high = indices_SK.aminmax()
         if int(low) < -1 or int(high) >= T:
@@ -219,7 +223,7 @@ def dense_attention(
     q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by q, k, v.
     `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
     each is causal: they say the same as the ranges and let fused kernels run, whose lse carries no gradient.
-    ValueError on mismatched shapes or ranges outside [0, T].
+    ValueError on mismatched shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report, section 2.
     """
     if k_TGD.shape[:2] != v_TGV.shape[:2]:
@@ -251,7 +255,7 @@ def masked_attention(
     """softmax(scale * q . k) v over the selected keys, computed densely with everything else masked: the form for short contexts.
 
     q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V), lse (S, H). Differentiable by q, k, v.
-    Source: report, section 2.1, "masked MHA mode". ValueError when an index is outside [-1, T).
+    Source: report, section 2.1, "masked MHA mode". ValueError on mismatched shapes.
     """
     if k_THD.shape[:2] != v_THV.shape[:2]:
         raise ValueError(f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)")
@@ -276,7 +280,7 @@ def sparse_attention(
 
     One entry of width E per token and group: key = [0:d_k], value = [v_start:v_start+d_v]. q (S, H, d_k), kv (T, G, E), indices (S, K).
     MLA in MQA mode: G = 1, E = 576, d_k = 576, v_start = 0, d_v = 512. GQA: E = 2d, d_k = d, v_start = d, d_v = d.
-    Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes or indices outside [-1, T).
+    Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes.
     """
     _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
     return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
@@ -324,7 +328,8 @@ def indexer_kl_dense(
 
     kl[t] = KL( p[t,:] || softmax(I[t,:]) ), p = mean over heads of exp(scale * q . k - lse), the main attention's probabilities.
     q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
-    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) - p. Memory is linear in T.
+    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) * sum(p) - p; sum(p) is 1 unless lse comes
+    from elsewhere than from this attention over these keys. Memory is linear in T.
     """
     _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     return custom_kl.indexer_kl_dense(

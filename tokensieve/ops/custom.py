@@ -48,7 +48,7 @@ def empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 def index_scores(
     q: Tensor, k: Tensor, w: Tensor, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> Tensor:
-    return pick("index_scores", q, backend).index_scores(q, k, w, starts, ends, k_scale)
+    return pick("index_scores", q, backend, k=k).index_scores(q, k, w, starts, ends, k_scale)
 
 
 @index_scores.register_fake
@@ -61,7 +61,7 @@ def _(q, k, w, starts, ends, k_scale, backend):
 def index_scores_backward(
     dscores: Tensor, q: Tensor, k: Tensor, w: Tensor, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("index_scores", q, backend).index_scores_backward(dscores, q, k, w, starts, ends, k_scale)
+    return pick("index_scores", q, backend, k=k).index_scores_backward(dscores, q, k, w, starts, ends, k_scale)
 
 
 @index_scores_backward.register_fake
@@ -100,7 +100,7 @@ def _(scores, k, starts, ends, backend):
 def index_topk(
     q: Tensor, k_I: Tensor, w: Tensor, k: int, starts: Tensor, ends: Tensor, k_scale: Tensor | None, backend: str
 ) -> Tensor:
-    return pick("index_topk", q, backend).index_topk(q, k_I, w, k, starts, ends, k_scale)
+    return pick("index_topk", q, backend, k=k_I).index_topk(q, k_I, w, k, starts, ends, k_scale)
 
 
 @index_topk.register_fake
@@ -124,7 +124,7 @@ def dense_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = pick("dense_attention", q, backend, causal_documents=bounds is not None)
+    module = pick("dense_attention", q, backend, k=k, v=v, bounds=bounds)
     return module.dense_attention(q, k, v, starts, ends, bounds, longest, scale)
 
 
@@ -151,7 +151,7 @@ def dense_attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    module = pick("dense_attention", q, backend, causal_documents=bounds is not None)
+    module = pick("dense_attention", q, backend, k=k, v=v, bounds=bounds)
     return module.dense_attention_backward(dout, dlse, q, k, v, out, lse, starts, ends, bounds, longest, scale)
 
 
@@ -240,7 +240,8 @@ masked_attention.register_autograd(_masked_backward, setup_context=_masked_setup
 def sparse_attention(
     q: Tensor, kv: Tensor, indices: Tensor, scale: float, d_k: int, v_start: int, d_v: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return pick("sparse_attention", q, backend).sparse_attention(q, kv, indices, scale, d_k, v_start, d_v)
+    module = pick("sparse_attention", q, backend, kv=kv, v_start=v_start, d_v=d_v)
+    return module.sparse_attention(q, kv, indices, scale, d_k, v_start, d_v)
 
 
 @sparse_attention.register_fake
@@ -265,7 +266,7 @@ def sparse_attention_backward(
     d_v: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = pick("sparse_attention", q, backend)
+    module = pick("sparse_attention", q, backend, kv=kv, v_start=v_start, d_v=d_v)
     return module.sparse_attention_backward(dout, dlse, q, kv, indices, out, lse, scale, d_k, v_start, d_v)
 
 

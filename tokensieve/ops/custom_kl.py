@@ -24,9 +24,8 @@ def sparse_attention_kl(
     w: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("sparse_attention_kl", q, backend).sparse_attention_kl(
-        q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w
-    )
+    module = pick("sparse_attention_kl", q, backend, kv=kv, v_start=v_start, d_v=d_v, q_I=q_I, k_I=k_I)
+    return module.sparse_attention_kl(q, kv, indices, scale, d_k, v_start, d_v, q_I, k_I, w)
 
 
 @sparse_attention_kl.register_fake
@@ -56,7 +55,7 @@ def sparse_attention_kl_backward(
     w: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module = pick("sparse_attention_kl", q, backend)
+    module = pick("sparse_attention_kl", q, backend, kv=kv, v_start=v_start, d_v=d_v, q_I=q_I, k_I=k_I)
     return module.sparse_attention_kl_backward(
         dout, dlse, dkl, q, kv, indices, out, lse, scale, d_k, v_start, d_v, q_I, k_I, w
     )
@@ -111,7 +110,8 @@ def indexer_kl_dense(
     ends: Tensor,
     backend: str,
 ) -> Tensor:
-    return pick("indexer_kl_dense", q, backend).indexer_kl_dense(q, k, lse, scale, q_I, k_I, w, starts, ends)
+    module = pick("indexer_kl_dense", q, backend, k=k, q_I=q_I, k_I=k_I)
+    return module.indexer_kl_dense(q, k, lse, scale, q_I, k_I, w, starts, ends)
 
 
 @indexer_kl_dense.register_fake
@@ -134,9 +134,8 @@ def indexer_kl_dense_backward(
     ends: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("indexer_kl_dense", q, backend).indexer_kl_dense_backward(
-        dkl, q, k, lse, scale, q_I, k_I, w, starts, ends
-    )
+    module = pick("indexer_kl_dense", q, backend, k=k, q_I=q_I, k_I=k_I)
+    return module.indexer_kl_dense_backward(dkl, q, k, lse, scale, q_I, k_I, w, starts, ends)
 
 
 @indexer_kl_dense_backward.register_fake
@@ -173,7 +172,7 @@ def indexer_kl_dense_sum(
     weight: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    module = pick("indexer_kl_dense", q, backend)
+    module = pick("indexer_kl_dense", q, backend, k=k, q_I=q_I, k_I=k_I)
     kl, *gradients = module.indexer_kl_dense_step(q, k, lse, scale, q_I, k_I, w, starts, ends, weight)
     return (kl * weight.to(kl.dtype)).sum(), *gradients
 

@@ -9,10 +9,11 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,31 +34,32 @@ OPS = (
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
-# Wider heads do not fit into a program's shared memory: on Hopper (576 is MLA's entry), and on every other GPU (docs/kernels.md).
-ATTENTION_OPS = ("sparse_attention", "sparse_attention_kl", "indexer_kl_dense")
-TRITON_WIDEST = {"index_scores": (128, 64), "index_topk": (128, 64)} | dict.fromkeys(ATTENTION_OPS, (576, 128))
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`limits(op, q, causal_documents)` says in one clause why this backend cannot run a call on its devices, or None if it can."""
+    """`limits(op, q, operands)` says in one clause why this backend cannot run a call on its devices, or None if it can.
+
+    `operands` are the op's other arguments that may decide it, by the names that they have in `custom.py` and `custom_kl.py`.
+    """
 
     name: str
     path: str  # of its module, which is imported when it first runs: Triton is not on every machine
     ops: tuple[str, ...]
     devices: tuple[str, ...]  # none named: all
-    limits: Callable[[str, torch.Tensor, bool], str | None]
+    limits: Callable[[str, torch.Tensor, Mapping[str, Any]], str | None]
 
     def has(self, op: str, device: str) -> bool:
         return op in self.ops and (not self.devices or device in self.devices)
 
-    def why_not(self, op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
-        """Why this backend cannot run `op` for queries like `q`, in one clause, or None if it can."""
+    def why_not(self, op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+        """Why this backend cannot run `op` for arguments like these, in one clause, or None if it can."""
         if op not in self.ops:
             return f"it has no {op}"
         if not self.has(op, q.device.type):
             return f"it does not run on {q.device.type}"
-        return self.limits(op, q, causal_documents)
+        return self.limits(op, q, operands)
 
 
 @cache
@@ -76,24 +78,38 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
-    dtypes = [torch.float16, torch.bfloat16]
-    if op in ("index_scores", "index_topk"):
-        dtypes.append(torch.float8_e4m3fn)
-    if op == "select_topk":  # scores are float32 whatever the model's dtype is
-        dtypes = [torch.float32]
+def _product_limits(q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, ...], widest: int) -> str | None:
+    """Why no kernel multiplies these queries with these keys."""
     if q.dtype not in dtypes:
         return f"no kernel takes {q.dtype}"
-    if op in TRITON_WIDEST:
-        widest = TRITON_WIDEST[op][0 if _is_hopper(q.device) else 1]
-        if q.shape[-1] > widest:
-            return f"no kernel for this GPU takes heads wider than {widest}"
-    return _no_triton()
+    if k.dtype != q.dtype:
+        return f"no kernel takes {q.dtype} with {k.dtype}"
+    return f"no kernel for this GPU takes heads wider than {widest}" if q.shape[-1] > widest else None
 
 
-def _interpreter_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
-    if q.dtype not in (torch.float16, torch.float32):
-        return f"it is not used for {q.dtype}"
+def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+    """The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU (docs/kernels.md)."""
+    if op == "select_topk":  # scores are float32 whatever the model's dtype is
+        return _no_triton() if q.dtype == torch.float32 else f"no kernel takes {q.dtype}"
+    key, value, index = (576, 256, 128) if _is_hopper(q.device) else (128, 128, 64)
+    if op in ("index_scores", "index_topk"):
+        return _product_limits(q, operands["k"], (*HALF, torch.float8_e4m3fn), index) or _no_triton()
+    reason = _product_limits(q, operands["k" if op == "indexer_kl_dense" else "kv"], HALF, key)
+    if reason is None and "q_I" in operands:
+        reason = _product_limits(operands["q_I"], operands["k_I"], HALF, index)
+    if reason is None and "d_v" in operands:
+        d_k, d_v = q.shape[-1], operands["d_v"]
+        # the largest power of two that fits into the key is loaded once where it is the value as well, as under MLA
+        apart = operands["v_start"] != 0 or d_v != 1 << d_k.bit_length() - 1
+        if apart and max(d_k, d_v) > value:
+            reason = f"no kernel for this GPU takes keys or values wider than {value} where the value is not the key's first part"
+    return reason or _no_triton()
+
+
+def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+    for x in (q, *operands.values()):
+        if isinstance(x, torch.Tensor) and (x.dtype != q.dtype or x.dtype not in (torch.float16, torch.float32)):
+            return f"it is not used for {q.dtype} with {x.dtype}"
     return _no_triton() if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"
 
 
@@ -102,7 +118,7 @@ def _interpreter_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
     Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
-    Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, causal_documents: None),
+    Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, operands: None),
     Backend("interpreter", "tokensieve.ops.triton", TRITON_OPS, ("cpu",), _interpreter_limits),
 )
 
@@ -112,23 +128,23 @@ def _log_choice(op: str, name: str, device: str, passed_over: tuple[str, ...]) -
     log.info("%s on %s: %s backend%s", op, device, name, f" ({'; '.join(passed_over)})" if passed_over else "")
 
 
-def pick(op: str, q: torch.Tensor, backend: str = "auto", causal_documents: bool = False) -> ModuleType:
-    """The module that runs `op` for queries like `q`. Raises ValueError for an unknown or unable backend asked for by name."""
+def pick(op: str, q: torch.Tensor, backend: str = "auto", **operands: Any) -> ModuleType:
+    """The module that runs `op` for arguments like these. Raises ValueError for an unknown or unable backend asked for by name."""
     if backend != "auto":
         for candidate in BACKENDS:
             if candidate.name == backend:
-                reason = candidate.why_not(op, q, causal_documents)
+                reason = candidate.why_not(op, q, operands)
                 if reason is not None:
                     raise ValueError(f"backend {backend!r} cannot run {op}: {reason}; use backend='auto'")
                 return _module(candidate.path)
         known = ", ".join(b.name for b in BACKENDS)
         raise ValueError(f"unknown backend {backend!r} for {op}; known: auto, {known}")
-    device = q.device.type
+    device = "cpu" if q.is_cpu else q.device.type  # sooner known: a decode step asks for every layer
     passed_over: tuple[str, ...] = ()
     for candidate in BACKENDS:
         if not candidate.has(op, device):  # that is not worth a word
             continue
-        reason = candidate.limits(op, q, causal_documents)
+        reason = candidate.limits(op, q, operands)
         if reason is None:
             if not torch.compiler.is_compiling():
                 _log_choice(op, candidate.name, device, passed_over)

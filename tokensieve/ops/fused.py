@@ -6,6 +6,8 @@ Only `dense_attention` of causal packs runs here; everything else is the referen
 """
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +16,12 @@ from torch import Tensor
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def limits(op: str, q: Tensor, causal_documents: bool) -> str | None:
-    if not causal_documents:
+def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
+    if operands["bounds"] is None:
         return "the keys are not a causal pack of whole documents"
+    k, v = operands["k"], operands["v"]
+    if not q.dtype == k.dtype == v.dtype:
+        return f"flash attention does not take {q.dtype} with {k.dtype} and {v.dtype}"
     if q.device.type == "cuda":
         return None if q.dtype in _CUDA_DTYPES else f"flash attention on CUDA does not take {q.dtype}"
     if q.dtype in (torch.float32, torch.bfloat16):

@@ -4,7 +4,8 @@ Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group
 holds one query: BH of a group's heads x tiles of BN selected entries. An entry's key is cut into a main part, a power of two wide
 (DM), and a tail (DT): 576 = 512 + 64; under MLA the main part is the value too and is loaded once.
 
-Logits are taken to base 2, so that exp2 needs no further product. Places beyond the last used one are never read.
+Logits are taken to base 2, so that exp2 needs no further product. Places beyond the last used one are never read. T is only compared:
+kernels are not compiled anew when it grows.
 """
 
 import math
@@ -30,6 +31,13 @@ def widths(d_k: int, v_start: int, d_v: int) -> dict[str, int | bool]:
 
 def head_block(M: int) -> int:
     return min(64, padded(M))
+
+
+@triton.jit
+def load_index(indices, place, K, T):
+    """The keys that places of a row name; -1 for none, and for what is past the T keys: nobody else looks at indices on a GPU."""
+    index = tl.load(indices + place, mask=place < K, other=-1)
+    return tl.where(index < T, index, -1)
 
 
 @triton.jit
@@ -73,9 +81,9 @@ def load_entry(
     return main, tail, value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
-    q, kv, indices, out, lse, K, scale,
+    q, kv, indices, out, lse, T, K, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -93,7 +101,7 @@ def _forward_kernel(
     acc_HV = tl.zeros((BH, VP), tl.float32)
     indices += t * K
     for first in range(0, used_places(indices, K, KP), BN):
-        index = tl.load(indices + first + n, mask=first + n < K, other=-1)
+        index = load_index(indices, first + n, K, T)
         main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
         logit_HN = tl.dot(q_main, tl.trans(main), input_precision=EXACT)
         if DT > 0:
@@ -115,22 +123,22 @@ def _forward_kernel(
 def sparse_attention(
     q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int
 ) -> tuple[Tensor, Tensor]:
-    (S, H, _), (_, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
+    (S, H, _), (T, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
     out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
     if S == 0:
         return out, lse
     BH = head_block(H // G)
     _forward_kernel[(S, G * triton.cdiv(H // G, BH))](
-        q_SHD.contiguous(), kv_TGE.contiguous(), indices_SK.contiguous(), out, lse, K, scale,
+        q_SHD.contiguous(), kv_TGE.contiguous(), indices_SK.contiguous(), out, lse, T, K, scale,
         H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
         KP=padded(K), BH=BH, BN=64, EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=2,
     )  # fmt: skip
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _dq_kernel(
-    dout, dlse, q, kv, indices, out, lse, dq, delta, mass, K, scale, S,
+    dout, dlse, q, kv, indices, out, lse, dq, delta, mass, T, K, scale, S,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -161,7 +169,7 @@ def _dq_kernel(
     dtail_HD = tl.zeros((BH, DT if DT > 0 else 16), tl.float32)
     indices += t * K
     for first in range(0, used_places(indices, K, KP), BN):
-        index = tl.load(indices + first + n, mask=first + n < K, other=-1)
+        index = load_index(indices, first + n, K, T)
         main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
         logit_HN = tl.dot(q_main, tl.trans(main), input_precision=EXACT)
         if DT > 0:
@@ -181,9 +189,9 @@ def _dq_kernel(
         store_part(dq, row * d_k + DM, mine, dtail_HD * scale, d_k - DM, DT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _dkv_kernel(
-    dout, q, kv, indices, lse, delta, dkv, K, scale,
+    dout, q, kv, indices, lse, delta, dkv, T, K, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -193,7 +201,7 @@ def _dkv_kernel(
     tiles, n = (K + BN - 1) // BN, tl.arange(0, BN)
     t = (tl.program_id(0) // tiles).to(tl.int64)
     first, g = tl.program_id(0) % tiles * BN, tl.program_id(1)
-    index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
+    index = load_index(indices + t * K, first + n, K, T)
     live = index >= 0
     if tl.max(index) >= 0:
         main, tail, value = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, SHARED)
@@ -247,7 +255,7 @@ def backward_with_mass(
     with_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dq, dkv, and with `with_mass` the probabilities summed over heads (S, K), unspecified past a row's last used place."""
-    (S, H, _), (_, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
+    (S, H, _), (T, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
     dq = q_SHD.new_empty(q_SHD.shape)
     dkv = torch.zeros(kv_TGE.shape, dtype=torch.float32, device=q_SHD.device)
     BH = head_block(H // G)
@@ -259,12 +267,12 @@ def backward_with_mass(
         dlse = dlse_SH.contiguous() if dlse_SH is not None else None
         shape = {"H": H, "G": G, "E": E, "d_k": d_k, "v_start": v_start, "d_v": d_v} | widths(d_k, v_start, d_v)
         _dq_kernel[(S, blocks)](
-            dout, dlse, q, kv, indices, out_SHV, lse_SH, dq, delta, mass, K, scale, S,
+            dout, dlse, q, kv, indices, out_SHV, lse_SH, dq, delta, mass, T, K, scale, S,
             **shape, KP=padded(K), BH=BH, BN=64, HAS_DLSE=dlse is not None, MASS=with_mass,
             EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=1,
         )  # fmt: skip
         _dkv_kernel[(S * triton.cdiv(K, 32), G)](
-            dout, q, kv, indices, lse_SH, delta, dkv, K, scale,
+            dout, q, kv, indices, lse_SH, delta, dkv, T, K, scale,
             **shape, BH=min(BH, 32), BN=32, EXACT=exact(q_SHD), num_warps=4, num_stages=2,
         )  # fmt: skip
     return dq, dkv.to(kv_TGE.dtype), mass.sum(0) if with_mass else None

@@ -17,6 +17,7 @@ from tokensieve.ops.triton.attention import (
     backward_with_mass,
     head_block,
     load_entry,
+    load_index,
     load_part,
     sparse_attention,
     used_places,
@@ -25,9 +26,9 @@ from tokensieve.ops.triton.attention import (
 from tokensieve.ops.triton.index import exact, load_rows, padded, relu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _mass_kernel(
-    q, kv, indices, lse, mass, K, scale,
+    q, kv, indices, lse, mass, T, K, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
@@ -36,7 +37,7 @@ def _mass_kernel(
     M: tl.constexpr = H // G
     tiles, n = (K + BN - 1) // BN, tl.arange(0, BN)
     t, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BN
-    index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
+    index = load_index(indices + t * K, first + n, K, T)
     mass_N = tl.zeros((BN,), tl.float32)
     if tl.max(index) >= 0:
         for g in range(G):
@@ -57,9 +58,9 @@ def _mass_kernel(
     tl.store(mass + t * K + first + n, tl.where(index >= 0, mass_N, 0.0), mask=first + n < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _selected_scores_kernel(
-    q, k, w, indices, scores, K,
+    q, k, w, indices, scores, T, K,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +70,7 @@ def _selected_scores_kernel(
     q_HD = load_rows(q, t * H + head, head < H, d, D)
     w_H = tl.load(w + t * H + head, mask=head < H, other=0.0).to(tl.float32)
     for first in range(0, used_places(indices + t * K, K, KP), BN):
-        index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
+        index = load_index(indices + t * K, first + n, K, T)
         k_ND = load_rows(k, index, index >= 0, d, D)
         dots_HN = tl.dot(q_HD, tl.trans(k_ND), input_precision=EXACT)
         tl.store(
@@ -79,13 +80,13 @@ def _selected_scores_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _kl_kernel(
-    mass, scores, indices, weight, kl, H, K, KP: tl.constexpr, WEIGHTED: tl.constexpr
+    mass, scores, indices, weight, kl, H, T, K, KP: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """One row: kl = KL(p || softmax(score)); WEIGHTED: weight * d kl / d score instead, in the scores' place."""
     t, n = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
-    live = tl.load(indices + t * K + n, mask=n < K, other=-1) >= 0
+    live = load_index(indices + t * K, n, K, T) >= 0
     p = tl.load(mass + t * K + n, mask=live, other=0.0) / H
     score = tl.load(scores + t * K + n, mask=live, other=float("-inf"))
     largest = tl.max(score)
@@ -101,9 +102,9 @@ def _kl_kernel(
         tl.store(kl + t, tl.sum(p * tl.where(live, log_p - score + lse, 0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _index_gradient_kernel(
-    q, k, w, indices, dscores, dq, dk, dw, K,
+    q, k, w, indices, dscores, dq, dk, dw, T, K,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,7 @@ def _index_gradient_kernel(
     weighted_HD = (q_HD.to(tl.float32) * w_H[:, None]).to(q_HD.dtype)
     moved_HD = tl.zeros((HP, DP), tl.float32)
     for first in range(0, used_places(indices + t * K, K, KP), BN):
-        index = tl.load(indices + t * K + first + n, mask=first + n < K, other=-1)
+        index = load_index(indices + t * K, first + n, K, T)
         live = index >= 0
         k_ND = load_rows(k, index, live, d, D)
         g_N = tl.load(dscores + t * K + first + n, mask=live, other=0.0)
@@ -131,10 +132,10 @@ def _index_gradient_kernel(
 
 
 def _selected_scores(q_I: Tensor, k_I: Tensor, w: Tensor, indices: Tensor) -> Tensor:
-    (S, H, D), K = q_I.shape, indices.shape[1]
+    (S, H, D), T, K = q_I.shape, k_I.shape[0], indices.shape[1]
     scores = torch.empty(S, K, dtype=torch.float32, device=q_I.device)
     _selected_scores_kernel[(S,)](
-        q_I, k_I, w, indices, scores, K, H=H, D=D, HP=padded(H), DP=padded(D), BN=64, KP=padded(K), EXACT=exact(q_I)
+        q_I, k_I, w, indices, scores, T, K, H=H, D=D, HP=padded(H), DP=padded(D), BN=64, KP=padded(K), EXACT=exact(q_I)
     )
     return scores
 
@@ -151,7 +152,7 @@ def sparse_attention_kl(
     k_I: Tensor,
     w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (S, H, _), (_, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
+    (S, H, _), (T, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
     out, lse = sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
     kl = torch.zeros(S, dtype=torch.float32, device=q_SHD.device)
     if S == 0:
@@ -159,11 +160,11 @@ def sparse_attention_kl(
     q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
     mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
     _mass_kernel[(S * triton.cdiv(K, 64),)](
-        q, kv, indices, lse, mass, K, scale, H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
+        q, kv, indices, lse, mass, T, K, scale, H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
         BH=min(32, head_block(H // G)), BN=64, EXACT=exact(q), num_warps=4, num_stages=2,
     )  # fmt: skip
     scores = _selected_scores(q_I, k_I, w, indices)
-    _kl_kernel[(S,)](mass, scores, indices, kl, kl, H, K, KP=padded(K), WEIGHTED=False)
+    _kl_kernel[(S,)](mass, scores, indices, kl, kl, H, T, K, KP=padded(K), WEIGHTED=False)
     return out, lse, kl
 
 
@@ -187,16 +188,16 @@ def sparse_attention_kl_backward(
     dq, dkv, mass = backward_with_mass(
         dout_SHV, dlse_SH, q_SHD, kv_TGE, indices_SK, out_SHV, lse_SH, scale, d_k, v_start, d_v, with_mass=True
     )
-    (S, H, D), K = q_I.shape, indices_SK.shape[1]
+    (S, H, D), T, K = q_I.shape, k_I.shape[0], indices_SK.shape[1]
     dq_I, dw = q_I.new_empty(q_I.shape), w.new_empty(w.shape)
     dk_I = torch.zeros(k_I.shape, dtype=torch.float32, device=k_I.device)
     if S > 0:
         indices, q_c, k_c, w_c = (x.contiguous() for x in (indices_SK, q_I, k_I, w))
         scores = _selected_scores(q_c, k_c, w_c, indices)
         KP, HP, DP = padded(K), padded(H), padded(D)
-        _kl_kernel[(S,)](mass, scores, indices, dkl_S.contiguous(), scores, q_SHD.shape[1], K, KP=KP, WEIGHTED=True)
+        _kl_kernel[(S,)](mass, scores, indices, dkl_S.contiguous(), scores, q_SHD.shape[1], T, K, KP=KP, WEIGHTED=True)
         _index_gradient_kernel[(S,)](
-            q_c, k_c, w_c, indices, scores, dq_I, dk_I, dw, K,
+            q_c, k_c, w_c, indices, scores, dq_I, dk_I, dw, T, K,
             H=H, D=D, HP=HP, DP=DP, BN=64, KP=KP, EXACT=exact(q_c), num_warps=4,
         )  # fmt: skip
     return dq, dkv, dq_I, dk_I.to(k_I.dtype), dw

@@ -38,10 +38,17 @@ def relu(x):
 
 
 @triton.jit
-def block_range(starts, ends, t, S):
-    """The keys that any of the queries `t` sees: [lo, hi); lo >= hi where none sees any."""
+def key_range(starts, ends, t, S, T):
+    """The keys [start, end) of the queries `t`, cut to the T that there are: nobody else looks at ranges on a GPU."""
     start = tl.load(starts + t, mask=t < S, other=0)
     end = tl.load(ends + t, mask=t < S, other=0)
+    return tl.minimum(tl.maximum(start, 0), T), tl.minimum(tl.maximum(end, 0), T)
+
+
+@triton.jit
+def block_range(starts, ends, t, S, T):
+    """The keys that each of the queries `t` sees, and those that any sees: [lo, hi); lo >= hi where none sees any."""
+    start, end = key_range(starts, ends, t, S, T)
     seen = end > start
     hi = tl.max(tl.where(seen, end, 0))
     # never far above hi: a pipelined loop looks a few steps ahead, and past the largest integer it would see negative keys
@@ -74,7 +81,7 @@ def _scores_kernel(
 ):  # fmt: skip
     first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
-    _, _, lo, hi = block_range(starts, ends, t, S)
+    _, _, lo, hi = block_range(starts, ends, t, S, T)
     lo = tl.maximum(lo // BK * BK, tl.program_id(1) * chunk)
     hi = tl.minimum(hi, tl.program_id(1) * chunk + chunk)
     row = tl.arange(0, BQ * HP)
@@ -124,20 +131,21 @@ def _dq_kernel(
     """dq = w * sum_s g[s] 1[q.k > 0] k[s], with g the score's gradient; dw is the same sum times q, since relu(q.k) is q.k or 0."""
     first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     row = tl.arange(0, BQ * HP)
     owner, head = first + row // HP, row % HP
     real = (owner < S) & (head < H)
     q_RD = load_rows(q, owner * H + head, real, d, D)
     moved_RD = tl.zeros((BQ * HP, DP), dtype=tl.float32)
     for s in range(lo // BK * BK, hi, BK):
-        k_ND = load_rows(k, s + n, s + n < T, d, D)
-        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
+        used = tl.max(seen.to(tl.int32), 0) > 0  # what nobody here sees may be NaN, of which even zero times is NaN
+        k_ND = load_rows(k, s + n, used, d, D)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + key, mask=seen, other=0.0).to(tl.float32)
         if SCALED:
-            g_QN *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[None, :]
+            g_QN *= tl.load(k_scale + s + n, mask=used, other=0.0)[None, :]
         g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
         opened_RN = tl.where(dots_RN > 0, g_RN, 0.0).to(k_ND.dtype)
         moved_RD = tl.dot(opened_RN, k_ND, moved_RD, input_precision=EXACT)
@@ -158,16 +166,16 @@ def _dk_kernel(
     n, row = s + tl.arange(0, BK), tl.arange(0, BQ * HP)
     k_ND = load_rows(k, n, n < T, d, D)
     dk_ND = tl.zeros((BK, DP), dtype=tl.float32)
-    for first in range(tl.load(firsts + tl.program_id(0)), tl.load(lasts + tl.program_id(0)), BQ):
+    last = tl.load(lasts + tl.program_id(0))
+    for first in range(tl.load(firsts + tl.program_id(0)), last, BQ):
         t = first + tl.arange(0, BQ)
-        start = tl.load(starts + t, mask=t < S, other=0)[:, None]
-        end = tl.load(ends + t, mask=t < S, other=0)[:, None]
+        start, end = key_range(starts, ends, t, S, T)
         owner, head = first + row // HP, row % HP
-        real = (owner < S) & (head < H)
+        real = (owner < last) & (head < H)
         q_RD = load_rows(q, owner * H + head, real, d, D)
         w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
         dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-        seen = (n[None, :] >= start) & (n[None, :] < end)
+        seen = (n[None, :] >= start[:, None]) & (n[None, :] < end[:, None])
         g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + n[None, :], mask=seen, other=0.0).to(tl.float32)
         g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BK)), (BQ * HP, BK))
         opened_RN = tl.where(dots_RN > 0, g_RN * w_R[:, None], 0.0).to(q_RD.dtype)

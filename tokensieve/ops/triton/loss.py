@@ -49,7 +49,7 @@ def _lse_kernel(
 ):  # fmt: skip
     """The logsumexp of one chunk's scores, -inf where a query sees none of its keys."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     largest, total = tl.zeros((BQ,), tl.float32) + float("-inf"), tl.zeros((BQ,), tl.float32)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         key = (s + n)[None, :]
@@ -66,13 +66,14 @@ def _lse_kernel(
 
 @triton.jit
 def _target_kernel(
-    q, k, lse, starts, ends, target, S, T, chunk, scale,
+    q, k, lse, starts, ends, target, mass, S, T, chunk, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """p, the mean over heads of the attention's probabilities, where a query sees a key; elsewhere nothing is written."""
+    """p, the mean over heads of the attention's probabilities, where a query sees a key, and their sum over a chunk."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
+    mass_Q = tl.zeros((BQ,), tl.float32)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         p_QN = tl.zeros((BQ, BK), tl.float32)
         for h in range(H):
@@ -84,23 +85,26 @@ def _target_kernel(
                 q_tail = load_part(q, q_row + DM, t < S, D - DM, DT)
                 k_tail = load_part(k, k_row + DM, s + n < T, D - DM, DT)
                 logit_QN = tl.dot(q_tail, tl.trans(k_tail), logit_QN, input_precision=EXACT)
-            lse_h = tl.load(lse + t * H + h, mask=t < S, other=float("inf"))
+            lse_h = tl.load(lse + t * H + h, mask=t < S, other=float("inf")).to(tl.float32)
             lse_h = tl.where(lse_h == float("-inf"), float("inf"), lse_h) * LOG2E
             p_QN += tl.exp2(logit_QN * (scale * LOG2E) - lse_h[:, None])
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
-        tl.store(target + t.to(tl.int64)[:, None] * T + key, p_QN / H, mask=seen)
+        p_QN = tl.where(seen, p_QN / H, 0.0)
+        tl.store(target + t.to(tl.int64)[:, None] * T + key, p_QN, mask=seen)
+        mass_Q += tl.sum(p_QN, 1)
+    tl.store(mass + part * S + t, mass_Q, mask=t < S)
 
 
 @triton.jit
 def _kl_kernel(
-    target, q_I, k_I, w, lse_I, weight, starts, ends, kl, S, T, chunk,
+    target, q_I, k_I, w, lse_I, mass, weight, starts, ends, kl, S, T, chunk,
     HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's part of the KL; GRADIENT: its weighted derivative by the scores, softmax(I) - p, in the place of p."""
+    """One chunk's part of the KL; GRADIENT: its weighted derivative by the scores, softmax(I) * sum(p) - p, in the place of p."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S)
+    start, end, lo, hi = block_range(starts, ends, t, S, T)
     lse_Q = tl.load(lse_I + t, mask=t < S, other=0.0)
     lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)  # of a query without keys
     kl_Q = tl.zeros((BQ,), tl.float32)
@@ -115,7 +119,8 @@ def _kl_kernel(
         kl_Q += tl.sum(p_QN * tl.where(seen, log_p - log_share, 0.0), 1)
         if GRADIENT:
             weight_Q = tl.load(weight + t, mask=t < S, other=0.0).to(tl.float32)
-            tl.store(place, (tl.exp(log_share) - p_QN) * weight_Q[:, None], mask=seen)
+            mass_Q = tl.load(mass + t, mask=t < S, other=0.0)
+            tl.store(place, (tl.exp(log_share) * mass_Q[:, None] - p_QN) * weight_Q[:, None], mask=seen)
     tl.store(kl + part * S + t, kl_Q, mask=t < S)
 
 
@@ -138,8 +143,9 @@ def _strip(
     target = torch.empty(S, T, dtype=torch.float32, device=q.device)
     BQ, BK, warps, stages = (128, 64, 8, 3 if D <= 192 else 2) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
     grid, chunk = _chunks(S, T, BQ, BK)
+    masses = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
     _target_kernel[grid](
-        q, k, lse, starts, ends, target, S, T, chunk, scale,
+        q, k, lse, starts, ends, target, masses, S, T, chunk, scale,
         H=H, G=G, D=D, DM=DM, DT=DT, BQ=BQ, BK=BK, EXACT=exact(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BQ, BK = (64, 128) if q_I.element_size() == 2 else (32, 32)
@@ -149,7 +155,22 @@ def _strip(
     _lse_kernel[grid](q_I, k_I, w, starts, ends, parts, S, T, chunk, **index, num_warps=4)
     lse_I, gradient = torch.logsumexp(parts, 0), weight is not None
     _kl_kernel[grid](
-        target, q_I, k_I, w, lse_I, weight, starts, ends, parts, S, T, chunk, **index, GRADIENT=gradient, num_warps=4
+        target,
+        q_I,
+        k_I,
+        w,
+        lse_I,
+        masses.sum(0),
+        weight,
+        starts,
+        ends,
+        parts,
+        S,
+        T,
+        chunk,
+        **index,
+        GRADIENT=gradient,
+        num_warps=4,
     )
     return parts.sum(0), target
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensieve.ops.triton.index import index_scores, ranges
+from tokensieve.ops.triton.index import index_scores, key_range, ranges
 
 LOWEST: tl.constexpr = tl.constexpr(-2147483648)
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
@@ -57,7 +57,7 @@ def _keep_kernel(
 ):  # fmt: skip
     """The candidates of a row that is longer than C, in order of position."""
     t, n, piece = tl.program_id(0).to(tl.int64), tl.arange(0, TILE), tl.arange(0, SAMPLE)
-    start, end = tl.load(starts + t), tl.load(ends + t)
+    start, end = key_range(starts, ends, t, tl.num_programs(0), T)
     length = end - start
     scores += t * T
     kept_keys += t * C
@@ -106,7 +106,8 @@ def _take_kernel(
 ):
     """The k best candidates of a row; of a row no longer than C, of all of it."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, C)
-    start, length = tl.load(starts + t), tl.load(ends + t) - tl.load(starts + t)
+    start, end = key_range(starts, ends, t, tl.num_programs(0), T)
+    length = end - start
     wanted = tl.minimum(K, tl.maximum(length, 0))
     out += t * K
     if length > C:
