@@ -21,12 +21,16 @@ LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
+def key_parts(d_k: int) -> dict[str, int]:
+    """DM, DT: a key's main part, the largest power of two that fits, and its tail (0: none), both padded."""
+    DM = max(16, triton.next_power_of_2(d_k + 1) // 2)
+    return {"DM": DM, "DT": padded(d_k - DM) if d_k > DM else 0}
+
+
 def widths(d_k: int, v_start: int, d_v: int) -> dict[str, int | bool]:
-    """DM, DT: the key's main part and its tail (0: none), VP: the value, all padded; SHARED: the value is the main part."""
-    DM = max(16, triton.next_power_of_2(d_k + 1) // 2)  # the largest power of two that fits
-    DT = padded(d_k - DM) if d_k > DM else 0
-    VP = padded(d_v)
-    return {"DM": DM, "DT": DT, "VP": VP, "SHARED": v_start == 0 and d_v == DM and d_k >= DM}
+    """The key's parts, VP: the value, padded; SHARED: the value is the key's main part."""
+    parts = key_parts(d_k)
+    return {**parts, "VP": padded(d_v), "SHARED": v_start == 0 and d_v == parts["DM"] and d_k >= d_v}
 
 
 def head_block(M: int) -> int:

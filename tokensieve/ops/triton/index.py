@@ -27,6 +27,17 @@ def exact(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
+def chunks(S: int, T: int, BQ: int, BK: int, least: int) -> tuple[tuple[int, int], int]:
+    """The grid of blocks of BQ queries x chunks of keys, and the keys of a chunk: `least` tiles of BK or more.
+
+    Few queries: the keys are shared out as well, so that a large GPU is full.
+    """
+    blocks = triton.cdiv(S, BQ)
+    tiles = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK)
+    chunk = max(tiles, least) * BK
+    return (blocks, triton.cdiv(T, chunk)), chunk
+
+
 def ranges(starts_S: Tensor, ends_S: Tensor) -> tuple[Tensor, Tensor]:
     """As the kernels read them."""
     return starts_S.to(torch.int32).contiguous(), ends_S.to(torch.int32).contiguous()
@@ -110,11 +121,8 @@ def index_scores(
         return scores_ST
     HP, DP = padded(H), padded(D, 32)
     BQ = max(1, ROWS // HP)
-    blocks = triton.cdiv(S, BQ)
-    # Few queries: the keys are shared out as well, so that the GPU is full.
-    chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
-    chunk = max(chunk, 16 * BK)
-    _scores_kernel[(blocks, triton.cdiv(T, chunk))](
+    grid, chunk = chunks(S, T, BQ, BK, least=16)
+    _scores_kernel[grid](
         q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, *ranges(starts_S, ends_S), scores_ST, S, T, chunk,
         H=H, D=D, HP=HP, DP=DP, BQ=BQ, BK=BK, SCALED=k_scale_T is not None, EXACT=exact(q_SHD),
         num_warps=4, num_stages=3,

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensieve.ops.triton.attention import LOG2E, load_part
+from tokensieve.ops.triton.attention import LOG2E, key_parts, load_part
 from tokensieve.ops.triton.index import (
-    PROGRAMS,
     block_range,
+    chunks,
     exact,
     gradients_of_scores,
     load_rows,
@@ -124,32 +124,22 @@ def _kl_kernel(
     tl.store(kl + part * S + t, kl_Q, mask=t < S)
 
 
-def _chunks(S: int, T: int, BQ: int, BK: int) -> tuple[tuple[int, int], int]:
-    """The grid of query tiles x chunks of keys that fills a large GPU, and the keys of a chunk."""
-    blocks = triton.cdiv(S, BQ)
-    chunk = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK) * BK
-    chunk = max(chunk, 8 * BK)
-    return (blocks, triton.cdiv(T, chunk)), chunk
-
-
 def _strip(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor,
     starts: Tensor, ends: Tensor, weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """kl of some queries, and with `weight` the weighted derivative by their scores (queries, T), unspecified outside ranges."""
     (S, H, D), (T, G, _), (_, HI, DI) = q.shape, k.shape, q_I.shape
-    DM = max(16, triton.next_power_of_2(D + 1) // 2)
-    DT = padded(D - DM) if D > DM else 0
     target = torch.empty(S, T, dtype=torch.float32, device=q.device)
     BQ, BK, warps, stages = (128, 64, 8, 3 if D <= 192 else 2) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
-    grid, chunk = _chunks(S, T, BQ, BK)
+    grid, chunk = chunks(S, T, BQ, BK, least=8)
     masses = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
     _target_kernel[grid](
         q, k, lse, starts, ends, target, masses, S, T, chunk, scale,
-        H=H, G=G, D=D, DM=DM, DT=DT, BQ=BQ, BK=BK, EXACT=exact(q), num_warps=warps, num_stages=stages,
+        H=H, G=G, D=D, **key_parts(D), BQ=BQ, BK=BK, EXACT=exact(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     BQ, BK = (64, 128) if q_I.element_size() == 2 else (32, 32)
-    grid, chunk = _chunks(S, T, BQ, BK)
+    grid, chunk = chunks(S, T, BQ, BK, least=8)
     index = {"HI": HI, "DI": DI, "DIP": padded(DI), "BQ": BQ, "BK": BK, "EXACT": exact(q_I), "num_stages": 3}
     parts = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
     _lse_kernel[grid](q_I, k_I, w, starts, ends, parts, S, T, chunk, **index, num_warps=4)
