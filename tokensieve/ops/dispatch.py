@@ -32,10 +32,11 @@ OPS = (
     "indexer_kl_dense",
     *PAGED_OPS,
 )
-TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
+TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
 # Wider heads do not fit into a program's shared memory: on Hopper (576 is MLA's entry), and on every other GPU (docs/kernels.md).
-ATTENTION_OPS = ("sparse_attention", "sparse_attention_kl", "indexer_kl_dense")
-TRITON_WIDEST = {"index_scores": (128, 64), "index_topk": (128, 64)} | dict.fromkeys(ATTENTION_OPS, (576, 128))
+ATTENTION_OPS = ("sparse_attention", "sparse_attention_kl", "sparse_attention_paged", "indexer_kl_dense")
+INDEX_OPS = ("index_scores", "index_scores_paged", "index_topk")
+TRITON_WIDEST = dict.fromkeys(INDEX_OPS, (128, 64)) | dict.fromkeys(ATTENTION_OPS, (576, 128))
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _triton_limits(op: str, q: torch.Tensor, causal_documents: bool) -> str | None:
     dtypes = [torch.float16, torch.bfloat16]
-    if op in ("index_scores", "index_topk"):
+    if op in INDEX_OPS:
         dtypes.append(torch.float8_e4m3fn)
+    if op == "write_caches":  # no products
+        dtypes.append(torch.float32)
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         dtypes = [torch.float32]
     if q.dtype not in dtypes:
