@@ -22,6 +22,7 @@ from tokensieve.ops.triton.paged_index import PAGE, inner_contiguous
 
 BN = 64
 PLACES = 132  # programs that run at a time: the multiprocessors of an H100 or H200
+MOST_PIECES = 32  # which are joined at once, in registers
 GROUP: tl.constexpr = tl.constexpr(SCALE_BLOCK)
 
 # Four E4M3 numbers in, four bfloat16 out. Their bits, moved to bfloat16's places, are the number times 2^-120, subnormals too; the two
@@ -135,34 +136,29 @@ def _split_kernel(
 
 @triton.jit
 def _join_kernel(
-    parts, part_lse, out, lse, splits, H: tl.constexpr, d_v: tl.constexpr, VP: tl.constexpr, BH: tl.constexpr
+    parts, part_lse, out, lse, splits, H: tl.constexpr, d_v: tl.constexpr, VP: tl.constexpr, SP: tl.constexpr
 ):
-    """out = sum_i 2^lse_i out_i / sum_i 2^lse_i over the pieces of a query's selection, and the natural logsumexp."""
-    t, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH + tl.arange(0, BH)
-    mine = head < H
-    largest = tl.zeros((BH,), tl.float32) + float("-inf")
-    for i in range(splits):
-        each = tl.load(part_lse + (t * splits + i) * H + head, mask=mine, other=float("-inf"))
-        largest = tl.maximum(largest, each)
+    """out = sum_i 2^lse_i out_i / sum_i 2^lse_i over the pieces of a query's selection, and the natural logsumexp: of one head."""
+    t, head, i = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, SP)
+    row = (t * splits + i) * H + head
+    lse_P = tl.load(part_lse + row, mask=i < splits, other=float("-inf"))
+    part_PV = load_part(parts, row * d_v, i < splits, d_v, VP)
+    largest = tl.max(lse_P, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.zeros((BH,), tl.float32)
-    sum_HV = tl.zeros((BH, VP), tl.float32)
-    for i in range(splits):
-        row = (t * splits + i) * H + head
-        weight = tl.exp2(tl.load(part_lse + row, mask=mine, other=float("-inf")) - base)
-        total += weight
-        sum_HV += load_part(parts, row * d_v, mine, d_v, VP) * weight[:, None]
-    some = tl.where(total == 0, 1.0, total)
-    store_part(out, (t * H + head) * d_v, mine, sum_HV / some[:, None], d_v, VP)
-    natural = tl.where(total == 0, float("-inf"), (base + tl.log2(some)) * LN2)
-    tl.store(lse + t * H + head, natural, mask=mine)
+    weight_P = tl.exp2(lse_P - base)
+    total = tl.sum(weight_P, 0)
+    some = tl.where(total == 0, 1.0, total)  # NaN stays
+    v = tl.arange(0, VP)
+    tl.store(out + (t * H + head) * d_v + v, tl.sum(part_PV * weight_P[:, None], 0) / some, mask=v < d_v)
+    tl.store(lse + t * H + head, tl.where(total == 0, float("-inf"), (base + tl.log2(some)) * LN2))
 
 
 @lru_cache
 def pieces(programs: int, tiles: int) -> int:
     """Into how many pieces `programs` with `tiles` tiles each are best cut: the fewest that make the longest way shortest."""
     # a program that begins and ends, its part of the joining included, takes about the time of two tiles
-    return min(range(1, tiles + 1), key=lambda s: triton.cdiv(programs * s, PLACES) * (triton.cdiv(tiles, s) + 2))
+    choices = range(1, min(tiles, MOST_PIECES) + 1)
+    return min(choices, key=lambda s: triton.cdiv(programs * s, PLACES) * (triton.cdiv(tiles, s) + 2))
 
 
 def latent_parts(pages: Tensor, rope: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,8 +197,6 @@ def sparse_attention_paged(
         EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=3 if quantized else 2,
     )  # fmt: skip
     if splits > 1:
-        VP = padded(d_v)
-        few = max(1, 4096 // VP)
-        grid = (S, triton.cdiv(H, few))
-        _join_kernel[grid](parts, part_lse, out, lse, splits, H=H, d_v=d_v, VP=VP, BH=few, num_warps=4)
+        VP, SP = padded(d_v), triton.next_power_of_2(splits)
+        _join_kernel[(S, H)](parts, part_lse, out, lse, splits, H=H, d_v=d_v, VP=VP, SP=SP, num_warps=4)
     return out, lse
