@@ -2,7 +2,8 @@
 
 Legend: S queries (n of each sequence), P pages that a row of the page table names, H heads, K selected, E entry width, V value width.
 A program holds one query: BH heads x tiles of BN entries from one of `splits` pieces of the selection. An entry is cut into a main part
-(DM wide) and a tail (DT), as in `attention.py`: 576 = 512 + 64; under MLA the main part is the value too.
+(DM wide) and a tail (DT), as in `attention.py`: 576 = 512 + 64; under MLA the main part is the value too. Entries are rounded to the
+queries' dtype, which changes no quantized entry in bfloat16.
 
 One query has too few heads to fill a GPU. So its selection is shared out among programs, and a second kernel joins what they found, each
 part weighed by the exponential of its logsumexp. The number of pieces depends on the shapes alone: the same call has the same bits.
@@ -26,7 +27,8 @@ MOST_PIECES = 32  # which are joined at once, in registers
 GROUP: tl.constexpr = tl.constexpr(SCALE_BLOCK)
 
 # Four E4M3 numbers in, four bfloat16 out. Their bits, moved to bfloat16's places, are the number times 2^-120, subnormals too; the two
-# products undo that and apply the scale, and both are exact. Conversions by instruction take several times as long as these moves.
+# products undo that and apply the scale, and both are exact. Conversions by instruction take several times as long as these moves. E4M3's
+# NaN would become 480, but who writes it writes a NaN as scale too.
 DEQUANTIZE: tl.constexpr = tl.constexpr("""{
     .reg .b32 x<2>, s<2>, power, minus_zero;
     mov.b32 power, 0x7B807B80;
