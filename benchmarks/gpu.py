@@ -309,8 +309,11 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
+    from gpu_paged import PARTS as PAGED  # which takes what it measures with from here
+
+    parts = PARTS | PAGED
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", choices=PARTS, help="a part; may be given several times")
+    parser.add_argument("--only", action="append", choices=parts, help="a part; may be given several times")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, two sizes of each")
     options = parser.parse_args()
@@ -319,8 +322,8 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     begin, rows = time.perf_counter(), []
-    for name in options.only or PARTS:
-        measure, sizes = PARTS[name]
+    for name in options.only or parts:
+        measure, sizes = parts[name]
         for size in sizes[:2] if options.quick else sizes:
             for row in measure(size, options.quick):
                 rows.append(row)

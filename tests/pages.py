@@ -7,7 +7,7 @@ Legend: as in cases.py; B sequences, n queries of each, P pages that a row of th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ class Pool:
         arguments = self.q, self.latent_pages, self.indices, self.page_table, self.lens, SCALE
         return ops.sparse_attention_paged(*arguments, d_v=self.d_v, **how)
 
+    def to(self, device: str) -> "Pool":
+        moved = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
     def queries(self) -> list[tuple[int, int, int]]:
         """(query, sequence, tokens that it sees), counted one by one."""
         each = [(b, j) for b in range(len(self.lens)) for j in range(self.n)]
@@ -92,10 +98,18 @@ def fill_index(pool: Tensor, page: int, count: int, k_I: Tensor) -> tuple[Tensor
     return keys[0, :count], scales[0, :count]
 
 
-def make(kind: str = "float32", n: int = 1, lens: tuple[int, ...] = LENS, dtype: str = "float32") -> Pool:
+def make(
+    kind: str = "float32",
+    n: int = 1,
+    lens: tuple[int, ...] = LENS,
+    dtype: str = "float32",
+    heads: int = 3,
+    places: int = K,
+    P: int = P,
+) -> Pool:
     g = torch.Generator().manual_seed(len(kind) + n)
     widths = FP8 if kind == "fp8" else PLAIN
-    B, H, E = len(lens), 3, widths["latent"] + widths["rope"]
+    B, H, E = len(lens), heads, widths["latent"] + widths["rope"]
     pages = B * P + 3
     latent_pages, index_pages = empty_pools(pages, kind)
     table = torch.full((B, P), 1 << 30, dtype=torch.int32)  # what no sequence reads names no page
@@ -123,7 +137,7 @@ def make(kind: str = "float32", n: int = 1, lens: tuple[int, ...] = LENS, dtype:
     made = Pool(
         q=draw[..., :E],
         latent_pages=latent_pages,
-        indices=torch.full((S, K), -1, dtype=torch.int32),
+        indices=torch.full((S, places), -1, dtype=torch.int32),
         q_I=draw[..., E:-1],
         index_pages=index_pages,
         w=draw[..., -1] * 0.1,
@@ -136,7 +150,7 @@ def make(kind: str = "float32", n: int = 1, lens: tuple[int, ...] = LENS, dtype:
         scales=tuple(scales),
     )
     for t, _, seen in made.queries():
-        chosen = torch.randperm(seen, generator=g)[:K].sort().values
+        chosen = torch.randperm(seen, generator=g)[:places].sort().values
         made.indices[t, : len(chosen)] = chosen.int()
     return made
 

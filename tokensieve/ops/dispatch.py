@@ -33,7 +33,8 @@ OPS = (
     "indexer_kl_dense",
     *PAGED_OPS,
 )
-TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention", *PAGED_OPS))
+TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
+HOPPER_OPS = ("sparse_attention", "sparse_attention_kl")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -91,9 +92,13 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     """The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU (docs/kernels.md)."""
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         return _no_triton() if q.dtype == torch.float32 else f"no kernel takes {q.dtype}"
+    if op == "write_caches":  # no products
+        return _no_triton() if q.dtype in (*HALF, torch.float32) else f"no kernel takes {q.dtype}"
     key, value, index = (576, 256, 128) if _is_hopper(q.device) else (128, 128, 64)
-    if op in ("index_scores", "index_topk"):
-        return _product_limits(q, operands["k"], (*HALF, torch.float8_e4m3fn), index) or _no_triton()
+    if op in ("index_scores", "index_topk", "index_scores_paged"):  # pages come in every layout
+        return _product_limits(q, operands.get("k", q), (*HALF, torch.float8_e4m3fn), index) or _no_triton()
+    if op == "sparse_attention_paged":
+        return _product_limits(q, q, HALF, key) or _no_triton()
     reason = _product_limits(q, operands["k" if op == "indexer_kl_dense" else "kv"], HALF, key)
     if reason is None and "q_I" in operands:
         reason = _product_limits(operands["q_I"], operands["k_I"], HALF, index)
@@ -104,6 +109,16 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
         if apart and max(d_k, d_v) > value:
             reason = f"no kernel for this GPU takes keys or values wider than {value} where the value is not the key's first part"
     return reason or _no_triton()
+
+
+def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+    """One shape, the 671B model's: what else there is, the portable kernels take."""
+    if not _is_hopper(q.device):
+        return "it is for Hopper GPUs"
+    kv = operands["kv"]
+    if kv.shape[1:] != (1, 576) or q.shape[-1] != 576 or (operands["v_start"], operands["d_v"]) != (0, 512):
+        return "its entries are 576 wide, one a token, and their value is the first 512"
+    return _triton_limits(op, q, operands)
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
@@ -117,6 +132,7 @@ def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -
 # comes to it.
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
+    Backend("hopper", "tokensieve.ops.hopper", HOPPER_OPS, ("cuda",), _hopper_limits),
     Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
     Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, operands: None),
     Backend("interpreter", "tokensieve.ops.triton", TRITON_OPS, ("cpu",), _interpreter_limits),

@@ -189,7 +189,7 @@ def write_caches(
     index_pages (pages, 8448) uint8 with D = 128: k_I is rotated by `quant.hadamard`, its scale a power of two; or (pages, 64, D) plain: k_I
     as it is, not rotated. Of two tokens with the same slot either may stay. No gradient.
     ValueError on mismatched shapes, other dtypes, on the CPU slots outside the pages, and for a NaN or an infinity that would have to be
-    quantized, before anything is written.
+    quantized, before anything is written; the Triton kernel skips such slots, and instead of raising stores a NaN as that block's scale.
     Sources: the caches and `act_quant` of the official demo; FlashMLA's and DeepGEMM's layouts, which `quant` describes.
     """
     op = "write_caches"

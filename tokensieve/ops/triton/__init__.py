@@ -1,18 +1,23 @@
 """Portable Triton kernels: the ops on GPUs, and on the CPU in Triton's interpreter, which checks them where there is no GPU.
 
 A file holds one family: `index` (scores, equation (1), and their gradients), `topk` (the selection, equation (2)), `attention` (over
-selected entries), `attention_kl` (the same with the KL of equation (4)), `loss` (the warm-up's KL, equation (3)).
+selected entries), `attention_kl` (the same with the KL of equation (4)), `loss` (the warm-up's KL, equation (3)); on caches in pages
+`paged_index`, `paged_attention` and `paged_write`.
 """
 
 from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
 from tokensieve.ops.triton.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
 from tokensieve.ops.triton.index import index_scores, index_scores_backward
 from tokensieve.ops.triton.loss import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
+from tokensieve.ops.triton.paged_attention import sparse_attention_paged
+from tokensieve.ops.triton.paged_index import index_scores_paged
+from tokensieve.ops.triton.paged_write import write_caches
 from tokensieve.ops.triton.topk import index_topk, select_topk
 
 __all__ = [
     "index_scores",
     "index_scores_backward",
+    "index_scores_paged",
     "index_topk",
     "indexer_kl_dense",
     "indexer_kl_dense_backward",
@@ -22,4 +27,6 @@ __all__ = [
     "sparse_attention_backward",
     "sparse_attention_kl",
     "sparse_attention_kl_backward",
+    "sparse_attention_paged",
+    "write_caches",
 ]

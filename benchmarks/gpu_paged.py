@@ -1,0 +1,118 @@
+"""Decode steps on caches in pages beside DeepGEMM and FlashMLA: parts of benchmarks/gpu.py, which runs them.
+
+One new token of each sequence at the 671B shapes, pages in random order. The peers' plans of a step (`get_paged_mqa_logits_metadata`,
+FlashMLA's scheduler) are made before the clock runs; ours makes none. Own results are compared with the reference on a few sequences.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from gpu import HEADS, INDEX_DIM, INDEX_HEADS, KEY, SCALE, VALUE, K, Row, difference, milliseconds, normal, peer
+from torch import Tensor
+
+from tokensieve import ops
+from tokensieve.ops import quant
+
+DISTINCT = 1024  # pages with content of their own; the others repeat it, at their own addresses
+DECODES = ((128, 32768), (16, 131072), (1, 131072))  # sequences, tokens of each
+
+
+def pool(B: int, T: int, page: Callable[[int], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages of B sequences of T tokens, their table in random order, and their lengths."""
+    pages = B * T // quant.PAGE_TOKENS
+    held = page(min(pages, DISTINCT))
+    repeated = held.repeat(-(-pages // len(held)), *[1] * (held.dim() - 1))[:pages]
+    table = torch.randperm(pages, device="cuda").to(torch.int32).view(B, -1)
+    return repeated, table, torch.full((B,), T, dtype=torch.int32, device="cuda")
+
+
+def few(B: int) -> Tensor:
+    return torch.tensor(sorted({0, B // 2, B - 1}), device="cuda")
+
+
+def paged_scores(size: tuple[int, int], quick: bool) -> Iterator[Row]:
+    (B, T), deep_gemm = size, peer("deep_gemm")
+    pages, table, lens = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
+    q, q_scale = quant.quantize_e4m3(normal(B, INDEX_HEADS, INDEX_DIM), INDEX_DIM, "ue8m0")
+    w = torch.randn(B, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5 * q_scale.squeeze(-1)
+
+    def own() -> Tensor:
+        return ops.index_scores_paged(q, pages, w, table, lens)
+
+    row = Row("paged scores fp8", f"{B} x {T // 1024}K", milliseconds(own, quick))
+    row.tflop, row.gb = B * T * INDEX_HEADS * INDEX_DIM * 2 / 1e12, B * T * (INDEX_DIM + 4 + 4) / 1e9
+    some = few(B)
+    expected = ops.index_scores_paged(q[some].float(), pages, w[some], table[some], lens[some], backend="reference")
+    row.error = difference(own()[some], expected)
+    if deep_gemm is not None:
+        cache, ends = pages.view(-1, quant.PAGE_TOKENS, 1, INDEX_DIM + 4), lens[:, None]
+        plan = deep_gemm.get_paged_mqa_logits_metadata(ends, quant.PAGE_TOKENS, deep_gemm.get_num_sms())
+        row.peer = "DeepGEMM"
+        row.peer_ms = milliseconds(
+            lambda: deep_gemm.fp8_paged_mqa_logits(q[:, None], cache, w, ends, table, plan, T, clean_logits=False),
+            quick,
+        )
+    yield row
+
+
+def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
+    (B, T), flash_mla = size, peer("flash_mla")
+
+    def page(n: int) -> Tensor:
+        parts = normal(n, quant.PAGE_TOKENS, KEY).split((VALUE, KEY - VALUE), -1)
+        return quant.pack_latent_page(*parts)
+
+    pages, table, lens = pool(B, T, page)
+    q = normal(B, HEADS, KEY)
+    indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
+
+    def own() -> tuple[Tensor, Tensor]:
+        return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE)
+
+    row = Row("sparse decode fp8", f"{B} x {T // 1024}K, k {K}, {HEADS} heads", milliseconds(own, quick))
+    row.tflop = B * K * HEADS * (KEY + VALUE) * 2 / 1e12
+    row.gb = B * (K * quant.LATENT_TOKEN_BYTES + HEADS * (KEY + VALUE) * 2) / 1e9
+    some = few(B)
+    expected = ops.sparse_attention_paged(
+        q[some], pages, indices[some], table[some], lens[some], SCALE, backend="reference"
+    )
+    row.error = difference(own()[0][some], expected[0])
+    if flash_mla is not None:
+        cache = pages.view(torch.float8_e4m3fn).unsqueeze(2)
+        positions = indices.long()
+        places = table.gather(1, positions // quant.PAGE_TOKENS).long() * quant.PAGE_TOKENS
+        places = (places + positions % quant.PAGE_TOKENS).to(torch.int32)[:, None]
+        plan = flash_mla.get_mla_metadata()[0]
+        row.peer = "FlashMLA"
+        row.peer_ms = milliseconds(
+            lambda: flash_mla.flash_mla_with_kvcache(
+                q[:, None], cache, None, None, VALUE, plan, softmax_scale=SCALE, is_fp8_kvcache=True, indices=places
+            ),
+            quick,
+        )
+    yield row
+
+
+def write(N: int, quick: bool) -> Iterator[Row]:
+    """N new tokens into both caches; compared with the reference to the byte."""
+    pages = -(-N // quant.PAGE_TOKENS) + 8
+    tokens = normal(N, VALUE), normal(N, KEY - VALUE), normal(N, INDEX_DIM)
+    both = [torch.zeros(pages, *tail, dtype=torch.uint8, device="cuda") for tail in ((64, 656), (8448,))]
+    expected = [x.clone() for x in both]
+    slots = torch.randperm(pages * quant.PAGE_TOKENS, device="cuda")[:N]
+
+    def own() -> None:
+        ops.write_caches(*tokens, *both, slots)
+
+    row = Row("write caches fp8", f"{N} tokens", milliseconds(own, quick), "the reference", allowed=0.0)
+    row.gb = N * (2 * (KEY + INDEX_DIM) + quant.LATENT_TOKEN_BYTES + INDEX_DIM + 4) / 1e9
+    row.peer_ms = milliseconds(lambda: ops.write_caches(*tokens, *expected, slots, backend="reference"), quick)
+    row.error = float(sum(int((a != e).sum()) for a, e in zip(both, expected, strict=True)))
+    yield row
+
+
+PARTS: dict[str, tuple[Callable[..., Iterator[Row]], tuple]] = {
+    "paged-scores": (paged_scores, DECODES),
+    "paged-attention": (paged_attention, DECODES),
+    "write": (write, (128, 8192)),
+}

@@ -1,0 +1,116 @@
+"""New tokens into both caches in Triton: what `quant.py` packs, to the bit, in one launch.
+
+Legend: N tokens, L latent width, R rope width, D index width; a program writes one token. Rounding to E4M3 is done on bits: it is the
+same on every GPU, those without FP8 and the interpreter included.
+
+A NaN or an infinity where numbers are quantized makes the scale NaN, and so every score and every logit of that token: to look at the
+tokens first would stop the queue. The selection refuses such scores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensieve.ops.triton.index import padded
+from tokensieve.ops.triton.paged_attention import GROUP, latent_parts
+from tokensieve.ops.triton.paged_index import PAGE, index_parts, inner_contiguous
+
+
+@triton.jit
+def e4m3(x):
+    """float32 of at most 448, or NaN, to the bytes of E4M3, ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (127 - 7) * 8
+    # Below 2^-6 E4M3 is a multiple of 2^-9, which is the last place of numbers from 2^14 on: the addition rounds.
+    small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(size < 0x3C800000, small, normal)
+    code = tl.where(size > 0x7F800000, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def quantized(x_GD):
+    """Rows of float32 to E4M3 bytes, and for each row the smallest power of two by which it had to be divided."""
+    size = x_GD.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(size, 1)  # as integers: NaN is the largest then
+    floor = tl.full(largest.shape, 1e-4, tl.float32).to(tl.int32, bitcast=True)
+    broken = largest >= 0x7F800000
+    largest = tl.maximum(largest, floor)
+    # 448 = 1.75 * 2^8: the exponent is eight less, and one more where the mantissa is larger than 1.75
+    exponent = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
+    scale = tl.where(broken, float("nan"), (exponent << 23).to(tl.float32, bitcast=True))
+    inverse = tl.where(broken, float("nan"), ((254 - exponent) << 23).to(tl.float32, bitcast=True))
+    return e4m3(x_GD * inverse[:, None]), scale
+
+
+@triton.jit
+def sums_and_differences(x, half: tl.constexpr, D: tl.constexpr):
+    pairs = tl.permute(tl.reshape(x, (D // (2 * half), 2, half)), (0, 2, 1))
+    upper, lower = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(upper + lower, upper - lower), (0, 2, 1)), (D,))
+
+
+@triton.jit
+def rotated(x, D: tl.constexpr, LEVELS: tl.constexpr):
+    """x (D = 2^LEVELS) times the Hadamard matrix over sqrt(D), added up in the order of `quant.hadamard`."""
+    for level in tl.static_range(0, LEVELS):
+        x = sums_and_differences(x, 1 << level, D)
+    return x * (D**-0.5)
+
+
+@triton.jit
+def _write_kernel(
+    latent, k_rope, k_I, slots, values, scales, tails, keys, key_scales, places, page_stride, index_stride,
+    L: tl.constexpr, R: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr,
+    LEVELS: tl.constexpr, token_stride: tl.constexpr, LATENT_FP8: tl.constexpr, INDEX_FP8: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + i).to(tl.int64)
+    if (slot >= 0) & (slot < places):
+        page, token = slot // PAGE, slot % PAGE
+        x, r, d = tl.arange(0, LP), tl.arange(0, RP), tl.arange(0, DP)
+        rope = tl.load(k_rope + i * R + r, mask=r < R)
+        if LATENT_FP8:
+            g, x = tl.arange(0, L // GROUP), tl.arange(0, GROUP)
+            at = g[:, None] * GROUP + x[None, :]
+            code, scale = quantized(tl.load(latent + i * L + at).to(tl.float32))
+            tl.store(values + page * page_stride + token * token_stride + at, code)
+            tl.store(scales + page * (page_stride // 4) + token * (token_stride // 4) + g, scale)
+            tails += page * (page_stride // 2) + token * (token_stride // 2)
+        else:
+            row = page * page_stride + token * token_stride
+            tl.store(values + row + x, tl.load(latent + i * L + x, mask=x < L).to(values.dtype.element_ty), mask=x < L)
+            tails += row + L
+        tl.store(tails + r, rope.to(tails.dtype.element_ty), mask=r < R)
+        key = tl.load(k_I + i * D + d, mask=d < D)
+        if INDEX_FP8:
+            # rounded as the rotation returns it
+            key = rotated(key.to(tl.float32), D, LEVELS).to(k_I.dtype.element_ty).to(tl.float32)
+            code, scale = quantized(key[None, :])
+            tl.store(keys + page * index_stride + token * D + d[None, :], code)
+            tl.store(key_scales + page * (index_stride // 4) + token + tl.arange(0, 1), scale)
+        else:
+            tl.store(keys + page * index_stride + token * D + d, key.to(keys.dtype.element_ty), mask=d < D)
+
+
+def write_caches(
+    latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
+) -> None:
+    (N, L), R, D = latent.shape, k_rope.shape[1], k_I.shape[1]
+    if 0 in (N, latent_pages.shape[0]):
+        return
+    whole, index = inner_contiguous(latent_pages), inner_contiguous(index_pages)
+    values, scales, tails = latent_parts(whole, R)
+    keys, key_scales = index_parts(index)
+    _write_kernel[(N,)](
+        latent.contiguous(), k_rope.contiguous(), k_I.contiguous(), slots.contiguous(), values, scales, tails,
+        keys.view(torch.uint8) if key_scales is not None else keys, key_scales,
+        whole.shape[0] * PAGE.value, values.stride(0), keys.stride(0),
+        L=L, R=R, D=D, LP=padded(L), RP=padded(R), DP=padded(D), LEVELS=D.bit_length() - 1, token_stride=values.shape[2],
+        LATENT_FP8=whole.dtype == torch.uint8, INDEX_FP8=index.dtype == torch.uint8, num_warps=1,
+    )  # fmt: skip
+    for pages, written in ((latent_pages, whole), (index_pages, index)):
+        if written is not pages:
+            pages.copy_(written)
