@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokensieve.ops.triton.in_order import add_in_order, strips, wanted_in_order
 from tokensieve.ops.triton.index import exact, padded
 
 LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
@@ -199,6 +200,7 @@ def _dkv_kernel(
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
+    IN_ORDER: tl.constexpr,
 ):  # fmt: skip
     """Adds one query's part of the gradient of one tile of its entries: summed over all heads first, since adding is what is dear."""
     M: tl.constexpr = H // G
@@ -237,6 +239,8 @@ def _dkv_kernel(
             if DT > 0:
                 dtail_ND = tl.dot(ds_NH, q_tail, dtail_ND, input_precision=EXACT)
         row_N = (index.to(tl.int64) * G + g) * E
+        if IN_ORDER:  # a row of its own for every place
+            row_N = ((t * K + first + n) * G + g) * E
         add_part(dkv, row_N, live, dmain_ND, d_k if d_k < DM else DM, DM)
         if DT > 0:
             add_part(dkv, row_N + DM, live, dtail_ND, d_k - DM, DT)
@@ -275,10 +279,16 @@ def backward_with_mass(
             **shape, KP=padded(K), BH=BH, BN=64, HAS_DLSE=dlse is not None, MASS=with_mass,
             EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=1,
         )  # fmt: skip
-        _dkv_kernel[(S * triton.cdiv(K, 32), G)](
-            dout, q, kv, indices, lse_SH, delta, dkv, T, K, scale,
-            **shape, BH=min(BH, 32), BN=32, EXACT=exact(q_SHD), num_warps=4, num_stages=2,
-        )  # fmt: skip
+        in_order = wanted_in_order()
+        for part in strips(S, K * G * E * 4) if in_order else (slice(0, S),):
+            s = part.stop - part.start
+            sums = torch.zeros(s * K, G * E, dtype=torch.float32, device=q.device) if in_order else dkv
+            _dkv_kernel[(s * triton.cdiv(K, 32), G)](
+                dout[part], q[part], kv, indices[part], lse_SH[part], delta[part], sums, T, K, scale,
+                **shape, BH=min(BH, 32), BN=32, EXACT=exact(q_SHD), IN_ORDER=in_order, num_warps=4, num_stages=2,
+            )  # fmt: skip
+            if in_order:
+                add_in_order(dkv.view(T, G * E), indices[part], sums)
     return dq, dkv.to(kv_TGE.dtype), mass.sum(0) if with_mass else None
 
 

@@ -90,7 +90,8 @@ def _scores_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SCALED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
+    # the last queries, which see most, first: the programs that end alone are then short
+    first, d = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
     _, _, lo, hi = block_range(starts, ends, t, S, T)
     lo = tl.maximum(lo // BK * BK, tl.program_id(1) * chunk)

@@ -171,6 +171,13 @@ def latent_parts(pages: Tensor, rope: int) -> tuple[Tensor, Tensor, Tensor]:
     return pages, scales, pages.view(torch.bfloat16)[..., LATENT_TOKEN_BYTES // 2 - rope :]
 
 
+def join(parts_SPHV: Tensor, lse_SPH: Tensor, out_SHV: Tensor, lse_SH: Tensor) -> None:
+    """Writes out and lse, from those of the pieces of each query's selection; theirs are float32, and lse to base 2."""
+    (S, splits, H, d_v) = parts_SPHV.shape
+    VP, SP = padded(d_v), triton.next_power_of_2(splits)
+    _join_kernel[(S, H)](parts_SPHV, lse_SPH, out_SHV, lse_SH, splits, H=H, d_v=d_v, VP=VP, SP=SP, num_warps=4)
+
+
 def sparse_attention_paged(
     q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
 ) -> tuple[Tensor, Tensor]:
@@ -199,6 +206,5 @@ def sparse_attention_paged(
         EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=3 if quantized else 2,
     )  # fmt: skip
     if splits > 1:
-        VP, SP = padded(d_v), triton.next_power_of_2(splits)
-        _join_kernel[(S, H)](parts, part_lse, out, lse, splits, H=H, d_v=d_v, VP=VP, SP=SP, num_warps=4)
+        join(parts, part_lse, out, lse)
     return out, lse

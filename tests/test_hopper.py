@@ -1,0 +1,136 @@
+"""The Hopper kernels against the float64 reference, at the one shape they take; and that they compile, which needs no GPU."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import oracle
+import pytest
+import torch
+from cases import CASES, Case, Document, causal, make
+from op_results import SPARSE, results
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+
+TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
+LSE_TOLERANCE = 1e-4
+MLA = {"groups": 1, "entry": 576, "d_k": 576, "v_start": 0, "d_v": 512}
+MORE = (
+    Case("several tiles", causal(700), keys=700, k=300, heads=128, **MLA),
+    Case("more heads than a program's", (Document(0, 200, 5),), keys=200, k=70, heads=200, **MLA),
+    Case("strips of queries", causal(900), keys=900, k=64, heads=16, **MLA),
+)
+
+
+def hopper_cases() -> list:
+    """Every case at the widths of the 671B model, and in the precisions that its magnitude allows."""
+    found = []
+    for case in (*CASES, *MORE):
+        for dtype in ("bfloat16", "float16"):
+            if dtype == "bfloat16" or case.magnitude <= 16:
+                found.append(pytest.param(dataclasses.replace(case, dtype=dtype, **MLA), id=f"{case}-{dtype}"))
+    return found
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["in order", "any order"])
+@pytest.mark.parametrize("case", hopper_cases())
+def test_values_and_gradients(
+    case: Case, mode: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "in order":
+        request.getfixturevalue("poisoned")
+    if case.name == "strips of queries":
+        monkeypatch.setattr("tokensieve.ops.triton.in_order.STRIP_BYTES", 100 * 16 * 64 * 4)
+    x = make(case, "cuda")
+    x = dataclasses.replace(x, w_SI=x.w_SI.float())
+    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "hopper", SPARSE)
+    rounding = oracle.lse_rounding(expected["sparse_attention: lse"], torch.float32)
+    for name, e in expected.items():
+        a = actual[name]
+        assert a.isfinite().eq(e.isfinite()).all(), name
+        tolerance = LSE_TOLERANCE if name.endswith(": lse") else TOLERANCE[case.dtype]
+        if ": d " in name or name.endswith(": kl"):
+            tolerance = max(tolerance, 4 * rounding)
+        if tolerance < 0.5:
+            oracle.assert_close(a.double(), e, tolerance, 1.0, name)
+
+
+@pytest.mark.gpu
+def test_a_second_run_has_the_same_bits(poisoned: None) -> None:
+    x = make(Case("twice", causal(700, 1, 1500), keys=2201, k=300, heads=128, dtype="bfloat16", **MLA), "cuda")
+    first, second = results(x, "hopper", SPARSE), results(x, "hopper", SPARSE)
+    for name, e in first.items():
+        assert torch.equal(second[name], e), name
+
+
+@pytest.mark.gpu
+def test_nothing_outside_the_keys_is_touched() -> None:
+    """Places that name keys past the end, or before the first, are places that name none."""
+    x = make(Case("astray", causal(70), keys=70, k=20, heads=64, dtype="bfloat16", **MLA), "cuda")
+    expected = results(x, "hopper", SPARSE)
+    astray = torch.tensor([-(2**31), -5, 70, 71, 2**31 - 1], dtype=torch.int32, device="cuda").repeat(14)
+    wrong = torch.where(x.indices_SK < 0, astray[: len(x.indices_SK), None], x.indices_SK)
+    assert not torch.equal(wrong, x.indices_SK)
+    for name, a in results(dataclasses.replace(x, indices_SK=wrong), "hopper", SPARSE).items():
+        if ": d kv" in name or ": d k_I" in name:  # added atomically
+            oracle.assert_close(a.double(), expected[name].double(), TOLERANCE["bfloat16"], 1.0, name)
+        else:
+            assert torch.equal(a, expected[name]), name
+
+
+COMPILE = """
+import subprocess, sys, tempfile
+from pathlib import Path
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+class NoGpu:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(NoGpu())
+from tokensieve.ops.hopper import dkv, dq, forward
+half, index, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torch.float32))
+ptxas = get_ptxas(90).path
+sizes = (128, 32768, 2048, 2048)
+some = {"KP": 2048, "num_warps": 8}
+split = {"W": 128, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
+for name, kernel, arguments, options in (
+    ("forward", forward.forward_kernel, (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
+    ("dq", dq.dq_kernel, (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
+    ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
+):
+    found = kernel.warmup(*arguments, grid=(2, 1, 64), **options)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.ptx").write_text(found.asm["ptx"])
+        command = [ptxas, "--gpu-name", "sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"]
+        words = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    print(name, found.metadata.shared, "serialized" if "serialized" in words else "overlapped")
+"""
+
+
+def test_the_kernels_compile(tmp_path) -> None:
+    """For sm_90, within a program's shared memory, and with products that overlap: the assembler gives that up without an error."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
+    assert set(found) == {"forward", "dq", "dkv"}
+    for name, (shared, products) in found.items():
+        assert int(shared) <= 227 * 1024, name
+        assert products == "overlapped", name

@@ -1,0 +1,232 @@
+"""The forward kernel: out and lse of one query and 64 heads.
+
+Legend: S queries, T key tokens, H heads, K selected.
+
+Four warps load, eight compute. The eight share a tile: each half takes 32 entries of the logits and 64 of every 128 columns of the
+value. While a tile's logits are computed, the products of the tile before still run, and its buffer fills again part by part behind
+them. The softmax is not overlapped with a product.
+"""
+
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tokensieve.ops.hopper.warps import (
+    BLOCK,
+    LN2,
+    LOG2E,
+    PARTS,
+    allocate_barriers,
+    barrier,
+    columns,
+    live_columns,
+    load_block,
+    load_part,
+    load_tile_index,
+    multiply_part,
+    release,
+    rows,
+    used_tiles,
+)
+
+
+@gluon.jit
+def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    index = load_tile_index(indices, 0, T, K, layout)
+    for tile in range(tiles):
+        now = index
+        index = load_tile_index(indices, tile + 1, T, K, layout)
+        buffer, parity = tile & 1, ((tile >> 1) & 1) ^ 1
+        main, tail, b = mains.index(buffer), tails.index(buffer), buffer * PARTS
+        load_part(kv, now, 0, 128, main.slice(0, 128, 1), empty.index(b), full.index(b), parity, layout)
+        load_part(kv, now, 128, 128, main.slice(128, 128, 1), empty.index(b + 1), full.index(b + 1), parity, layout)
+        load_part(kv, now, 256, 128, main.slice(256, 128, 1), empty.index(b + 2), full.index(b + 2), parity, layout)
+        load_part(kv, now, 384, 128, main.slice(384, 128, 1), empty.index(b + 3), full.index(b + 3), parity, layout)
+        load_part(kv, now, 512, 64, tail, empty.index(b + 4), full.index(b + 4), parity, layout)
+
+
+@gluon.jit
+def _softmax_step(logit, live, scale, largest):
+    """Online softmax to base 2: probabilities over exp2(largest logit so far), what the sums so far shrink by, and that logit."""
+    logit = gl.where(live, logit * (scale * LOG2E), float("-inf"))
+    now = gl.maximum(largest, gl.max(logit, 1))
+    base = gl.where(now == float("-inf"), 0.0, now)
+    return gl.exp2(logit - base[:, None]), gl.exp2(largest - base), now
+
+
+@gluon.jit
+def attend(
+    q_mains, q_tails, mains, tails, p_shared, lives, full, empty, indices, out, lse, p_out, top_out,
+    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr, PAGED: gl.constexpr, PIECE: gl.constexpr,
+):  # fmt: skip
+    """The eight warps. PAGED: the loading warps say in `lives` which places name a key. PIECE: out in float32, and lse to base 2."""
+    dtype: gl.constexpr = p_shared.dtype
+    logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    head, mine = rows(lines, 64), rows(lines, 64) < heads
+    pair = (head * pitch)[:, None] + columns(lines, 64)[None, :]
+    p_out += first_row * pitch
+    top_head, top_mine = rows(logits, 64), rows(logits, 64) < heads
+    top_out += first_row * (pitch // 64)
+    top_row = top_head * (pitch // 64)
+
+    q_main, q_tail = q_mains.index(0), q_tails.index(0)
+    if not PAGED:
+        live = live_columns(indices, 0, T, K, logits)
+    x = gl.zeros([64, 64], gl.float32, logits)
+    x = multiply_part(q_main, mains.index(0), 0, x, full.index(0), 0)
+    x = multiply_part(q_main, mains.index(0), 128, x, full.index(1), 0)
+    x = multiply_part(q_main, mains.index(0), 256, x, full.index(2), 0)
+    x = multiply_part(q_main, mains.index(0), 384, x, full.index(3), 0)
+    mbarrier.wait(full.index(4), 0)
+    x = warpgroup_mma(q_tail, tails.index(0).permute((1, 0)), x, is_async=True)
+    if PAGED:
+        live = lives.index(0).load(gl.SliceLayout(0, logits))[None, :] > 0
+    x = warpgroup_mma_wait(0, (x,))
+    release(empty.index(4))
+    largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
+    sums, _, largest = _softmax_step(x, live, scale, largest)
+    p_shared.store(sums.to(dtype))
+    o0 = gl.zeros([64, 128], gl.float32, values)
+    o1 = gl.zeros([64, 128], gl.float32, values)
+    o2 = gl.zeros([64, 128], gl.float32, values)
+    o3 = gl.zeros([64, 128], gl.float32, values)
+    for tile in range(1, tiles):
+        buffer, parity = tile & 1, (tile >> 1) & 1
+        main, tail, b = mains.index(buffer), tails.index(buffer), buffer * PARTS
+        before, e = mains.index(1 - buffer), (1 - buffer) * PARTS
+        fence_async_shared()
+        barrier()
+        o0 = warpgroup_mma(p_shared, before.slice(0, 128, 1), o0, is_async=True)
+        o1 = warpgroup_mma(p_shared, before.slice(128, 128, 1), o1, is_async=True)
+        o2 = warpgroup_mma(p_shared, before.slice(256, 128, 1), o2, is_async=True)
+        o3 = warpgroup_mma(p_shared, before.slice(384, 128, 1), o3, is_async=True)
+        if not PAGED:
+            live = live_columns(indices, tile, T, K, logits)
+        if KEEP:
+            gl.store(top_out + top_row + (tile - 1), largest, mask=top_mine)
+            gl.store(p_out + pair + (tile - 1) * 64, p_shared.load(lines), mask=mine[:, None])
+        # a wait of 4: all but the last four of the products that were started are done
+        x = gl.zeros([64, 64], gl.float32, logits)
+        x = multiply_part(q_main, main, 0, x, full.index(b), parity)
+        o0 = warpgroup_mma_wait(4, (o0,))
+        release(empty.index(e))
+        x = multiply_part(q_main, main, 128, x, full.index(b + 1), parity)
+        o1 = warpgroup_mma_wait(4, (o1,))
+        release(empty.index(e + 1))
+        x = multiply_part(q_main, main, 256, x, full.index(b + 2), parity)
+        o2 = warpgroup_mma_wait(4, (o2,))
+        release(empty.index(e + 2))
+        x = multiply_part(q_main, main, 384, x, full.index(b + 3), parity)
+        mbarrier.wait(full.index(b + 4), parity)
+        x = warpgroup_mma(q_tail, tail.permute((1, 0)), x, is_async=True)
+        if PAGED:
+            live = lives.index(buffer).load(gl.SliceLayout(0, logits))[None, :] > 0
+        o3 = warpgroup_mma_wait(5, (o3,))
+        release(empty.index(e + 3))
+        x = warpgroup_mma_wait(0, (x,))
+        release(empty.index(b + 4))
+        p, shrink, largest = _softmax_step(x, live, scale, largest)
+        sums = sums * shrink[:, None] + p
+        p_shared.store(p.to(dtype))
+        shrink = gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
+        o0 *= shrink
+        o1 *= shrink
+        o2 *= shrink
+        o3 *= shrink
+    total = gl.sum(sums, 1)
+    before = mains.index((tiles - 1) & 1)
+    fence_async_shared()
+    barrier()
+    o0 = warpgroup_mma(p_shared, before.slice(0, 128, 1), o0, is_async=True)
+    o1 = warpgroup_mma(p_shared, before.slice(128, 128, 1), o1, is_async=True)
+    o2 = warpgroup_mma(p_shared, before.slice(256, 128, 1), o2, is_async=True)
+    o3 = warpgroup_mma(p_shared, before.slice(384, 128, 1), o3, is_async=True)
+    if KEEP:
+        gl.store(top_out + top_row + (tiles - 1), largest, mask=top_mine)
+        gl.store(p_out + pair + (tiles - 1) * 64, p_shared.load(lines), mask=mine[:, None])
+    o0, o1, o2, o3 = warpgroup_mma_wait(0, (o0, o1, o2, o3))
+    some = gl.where(total == 0, 1.0, total)  # NaN stays
+    share = (1 / gl.convert_layout(some, gl.SliceLayout(1, values)))[:, None]
+    found = gl.where(total == 0, float("-inf"), largest + gl.log2(some))
+    gl.store(lse + first_row + top_head, found if PIECE else found * LN2, mask=top_mine)
+    if PIECE:
+        row = ((first_row + rows(values, 64)) * 512)[:, None]
+        at, here = row + columns(values, 128)[None, :], (rows(values, 64) < heads)[:, None]
+        gl.store(out + at, o0 * share, mask=here)
+        gl.store(out + at + 128, o1 * share, mask=here)
+        gl.store(out + at + 256, o2 * share, mask=here)
+        gl.store(out + at + 384, o3 * share, mask=here)
+    else:
+        q_main.slice(0, 128, 1).store((o0 * share).to(dtype))
+        q_main.slice(128, 128, 1).store((o1 * share).to(dtype))
+        q_main.slice(256, 128, 1).store((o2 * share).to(dtype))
+        q_main.slice(384, 128, 1).store((o3 * share).to(dtype))
+        barrier()
+        at = ((first_row + head) * 512)[:, None] + columns(lines, 512)[None, :]
+        gl.store(out + at, q_main.load(lines), mask=mine[:, None])
+
+
+@gluon.jit(do_not_specialize=["T"])
+def forward_kernel(
+    q, kv, indices, out, lse, p_out, top_out, H, T, K, pitch, scale, KP: gl.constexpr, KEEP: gl.constexpr
+):  # fmt: skip
+    dtype: gl.constexpr = kv.dtype.element_ty
+    lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    t, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * 64
+    first_row, heads = t * H + first_head, gl.minimum(H - first_head, 64)
+    q_mains = gl.allocate_shared_memory(dtype, [1, 64, 512], shared)
+    q_tails = gl.allocate_shared_memory(dtype, [1, 64, 64], shared)
+    mains = gl.allocate_shared_memory(dtype, [2, 64, 512], shared)
+    tails = gl.allocate_shared_memory(dtype, [2, 64, 64], shared)
+    p_shared = gl.allocate_shared_memory(dtype, [64, 64], shared)
+    full, empty = allocate_barriers(2 * PARTS, 128), allocate_barriers(2 * PARTS, 1)
+
+    indices += t * K
+    tiles = gl.maximum(used_tiles(indices, K, KP, 8), 1)
+    row, mine = (first_row + rows(lines, 64)) * 576, rows(lines, 64) < heads
+    for part in gl.static_range(4):
+        load_block(q, row, mine, 128 * part, 128, q_mains.index(0).slice(128 * part, 128, 1), lines)
+    load_block(q, row, mine, 512, 64, q_tails.index(0), lines)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize(
+        [
+            (attend, (
+                q_mains, q_tails, mains, tails, p_shared, p_shared, full, empty, indices, out, lse, p_out, top_out,
+                first_row, heads, T, K, pitch, tiles, scale, KEEP, False, False,
+            )),
+            (_load, (kv, indices, T, K, tiles, mains, tails, full, empty)),
+        ],
+        [4],
+        [56],
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Writes out (S, H, 512) and lse (S, H). `kept`: also the probabilities (S, H, pitch) over exp2 of their tile's largest logit so
+    far, and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0."""
+    (S, H, _), K = q.shape, indices.shape[1]
+    p, top = kept if kept is not None else (out, lse)  # not touched
+    forward_kernel[(cdiv(H, BLOCK), S)](
+        q, kv, indices, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
+        KP=next_power_of_2(K), KEEP=kept is not None, num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""What the Hopper kernels share: the shape of an entry, the loading of entries by warps of their own, and products with a part of them.
+
+A tile is 64 selected entries: `main`, their 512 value columns, and `tail`, the 64 that are key only, both in shared memory as the
+tensor cores want them. It is loaded and released in parts of 128 columns. Every part has two barriers: `full` (its bytes have arrived)
+and `empty` (nobody reads it any more), both waited on by the parity of how often the part has been used.
+"""
+
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
+LN2: gl.constexpr = gl.constexpr(math.log(2))
+KEY, VALUE, TAIL = 576, 512, 64  # widths of an entry: key, its first part that is the value too, the rest
+BLOCK = 64  # heads of a program, and entries of a tile
+PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
+
+# Gluon's names before and after Triton 3.8.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def rows(layout: gl.constexpr, N: gl.constexpr):
+    return gl.arange(0, N, gl.SliceLayout(1, layout))
+
+
+@gluon.jit
+def columns(layout: gl.constexpr, N: gl.constexpr):
+    return gl.arange(0, N, gl.SliceLayout(0, layout))
+
+
+@gluon.jit
+def used_tiles(indices, K, KP: gl.constexpr, WARPS: gl.constexpr):
+    """How many tiles of 64 places it takes to come past the last one that names a key."""
+    at = gl.arange(0, KP, gl.BlockedLayout([8], [32], [WARPS], [0]))
+    index = gl.load(indices + at, mask=at < K, other=-1)
+    return gl.cdiv(gl.max(gl.where(index >= 0, at + 1, 0), 0), 64)
+
+
+@gluon.jit
+def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def load_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, buffer, layout: gl.constexpr):
+    """Columns begin to begin + W of the rows that start at `row`, into shared memory; zeros where not `mine`."""
+    at = row[:, None] + (begin + columns(layout, W))[None, :]
+    buffer.store(gl.load(x + at, mask=mine[:, None], other=0.0))
+
+
+@gluon.jit
+def store_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, value, buffer, layout: gl.constexpr):
+    """The way back, from registers: by way of `buffer`, so that a warp writes whole lines."""
+    buffer.store(value.to(buffer.dtype))
+    barrier()
+    at = row[:, None] + (begin + columns(layout, W))[None, :]
+    gl.store(x + at, buffer.load(layout), mask=mine[:, None])
+
+
+@gluon.jit
+def load_tile_index(indices, tile, T, K, layout: gl.constexpr):
+    """What the places of a tile name: the key, or -1 where they name none of the T keys."""
+    at = tile * 64 + rows(layout, 64)
+    index = gl.load(indices + at, mask=at < K, other=-1)
+    return gl.where(index < T, index, -1)
+
+
+@gluon.jit
+def live_columns(indices, tile, T, K, layout: gl.constexpr):
+    """The same as a mask over the columns of the logits."""
+    at = tile * 64 + columns(layout, 64)
+    index = gl.load(indices + at, mask=at < K, other=-1)
+    return ((index >= 0) & (index < T))[None, :]
+
+
+@gluon.jit
+def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
+    """Starts the copy of W columns of the entries that `index` names, once their place is free; zeros where it names none."""
+    mbarrier.wait(empty, parity)
+    live = index >= 0
+    row = gl.where(live, index, 0).to(gl.int64) * 576
+    copy_async(buffer, kv + (row[:, None] + (begin + columns(layout, W))[None, :]), mask=live[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def release(x):
+    """Tells whoever waits that all warps of this group are past this line."""
+    barrier()
+    mbarrier.arrive(x, count=1)
+
+
+@gluon.jit
+def multiply_part(x, main, begin: gl.constexpr, sum, full, parity):
+    """Starts sum += x . k over 128 columns of a tile's entries, once they are there."""
+    mbarrier.wait(full, parity)
+    return warpgroup_mma(x.slice(begin, 128, 1), main.slice(begin, 128, 1).permute((1, 0)), sum, is_async=True)
