@@ -315,3 +315,26 @@ def test_bad_input_is_refused() -> None:
         function()
         with pytest.raises(ValueError, match=named):
             function(**wrong)
+
+
+# one token
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_token_alone_attends_as_in_company(case: Case) -> None:
+    """Without a gradient a single query on the CPU has a path of its own; its scores keep their bits."""
+    x = make(case)
+    for s in range(x.q_SHD.shape[0]):
+        one = slice(s, s + 1)
+        index = (x.q_SID[one], x.k_TD, x.w_SI[one], x.k, x.starts_S[one], x.ends_S[one])
+        attention = (x.q_SHD[one], x.kv_TGE, x.indices_SK[one], x.scale)
+        want, want_lse = ops.sparse_attention(*attention, **x.parts)
+        want_indices = ops.index_topk(*index)
+        with torch.inference_mode():
+            out, lse = ops.sparse_attention(*attention, **x.parts)
+            indices = ops.index_topk(*index)
+        assert torch.equal(indices, want_indices)
+        assert out.dtype == want.dtype and lse.dtype == want_lse.dtype
+        tolerance = TOLERANCE[case.dtype]
+        torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance * size(want))
+        torch.testing.assert_close(lse, want_lse, rtol=LSE_TOLERANCE[case.dtype], atol=LSE_TOLERANCE[case.dtype])

@@ -127,6 +127,12 @@ def test_nan_raises_only_inside_the_range() -> None:
         select(scores_ST, k, [(0, 10), (6, 6)])
 
 
+def test_nan_is_not_made_up_for_by_ties() -> None:
+    """Of the three largest one is NaN and two more equal the last: as many keys as wanted reach it."""
+    with pytest.raises(ValueError, match="(?i)nan"):
+        select(torch.tensor([[math.nan, 2.0, 1.0, 1.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]]), 3)
+
+
 def test_anything_may_stand_outside_the_range() -> None:
     scores_ST = torch.tensor([[math.inf, math.nan, 1.0, 2.0, math.nan, math.inf]])
     assert select(scores_ST, 1, [(2, 4)]) == [[3]]

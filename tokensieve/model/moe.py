@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.single import alone
 from tokensieve.ops.custom import without_autocast
+from tokensieve.ops.single import alone
 
 
 class MLP(nn.Module):

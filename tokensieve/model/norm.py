@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.model.single import alone
+from tokensieve.ops.single import alone
 
 
 class RMSNorm(nn.Module):
@@ -21,5 +21,5 @@ class RMSNorm(nn.Module):
         weight = self.weight
         if alone(x_ND) and x_ND.dtype == weight.dtype == torch.float32:  # half the operators
             x_D = x_ND[0]
-            return x_ND * (float(x_D.dot(x_D)) / x_D.shape[0] + self.eps) ** -0.5 * weight
+            return (x_ND * (float(x_D.dot(x_D)) / x_D.shape[0] + self.eps) ** -0.5).mul_(weight)
         return F.rms_norm(x_ND, weight.shape, weight.to(x_ND.dtype), self.eps).to(x_ND.dtype)

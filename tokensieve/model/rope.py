@@ -9,20 +9,24 @@ Sources: official demo, `precompute_freqs_cis` and `apply_rotary_emb`; YaRN, arX
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokensieve.ops.single import alone
+
 
 class Rotation(NamedTuple):
     """cos and signed sin (N, 1, d) float32 of the N tokens' positions, laid out once per pass for either layout of d dims:
 
-    rotated = x * cos + partner(x) * sin, where a pair's sines are (-sin, sin).
+    rotated = x * cos + partner(x) * sin, where a pair's sines are (-sin, sin). For a token alone instead the matrix (d, d) of the same
+    rotation: one product where the formula takes seven operators.
     """
 
-    interleaved: tuple[Tensor, Tensor]
-    half_split: tuple[Tensor, Tensor]
+    interleaved: tuple[Tensor, ...]
+    half_split: tuple[Tensor, ...]
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -75,18 +79,26 @@ def rotation(positions_N: Tensor, inverse_frequencies: Tensor, factor: float) ->
     angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies.to(positions_N.device)
     cos, sin = angle.cos() * factor, angle.sin() * factor
     interleaved = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    return Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+    r = Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+    if not alone(positions_N):
+        return r
+    identity = torch.eye(interleaved[0].shape[-1])  # its rows rotated are the matrix's
+    return Rotation((rotate_interleaved(identity, r)[0],), (rotate_half_split(identity, r)[0],))
 
 
 def rotate_interleaved(x_NHD: Tensor, r: Rotation) -> Tensor:
     """Rotates pairs (2i, 2i+1) of the last axis; layout unchanged. For MLA."""
-    x, (cos, sin) = x_NHD.float(), r.interleaved
-    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, partner, sin).to(x_NHD.dtype)
+    return _rotate(x_NHD, r.interleaved, lambda x: x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
 
 
 def rotate_half_split(x_NHD: Tensor, r: Rotation) -> Tensor:
     """Rotates pairs (i, i + d/2) of the last axis; layout unchanged. For the indexer."""
-    x, (cos, sin) = x_NHD.float(), r.half_split
-    partner = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, partner, sin).to(x_NHD.dtype)
+    return _rotate(x_NHD, r.half_split, lambda x: x.roll(x.shape[-1] // 2, -1))
+
+
+def _rotate(x_NHD: Tensor, tables: tuple[Tensor, ...], partner: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x_NHD.float()
+    if len(tables) == 1:
+        return torch.matmul(x, tables[0]).to(x_NHD.dtype)
+    cos, sin = tables
+    return torch.addcmul(x * cos, partner(x), sin).to(x_NHD.dtype)

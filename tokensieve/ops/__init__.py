@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops import custom, custom_kl, reference
-from tokensieve.ops.dispatch import BACKENDS, OPS
+from tokensieve.ops.dispatch import BACKENDS, OPS, pick
 from tokensieve.ops.paged import index_scores_paged, sparse_attention_paged, write_caches
+from tokensieve.ops.single import alone
 
 __all__ = [
     "backends",
@@ -203,6 +204,8 @@ def index_topk(
     _check_k("index_topk", k)
     _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
     _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
+    if alone(q_SHD):
+        return pick("index_topk", q_SHD, backend).index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T)
     return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
 
 
@@ -233,6 +236,9 @@ def dense_attention(
     if q_SHD.shape[1] % k_TGD.shape[1]:
         raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
     _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
+    if alone(q_SHD):
+        module = pick("dense_attention", q_SHD, backend, bounds is not None)
+        return module.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale)
     return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
 
 
@@ -283,6 +289,9 @@ def sparse_attention(
     Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes.
     """
     _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
+    if alone(q_SHD):
+        module = pick("sparse_attention", q_SHD, backend)
+        return module.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
     return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
 
 

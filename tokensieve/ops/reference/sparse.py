@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokensieve.ops.reference.blocks import compute_dtype, row_blocks, softmax_with_lse
 from tokensieve.ops.reference.kl import open_gradient, weighted_gradients
+from tokensieve.ops.single import alone
 
 
 def selected_rows(x_TX: Tensor, indices_bK: Tensor) -> Tensor:
@@ -45,6 +46,20 @@ def attend(
     return out, lse, p
 
 
+def attend_alone(
+    q_1HD: Tensor, kv_TGE: Tensor, indices_1K: Tensor, scale: float, d_k: int, v_start: int, d_v: int
+) -> tuple[Tensor, Tensor]:
+    """`sparse_attention` of one query whose places are all used, as in decode: a third of the operators, which are what it costs."""
+    G, dtype = kv_TGE.shape[1], compute_dtype(q_1HD)
+    entries_KGE = kv_TGE.index_select(0, indices_1K[0]).to(dtype)
+    q_GMD = (q_1HD.to(dtype) * scale).view(G, -1, d_k)
+    logits = torch.bmm(q_GMD, entries_KGE[..., :d_k].permute(1, 2, 0))
+    p = logits.softmax(-1)
+    out = torch.bmm(p, entries_KGE[..., v_start : v_start + d_v].transpose(0, 1))
+    lse = logits.amax(-1) - p.amax(-1).log()  # the largest logit's share is exp(largest - lse)
+    return out.to(q_1HD.dtype).view(1, -1, d_v), lse.view(1, -1)
+
+
 def selected_scores(q_bHD: Tensor, w_bH: Tensor, keys_bKD: Tensor) -> tuple[Tensor, Tensor]:
     """Index scores (b, K) of the selected keys and the relu'd products (b, H, K) that they sum."""
     dots = torch.bmm(q_bHD, keys_bKD.transpose(1, 2)).relu_()
@@ -69,6 +84,8 @@ def sparse_attention(
     S, H, _ = q_SHD.shape
     G, K = kv_TGE.shape[1], indices_SK.shape[1]
     dtype = compute_dtype(q_SHD)
+    if K and alone(q_SHD) and int(indices_SK.min()) >= 0:
+        return attend_alone(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
     for a, b in row_blocks(S, K * max(kv_TGE[:1].numel(), H), q_SHD):
         entries = by_group(selected_rows(kv_TGE.flatten(1), indices_SK[a:b]).to(dtype), G)
