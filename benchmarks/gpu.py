@@ -64,6 +64,13 @@ def milliseconds(step: Step, quick: bool) -> float:
     return do_bench(step, warmup=5 if quick else 25, rep=20 if quick else 100, return_mode="median")
 
 
+def replayed(step: Step, quick: bool) -> float:
+    """The same of a step in a CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(step, rep=10 if quick else 50, return_mode="median")
+
+
 def peak_gb(step: Step) -> float:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -1,13 +1,28 @@
 """Decode steps on caches in pages beside DeepGEMM and FlashMLA: parts of benchmarks/gpu.py, which runs them.
 
 One new token of each sequence at the 671B shapes, pages in random order. The peers' plans of a step (`get_paged_mqa_logits_metadata`,
-FlashMLA's scheduler) are made before the clock runs; ours makes none. Own results are compared with the reference on a few sequences.
+FlashMLA's scheduler) are made before the clock runs; ours makes none. Both are captured in a CUDA graph and replayed, as an engine does:
+launched one by one, steps as short as these measure the host. Own results are compared with the reference on a few sequences.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu import HEADS, INDEX_DIM, INDEX_HEADS, KEY, SCALE, VALUE, K, Row, difference, milliseconds, normal, peer
+from gpu import (
+    HEADS,
+    INDEX_DIM,
+    INDEX_HEADS,
+    KEY,
+    SCALE,
+    VALUE,
+    K,
+    Row,
+    difference,
+    milliseconds,
+    normal,
+    peer,
+    replayed,
+)
 from torch import Tensor
 
 from tokensieve import ops
@@ -39,7 +54,7 @@ def paged_scores(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     def own() -> Tensor:
         return ops.index_scores_paged(q, pages, w, table, lens)
 
-    row = Row("paged scores fp8", f"{B} x {T // 1024}K", milliseconds(own, quick))
+    row = Row("paged scores fp8", f"{B} x {T // 1024}K", replayed(own, quick))
     row.tflop, row.gb = B * T * INDEX_HEADS * INDEX_DIM * 2 / 1e12, B * T * (INDEX_DIM + 4 + 4) / 1e9
     some = few(B)
     expected = ops.index_scores_paged(q[some].float(), pages, w[some], table[some], lens[some], backend="reference")
@@ -48,7 +63,7 @@ def paged_scores(size: tuple[int, int], quick: bool) -> Iterator[Row]:
         cache, ends = pages.view(-1, quant.PAGE_TOKENS, 1, INDEX_DIM + 4), lens[:, None]
         plan = deep_gemm.get_paged_mqa_logits_metadata(ends, quant.PAGE_TOKENS, deep_gemm.get_num_sms())
         row.peer = "DeepGEMM"
-        row.peer_ms = milliseconds(
+        row.peer_ms = replayed(
             lambda: deep_gemm.fp8_paged_mqa_logits(q[:, None], cache, w, ends, table, plan, T, clean_logits=False),
             quick,
         )
@@ -69,7 +84,7 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     def own() -> tuple[Tensor, Tensor]:
         return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE)
 
-    row = Row("sparse decode fp8", f"{B} x {T // 1024}K, k {K}, {HEADS} heads", milliseconds(own, quick))
+    row = Row("sparse decode fp8", f"{B} x {T // 1024}K, k {K}, {HEADS} heads", replayed(own, quick))
     row.tflop = B * K * HEADS * (KEY + VALUE) * 2 / 1e12
     row.gb = B * (K * quant.LATENT_TOKEN_BYTES + HEADS * (KEY + VALUE) * 2) / 1e9
     some = few(B)
@@ -84,7 +99,7 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
         places = (places + positions % quant.PAGE_TOKENS).to(torch.int32)[:, None]
         plan = flash_mla.get_mla_metadata()[0]
         row.peer = "FlashMLA"
-        row.peer_ms = milliseconds(
+        row.peer_ms = replayed(
             lambda: flash_mla.flash_mla_with_kvcache(
                 q[:, None], cache, None, None, VALUE, plan, softmax_scale=SCALE, is_fp8_kvcache=True, indices=places
             ),
@@ -104,7 +119,7 @@ def write(N: int, quick: bool) -> Iterator[Row]:
     def own() -> None:
         ops.write_caches(*tokens, *both, slots)
 
-    row = Row("write caches fp8", f"{N} tokens", milliseconds(own, quick), "the reference", allowed=0.0)
+    row = Row("write caches fp8", f"{N} tokens", replayed(own, quick), "the reference", allowed=0.0)
     row.gb = N * (2 * (KEY + INDEX_DIM) + quant.LATENT_TOKEN_BYTES + INDEX_DIM + 4) / 1e9
     row.peer_ms = milliseconds(lambda: ops.write_caches(*tokens, *expected, slots, backend="reference"), quick)
     row.error = float(sum(int((a != e).sum()) for a, e in zip(both, expected, strict=True)))

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_training.py [--part losses|speed] [--out FILE] [--quick]
 
-losses: `pretrain` (the bundled base's shape, from nothing), `warmup` (the base with untrained indexers) and `adapt` (the bundled sparse
+losses: `pretrain` (going on with the bundled base), `warmup` (the base with untrained indexers) and `adapt` (the bundled sparse
 model) on Python's standard library, through `train.run` under bfloat16 autocast. The same run four times: on the reference backend; on it
 with every step cut into two micro-batches, which only sums in another order; and twice on the backends that `auto` takes. The last two
 against each other, and the first two, are the noise floor. What `auto` took is logged, and on a GPU none of it may be the reference.
@@ -181,10 +181,8 @@ def text(folder: Path, limit_bytes: int) -> DataConfig:
     return DataConfig((SourceConfig(str(path)),), tokenizer="base", cache=str(folder), held_out_share=0.0)
 
 
-def start(stage: str, sizes: Sizes) -> DecoderForCausalLM | None:
-    """The model that a stage begins with; pretraining makes its own."""
-    if stage == "pretrain":
-        return None
+def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
+    """The model that a stage begins with. Pretraining goes on with the base: from nothing it is chaotic, and two runs part by themselves."""
     model = tokensieve.load("sparse" if stage == "adapt" else "base", torch.float32)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
     if stage == "warmup":

@@ -63,11 +63,10 @@ def _softmax_step(logit, live, scale, largest):
 
 
 @gluon.jit
-def attend(
-    q_mains, q_tails, mains, tails, p_shared, lives, full, empty, indices, out, lse, p_out, top_out,
-    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr, PAGED: gl.constexpr, PIECE: gl.constexpr,
+def _attend(
+    q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
+    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr,
 ):  # fmt: skip
-    """The eight warps. PAGED: the loading warps say in `lives` which places name a key. PIECE: out in float32, and lse to base 2."""
     dtype: gl.constexpr = p_shared.dtype
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])
@@ -80,8 +79,7 @@ def attend(
     top_row = top_head * (pitch // 64)
 
     q_main, q_tail = q_mains.index(0), q_tails.index(0)
-    if not PAGED:
-        live = live_columns(indices, 0, T, K, logits)
+    live = live_columns(indices, 0, T, K, logits)
     x = gl.zeros([64, 64], gl.float32, logits)
     x = multiply_part(q_main, mains.index(0), 0, x, full.index(0), 0)
     x = multiply_part(q_main, mains.index(0), 128, x, full.index(1), 0)
@@ -89,8 +87,6 @@ def attend(
     x = multiply_part(q_main, mains.index(0), 384, x, full.index(3), 0)
     mbarrier.wait(full.index(4), 0)
     x = warpgroup_mma(q_tail, tails.index(0).permute((1, 0)), x, is_async=True)
-    if PAGED:
-        live = lives.index(0).load(gl.SliceLayout(0, logits))[None, :] > 0
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(4))
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
@@ -110,8 +106,7 @@ def attend(
         o1 = warpgroup_mma(p_shared, before.slice(128, 128, 1), o1, is_async=True)
         o2 = warpgroup_mma(p_shared, before.slice(256, 128, 1), o2, is_async=True)
         o3 = warpgroup_mma(p_shared, before.slice(384, 128, 1), o3, is_async=True)
-        if not PAGED:
-            live = live_columns(indices, tile, T, K, logits)
+        live = live_columns(indices, tile, T, K, logits)
         if KEEP:
             gl.store(top_out + top_row + (tile - 1), largest, mask=top_mine)
             gl.store(p_out + pair + (tile - 1) * 64, p_shared.load(lines), mask=mine[:, None])
@@ -129,8 +124,6 @@ def attend(
         x = multiply_part(q_main, main, 384, x, full.index(b + 3), parity)
         mbarrier.wait(full.index(b + 4), parity)
         x = warpgroup_mma(q_tail, tail.permute((1, 0)), x, is_async=True)
-        if PAGED:
-            live = lives.index(buffer).load(gl.SliceLayout(0, logits))[None, :] > 0
         o3 = warpgroup_mma_wait(5, (o3,))
         release(empty.index(e + 3))
         x = warpgroup_mma_wait(0, (x,))
@@ -157,23 +150,14 @@ def attend(
     o0, o1, o2, o3 = warpgroup_mma_wait(0, (o0, o1, o2, o3))
     some = gl.where(total == 0, 1.0, total)  # NaN stays
     share = (1 / gl.convert_layout(some, gl.SliceLayout(1, values)))[:, None]
-    found = gl.where(total == 0, float("-inf"), largest + gl.log2(some))
-    gl.store(lse + first_row + top_head, found if PIECE else found * LN2, mask=top_mine)
-    if PIECE:
-        row = ((first_row + rows(values, 64)) * 512)[:, None]
-        at, here = row + columns(values, 128)[None, :], (rows(values, 64) < heads)[:, None]
-        gl.store(out + at, o0 * share, mask=here)
-        gl.store(out + at + 128, o1 * share, mask=here)
-        gl.store(out + at + 256, o2 * share, mask=here)
-        gl.store(out + at + 384, o3 * share, mask=here)
-    else:
-        q_main.slice(0, 128, 1).store((o0 * share).to(dtype))
-        q_main.slice(128, 128, 1).store((o1 * share).to(dtype))
-        q_main.slice(256, 128, 1).store((o2 * share).to(dtype))
-        q_main.slice(384, 128, 1).store((o3 * share).to(dtype))
-        barrier()
-        at = ((first_row + head) * 512)[:, None] + columns(lines, 512)[None, :]
-        gl.store(out + at, q_main.load(lines), mask=mine[:, None])
+    gl.store(lse + first_row + top_head, gl.where(total == 0, float("-inf"), (largest + gl.log2(some)) * LN2), mask=top_mine)
+    q_main.slice(0, 128, 1).store((o0 * share).to(dtype))
+    q_main.slice(128, 128, 1).store((o1 * share).to(dtype))
+    q_main.slice(256, 128, 1).store((o2 * share).to(dtype))
+    q_main.slice(384, 128, 1).store((o3 * share).to(dtype))
+    barrier()
+    at = ((first_row + head) * 512)[:, None] + columns(lines, 512)[None, :]
+    gl.store(out + at, q_main.load(lines), mask=mine[:, None])
 
 
 @gluon.jit(do_not_specialize=["T"])
@@ -202,9 +186,9 @@ def forward_kernel(
     barrier()
     gl.warp_specialize(
         [
-            (attend, (
-                q_mains, q_tails, mains, tails, p_shared, p_shared, full, empty, indices, out, lse, p_out, top_out,
-                first_row, heads, T, K, pitch, tiles, scale, KEEP, False, False,
+            (_attend, (
+                q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
+                first_row, heads, T, K, pitch, tiles, scale, KEEP,
             )),
             (_load, (kv, indices, T, K, tiles, mains, tails, full, empty)),
         ],
