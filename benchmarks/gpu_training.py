@@ -182,7 +182,7 @@ def text(folder: Path, limit_bytes: int) -> DataConfig:
 
 
 def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
-    """The model that a stage begins with. Pretraining goes on with the base: from nothing it is chaotic, and two runs part by themselves."""
+    """The model that a stage begins with. Pretraining goes on with the base: from nothing two runs part by themselves."""
     model = tokensieve.load("sparse" if stage == "adapt" else "base", torch.float32)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
     if stage == "warmup":

@@ -205,7 +205,8 @@ def index_topk(
     _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
     _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
     if alone(q_SHD):
-        return pick("index_topk", q_SHD, backend).index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T)
+        module = pick("index_topk", q_SHD, backend, k=k_TD)
+        return module.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T)
     return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
 
 
@@ -237,7 +238,7 @@ def dense_attention(
         raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
     _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     if alone(q_SHD):
-        module = pick("dense_attention", q_SHD, backend, bounds is not None)
+        module = pick("dense_attention", q_SHD, backend, k=k_TGD, v=v_TGV, bounds=bounds)
         return module.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale)
     return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
 
@@ -290,7 +291,7 @@ def sparse_attention(
     """
     _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
     if alone(q_SHD):
-        module = pick("sparse_attention", q_SHD, backend)
+        module = pick("sparse_attention", q_SHD, backend, kv=kv_TGE, v_start=v_start, d_v=d_v)
         return module.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
     return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
 

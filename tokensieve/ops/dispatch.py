@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tokensieve.ops import fused
+from tokensieve.ops import fused, vendor
 
 log = logging.getLogger("tokensieve.ops")
 
@@ -111,6 +111,10 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     return reason or _no_triton()
 
 
+def _vendor_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+    return vendor.limits(op, q, operands) or _no_triton() if _is_hopper(q.device) else "it is for Hopper GPUs"
+
+
 def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     """One shape, the 671B model's: what else there is, the portable kernels take."""
     if not _is_hopper(q.device):
@@ -132,6 +136,7 @@ def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -
 # comes to it.
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
+    Backend("vendor", "tokensieve.ops.vendor", (*vendor.ATTENTION, *vendor.INDEX), ("cuda",), _vendor_limits),
     Backend("hopper", "tokensieve.ops.hopper", HOPPER_OPS, ("cuda",), _hopper_limits),
     Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
     Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, operands: None),

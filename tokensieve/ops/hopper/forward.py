@@ -150,7 +150,9 @@ def _attend(
     o0, o1, o2, o3 = warpgroup_mma_wait(0, (o0, o1, o2, o3))
     some = gl.where(total == 0, 1.0, total)  # NaN stays
     share = (1 / gl.convert_layout(some, gl.SliceLayout(1, values)))[:, None]
-    gl.store(lse + first_row + top_head, gl.where(total == 0, float("-inf"), (largest + gl.log2(some)) * LN2), mask=top_mine)
+    gl.store(
+        lse + first_row + top_head, gl.where(total == 0, float("-inf"), (largest + gl.log2(some)) * LN2), mask=top_mine
+    )
     q_main.slice(0, 128, 1).store((o0 * share).to(dtype))
     q_main.slice(128, 128, 1).store((o1 * share).to(dtype))
     q_main.slice(256, 128, 1).store((o2 * share).to(dtype))

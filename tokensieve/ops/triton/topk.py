@@ -9,6 +9,8 @@ the row is read again: the guess decides how often that happens, never what is s
 then found by bisection.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -52,14 +54,14 @@ def reached_by(keys, k, slack):
 
 @triton.jit
 def _keep_kernel(
-    scores, starts, ends, counts, kept_keys, kept_places, T, K,
+    scores, starts, ends, counts, kept_keys, kept_places, T, pitch, K,
     C: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The candidates of a row that is longer than C, in order of position."""
     t, n, piece = tl.program_id(0).to(tl.int64), tl.arange(0, TILE), tl.arange(0, SAMPLE)
     start, end = key_range(starts, ends, t, tl.num_programs(0), T)
     length = end - start
-    scores += t * T
+    scores += t * pitch
     kept_keys += t * C
     kept_places += t * C
     if length > C:
@@ -102,7 +104,20 @@ def _keep_kernel(
 
 @triton.jit
 def _take_kernel(
-    scores, starts, ends, counts, kept_keys, kept_places, out, wrong, T, K, before, C: tl.constexpr, WIDE: tl.constexpr
+    scores,
+    starts,
+    ends,
+    counts,
+    kept_keys,
+    kept_places,
+    out,
+    wrong,
+    T,
+    pitch,
+    K,
+    before,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """The k best candidates of a row; of a row no longer than C, of all of it."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, C)
@@ -115,7 +130,7 @@ def _take_kernel(
         keys = tl.load(kept_keys + t * C + c, mask=c < count, other=LOWEST)
     else:
         count = tl.maximum(length, 0)
-        keys = ordered(tl.load(scores + t * T + start + c, mask=c < count, other=float("-inf")))
+        keys = ordered(tl.load(scores + t * pitch + start + c, mask=c < count, other=float("-inf")))
     if tl.max(tl.where(c < count, keys, LOWEST)) == HIGHEST:
         tl.atomic_max(wrong, before - tl.program_id(0))
     if wanted > 0:
@@ -149,15 +164,20 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
     longer = T > C
     kept = torch.empty(2, min(S, rows) if longer else 0, C, dtype=torch.int32, device=scores_ST.device)
     counts = torch.empty(min(S, rows), dtype=torch.int32, device=scores_ST.device)
-    scores_ST, (starts_S, ends_S) = scores_ST.contiguous(), ranges(starts_S, ends_S)
+    starts_S, ends_S = ranges(starts_S, ends_S)
+    if scores_ST.stride(1) != 1:
+        scores_ST = scores_ST.contiguous()
+    pitch = scores_ST.stride(0)  # rows may be longer than T
     for a in range(0, S, rows):
         part = slice(a, min(a + rows, S))
         grid, inputs = (part.stop - a,), (scores_ST[part], starts_S[part], ends_S[part], counts, kept[0], kept[1])
         if longer:
             sample, tile = min(max(C, 128), SAMPLE), min(max(C // 2, 64), 2048)
-            _keep_kernel[grid](*inputs, T, k, C=C, SAMPLE=sample, TILE=tile, num_warps=4)
+            _keep_kernel[grid](*inputs, T, pitch, k, C=C, SAMPLE=sample, TILE=tile, num_warps=4)
         warps = 4 if C <= 4096 else 8 if C <= 16384 else 16
-        _take_kernel[grid](*inputs, indices_SK[part], wrong, T, k, before - a, C=C, WIDE=C > 16384, num_warps=warps)
+        _take_kernel[grid](
+            *inputs, indices_SK[part], wrong, T, pitch, k, before - a, C=C, WIDE=C > 16384, num_warps=warps
+        )
     return wrong
 
 
@@ -181,14 +201,21 @@ SCORES = 1 << 28  # held at a time: 1 GiB
 
 
 def index_topk(
-    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    k: int,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None,
+    scores_of: Callable[..., Tensor] = index_scores,
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
     indices_SK = torch.full((S, k), -1, dtype=torch.int32, device=q_SHD.device)
     rows, wrong = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
-        scores = index_scores(q_SHD[part], k_TD, w_SH[part], starts_S[part], ends_S[part], k_scale_T)
+        scores = scores_of(q_SHD[part], k_TD, w_SH[part], starts_S[part], ends_S[part], k_scale_T)
         found = _select(scores, k, starts_S[part], ends_S[part], indices_SK[part], S - a)
         wrong = torch.maximum(wrong, found)
         del scores  # before the next strip is made
