@@ -143,7 +143,7 @@ def scores(T: int, quick: bool) -> Iterator[Row]:
     for name, inputs, scale in (("fp8", (q8, k8, w8), k_scale), ("bf16", (q, k, w), None)):
 
         def own(inputs=inputs, scale=scale) -> Tensor:
-            return ops.index_scores(*inputs, starts, ends, scale)
+            return ops.index_scores(*inputs, starts, ends, scale, backend="triton")
 
         row = Row(f"index scores {name}", shape, milliseconds(own, quick), tflop=work)
         queries, keys, weights = inputs
@@ -177,15 +177,15 @@ def index_and_select(T: int, quick: bool) -> Iterator[Row]:
     deep_gemm = peer("deep_gemm")
     q8, k8, w8, k_scale = quantized(*index_inputs(T))
     starts, ends = last_queries(T)
-    own = milliseconds(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale), quick)
+    own = milliseconds(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend="triton"), quick)
     row = Row(
         "index and select",
         f"{QUERIES} x {T // 1024}K",
         own,
         tflop=pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12,
     )
-    found = ops.index_topk(q8, k8, w8, K, starts, ends, k_scale)
-    apart = ops.select_topk(ops.index_scores(q8, k8, w8, starts, ends, k_scale), K, starts, ends)
+    found = ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend="triton")
+    apart = ops.select_topk(ops.index_scores(q8, k8, w8, starts, ends, k_scale, backend="triton"), K, starts, ends)
     row.error, row.allowed = float((found != apart).any(dim=1).float().mean()), 0.0
     if deep_gemm is not None:
         row.peer = "DeepGEMM's scores alone"
@@ -200,7 +200,7 @@ def sparse_forward(T: int, quick: bool) -> Iterator[Row]:
     q, kv, indices = normal(QUERIES, HEADS, KEY), normal(T, 1, KEY), random_selection(QUERIES, T)
 
     def own() -> tuple[Tensor, Tensor]:
-        return ops.sparse_attention(q, kv, indices, SCALE, KEY, 0, VALUE)
+        return ops.sparse_attention(q, kv, indices, SCALE, KEY, 0, VALUE, backend="hopper")
 
     row = Row("sparse forward", f"{QUERIES} x {T // 1024}K, k {K}", milliseconds(own, quick))
     row.tflop = float((indices >= 0).sum()) * HEADS * (KEY + VALUE) * 2 / 1e12
@@ -212,6 +212,10 @@ def sparse_forward(T: int, quick: bool) -> Iterator[Row]:
         row.peer_ms = milliseconds(
             lambda: flash_mla.flash_mla_sparse_fwd(q, kv, indices.unsqueeze(1), SCALE, VALUE), quick
         )
+        yield row
+        chosen = milliseconds(lambda: ops.sparse_attention(q, kv, indices, SCALE, KEY, 0, VALUE), quick)
+        row = Row("the same as auto has it", row.shape, chosen, "FlashMLA", row.peer_ms, row.tflop)
+        row.error = difference(ops.sparse_attention(q, kv, indices, SCALE, KEY, 0, VALUE)[0][few], expected)
     yield row
 
 

@@ -35,10 +35,13 @@ def results(x: Inputs, how: str, wanted: tuple[str, ...] = ALL) -> dict[str, Ten
     q, kv = leaves(x.q_SHD, x.kv_TGE)
     out, lse = ops.sparse_attention(q, kv, x.indices_SK, x.scale, **x.parts, backend=how)
     take("sparse_attention", {"out": out, "lse": lse}, {"q": q, "kv": kv})
-    q, kv, q_I, k_I, w = leaves(x.q_SHD, x.kv_TGE, x.q_SID, x.k_TD, x.w_SI)
-    out, lse, kl = ops.sparse_attention_kl(q, kv, x.indices_SK, x.scale, *x.parts.values(), q_I, k_I, w, backend=how)
-    inputs = {"q": q, "kv": kv, "q_I": q_I, "k_I": k_I, "w": w}
-    take("sparse_attention_kl", {"out": out, "lse": lse, "kl": kl}, inputs)
+    if "sparse_attention_kl" in wanted:
+        q, kv, q_I, k_I, w = leaves(x.q_SHD, x.kv_TGE, x.q_SID, x.k_TD, x.w_SI)
+        out, lse, kl = ops.sparse_attention_kl(
+            q, kv, x.indices_SK, x.scale, *x.parts.values(), q_I, k_I, w, backend=how
+        )
+        inputs = {"q": q, "kv": kv, "q_I": q_I, "k_I": k_I, "w": w}
+        take("sparse_attention_kl", {"out": out, "lse": lse, "kl": kl}, inputs)
     if "indexer_kl_dense" not in wanted:
         return found
     q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)

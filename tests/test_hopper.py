@@ -12,6 +12,8 @@ import torch
 from cases import CASES, Case, Document, causal, make
 from op_results import SPARSE, results
 
+from tokensieve import ops
+
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
@@ -88,6 +90,29 @@ def test_nothing_outside_the_keys_is_touched() -> None:
             assert torch.equal(a, expected[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["in order", "any order"])
+def test_more_queries_than_an_axis_of_a_grid_has_programs(mode: str, request: pytest.FixtureRequest) -> None:
+    if mode == "in order":
+        request.getfixturevalue("poisoned")
+    g = torch.Generator(device="cuda").manual_seed(3)
+    S, T = 65600, 40
+    q, kv = (torch.randn(n, h, 576, generator=g, device="cuda", dtype=torch.bfloat16) for n, h in ((S, 2), (T, 1)))
+    indices = torch.rand(S, T, generator=g, device="cuda").argsort(1)[:, :3].sort(1).values.int()
+    q, kv = q.requires_grad_(), kv.requires_grad_()
+    out, lse = ops.sparse_attention(q, kv, indices, 0.05, 576, 0, 512, backend="hopper")
+    weight = (torch.arange(S, device="cuda") >= S - 5)[:, None, None].to(
+        out.dtype
+    )  # the last queries alone give a gradient
+    dq, dkv = torch.autograd.grad((out * weight).sum(), (q, kv))
+    few_q, few_kv = (x.detach().double().requires_grad_() for x in (q[-5:], kv))
+    few_out, few_lse = ops.sparse_attention(few_q, few_kv, indices[-5:], 0.05, 576, 0, 512, backend="reference")
+    few_dq, few_dkv = torch.autograd.grad(few_out.sum(), (few_q, few_kv))
+    for a, e in ((out[-5:], few_out), (dq[-5:], few_dq), (dkv, few_dkv), (lse[-5:], few_lse)):
+        oracle.assert_close(a.detach().double(), e.detach(), TOLERANCE["bfloat16"], 1.0)
+    assert not dq[:-5].any()
+
+
 COMPILE = """
 import subprocess, sys, tempfile
 from pathlib import Path
@@ -108,13 +133,13 @@ half, index, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torc
 ptxas = get_ptxas(90).path
 sizes = (128, 32768, 2048, 2048)
 some = {"KP": 2048, "num_warps": 8}
-split = {"W": 128, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
+split = {"W": 128, "BLOCKS": 2, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
 for name, kernel, arguments, options in (
     ("forward", forward.forward_kernel, (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
     ("dq", dq.dq_kernel, (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
 ):
-    found = kernel.warmup(*arguments, grid=(2, 1, 64), **options)
+    found = kernel.warmup(*arguments, grid=(128,), **options)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernel.ptx").write_text(found.asm["ptx"])
         command = [ptxas, "--gpu-name", "sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"]

@@ -34,10 +34,14 @@ def _package(name: str) -> ModuleType:
 
 @cache
 def _missing(op: str) -> str | None:
-    """What is not installed, in one clause."""
+    """What is not installed, or not for this machine, in one clause."""
     name = "flash_mla" if op in ATTENTION else "deep_gemm"
     if not importlib.util.find_spec(name):
         return f"the package {name} is not installed"
+    try:
+        _package(name)
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return f"the package {name} does not load: {error}"
     compiler = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
     return None if op in ATTENTION or compiler else "deep_gemm needs nvcc"
 

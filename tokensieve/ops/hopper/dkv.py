@@ -53,7 +53,7 @@ def _add(dkv, index, value, staging, IN_ORDER: gl.constexpr, layout: gl.constexp
 @gluon.jit(do_not_specialize=["T"])
 def dkv_kernel(
     p, ds, dout, q, indices, dkv, H, T, K, pitch, begin,
-    KP: gl.constexpr, W: gl.constexpr, TWICE: gl.constexpr, WITH_VALUE: gl.constexpr, IN_ORDER: gl.constexpr,
+    KP: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, TWICE: gl.constexpr, WITH_VALUE: gl.constexpr, IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     parts: gl.constexpr = 2 if TWICE else 1
@@ -61,8 +61,9 @@ def dkv_kernel(
     lines: gl.constexpr = gl.BlockedLayout([1, 4], [128 // W, W // 4], [8, 1], [1, 0])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, W // 2, 16])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    t, first_head = gl.program_id(2).to(gl.int64), gl.program_id(1) * 128
-    begin += gl.program_id(0) * parts * W
+    head_blocks, program = gl.cdiv(H, 128), gl.program_id(0) // BLOCKS
+    t, first_head = (program // head_blocks).to(gl.int64), program % head_blocks * 128
+    begin += gl.program_id(0) % BLOCKS * parts * W
     q_shared = gl.allocate_shared_memory(dtype, [parts, 128, W], shared)
     dout_shared = gl.allocate_shared_memory(dtype, [parts, 128, W] if WITH_VALUE else [1, 8, 64], shared)
     ds_shared = gl.allocate_shared_memory(dtype, [2, 128, 64], shared)
@@ -103,10 +104,10 @@ def dkv_kernel(
         at = tile * 64 + place
         index_now = gl.load(indices + at, mask=at < K, other=-1)
         index_now = gl.where(index_now < T, index_now, -1)
-        if IN_ORDER:  # a row of its own for every place
-            index_now = gl.where(
-                index_now >= 0, (gl.program_id(1) * gl.num_programs(2) + gl.program_id(2)) * K + at, -1
-            )
+        if IN_ORDER:  # a row of its own for every place, of the blocks of heads one after the other
+            queries = gl.num_programs(0) // BLOCKS // head_blocks
+            first_row = ((program % head_blocks) * queries + program // head_blocks) * K
+            index_now = gl.where(index_now >= 0, first_row + at, -1)
         _add(dkv, index, ready0, staging, IN_ORDER, lines)
         if TWICE:
             _add(dkv + W, index, ready1, staging, IN_ORDER, lines)
@@ -127,7 +128,7 @@ def add_dkv(
     and what belongs to that place is written there (nothing where it names no key). All contiguous, S > 0."""
     (S, H, pitch), K = p.shape, indices.shape[1]
     for begin, width, blocks, with_value in ((0, 128, VALUE // 256, True), (VALUE, 64, 1, False)):
-        dkv_kernel[(blocks, cdiv(H, HEADS), S)](
+        dkv_kernel[(blocks * cdiv(H, HEADS) * S,)](
             p, ds, dout, q, indices, dkv, H, T, K, pitch, begin,
-            KP=next_power_of_2(K), W=width, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order, num_warps=8,
+            KP=next_power_of_2(K), W=width, BLOCKS=blocks, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order, num_warps=8,
         )  # fmt: skip

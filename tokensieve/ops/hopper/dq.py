@@ -32,6 +32,7 @@ from tokensieve.ops.hopper.warps import (
     load_part,
     load_tile_index,
     multiply_part,
+    query_and_head,
     release,
     rows,
     store_block,
@@ -159,7 +160,7 @@ def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitc
     dtype: gl.constexpr = kv.dtype.element_ty
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    t, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * 64
+    t, first_head = query_and_head(H)
     first_row, heads = t * H + first_head, gl.minimum(H - first_head, 64)
     q_mains = gl.allocate_shared_memory(dtype, [1, 64, 512], shared)
     q_tails = gl.allocate_shared_memory(dtype, [1, 64, 64], shared)
@@ -203,7 +204,7 @@ def probabilities_and_dq(
 ) -> None:  # fmt: skip
     """Writes dq (S, H, 576), and P and dS (S, H, pitch) up to the end of a query's last used tile. All contiguous, S > 0."""
     (S, H, _), K = q.shape, indices.shape[1]
-    dq_kernel[(cdiv(H, BLOCK), S)](
+    dq_kernel[(cdiv(H, BLOCK) * S,)](
         dout,
         q,
         kv,

@@ -31,6 +31,7 @@ from tokensieve.ops.hopper.warps import (
     load_part,
     load_tile_index,
     multiply_part,
+    query_and_head,
     release,
     rows,
     used_tiles,
@@ -169,7 +170,7 @@ def forward_kernel(
     dtype: gl.constexpr = kv.dtype.element_ty
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    t, first_head = gl.program_id(1).to(gl.int64), gl.program_id(0) * 64
+    t, first_head = query_and_head(H)
     first_row, heads = t * H + first_head, gl.minimum(H - first_head, 64)
     q_mains = gl.allocate_shared_memory(dtype, [1, 64, 512], shared)
     q_tails = gl.allocate_shared_memory(dtype, [1, 64, 64], shared)
@@ -212,7 +213,7 @@ def forward(
     far, and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0."""
     (S, H, _), K = q.shape, indices.shape[1]
     p, top = kept if kept is not None else (out, lse)  # not touched
-    forward_kernel[(cdiv(H, BLOCK), S)](
+    forward_kernel[(cdiv(H, BLOCK) * S,)](
         q, kv, indices, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
         KP=next_power_of_2(K), KEEP=kept is not None, num_warps=8,
     )  # fmt: skip

@@ -34,6 +34,13 @@ def columns(layout: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
+def query_and_head(H):
+    """This program's query and first head. One axis: a grid's other axes end at 65535 programs."""
+    blocks = gl.cdiv(H, 64)
+    return (gl.program_id(0) // blocks).to(gl.int64), gl.program_id(0) % blocks * 64
+
+
+@gluon.jit
 def used_tiles(indices, K, KP: gl.constexpr, WARPS: gl.constexpr):
     """How many tiles of 64 places it takes to come past the last one that names a key."""
     at = gl.arange(0, KP, gl.BlockedLayout([8], [32], [WARPS], [0]))
