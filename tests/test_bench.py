@@ -59,7 +59,10 @@ def test_training_is_not_measured_without_a_gpu(tmp_path: Path, monkeypatch: pyt
 
 def test_gpu_benchmark_without_a_gpu() -> None:
     """Nor Triton, which machines without a GPU may lack: a package that cannot be imported stands in its place."""
-    run = "import runpy, sys; sys.modules['triton'] = None; runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+    run = (
+        "import runpy, sys; sys.modules['triton'] = None; sys.path.insert(0, 'benchmarks'); "
+        "runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     child = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (child.returncode, child.stdout) == (2, ""), child.stderr

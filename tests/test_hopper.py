@@ -113,6 +113,21 @@ def test_more_queries_than_an_axis_of_a_grid_has_programs(mode: str, request: py
     assert not dq[:-5].any()
 
 
+@pytest.mark.gpu
+def test_any_indices_and_addresses() -> None:
+    """Indices of 64 bits, no places at all, and entries that begin between two multiples of 16 bytes."""
+    x = make(Case("addresses", causal(70), keys=70, k=20, heads=64, dtype="bfloat16", **MLA), "cuda")
+    x = dataclasses.replace(x, w_SI=x.w_SI.float())
+    expected = results(x, "hopper", SPARSE)
+    odd = torch.empty(x.kv_TGE.numel() + 1, dtype=torch.bfloat16, device="cuda")[1:].view_as(x.kv_TGE).copy_(x.kv_TGE)
+    for name, a in results(
+        dataclasses.replace(x, indices_SK=x.indices_SK.long(), kv_TGE=odd), "hopper", SPARSE
+    ).items():
+        oracle.assert_close(a.double(), expected[name].double(), TOLERANCE["bfloat16"], 1.0, name)
+    for name, a in results(dataclasses.replace(x, indices_SK=x.indices_SK[:, :0]), "hopper", SPARSE).items():
+        assert (a == (float("-inf") if name.endswith(": lse") else 0)).all(), name
+
+
 COMPILE = """
 import subprocess, sys, tempfile
 from pathlib import Path
@@ -129,15 +144,18 @@ class NoGpu:
 
 driver.set_active(NoGpu())
 from tokensieve.ops.hopper import dkv, dq, forward
-half, index, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torch.float32))
+half, index, long, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torch.int64, torch.float32))
 ptxas = get_ptxas(90).path
 sizes = (128, 32768, 2048, 2048)
 some = {"KP": 2048, "num_warps": 8}
 split = {"W": 128, "BLOCKS": 2, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
+tail = {"W": 64, "BLOCKS": 1, "TWICE": False, "WITH_VALUE": False, "IN_ORDER": False}
 for name, kernel, arguments, options in (
     ("forward", forward.forward_kernel, (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
     ("dq", dq.dq_kernel, (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
+    ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), some | tail),
+    ("dkv_in_order", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split | {"IN_ORDER": True}),
 ):
     found = kernel.warmup(*arguments, grid=(128,), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +173,7 @@ def test_the_kernels_compile(tmp_path) -> None:
     child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
     found = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
-    assert set(found) == {"forward", "dq", "dkv"}
+    assert set(found) == {"forward", "dq", "dkv", "dkv_tail", "dkv_in_order"}
     for name, (shared, products) in found.items():
         assert int(shared) <= 227 * 1024, name
         assert products == "overlapped", name

@@ -46,7 +46,7 @@ def test_scores_are_the_references(keys: int) -> None:
     seen = x.visible_ST()
     oracle.assert_close(found[seen].double(), expected[seen].double(), 1e-3, 1.0)
     chosen = ops.index_topk(q, k, w, x.k, x.starts_S, x.ends_S, k_scale, backend="vendor")
-    assert torch.equal(chosen, ops.select_topk(found.contiguous(), x.k, x.starts_S, x.ends_S, backend="reference"))
+    assert torch.equal(chosen, ops.select_topk(found, x.k, x.starts_S, x.ends_S, backend="reference"))
 
 
 def test_what_they_do_not_take() -> None:

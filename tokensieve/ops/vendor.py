@@ -32,18 +32,26 @@ def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, and from an address on from which 16 bytes can be copied at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 @cache
 def _missing(op: str) -> str | None:
     """What is not installed, or not for this machine, in one clause."""
-    name = "flash_mla" if op in ATTENTION else "deep_gemm"
+    name, kernel = ("flash_mla", "flash_mla_sparse_fwd") if op in ATTENTION else ("deep_gemm", "fp8_mqa_logits")
     if not importlib.util.find_spec(name):
         return f"the package {name} is not installed"
-    try:
-        _package(name)
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"the package {name} does not load: {error}"
     compiler = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
-    return None if op in ATTENTION or compiler else "deep_gemm needs nvcc"
+    if op in INDEX and not compiler:
+        return "deep_gemm needs nvcc"
+    try:
+        found = hasattr(_package(name), kernel)
+    except (ImportError, OSError, AssertionError) as error:  # built for another torch or CUDA, or no toolkit
+        return f"the package {name} does not load: {error}"
+    return None if found else f"this version of {name} has no {kernel}"
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
@@ -65,10 +73,12 @@ def sparse_attention(
     S, H, _ = q_SHD.shape
     if S == 0 or 0 in (kv_TGE.shape[0], indices_SK.shape[1]):
         return q_SHD.new_zeros(S, H, d_v), q_SHD.new_full((S, H), float("-inf"), dtype=torch.float32)
-    # another number below 0, or one past the keys, names no key here either
-    indices = torch.nn.functional.pad(indices_SK.clamp_min(-1), (0, -indices_SK.shape[1] % PLACES), value=-1)
+    # a number below 0, or one past the keys, names no key here either
+    indices = torch.nn.functional.pad(
+        indices_SK.clamp(-1, kv_TGE.shape[0]), (0, -indices_SK.shape[1] % PLACES), value=-1
+    )
     out, _, lse = _package("flash_mla").flash_mla_sparse_fwd(
-        q_SHD.contiguous(), kv_TGE.contiguous(), indices.to(torch.int32)[:, None].contiguous(), scale, d_v
+        aligned(q_SHD), aligned(kv_TGE), indices.to(torch.int32)[:, None].contiguous(), scale, d_v
     )
     return out, torch.where(lse == float("inf"), float("-inf"), lse)
 
@@ -79,22 +89,29 @@ def sparse_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return sparse_attention_backward(*arguments)
 
 
-def index_scores(
+def _scores(
     q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
 ) -> Tensor:
+    """(S, T) in rows that are longer than T."""
     (S, _, _), T = q_SHD.shape, k_TD.shape[0]
     if S == 0 or T == 0:
         return q_SHD.new_empty(S, T, dtype=torch.float32)
-    scale = k_scale_T.float().contiguous() if k_scale_T is not None else torch.ones(T, device=k_TD.device)
+    scale = k_scale_T.float() if k_scale_T is not None else torch.ones(T, dtype=torch.float32, device=k_TD.device)
     starts, ends = (x.clamp(0, T).to(torch.int32).contiguous() for x in (starts_S, ends_S))
     return _package("deep_gemm").fp8_mqa_logits(
-        q_SHD.contiguous(),
-        (k_TD.contiguous(), scale),
-        w_SH.float().contiguous(),
+        aligned(q_SHD),
+        (aligned(k_TD), aligned(scale)),
+        aligned(w_SH.float()),
         starts,
         ends.clamp_min(starts),
         clean_logits=False,
     )
+
+
+def index_scores(
+    q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
+) -> Tensor:
+    return _scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T).contiguous()
 
 
 def index_scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,4 +125,4 @@ def index_topk(
 ) -> Tensor:
     from tokensieve.ops.triton import topk
 
-    return topk.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, scores_of=index_scores)
+    return topk.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, scores_of=_scores)

@@ -17,7 +17,8 @@ from tokensieve.ops.hopper.dkv import HEADS, add_dkv
 from tokensieve.ops.hopper.dq import probabilities_and_dq
 from tokensieve.ops.hopper.forward import forward
 from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
-from tokensieve.ops.triton.in_order import add_in_order, strips, wanted_in_order
+from tokensieve.ops.triton.in_order import add_in_order, strip_length, strips, wanted_in_order
+from tokensieve.ops.vendor import aligned
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _delta_kernel(dout, out, dlse, delta, rows, V: tl.constexpr, BR: tl.constexp
 
 def pitch_of(K: int) -> int:
     """Places of a row of probabilities: whole tiles."""
-    return triton.cdiv(K, BLOCK) * BLOCK
+    return max(1, triton.cdiv(K, BLOCK)) * BLOCK
 
 
 def sparse_attention(
@@ -43,7 +44,7 @@ def sparse_attention(
     S, H, _ = q_SHD.shape
     out, lse = q_SHD.new_empty(S, H, VALUE), q_SHD.new_empty(S, H, dtype=torch.float32)
     if S > 0:
-        forward(q_SHD.contiguous(), kv_TGE.contiguous(), indices_SK.contiguous(), scale, out, lse)
+        forward(q_SHD.contiguous(), aligned(kv_TGE), indices_SK.contiguous(), scale, out, lse)
     return out, lse
 
 
@@ -67,9 +68,10 @@ def backward_by_strips(
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(S * H, 16),)](dout, out, dlse, delta, S * H, V=VALUE, BR=16, HAS_DLSE=dlse is not None)
     in_order = wanted_in_order()
-    row_bytes = 2 * H * pitch_of(K) * q.element_size() + (K * KEY * 4 if in_order else 0)
+    row_bytes = 2 * H * pitch_of(K) * q.element_size() + (triton.cdiv(H, HEADS) * K * KEY * 4 if in_order else 0)
+    held = q.new_empty(2, strip_length(S, row_bytes), H, pitch_of(K))  # by one strip after the other
     for queries in strips(S, row_bytes):
-        p, ds = q.new_empty(2, queries.stop - queries.start, H, pitch_of(K))
+        p, ds = held[:, : queries.stop - queries.start]
         part = (dout[queries], q[queries], kv, indices[queries], lse[queries], delta[queries])
         probabilities_and_dq(*part, scale, dq[queries], p, ds)
         if in_order:
@@ -95,7 +97,7 @@ def sparse_attention_backward(
     v_start: int,
     d_v: int,
 ) -> tuple[Tensor, Tensor]:
-    q, kv, indices = q_SHD.contiguous(), kv_TGE.contiguous(), indices_SK.contiguous()
+    q, kv, indices = q_SHD.contiguous(), aligned(kv_TGE), indices_SK.contiguous()
     dq, dkv = torch.empty_like(q), torch.zeros(kv.shape[0], KEY, dtype=torch.float32, device=q.device)
     if q.shape[0] > 0:
         for _ in backward_by_strips(dout_SHV, dlse_SH, q, kv, indices, out_SHV, lse_SH, scale, dq, dkv):

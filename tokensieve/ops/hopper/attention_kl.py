@@ -16,8 +16,9 @@ from tokensieve.ops.hopper.attention import backward_by_strips, pitch_of
 from tokensieve.ops.hopper.forward import forward
 from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
 from tokensieve.ops.triton.attention import LOG2E, load_index
-from tokensieve.ops.triton.in_order import strips
+from tokensieve.ops.triton.in_order import strip_length, strips
 from tokensieve.ops.triton.index_kl import selected_kl, selected_kl_backward
+from tokensieve.ops.vendor import aligned
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -69,12 +70,14 @@ def sparse_attention_kl(
     out, lse = q_SHD.new_empty(S, H, VALUE), q_SHD.new_empty(S, H, dtype=torch.float32)
     if S == 0:
         return out, lse, lse.new_zeros(0)
-    q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
+    q, kv, indices, q_I, k_I, w = (aligned(x) for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
     mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
     pitch = pitch_of(K)
-    for part in strips(S, H * pitch * q.element_size()):
-        p = q.new_empty(part.stop - part.start, H, pitch)
-        top = q.new_empty(part.stop - part.start, H, pitch // BLOCK, dtype=torch.float32)
+    row_bytes = H * pitch * q.element_size()
+    held_p = q.new_empty(strip_length(S, row_bytes), H, pitch)  # by one strip after the other
+    held_top = q.new_empty(held_p.shape[0], H, pitch // BLOCK, dtype=torch.float32)
+    for part in strips(S, row_bytes):
+        p, top = held_p[: part.stop - part.start], held_top[: part.stop - part.start]
         forward(q[part], kv, indices[part], scale, out[part], lse[part], (p, top))
         mass[part] = _summed_over_heads(p, indices[part], T, top, lse[part])
     return out, lse, selected_kl(mass, H, q_I, k_I, w, indices)
@@ -97,7 +100,7 @@ def sparse_attention_kl_backward(
     k_I: Tensor,
     w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
+    q, kv, indices, q_I, k_I, w = (aligned(x) for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
     (S, H, _), T, K = q.shape, kv.shape[0], indices.shape[1]
     dq, dkv = torch.empty_like(q), torch.zeros(T, KEY, dtype=torch.float32, device=q.device)
     if S == 0:

@@ -9,13 +9,14 @@ is added to memory, since adding is what is dear. While one tile's products run,
 """
 
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from tokensieve.ops.hopper.warps import VALUE, barrier, columns, copy_async, load_block, rows, used_tiles
+from tokensieve.ops.triton.index import padded
 
 HEADS = 128  # of a program
 
@@ -103,7 +104,7 @@ def dkv_kernel(
         async_copy.commit_group()
         at = tile * 64 + place
         index_now = gl.load(indices + at, mask=at < K, other=-1)
-        index_now = gl.where(index_now < T, index_now, -1)
+        index_now = gl.where(index_now < T, index_now, -1).to(gl.int32)
         if IN_ORDER:  # a row of its own for every place, of the blocks of heads one after the other
             queries = gl.num_programs(0) // BLOCKS // head_blocks
             first_row = ((program % head_blocks) * queries + program // head_blocks) * K
@@ -130,5 +131,5 @@ def add_dkv(
     for begin, width, blocks, with_value in ((0, 128, VALUE // 256, True), (VALUE, 64, 1, False)):
         dkv_kernel[(blocks * cdiv(H, HEADS) * S,)](
             p, ds, dout, q, indices, dkv, H, T, K, pitch, begin,
-            KP=next_power_of_2(K), W=width, BLOCKS=blocks, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order, num_warps=8,
+            KP=padded(K), W=width, BLOCKS=blocks, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order, num_warps=8,
         )  # fmt: skip

@@ -10,7 +10,7 @@ so that the second half (`dkv`) recomputes nothing: writing and reading them cos
 """
 
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -38,6 +38,7 @@ from tokensieve.ops.hopper.warps import (
     store_block,
     used_tiles,
 )
+from tokensieve.ops.triton.index import padded
 
 
 @gluon.jit
@@ -169,8 +170,8 @@ def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitc
     tails = gl.allocate_shared_memory(dtype, [1, 64, 64], shared)
     p_shared = gl.allocate_shared_memory(dtype, [64, 64], shared)
     ds_shared = gl.allocate_shared_memory(dtype, [64, 64], shared)
-    full, empty, ready = allocate_barriers(PARTS, 128), allocate_barriers(PARTS, 1), allocate_barriers(2, 1)
-    mbarrier.init(empty.index(3), count=2)  # both groups read the tail
+    full, ready = allocate_barriers(PARTS, 128), allocate_barriers(2, 1)
+    empty = allocate_barriers(PARTS, 1, 3, 2)  # both groups read the tail
 
     indices += t * K
     tiles = used_tiles(indices, K, KP, 4)
@@ -219,6 +220,6 @@ def probabilities_and_dq(
         K,
         p.shape[2],
         scale,
-        KP=next_power_of_2(K),
+        KP=padded(K),
         num_warps=4,
     )

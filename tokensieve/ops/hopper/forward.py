@@ -8,7 +8,7 @@ them. The softmax is not overlapped with a product.
 """
 
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,6 +36,7 @@ from tokensieve.ops.hopper.warps import (
     rows,
     used_tiles,
 )
+from tokensieve.ops.triton.index import padded
 
 
 @gluon.jit
@@ -215,5 +216,5 @@ def forward(
     p, top = kept if kept is not None else (out, lse)  # not touched
     forward_kernel[(cdiv(H, BLOCK) * S,)](
         q, kv, indices, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
-        KP=next_power_of_2(K), KEEP=kept is not None, num_warps=8,
+        KP=padded(K), KEEP=kept is not None, num_warps=8,
     )  # fmt: skip

@@ -49,10 +49,13 @@ def used_tiles(indices, K, KP: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def allocate_barriers(N: gl.constexpr, COUNT: gl.constexpr):
+def allocate_barriers(
+    N: gl.constexpr, COUNT: gl.constexpr, SPECIAL: gl.constexpr = -1, SPECIAL_COUNT: gl.constexpr = 0
+):
+    """N barriers that COUNT arrivals complete; the one at SPECIAL, SPECIAL_COUNT."""
     barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
-        mbarrier.init(barriers.index(i), count=COUNT)
+        mbarrier.init(barriers.index(i), count=SPECIAL_COUNT if i == SPECIAL else COUNT)
     return barriers
 
 

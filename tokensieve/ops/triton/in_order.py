@@ -19,9 +19,14 @@ def wanted_in_order() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
+def strip_length(S: int, row_bytes: int) -> int:
+    """Queries of a strip: as many as STRIP_BYTES hold when one needs `row_bytes`."""
+    return max(1, min(S, STRIP_BYTES // max(1, row_bytes)))
+
+
 def strips(S: int, row_bytes: int) -> Iterator[slice]:
     """All queries, of which one needs `row_bytes`, as many at a time as STRIP_BYTES hold."""
-    step = max(1, STRIP_BYTES // row_bytes)
+    step = strip_length(S, row_bytes)
     for first in range(0, S, step):
         yield slice(first, min(first + step, S))
 
