@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.ops.aligned import aligned
+
 PLACES = 128  # of a row, a multiple for FlashMLA
 
 ATTENTION, INDEX = ("sparse_attention",), ("index_scores", "index_topk")
@@ -30,12 +32,6 @@ ATTENTION, INDEX = ("sparse_attention",), ("index_scores", "index_topk")
 @cache
 def _package(name: str) -> ModuleType:
     return importlib.import_module(name)
-
-
-def aligned(x: Tensor) -> Tensor:
-    """Contiguous, and from an address on from which 16 bytes can be copied at once."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 @cache

@@ -6,7 +6,7 @@ Legend: S queries, T key tokens, H heads, K selected.
 
 Three groups of four warps: one loads, one computes q . k, one dout . v. The first group hands its probabilities to the second, which makes
 the slopes; then each multiplies them with its half of the entries' columns. P and dS are kept, in the dtype in which they are multiplied,
-so that the second half (`dkv`) recomputes nothing: writing and reading them costs an eighth of that.
+so that the second half (`dkv`) recomputes nothing.
 """
 
 from torch import Tensor

@@ -14,11 +14,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
-KEY, VALUE, TAIL = 576, 512, 64  # widths of an entry: key, its first part that is the value too, the rest
+KEY, VALUE = 576, 512  # widths of an entry: its key, and the first part of that, which is the value too
 BLOCK = 64  # heads of a program, and entries of a tile
 PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 
-# Gluon's names before and after Triton 3.8.
+# Gluon renames things: these names are those of Triton 3.9, and those of 3.6 and 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
