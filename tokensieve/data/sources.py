@@ -5,6 +5,7 @@ module stays held out under another Python version or prefix, and a vendored cop
 text that mostly repeats held-out text is dropped.
 """
 
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import re
 import site
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,7 +105,8 @@ def _module_name(parts: Iterable[str]) -> str:
     return name.removesuffix(".__init__")
 
 
-def _python_files() -> list[SourceFile]:
+@functools.cache  # thousands of files, which stay the same while this interpreter runs
+def _python_files() -> tuple[SourceFile, ...]:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     candidates: dict[str, Path] = {}
     for path in sorted(stdlib.rglob("*.py")):
@@ -125,7 +127,7 @@ def _python_files() -> list[SourceFile]:
             continue  # RECORD lists files that a distributor may have removed
         if MIN_CHARS <= size <= MAX_BYTES:
             files.append(SourceFile(name, path, size))
-    return files
+    return tuple(files)
 
 
 def _listed(paths: Iterable[Path], root: Path) -> list[SourceFile]:
@@ -142,7 +144,7 @@ def source_files(source: str) -> list[SourceFile]:
     path = Path(source).expanduser()
     try:
         if source == "python":
-            files = _python_files()
+            files: Sequence[SourceFile] = _python_files()
         elif path.is_dir():
             files = _listed(path.rglob("*"), path)
         elif path.is_file():

@@ -364,7 +364,8 @@ def indexer_kl_dense_sum(
     """sum(weight * `indexer_kl_dense`) (): equation (3) as a training step wants it, its gradient computed in the same pass.
 
     Target and scores cost most of the loss; with the weights known beforehand they are computed once instead of once in each direction.
-    weight (S) float32 is not differentiated; everything else, shapes, errors and source, as in `indexer_kl_dense`.
+    weight (S) float32 is not differentiated; everything else, shapes, errors and source, as in `indexer_kl_dense`. The gradient can be
+    taken once (RuntimeError otherwise): it is kept from the forward pass and scaled in place.
     """
     _check_kl_dense("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     if weight_S.shape != q_SHD.shape[:1]:

@@ -188,8 +188,14 @@ def _kl_sum_setup(ctx, inputs, output):
 
 
 def _kl_sum_backward(ctx, dsum, *unused):
-    # The forward has the gradients already; the other outputs are those gradients, which nobody differentiates.
-    gradients = [None if dsum is None else g * dsum.to(g.dtype) for g in ctx.saved_tensors]
+    # The forward has the gradients already; the other outputs are those gradients, which nobody differentiates. As large as q_I and
+    # needed once, they are scaled in place: at 128K tokens a copy would be 2 GiB.
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            "indexer_kl_dense_sum: its gradient can be taken once; call it again, or sum indexer_kl_dense, for another"
+        )
+    ctx.spent = dsum is not None
+    gradients = [None if dsum is None else g.mul_(dsum.to(g.dtype)) for g in ctx.saved_tensors]
     return None, None, None, None, *gradients, None, None, None, None
 
 

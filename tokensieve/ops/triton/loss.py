@@ -1,12 +1,12 @@
 """The warm-up's KL over all visible keys, equation (3), in Triton: value and gradients in memory linear in T.
 
-Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT); HI index heads, DI index width (DIP padded); a
-program holds a tile of BQ queries and walks over tiles of BK keys, a chunk of them.
+Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT); a program holds a tile of BQ queries and walks
+over tiles of BK keys, a chunk of them.
 
-Passes over the keys: the logsumexp of the scores; the heads' probabilities, summed on the chip; the KL and its derivative softmax(I) - p,
-which takes the place of p; and from it dq_I and dw by queries and dk_I by keys, since adding dq_I up from programs that hold keys would
-cost more than the products that it saves. One strip of queries x T is the only thing of that length; p and the scores are passes of
-their own because the tiles that suit them differ, and together they do not fit into a program's registers.
+Passes over the keys: the heads' probabilities, summed on the chip; the scores, as `index.py` has them; a row of both at a time the KL and
+its derivative softmax(I) - p, which takes the place of p; and from it dq_I and dw by queries and dk_I by keys, since adding dq_I up from
+programs that hold keys would cost more than the products that it saves. Two strips of queries x T are the only things of that length; p and
+the scores are passes of their own because the tiles that suit them differ, and together they do not fit into a program's registers.
 """
 
 import torch
@@ -20,60 +20,23 @@ from tokensieve.ops.triton.index import (
     chunks,
     exact,
     gradients_of_scores,
-    load_rows,
-    padded,
+    index_scores,
+    key_range,
     ranges,
-    relu,
 )
 
-STRIP = 1 << 27  # entries of p held at a time: 512 MiB
-
-
-@triton.jit
-def score_tile(q, k_ND, w, t, S, HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, EXACT: tl.constexpr):
-    """Equation (1) for a tile, (BQ, BK): one product a head."""
-    d = tl.arange(0, DIP)
-    score_QN = tl.zeros((t.shape[0], k_ND.shape[0]), tl.float32)
-    for j in range(HI):
-        q_QD = load_rows(q, t * HI + j, t < S, d, DI)
-        w_Q = tl.load(w + t * HI + j, mask=t < S, other=0.0).to(tl.float32)
-        dots_QN = tl.dot(q_QD, tl.trans(k_ND), input_precision=EXACT)
-        score_QN += relu(dots_QN) * w_Q[:, None]
-    return score_QN
-
-
-@triton.jit
-def _lse_kernel(
-    q_I, k_I, w, starts, ends, lse, S, T, chunk,
-    HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """The logsumexp of one chunk's scores, -inf where a query sees none of its keys."""
-    t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S, T)
-    largest, total = tl.zeros((BQ,), tl.float32) + float("-inf"), tl.zeros((BQ,), tl.float32)
-    for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
-        key = (s + n)[None, :]
-        k_ND = load_rows(k_I, s + n, s + n < T, tl.arange(0, DIP), DI)
-        score_QN = score_tile(q_I, k_ND, w, t, S, HI, DI, DIP, EXACT)
-        score_QN = tl.where((key >= start[:, None]) & (key < end[:, None]), score_QN, float("-inf"))
-        now = tl.maximum(largest, tl.max(score_QN, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp(largest - base) + tl.sum(tl.exp(score_QN - base[:, None]), 1)
-        largest = now
-    found = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(lse + part * S + t, found, mask=t < S)
+STRIP = 1 << 26  # entries of p, and of the scores, held at a time: 256 MiB each
 
 
 @triton.jit
 def _target_kernel(
-    q, k, lse, starts, ends, target, mass, S, T, chunk, scale,
+    q, k, lse, starts, ends, target, S, T, chunk, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """p, the mean over heads of the attention's probabilities, where a query sees a key, and their sum over a chunk."""
+    """p, the mean over heads of the attention's probabilities, where a query sees a key."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
     start, end, lo, hi = block_range(starts, ends, t, S, T)
-    mass_Q = tl.zeros((BQ,), tl.float32)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
         p_QN = tl.zeros((BQ, BK), tl.float32)
         for h in range(H):
@@ -90,38 +53,46 @@ def _target_kernel(
             p_QN += tl.exp2(logit_QN * (scale * LOG2E) - lse_h[:, None])
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
-        p_QN = tl.where(seen, p_QN / H, 0.0)
-        tl.store(target + t.to(tl.int64)[:, None] * T + key, p_QN, mask=seen)
-        mass_Q += tl.sum(p_QN, 1)
-    tl.store(mass + part * S + t, mass_Q, mask=t < S)
+        tl.store(target + t.to(tl.int64)[:, None] * T + key, p_QN / H, mask=seen)
 
 
 @triton.jit
-def _kl_kernel(
-    target, q_I, k_I, w, lse_I, mass, weight, starts, ends, kl, S, T, chunk,
-    HI: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
-    GRADIENT: tl.constexpr,
-):  # fmt: skip
-    """One chunk's part of the KL; GRADIENT: its weighted derivative by the scores, softmax(I) * sum(p) - p, in the place of p."""
-    t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
-    start, end, lo, hi = block_range(starts, ends, t, S, T)
-    lse_Q = tl.load(lse_I + t, mask=t < S, other=0.0)
-    lse_Q = tl.where(lse_Q == float("-inf"), 0.0, lse_Q)  # of a query without keys
-    kl_Q = tl.zeros((BQ,), tl.float32)
-    for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
-        key = (s + n)[None, :]
-        seen = (key >= start[:, None]) & (key < end[:, None])
-        k_ND = load_rows(k_I, s + n, s + n < T, tl.arange(0, DIP), DI)
-        log_share = score_tile(q_I, k_ND, w, t, S, HI, DI, DIP, EXACT) - lse_Q[:, None]
-        place = target + t.to(tl.int64)[:, None] * T + key
-        p_QN = tl.load(place, mask=seen, other=0.0)
-        log_p = tl.log(tl.where(p_QN > 0, p_QN, 1.0))
-        kl_Q += tl.sum(p_QN * tl.where(seen, log_p - log_share, 0.0), 1)
+def _kl_kernel(target, scores, weight, starts, ends, kl, T, TILE: tl.constexpr, GRADIENT: tl.constexpr):
+    """The KL of one query; GRADIENT: its weighted derivative by the scores, softmax(I) * sum(p) - p, in the place of p."""
+    t, n = tl.program_id(0), tl.arange(0, TILE)
+    start, end = key_range(starts, ends, t, tl.num_programs(0), T)
+    target += t.to(tl.int64) * T
+    scores += t.to(tl.int64) * T
+    largest_N, total_N, mass_N = (
+        tl.full((TILE,), float("-inf"), tl.float32),
+        tl.zeros((TILE,), tl.float32),
+        tl.zeros((TILE,), tl.float32),
+    )
+    for s in range(start // TILE * TILE, end, TILE):
+        seen = (s + n >= start) & (s + n < end)
+        score_N = tl.load(scores + s + n, mask=seen, other=float("-inf"))
+        now_N = tl.maximum(largest_N, score_N, propagate_nan=tl.PropagateNan.ALL)
+        base_N = tl.where(now_N == float("-inf"), 0.0, now_N)
+        total_N = total_N * tl.exp(largest_N - base_N) + tl.exp(score_N - base_N)
+        largest_N = now_N
+        mass_N += tl.load(target + s + n, mask=seen, other=0.0)
+    largest, mass = tl.max(largest_N), tl.sum(mass_N)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.sum(total_N * tl.exp(largest_N - base))
+    lse = base + tl.log(tl.where(total == 0.0, 1.0, total))
+    scale = 0.0
+    if GRADIENT:
+        scale = tl.load(weight + t).to(tl.float32)
+    kl_N = tl.zeros((TILE,), tl.float32)
+    for s in range(start // TILE * TILE, end, TILE):
+        seen = (s + n >= start) & (s + n < end)
+        p_N = tl.load(target + s + n, mask=seen, other=0.0)
+        log_share_N = tl.load(scores + s + n, mask=seen, other=0.0) - lse
+        log_p_N = tl.log(tl.where(p_N > 0, p_N, 1.0))
+        kl_N += tl.where(seen, p_N * (log_p_N - log_share_N), 0.0)
         if GRADIENT:
-            weight_Q = tl.load(weight + t, mask=t < S, other=0.0).to(tl.float32)
-            mass_Q = tl.load(mass + t, mask=t < S, other=0.0)
-            tl.store(place, (tl.exp(log_share) * mass_Q[:, None] - p_QN) * weight_Q[:, None], mask=seen)
-    tl.store(kl + part * S + t, kl_Q, mask=t < S)
+            tl.store(target + s + n, (tl.exp(log_share_N) * mass - p_N) * scale, mask=seen)
+    tl.store(kl + t, tl.sum(kl_N))
 
 
 def _strip(
@@ -129,40 +100,18 @@ def _strip(
     starts: Tensor, ends: Tensor, weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """kl of some queries, and with `weight` the weighted derivative by their scores (queries, T), unspecified outside ranges."""
-    (S, H, D), (T, G, _), (_, HI, DI) = q.shape, k.shape, q_I.shape
+    (S, H, D), (T, G, _) = q.shape, k.shape
     target = torch.empty(S, T, dtype=torch.float32, device=q.device)
     BQ, BK, warps, stages = (128, 64, 8, 3 if D <= 192 else 2) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
     grid, chunk = chunks(S, T, BQ, BK, least=8)
-    masses = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
     _target_kernel[grid](
-        q, k, lse, starts, ends, target, masses, S, T, chunk, scale,
+        q, k, lse, starts, ends, target, S, T, chunk, scale,
         H=H, G=G, D=D, **key_parts(D), BQ=BQ, BK=BK, EXACT=exact(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    BQ, BK = (64, 128) if q_I.element_size() == 2 else (32, 32)
-    grid, chunk = chunks(S, T, BQ, BK, least=8)
-    index = {"HI": HI, "DI": DI, "DIP": padded(DI), "BQ": BQ, "BK": BK, "EXACT": exact(q_I), "num_stages": 3}
-    parts = torch.empty(grid[1], S, dtype=torch.float32, device=q.device)
-    _lse_kernel[grid](q_I, k_I, w, starts, ends, parts, S, T, chunk, **index, num_warps=4)
-    lse_I, gradient = torch.logsumexp(parts, 0), weight is not None
-    _kl_kernel[grid](
-        target,
-        q_I,
-        k_I,
-        w,
-        lse_I,
-        masses.sum(0),
-        weight,
-        starts,
-        ends,
-        parts,
-        S,
-        T,
-        chunk,
-        **index,
-        GRADIENT=gradient,
-        num_warps=4,
-    )
-    return parts.sum(0), target
+    kl = torch.empty(S, dtype=torch.float32, device=q.device)
+    scores = index_scores(q_I, k_I, w, starts, ends, None)
+    _kl_kernel[(S,)](target, scores, weight, starts, ends, kl, T, TILE=1024, GRADIENT=weight is not None, num_warps=4)
+    return kl, target
 
 
 def _by_strips(

@@ -1,12 +1,12 @@
 """The selection, equation (2), in Triton: exact, ties to the smaller position, the scores read about once.
 
-Legend: S queries, T keys, K selected, C candidates kept of one row.
+Legend: S queries, T keys, K selected, C candidates kept of one row, P parts of a row.
 
 Scores are compared as integers in the same order (-0.0 counting as 0.0, NaN as the largest). A sample of the row gives a guess at a value
-that somewhat more than k of its scores reach. One pass keeps those scores, of those equal to the guess only the first k, in order of
-position. A guess that keeps fewer than k or more than C is corrected, in growing steps until it is known to lie between two others, and
-the row is read again: the guess decides how often that happens, never what is selected. Among the candidates the k-th largest is
-then found by bisection.
+that somewhat more than k of its scores reach; one pass, a long row of few queries in parts, keeps those scores in order of position. Where
+a row has fewer than k of them or more than C, another kernel corrects the guess in growing steps until it is known to lie between two
+others, and keeps of the scores equal to it only the first k. The guess decides how often a row is read, never what is selected. Among the
+candidates the k-th largest is then searched for between two values that lie above and below it.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,10 @@ LOWEST: tl.constexpr = tl.constexpr(-2147483648)
 HIGHEST: tl.constexpr = tl.constexpr(2147483647)
 PIECE: tl.constexpr = tl.constexpr(32)  # neighbouring scores of one piece of the sample: whole lines of memory
 SAMPLE = 2048
+TILE, RUN, KEEP_WARPS = 1024, 4, 4  # scores read at a time, neighbours counted together
+PROGRAMS, MOST_PARTS = 2048, 32
 FIRST_STEP: tl.constexpr = tl.constexpr(1 << 18)  # of a correction: a thirty-second of the score, about
-STRIP = 1 << 25  # candidates held at a time: 256 MiB
+STRIP = 1 << 25  # candidates held at a time: 256 MiB and somewhat more
 
 
 @triton.jit
@@ -34,47 +36,118 @@ def ordered(x):
 
 
 @triton.jit
-def reached_by(keys, k, slack):
-    """A value that at least k and at most k + slack of the keys reach, or else the k-th largest; there are k keys at least."""
-    positive = tl.sum((keys >= 0).to(tl.int32))
-    value = tl.where(positive >= k, 0, tl.min(keys))
-    top = tl.where(positive >= k, tl.max(keys), -1)
-    count = tl.where(positive >= k, positive, k + slack + 1)
-    step = 1 << 30
-    while step > top - value:
-        step = step >> 1
-    while (step > 0) & (count > k + slack):
-        if step <= top - value:
-            reach = tl.sum((keys >= value + step).to(tl.int32))
-            count = tl.where(reach >= k, reach, count)
-            value = tl.where(reach >= k, value + step, value)
-        step = step >> 1
-    return value
+def as_score(key):
+    """The float32 of an integer of `ordered`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reached_by(keys, low, count, k, slack):
+    """A value that at least k and at most k + slack of the keys reach, or else the k-th largest.
+
+    `low` is reached by `count` of them, k or more. What lies between is guessed as if scores were spread evenly, and
+    every third time halved, which ends the search whatever they are.
+    """
+    count = tl.cast(count, tl.int32)
+    below, high, reach_high, tries = low.to(tl.int64), tl.max(keys).to(tl.int64) + 1, 0, 0
+    while (count > k + slack) & (high - below > 1):
+        share = (count - k - 0.5 * slack) / (count - reach_high)
+        first, last = as_score(below.to(tl.int32)), as_score((high - 1).to(tl.int32))
+        middle = ordered(first + (last - first) * share).to(tl.int64)
+        middle = tl.where(tries % 3 == 2, below + (high - below) // 2, middle)
+        middle = tl.minimum(tl.maximum(middle, below + 1), high - 1)
+        reach = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32))
+        if reach >= k:
+            below, count = middle, reach
+        else:
+            high, reach_high = middle, reach
+        tries += 1
+    return below.to(tl.int32)
+
+
+@triton.jit
+def as_pair(x, place):
+    """A candidate in 64 bits: its score above, its position below."""
+    return (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | place.to(tl.int64)
+
+
+@triton.jit
+def append(kept, count, x, keep, place, C: tl.constexpr):
+    """Stores what is to be kept of x (rows of neighbours) behind `count` others; returns how many there are then."""
+    ones = keep.to(tl.int32)
+    of_row = tl.sum(ones, 1)
+    slot = tl.minimum(count, C) + (tl.cumsum(of_row, 0) - of_row)[:, None] + tl.cumsum(ones, 1) - 1
+    tl.store(kept + slot, as_pair(x, place), mask=keep)
+    return count + tl.sum(of_row)
+
+
+@triton.jit
+def _guess_kernel(scores, starts, ends, guesses, T, pitch, K, C: tl.constexpr, SAMPLE: tl.constexpr):
+    """For every row that is longer than C, a score that about halfway between K and C of its scores reach."""
+    t, piece = tl.program_id(0).to(tl.int64), tl.arange(0, SAMPLE)
+    start, end = key_range(starts, ends, t, tl.num_programs(0), T)
+    length = end - start
+    if length > C:
+        # pieces spread evenly over the row
+        at = (piece // PIECE).to(tl.int64) * (length - PIECE) // (SAMPLE // PIECE - 1) + piece % PIECE
+        keys = ordered(tl.load(scores + t * pitch + start + at))
+        aim = tl.maximum(tl.cast((K + C) // 2, tl.int64) * SAMPLE // length, 1).to(tl.int32)
+        tl.store(guesses + t, as_score(reached_by(keys, tl.min(keys), SAMPLE, aim, aim // 32)))
 
 
 @triton.jit
 def _keep_kernel(
-    scores, starts, ends, counts, kept_keys, kept_places, T, pitch, K,
-    C: tl.constexpr, SAMPLE: tl.constexpr, TILE: tl.constexpr,
+    scores, starts, ends, guesses, counts, kept, T, pitch, part,
+    C: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of a row that is longer than C, in order of position."""
-    t, n, piece = tl.program_id(0).to(tl.int64), tl.arange(0, TILE), tl.arange(0, SAMPLE)
+    """The candidates in `part` scores of a row that is longer than C, in order of position, and their number, which may exceed C."""
+    t, p, P = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    n = tl.arange(0, TILE // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
     start, end = key_range(starts, ends, t, tl.num_programs(0), T)
-    length = end - start
     scores += t * pitch
-    kept_keys += t * C
-    kept_places += t * C
-    if length > C:
-        at = (piece // PIECE).to(tl.int64) * (length - PIECE) // (SAMPLE // PIECE - 1) + piece % PIECE
-        half = tl.cast((K + C) // 2, tl.int64)  # halfway between too few and too many
-        aim = tl.maximum(half * SAMPLE // length, 1).to(tl.int32)
-        guess = reached_by(ordered(tl.load(scores + start + at)), aim, aim // 32)
-        # low is known to keep too many, high too few; at the ends nothing is known yet
-        low, high, step = LOWEST, HIGHEST, FIRST_STEP
-        # steps and bisection end long before 80 tries, unless there are more than C NaN, which the next kernel reports
-        kept, reach, tries = 0, 0, 0
-        while (tries < 80) & ((tries == 0) | (reach < K) | (kept > C)):
-            if tries > 0:
+    kept += (t * P + p) * ROOM
+    if end - start > C:
+        guess = tl.load(guesses + t)
+        # whole lines of memory; the first tile and the last one mask what is not the row's
+        first = tl.multiple_of(tl.minimum(start // 4 * 4 + p * part, end), 4)
+        last = tl.minimum(first + part, end)
+        count = 0
+        if first < last:
+            place = first + n
+            x = tl.load(scores + place, mask=(place >= start) & (place < last), other=0.0)
+            for s in range(first, last, TILE):
+                place = s + n
+                ahead = place + TILE
+                if s + 2 * TILE <= last:  # loaded while this tile is counted
+                    following = tl.load(scores + ahead)
+                else:
+                    following = tl.load(scores + ahead, mask=ahead < last, other=0.0)
+                keep = ~(x < guess)  # NaN too, which the last kernel reports
+                if (s < start) | (s + TILE > last):
+                    keep = keep & (place >= start) & (place < last)
+                count = append(kept, count, x, keep, place, C)
+                x = following
+        tl.store(counts + t * P + p, count)
+
+
+@triton.jit
+def _search_kernel(
+    scores, starts, ends, guesses, counts, kept, T, pitch, K,
+    C: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """The same for the rows whose guess failed: any scores, in as many passes as they need, as one part."""
+    t, n, p = tl.program_id(0).to(tl.int64), tl.arange(0, TILE), tl.arange(0, P)
+    start, end = key_range(starts, ends, t, tl.num_programs(0), T)
+    scores += t * pitch
+    kept += t * P * ROOM
+    if end - start > C:
+        count = tl.sum(tl.load(counts + t * P + p))
+        if (count < K) | (count > C):
+            # low is known to keep too many, high too few; at the ends nothing is known yet
+            guess, low, high, step = ordered(tl.load(guesses + t)), LOWEST, HIGHEST, FIRST_STEP
+            # steps and bisection end long before 80 tries, unless there are more than C NaN, which the last kernel reports
+            reach, tries = count, 0
+            while (tries < 80) & ((tries == 0) | (reach < K) | (count > C)):
                 low = tl.where(reach < K, low, guess)
                 high = tl.where(reach < K, guess, high)
                 middle = (low & high) + ((low ^ high) >> 1)
@@ -83,59 +156,53 @@ def _keep_kernel(
                 else:
                     guess = tl.where((high == HIGHEST) & (guess < HIGHEST - step), guess + step, middle)
                 step = tl.minimum(step, 1 << 27) * 4
-            above, equal = 0, 0
-            for s in range(start, end, TILE):
-                x = tl.load(scores + s + n, mask=s + n < end, other=float("-inf"))
-                key = ordered(x)
-                larger = (key > guess) & (s + n < end)
-                same = (key == guess) & (s + n < end)
-                both = larger.to(tl.int32) + (same.to(tl.int32) << 16)  # two counts in one scan
-                scan, total = tl.cumsum(both, 0), tl.sum(both)
-                rank = equal + (scan >> 16)
-                keep = larger | (same & (rank <= K))
-                place = above + (scan & 0xFFFF) + tl.minimum(rank, K) - 1
-                tl.store(kept_keys + place, key, mask=keep & (place < C))
-                tl.store(kept_places + place, s + n, mask=keep & (place < C))
-                above += total & 0xFFFF
-                equal += total >> 16
-            kept, reach, tries = above + tl.minimum(equal, K), above + equal, tries + 1
-        tl.store(counts + t, tl.minimum(kept, C))
+                above, equal = 0, 0
+                for s in range(start, end, TILE):
+                    x = tl.load(scores + s + n, mask=s + n < end, other=float("-inf"))
+                    key = ordered(x)
+                    larger = (key > guess) & (s + n < end)
+                    same = (key == guess) & (s + n < end)
+                    both = larger.to(tl.int32) + (same.to(tl.int32) << 16)  # two counts in one scan
+                    scan, total = tl.cumsum(both, 0), tl.sum(both)
+                    rank = equal + (scan >> 16)
+                    keep = larger | (same & (rank <= K))
+                    slot = above + (scan & 0xFFFF) + tl.minimum(rank, K) - 1
+                    tl.store(kept + slot, as_pair(x, s + n), mask=keep & (slot < C))
+                    above += total & 0xFFFF
+                    equal += total >> 16
+                count, reach, tries = above + tl.minimum(equal, K), above + equal, tries + 1
+            tl.store(counts + t * P + p, tl.where(p == 0, tl.minimum(count, C), 0))
 
 
 @triton.jit
 def _take_kernel(
-    scores,
-    starts,
-    ends,
-    counts,
-    kept_keys,
-    kept_places,
-    out,
-    wrong,
-    T,
-    pitch,
-    K,
-    before,
-    C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+    scores, starts, ends, counts, kept, out, wrong, T, pitch, K, before,
+    C: tl.constexpr, ROOM: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The k best candidates of a row; of a row no longer than C, of all of it."""
     t, c = tl.program_id(0).to(tl.int64), tl.arange(0, C)
     start, end = key_range(starts, ends, t, tl.num_programs(0), T)
     length = end - start
     wanted = tl.minimum(K, tl.maximum(length, 0))
     out += t * K
+    kept += t * P * ROOM
+    at = c
     if length > C:
-        count = tl.load(counts + t)
-        keys = tl.load(kept_keys + t * C + c, mask=c < count, other=LOWEST)
+        count = 0
+        for p in tl.static_range(P):
+            # from the part's beginning on, a candidate is so much further on than its number
+            at = tl.where(c >= count, c - count + p * ROOM, at)
+            count += tl.load(counts + t * P + p)
+        x = (tl.load(kept + at, mask=c < count, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
         count = tl.maximum(length, 0)
-        keys = ordered(tl.load(scores + t * pitch + start + c, mask=c < count, other=float("-inf")))
-    if tl.max(tl.where(c < count, keys, LOWEST)) == HIGHEST:
+        x = tl.load(scores + t * pitch + start + c, mask=c < count, other=float("-inf"))
+    # unused places are below -inf: no candidate loses its place to them
+    keys = tl.where(c < count, ordered(x), LOWEST)
+    if tl.max(keys) == HIGHEST:
         tl.atomic_max(wrong, before - tl.program_id(0))
     if wanted > 0:
-        # unused places are below -inf: no candidate loses its place to them
-        last = reached_by(tl.where(c < count, keys, LOWEST), wanted, 0)
+        last = reached_by(keys, tl.min(tl.where(c < count, keys, HIGHEST)), count, wanted, 0)
         above, tied = (c < count) & (keys > last), (c < count) & (keys == last)
         if WIDE:
             both = above.to(tl.int64) + (tied.to(tl.int64) << 32)
@@ -148,11 +215,28 @@ def _take_kernel(
         taken = above | (tied & (rank <= free))
         slot = (scan & mask) + tl.minimum(rank, free) - 1
         if length > C:
-            places = tl.load(kept_places + t * C + c, mask=taken, other=0)
+            places = tl.load(kept + at, mask=taken, other=0).to(tl.int32)
         else:
             places = start + c
         tl.store(out + slot, places, mask=taken)
     tl.store(out + c, -1, mask=(c >= wanted) & (c < K))
+
+
+def _parts(rows: int, T: int, C: int) -> int:
+    """In how many parts a row is read: so many that few queries too keep a GPU busy, none shorter than C."""
+    parts = 1
+    while parts < MOST_PARTS and rows * parts < PROGRAMS and 2 * parts * C <= T:
+        parts *= 2
+    return parts
+
+
+def _take_options(C: int) -> dict[str, int]:
+    if C > 4096:
+        return {"num_warps": 8 if C <= 16384 else 16}
+    return {
+        "num_warps": 4,
+        "maxnreg": 128,
+    }  # by itself the compiler takes 202 registers, for half of the rows at a time
 
 
 def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices_SK: Tensor, before: int) -> Tensor:
@@ -160,25 +244,41 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
     S, T = scores_ST.shape
     wrong = torch.zeros(1, dtype=torch.int32, device=scores_ST.device)
     C = max(64, triton.next_power_of_2(2 * min(k, max(T, 1))))
-    rows = max(1, STRIP // C)
-    longer = T > C
-    kept = torch.empty(2, min(S, rows) if longer else 0, C, dtype=torch.int32, device=scores_ST.device)
-    counts = torch.empty(min(S, rows), dtype=torch.int32, device=scores_ST.device)
+    rows = max(1, min(S, STRIP // C))
+    longer, tile = T > C, min(max(C // 2, 64), TILE)
+    parts, sample = _parts(rows, T, C), min(max(C, 128), SAMPLE) * (1 if T < 1 << 16 else 4)
+    part = triton.cdiv(triton.cdiv(T, parts), tile) * tile
+    room = C + tile  # a tile may begin behind the last candidate that counts
+    kept = torch.empty(rows * parts * room if longer else 0, dtype=torch.int64, device=scores_ST.device)
+    counts = torch.empty(rows * parts, dtype=torch.int32, device=scores_ST.device)
+    guesses = torch.empty(rows, dtype=torch.float32, device=scores_ST.device)
     starts_S, ends_S = ranges(starts_S, ends_S)
     if scores_ST.stride(1) != 1:
         scores_ST = scores_ST.contiguous()
     pitch = scores_ST.stride(0)  # rows may be longer than T
     for a in range(0, S, rows):
-        part = slice(a, min(a + rows, S))
-        grid, inputs = (part.stop - a,), (scores_ST[part], starts_S[part], ends_S[part], counts, kept[0], kept[1])
+        some = slice(a, min(a + rows, S))
+        grid, inputs = (some.stop - a,), (scores_ST[some], starts_S[some], ends_S[some])
         if longer:
-            sample, tile = min(max(C, 128), SAMPLE), min(max(C // 2, 64), 2048)
-            _keep_kernel[grid](*inputs, T, pitch, k, C=C, SAMPLE=sample, TILE=tile, num_warps=4)
-        warps = 4 if C <= 4096 else 8 if C <= 16384 else 16
+            _guess_kernel[grid](
+                *inputs, guesses, T, pitch, k, C=C, SAMPLE=sample, num_warps=2 if sample <= SAMPLE else 8
+            )
+            _keep_kernel[(*grid, parts)](
+                *inputs, guesses, counts, kept, T, pitch, part, C=C, ROOM=room, TILE=tile, RUN=RUN, num_warps=KEEP_WARPS
+            )
+            _search_kernel[grid](
+                *inputs, guesses, counts, kept, T, pitch, k, C=C, ROOM=room, TILE=tile, P=parts, num_warps=4
+            )
         _take_kernel[grid](
-            *inputs, indices_SK[part], wrong, T, pitch, k, before - a, C=C, WIDE=C > 16384, num_warps=warps
-        )
+            *inputs, counts, kept, indices_SK[some], wrong, T, pitch, k, before - a,
+            C=C, ROOM=room, P=parts, WIDE=C > 16384, **_take_options(C),
+        )  # fmt: skip
     return wrong
+
+
+def _empty(S: int, k: int, keys: Tensor) -> Tensor:
+    """No index, int32 (S, k); the last kernel does not write past twice the number of `keys`' rows."""
+    return torch.full((S, k), -1, dtype=torch.int32, device=keys.device)
 
 
 def _reject_nan(wrong: Tensor, queries: int) -> None:
@@ -192,7 +292,7 @@ def _reject_nan(wrong: Tensor, queries: int) -> None:
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
     S = scores_ST.shape[0]
-    indices_SK = torch.full((S, k), -1, dtype=torch.int32, device=scores_ST.device)
+    indices_SK = _empty(S, k, scores_ST)
     _reject_nan(_select(scores_ST, k, starts_S, ends_S, indices_SK, S), S)
     return indices_SK
 
@@ -211,7 +311,7 @@ def index_topk(
     scores_of: Callable[..., Tensor] = index_scores,
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
-    indices_SK = torch.full((S, k), -1, dtype=torch.int32, device=q_SHD.device)
+    indices_SK = _empty(S, k, k_TD)
     rows, wrong = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
