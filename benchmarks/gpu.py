@@ -2,7 +2,8 @@
 
     make bench-gpu, or: python benchmarks/gpu.py [--only WORD] [--out FILE] [--quick]
 
-Prefill: the last 4096 queries of a context, causal. Times are medians of many runs; a row says how many times faster than the peer the
+Prefill: the last 4096 queries of a context, causal. Times are medians of many runs, those of the indexer in CUDA
+graphs on both sides; a row says how many times faster than the peer the
 own kernel is, where the peer's package imports: DeepGEMM (`deep_gemm`), FlashMLA (`flash_mla`), PyTorch's own otherwise. TFLOP/s and
 GB/s are counted from the work that the mathematics asks for, not from what a kernel does besides. Every row's own result is compared
 with the reference on a few queries; gradients that all queries add to are compared as those few alone give them. Table to standard
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ class Row:
     @property
     def ratio(self) -> float | None:
         return None if self.peer_ms is None else self.peer_ms / self.own_ms
+
+
+def long_milliseconds(step: Step) -> float:
+    """Milliseconds of a step that takes a second or more: the second of two runs."""
+    for _ in range(2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+    return begin.elapsed_time(end)
 
 
 def milliseconds(step: Step, quick: bool) -> float:
@@ -145,7 +157,7 @@ def scores(T: int, quick: bool) -> Iterator[Row]:
         def own(inputs=inputs, scale=scale) -> Tensor:
             return ops.index_scores(*inputs, starts, ends, scale, backend="triton")
 
-        row = Row(f"index scores {name}", shape, milliseconds(own, quick), tflop=work)
+        row = Row(f"index scores {name}", shape, replayed(own, quick), tflop=work)
         queries, keys, weights = inputs
         expected = ops.index_scores(
             queries[few].float(), keys.float(), weights[few], starts[few], ends[few], scale, backend="reference"
@@ -153,7 +165,7 @@ def scores(T: int, quick: bool) -> Iterator[Row]:
         row.error = difference(own()[few][seen], expected[seen])
         if name == "fp8" and deep_gemm is not None:
             row.peer = "DeepGEMM"
-            row.peer_ms = milliseconds(
+            row.peer_ms = replayed(
                 lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
             )
         yield row
@@ -163,13 +175,13 @@ def selection(shape: tuple[int, int], quick: bool) -> Iterator[Row]:
     S, T = shape
     x = torch.randn(S, T, device="cuda")
     starts, ends = torch.zeros(S, device="cuda").int(), torch.full((S,), T, device="cuda").int()
-    own = milliseconds(lambda: ops.select_topk(x, K, starts, ends), quick)
+    own = replayed(lambda: ops.select_topk(x, K, starts, ends), quick)
     few = some(S)
     found = ops.select_topk(x, K, starts, ends)[few]
     expected = ops.select_topk(x[few], K, starts[few], ends[few], backend="reference")
     row = Row(f"top-{K}", f"{S} x {T // 1024}K", own, "torch.topk", gb=S * T * 4 / 1e9, allowed=0.0)
     row.error = float((found != expected).any(dim=1).float().mean())
-    row.peer_ms = milliseconds(lambda: torch.topk(x, K, dim=1, sorted=False), quick)
+    row.peer_ms = replayed(lambda: torch.topk(x, K, dim=1, sorted=False), quick)
     yield row
 
 
@@ -177,7 +189,7 @@ def index_and_select(T: int, quick: bool) -> Iterator[Row]:
     deep_gemm = peer("deep_gemm")
     q8, k8, w8, k_scale = quantized(*index_inputs(T))
     starts, ends = last_queries(T)
-    own = milliseconds(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend="triton"), quick)
+    own = replayed(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend="triton"), quick)
     row = Row(
         "index and select",
         f"{QUERIES} x {T // 1024}K",
@@ -189,7 +201,7 @@ def index_and_select(T: int, quick: bool) -> Iterator[Row]:
     row.error, row.allowed = float((found != apart).any(dim=1).float().mean()), 0.0
     if deep_gemm is not None:
         row.peer = "DeepGEMM's scores alone"
-        row.peer_ms = milliseconds(
+        row.peer_ms = replayed(
             lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
         )
     yield row
@@ -255,6 +267,53 @@ def sparse_backward(T: int, quick: bool) -> Iterator[Row]:
     row.error = largest_difference((*within, *alone), (*(expected[2 + i] for i in (0, 2, 4)), *expected))
     row.memory_gb = peak_gb(backward)
     yield row
+    torch.use_deterministic_algorithms(True)
+    try:
+        ordered = Row("the same, deterministic", shape, milliseconds(backward, quick), tflop=row.tflop)
+        ordered.error = largest_difference(backward(), found)
+        ordered.memory_gb = peak_gb(backward)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    yield ordered
+
+
+def layer(T: int, quick: bool) -> Iterator[Row]:
+    """The attention of one training step, forward and backward, of all T queries. The projections, which both sides have, are left out."""
+
+    def dense_ms() -> float:
+        leaves = [normal(HEADS, T, width)[None].requires_grad_() for width in (NOPE + ROPE, NOPE + ROPE, HEAD_VALUE)]
+        dout = normal(HEADS, T, HEAD_VALUE)[None]
+
+        def dense() -> tuple[Tensor, ...]:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+                out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, scale=SCALE)
+                return torch.autograd.grad(out, leaves, dout)
+
+        return long_milliseconds(dense)
+
+    peer_ms = dense_ms()
+    torch.cuda.empty_cache()
+    q_I, k_I, w = index_inputs(T, T)
+    leaves = [x.requires_grad_() for x in (normal(T, HEADS, KEY), normal(T, 1, KEY), q_I, k_I, w)]
+    ends = last_queries(T, T)[1]
+    dout, dkl = normal(T, HEADS, VALUE), torch.full((T,), 1 / T, device="cuda")
+
+    def attention(inputs: Sequence[Tensor], ends: Tensor, how: str = "auto") -> tuple[Tensor, Tensor]:
+        q, kv, q_I, k_I, w = inputs
+        indices = ops.index_topk(q_I, k_I, w, K, torch.zeros_like(ends), ends)
+        out, _, kl = ops.sparse_attention_kl(q, kv, indices, SCALE, KEY, 0, VALUE, q_I, k_I, w, backend=how)
+        return out, kl
+
+    def own() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(attention(leaves, ends), leaves, (dout, dkl))
+
+    row = Row("attention of a layer, both ways", f"{T // 1024}K", long_milliseconds(own), "dense, cuDNN", peer_ms)
+    row.memory_gb = peak_gb(own)
+    with torch.no_grad():
+        few = some(T)
+        parts = [x[i] for x, i in zip(leaves, (few, ..., few, ..., few), strict=True)]
+        row.error = largest_difference(attention(parts, ends[few]), attention(parts, ends[few], "reference"))
+    yield row
 
 
 def warmup(T: int, quick: bool) -> Iterator[Row]:
@@ -299,6 +358,7 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Row]], tuple]] = {
     "forward": (sparse_forward, CONTEXTS),
     "backward": (sparse_backward, CONTEXTS),
     "warmup": (warmup, CONTEXTS),
+    "layer": (layer, CONTEXTS[1:]),
 }
 
 

@@ -101,6 +101,7 @@ def _scores_kernel(
     real = (owner < S) & (head < H)
     q_RD = load_rows(q, owner * H + head, real, d, D)
     w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
+    out_NQ = out + t.to(tl.int64)[None, :] * T + n[:, None]
     for s in range(lo, hi, BK):
         k_ND = load_rows(k, s + n, s + n < T, d, D)
         # keys are the rows: the sum over heads then stays within a thread, but for its last steps
@@ -109,8 +110,7 @@ def _scores_kernel(
         score_NQ = tl.sum(tl.reshape(weighted, (BK, BQ, HP)), 2)
         if SCALED:
             score_NQ *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[:, None]
-        place = out + t.to(tl.int64)[None, :] * T + (s + n)[:, None]
-        tl.store(place, score_NQ, mask=(t < S)[None, :] & (s + n < T)[:, None])
+        tl.store(out_NQ + s, score_NQ, mask=(t < S)[None, :] & (s + n < T)[:, None])
 
 
 def index_scores(

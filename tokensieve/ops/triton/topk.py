@@ -92,7 +92,7 @@ def _guess_kernel(scores, starts, ends, guesses, T, pitch, K, C: tl.constexpr, S
         at = (piece // PIECE).to(tl.int64) * (length - PIECE) // (SAMPLE // PIECE - 1) + piece % PIECE
         keys = ordered(tl.load(scores + t * pitch + start + at))
         aim = tl.maximum(tl.cast((K + C) // 2, tl.int64) * SAMPLE // length, 1).to(tl.int32)
-        tl.store(guesses + t, as_score(reached_by(keys, tl.min(keys), SAMPLE, aim, aim // 32)))
+        tl.store(guesses + t, as_score(reached_by(keys, tl.min(keys), SAMPLE, aim, aim // 8)))
 
 
 @triton.jit
@@ -276,9 +276,11 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
     return wrong
 
 
-def _empty(S: int, k: int, keys: Tensor) -> Tensor:
-    """No index, int32 (S, k); the last kernel does not write past twice the number of `keys`' rows."""
-    return torch.full((S, k), -1, dtype=torch.int32, device=keys.device)
+def _places(S: int, k: int, T: int, device: torch.device) -> Tensor:
+    """int32 (S, k), -1 where the kernels do not write: past twice the number of keys."""
+    if k <= 2 * T:
+        return torch.empty(S, k, dtype=torch.int32, device=device)
+    return torch.full((S, k), -1, dtype=torch.int32, device=device)
 
 
 def _reject_nan(wrong: Tensor, queries: int) -> None:
@@ -291,8 +293,8 @@ def _reject_nan(wrong: Tensor, queries: int) -> None:
 
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
-    S = scores_ST.shape[0]
-    indices_SK = _empty(S, k, scores_ST)
+    S, T = scores_ST.shape
+    indices_SK = _places(S, k, T, scores_ST.device)
     _reject_nan(_select(scores_ST, k, starts_S, ends_S, indices_SK, S), S)
     return indices_SK
 
@@ -311,7 +313,7 @@ def index_topk(
     scores_of: Callable[..., Tensor] = index_scores,
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
-    indices_SK = _empty(S, k, k_TD)
+    indices_SK = _places(S, k, T, q_SHD.device)
     rows, wrong = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
