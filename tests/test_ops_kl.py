@@ -326,3 +326,20 @@ def test_bad_input_is_refused() -> None:
         op(**arguments)
         with pytest.raises(ValueError, match=named):
             op(**{**arguments, **wrong})
+
+
+def test_the_sum_is_the_weighted_kl_and_gives_its_gradient_once() -> None:
+    x = make(RAGGED, "cpu").to(torch.float32)
+    weight_S = torch.linspace(-1, 2, len(x.starts_S))
+    given, apart = leaves(*index_tensors(x)), leaves(*index_tensors(x))
+    total = ops.indexer_kl_dense_sum(
+        x.q_SHD, x.k_TGD, attention_lse(x).float(), x.scale, *given, x.starts_S, x.ends_S, weight_S
+    )
+    expected = (weight_S * kl_dense(x, *apart)).sum()
+    assert abs(total - expected) <= KL_TOLERANCE["float32"] * abs(expected)
+    # 3: what a loss is multiplied by on its way, as by a gradient scaler
+    actual = torch.autograd.grad(3 * total, given, retain_graph=True)
+    for a, e in zip(actual, torch.autograd.grad(3 * expected, apart), strict=True):
+        assert size(a - e) <= TOLERANCE["float32"] * size(e)
+    with pytest.raises(RuntimeError, match="gradient can be taken once"):
+        torch.autograd.grad(total, given)
