@@ -116,6 +116,22 @@ def test_compiled_is_eager(name: str) -> None:
             assert a.dtype == e.dtype and torch.equal(a, e), case.name
 
 
+def test_the_summed_kl_compiled_is_eager() -> None:
+    """Its backward scales in place what the forward kept, which a compiler must not lose."""
+    torch.compiler.reset()
+
+    x = make(CASE)
+    q, k, lse, *given = calls(x)["indexer_kl_dense"][1]
+    fixed, weight_S = [t.detach() for t in (q, k, lse)], torch.linspace(0.1, 1, len(x.starts_S))
+
+    def function(*given: Tensor) -> Tensor:
+        return 3 * ops.indexer_kl_dense_sum(*fixed, x.scale, *given, weight_S)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, e in zip(run(compiled, tuple(given)), run(function, tuple(given)), strict=True):
+        assert torch.equal(a, e)
+
+
 class RecordedCalls(TorchDispatchMode):
     """The calls of our own operators, forward and backward, with the arguments that they really got."""
 

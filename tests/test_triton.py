@@ -150,6 +150,30 @@ def test_rows_longer_than_the_candidates(k: int) -> None:
     selected_as_by_the_reference(hard_rows(700), k, "cpu")
 
 
+def test_strips_of_queries_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that serve several strips in turn, and the number of a refused query in a later one."""
+    from tokensieve.ops.triton import loss, topk
+
+    monkeypatch.setattr(topk, "STRIP", 64 * 5)
+    selected_as_by_the_reference(hard_rows(700), 8, "cpu")
+    scores = torch.randn(16, 300, generator=torch.Generator().manual_seed(3))
+    scores[13, 77] = math.nan
+    with pytest.raises(ValueError, match="query 13 contain NaN"):
+        ops.select_topk(scores, 8, torch.zeros(16).int(), torch.full((16,), 300).int(), backend="interpreter")
+    x = make(CASES[0], "cpu").to(torch.float32)
+    monkeypatch.setattr(topk, "SCORES", 2 * len(x.k_TD))
+    monkeypatch.setattr(loss, "STRIP", 2 * len(x.k_TD))
+    index, ranges = (x.q_SID, x.k_TD, x.w_SI), (x.starts_S, x.ends_S)
+    a, e = (ops.index_topk(*index, x.k, *ranges, backend=how) for how in ("interpreter", "reference"))
+    assert torch.equal(a, e)
+    lse = ops.dense_attention(x.q_SHD, x.k_TGD, x.v_TGV, *ranges, x.scale, backend="reference")[1]
+    a, e = (
+        ops.indexer_kl_dense(x.q_SHD, x.k_TGD, lse, x.scale, *index, *ranges, backend=how)
+        for how in ("interpreter", "reference")
+    )
+    oracle.assert_close(a, e.double(), TOLERANCE["float32"], 1.0, "kl in strips")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 100, 2048, 5000, 9000])
 def test_rows_longer_than_the_candidates_on_a_gpu(k: int) -> None:

@@ -25,7 +25,7 @@ SAMPLE = 2048
 TILE, RUN, KEEP_WARPS = 1024, 4, 4  # scores read at a time, neighbours counted together
 PROGRAMS, MOST_PARTS = 2048, 32
 FIRST_STEP: tl.constexpr = tl.constexpr(1 << 18)  # of a correction: a thirty-second of the score, about
-STRIP = 1 << 25  # candidates held at a time: 256 MiB and somewhat more
+STRIP = 1 << 25  # candidates held at a time: 256 MiB, and a tile more for each part of a row
 
 
 @triton.jit
@@ -131,6 +131,16 @@ def _keep_kernel(
 
 
 @triton.jit
+def corrected(guess, low, high, step, too_few):
+    """The next guess, given that this one keeps too few or too many; low is known to keep too many, high too few, but for the ends."""
+    low, high = tl.where(too_few, low, guess), tl.where(too_few, guess, high)
+    middle = (low & high) + ((low ^ high) >> 1)
+    below = tl.where((low == LOWEST) & (guess > LOWEST + step), guess - step, middle)
+    above = tl.where((high == HIGHEST) & (guess < HIGHEST - step), guess + step, middle)
+    return tl.where(too_few, below, above), low, high, tl.minimum(step, 1 << 27) * 4
+
+
+@triton.jit
 def _search_kernel(
     scores, starts, ends, guesses, counts, kept, T, pitch, K,
     C: tl.constexpr, ROOM: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr,
@@ -143,19 +153,14 @@ def _search_kernel(
     if end - start > C:
         count = tl.sum(tl.load(counts + t * P + p))
         if (count < K) | (count > C):
-            # low is known to keep too many, high too few; at the ends nothing is known yet
-            guess, low, high, step = ordered(tl.load(guesses + t)), LOWEST, HIGHEST, FIRST_STEP
+            guess, low, high = ordered(tl.load(guesses + t)), tl.cast(LOWEST, tl.int32), tl.cast(HIGHEST, tl.int32)
+            step = tl.cast(FIRST_STEP, tl.int32)
+            if count < K:
+                guess, low, high, step = corrected(guess, low, high, step, True)
+            # Too many may be equal ones, and the guess right: it is read again, and of those only K are kept.
             # steps and bisection end long before 80 tries, unless there are more than C NaN, which the last kernel reports
-            reach, tries = count, 0
+            reach, tries = 0, 0
             while (tries < 80) & ((tries == 0) | (reach < K) | (count > C)):
-                low = tl.where(reach < K, low, guess)
-                high = tl.where(reach < K, guess, high)
-                middle = (low & high) + ((low ^ high) >> 1)
-                if reach < K:
-                    guess = tl.where((low == LOWEST) & (guess > LOWEST + step), guess - step, middle)
-                else:
-                    guess = tl.where((high == HIGHEST) & (guess < HIGHEST - step), guess + step, middle)
-                step = tl.minimum(step, 1 << 27) * 4
                 above, equal = 0, 0
                 for s in range(start, end, TILE):
                     x = tl.load(scores + s + n, mask=s + n < end, other=float("-inf"))
@@ -171,6 +176,7 @@ def _search_kernel(
                     above += total & 0xFFFF
                     equal += total >> 16
                 count, reach, tries = above + tl.minimum(equal, K), above + equal, tries + 1
+                guess, low, high, step = corrected(guess, low, high, step, reach < K)
             tl.store(counts + t * P + p, tl.where(p == 0, tl.minimum(count, C), 0))
 
 
@@ -223,9 +229,9 @@ def _take_kernel(
 
 
 def _parts(rows: int, T: int, C: int) -> int:
-    """In how many parts a row is read: so many that few queries too keep a GPU busy, none shorter than C."""
+    """In how many parts a row is read: so many that few queries too keep a GPU busy, none shorter than C, all within memory."""
     parts = 1
-    while parts < MOST_PARTS and rows * parts < PROGRAMS and 2 * parts * C <= T:
+    while parts < MOST_PARTS and rows * parts < PROGRAMS and 2 * parts * C <= T and 2 * rows * parts * C <= STRIP:
         parts *= 2
     return parts
 
