@@ -2,12 +2,13 @@
 
     make bench-gpu, or: python benchmarks/gpu.py [--only WORD] [--out FILE] [--quick]
 
-Prefill: the last 4096 queries of a context, causal. Times are medians of many runs, those of the indexer in CUDA
-graphs on both sides; a row says how many times faster than the peer the
-own kernel is, where the peer's package imports: DeepGEMM (`deep_gemm`), FlashMLA (`flash_mla`), PyTorch's own otherwise. TFLOP/s and
-GB/s are counted from the work that the mathematics asks for, not from what a kernel does besides. Every row's own result is compared
-with the reference on a few queries; gradients that all queries add to are compared as those few alone give them. Table to standard
-output, figures to a JSON file; exit status 1 when a result is wrong, 2 without a GPU.
+Prefill: the last 4096 queries of a context, causal. Times are medians, of three runs where one takes long and of many
+otherwise, those of the indexer in CUDA graphs on both sides; a row says how many times faster than the peer the own
+kernel is, where the peer's package imports: DeepGEMM (`deep_gemm`), FlashMLA (`flash_mla`), PyTorch's own otherwise.
+TFLOP/s and GB/s are counted from the work that the mathematics asks for, not from what a kernel does besides. Every
+row's own result is compared with the reference on a few queries; gradients that all queries add to are compared as
+those few alone give them. Table to standard output, figures to a JSON file; exit status 1 when a result is wrong, 2
+without a GPU.
 """
 
 import argparse
@@ -187,28 +188,26 @@ def selection(shape: tuple[int, int], quick: bool) -> Iterator[Row]:
     yield row
 
 
-def index_and_select(T: int, quick: bool, how: str = "triton") -> Iterator[Row]:
+def index_and_select(T: int, quick: bool) -> Iterator[Row]:
     deep_gemm = peer("deep_gemm")
     q8, k8, w8, k_scale = quantized(*index_inputs(T))
     starts, ends = last_queries(T)
-    own = replayed(lambda: ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend=how), quick)
-    row = Row(
-        "index and select" if how == "triton" else "the same as auto has it",
-        f"{QUERIES} x {T // 1024}K",
-        own,
-        tflop=pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12,
-    )
-    found = ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend=how)
-    apart = ops.select_topk(ops.index_scores(q8, k8, w8, starts, ends, k_scale, backend=how), K, starts, ends)
-    row.error, row.allowed = float((found != apart).any(dim=1).float().mean()), 0.0
-    if deep_gemm is not None:
-        row.peer = "DeepGEMM's scores alone"
-        row.peer_ms = replayed(
-            lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
-        )
-    yield row
-    if how == "triton" and deep_gemm is not None:
-        yield from index_and_select(T, quick, "auto")
+    shape, work = f"{QUERIES} x {T // 1024}K", pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12
+    names = {"triton": "index and select"} | ({"auto": "the same as auto has it"} if deep_gemm is not None else {})
+    for how, name in names.items():
+
+        def own(how=how) -> Tensor:
+            return ops.index_topk(q8, k8, w8, K, starts, ends, k_scale, backend=how)
+
+        row = Row(name, shape, replayed(own, quick), tflop=work, allowed=0.0)
+        apart = ops.select_topk(ops.index_scores(q8, k8, w8, starts, ends, k_scale, backend=how), K, starts, ends)
+        row.error = float((own() != apart).any(dim=1).float().mean())
+        if deep_gemm is not None:
+            row.peer = "DeepGEMM's scores alone"
+            row.peer_ms = replayed(
+                lambda: deep_gemm.fp8_mqa_logits(q8, (k8, k_scale), w8, starts, ends, clean_logits=False), quick
+            )
+        yield row
 
 
 def sparse_forward(T: int, quick: bool) -> Iterator[Row]:

@@ -23,7 +23,7 @@ HIGHEST: tl.constexpr = tl.constexpr(2147483647)
 PIECE: tl.constexpr = tl.constexpr(32)  # neighbouring scores of one piece of the sample: whole lines of memory
 SAMPLE = 2048
 TILE, RUN, KEEP_WARPS = 1024, 4, 4  # scores read at a time, neighbours counted together
-PROGRAMS, MOST_PARTS = 2048, 32
+PROGRAMS, MOST_PARTS = 2048, 32  # rows are cut into parts until there are so many programs, or parts
 FIRST_STEP: tl.constexpr = tl.constexpr(1 << 18)  # of a correction: a thirty-second of the score, about
 STRIP = 1 << 25  # candidates held at a time: 256 MiB, and a tile more for each part of a row
 
@@ -239,10 +239,8 @@ def _parts(rows: int, T: int, C: int) -> int:
 def _take_options(C: int) -> dict[str, int]:
     if C > 4096:
         return {"num_warps": 8 if C <= 16384 else 16}
-    return {
-        "num_warps": 4,
-        "maxnreg": 128,
-    }  # by itself the compiler takes 202 registers, for half of the rows at a time
+    # By itself the compiler takes 202 registers, for half as many rows at a time; only NVIDIA's knows the word.
+    return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 128}
 
 
 def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices_SK: Tensor, before: int) -> Tensor:
@@ -267,7 +265,7 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
         grid, inputs = (some.stop - a,), (scores_ST[some], starts_S[some], ends_S[some])
         if longer:
             _guess_kernel[grid](
-                *inputs, guesses, T, pitch, k, C=C, SAMPLE=sample, num_warps=2 if sample <= SAMPLE else 8
+                *inputs, guesses, T, pitch, k, C=C, SAMPLE=sample, num_warps=2 if sample <= SAMPLE else 4
             )
             _keep_kernel[(*grid, parts)](
                 *inputs, guesses, counts, kept, T, pitch, part, C=C, ROOM=room, TILE=tile, RUN=RUN, num_warps=KEEP_WARPS
