@@ -155,10 +155,10 @@ def scores(T: int, quick: bool) -> Iterator[Row]:
     work, shape = pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12, f"{QUERIES} x {T // 1024}K"
     few = some(QUERIES)
     seen = torch.arange(T, device="cuda")[None] < ends[few, None]
-    for name, inputs, scale in (("fp8", (q8, k8, w8), k_scale), ("bf16", (q, k, w), None)):
+    for name, how, inputs, scale in (("fp8", "hopper", (q8, k8, w8), k_scale), ("bf16", "triton", (q, k, w), None)):
 
-        def own(inputs=inputs, scale=scale) -> Tensor:
-            return ops.index_scores(*inputs, starts, ends, scale, backend="triton")
+        def own(how=how, inputs=inputs, scale=scale) -> Tensor:
+            return ops.index_scores(*inputs, starts, ends, scale, backend=how)
 
         row = Row(f"index scores {name}", shape, replayed(own, quick), tflop=work)
         queries, keys, weights = inputs
@@ -193,7 +193,7 @@ def index_and_select(T: int, quick: bool) -> Iterator[Row]:
     q8, k8, w8, k_scale = quantized(*index_inputs(T))
     starts, ends = last_queries(T)
     shape, work = f"{QUERIES} x {T // 1024}K", pairs(starts, ends) * INDEX_HEADS * INDEX_DIM * 2 / 1e12
-    names = {"triton": "index and select"} | ({"auto": "the same as auto has it"} if deep_gemm is not None else {})
+    names = {"hopper": "index and select"} | ({"auto": "the same as auto has it"} if deep_gemm is not None else {})
     for how, name in names.items():
 
         def own(how=how) -> Tensor:

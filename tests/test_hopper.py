@@ -128,6 +128,38 @@ def test_any_indices_and_addresses() -> None:
         assert (a == (float("-inf") if name.endswith(": lse") else 0)).all(), name
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "documents", [(Document(0, 700, 700),), (Document(0, 0, 3), Document(5, 1500, 70), Document(9, 3, 1))]
+)
+def test_scores_have_the_bits_of_the_portable_kernel(
+    documents: tuple[Document, ...], heads: int, poisoned: None
+) -> None:
+    """Which its own tests compare with the reference; here also the reference's values, with and without scales."""
+    keys = max(d.start + d.keys for d in documents)
+    x = make(Case("scores", documents, keys=keys, k=64, index_heads=heads, index_dim=128), "cuda")
+    (q, k), scale = (y.to(torch.float8_e4m3fn) for y in (x.q_SID, x.k_TD)), torch.rand(keys, device="cuda") + 0.25
+    seen = x.visible_ST()
+    for k_scale in (scale, None):
+        given = (x.w_SI, x.starts_S, x.ends_S, k_scale)
+        found, portable = (ops.index_scores(q, k, *given, backend=how) for how in ("hopper", "triton"))
+        assert torch.equal(found[seen], portable[seen])
+        expected = ops.index_scores(q.float(), k.float(), *given, backend="reference")
+        oracle.assert_close(found[seen].double(), expected[seen].double(), 1e-3, 1.0)
+        chosen = [ops.index_topk(q, k, x.w_SI, x.k, *given[1:], backend=how) for how in ("hopper", "triton")]
+        assert torch.equal(*chosen)
+
+
+@pytest.mark.gpu
+def test_scores_of_addresses_that_cannot_be_copied_from() -> None:
+    x = make(Case("scores", causal(300), keys=300, k=64, index_heads=64, index_dim=128), "cuda")
+    q, k = (y.to(torch.float8_e4m3fn) for y in (x.q_SID, x.k_TD))
+    odd = [torch.empty(y.numel() + 1, dtype=y.dtype, device="cuda")[1:].view_as(y).copy_(y) for y in (q, k)]
+    both = [ops.index_scores(*y, x.w_SI, x.starts_S, x.ends_S, backend="hopper") for y in ((q, k), odd)]
+    assert torch.equal(*(y[x.visible_ST()] for y in both))
+
+
 COMPILE = """
 import subprocess, sys, tempfile
 from pathlib import Path
@@ -143,14 +175,19 @@ class NoGpu:
     get_current_stream = staticmethod(lambda device: 0)
 
 driver.set_active(NoGpu())
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tokensieve.ops.hopper import dkv, dq, forward
+from tokensieve.ops.hopper import index as scores
 half, index, long, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torch.int64, torch.float32))
 ptxas = get_ptxas(90).path
 sizes = (128, 32768, 2048, 2048)
 some = {"KP": 2048, "num_warps": 8}
+rows = torch.empty(4096, 128, dtype=torch.float8_e4m3fn)
+boxes = [TensorDescriptor.from_tensor(rows, [n, 128], scores.SWIZZLED.value) for n in (256, 512)]
 split = {"W": 128, "BLOCKS": 2, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
 tail = {"W": 64, "BLOCKS": 1, "TWICE": False, "WITH_VALUE": False, "IN_ORDER": False}
 for name, kernel, arguments, options in (
+    ("scores", scores.scores_kernel, (*boxes, *[single] * 2, *[index] * 2, single, 4096, 32768, 512), {"H": 64, "num_warps": 8}),
     ("forward", forward.forward_kernel, (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
     ("dq", dq.dq_kernel, (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
@@ -173,7 +210,7 @@ def test_the_kernels_compile(tmp_path) -> None:
     child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
     found = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
-    assert set(found) == {"forward", "dq", "dkv", "dkv_tail", "dkv_in_order"}
+    assert set(found) == {"scores", "forward", "dq", "dkv", "dkv_tail", "dkv_in_order"}
     for name, (shared, products) in found.items():
         assert int(shared) <= 227 * 1024, name
         assert products == "overlapped", name

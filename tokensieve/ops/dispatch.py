@@ -34,7 +34,7 @@ OPS = (
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
-HOPPER_OPS = ("sparse_attention", "sparse_attention_kl")
+HOPPER_OPS = ("index_scores", "index_topk", "sparse_attention", "sparse_attention_kl")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -119,8 +119,10 @@ def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     """One shape, the 671B model's: what else there is, the portable kernels take."""
     if not _is_hopper(q.device):
         return "it is for Hopper GPUs"
-    kv = operands["kv"]
-    if kv.shape[1:] != (1, 576) or q.shape[-1] != 576 or (operands["v_start"], operands["d_v"]) != (0, 512):
+    if op in ("index_scores", "index_topk"):
+        if q.dtype != torch.float8_e4m3fn or q.shape[2] != 128 or q.shape[1] not in (16, 32, 64, 128):
+            return "its index scores are of E4M3 queries with 16, 32, 64 or 128 heads of 128"
+    elif operands["kv"].shape[1:] != (1, 576) or (q.shape[-1], operands["v_start"], operands["d_v"]) != (576, 0, 512):
         return "its entries are 576 wide, one a token, and their value is the first 512"
     return _triton_limits(op, q, operands)
 

@@ -10,7 +10,7 @@ import math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
@@ -21,6 +21,7 @@ PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 # Gluon renames things: these names are those of Triton 3.9, and those of 3.6 and 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit

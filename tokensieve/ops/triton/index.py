@@ -49,19 +49,6 @@ def relu(x):
 
 
 @triton.jit
-def load_weights(w, row, mask, E4M3: tl.constexpr):
-    """The weights that `weighted_relu` wants."""
-    w_R = tl.load(w + row, mask=mask, other=0.0).to(tl.float32)
-    return 0.5 * w_R if E4M3 else w_R
-
-
-@triton.jit
-def weighted_relu(dots_NR, w_R, E4M3: tl.constexpr):
-    """relu(dots) * w. Products of E4M3 are finite or NaN: x + |x| is twice the relu, exactly, and half the time of a maximum."""
-    return (dots_NR + tl.abs(dots_NR) if E4M3 else relu(dots_NR)) * w_R[None, :]
-
-
-@triton.jit
 def key_range(starts, ends, t, S, T):
     """The keys [start, end) of the queries `t`, cut to the T that there are: nobody else looks at ranges on a GPU."""
     start = tl.load(starts + t, mask=t < S, other=0)
@@ -113,14 +100,13 @@ def _scores_kernel(
     owner, head = first + row // HP, row % HP
     real = (owner < S) & (head < H)
     q_RD = load_rows(q, owner * H + head, real, d, D)
-    E4M3: tl.constexpr = q.dtype.element_ty == tl.float8e4nv
-    w_R = load_weights(w, owner * H + head, real, E4M3)
+    w_R = tl.load(w + owner * H + head, mask=real, other=0.0).to(tl.float32)
     out_NQ = out + t.to(tl.int64)[None, :] * T + n[:, None]
     for s in range(lo, hi, BK):
         k_ND = load_rows(k, s + n, s + n < T, d, D)
         # keys are the rows: the sum over heads then stays within a thread, but for its last steps
         dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
-        score_NQ = tl.sum(tl.reshape(weighted_relu(dots_NR, w_R, E4M3), (BK, BQ, HP)), 2)
+        score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (BK, BQ, HP)), 2)
         if SCALED:
             score_NQ *= tl.load(k_scale + s + n, mask=s + n < T, other=0.0)[:, None]
         tl.store(out_NQ + s, score_NQ, mask=(t < S)[None, :] & (s + n < T)[:, None])

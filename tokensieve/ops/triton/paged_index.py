@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokensieve.ops.quant import INDEX_WIDTH, PAGE_TOKENS
-from tokensieve.ops.triton.index import ROWS, exact, load_rows, load_weights, padded, weighted_relu
+from tokensieve.ops.triton.index import ROWS, exact, load_rows, padded, relu
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
 PROGRAMS = (
@@ -43,8 +43,7 @@ def _scores_kernel(
     owner, head = block * BQ + row // HP, row % HP
     real = (owner < n) & (head < H)
     q_RD = load_rows(q, (b * n + owner) * H + head, real, d, D)
-    E4M3: tl.constexpr = q.dtype.element_ty == tl.float8e4nv
-    w_R = load_weights(w, (b * n + owner) * H + head, real, E4M3)
+    w_R = tl.load(w + (b * n + owner) * H + head, mask=real, other=0.0).to(tl.float32)
     page_table += b * P
     page = tl.load(page_table + begin, mask=begin < end, other=0)
     for i in tl.range(begin, end, num_stages=STAGES):
@@ -53,7 +52,7 @@ def _scores_kernel(
         place = tl.where(known, page, 0).to(tl.int64)
         k_ND = tl.load(keys + place * stride + s[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
         dots_NR = tl.dot(k_ND.to(q_RD.dtype), tl.trans(q_RD), input_precision=EXACT)
-        score_NQ = tl.sum(tl.reshape(weighted_relu(dots_NR, w_R, E4M3), (PAGE, BQ, HP)), 2)
+        score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (PAGE, BQ, HP)), 2)
         if SCALED:
             score_NQ *= tl.load(scales + place * scale_stride + s)[:, None]
         score_NQ = tl.where(known, score_NQ, float("nan"))  # a page that is not there must not go unnoticed
