@@ -1,7 +1,8 @@
 """Decode steps on caches in pages beside DeepGEMM and FlashMLA: parts of benchmarks/gpu.py, which runs them.
 
 One new token of each sequence at the 671B shapes, pages in random order. The peers' plans of a step (`get_paged_mqa_logits_metadata`,
-FlashMLA's scheduler) are made before the clock runs; ours makes none. Both are captured in a CUDA graph and replayed, as an engine does:
+FlashMLA's scheduler) are made before the clock runs; ours makes none. FlashMLA is also given places in the pool; through our
+backend it has to find them, and the row counts that. Both are captured in a CUDA graph and replayed, as an engine does:
 launched one by one, steps as short as these measure the host. Own results are compared with the reference on a few sequences.
 """
 
@@ -30,6 +31,7 @@ from tokensieve.ops import quant
 
 DISTINCT = 1024  # pages with content of their own; the others repeat it, at their own addresses
 DECODES = ((128, 32768), (16, 131072), (1, 131072))  # sequences, tokens of each
+SIDES = ((8, 131072), (4, 131072))  # on either side of where `auto` goes over to FlashMLA
 
 
 def pool(B: int, T: int, page: Callable[[int], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +54,7 @@ def paged_scores(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     w = torch.randn(B, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5 * q_scale.squeeze(-1)
 
     def own() -> Tensor:
-        return ops.index_scores_paged(q, pages, w, table, lens)
+        return ops.index_scores_paged(q, pages, w, table, lens, backend="triton")
 
     row = Row("paged scores fp8", f"{B} x {T // 1024}K", replayed(own, quick))
     row.tflop, row.gb = B * T * INDEX_HEADS * INDEX_DIM * 2 / 1e12, B * T * (INDEX_DIM + 4 + 4) / 1e9
@@ -81,8 +83,8 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     q = normal(B, HEADS, KEY)
     indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
 
-    def own() -> tuple[Tensor, Tensor]:
-        return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE)
+    def own(how: str = "triton") -> tuple[Tensor, Tensor]:
+        return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE, backend=how)
 
     row = Row("sparse decode fp8", f"{B} x {T // 1024}K, k {K}, {HEADS} heads", replayed(own, quick))
     row.tflop = B * K * HEADS * (KEY + VALUE) * 2 / 1e12
@@ -105,6 +107,11 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
             ),
             quick,
         )
+        for how, name in (("vendor", "the same as its backend has it"), ("auto", "the same as auto has it")):
+            yield row
+            through = replayed(lambda how=how: own(how), quick)
+            row = Row(name, row.shape, through, "FlashMLA", row.peer_ms, row.tflop, row.gb)
+            row.error = difference(own(how)[0][some], expected[0])
     yield row
 
 
@@ -128,6 +135,6 @@ def write(N: int, quick: bool) -> Iterator[Row]:
 
 PARTS: dict[str, tuple[Callable[..., Iterator[Row]], tuple]] = {
     "paged-scores": (paged_scores, DECODES),
-    "paged-attention": (paged_attention, DECODES),
+    "paged-attention": (paged_attention, DECODES + SIDES),
     "write": (write, (128, 8192)),
 }

@@ -122,6 +122,19 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         lse.sum().backward()
 
 
+def test_auto_passes_over_what_is_slower(monkeypatch) -> None:
+    """Asked for by name it runs all the same."""
+    first, *rest = (
+        dispatch.Backend(name, f"tokensieve.ops.{name}", ("select_topk",), (), lambda op, q, operands: None)
+        for name in ("fused", "reference")
+    )
+    for slow, chosen in ((None, "fused"), ("it is slower here", "reference")):
+        both = dataclasses.replace(first, slower=lambda op, q, operands, why=slow: why), *rest
+        monkeypatch.setattr(dispatch, "BACKENDS", both)
+        assert dispatch.pick("select_topk", torch.zeros(1)).__name__ == f"tokensieve.ops.{chosen}"
+        assert dispatch.pick("select_topk", torch.zeros(1), "fused").__name__ == "tokensieve.ops.fused"
+
+
 def test_backends_lists_every_op() -> None:
     listed = ops.backends("cpu")
     assert set(listed) == set(ops.OPS)

@@ -21,7 +21,7 @@ from tokensieve.ops import quant
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from tokensieve.ops import triton as kernels
-from tokensieve.ops.triton import paged_attention
+from tokensieve.ops.triton import paged_attention, paged_places
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -190,6 +190,28 @@ def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None
     too_long = torch.full_like(x.lens, 5000)
     kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, too_long)
     kernels.sparse_attention_paged(x.q, x.latent_pages, chosen, table, too_long, SCALE, x.d_v)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("n", "K", "multiple"), [(1, 70, 64), (1, 64, 64), (2, 1100, 64), (3, 5, 128), (2, 0, 64)])
+def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, device: str) -> None:
+    """Against one place after the other: pages that are not there, positions that are not seen, lengths past the table."""
+    g = torch.Generator().manual_seed(n)
+    lens = torch.tensor([0, 1, 64, 130, 256, 5000], dtype=torch.int32)
+    table = torch.randint(-2, 12, (6, 4), generator=g, dtype=torch.int32)
+    table[3, 2] = 1 << 30
+    indices = torch.randint(-5, 300, (6 * n, K), generator=g).to(dtype)
+    indices[:, :1] = (1 << 31) - 1 if dtype == torch.int32 else 1 << 40
+    found = paged_places.pool_places(*(x.to(device) for x in (indices, table, lens)), 10, multiple)
+    assert found.dtype == torch.int32 and found.shape == (6 * n, -(-K // multiple) * multiple)
+    expected = torch.full(found.shape, -1, dtype=torch.int32)
+    for t in range(6 * n):
+        b, j = divmod(t, n)
+        for i, index in enumerate(indices[t].tolist()):
+            if 0 <= index < min(int(lens[b]), 256) - n + 1 + j and 0 <= (page := int(table[b, index // 64])) < 10:
+                expected[t, i] = page * 64 + index % 64
+    assert torch.equal(found.cpu(), expected) and (K == 0 or (expected >= 0).any())
 
 
 @pytest.mark.parametrize("device", DEVICES)

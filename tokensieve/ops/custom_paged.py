@@ -34,7 +34,7 @@ def sparse_attention_paged(
     d_v: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    module = pick("sparse_attention_paged", q, backend)
+    module = pick("sparse_attention_paged", q, backend, latent_pages=latent_pages, indices=indices)
     return module.sparse_attention_paged(q, latent_pages, indices, page_table, lens, scale, d_v)
 
 

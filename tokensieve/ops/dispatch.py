@@ -42,7 +42,8 @@ HALF = (torch.float16, torch.bfloat16)
 class Backend:
     """`limits(op, q, operands)` says in one clause why this backend cannot run a call on its devices, or None if it can.
 
-    `operands` are the op's other arguments that may decide it, by the names that they have in `custom.py` and `custom_kl.py`.
+    `operands` are the op's other arguments that may decide it, by the names that they have in `custom.py` and its siblings.
+    `slower` says why `auto` passes over a backend that could run a call: one further down is as fast. Asked for by name it runs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Backend:
     ops: tuple[str, ...]
     devices: tuple[str, ...]  # none named: all
     limits: Callable[[str, torch.Tensor, Mapping[str, Any]], str | None]
+    slower: Callable[[str, torch.Tensor, Mapping[str, Any]], str | None] = lambda op, q, operands: None
 
     def has(self, op: str, device: str) -> bool:
         return op in self.ops and (not self.devices or device in self.devices)
@@ -128,7 +130,7 @@ def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
-    for x in (q, *operands.values()):
+    for x in (q, *operands.values()) if op not in PAGED_OPS else (q,):  # pages come in every layout
         if isinstance(x, torch.Tensor) and (x.dtype != q.dtype or x.dtype not in (torch.float16, torch.float32)):
             return f"it is not used for {q.dtype} with {x.dtype}"
     return _no_triton() if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"
@@ -138,7 +140,7 @@ def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -
 # comes to it.
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
-    Backend("vendor", "tokensieve.ops.vendor", (*vendor.ATTENTION, *vendor.INDEX), ("cuda",), _vendor_limits),
+    Backend("vendor", "tokensieve.ops.vendor", vendor.OPS, ("cuda",), _vendor_limits, vendor.slower),
     Backend("hopper", "tokensieve.ops.hopper", HOPPER_OPS, ("cuda",), _hopper_limits),
     Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
     Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, operands: None),
@@ -167,7 +169,7 @@ def pick(op: str, q: torch.Tensor, backend: str = "auto", **operands: Any) -> Mo
     for candidate in BACKENDS:
         if not candidate.has(op, device):  # that is not worth a word
             continue
-        reason = candidate.limits(op, q, operands)
+        reason = candidate.limits(op, q, operands) or candidate.slower(op, q, operands)
         if reason is None:
             if not torch.compiler.is_compiling():
                 _log_choice(op, candidate.name, device, passed_over)

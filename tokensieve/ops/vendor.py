@@ -1,12 +1,14 @@
 """FlashMLA's and DeepGEMM's kernels as a backend, where their packages are installed: their conventions turned into ours.
 
-Legend: S queries, T keys, H heads, I index heads, K selected.
+Legend: S queries, B sequences, T keys, P pages that a row of the page table names, H heads, I index heads, K selected.
 
 FlashMLA (`flash_mla`): the forward of sparse attention; entries of 576 whose first 512 are the value, 64 or 128 heads, bfloat16. It wants
 the places of a row to be a multiple of 128, and says +inf for the logsumexp of a query without keys. Gradients are our own.
+On quantized pages, the layout of which is its own, it wants a multiple of 64, and places in the pool instead of positions: a kernel of
+ours finds them. There it computes unused places too: a row that is mostly unused takes as long as a full one.
 
 DeepGEMM (`deep_gemm`): index scores of E4M3 queries and keys, 32 or 64 heads of 128. It compiles its kernels with nvcc when they first
-run. The selection is always our own: theirs breaks ties in any order.
+run. The selection is always our own: theirs breaks ties in any order; and so are scores from pages (docs/kernels.md says why).
 """
 
 import importlib
@@ -14,6 +16,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,10 +26,17 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops.aligned import aligned
+from tokensieve.ops.quant import LATENT_TOKEN_BYTES, LATENT_WIDTH, PAGE_TOKENS, ROPE_WIDTH
 
-PLACES = 128  # of a row, a multiple for FlashMLA
+PLACES, PAGED_PLACES = 128, 64  # of a row, a multiple for FlashMLA
+# Of a call on pages: its plan is made in a multiprocessor's shared memory, and its offsets have 32 bits.
+MOST_QUERIES, MOST_PLACES = 1 << 13, 1 << 17
+# Queries x heads x places, here four queries of the 671B model. FlashMLA alone takes as long as our kernel at one query, and less at 16;
+# with the two launches that it needs besides, it was counted to win from five on.
+FEW_LOGITS = 4 * 128 * 2048
 
-ATTENTION, INDEX = ("sparse_attention",), ("index_scores", "index_topk")
+ATTENTION, INDEX, PAGED = ("sparse_attention",), ("index_scores", "index_topk"), ("sparse_attention_paged",)
+OPS = (*ATTENTION, *INDEX, *PAGED)
 
 
 @cache
@@ -37,14 +47,17 @@ def _package(name: str) -> ModuleType:
 @cache
 def _missing(op: str) -> str | None:
     """What is not installed, or not for this machine, in one clause."""
-    name, kernel = ("flash_mla", "flash_mla_sparse_fwd") if op in ATTENTION else ("deep_gemm", "fp8_mqa_logits")
+    module, kernel = ("flash_mla", "flash_mla_sparse_fwd") if op in ATTENTION else ("deep_gemm", "fp8_mqa_logits")
+    if op in PAGED:  # older versions have a function of the same name that wants other arguments
+        module, kernel = "flash_mla.flash_mla_interface", "FlashMLASchedMeta"
+    name = module.partition(".")[0]
     if not importlib.util.find_spec(name):
         return f"the package {name} is not installed"
     compiler = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
     if op in INDEX and not compiler:
         return "deep_gemm needs nvcc"
     try:
-        found = hasattr(_package(name), kernel)
+        found = hasattr(_package(module), kernel)
     except (ImportError, OSError, AssertionError) as error:  # built for another torch or CUDA, or no toolkit
         return f"the package {name} does not load: {error}"
     return None if found else f"this version of {name} has no {kernel}"
@@ -52,15 +65,38 @@ def _missing(op: str) -> str | None:
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     """Why the vendors' kernels cannot take this call on a Hopper GPU, in one clause, or None if they can."""
-    if op in ATTENTION:
+    if op in INDEX:
+        if not q.dtype == operands["k"].dtype == torch.float8_e4m3fn or q.shape[1] not in (32, 64) or q.shape[2] != 128:
+            return "DeepGEMM takes 32 or 64 index heads of 128 in E4M3"
+    elif q.dtype != torch.bfloat16 or q.shape[1] not in (64, 128):
+        return "FlashMLA takes 64 or 128 heads in bfloat16"
+    elif op in PAGED:
+        return _paged_limits(q, operands["latent_pages"], operands["indices"]) or _missing(op)
+    else:
         kv = operands["kv"]
-        if q.dtype != torch.bfloat16 or kv.dtype != q.dtype or q.shape[1] not in (64, 128):
-            return "FlashMLA takes 64 or 128 heads in bfloat16"
-        if kv.shape[1:] != (1, 576) or q.shape[-1] != 576 or (operands["v_start"], operands["d_v"]) != (0, 512):
-            return "FlashMLA takes entries of 576, of which the first 512 are the value"
-    elif not q.dtype == operands["k"].dtype == torch.float8_e4m3fn or q.shape[1] not in (32, 64) or q.shape[2] != 128:
-        return "DeepGEMM takes 32 or 64 index heads of 128 in E4M3"
+        wide = kv.shape[1:] == (1, 576) and q.shape[-1] == 576 and kv.dtype == q.dtype
+        if not wide or (operands["v_start"], operands["d_v"]) != (0, 512):
+            return "FlashMLA takes entries of 576 in bfloat16, of which the first 512 are the value"
     return _missing(op)
+
+
+def _paged_limits(q: Tensor, pages: Tensor, indices: Tensor) -> str | None:
+    if pages.dtype != torch.uint8:
+        return "FlashMLA takes quantized pages"
+    # Pages may lie apart, but it loads 16 bytes at a time; to copy a pool would cost more than any kernel gains.
+    apart = pages.stride(0)
+    if pages.stride()[1:] != (LATENT_TOKEN_BYTES, 1) or apart % 16 or apart >= 1 << 31 or pages.data_ptr() % 16:
+        return "FlashMLA takes pages whose bytes lie together, at multiples of 16"
+    if q.shape[0] > MOST_QUERIES or indices.shape[1] > MOST_PLACES:
+        return f"FlashMLA takes at most {MOST_QUERIES} queries with {MOST_PLACES} places each"
+    return None
+
+
+def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
+    """Why `auto` prefers our own kernel to the vendor's for a call that both can run, in one clause, or None."""
+    if op in PAGED and q.shape[0] * q.shape[1] * operands["indices"].shape[1] <= FEW_LOGITS:
+        return "it is no faster for so few queries"
+    return None
 
 
 def sparse_attention(
@@ -83,6 +119,66 @@ def sparse_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     from tokensieve.ops.hopper import sparse_attention_backward
 
     return sparse_attention_backward(*arguments)
+
+
+def _attend_paged(
+    q_SHD: Tensor, latent_pages: Tensor, places_SK: Tensor, scale: float, plan: Any
+) -> tuple[Tensor, Tensor]:
+    """Every query as a sequence of its own; fills in the plan where it is empty."""
+    out, lse = _package("flash_mla").flash_mla_with_kvcache(
+        aligned(q_SHD)[:, None],
+        latent_pages.view(torch.float8_e4m3fn).unsqueeze(2),
+        None,
+        None,
+        LATENT_WIDTH,
+        plan,
+        softmax_scale=scale,
+        is_fp8_kvcache=True,
+        indices=places_SK[:, None],
+    )
+    return out[:, 0], lse[..., 0]
+
+
+@cache
+def _kept_plan(device: torch.device, S: int, H: int, K: int) -> Any:
+    """How calls of these sizes are shared out among multiprocessors, which nothing else decides. Never dropped: CUDA graphs read it."""
+    return _package("flash_mla").get_mla_metadata()[0]
+
+
+def _fill(plan: Any, device: torch.device, S: int, H: int, K: int) -> None:
+    with torch.cuda.device(device):
+        q = torch.zeros(S, H, LATENT_WIDTH + ROPE_WIDTH, dtype=torch.bfloat16, device=device)
+        page = torch.zeros(1, PAGE_TOKENS, LATENT_TOKEN_BYTES, dtype=torch.uint8, device=device)
+        _attend_paged(q, page, torch.full((S, K), -1, dtype=torch.int32, device=device), 1.0, plan)
+        torch.cuda.synchronize(device)  # whatever stream reads it next
+
+
+def _plan(device: torch.device, S: int, H: int, K: int) -> Any:
+    """A plan that was filled in by an earlier call, or now; for a call that a CUDA graph records, an empty one of its own."""
+    plan = _kept_plan(device, S, H, K)
+    if plan.tile_scheduler_metadata is None:
+        if torch.cuda.is_current_stream_capturing():
+            # Nothing runs yet, and what is allocated belongs to the graph.
+            return _package("flash_mla").get_mla_metadata()[0]
+        # In a thread of its own: torch.compile, before it records a graph, lends this one memory of which nothing may be kept.
+        with ThreadPoolExecutor(1) as apart:
+            apart.submit(_fill, plan, device, S, H, K).result()
+    return plan
+
+
+def sparse_attention_paged(
+    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+) -> tuple[Tensor, Tensor]:
+    (S, H, _), pages = q_SHD.shape, latent_pages.shape[0]
+    if 0 in (S, pages, page_table.shape[1], indices_SK.shape[1]):
+        return q_SHD.new_zeros(S, H, d_v), q_SHD.new_full((S, H), float("-inf"), dtype=torch.float32)
+    from tokensieve.ops.triton.paged_places import pool_places
+
+    places = pool_places(indices_SK, page_table, lens, pages, PAGED_PLACES)
+    plan = _plan(q_SHD.device, S, H, places.shape[1])
+    out, lse = _attend_paged(q_SHD, latent_pages, places, scale, plan)
+    # +inf becomes -inf in one launch: a decode step counts them
+    return out, lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
 
 
 def _scores(

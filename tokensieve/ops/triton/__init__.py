@@ -2,7 +2,7 @@
 
 A file holds one family: `index` (scores, equation (1), and their gradients), `topk` (the selection, equation (2)), `attention` (over
 selected entries), `attention_kl` (the same with the KL of equation (4)), `loss` (the warm-up's KL, equation (3)); on caches in pages
-`paged_index`, `paged_attention` and `paged_write`.
+`paged_index`, `paged_attention`, `paged_write` and, for FlashMLA, `paged_places`.
 """
 
 from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
