@@ -176,9 +176,10 @@ class NoGpu:
 
 driver.set_active(NoGpu())
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from tokensieve.ops.hopper import dkv, dq, forward
+from tokensieve.ops.hopper import decode, dkv, dq, forward
 from tokensieve.ops.hopper import index as scores
-half, index, long, single = (MockTensor(t) for t in (torch.bfloat16, torch.int32, torch.int64, torch.float32))
+kinds = torch.bfloat16, torch.int32, torch.int64, torch.float32, torch.uint8
+half, index, long, single, byte = map(MockTensor, kinds)
 ptxas = get_ptxas(90).path
 sizes = (128, 32768, 2048, 2048)
 some = {"KP": 2048, "num_warps": 8}
@@ -189,6 +190,7 @@ tail = {"W": 64, "BLOCKS": 1, "TWICE": False, "WITH_VALUE": False, "IN_ORDER": F
 for name, kernel, arguments, options in (
     ("scores", scores.scores_kernel, (*boxes, *[single] * 2, *[index] * 2, single, 4096, 32768, 512), {"H": 64, "num_warps": 8}),
     ("forward", forward.forward_kernel, (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
+    ("decode", decode.decode_kernel, (half, byte, single, half, index, half, single, *sizes[:3], 41984, 0.1), some),
     ("dq", dq.dq_kernel, (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
     ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), some | tail),
@@ -210,7 +212,7 @@ def test_the_kernels_compile(tmp_path) -> None:
     child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
     found = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
-    assert set(found) == {"scores", "forward", "dq", "dkv", "dkv_tail", "dkv_in_order"}
+    assert set(found) == {"scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order"}
     for name, (shared, products) in found.items():
         assert int(shared) <= 227 * 1024, name
         assert products == "overlapped", name

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from tokensieve.ops import fused, vendor
+from tokensieve.ops.aligned import pages_in_lines
+from tokensieve.ops.quant import LATENT_TOKEN_BYTES
 
 log = logging.getLogger("tokensieve.ops")
 
@@ -34,7 +36,7 @@ OPS = (
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
-HOPPER_OPS = ("index_scores", "index_topk", "sparse_attention", "sparse_attention_kl")
+HOPPER_OPS = ("index_scores", "index_topk", "sparse_attention", "sparse_attention_kl", "sparse_attention_paged")
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -124,9 +126,22 @@ def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     if op in ("index_scores", "index_topk"):
         if q.dtype != torch.float8_e4m3fn or q.shape[2] != 128 or q.shape[1] not in (16, 32, 64, 128):
             return "its index scores are of E4M3 queries with 16, 32, 64 or 128 heads of 128"
+    elif op == "sparse_attention_paged":
+        pages = operands["latent_pages"]
+        if q.dtype != torch.bfloat16 or q.shape[-1] != 576 or pages.dtype != torch.uint8:
+            return "it decodes from quantized pages, with bfloat16 queries of 576"
+        if not pages_in_lines(pages, LATENT_TOKEN_BYTES):
+            return "it reads pages whose bytes lie together, at multiples of 16"
     elif operands["kv"].shape[1:] != (1, 576) or (q.shape[-1], operands["v_start"], operands["d_v"]) != (576, 0, 512):
         return "its entries are 576 wide, one a token, and their value is the first 512"
     return _triton_limits(op, q, operands)
+
+
+def _hopper_slower(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
+    if op != "sparse_attention_paged":
+        return None
+    fills_the_gpu = _module("tokensieve.ops.hopper").fills_the_gpu
+    return None if fills_the_gpu(*q.shape[:2], operands["indices"].shape[1]) else "it does not share out so few queries"
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
@@ -141,7 +156,7 @@ def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", ("dense_attention",), ("cpu", "cuda"), fused.limits),
     Backend("vendor", "tokensieve.ops.vendor", vendor.OPS, ("cuda",), _vendor_limits, vendor.slower),
-    Backend("hopper", "tokensieve.ops.hopper", HOPPER_OPS, ("cuda",), _hopper_limits),
+    Backend("hopper", "tokensieve.ops.hopper", HOPPER_OPS, ("cuda",), _hopper_limits, _hopper_slower),
     Backend("triton", "tokensieve.ops.triton", TRITON_OPS, ("cuda",), _triton_limits),
     Backend("reference", "tokensieve.ops.reference", OPS, (), lambda op, q, operands: None),
     Backend("interpreter", "tokensieve.ops.triton", TRITON_OPS, ("cpu",), _interpreter_limits),

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.ops.aligned import aligned
+from tokensieve.ops.aligned import aligned, pages_in_lines
 from tokensieve.ops.quant import LATENT_TOKEN_BYTES, LATENT_WIDTH, PAGE_TOKENS, ROPE_WIDTH
 
 PLACES, PAGED_PLACES = 128, 64  # of a row, a multiple for FlashMLA
@@ -84,8 +84,7 @@ def _paged_limits(q: Tensor, pages: Tensor, indices: Tensor) -> str | None:
     if pages.dtype != torch.uint8:
         return "FlashMLA takes quantized pages"
     # Pages may lie apart, but it loads 16 bytes at a time; to copy a pool would cost more than any kernel gains.
-    apart = pages.stride(0)
-    if pages.stride()[1:] != (LATENT_TOKEN_BYTES, 1) or apart % 16 or apart >= 1 << 31 or pages.data_ptr() % 16:
+    if not pages_in_lines(pages, LATENT_TOKEN_BYTES) or pages.stride(0) >= 1 << 31:
         return "FlashMLA takes pages whose bytes lie together, at multiples of 16"
     if q.shape[0] > MOST_QUERIES or indices.shape[1] > MOST_PLACES:
         return f"FlashMLA takes at most {MOST_QUERIES} queries with {MOST_PLACES} places each"

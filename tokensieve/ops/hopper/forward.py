@@ -65,7 +65,7 @@ def _softmax_step(logit, live, scale, largest):
 
 
 @gluon.jit
-def _attend(
+def attend(
     q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
     first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def forward_kernel(
     barrier()
     gl.warp_specialize(
         [
-            (_attend, (
+            (attend, (
                 q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
                 first_row, heads, T, K, pitch, tiles, scale, KEEP,
             )),

@@ -22,6 +22,7 @@ PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+VIEWS: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # or the older name, with a _
 
 
 @gluon.jit
