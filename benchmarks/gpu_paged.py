@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tokensieve import ops
 from tokensieve.ops import quant
-from tokensieve.ops.hopper import fills_the_gpu
+from tokensieve.ops.hopper import beats_pieces
 
 DISTINCT = 1024  # pages with content of their own; the others repeat it, at their own addresses
 DECODES = ((128, 32768), (16, 131072), (1, 131072))  # sequences, tokens of each
@@ -84,7 +84,7 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     q = normal(B, HEADS, KEY)
     indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
 
-    ours = "hopper" if fills_the_gpu(B, HEADS, K) else "triton"
+    ours = "hopper" if beats_pieces(B, HEADS, K) else "triton"
 
     def own(how: str = ours) -> tuple[Tensor, Tensor]:
         return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE, backend=how)

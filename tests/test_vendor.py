@@ -139,7 +139,7 @@ def test_when_ours_is_as_fast() -> None:
         q, indices = torch.empty(S, heads, 576, device="meta"), torch.empty(S, K, device="meta")
         return vendor.slower(op, q, {"indices": indices}) is not None
 
-    for S, heads, K in ((1, 128, 2048), (4, 128, 2048), (8, 64, 2048), (16, 128, 128)):
+    for S, heads, K in ((1, 128, 2048), (2, 128, 2048), (4, 64, 2048), (16, 128, 64)):
         assert slower("sparse_attention_paged", S, heads, K) and not slower("sparse_attention", S, heads, K)
-    for S, heads, K in ((5, 128, 2048), (9, 64, 2048), (128, 128, 2048)):
+    for S, heads, K in ((3, 128, 2048), (5, 64, 2048), (128, 128, 2048)):
         assert not slower("sparse_attention_paged", S, heads, K)

@@ -140,8 +140,8 @@ def _hopper_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
 def _hopper_slower(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     if op != "sparse_attention_paged":
         return None
-    fills_the_gpu = _module("tokensieve.ops.hopper").fills_the_gpu
-    return None if fills_the_gpu(*q.shape[:2], operands["indices"].shape[1]) else "it does not share out so few queries"
+    beats_pieces = _module("tokensieve.ops.hopper").beats_pieces
+    return None if beats_pieces(*q.shape[:2], operands["indices"].shape[1]) else "it does not share out so few queries"
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:

@@ -31,9 +31,9 @@ from tokensieve.ops.quant import LATENT_TOKEN_BYTES, LATENT_WIDTH, PAGE_TOKENS, 
 PLACES, PAGED_PLACES = 128, 64  # of a row, a multiple for FlashMLA
 # Of a call on pages: its plan is made in a multiprocessor's shared memory, and its offsets have 32 bits.
 MOST_QUERIES, MOST_PLACES = 1 << 13, 1 << 17
-# Queries x heads x places, here four queries of the 671B model. FlashMLA alone takes as long as our kernel at one query, and less at 16;
-# with the two launches that it needs besides, it was counted to win from five on.
-FEW_LOGITS = 4 * 128 * 2048
+# Queries x heads x places, here two queries of the 671B model: with the two launches that FlashMLA needs besides, our own kernel was faster
+# at one query, and slower at four (docs/kernels.md).
+FEW_LOGITS = 2 * 128 * 2048
 
 ATTENTION, INDEX, PAGED = ("sparse_attention",), ("index_scores", "index_topk"), ("sparse_attention_paged",)
 OPS = (*ATTENTION, *INDEX, *PAGED)

@@ -10,12 +10,12 @@ the portable kernels of `tokensieve.ops.triton`. docs/kernels.md has the measure
 
 from tokensieve.ops.hopper.attention import sparse_attention, sparse_attention_backward
 from tokensieve.ops.hopper.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
-from tokensieve.ops.hopper.decode import fills_the_gpu, sparse_attention_paged
+from tokensieve.ops.hopper.decode import beats_pieces, sparse_attention_paged
 from tokensieve.ops.hopper.index import index_scores, index_topk
 from tokensieve.ops.triton import index_scores_backward
 
 __all__ = [
-    "fills_the_gpu",
+    "beats_pieces",
     "index_scores",
     "index_scores_backward",
     "index_topk",

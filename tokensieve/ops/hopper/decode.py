@@ -34,7 +34,7 @@ from tokensieve.ops.hopper.warps import (
 )
 from tokensieve.ops.quant import LATENT_TOKEN_BYTES, PAGE_TOKENS
 from tokensieve.ops.triton.index import padded
-from tokensieve.ops.triton.paged_attention import DEQUANTIZE, latent_parts, pieces
+from tokensieve.ops.triton.paged_attention import DEQUANTIZE, latent_parts, pieces, steps
 from tokensieve.ops.triton.paged_places import pool_places
 
 PAGE: gl.constexpr = gl.constexpr(PAGE_TOKENS)
@@ -178,7 +178,8 @@ def sparse_attention_paged(
     return out, lse
 
 
-def fills_the_gpu(queries: int, heads: int, places: int) -> bool:
-    """Whether a program for each query and 64 heads keeps a GPU busy; otherwise selections are better cut into pieces, as
-    `tokensieve.ops.triton.paged_attention` does."""
-    return pieces(queries * cdiv(heads, BLOCK), cdiv(places, BLOCK)) == 1
+def beats_pieces(queries: int, heads: int, places: int) -> bool:
+    """Whether whole selections, one program for each query and 64 heads, are done sooner here than in the pieces into which
+    `tokensieve.ops.triton.paged_attention` cuts them where programs are few; a tile takes three quarters of the time here."""
+    programs, tiles = queries * cdiv(heads, BLOCK), cdiv(places, BLOCK)
+    return 3 * steps(programs, tiles, 1) <= 4 * steps(programs, tiles, pieces(programs, tiles))

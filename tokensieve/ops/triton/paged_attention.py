@@ -155,12 +155,16 @@ def _join_kernel(
     tl.store(lse + t * H + head, tl.where(total == 0, float("-inf"), (base + tl.log2(some)) * LN2))
 
 
+def steps(programs: int, tiles: int, pieces: int) -> int:
+    """How many tiles the multiprocessors go through one after the other when `programs` of `tiles` tiles are cut into pieces."""
+    # a program that begins and ends, its part of the joining included, takes about the time of two tiles
+    return triton.cdiv(programs * pieces, PLACES) * (triton.cdiv(tiles, pieces) + 2)
+
+
 @lru_cache
 def pieces(programs: int, tiles: int) -> int:
     """Into how many pieces `programs` with `tiles` tiles each are best cut: the fewest that make the longest way shortest."""
-    # a program that begins and ends, its part of the joining included, takes about the time of two tiles
-    choices = range(1, min(tiles, MOST_PIECES) + 1)
-    return min(choices, key=lambda s: triton.cdiv(programs * s, PLACES) * (triton.cdiv(tiles, s) + 2))
+    return min(range(1, min(tiles, MOST_PIECES) + 1), key=lambda some: steps(programs, tiles, some))
 
 
 def latent_parts(pages: Tensor, rope: int) -> tuple[Tensor, Tensor, Tensor]:
