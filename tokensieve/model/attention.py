@@ -5,7 +5,7 @@ E = L + R entry width, V value width.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn as nn
@@ -13,15 +13,25 @@ from torch import Tensor
 
 from tokensieve import ops
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.cache import LatentCache
 from tokensieve.model.heads import Heads
 from tokensieve.model.indexer import Indexer
 from tokensieve.model.kl import InjectedKL, LayerLocalLoss
 from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack
+from tokensieve.model.pages import PagedStep
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
 from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
+
+
+class Cache(Protocol):
+    """Where a pass stores its entries and finds the earlier ones: a `LatentCache`, or pages (`tokensieve.engine.runner`)."""
+
+    quantized_index: bool
+
+    def get_seq_length(self) -> int: ...
+
+    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass
@@ -32,7 +42,8 @@ class Pass:
     rotation: Rotation
     selection: Selection
     top_k: int
-    cache: LatentCache | None = None
+    cache: Cache | None = None
+    paged: PagedStep | None = None  # instead of a cache: one new token of every sequence, on pages
     objective: Literal["none", "warmup", "adapt"] = "none"
     kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
     replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
@@ -87,10 +98,16 @@ class Attention(nn.Module):
         entries_TE = torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1)
         # The indexer learns from its own loss only: what it reads is detached.
         h, source = h_ND.detach(), source.detach()
+        if p.paged is not None:
+            heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
+            return self.o_proj(self._decode(heads, h, source, p.paged, p).flatten(1))
         k_I = None
         if p.cache is not None:
             rows = (p.pack.batch, p.pack.length)
-            new_keys = None if self.indexer is None else self.indexer.keys(h, p.rotation).detach().unflatten(0, rows)
+            rounded = not p.cache.quantized_index  # such a cache rounds by itself
+            new_keys = None
+            if self.indexer is not None:
+                new_keys = self.indexer.keys(h, p.rotation, rounded).detach().unflatten(0, rows)
             entries_TE, k_I = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
             if p.pack.batch == 1:  # K and V are not to be expanded over the room that is still empty
                 entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
@@ -141,6 +158,30 @@ class Attention(nn.Module):
         if p.keep_selection and indices is not None:
             p.selected[self.layer] = indices
         return indices
+
+    def _decode(self, heads: Heads, h_ND: Tensor, source: Tensor, pages: PagedStep, p: Pass) -> Tensor:
+        """One new token of every sequence: its entries are written, then it attends to what it selects. Nothing is expanded."""
+        keys = None
+        if self.indexer is not None:
+            keys = self.indexer.keys(h_ND, p.rotation, rounded=not pages.quantized_index)
+        pages.write(self.layer, heads.entries, keys)
+        if p.selection is dense or self.indexer is None:
+            indices = pages.everything
+        else:
+            queries = self.indexer.e4m3_queries if pages.quantized_index else self.indexer.queries
+            q_I, w = queries(source, h_ND, p.rotation)
+            scores = ops.index_scores_paged(
+                q_I, pages.index[self.layer], w, pages.page_table, pages.lens, backend=p.backend
+            )
+            # always k places, so that a sequence's sums do not depend on how long the others are
+            indices = ops.select_topk(scores, p.top_k, torch.zeros_like(pages.lens), pages.lens, backend=p.backend)
+        if p.keep_selection:
+            p.selected[self.layer] = indices
+        latent, entry = pages.latent[self.layer], self.latent
+        out, _ = ops.sparse_attention_paged(
+            heads.absorbed(), latent, indices, pages.page_table, pages.lens, self.scale, d_v=entry, backend=p.backend
+        )
+        return heads.up(out)
 
     def _warmup(self, heads: Heads, index_inputs, p: Pass) -> Tensor:
         """Dense attention; the indexer learns equation (3) from it, layer by layer."""

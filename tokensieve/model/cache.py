@@ -17,6 +17,8 @@ class LatentCache(Cache):
     A stored entry is final: rotated, normalized and in the model's dtype. `reserve` tokens may be set aside at once for a known length.
     """
 
+    quantized_index = False  # index keys are stored as the indexer gives them
+
     def __init__(self, reserve: int = 0):
         self.reserve = reserve
         self.layers: list = []  # transformers' own cache layers: none, though generation and repr look for them

@@ -52,19 +52,31 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=torch.float32)
 
-    def keys(self, h_ND: Tensor, rotation: Rotation) -> Tensor:
-        """k_I (N, D)."""
+    def keys(self, h_ND: Tensor, rotation: Rotation, rounded: bool = True) -> Tensor:
+        """k_I (N, D). Not `rounded`: without what index_dtype "fp8" does to it, since the cache that it goes to does the same."""
         k = self.k_norm(self.wk(h_ND)).to(h_ND.dtype)
-        return self._finish(k.unsqueeze(1), rotation).squeeze(1)
+        return self._finish(k.unsqueeze(1), rotation, rounded).squeeze(1)
 
     def queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """q_I (N, H, D) and w (N, H) float32."""
         q = self.wq_b(source_NL).view(-1, self.heads, self.width)
+        return self._finish(q, rotation), self._weights(h_ND)
+
+    def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """The same for keys in quantized pages: q_I (N, H, D) float8_e4m3fn, its scales folded into w (N, H) float32."""
+        q = self._rotated(self.wq_b(source_NL).view(-1, self.heads, self.width), rotation)
+        values, scales = quant.quantize_e4m3(quant.hadamard(q), scale_format="ue8m0")
+        return values, self._weights(h_ND) * scales.squeeze(-1)
+
+    def _weights(self, h_ND: Tensor) -> Tensor:
         with without_autocast(h_ND):
             w = F.linear(h_ND.to(self.weights_proj.weight.dtype), self.weights_proj.weight)
-        return self._finish(q, rotation), w * (self.heads**-0.5 * self.width**-0.5)
+        return w * (self.heads**-0.5 * self.width**-0.5)
 
-    def _finish(self, x_NHD: Tensor, rotation: Rotation) -> Tensor:
+    def _rotated(self, x_NHD: Tensor, rotation: Rotation) -> Tensor:
         rotated = rotate_half_split(x_NHD[..., : self.rope], rotation)
-        x = torch.cat((rotated, x_NHD[..., self.rope :]), dim=-1)
-        return _RoundStraightThrough.apply(x, "ue8m0") if self.fp8 else x
+        return torch.cat((rotated, x_NHD[..., self.rope :]), dim=-1)
+
+    def _finish(self, x_NHD: Tensor, rotation: Rotation, rounded: bool = True) -> Tensor:
+        x = self._rotated(x_NHD, rotation)
+        return _RoundStraightThrough.apply(x, "ue8m0") if self.fp8 and rounded else x

@@ -14,6 +14,9 @@ from tokensieve.config import ModelConfig, UserError
 from tokensieve.ops.custom import without_autocast
 from tokensieve.ops.single import alone
 
+# Below so many rows matrix libraries leave their ordinary kernel, and a row's bits depend on how many others there are.
+ORDINARY_ROWS = 4
+
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
@@ -130,9 +133,11 @@ class Experts(nn.Module):
         for part, gate_up, down in zip(
             x.split(counts_E.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
         ):
-            if part.shape[0]:
+            if rows := part.shape[0]:
+                if rows < ORDINARY_ROWS and not torch.is_grad_enabled():
+                    part = F.pad(part, (0, 0, 0, ORDINARY_ROWS - rows))
                 gate, up = F.linear(part, gate_up.to(x.dtype)).chunk(2, dim=-1)
-                parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype)))
+                parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype))[:rows])
         return torch.cat(parts)
 
     def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:

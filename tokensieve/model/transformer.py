@@ -22,7 +22,7 @@ from tokensieve.model.kl import InjectedKL, KLScale
 from tokensieve.model.moe import MLP, Experts, MoE, Router
 from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack, make_pack
-from tokensieve.model.rope import frequencies, rotation
+from tokensieve.model.rope import Rotation, frequencies, rotation
 from tokensieve.model.selection import Selection, indexer, resolve
 from tokensieve.model.supported import check_supported
 
@@ -166,13 +166,10 @@ class Trunk(DecoderPreTrainedModel):
         pack = make_pack(
             B, S, device, position_ids, attention_mask, past_key_values, self.config.max_position_embeddings
         )
-        if self._frequencies is None:
-            self.use_yarn(True)
-        assert self._frequencies is not None
         objective = self.objective if self.training or self.objective == "warmup" else "none"
         p = Pass(
             pack=pack,
-            rotation=rotation(pack.positions_N, *self._frequencies),
+            rotation=self.rotation(pack.positions_N),
             selection=self.selection,
             top_k=self.top_k,
             cache=past_key_values,
@@ -213,6 +210,13 @@ class Trunk(DecoderPreTrainedModel):
             else None,
             kl=kl,
         )
+
+    def rotation(self, positions_N: Tensor) -> Rotation:
+        """The rotation of tokens at these positions, by the config's frequencies unless `use_yarn` said otherwise."""
+        if self._frequencies is None:
+            self.use_yarn(True)
+        assert self._frequencies is not None
+        return rotation(positions_N, *self._frequencies)
 
     def _query_weights(self, pack: Pack, device: torch.device) -> Tensor:
         """(N) float32: every valid query's share in the mean over queries and layers."""

@@ -1,0 +1,212 @@
+"""The engine: requests in, tokens and text out, a step at a time. One thread calls it; `service.py` brings many callers together."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from tokensieve.config import UserError
+from tokensieve.engine.grammar import Grammars, Matcher
+from tokensieve.engine.request import Finish, Output, Request, TokenLogprob
+from tokensieve.engine.runner import Runner, check_servable, page_bytes
+from tokensieve.engine.sampling import Row, choose, logprobs_of
+from tokensieve.engine.scheduler import Running, Scheduler, pages_for
+from tokensieve.engine.text import TextStream
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.ops.quant import PAGE_TOKENS
+
+log = logging.getLogger("tokensieve.engine")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """pages: of 64 tokens, in the cache; 0: a quarter of the free memory, or 85% of a GPU's, and no more than `running` full contexts.
+    running: requests at once. chunk: tokens of a prompt run at once, a multiple of 64. chunks: so many of them between two tokens of the
+    answers. prefix_cache: prompts that begin alike share the pages of their beginning. backend: of the ops."""
+
+    pages: int = 0
+    running: int = 64
+    chunk: int = 512
+    chunks: int = 2
+    prefix_cache: bool = True
+    backend: Literal["auto", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        if (
+            self.pages < 0
+            or self.running < 1
+            or self.chunks < 1
+            or self.chunk < PAGE_TOKENS
+            or self.chunk % PAGE_TOKENS
+        ):
+            raise UserError(
+                f"engine: pages {self.pages} must be 0 or more, running {self.running} and chunks {self.chunks} at least 1, "
+                f"chunk {self.chunk} a multiple of {PAGE_TOKENS}"
+            )
+
+
+def default_pages(model: DecoderForCausalLM, running: int) -> int:
+    """As `EngineConfig.pages` says."""
+    if model.device.type == "cuda":
+        room = int(torch.cuda.mem_get_info(model.device)[0] * 0.85)
+    else:
+        room = psutil.virtual_memory().available // 4
+    wanted = running * pages_for(model.config.max_position_embeddings)
+    return max(1, min(wanted, room // page_bytes(model)))
+
+
+@dataclass
+class Answer:
+    """What the engine keeps of a request besides its tokens."""
+
+    running: Running
+    text: TextStream
+    matcher: Matcher | None
+
+
+class Engine:
+    def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig | None = None):
+        check_servable(model)
+        self.config = config or EngineConfig()
+        self.model, self.tokenizer = model, tokenizer
+        pages = self.config.pages or default_pages(model, self.config.running)
+        self.runner = Runner(model, pages, self.config.backend)
+        self.scheduler = Scheduler(
+            pages, self.config.running, self.config.chunk, self.config.chunks, self.config.prefix_cache
+        )
+        self.longest = min(model.config.max_position_embeddings, pages * PAGE_TOKENS)  # tokens of prompt and answer
+        self._grammars = Grammars(tokenizer, model.config.vocab_size)
+        self._answers: dict[str, Answer] = {}
+        ends = {tokenizer.eos_token_id, *self._also_ends()}
+        self._ends = {end for end in ends if end is not None}
+        log.info("cache: %d pages, %.1f MiB", pages, self.runner.pools.bytes / 2**20)
+
+    def _also_ends(self) -> list[int | None]:
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        return named if isinstance(named, list) else [named]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._answers)
+
+    def add(self, request: Request) -> None:
+        """Takes a request in. UserError for one that can never run."""
+        check(request, self.longest, self.model.config.vocab_size)
+        if request.id in self._answers:
+            raise UserError(f"there is a request {request.id} already; give each its own id")
+        schema = request.sampling.schema
+        matcher = None if schema is None else self._grammars.matcher(schema)
+        seed = request.sampling.seed
+        running = self.scheduler.add(request, int.from_bytes(os.urandom(8), "little") if seed is None else seed)
+        self._answers[request.id] = Answer(running, TextStream(self.tokenizer, request.sampling.stop), matcher)
+
+    def abort(self, id: str) -> Output | None:
+        """Ends a request; its pages come back. None where there is none of this id."""
+        answer = self._answers.get(id)
+        return None if answer is None else self._end(answer, "abort")
+
+    def fail_all(self, error: str) -> list[Output]:
+        """Ends every request with an error, after a step that raised: none is left half done."""
+        return [self._end(answer, "error", error) for answer in list(self._answers.values())]
+
+    def step(self) -> list[Output]:
+        """Runs a few chunks of prompts and one token of every answer; what came of it."""
+        scheduler, outputs = self.scheduler, []
+        scheduler.admit()
+        ready = scheduler.next_step()
+        for selection in ("indexer", "dense"):
+            some = [r for r in ready if r.request.selection == selection]
+            if some:
+                outputs += self._decode(some, selection)
+        for running in scheduler.next_chunks():
+            a, b = running.cached, scheduler.chunk_of(running)
+            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selection)
+            scheduler.ran(running, b)
+            if b == running.prompt and running.answered == 0:
+                outputs += self._extend([running], logits_V[None])
+        return outputs
+
+    def _decode(self, some: list[Running], selection: str) -> list[Output]:
+        lens = [r.cached + 1 for r in some]
+        logits_BV = self.runner.step([r.tokens[r.cached] for r in some], lens, [r.pages for r in some], selection)
+        for running, cached in zip(some, lens, strict=True):
+            self.scheduler.ran(running, cached)
+        # one that was interrupted is fed what it had said before
+        new = [b for b, running in enumerate(some) if running.cached == len(running.tokens)]
+        return self._extend([some[b] for b in new], logits_BV[new]) if new else []
+
+    def _extend(self, some: list[Running], logits_BV: Tensor) -> list[Output]:
+        answers = [self._answers[r.request.id] for r in some]
+        rows = [
+            Row(
+                r.request.sampling,
+                r.seed,
+                r.answered,
+                r.tokens,
+                None if answer.matcher is None else answer.matcher.allowed(),
+            )
+            for r, answer in zip(some, answers, strict=True)
+        ]
+        tokens = choose(logits_BV, rows)
+        return [
+            self._say(answer, token, logits_V)
+            for answer, token, logits_V in zip(answers, tokens, logits_BV, strict=True)
+        ]
+
+    def _say(self, answer: Answer, token: int, logits_V: Tensor) -> Output:
+        running, sampling = answer.running, answer.running.request.sampling
+        logprobs = () if sampling.logprobs is None else (logprobs_of(logits_V, token, sampling.logprobs),)
+        running.tokens.append(token)
+        ended = token in self._ends and not sampling.ignore_eos
+        if answer.matcher is not None:
+            answer.matcher.accept(token)
+            ended = ended or answer.matcher.done
+        text = "" if ended and token in self._ends else answer.text.push(token)
+        if ended or answer.text.stopped:
+            return self._end(answer, "stop", text=text, tokens=(token,), logprobs=logprobs)
+        if running.answered == sampling.max_tokens or len(running.tokens) >= self.longest:
+            return self._end(answer, "length", text=text, tokens=(token,), logprobs=logprobs)
+        return self._output(answer, text, (token,), logprobs)
+
+    def _end(
+        self,
+        answer: Answer,
+        finish: Finish,
+        error: str = "",
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> Output:
+        self.scheduler.remove(answer.running)
+        del self._answers[answer.running.request.id]
+        return self._output(answer, text + answer.text.finish(), tokens, logprobs, finish, error)
+
+    def _output(
+        self,
+        answer: Answer,
+        text: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        finish: Finish | None = None,
+        error: str = "",
+    ) -> Output:
+        r = answer.running
+        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error)
+
+
+def check(request: Request, longest: int, vocabulary: int) -> None:
+    """UserError for a request that an engine with room for `longest` tokens can never run."""
+    if not request.prompt:
+        raise UserError("the prompt is empty; give at least one token")
+    if len(request.prompt) + 1 > longest:
+        raise UserError(
+            f"the prompt has {len(request.prompt)} tokens, and prompt and answer together have room for {longest}; shorten it"
+        )
+    if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
+        raise UserError(f"the prompt names tokens outside of the vocabulary of {vocabulary}")
+    if request.selection not in ("indexer", "dense"):
+        raise UserError(f"selection {request.selection!r} is unknown; use indexer or dense")

@@ -1,0 +1,90 @@
+"""What a caller asks of the engine, and what it gets back."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tokensieve.config import UserError
+
+Finish = Literal["stop", "length", "abort", "error"]
+MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of one
+MOST_LOGPROBS = 20  # alternatives told beside a token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen, and when a request ends.
+
+    temperature: 0 takes the likeliest token (of equal ones the first). Otherwise logits are divided by it, and of the probabilities only
+    the `top_k` largest are kept (0: all), of these the fewest that together reach `top_p`, and of these the ones of at least
+    `min_p` times the largest. repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive
+    and multiplied where negative. seed: the same seed gives the same draws, whatever else runs; None: the engine takes one.
+    stop: strings at which the answer ends, itself left out. logprobs: how many alternatives are told beside every token's own natural log
+    probability, which is that of the model, before any of the above; None: none of it. schema: a JSON schema that the answer obeys.
+    Raises UserError for values outside of these ranges.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    schema: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "logprobs": (
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"between 0 and {MOST_LOGPROBS}",
+            ),
+            "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1"),
+        }
+        for name, (holds, range_) in limits.items():
+            if not holds:  # NaN is in no range
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {range_}")
+        if len(self.stop) > MOST_STOPS or any(not 0 < len(s) <= LONGEST_STOP for s in self.stop):
+            raise UserError(f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `selection`: who selects keys, "indexer", or "dense" for attention to every key of the same model."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    selection: Literal["indexer", "dense"] = "indexer"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log probability under the model, and those of the likeliest alternatives, the likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step added to a request. `text` may be empty while a character or a stop string may still be on its way."""
+
+    id: str
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    completion_tokens: int = 0  # so far
+    error: str = ""  # where finish is "error"

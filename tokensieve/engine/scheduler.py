@@ -1,0 +1,143 @@
+"""Who runs next: prompts in chunks, answers in batches, pages for as long as they last.
+
+A request waits until there are pages for its whole prompt and one token more; from then on it holds them. Every step runs a few chunks of
+prompts and one token of every answer. When pages run out, the youngest answer gives its own back and begins again later:
+its prompt is run anew, and its tokens, which it keeps, are fed to it one by one as they were, so that nothing of it changes.
+"""
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from tokensieve.engine.pages import Digest, PagePool, digests
+from tokensieve.engine.request import Request
+from tokensieve.ops.quant import PAGE_TOKENS
+
+
+def pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass
+class Running:
+    """A request on its way. tokens: prompt and answer; cached: so many of them have entries in `pages`."""
+
+    request: Request
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    found: int = 0  # of the prompt, in pages that were there already
+    arrival: int = 0
+
+    @property
+    def prompt(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - self.prompt
+
+    @property
+    def in_prompt(self) -> bool:
+        return self.cached < self.prompt
+
+
+class Scheduler:
+    def __init__(self, pages: int, most_running: int, chunk: int, chunks: int, share_prefixes: bool = True):
+        """chunk: tokens of a prompt that are run at once, a multiple of 64; chunks: so many of them in a step."""
+        self.pool = PagePool(pages)
+        self.most_running, self.chunk, self.chunks, self.share = most_running, chunk, chunks, share_prefixes
+        self.waiting: deque[Running] = deque()
+        self.running: list[Running] = []  # by arrival
+        self._arrivals = 0
+        self.preempted = 0  # how often a request had to give its pages back
+
+    def add(self, request: Request, seed: int) -> Running:
+        running = Running(request, seed, list(request.prompt), arrival=self._arrivals)
+        self._arrivals += 1
+        self.waiting.append(running)
+        return running
+
+    def admit(self) -> None:
+        """Lets in whom there is room for, in the order of arrival: nobody is passed, so that nobody waits forever."""
+        while self.waiting and len(self.running) < self.most_running:
+            first = self.waiting[0]
+            known = self._known(first)
+            needed = pages_for(len(first.tokens) + 1) - len(known)
+            self.pool.share(known)
+            taken = self.pool.take(needed)
+            if taken is None:
+                self.pool.release(known)
+                return
+            self.waiting.popleft()
+            first.pages, first.cached = known + taken, len(known) * PAGE_TOKENS
+            first.found = max(first.found, first.cached) if first.answered == 0 else first.found
+            self.running.append(first)
+            self.running.sort(key=lambda r: r.arrival)
+
+    def _known(self, running: Running) -> list[int]:
+        """Pages that hold the beginning of the prompt, whole chunks of it and never all of it: the last token's logits are wanted."""
+        if not self.share:
+            return []
+        found = self.pool.find(list(self._digests(running)))
+        whole = min(len(found) * PAGE_TOKENS, running.prompt - 1) // self.chunk * self.chunk
+        return found[: whole // PAGE_TOKENS]
+
+    def _digests(self, running: Running) -> list[Digest]:
+        return list(digests(running.request.prompt, running.request.selection))
+
+    def next_chunks(self) -> list[Running]:
+        """Whose prompts are run on in this step: the one that is done soonest, then the oldest, and so on by turns.
+
+        So a short prompt does not wait for a long one, and a long one is not passed forever.
+        """
+        left = [r for r in self.running if r.in_prompt]
+        chosen: list[Running] = []
+        while left and len(chosen) < self.chunks:
+            soonest = len(chosen) % 2 == 0
+            best = min(left, key=lambda r: (r.prompt - r.cached, r.arrival)) if soonest else left[0]
+            left.remove(best)
+            chosen.append(best)
+        return chosen
+
+    def chunk_of(self, running: Running) -> int:
+        """The end of the running prompt's next chunk, counted from the prompt's beginning."""
+        return min((running.cached // self.chunk + 1) * self.chunk, running.prompt)
+
+    def ran(self, running: Running, cached: int) -> None:
+        """Entries of `cached` tokens are there now: full pages of the prompt may be shared."""
+        if self.share and running.cached < running.prompt <= cached:
+            for page, digest in zip(running.pages, self._digests(running), strict=False):
+                self.pool.publish(page, digest)
+        running.cached = cached
+
+    def next_step(self) -> list[Running]:
+        """Those that run one token each, all with a page for it. Where pages are too few, the youngest give theirs back."""
+        ready = [r for r in self.running if not r.in_prompt]
+        for running in ready:
+            while running in self.running and len(running.pages) < pages_for(running.cached + 1):
+                page = self.pool.take(1)
+                if page is not None:
+                    running.pages += page
+                else:
+                    self._preempt(self.running[-1])
+        return [r for r in ready if r in self.running]
+
+    def _preempt(self, running: Running) -> None:
+        self.remove(running)
+        running.cached, running.pages = 0, []
+        self.waiting.appendleft(running)
+        self.preempted += 1
+
+    def remove(self, running: Running) -> None:
+        """Its pages come back, wherever it was."""
+        if running in self.running:
+            self.running.remove(running)
+        elif running in self.waiting:
+            self.waiting.remove(running)
+        self.pool.release(running.pages)
+        running.pages = []
+
+    def everyone(self) -> SequenceOf[Running]:
+        return [*self.running, *self.waiting]

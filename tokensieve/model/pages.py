@@ -1,0 +1,54 @@
+"""A batch of sequences that each get one token, on caches in pages: what attention needs of it.
+
+Legend: B sequences, P pages that a row of the page table names, D index width, E entry width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tokensieve import ops
+from tokensieve.ops import quant
+from tokensieve.ops.quant import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """`latent` and `index`: per layer the pages, as `tokensieve.ops.paged` describes them; `index` is empty in a dense model.
+
+    lens counts the new token too. slots: where its entries go, page * 64 + place; negative for a row that is padding, of which lens is 0.
+    """
+
+    latent: tuple[Tensor, ...]
+    index: tuple[Tensor, ...]
+    page_table: Tensor  # (B, P) int32
+    lens: Tensor  # (B) int32
+    slots: Tensor  # (B) int64
+
+    @property
+    def quantized_index(self) -> bool:
+        return bool(self.index) and self.index[0].dtype == torch.uint8
+
+    def write(self, layer: int, entries_BE: Tensor, k_BD: Tensor | None) -> None:
+        write_pages(self.latent[layer], self.index[layer] if self.index else None, entries_BE, k_BD, self.slots)
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """(B, T) int32: every position that a sequence has, then -1."""
+        place = torch.arange(self.page_table.shape[1] * PAGE_TOKENS, dtype=torch.int32, device=self.lens.device)
+        return torch.where(place < self.lens[:, None], place, -1)
+
+
+def write_pages(latent: Tensor, index: Tensor | None, entries_NE: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:
+    """Stores the new tokens of one layer. On quantized pages the keys are given as they are before their rotation."""
+    width = latent.shape[2]
+    if index is None or k_ND is None:
+        kept = slots_N >= 0
+        latent.view(-1, width)[slots_N[kept]] = entries_NE[kept].to(latent.dtype)
+        return
+    split = (
+        quant.LATENT_WIDTH if latent.dtype == torch.uint8 else width // 2
+    )  # plain pages hold the two beside each other
+    ops.write_caches(entries_NE[:, :split], entries_NE[:, split:], k_ND, latent, index, slots_N)
