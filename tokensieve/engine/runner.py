@@ -3,7 +3,8 @@
 Legend: S tokens of a chunk, T tokens of a sequence so far, B sequences, P pages, V vocabulary.
 
 Every row's numbers are the same whatever runs beside it, on the CPU to the bit: a chunk holds tokens of one prompt only and begins where
-every chunk of that prompt begins, and a step of few sequences is padded, since matrix libraries leave their ordinary kernel for few rows.
+every chunk of that prompt begins, and a step's rows are padded to a multiple of four, since matrix libraries treat a rest of rows
+otherwise.
 """
 
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ class Runner:
     ) -> Tensor:
         """Runs one token of each of B sequences, which are `lens` tokens long with it; returns the logits (B, V)."""
         B = len(tokens)
-        padding = max(0, ORDINARY_ROWS - B)
+        padding = -B % ORDINARY_ROWS
         width = max(-(-n // PAGE_TOKENS) for n in lens)
         table = [[*row[:width], *[0] * (width - len(row))] for row in pages] + [[0] * width] * padding
         slots = [row[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS for row, n in zip(pages, lens)]
@@ -136,11 +137,20 @@ class Runner:
             self._integers(table, torch.int32),
             self._integers([*lens, *[0] * padding], torch.int32),
             self._integers([*slots, *[-1] * padding], torch.int64),
+            self._groups([*(-(-n // PAGE_TOKENS) for n in lens), *[1] * padding]),
         )
         positions = (step.lens.long() - 1).clamp_min(0)
         starts = torch.zeros_like(step.lens)
         pack = Pack(B + padding, 1, positions, starts, step.lens, 0, width * PAGE_TOKENS, None, 1, None)
         return self._forward([*tokens, *[0] * padding], pack, selection, paged=step)[:B]
+
+    def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
+        """Rows by their number of pages. On a GPU, where bits depend on the batch anyway, all at once."""
+        each = [max(pages)] * len(pages) if self.device.type == "cuda" else pages
+        return tuple(
+            (self._integers([b for b, count in enumerate(each) if count == some], torch.int64), some)
+            for some in sorted(set(each))
+        )
 
     def _forward(
         self,

@@ -165,23 +165,17 @@ class Attention(nn.Module):
         if self.indexer is not None:
             keys = self.indexer.keys(h_ND, p.rotation, rounded=not pages.quantized_index)
         pages.write(self.layer, heads.entries, keys)
-        if p.selection is dense or self.indexer is None:
-            indices = pages.everything
-        else:
+        indices = None
+        if p.selection is not dense and self.indexer is not None:
             queries = self.indexer.e4m3_queries if pages.quantized_index else self.indexer.queries
             q_I, w = queries(source, h_ND, p.rotation)
-            scores = ops.index_scores_paged(
-                q_I, pages.index[self.layer], w, pages.page_table, pages.lens, backend=p.backend
-            )
+            where = pages.index[self.layer], w, pages.page_table, pages.lens
+            scores = ops.index_scores_paged(q_I, *where, backend=p.backend)
             # always k places, so that a sequence's sums do not depend on how long the others are
             indices = ops.select_topk(scores, p.top_k, torch.zeros_like(pages.lens), pages.lens, backend=p.backend)
-        if p.keep_selection:
-            p.selected[self.layer] = indices
-        latent, entry = pages.latent[self.layer], self.latent
-        out, _ = ops.sparse_attention_paged(
-            heads.absorbed(), latent, indices, pages.page_table, pages.lens, self.scale, d_v=entry, backend=p.backend
-        )
-        return heads.up(out)
+            if p.keep_selection:
+                p.selected[self.layer] = indices
+        return heads.up(pages.attend(self.layer, heads.absorbed(), indices, self.scale, self.latent, p.backend))
 
     def _warmup(self, heads: Heads, index_inputs, p: Pass) -> Tensor:
         """Dense attention; the indexer learns equation (3) from it, layer by layer."""

@@ -14,7 +14,7 @@ from tokensieve.config import ModelConfig, UserError
 from tokensieve.ops.custom import without_autocast
 from tokensieve.ops.single import alone
 
-# Below so many rows matrix libraries leave their ordinary kernel, and a row's bits depend on how many others there are.
+# Matrix libraries treat a rest of rows otherwise than whole groups: with a multiple of this many, a row's bits do not depend on the others.
 ORDINARY_ROWS = 4
 
 
@@ -134,8 +134,8 @@ class Experts(nn.Module):
             x.split(counts_E.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
         ):
             if rows := part.shape[0]:
-                if rows < ORDINARY_ROWS and not torch.is_grad_enabled():
-                    part = F.pad(part, (0, 0, 0, ORDINARY_ROWS - rows))
+                if not torch.is_grad_enabled():
+                    part = F.pad(part, (0, 0, 0, -rows % ORDINARY_ROWS))
                 gate, up = F.linear(part, gate_up.to(x.dtype)).chunk(2, dim=-1)
                 parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype))[:rows])
         return torch.cat(parts)

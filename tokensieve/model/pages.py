@@ -19,6 +19,7 @@ class PagedStep:
     """`latent` and `index`: per layer the pages, as `tokensieve.ops.paged` describes them; `index` is empty in a dense model.
 
     lens counts the new token too. slots: where its entries go, page * 64 + place; negative for a row that is padding, of which lens is 0.
+    groups: rows whose sequences have up to so many pages, for dense attention: a sum has the same bits only over as many places.
     """
 
     latent: tuple[Tensor, ...]
@@ -26,6 +27,7 @@ class PagedStep:
     page_table: Tensor  # (B, P) int32
     lens: Tensor  # (B) int32
     slots: Tensor  # (B) int64
+    groups: tuple[tuple[Tensor, int], ...]
 
     @property
     def quantized_index(self) -> bool:
@@ -39,6 +41,23 @@ class PagedStep:
         """(B, T) int32: every position that a sequence has, then -1."""
         place = torch.arange(self.page_table.shape[1] * PAGE_TOKENS, dtype=torch.int32, device=self.lens.device)
         return torch.where(place < self.lens[:, None], place, -1)
+
+    def attend(
+        self, layer: int, q_BHE: Tensor, indices_BK: Tensor | None, scale: float, d_v: int, backend: str
+    ) -> Tensor:
+        """(B, H, d_v): attention to what is selected; to everything where nothing is, those of a group by themselves."""
+
+        def of(q: Tensor, indices: Tensor, table: Tensor, lens: Tensor) -> Tensor:
+            latent = self.latent[layer]
+            return ops.sparse_attention_paged(q, latent, indices, table, lens, scale, d_v=d_v, backend=backend)[0]
+
+        if indices_BK is not None:
+            return of(q_BHE, indices_BK, self.page_table, self.lens)
+        out = q_BHE.new_empty(*q_BHE.shape[:2], d_v)
+        for rows, pages in self.groups:
+            everything = self.everything[rows, : pages * PAGE_TOKENS]
+            out[rows] = of(q_BHE[rows], everything, self.page_table[rows, :pages], self.lens[rows])
+        return out
 
 
 def write_pages(latent: Tensor, index: Tensor | None, entries_NE: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:

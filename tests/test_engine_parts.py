@@ -1,0 +1,153 @@
+"""The engine's parts: pages that are counted, tokens that are drawn, text that is certain."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokensieve
+from tokensieve.engine.pages import PagePool, digests
+from tokensieve.engine.request import Sampling
+from tokensieve.engine.sampling import Row, choose, uniform
+from tokensieve.engine.text import TextStream
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_no_page_is_lost_or_given_twice(seed: int) -> None:
+    """Anything that a scheduler may do, in any order: every page is free, known and unused, or somebody's."""
+    draw, pool = random.Random(seed), PagePool(9)
+    held: list[list[int]] = []
+    names = [bytes([i]) * 16 for i in range(6)]
+    for _ in range(60):
+        move = draw.choice(["take", "take", "release", "publish", "find", "forget"])
+        if move == "take":
+            count = draw.randint(0, 5)
+            pages, room = pool.take(count), pool.available
+            assert (pages is None) == (count > room) if pages is None else len(pages) == count
+            held += [pages] if pages else []
+        elif move == "release" and held:
+            pool.release(held.pop(draw.randrange(len(held))))
+        elif move == "publish" and held:
+            pool.publish(draw.choice(draw.choice(held)), draw.choice(names))
+        elif move == "find":
+            found = pool.find(draw.sample(names, 3))
+            pool.share(found)
+            held += [found] if found else []
+        else:
+            pool.forget()
+        users = Counter(page for pages in held for page in pages)
+        assert pool.used == len(users) and pool.available == 9 - len(users)
+        assert [users.get(page, 0) for page in range(9)] == pool._users
+        assert not set(pool._free) & set(pool._unused) and not (set(pool._free) | set(pool._unused)) & set(users)
+    for pages in held:
+        pool.release(pages)
+    taken = pool.take(9)
+    assert taken is not None and sorted(taken) == list(range(9))
+
+
+def test_a_page_released_too_often_is_an_error() -> None:
+    pool = PagePool(2)
+    pages = pool.take(1)
+    assert pages is not None
+    pool.release(pages)
+    with pytest.raises(RuntimeError, match="more often"):
+        pool.release(pages)
+
+
+def test_digests_are_of_whole_pages_and_of_all_before() -> None:
+    tokens = list(range(200))
+    found = list(digests(tokens, "indexer"))
+    assert len(found) == 3 and len(list(digests(tokens[:63], "indexer"))) == 0
+    assert list(digests([7, *tokens[1:]], "indexer"))[2] != found[2]
+    assert list(digests([*tokens[:199], 7], "indexer")) == found
+    assert not set(digests(tokens, "dense")) & set(found)
+
+
+def of(sampling: Sampling, logits: torch.Tensor, draws: int, **row: Any) -> Counter:
+    return Counter(
+        token
+        for position in range(draws)
+        for token in choose(logits[None], [Row(sampling, 7, position, row.get("seen", ()), row.get("allowed"))])
+    )
+
+
+def test_draws() -> None:
+    """Frequencies are the probabilities; nothing outside of top_k, top_p, min_p or a grammar is ever drawn."""
+    p = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
+    logits = p.log() + 3.0
+    found = of(Sampling(temperature=1.0), logits, 4000)
+    for token, share in enumerate(p.tolist()):
+        assert found[token] / 4000 == pytest.approx(share, abs=0.03)  # four standard deviations of the largest
+    colder = of(Sampling(temperature=0.5), logits, 1000)
+    assert colder[0] / 1000 == pytest.approx(0.25 / float((p**2).sum()), abs=0.06)
+    assert set(of(Sampling(temperature=1.0, top_k=2), logits, 300)) == {0, 1}
+    assert set(of(Sampling(temperature=1.0, top_p=0.74), logits, 300)) == {0, 1}
+    assert set(of(Sampling(temperature=1.0, top_p=0.01), logits, 50)) == {0}
+    assert set(of(Sampling(temperature=1.0, min_p=0.2), logits, 300)) == {0, 1, 2}
+    allowed = torch.tensor([False, True, False, True, False])
+    assert set(of(Sampling(temperature=1.0), logits, 300, allowed=allowed)) == {1, 3}
+    assert set(of(Sampling(), logits, 1, allowed=allowed)) == {1}
+    assert set(of(Sampling(repetition_penalty=100.0), logits, 1, seen=(0, 0))) == {1}
+    assert set(of(Sampling(temperature=1e-30), logits, 20)) == {0} and set(
+        of(Sampling(temperature=100.0), logits, 200)
+    ) == set(range(5))
+
+
+def test_equal_logits_give_the_first() -> None:
+    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), [Row(Sampling(), 0, 0, ())]) == [1]
+
+
+def test_logits_stay_as_they_were() -> None:
+    logits = torch.randn(2, 9)
+    before = logits.clone()
+    rows = [Row(Sampling(repetition_penalty=2.0), 0, 0, (1, 2)), Row(Sampling(), 0, 0, (), torch.arange(9) > 3)]
+    choose(logits, rows)
+    assert torch.equal(logits, before)
+
+
+def test_a_draw_depends_on_seed_and_place_alone() -> None:
+    each = [uniform(seed, position) for seed in range(40) for position in range(40)]
+    assert len(set(each)) == 1600 and all(0 <= u < 1 for u in each) and uniform(3, 4) == each[3 * 40 + 4]
+    assert abs(sum(each) / 1600 - 0.5) < 0.03 and uniform((1 << 64) - 1, 0) < 1
+
+
+@given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_text_comes_whole_and_ends_before_the_first_stop(text: str, stops: list[str]) -> None:
+    """Any text in any characters: what is given is a beginning of it at every moment."""
+    tokenizer = _tokenizer()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    places = [whole.find(stop) for stop in stops if stop in whole]
+    stream, given_ = TextStream(tokenizer, tuple(stops)), ""
+    for token in ids:
+        given_ += stream.push(token)
+        assert whole.startswith(given_)
+        if stream.stopped:
+            break
+    given_ += stream.finish()
+    if not places:
+        assert given_ == whole and not stream.stopped
+    else:
+        assert stream.stopped and any(given_ == whole[:at] for at in places)
+
+
+def test_a_character_that_never_ends_is_given_at_the_end() -> None:
+    tokenizer = _tokenizer()
+    stream = TextStream(tokenizer)
+    ids = tokenizer("a你", add_special_tokens=False).input_ids
+    assert "".join(stream.push(token) for token in ids[:-1]) == "a" and stream.finish() == "�"
+
+
+_KNOWN: list[Any] = []
+
+
+def _tokenizer() -> Any:
+    if not _KNOWN:  # hypothesis calls a test many times, and has no fixture for all of them
+        _KNOWN.append(tokensieve.load_tokenizer("base"))
+    return _KNOWN[0]
