@@ -317,6 +317,36 @@ def _talk(
         engine, sampling, selects, lambda: input(ask), lambda part: typer.echo(part, nl=False), _stderr().print
     )
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="HF_DIR", help="Checkpoint folder in Hugging Face format.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the shards; with --reverse, for the checkpoint.")],
+    n_experts: Annotated[int | None, typer.Option(help="Routed experts; checked against config.json.")] = None,
+    model_parallel: Annotated[int | None, typer.Option(min=1, help="Shards, one for each GPU of the demo.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="HF_DIR holds shards: make a checkpoint of them.")] = False,
+) -> None:
+    """Write a checkpoint as the shards of the official inference demo, or with --reverse go back; every bit stays.
+
+    Example: tokensieve convert base runs/shards --n-experts 16 --model-parallel 2
+    """
+    from tokensieve import checkpoint
+    from tokensieve.config import UserError
+    from tokensieve.model import model_path
+
+    with _stderr().status("Reading headers") as status:
+
+        def show(step: str) -> None:
+            status.update(f"Writing {step}")
+
+        if reverse:
+            checkpoint.join_shards(source, out, model_parallel, n_experts, on_step=show)
+            typer.echo(f"{out}: a checkpoint in Hugging Face format")
+            return
+        if model_parallel is None:
+            raise UserError("say with --model-parallel for how many GPUs the shards are, for example 8")
+        checkpoint.write_shards(model_path(source), out, model_parallel, n_experts, on_step=show)
+    typer.echo(f"{out}: {model_parallel} shards, {checkpoint.rank_file(0, model_parallel)} the first")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits. Raises only what is a defect: bad input and interruptions end in one line."""

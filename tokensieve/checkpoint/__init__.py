@@ -1,26 +1,36 @@
 """Checkpoints on disk: tensor names as data, safetensors streamed in and out, folders replaced all at once.
 
 names.py says what a checkpoint holds, export.py what other programs read, reading.py streams it in, writing.py out, and
-folder.py replaces one folder by another.
+folder.py replaces one folder by another. ranks.py and shards.py do for the shards of the official inference demo what
+names.py, reading.py and writing.py do for a checkpoint.
 """
 
 from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
 from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
+from tokensieve.checkpoint.ranks import demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.reading import Extras, load_tensors, mtp_tensors, read_config
+from tokensieve.checkpoint.shards import join_shards, load_shard, write_shards
 from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [
     "ARCHITECTURES",
     "FLOAT32_SUFFIXES",
     "Extras",
+    "demo_name",
     "expected_tensors",
     "export_config",
     "exportable",
+    "join_shards",
+    "load_shard",
     "load_tensors",
     "memory_layout",
     "mtp_tensors",
+    "rank_file",
+    "rank_tensors",
     "read_config",
     "replacing_folder",
     "save_tensors",
+    "shard_axis",
+    "write_shards",
 ]

@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 
 from tokensieve.config import UserError
 
-_CHECKPOINT_FILE = re.compile(r"config\.json|model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")
+_CHECKPOINT_FILE = re.compile(
+    r"config\.json|model(-\d{5}-of-\d{5}|\d+-mp\d+)?\.safetensors|model\.safetensors\.index\.json"
+)
 
 
 def previous_of(folder: Path) -> Path:

@@ -13,6 +13,7 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v32": "DeepseekV32ForCausalLM",
 }
+RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")  # one rank of the official inference demo, of how many
 FLOAT32_SUFFIXES = (".mlp.gate.e_score_correction_bias", ".indexer.weights_proj.weight")
 
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight")

@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokensieve.checkpoint.folder import previous_of
-from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
+from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
 from tokensieve.ops.quant import dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_FP8, _SCALE = "F8_E4M3", "_scale_inv"
+FP8, _SCALE = "F8_E4M3", "_scale_inv"
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}  # of one value; no other dtype is read
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -54,42 +54,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class _Shards:
-    """The safetensors files of a folder: only headers are read until a tensor is asked for."""
+class Shards:
+    """Tensors in safetensors files: only headers are read until a tensor is asked for.
 
-    def __init__(self, folder: Path, block: tuple[int, int]) -> None:
+    stored: for each name, the file and the tensor's name there; block: rows and columns of an FP8 block.
+    """
+
+    def __init__(self, stored: dict[str, tuple[Path, str]], block: tuple[int, int]) -> None:
         self.block = block
-        index = folder / INDEX
-        if (folder / SINGLE).is_file() or not index.is_file():
-            path = _find_single(folder)
-            handles = {path: self._open(path)}
-            self.file_of = dict.fromkeys(handles[path].keys(), path)
-        else:
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{index}: has no weight_map of file names; copy or download it again")
-            self.file_of = {name: folder / file for name, file in weight_map.items()}
-            handles = {path: self._open(path) for path in dict.fromkeys(self.file_of.values())}
-        held = {path: set(handle.keys()) for path, handle in handles.items()}
-        for name, path in self.file_of.items():
-            if name not in held[path]:
-                raise UserError(f"{path}: lacks {name}, which {index.name} promises; copy or download it again")
-        self._handle_of = {name: handles[path] for name, path in self.file_of.items()}
-        views = {name: handle.get_slice(name) for name, handle in self._handle_of.items()}
+        self.file_of = {name: path for name, (path, _) in stored.items()}
+        self._inside = {name: inside for name, (_, inside) in stored.items()}
+        self.reopen()
+        held = {path: set(handle.keys()) for path, handle in self._handles.items()}
+        for path, inside in stored.values():
+            if inside not in held[path]:
+                raise UserError(f"{path}: lacks {inside}, which {INDEX} promises; copy or download it again")
+        views = {name: self._handles[path].get_slice(inside) for name, (path, inside) in stored.items()}
         self.shape = {name: tuple(view.get_shape()) for name, view in views.items()}
         self.dtype = {name: view.get_dtype() for name, view in views.items()}
         for name, dtype in self.dtype.items():
-            if dtype == _FP8:
+            if dtype == FP8:
                 self._check_scale(name)
 
-    @staticmethod
-    def _open(path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt")
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
+    def reopen(self) -> None:
+        """Open the files anew: what was read of them so far is mapped no longer, unless a tensor still aliases it."""
+        self._handles = {path: open_file(path) for path in dict.fromkeys(self.file_of.values())}
 
     def _check_scale(self, name: str) -> None:
         want = tuple(math.ceil(size / step) for size, step in zip(self.shape[name], self.block, strict=False))
@@ -102,22 +91,65 @@ class _Shards:
 
     def names(self) -> list[str]:
         """Return the tensors that are not merely the scales of another."""
-        scales = {name + _SCALE for name, dtype in self.dtype.items() if dtype == _FP8}
+        scales = {name + _SCALE for name, dtype in self.dtype.items() if dtype == FP8}
         return [name for name in self.shape if name not in scales]
+
+    def with_scale(self, name: str) -> list[str]:
+        """Return a tensor's name, and after it that of its scales where it is FP8."""
+        return [name, name + _SCALE] if self.dtype[name] == FP8 else [name]
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a tensor as stored."""
+        return math.prod(self.shape[name]) * _BYTES[self.dtype[name]]
 
     def read(self, name: str, fp8_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Return a tensor as stored; FP8 blocks come back multiplied out, in ``fp8_dtype``. May alias the file."""
-        handle = self._handle_of[name]
-        if self.dtype[name] != _FP8:
-            return handle.get_tensor(name)
-        scale = self._handle_of[name + _SCALE].get_tensor(name + _SCALE)
-        return dequantize_weight(handle.get_tensor(name), scale, self.block, fp8_dtype)
+        if self.dtype[name] != FP8:
+            return self.piece(name)
+        return dequantize_weight(self.piece(name), self.piece(name + _SCALE), self.block, fp8_dtype)
+
+    def piece(self, name: str, axis: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """Return one of ``parts`` equal slices along ``axis`` (None: the whole), as stored. May alias the file."""
+        handle, inside = self._handles[self.file_of[name]], self._inside[name]
+        if axis is None or parts == 1:
+            return handle.get_tensor(inside)
+        size = self.shape[name][axis] // parts
+        span = slice(part * size, (part + 1) * size)
+        view = handle.get_slice(inside)
+        return view[span] if axis == 0 else view[:, span].contiguous()
+
+
+def open_file(path: Path) -> Any:
+    """Open a safetensors file and read its header. Raises UserError when it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
+
+
+def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        path = _find_single(folder)
+        names = open_file(path).keys()
+        return {name: (path, name) for name in names}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: has no weight_map of file names; copy or download it again")
+    return {name: (folder / file, name) for name, file in weight_map.items()}
 
 
 def _find_single(folder: Path) -> Path:
     if (folder / SINGLE).is_file():
         return folder / SINGLE
     found = sorted(folder.glob("*.safetensors"))
+    if any(RANK_FILE.fullmatch(path.name) for path in found):
+        raise UserError(
+            f"{folder}: holds the shards of the inference demo; tokensieve convert {folder} NEW_FOLDER --reverse makes a "
+            "checkpoint of them"
+        )
     if len(found) == 1:
         return found[0]
     if found:
@@ -131,7 +163,14 @@ def _find_single(folder: Path) -> Path:
     raise UserError(f"{folder}: no safetensors file; a checkpoint needs {SINGLE}, or shards and {INDEX}")
 
 
-def _open_shards(folder: str | Path) -> _Shards:
+def open_shards(folder: str | Path) -> Shards:
+    """Open a checkpoint folder. Raises UserError for damaged files and for a quantization that is not FP8 in blocks."""
+    block = fp8_block(folder)
+    return Shards(_stored(Path(folder)), block)
+
+
+def fp8_block(folder: str | Path) -> tuple[int, int]:
+    """Return rows and columns of the FP8 blocks that config.json tells of; where it tells of none, the published ones."""
     # From the file, not from a config object: that describes the model in memory, which is never quantized.
     quantization = read_config(folder).get("quantization_config") or {}
     method = quantization.get("quant_method", "fp8")
@@ -143,28 +182,30 @@ def _open_shards(folder: str | Path) -> _Shards:
             f"{folder}: weight_block_size is {block}, not the rows and columns of an FP8 block; correct it in config.json, "
             "[128, 128] for the published weights"
         )
-    return _Shards(Path(folder), (block[0], block[1]))
+    return block[0], block[1]
 
 
-def _mtp_names(shards: _Shards, config: Any) -> list[str]:
+def mtp_names(shards: Shards, config: Any) -> list[str]:
+    """Return the tensors of the layers past the last, as many as the config counts, without their scales."""
     first = config.num_hidden_layers
     layers = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
     return [name for name in shards.names() if (at := _LAYER.match(name)) and int(at[1]) in layers]
 
 
-def _check(folder: str | Path, config: Any, shards: _Shards) -> None:
-    expected = expected_tensors(config)
+def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], config: Any, shards: Shards) -> None:
+    """Raise UserError, naming tensor and remedy, unless ``shards`` holds the tensors ``expected`` and no unknown one."""
     for name, shape in expected.items():
         if name in shards.shape and shards.shape[name] != shape:
             raise UserError(
                 f"{shards.file_of[name]}: {name} is {shards.shape[name]}, but config.json makes it {shape}; "
                 "use the config.json that belongs to these weights"
             )
-        if name in shards.shape and shards.dtype[name] not in _FLOATS | {_FP8}:
-            raise UserError(
-                f"{shards.file_of[name]}: {name} is stored as {shards.dtype[name]}; use bf16 or FP8 weights"
-            )
-    ignored = set(_mtp_names(shards, config)) | {"lm_head.weight"}  # a tied lm_head is compared instead
+        for part in shards.with_scale(name) if name in shards.shape else ():
+            if shards.dtype[part] not in _BYTES:
+                raise UserError(
+                    f"{shards.file_of[part]}: {part} is stored as {shards.dtype[part]}; use bf16 or FP8 weights"
+                )
+    ignored = set(mtp_names(shards, config)) | {"lm_head.weight"}  # a tied lm_head is compared instead
     found = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in shards.shape]
     surplus = [name for name in found if name not in expected and name not in ignored]
@@ -189,18 +230,24 @@ def load_tensors(folder: str | Path, config: Any, dtype: torch.dtype) -> Iterato
     Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
     corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
     """
-    shards = _open_shards(folder)
-    _check(folder, config, shards)
+    shards = open_shards(folder)
+    check_tensors(folder, expected_tensors(config), config, shards)
+    check_tied(folder, config, shards)
+    return stream(shards, memory_layout(config), dtype)
+
+
+def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
+    """Raise UserError when an ``lm_head`` is stored that is said to be the embedding and is not."""
     tied_twice = config.tie_word_embeddings and "lm_head.weight" in shards.shape
     if tied_twice and not torch.equal(shards.read("lm_head.weight"), shards.read("model.embed_tokens.weight")):
         raise UserError(
             f"{folder}: lm_head.weight differs from the embedding it is said to share; "
             "set tie_word_embeddings to false in config.json"
         )
-    return _stream(shards, memory_layout(config), dtype)
 
 
-def _stream(shards: _Shards, layout: dict[str, list[str]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def stream(shards: Shards, layout: dict[str, list[str]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (in-memory name, tensor) for a layout as :func:`memory_layout` gives it; the rest as :func:`load_tensors`."""
     for name, parts in layout.items():
         kind = torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype
         if parts == [name]:
@@ -228,7 +275,7 @@ class Extras:
                 f"{self.folder}: gone, and with it the multi-token-prediction layer to be saved; put it back, or set "
                 "num_nextn_predict_layers to 0 to save without"
             )
-        shards = _open_shards(self.folder)
+        shards = open_shards(self.folder)
         for name in self.names:
             if name not in shards.shape:
                 raise UserError(f"{self.folder}: {name} is gone since the model was loaded; put it back")
@@ -241,5 +288,5 @@ def mtp_tensors(folder: str | Path, config: Any) -> Extras | None:
     Nothing is read but headers. They are the layers from ``num_hidden_layers`` on, ``num_nextn_predict_layers`` of
     them; a config that counts such a layer while the folder has none is fine. Raises UserError for an unreadable file.
     """
-    names = _mtp_names(_open_shards(folder), config)
+    names = mtp_names(open_shards(folder), config)
     return Extras(Path(folder).resolve(), tuple(names)) if names else None

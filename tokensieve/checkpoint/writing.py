@@ -36,7 +36,7 @@ def save_tensors(
     model = SimpleNamespace(**config)
     shapes, layout = expected_tensors(model), memory_layout(model)
     with replacing_folder(folder) as new:
-        writer = _ShardWriter(new, shard_bytes)
+        writer = ShardWriter(new, shard_bytes)
         dtype: torch.dtype | None = None
         for name, tensor in tensors:
             if name == "lm_head.weight" and model.tie_word_embeddings:
@@ -50,7 +50,7 @@ def save_tensors(
                     f"{name} is {tuple(tensor.shape)}, which does not make up {parts[0]} {shapes[parts[0]]}"
                 )
             if dtype is None:  # all but a sliver is of one dtype, so the first tensor tells the size of the whole
-                writer.require(sum(math.prod(shape) for shape in shapes.values()) * tensor.element_size())
+                require_space(new, sum(math.prod(shape) for shape in shapes.values()) * tensor.element_size())
             if dtype is None or name == "model.embed_tokens.weight":
                 dtype = tensor.dtype
             for part, piece in zip(parts, rows.split([shapes[part][0] for part in parts]), strict=True):
@@ -64,7 +64,14 @@ def save_tensors(
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-class _ShardWriter:
+def require_space(folder: Path, size: int) -> None:
+    """Raise the OSError of a full disk before ``size`` bytes are written in vain."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+
+
+class ShardWriter:
     """Collects tensors and writes them in files of about equal size."""
 
     def __init__(self, folder: Path, shard_bytes: float) -> None:
@@ -72,11 +79,6 @@ class _ShardWriter:
         self.pending: dict[str, torch.Tensor] = {}
         self.pending_bytes = self.total_bytes = 0
         self.shards: list[list[str]] = []
-
-    def require(self, size: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
-            raise OSError(errno.ENOSPC, f"{size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -87,7 +89,7 @@ class _ShardWriter:
         self.total_bytes += size
 
     def _write(self) -> None:
-        self.require(self.pending_bytes)
+        require_space(self.folder, self.pending_bytes)
         save_file(self.pending, self.folder / f"{len(self.shards)}.part", metadata={"format": "pt"})
         self.shards.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0

@@ -1,0 +1,279 @@
+"""Write the shards of the official inference demo from a checkpoint folder, and read them back.
+
+Rank i of R reads ``model{i}-mp{R}.safetensors``. It holds a slice of every matrix that the ranks divide, a run of E / R
+whole experts, and a copy of all the rest, under names of its own. Values are moved and never changed: FP8 stays FP8,
+and rotated dimensions keep the order of the published checkpoint (interleaved for the attention, half-split for the
+indexer), since the official conversion does not touch them either. Legend: R ranks, E experts.
+
+Source: inference/convert.py (names and slices), inference/model.py and generate.py (what reads them) of
+DeepSeek-V3.2-Exp. The demo is told the shape by a JSON file of its own; what is kept here is the checkpoint's
+config.json, which is all that the way back needs.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tokensieve.checkpoint.folder import replacing_folder
+from tokensieve.checkpoint.names import RANK_FILE, expected_tensors, memory_layout
+from tokensieve.checkpoint.ranks import (
+    DEMO_BLOCK,
+    EXPERT,
+    check_division,
+    demo_name,
+    rank_file,
+    rank_tensors,
+    shard_axis,
+)
+from tokensieve.checkpoint.reading import (
+    FP8,
+    Shards,
+    check_tensors,
+    check_tied,
+    fp8_block,
+    mtp_names,
+    open_file,
+    open_shards,
+    read_config,
+    stream,
+)
+from tokensieve.checkpoint.writing import ShardWriter, require_space
+from tokensieve.config import UserError, model_config
+
+log = logging.getLogger("tokensieve")
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BESIDE = ("*token*", "chat_template*", "generation_config.json")  # the demo reads the tokenizer from the same folder
+
+
+def write_shards(
+    source: str | Path,
+    out: str | Path,
+    ranks: int,
+    n_experts: int | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> None:
+    """Write the demo's shards of a checkpoint folder, byte for byte those of the official conversion.
+
+    source: a folder in Hugging Face format; out: a new or empty folder, which appears when all is on disk; ranks: files
+    to write; n_experts: compared with config.json where given. At most one rank's tensors are held in memory. Beside the
+    shards go config.json and the tokenizer. The multi-token-prediction layer is left behind, as the demo has none; a
+    tied ``lm_head``, for which the demo has no notion, is written as a copy of the embedding.
+    Raises UserError for a checkpoint that :func:`load_tensors` refuses, for another number of experts, for a number of
+    ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (where the
+    official conversion stops or gives a rank the wrong scales), for biases, and for a folder that holds something.
+    """
+    source, out = Path(source), Path(out)
+    raw = read_config(source)
+    config = model_config(raw)
+    _check_new(out)
+    _check_experts(source, config, n_experts)
+    shards = open_shards(source)
+    check_tensors(source, expected_tensors(config), config, shards)
+    check_tied(source, config, shards)
+    check_division(source, config, shards, ranks)
+    if FP8 in shards.dtype.values() and shards.block != DEMO_BLOCK:
+        raise UserError(
+            f"{source}: FP8 in blocks of {shards.block[0]} x {shards.block[1]}, and the demo reads 128 x 128 only; "
+            "convert the bf16 weights"
+        )
+    with replacing_folder(out) as new:
+        require_space(new, sum(_rank_bytes(shards, config, rank, ranks) for rank in range(ranks)))
+        for rank in range(ranks):
+            on_step(f"rank {rank} of {ranks}")
+            save_file(_of_rank(shards, config, rank, ranks), new / rank_file(rank, ranks))
+            shards.reopen()
+        _copy_beside(source, new)
+        shutil.copyfile(source / "config.json", new / "config.json")
+    if mtp_names(shards, config):
+        log.warning("%s: the multi-token-prediction layer is left behind: the demo has none", out)
+
+
+def _of_rank(shards: Shards, config: Any, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    tensors = {
+        demo_name(part): shards.piece(part, shard_axis(name), rank, ranks)
+        for name in rank_tensors(config, rank, ranks)
+        for part in shards.with_scale(name)
+    }
+    if config.tie_word_embeddings:
+        tensors[demo_name(_HEAD)] = tensors[demo_name(_EMBEDDING)].clone()  # safetensors stores no tensor twice
+    return tensors
+
+
+def _rank_bytes(shards: Shards, config: Any, rank: int, ranks: int) -> int:
+    total = 0
+    for name in rank_tensors(config, rank, ranks):
+        divided = 1 if shard_axis(name) is None else ranks
+        copies = 2 if name == _EMBEDDING and config.tie_word_embeddings else 1
+        total += copies * sum(shards.size(part) for part in shards.with_scale(name)) // divided
+    return total
+
+
+def join_shards(
+    source: str | Path,
+    out: str | Path,
+    ranks: int | None = None,
+    n_experts: int | None = None,
+    shard_bytes: float = 5e9,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> None:
+    """Write the checkpoint folder that the demo's shards were made from, bit for bit; the reverse of `write_shards`.
+
+    source: a folder with every ``model{i}-mp{ranks}.safetensors`` and the config.json of the checkpoint (the official
+    conversion does not copy it: put it there); out: a new or empty folder; ranks: needed only where the folder holds
+    shards for several numbers of ranks. Held in memory are one file of ``shard_bytes`` and one layer. config.json stays
+    as it is, but for a multi-token-prediction layer, which the shards do not hold and it counts no more.
+    Raises UserError for a missing, damaged or foreign file, and for ranks whose common tensors differ.
+    """
+    source, out = Path(source), Path(out)
+    raw = read_config(source)
+    config = model_config(raw)
+    _check_new(out)
+    _check_experts(source, config, n_experts)
+    ranks = _find_ranks(source, ranks)
+    opened = [_open_rank(source, config, rank, ranks) for rank in range(ranks)]
+    check_division(source, config, opened[0], ranks, whole_blocks=False)
+    size = 0
+    for rank, shards in enumerate(opened):
+        shapes = rank_tensors(config, rank, ranks)
+        check_tensors(source, shapes, config, shards)
+        check_tied(source, config, shards)
+        own = [name for name in shapes if rank == 0 or shard_axis(name) is not None or EXPERT.search(name)]
+        size += sum(shards.size(part) for name in own for part in shards.with_scale(name))
+    with replacing_folder(out) as new:
+        require_space(new, size)
+        writer = ShardWriter(new, shard_bytes)
+        for place, names in groupby(expected_tensors(config), _place):
+            on_step(place)
+            for name in names:
+                for part, tensor in _whole(name, opened):
+                    writer.add(part, tensor)
+            for shards in opened:
+                shards.reopen()
+        writer.close()
+        _copy_beside(source, new)
+        if raw.get("num_nextn_predict_layers"):
+            text = json.dumps(raw | {"num_nextn_predict_layers": 0}, indent=2)
+            (new / "config.json").write_text(text + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(source / "config.json", new / "config.json")
+
+
+def _place(name: str) -> str:
+    layer = _LAYER.match(name)
+    return layer[0].rstrip(".") if layer else name
+
+
+def _whole(name: str, opened: list[Shards]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor, and its scales where it is FP8, put together from the ranks that hold it."""
+    holders, axis = [shards for shards in opened if name in shards.shape], shard_axis(name)
+    for part in holders[0].with_scale(name):
+        pieces = [shards.piece(part) for shards in holders]
+        if any(piece.dtype != pieces[0].dtype for piece in pieces):
+            raise _mixed(part, holders)
+        if axis is not None:
+            yield part, torch.cat(pieces, axis)
+            continue
+        for piece in pieces[1:]:
+            if not torch.equal(piece.view(torch.uint8), pieces[0].view(torch.uint8)):
+                raise _mixed(part, holders)
+        yield part, pieces[0]
+
+
+def _mixed(name: str, holders: list[Shards]) -> UserError:
+    folder = holders[0].file_of[name].parent
+    return UserError(f"{folder}: the ranks' {name} do not agree; the files are of several conversions: convert again")
+
+
+def load_shard(
+    folder: str | Path, config: Any, rank: int, ranks: int, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stream one rank's tensors out of its shard: (in-memory name, this rank's slice), in the order of the model.
+
+    Reads ``model{rank}-mp{ranks}.safetensors`` and config.json of the folder and no other rank's file. Names, dtypes and
+    what is held are those of :func:`load_tensors`; the slices are along :func:`shard_axis`, and the fused experts of a
+    layer are this rank's E / R, the first of them expert rank * E / R. A tied ``lm_head`` is not yielded: this rank's
+    rows of it are those of the embedding. Headers are checked before this returns. Raises UserError as `load_tensors`,
+    and for a number of ranks that does not divide the model.
+    """
+    folder = Path(folder)
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}: ranks count from 0")
+    shards = _open_rank(folder, config, rank, ranks)
+    check_division(folder, config, shards, ranks)
+    shapes = rank_tensors(config, rank, ranks)
+    check_tensors(folder, shapes, config, shards)
+    check_tied(folder, config, shards)
+    layout = {name: [part for part in parts if part in shapes] for name, parts in memory_layout(config).items()}
+    return stream(shards, layout, dtype)
+
+
+def _open_rank(folder: Path, config: Any, rank: int, ranks: int) -> Shards:
+    """One rank's file, its tensors under the names that they have in a checkpoint."""
+    path = folder / rank_file(rank, ranks)
+    if not path.is_file():
+        raise UserError(f"{path}: missing; copy it from where the checkpoint was converted, or convert it again")
+    names = [*expected_tensors(config), *([_HEAD] if config.tie_word_embeddings else [])]
+    scales = [f"{name}_scale_inv" for name in names if name.endswith(".weight")]
+    on_disk = {demo_name(name): name for name in names + scales}
+    inside = list(open_file(path).keys())
+    foreign = [name for name in inside if name not in on_disk]
+    if foreign:
+        raise UserError(
+            f"{path}: {foreign[0]} is no tensor of this model in the demo's names; use the config.json that belongs to "
+            "these shards"
+        )
+    return Shards({on_disk[name]: (path, name) for name in inside}, fp8_block(folder))
+
+
+def _find_ranks(folder: Path, asked: int | None) -> int:
+    found: dict[int, set[str]] = {}
+    for path in folder.iterdir():
+        if file := RANK_FILE.fullmatch(path.name):
+            found.setdefault(int(file[2]), set()).add(path.name)
+    if asked is None and len(found) > 1:
+        raise UserError(
+            f"{folder}: holds shards for {' and for '.join(map(str, sorted(found)))} ranks; say which with --model-parallel"
+        )
+    ranks = asked if asked is not None else next(iter(found), 0)
+    if not found.get(ranks):
+        held = f"those there are for {', '.join(map(str, sorted(found)))}" if found else "it holds none"
+        wanted = f"shards for {ranks} ranks" if ranks else "shards (model0-mp8.safetensors and so on)"
+        raise UserError(f"{folder}: no {wanted}, {held}; give the folder that convert wrote")
+    missing = [name for name in (rank_file(rank, ranks) for rank in range(ranks)) if name not in found[ranks]]
+    if missing:
+        raise UserError(
+            f"{folder}: {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing; "
+            f"copy all {ranks} shards into one folder"
+        )
+    return ranks
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; name a new folder, or remove it first")
+
+
+def _check_experts(folder: Path, config: Any, n_experts: int | None) -> None:
+    held = config.n_routed_experts
+    if n_experts is not None and n_experts != held:
+        raise UserError(
+            f"--n-experts {n_experts}: {folder}/config.json has n_routed_experts {held}; say --n-experts {held}, "
+            "or leave it out"
+        )
