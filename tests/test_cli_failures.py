@@ -61,7 +61,7 @@ def _without_weights(folder: Path) -> None:
 
 
 def _other_tokenizer(folder: Path) -> None:
-    train_tokenizer([Path(cli.__file__).read_text() * 4], folder, VOCABULARY + 64)
+    train_tokenizer([Path(cli.training.__file__).read_text() * 8], folder, VOCABULARY + 64)
 
 
 def _no_tokenizer(folder: Path) -> None:

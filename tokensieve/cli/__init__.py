@@ -1,0 +1,13 @@
+"""The command line: every command is a typed function, and what it does lies in the package.
+
+A command imports what it needs when it runs, so that `--help` answers at once. Standard output carries results, standard error the log and
+the messages. Exit status: 0 done, 2 bad input (one line says what and the remedy), 130 interrupted.
+"""
+
+# Each adds its commands, in the order in which --help shows them.
+from tokensieve.cli import training  # noqa: I001
+from tokensieve.cli import checkpoints
+from tokensieve.cli import text
+from tokensieve.cli.program import app, main
+
+__all__ = ["app", "checkpoints", "main", "text", "training"]

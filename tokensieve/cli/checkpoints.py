@@ -1,0 +1,168 @@
+"""Commands on checkpoints: look at the machine, make a model sparse, measure it, convert it."""
+
+import time
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokensieve.cli.program import Device, Model, app, stderr, tokenizer_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokensieve.model import DecoderForCausalLM
+
+SELECT_FROM = 4  # a sparse model is compared in contexts of at least so many times k tokens
+
+
+class IndexDtype(StrEnum):
+    bf16 = "bf16"
+    fp8 = "fp8"
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False) -> None:
+    """Show what this machine has (devices, backends and why not, versions, memory) and what will be used.
+
+    Example: tokensieve doctor --json
+    """
+    from tokensieve import doctor as examination
+
+    examination.doctor(as_json)
+
+
+@app.command()
+def sparsify(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not hold one.")],
+    top_k: Annotated[int, typer.Option(help="Keys that a query selects.")] = 2048,
+    index_heads: Annotated[int, typer.Option(help="Heads of the indexer.")] = 64,
+    index_dim: Annotated[int, typer.Option(help="Width of an indexer head.")] = 128,
+    index_dtype: Annotated[IndexDtype, typer.Option(help="Arithmetic of the index scores.")] = IndexDtype.bf16,
+    seed: Annotated[int, typer.Option(help="Of the new indexer's weights.")] = 0,
+) -> None:
+    """Add an untrained indexer to a dense checkpoint: the start of warm-up.
+
+    Example: tokensieve sparsify base runs/untrained --top-k 128 --index-heads 8 --index-dim 32
+    """
+    import tokensieve
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise tokensieve.UserError(f"{out} exists already; name a new folder, or remove it first")
+    dense = tokensieve.load(model, dtype=_stored_dtype(model))
+    sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed)
+    tokensieve.save(sparse, out)
+    count = sum(p.numel() for p in sparse.indexer_parameters())
+    typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")
+    typer.echo(f"Next: tokensieve warmup --model {out}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = "base",
+    quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME unless given.")] = None,
+    data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompts.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a model: a dense one's use of its context, a sparse one against its own dense attention.
+
+    Example: tokensieve eval base --quick
+    """
+    import tokensieve
+    from tokensieve.data import read_documents
+    from tokensieve.machine import choose_device
+    from tokensieve.report import environment
+    from tokensieve.train.figures import write_figures
+
+    begin = time.perf_counter()
+    loaded = tokensieve.load(model, device=choose_device(device))
+    tokenizer = tokenizer_of(model, loaded)
+    documents = list(read_documents(data, "held_out"))
+    metrics = _measure(loaded, tokenizer, documents, quick, context)
+    metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
+    path = Path(model)
+    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
+    folder = out or Path("runs") / f"eval-{name}"
+    typer.echo(f"\nFigures: {write_figures(folder / 'metrics.json', metrics)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="HF_DIR", help="Checkpoint folder in Hugging Face format.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the shards; with --reverse, for the checkpoint.")],
+    n_experts: Annotated[int | None, typer.Option(help="Routed experts; checked against config.json.")] = None,
+    model_parallel: Annotated[int | None, typer.Option(min=1, help="Shards, one for each GPU of the demo.")] = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="HF_DIR holds shards: make a checkpoint of them.")] = False,
+) -> None:
+    """Write a checkpoint as the shards of the official inference demo, or with --reverse go back; every bit stays.
+
+    Example: tokensieve convert base runs/shards --n-experts 16 --model-parallel 2
+    """
+    from tokensieve import checkpoint
+    from tokensieve.config import UserError
+    from tokensieve.model import model_path
+
+    with stderr().status("Reading headers") as status:
+
+        def show(step: str) -> None:
+            status.update(f"Writing {step}")
+
+        if reverse:
+            checkpoint.join_shards(source, out, model_parallel, n_experts, on_step=show)
+            typer.echo(f"{out}: a checkpoint in Hugging Face format")
+            return
+        if model_parallel is None:
+            raise UserError("say with --model-parallel for how many GPUs the shards are, for example 8")
+        checkpoint.write_shards(model_path(source), out, model_parallel, n_experts, on_step=show)
+    typer.echo(f"{out}: {model_parallel} shards, {checkpoint.rank_file(0, model_parallel)} the first")
+
+
+def _measure(
+    model: "DecoderForCausalLM", tokenizer: Any, documents: list, quick: bool, context: int | None
+) -> dict[str, Any]:
+    """A sparse model's arms, or what a dense one has to show, in the usual contexts or in the one asked for; printed."""
+    from rich.console import Console
+
+    from tokensieve import evals
+    from tokensieve.report import show, show_criteria
+
+    sizes, console = evals.QUICK if quick else evals.FULL, Console()
+    status = stderr().status("Needles, text, completions and answers")
+    if model.is_sparse:
+        context = context or max(sizes.contexts[0], SELECT_FROM * model.top_k)
+        texts, needle_contexts = (2, 1) if quick else (16, 8)
+        with status:
+            figures = evals.judge_sparse(
+                model,
+                tokenizer,
+                documents,
+                context,
+                texts,
+                needle_contexts,
+                on_step=lambda what: status.update(f"Measuring: {what}"),
+            )
+        show(console, figures)
+        return figures
+    if context is not None:
+        sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
+    with status:
+        figures = evals.acceptance(model, tokenizer, documents, sizes)
+    show_criteria(console, evals.acceptance_criteria(figures))
+    return figures
+
+
+def _stored_dtype(name: str) -> "torch.dtype | None":
+    """The dtype that config.json states, so that a checkpoint keeps its size; None leaves it to the loader."""
+    import torch
+
+    from tokensieve import checkpoint
+    from tokensieve.model import model_path
+
+    raw = checkpoint.read_config(model_path(name))
+    stated = str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(stated)

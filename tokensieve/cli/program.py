@@ -1,0 +1,121 @@
+"""What the commands share: the program itself, its options, how it ends, and how it says that the input was bad."""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokensieve.model import DecoderForCausalLM
+
+# Of the system, not of the program: no space, no permission, not a folder, a read-only disk.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+DISK_ERRORS |= {errno.EEXIST}
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+class SelectBy(StrEnum):
+    indexer = "indexer"
+    dense = "dense"
+    window = "window"
+
+
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base, sparse).")
+]
+Config = Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="A .toml file, or a bundled config by name.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")]
+Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
+Out = Annotated[str | None, typer.Option(help="Run folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import tokensieve
+
+        typer.echo(f"tokensieve {tokensieve.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def setup(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Give a language model sparse attention: make a checkpoint sparse, train it, measure it.
+
+    Start with: tokensieve demo
+    """
+    from rich.logging import RichHandler
+
+    log = logging.getLogger("tokensieve")
+    log.handlers = [RichHandler(console=stderr(), show_path=False, show_time=False, show_level=False)]
+    log.setLevel(logging.INFO)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits. Raises only what is a defect: bad input and interruptions end in one line."""
+    try:
+        app(arguments)
+    except SystemExit:  # how every command ends; first, so that `--help` does not import what the next line needs
+        raise
+    except _bad_input() as error:
+        _fail(f"error: {error}", 2)
+    except _interruptions() as error:
+        _fail(f"interrupted: {error}" if str(error) else "interrupted", 130)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "check the path and its permissions"
+        _fail(f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}", 2)
+
+
+@cache
+def stderr() -> "Console":
+    """One for the log and for what moves: two would write into each other's lines."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _bad_input() -> type[Exception]:
+    from tokensieve.config import UserError
+
+    return UserError
+
+
+def _interruptions() -> tuple[type[BaseException], ...]:
+    from tokensieve.train import Interrupted
+
+    return Interrupted, KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def overrides(set_: list[str] | None, model: str | None = None, out: str | None = None) -> tuple[str, ...]:
+    """What the options change in the config, as `--set` would; a `--set` comes later and wins. JSON strings are TOML strings."""
+    given = {"model": model, "data.tokenizer": model, "out": out}
+    return (*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(set_ or ()))
+
+
+def tokenizer_of(name: str, model: "DecoderForCausalLM") -> Any:
+    import tokensieve
+    from tokensieve.model import check_tokenizer
+
+    tokenizer = tokensieve.load_tokenizer(name)
+    check_tokenizer(tokenizer, model.config)
+    return tokenizer

@@ -1,0 +1,134 @@
+"""Commands that write text with a model."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tokensieve.cli.program import Device, Model, SelectBy, app, stderr, tokenizer_of
+
+if TYPE_CHECKING:
+    from tokensieve.model import DecoderForCausalLM
+
+
+@app.command()
+def generate(
+    model: Model = "base",
+    prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
+    chat: Annotated[str | None, typer.Option(help="A message to answer in chat format; - reads it.")] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Talk: messages from standard input.")] = False,
+    input_file: Annotated[Path | None, typer.Option(help="Answer all messages in it; blank lines part them.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
+    selection: Annotated[SelectBy | None, typer.Option(help="Who selects keys; the indexer unless given.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws when the temperature is not 0.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Write text with a model, token by token, to standard output.
+
+    Example: tokensieve generate base --prompt "def parse_args(argv):" --max-new-tokens 64
+    """
+    import tokensieve
+    from tokensieve.machine import choose_device
+
+    if sum((prompt is not None, chat is not None, interactive, input_file is not None)) != 1:
+        raise tokensieve.UserError("give one of --prompt TEXT, --chat TEXT, --interactive and --input-file FILE")
+    talk = interactive or input_file is not None
+    if talk and selection is SelectBy.window:
+        raise tokensieve.UserError("--selection window goes with --prompt and --chat only; use indexer or dense")
+    text = input_file.read_text(encoding="utf-8") if input_file else ""
+    if "-" in (prompt, chat):
+        text = sys.stdin.read()
+    loaded = tokensieve.load(model, device=choose_device(device))
+    if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
+        raise tokensieve.UserError(f"--selection {selection}: {model} is dense and selects nothing; sparsify it first")
+    tokenizer = tokenizer_of(model, loaded)
+    if talk:
+        from tokensieve.engine import Sampling
+
+        sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        _talk(
+            loaded,
+            tokenizer,
+            sampling,
+            text if input_file else None,
+            "dense" if selection is SelectBy.dense else "indexer",
+        )
+        return
+    ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
+    _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
+
+
+def _write(
+    model: "DecoderForCausalLM",
+    tokenizer: Any,
+    ids: list[int],
+    tokens: int,
+    selection: SelectBy | None,
+    temperature: float,
+    seed: int,
+) -> None:
+    import torch
+    from transformers import TextStreamer
+
+    import tokensieve
+
+    room = model.config.max_position_embeddings
+    if len(ids) + tokens > room:
+        raise tokensieve.UserError(
+            f"{len(ids)} prompt tokens and {tokens} new ones are past the model's {room} positions; shorten one"
+        )
+    torch.manual_seed(seed)
+    draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    with torch.inference_mode(), tokensieve.selecting(model, selection.value if selection else "indexer"):
+        model.generate(
+            torch.tensor([ids], device=model.device),
+            max_new_tokens=tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **draw,
+            **ends,
+        )
+
+
+def _talk(
+    model: "DecoderForCausalLM", tokenizer: Any, sampling: Any, file: str | None, selects: Literal["indexer", "dense"]
+) -> None:
+    """A conversation, or the answers to a file's messages."""
+    from tokensieve.engine import Engine
+    from tokensieve.serve import terminal
+
+    prompts = None if file is None else terminal.prompts_in(file)
+    engine = Engine(model, tokenizer)
+    if prompts is not None:
+        for asked, answer in terminal.answer_all(engine, prompts, sampling, selects):
+            typer.echo(f"Prompt: {asked}\nCompletion: {answer}\n")
+        return
+    import readline  # noqa: F401  # with it, input() knows arrow keys and what was typed before
+
+    ask = ">>> " if sys.stdin.isatty() else ""
+    terminal.converse(
+        engine, sampling, selects, lambda: input(ask), lambda part: typer.echo(part, nl=False), stderr().print
+    )
+
+
+def _prompt_ids(tokenizer: Any, text: str, as_chat: bool) -> list[int]:
+    from tokensieve.config import UserError
+
+    if as_chat:
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "--chat: the model's tokenizer has no chat template; use --prompt, or add chat_template.jinja"
+            )
+        return list(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+        )
+    first = tokenizer.bos_token_id
+    ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = ids if first is None or ids[:1] == [first] else [first, *ids]
+    if not ids:
+        raise UserError("--prompt is empty and the tokenizer has no first token; give some text")
+    return ids

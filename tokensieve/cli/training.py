@@ -1,0 +1,109 @@
+"""Commands that train: the demo, the four stages, the whole road."""
+
+import time
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokensieve.cli.program import Config, Out, Resume, Set, Start, app, overrides
+
+
+class Until(StrEnum):
+    pretrain = "pretrain"
+    warmup = "warmup"
+    adapt = "adapt"
+    evaluate = "evaluate"
+
+
+@app.command()
+def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
+    """Turn the bundled dense model into a sparse one, compare the two, and write a report.
+
+    Example: tokensieve demo --out runs/demo
+    """
+    from tokensieve import demo as main_job
+    from tokensieve.config import DemoConfig, load_config
+
+    main_job.run(load_config(DemoConfig, config, overrides(set_, out=out)))
+
+
+@app.command()
+def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
+    """Train a new dense model of the shape that the config gives, as the bundled base was made.
+
+    Example: tokensieve pretrain --config base --set optimizer.lr=2e-3 --out runs/mine
+    """
+    _train("pretrain", config, overrides(set_, out=out), resume)
+
+
+@app.command()
+def speedrun(
+    config: Config = "speedrun",
+    set_: Set = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")] = False,
+    until: Annotated[Until, typer.Option(help="The last part to do now; --resume does the rest.")] = Until.evaluate,
+) -> None:
+    """Pretrain a base model, warm its indexers up, adapt it and measure all three, as the bundled ones were made.
+
+    Example: tokensieve speedrun --out runs/speedrun --until pretrain
+    """
+    from tokensieve import speedrun as whole_road
+    from tokensieve.config import SpeedrunConfig, load_config
+
+    whole_road.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
+
+
+@app.command()
+def warmup(
+    config: Config = "warmup", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
+) -> None:
+    """Dense warm-up, stage 1: the indexers learn where the frozen model looks.
+
+    Example: tokensieve warmup --model runs/untrained --out runs/warmup
+    """
+    run = _train("warmup", config, overrides(set_, model, out), resume)
+    typer.echo(f"Next: tokensieve adapt --model {_newest(run)}")
+
+
+@app.command()
+def adapt(
+    config: Config = "adapt", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
+) -> None:
+    """Sparse training, stage 2: selection is on and everything trains.
+
+    With --set selection=false the dense model trains on the same tokens, to compare with.
+
+    Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
+    """
+    run = _train("adapt", config, overrides(set_, model, out), resume)
+    typer.echo(f"Next: tokensieve eval {_newest(run)}")
+
+
+def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:
+    """Runs a stage, writes its metrics.json, and returns the run folder."""
+    from tokensieve import train
+    from tokensieve.config import TrainConfig, UserError, load_config
+    from tokensieve.train.figures import summary, write_figures
+
+    config = load_config(TrainConfig, name, overrides)
+    if config.stage != stage:
+        raise UserError(f"config {name} is for stage {config.stage}: run it with tokensieve {config.stage}")
+    if not config.model and not config.shape:
+        raise UserError(f"config {name} names no model to start from; say it with --model FOLDER")
+    if not config.data.tokenizer:
+        config = replace(config, data=replace(config.data, tokenizer=config.model))
+    begin = time.perf_counter()
+    train.run(config, resume=resume)
+    write_figures(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
+    typer.echo(f"{_newest(Path(config.out))}: the trained model")
+    return Path(config.out)
+
+
+def _newest(run: Path) -> Path:
+    from tokensieve.train.state import checkpoints
+
+    return checkpoints(run)[-1]
