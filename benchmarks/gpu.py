@@ -143,7 +143,8 @@ def random_selection(S: int, T: int) -> Tensor:
     """Ascending causal selections of the last S queries."""
     rows = []
     for t in range(T - S + 1, T + 1):
-        rows.append(torch.randperm(t, device="cuda")[:K].sort().values)
+        chosen = torch.randperm(t, device="cuda")[:K].sort().values
+        rows.append(torch.nn.functional.pad(chosen, (0, K - len(chosen)), value=-1))
     return torch.stack(rows).to(torch.int32)
 
 
@@ -388,9 +389,10 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    from gpu_paged import PARTS as PAGED  # which takes what it measures with from here
+    from gpu_masked import PARTS as MASKED  # which take what they measure with from here
+    from gpu_paged import PARTS as PAGED
 
-    parts = PARTS | PAGED
+    parts = PARTS | MASKED | PAGED
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=parts, help="a part; may be given several times")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")

@@ -7,7 +7,7 @@ from torch import Tensor
 from tokensieve import ops
 
 SPARSE = ("sparse_attention", "sparse_attention_kl")
-ALL = ("index_scores", *SPARSE, "indexer_kl_dense")
+ALL = ("index_scores", *SPARSE, "masked_attention", "indexer_kl_dense")
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
@@ -42,6 +42,14 @@ def results(x: Inputs, how: str, wanted: tuple[str, ...] = ALL) -> dict[str, Ten
         )
         inputs = {"q": q, "kv": kv, "q_I": q_I, "k_I": k_I, "w": w}
         take("sparse_attention_kl", {"out": out, "lse": lse, "kl": kl}, inputs)
+    if "masked_attention" in wanted:
+        copies = x.q_SHD.shape[1] // x.kv_TGE.shape[1]
+        # of a latent entry the widths that its expanded heads have at the 671B model's shape
+        q, k, v = leaves(
+            x.q_SHD[..., :192], *(y.repeat_interleave(copies, 1) for y in (x.k_TGD[..., :192], x.v_TGV[..., :128]))
+        )
+        out, lse = ops.masked_attention(q, k, v, x.indices_SK, x.scale, backend=how)
+        take("masked_attention", {"out": out, "lse": lse}, {"q": q, "k": k, "v": v})
     if "indexer_kl_dense" not in wanted:
         return found
     q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)

@@ -168,6 +168,7 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
     assert why_not("indexer_kl_dense", 192, bf16) == taken
     assert why_not("index_topk", 128, fp8) == taken
     assert why_not("select_topk", 9999, torch.float32) == taken
+    assert why_not("masked_attention", 192, bf16, v=index(256, bf16)) == taken
     assert "wider than 576" in why_not("sparse_attention", 640, bf16)
     assert "wider than 128" in why_not("index_scores", 256, bf16)
     assert "float64" in why_not("sparse_attention", 64, torch.float64)
@@ -183,13 +184,16 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
     assert "wider than 256" in why_not("sparse_attention", 576, bf16, v_start=64, d_v=512)
     assert "wider than 256" in why_not("sparse_attention", 64, bf16, d_v=512)
     assert "wider than 256" in why_not("sparse_attention_kl", 300, bf16, d_v=300)
+    assert "wider than 256" in why_not("masked_attention", 64, bf16, v=index(320, bf16))
+    assert "float16 with torch.bfloat16" in why_not("masked_attention", 64, bf16, v=index(64, torch.float16))
     monkeypatch.setattr(dispatch, "_is_hopper", lambda device: False)
     assert why_not("sparse_attention_kl", 80, bf16) == taken
     assert why_not("sparse_attention", 128, bf16, v_start=128, d_v=128) == taken
     assert "wider than 128" in why_not("sparse_attention", 576, bf16, d_v=512)
     assert "wider than 128" in why_not("sparse_attention", 128, bf16, d_v=256)
     assert "wider than 64" in why_not("index_topk", 128, bf16)
-    assert "no masked_attention" in str(triton.why_not("masked_attention", torch.empty(1, 1, 1), {}))
+    assert "wider than 128" in why_not("masked_attention", 192, bf16, v=index(128, bf16))
+    assert "no dense_attention" in str(triton.why_not("dense_attention", torch.empty(1, 1, 1), {}))
     assert "not run on cpu" in str(triton.why_not("sparse_attention", torch.empty(1, 1, 1), {}))
 
 

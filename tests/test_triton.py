@@ -271,11 +271,15 @@ def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> No
     expected, actual = results(x, backend(device)), results(dataclasses.replace(x, **spoiled), backend(device))
     for name, e in expected.items():
         shared = name.startswith("index") and ": d " in name
-        if name.endswith(("d kv", "d k_I")):
+        if name.endswith(("d kv", "d k_I", "d k", "d v")):
             kept = safe_keys if shared else ~bad_keys
         else:
             kept = safe_queries if shared else ~bad_queries
-        assert torch.equal(actual[name][kept], e[kept]), name
+        if name.startswith("masked_attention"):  # walks a second time, whose sums nobody promises to the last bit
+            tolerance = TOLERANCE["bfloat16" if device == "cuda" else "float32"]
+            oracle.assert_close(actual[name][kept].double(), e[kept].double(), tolerance, 1.0, name)
+        else:
+            assert torch.equal(actual[name][kept], e[kept]), name
         assert not actual[name][bad_queries if len(e) == 13 else bad_keys & seen.any(0)].isfinite().all(), name
 
 

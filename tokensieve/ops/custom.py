@@ -186,7 +186,7 @@ dense_attention.register_autograd(_dense_backward, setup_context=_dense_setup)
 def masked_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return pick("masked_attention", q, backend).masked_attention(q, k, v, indices, scale)
+    return pick("masked_attention", q, backend, k=k, v=v).masked_attention(q, k, v, indices, scale)
 
 
 @masked_attention.register_fake
@@ -209,7 +209,8 @@ def masked_attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pick("masked_attention", q, backend).masked_attention_backward(dout, dlse, q, k, v, out, lse, indices, scale)
+    module = pick("masked_attention", q, backend, k=k, v=v)
+    return module.masked_attention_backward(dout, dlse, q, k, v, out, lse, indices, scale)
 
 
 @masked_attention_backward.register_fake

@@ -35,7 +35,7 @@ OPS = (
     "indexer_kl_dense",
     *PAGED_OPS,
 )
-TRITON_OPS = tuple(op for op in OPS if op not in ("dense_attention", "masked_attention"))
+TRITON_OPS = tuple(op for op in OPS if op != "dense_attention")
 HOPPER_OPS = ("index_scores", "index_topk", "sparse_attention", "sparse_attention_kl", "sparse_attention_paged")
 HALF = (torch.float16, torch.bfloat16)
 
@@ -103,6 +103,9 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
         return _product_limits(q, operands.get("k", q), (*HALF, torch.float8_e4m3fn), index) or _no_triton()
     if op == "sparse_attention_paged":
         return _product_limits(q, q, HALF, key) or _no_triton()
+    if op == "masked_attention":
+        k, v = operands["k"], operands["v"]
+        return _product_limits(q, k, HALF, value) or _product_limits(v, q, HALF, value) or _no_triton()
     reason = _product_limits(q, operands["k" if op == "indexer_kl_dense" else "kv"], HALF, key)
     if reason is None and "q_I" in operands:
         reason = _product_limits(operands["q_I"], operands["k_I"], HALF, index)
