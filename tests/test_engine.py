@@ -12,6 +12,7 @@ from models import config, ours
 import tokensieve
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Output, Request, Sampling
+from tokensieve.engine.runner import Runner
 from tokensieve.model import DecoderForCausalLM
 
 KINDS: dict[str, Any] = {
@@ -236,3 +237,25 @@ def test_an_answer_obeys_its_schema(tokenizer: Any) -> None:
         assert found[r.id][-1].finish == "stop"
         said = json.loads("".join(o.text for o in found[r.id]))
         assert set(said) == {"name", "n"} and len(said["name"]) <= 8 and 0 <= said["n"] <= 99
+
+
+@pytest.mark.parametrize("index_dtype", ["bf16", "fp8"])
+def test_quantized_pages(index_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and keys in FP8, as on a GPU: a token has about the logits that the full forward gives it, whether its chunk is run or it
+    is decoded, and the same to rounding in both ways, since both read what is stored. Without experts: a rounding would choose others."""
+    widths = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 8}
+    model = ours(config("v32", first_k_dense_replace=3, index_dtype=index_dtype, **widths), seed=1)
+    monkeypatch.setattr("tokensieve.engine.runner.is_quantized", lambda model: (True, index_dtype == "fp8"))
+    runner, ids, pages = Runner(model, 4), prompt(150), [2, 0, 3]
+    assert runner.pools.latent[0].dtype == torch.uint8
+    assert runner.pools.index[0].dtype == (torch.uint8 if index_dtype == "fp8" else torch.float32)
+    for selection in ("indexer", "dense"):
+        for a in (0, 64):
+            runner.chunk(ids[a : a + 64], a, pages, selection)
+        chunked = runner.chunk(ids[128:], 128, pages, selection)
+        runner.chunk(ids[128:149], 128, pages, selection)
+        decoded = runner.step([ids[149]], [150], [pages], selection)[0]
+        with torch.inference_mode(), tokensieve.selecting(model, selection):
+            whole = model(torch.tensor([ids])).logits[0, -1]
+        assert float((chunked - decoded).abs().max()) < 2e-3 * float(whole.abs().max())
+        assert float((decoded - whole).norm()) < 0.25 * float(whole.norm())  # three layers; E4M3 rounds by up to a 16th

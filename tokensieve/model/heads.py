@@ -21,7 +21,9 @@ from tokensieve.model.pack import Pack
 if TYPE_CHECKING:
     from tokensieve.model.attention import Attention
 
-MASKED_FORM_KEYS = 3  # sparse prefill: below so many times k keys the masked MHA form runs (docs/results.md: a guess)
+# Sparse prefill: up to so many times k keys the masked MHA form runs.
+# Measured on a GPU (docs/kernels.md), a guess on the CPU (docs/results.md).
+MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 
 
 class Heads:
@@ -65,6 +67,9 @@ class Heads:
         saved = pack.length * (2 * a.latent - a.nope - a.value)  # a key is read by the queries of its own row
         return saved > a.latent * (a.nope + a.value)
 
+    def _masked_keys(self, k: int) -> int:
+        return k * MASKED_FORM_KEYS["cuda" if self.entries.is_cuda else "cpu"]
+
     def dense(self, pack: Pack, form: str) -> Tensor:
         ranges = pack.starts_N, pack.ends_N
         if form == "mha" or (form == "auto" and (pack.bounds is not None or self._expansion_pays(pack))):
@@ -80,7 +85,7 @@ class Heads:
     def sparse(self, indices: Tensor, pack: Pack, form: str) -> Tensor:
         a = self.a
         if form == "mha" or (
-            form == "auto" and pack.max_keys < MASKED_FORM_KEYS * indices.shape[1] and self._expansion_pays(pack)
+            form == "auto" and pack.max_keys <= self._masked_keys(indices.shape[1]) and self._expansion_pays(pack)
         ):
             q, k, v = self.expanded()
             return ops.masked_attention(q, k, v, indices, a.scale, backend=self.backend)[0]
