@@ -14,7 +14,7 @@ from commands import tiny
 import tokensieve
 from tokensieve import evals
 
-COMMANDS = ("demo", "doctor", "pretrain", "speedrun", "sparsify", "warmup", "adapt", "eval", "generate", "convert")
+COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy".split()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,13 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the thing and the remedy; the command line prints it and exits with status 2."""
+    """Bad input. The message is one line that names the thing and the remedy; the command line prints it and exits with status 2.
+
+    Several arguments are several reasons, a line each.
+    """
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
 # the model

@@ -9,7 +9,7 @@ from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
 from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
 from tokensieve.checkpoint.ranks import demo_name, rank_file, rank_tensors, shard_axis
-from tokensieve.checkpoint.reading import Extras, load_tensors, mtp_tensors, read_config
+from tokensieve.checkpoint.reading import Extras, Header, load_tensors, mtp_tensors, read_config, tensor_headers
 from tokensieve.checkpoint.shards import join_shards, load_shard, write_shards
 from tokensieve.checkpoint.writing import save_tensors
 
@@ -17,6 +17,7 @@ __all__ = [
     "ARCHITECTURES",
     "FLOAT32_SUFFIXES",
     "Extras",
+    "Header",
     "demo_name",
     "expected_tensors",
     "export_config",
@@ -32,5 +33,6 @@ __all__ = [
     "replacing_folder",
     "save_tensors",
     "shard_axis",
+    "tensor_headers",
     "write_shards",
 ]

@@ -25,7 +25,9 @@ def export_config(config: dict[str, Any], dtype: torch.dtype, mtp: bool) -> dict
         "auto_map",
         "transformers_version",
     }
-    out = {key: value for key, value in config.items() if key not in dropped and not key.startswith("_")}
+    out: dict[str, Any] = {
+        key: value for key, value in config.items() if key not in dropped and not key.startswith("_")
+    }
     rope = dict(out.pop("rope_parameters", None) or {})
     if rope:
         out["rope_theta"] = rope.pop("rope_theta", out.get("rope_theta", 10000.0))
@@ -35,9 +37,10 @@ def export_config(config: dict[str, Any], dtype: torch.dtype, mtp: bool) -> dict
     dense = out.get("first_k_dense_replace", 0)
     if out.get("mlp_layer_types") == _layer_kinds(out.get("num_hidden_layers", 0), dense):
         del out["mlp_layer_types"]
+    out.setdefault("moe_layer_freq", 1)  # SGLang has no default for it
     if out["model_type"] != "deepseek_v2":
         # vLLM and SGLang build the correction bias only for "noaux_tc", and route by softmax unless told otherwise.
-        out = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1} | out
+        out = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"} | out
         out["num_nextn_predict_layers"] = (out.get("num_nextn_predict_layers") or 0) if mtp else 0
     out["architectures"] = [ARCHITECTURES[out["model_type"]]]
     out["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -51,8 +54,10 @@ def _layer_kinds(layers: int, dense: int) -> list[str]:
 def exportable(config: Any) -> list[str]:
     """Return why transformers, vLLM or SGLang cannot run a checkpoint of ``config``; an empty list when all can.
 
-    Each reason begins with the programs it holds for. Widths are those that the sparse kernels of vLLM and SGLang
-    (FlashMLA, DeepGEMM) are built for. Source: their model files for DeepSeek V2 to V3.2, read in 2026.
+    Each reason begins with the programs it holds for. Widths are those that the sparse kernels of vLLM and SGLang are
+    built for: FlashMLA (keys of 512 + 64; prefill takes selected keys 128 at a time), DeepGEMM (32 or 64 index heads of
+    128), sgl-kernel's top-k (2048 alone). Source: their model files for DeepSeek V2 to V3.2 and the assertions of these
+    kernels, read in 2026.
     """
     reasons, engines, everyone = [], "vLLM, SGLang: ", "transformers, vLLM, SGLang: "
     sparse = config.model_type == "deepseek_v32"
@@ -80,4 +85,10 @@ def exportable(config: Any) -> list[str]:
     ]
     if other:
         reasons.append(engines + f"the sparse kernels need {', '.join(other)}")
+    if sparse and config.index_topk % 128:
+        reasons.append(
+            f"vLLM: the sparse kernels need an index_topk that is a multiple of 128 (here {config.index_topk})"
+        )
+    if sparse and config.index_topk != 2048:
+        reasons.append(f"SGLang: the top-k kernel needs index_topk 2048 (here {config.index_topk})")
     return reasons

@@ -219,6 +219,26 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
             raise UserError(f"{folder}: {len(names)} {is_are} {complaint}: {', '.join(names[:3])}{more}; {remedy}")
 
 
+@dataclass(frozen=True)
+class Header:
+    """Where a tensor lies and what is stored: its shape, and its dtype as safetensors writes it ("BF16", "F8_E4M3")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def tensor_headers(folder: str | Path, config: Any) -> dict[str, Header]:
+    """Return name -> :class:`Header` of every tensor in a checkpoint folder, scales and MTP layers included.
+
+    Nothing but headers is read. Raises UserError as :func:`load_tensors` does.
+    """
+    shards = open_shards(folder)
+    check_tensors(folder, expected_tensors(config), config, shards)
+    check_tied(folder, config, shards)
+    return {name: Header(file, shards.shape[name], shards.dtype[name]) for name, file in shards.file_of.items()}
+
+
 def load_tensors(folder: str | Path, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream the tensors of a checkpoint folder: (in-memory name, tensor), in the order of the model.
 

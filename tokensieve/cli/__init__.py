@@ -8,6 +8,7 @@ the messages. Exit status: 0 done, 2 bad input (one line says what and the remed
 from tokensieve.cli import training  # noqa: I001
 from tokensieve.cli import checkpoints
 from tokensieve.cli import text
+from tokensieve.cli import serving
 from tokensieve.cli.program import app, main
 
-__all__ = ["app", "checkpoints", "main", "text", "training"]
+__all__ = ["app", "checkpoints", "main", "serving", "text", "training"]

@@ -70,15 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SystemExit:  # how every command ends; first, so that `--help` does not import what the next line needs
         raise
     except _bad_input() as error:
-        _fail(f"error: {error}", 2)
+        _fail(2, *(f"error: {reason}" for reason in error.args))
     except _interruptions() as error:
-        _fail(f"interrupted: {error}" if str(error) else "interrupted", 130)
+        _fail(130, f"interrupted: {error}" if str(error) else "interrupted")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if full else "check the path and its permissions"
-        _fail(f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}", 2)
+        _fail(2, f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}")
 
 
 @cache
@@ -101,8 +101,9 @@ def _interruptions() -> tuple[type[BaseException], ...]:
     return Interrupted, KeyboardInterrupt
 
 
-def _fail(message: str, status: int) -> None:
-    print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
+def _fail(status: int, *messages: str) -> None:
+    for message in messages:
+        print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -226,7 +226,8 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
 
 def load_tokenizer(name: str | Path):
     """The tokenizer beside a checkpoint, as transformers reads it. UserError where there is none."""
-    from transformers import AutoTokenizer
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer, PreTrainedConfig
 
     folder = model_path(name)
     if not (folder / "tokenizer.json").is_file():
@@ -234,7 +235,10 @@ def load_tokenizer(name: str | Path):
             f"{folder}: no tokenizer.json; copy the tokenizer files of the original checkpoint into the folder"
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except StrictDataclassError:  # its config refuses models that ours allows, such as those without a query latent
+            return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]}); copy it again"
