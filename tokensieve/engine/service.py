@@ -1,0 +1,200 @@
+"""Many asyncio callers on one engine: a thread of its own steps the engine and hands every caller what is its own.
+
+The engine is touched by that thread only. Callers leave requests and abortions in an inbox; outputs go to a queue per caller, so that a
+slow reader delays nobody: what a queue can hold is bounded by the request's `max_tokens`.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokensieve.config import UserError
+from tokensieve.engine.core import Engine
+from tokensieve.engine.request import Output, Request
+
+log = logging.getLogger("tokensieve.engine")
+
+
+class Busy(Exception):
+    """As many requests as may wait are waiting; one may be asked again later."""
+
+
+class Stopping(Exception):
+    """The service takes no requests: it has not begun, finishes its last ones, or has ended."""
+
+
+@dataclass(eq=False)
+class Caller:
+    """Whoever reads a request's outputs. An exception in the queue is raised to the reader, and is the last thing in it."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[Output | UserError] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine holds at this moment. preempted: how often, since the beginning, an answer gave its pages back."""
+
+    running: int
+    waiting: int
+    pages: int
+    pages_used: int
+    preempted: int
+
+
+class Service:
+    """waiting: requests that may wait while as many run as the engine lets run."""
+
+    def __init__(self, engine: Engine, waiting: int = 256):
+        if waiting < 0:
+            raise UserError(f"waiting is {waiting}; it must be 0 or more")
+        self.engine = engine
+        self._most = engine.config.running + waiting
+        self._inbox: deque[Caller | str] = deque()  # a new caller, or the id of a request to abort
+        self._callers: dict[str, Caller] = {}
+        self._open: set[str] = set()  # ids that were taken in and have not ended
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._ending = False
+        self.draining = False  # plain, so that a signal handler may set it: no request is taken in from then on
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def open(self) -> int:
+        """Requests that were taken in and have not ended."""
+        return len(self._open)
+
+    @property
+    def load(self) -> Load:
+        scheduler = self.engine.scheduler
+        running, pool = len(scheduler.running), scheduler.pool
+        return Load(running, max(0, self.open - running), pool.pages, pool.used, scheduler.preempted)
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+
+    def stop(self, drain: bool = True) -> None:
+        """Takes no more requests and ends the thread: once the last request has ended, or after aborting all of them."""
+        self.draining = True
+        with self._changed:
+            if not drain:
+                self._inbox.extend(self._open)
+            self._ending = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    async def stream(self, request: Request) -> AsyncIterator[Output]:
+        """What comes of a request, up to the output that has a `finish`. Leaving early, or being cancelled, aborts the request.
+
+        Raises:
+            Busy: too many wait already.
+            Stopping: nothing is taken in.
+            UserError: the request can never run.
+        """
+        caller = Caller(request, asyncio.get_running_loop())
+        self._submit(caller)
+        ended = False
+        try:
+            while not ended:
+                output = await caller.queue.get()
+                ended = isinstance(output, UserError) or output.finish is not None
+                if isinstance(output, UserError):
+                    raise output
+                yield output
+        finally:
+            if not ended:
+                self._leave(request.id)
+
+    def _submit(self, caller: Caller) -> None:
+        id = caller.request.id
+        with self._changed:
+            if self.draining or not self.alive:
+                raise Stopping("the server is stopping" if self.draining else "the engine does not run")
+            if id in self._open:
+                raise UserError(f"there is a request {id} already; give each its own id")
+            if len(self._open) >= self._most:
+                raise Busy(f"{len(self._open)} requests run or wait already, and no more may; try again later")
+            self._open.add(id)
+            self._inbox.append(caller)
+            self._changed.notify()
+
+    def _leave(self, id: str) -> None:
+        with self._changed:
+            self._inbox.append(id)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception as error:
+                    # The one place that catches everything: a defect met by one request must not end all later ones.
+                    log.exception("a step of the engine failed; its requests end with an error")
+                    self._fail(f"the engine failed: {type(error).__name__}")
+        finally:  # by a defect, or in order: nobody is left waiting
+            self.draining = True
+            with self._changed:
+                unread = [c for c in (*self._callers.values(), *self._inbox) if isinstance(c, Caller)]
+                self._inbox.clear()
+            self._deliver([(c, Output(c.request.id, "", (), finish="error", error="the engine ended")) for c in unread])
+
+    def _wait(self) -> bool:
+        """Sleeps while there is nothing to do; False when there will be nothing any more."""
+        with self._changed:
+            while not (self._inbox or self.engine.busy or self._ending):
+                self._changed.wait()
+            return bool(self._inbox or self.engine.busy)
+
+    def _turn(self) -> None:
+        outputs: list[Output] = []
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, str):
+                ended = self.engine.abort(item)
+                outputs += [] if ended is None else [ended]
+                continue
+            self._callers[item.request.id] = item
+            try:
+                self.engine.add(item.request)
+            except UserError as error:
+                self._deliver([(item, error)])
+        if self.engine.busy:
+            outputs += self.engine.step()
+        self._deliver([(self._callers[o.id], o) for o in outputs if o.id in self._callers])
+
+    def _fail(self, error: str) -> None:
+        outputs = {output.id: output for output in self.engine.fail_all(error)}
+        # One whose `add` failed is known here and not to the engine.
+        lost = {id: Output(id, "", (), finish="error", error=error) for id in self._callers}
+        self._deliver([(caller, (lost | outputs)[id]) for id, caller in self._callers.items()])
+
+    def _deliver(self, said: list[tuple[Caller, Output | UserError]]) -> None:
+        by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Caller, Any]]] = defaultdict(list)
+        for caller, output in said:
+            by_loop[caller.loop].append((caller, output))
+            if isinstance(output, UserError) or output.finish is not None:
+                self._callers.pop(caller.request.id, None)
+                self._open.discard(caller.request.id)
+        for loop, its in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, its)
+            except RuntimeError:  # the loop is closed, and its callers gone with it
+                self._inbox.extend(caller.request.id for caller, _ in its)
+
+
+def _put(said: list[tuple[Caller, Output | UserError]]) -> None:
+    for caller, output in said:
+        caller.queue.put_nowait(output)
