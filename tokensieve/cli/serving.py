@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Model, app
+from tokensieve.cli.program import Device, Model, app
 
 Engine = StrEnum("Engine", ["vllm", "sglang"])
 Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"})
@@ -30,3 +30,28 @@ def deploy(
     from tokensieve.serve import deploy as deployment
 
     deployment.deploy(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
+
+
+@app.command()
+def serve(
+    model: Model = "sparse",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="TOKENSIEVE_API_KEY", help="Ask for this key; may be repeated.")
+    ] = None,
+    pages: Annotated[int, typer.Option(min=0, help="Of the cache, 64 tokens each; 0 measures the memory.")] = 0,
+    running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 4096,
+    mirror: Annotated[float, typer.Option(help="Share of the answers to compare with the other attention's.")] = 0.0,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Serve MODEL:dense beside a sparse model.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Answer HTTP requests in OpenAI's format, many at once, until a signal ends it.
+
+    Example: tokensieve serve sparse --port 8000
+    """
+    from tokensieve.serve.command import serve as run
+
+    settings = {"dense": dense, "mirror": mirror, "keys": tuple(api_key or ()), "max_tokens": max_tokens}
+    run(model, host, port, device, {"pages": pages, "running": running}, settings, typer.echo)

@@ -1,1 +1,1 @@
-"""What people and programs talk to: the terminal, the OpenAI-compatible server, and how other engines are started."""
+"""What people and programs talk to: `api` has OpenAI's routes and `server` runs them, `terminal` talks, `deploy` starts other engines."""

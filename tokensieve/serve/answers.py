@@ -1,0 +1,183 @@
+"""Outputs of the engine in OpenAI's shapes: whole answers, and the chunks of a stream."""
+
+import time
+from typing import Any, Protocol
+
+from tokensieve.engine import Output, TokenLogprob
+from tokensieve.serve.chat import Answer, Piece
+
+Json = dict[str, Any]
+
+
+class Answering(Protocol):
+    """One answer on its way. `push` gives the choices that a stream shows for an output, and keeps them for `whole`."""
+
+    id: str
+    kind: str
+    chunk_kind: str
+    model: str
+    reasoning_tokens: int
+
+    def begin(self) -> list[Json]: ...
+    def push(self, output: Output) -> list[Json]: ...
+    def whole(self) -> Json: ...
+
+
+def envelope(answer: Answering, kind: str, choices: list[Json], usage: Json | None) -> Json:
+    return {
+        "id": answer.id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": answer.model,
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+def usage_of(output: Output, reasoning_tokens: int) -> Json:
+    return {
+        "prompt_tokens": output.prompt_tokens,
+        "completion_tokens": output.completion_tokens,
+        "total_tokens": output.prompt_tokens + output.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": output.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
+    }
+
+
+class TokenTexts:
+    """A token alone, as text and as bytes: half a character has bytes and no text."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        # Byte-level BPE writes a byte as a letter: printable ones as themselves, the others by their turn from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in printable]
+        self._bytes = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._added = {id: token.content for id, token in added.items()}
+        self._byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+
+    def bytes_of(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        letters = self._tokenizer.convert_ids_to_tokens(token)
+        if letters and self._byte_level and all(letter in self._bytes for letter in letters):
+            return bytes(self._bytes[letter] for letter in letters)
+        return self._tokenizer.decode([token]).encode()
+
+    def text_of(self, token: int) -> str:
+        return self.bytes_of(token).decode(errors="replace")
+
+
+class ChatAnswer:
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, id: str, model: str, answer: Answer, texts: TokenTexts, logprobs: bool):
+        self.id, self.model = f"chatcmpl-{id}", model
+        self._answer, self._texts = answer, texts
+        self._logprobs: list[Json] | None = [] if logprobs else None
+        self._said = {"reasoning": "", "content": ""}
+        self._calls: list[Json] = []
+        self._finish: str | None = None
+        self.reasoning_tokens = 0
+
+    def begin(self) -> list[Json]:
+        return [_choice(delta={"role": "assistant", "content": ""}, logprobs=None, finish_reason=None)]
+
+    def push(self, output: Output) -> list[Json]:
+        self.reasoning_tokens += len(output.tokens) if self._answer.state == "reasoning" else 0
+        pieces = self._answer.push(output.text, output.tokens)
+        if output.finish is not None:
+            pieces += self._answer.finish()
+        deltas = [self._delta(piece) for piece in pieces]
+        logprobs = None
+        if self._logprobs is not None:
+            new = [self._told(t) for t in output.logprobs]
+            self._logprobs += new
+            logprobs = {"content": new} if new else None
+            deltas = deltas or ([{}] if new else [])
+        choices = [_choice(delta=delta, logprobs=None, finish_reason=None) for delta in deltas]
+        if choices:
+            choices[0]["logprobs"] = logprobs
+        if output.finish is not None:
+            self._finish = "tool_calls" if output.finish == "stop" and self._calls else output.finish
+            choices.append(_choice(delta={}, logprobs=None, finish_reason=self._finish))
+        return choices
+
+    def whole(self) -> Json:
+        message: Json = {"role": "assistant", "content": self._said["content"], "refusal": None}
+        if self._said["reasoning"]:
+            message["reasoning_content"] = self._said["reasoning"]
+        if self._calls:
+            message |= {"tool_calls": self._calls, "content": self._said["content"] or None}
+        logprobs = None if self._logprobs is None else {"content": self._logprobs}
+        return _choice(message=message, logprobs=logprobs, finish_reason=self._finish)
+
+    def _delta(self, piece: Piece) -> Json:
+        if piece.kind == "call":
+            index = len(self._calls)
+            call = {
+                "id": f"call_{self.id.removeprefix('chatcmpl-')}_{index}",
+                "type": "function",
+                "function": {"name": piece.name, "arguments": piece.text},
+            }
+            self._calls.append(call)
+            return {"tool_calls": [{"index": index, **call}]}
+        self._said[piece.kind] += piece.text
+        return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
+
+    def _told(self, told: TokenLogprob) -> Json:
+        top = [self._one(token, logprob) for token, logprob in told.top]
+        return {**self._one(told.token, told.logprob), "top_logprobs": top}
+
+    def _one(self, token: int, logprob: float) -> Json:
+        return {
+            "token": self._texts.text_of(token),
+            "logprob": max(logprob, -9999.0),  # JSON has no infinity
+            "bytes": list(self._texts.bytes_of(token)),
+        }
+
+
+class CompletionAnswer:
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, id: str, model: str, texts: TokenTexts, logprobs: bool):
+        self.id, self.model = f"cmpl-{id}", model
+        self._texts = texts
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
+        self._text, self._offset = "", 0
+        self._finish: str | None = None
+        self._told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self.reasoning_tokens = 0
+
+    def begin(self) -> list[Json]:
+        return []
+
+    def push(self, output: Output) -> list[Json]:
+        self._text += output.text
+        self._finish = output.finish
+        told = None if self._logprobs is None else self._tell(output.logprobs)
+        if not output.text and output.finish is None and not (told and told["tokens"]):
+            return []
+        return [_choice(text=output.text, logprobs=told, finish_reason=output.finish)]
+
+    def whole(self) -> Json:
+        told = None if self._logprobs is None else self._told
+        return _choice(text=self._text, logprobs=told, finish_reason=self._finish)
+
+    def _tell(self, new: tuple[TokenLogprob, ...]) -> Json:
+        told: Json = {name: [] for name in self._told}
+        for one in new:
+            text = self._texts.text_of(one.token)
+            told["tokens"].append(text)
+            told["token_logprobs"].append(max(one.logprob, -9999.0))
+            told["top_logprobs"].append({self._texts.text_of(t): max(p, -9999.0) for t, p in one.top})
+            told["text_offset"].append(self._offset)
+            self._offset += len(text)
+        for name, values in told.items():
+            self._told[name] += values
+        return told
+
+
+def _choice(**parts: Any) -> Json:
+    return {"index": 0, **parts}

@@ -1,0 +1,217 @@
+"""The routes. A request becomes one of the engine's, its outputs become an answer; what lies between is in the files beside this one."""
+
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Literal
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+import tokensieve.engine as engine
+from tokensieve.engine import Output, Service
+from tokensieve.serve import errors
+from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, TokenTexts, envelope, usage_of
+from tokensieve.serve.chat import Chats
+from tokensieve.serve.errors import ApiError, error_body
+from tokensieve.serve.gate import Gate, Record
+from tokensieve.serve.metrics import Metrics
+from tokensieve.serve.mirror import Mirror
+from tokensieve.serve.schema import ChatRequest, Common, CompletionRequest
+from tokensieve.serve.settings import DENSE, ServeConfig
+from tokensieve.serve.streaming import EventStream, event, unless_gone
+
+COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
+
+
+class Answers:
+    """From a checked request to a response."""
+
+    def __init__(self, service: Service, metrics: Metrics, mirror: Mirror, config: ServeConfig):
+        self._service, self._metrics, self._mirror, self._config = service, metrics, mirror, config
+
+    def ask(
+        self,
+        body: Common,
+        record: Record,
+        prompt: list[int],
+        max_tokens: int | None,
+        usual: int,
+        logprobs: int | None,
+        schema: dict[str, Any] | None = None,
+    ) -> engine.Request:
+        """ApiError and UserError for what may not be asked. usual: tokens of an answer where nothing is said."""
+        config, longest = self._config, self._service.engine.longest
+        most = min(config.max_prompt_tokens or longest, longest - 1)
+        if len(prompt) > most:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and may have {most}; shorten it",
+                "messages" if isinstance(body, ChatRequest) else "prompt",
+                "context_length_exceeded",
+            )
+        if max_tokens is not None and max_tokens > config.max_tokens:
+            raise ApiError(400, f"max_tokens is {max_tokens} and may be {config.max_tokens}", "max_tokens")
+        # the mirror's draws are the same: of a seed that is known
+        seed = random.getrandbits(63) if body.seed is None else body.seed
+        sampling = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, schema)
+        selection: Literal["indexer", "dense"] = "dense" if body.model == config.name + DENSE else "indexer"
+        asked = engine.Request(record.id, tuple(prompt), sampling, selection)
+        record.model, record.prompt_tokens = body.model, len(prompt)
+        return asked
+
+    async def respond(
+        self, request: Request, body: Common, asked: engine.Request, answer: Answering, record: Record
+    ) -> Response:
+        outputs = self._outputs(asked, record)
+        if body.stream:
+            wants_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = self._events(outputs, answer, wants_usage)
+            # the first one before the status is sent: what is refused has a status of its own
+            first = await unless_gone(request.receive, _first(events))
+            return EventStream(_joined(first, events))
+        output = await unless_gone(request.receive, _all(outputs, answer))
+        return JSONResponse(envelope(answer, answer.kind, [answer.whole()], usage_of(output, answer.reasoning_tokens)))
+
+    async def _outputs(self, asked: engine.Request, record: Record) -> AsyncIterator[Output]:
+        """What the engine says, counted. ApiError where it ends without an answer."""
+        metrics, model = self._metrics, record.model
+        last, tokens = time.perf_counter(), list[int]()
+        histogram = metrics.first_token.labels(model)
+        try:
+            async with aclosing(self._service.stream(asked)) as stream:  # type: ignore[type-var]
+                async for output in stream:
+                    now = time.perf_counter()
+                    if output.tokens:
+                        histogram.observe(now - last)
+                        last, histogram = now, metrics.next_token.labels(model)
+                    tokens += output.tokens
+                    record.finish = output.finish
+                    record.cached_tokens, record.completion_tokens = output.cached_tokens, output.completion_tokens
+                    if output.finish == "error":
+                        raise ApiError(500, f"{output.error}; the request may be sent again", code="engine_error")
+                    if output.finish == "abort":
+                        raise ApiError(503, "the server is stopping", code="unavailable")
+                    yield output
+            self._mirror.consider(asked, tokens)
+        finally:
+            if tokens:
+                record.finish = record.finish or "abort"
+                metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
+                metrics.cached_tokens.labels(model).inc(record.cached_tokens)
+                metrics.completion_tokens.labels(model).inc(record.completion_tokens)
+
+    async def _events(
+        self, outputs: AsyncIterator[Output], answer: Answering, wants_usage: bool
+    ) -> AsyncIterator[bytes]:
+        sent = False
+
+        def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+            whole = envelope(answer, answer.chunk_kind, choices, usage)
+            if not wants_usage:
+                del whole["usage"]
+            return event(whole)
+
+        async with aclosing(outputs) as stream:  # type: ignore[type-var]
+            try:
+                async for output in stream:
+                    for choice in [*([] if sent else answer.begin()), *answer.push(output)]:
+                        yield chunk([choice])
+                    sent = True
+            except ApiError as error:
+                if not sent:
+                    raise
+                yield event(error_body(error.status, error.message, error.param, error.code))
+                return
+        if wants_usage:
+            yield chunk([], usage_of(output, answer.reasoning_tokens))
+        yield b"data: [DONE]\n\n"
+
+
+async def _first(events: AsyncIterator[bytes]) -> bytes:
+    return await anext(events)
+
+
+async def _joined(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(events) as rest:  # type: ignore[type-var]
+        yield first
+        async for chunk in rest:
+            yield chunk
+
+
+async def _all(outputs: AsyncIterator[Output], answer: Answering) -> Output:
+    """Pushes every output; the last one."""
+    async with aclosing(outputs) as stream:  # type: ignore[type-var]
+        async for output in stream:
+            answer.push(output)
+    return output
+
+
+def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI:
+    """The application. Its lifespan starts the service, and stops it after the last request."""
+    metrics, mirror = Metrics(service), Mirror(service, config.mirror)
+    answers, chats, texts = Answers(service, metrics, mirror, config), Chats(tokenizer), TokenTexts(tokenizer)
+    begun = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await anyio.to_thread.run_sync(service.stop)
+
+    app = FastAPI(title="tokensieve", lifespan=lifespan)
+    app.add_middleware(Gate, config=config, metrics=metrics)
+    errors.install(app)
+
+    def known(model: str) -> dict[str, Any]:
+        if model not in config.models:
+            raise ApiError(
+                404, f"there is no model {model!r}; there is {' and '.join(config.models)}", "model", "model_not_found"
+            )
+        return {"id": model, "object": "model", "created": begun, "owned_by": "tokensieve"}
+
+    @app.get("/health")
+    async def health() -> Response:
+        fine = service.alive and not service.draining
+        status = "ok" if fine else "draining" if service.alive else "the engine does not run"
+        return JSONResponse({"status": status}, 200 if fine else 503)
+
+    @app.get("/metrics")
+    async def metrics_page() -> Response:
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [known(name) for name in config.models]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        return known(model)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        known(body.model)
+        record: Record = request.scope["state"]["record"]
+        text = chats.text(body)
+        prompt = list(tokenizer(text, add_special_tokens=False).input_ids)
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        asked = answers.ask(body, record, prompt, max_tokens, config.max_tokens, logprobs, body.schema_)
+        answer = ChatAnswer(record.id, body.model, chats.answer(body, text), texts, logprobs is not None)
+        return await answers.respond(request, body, asked, answer, record)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        known(body.model)
+        record: Record = request.scope["state"]["record"]
+        prompt = body.one_prompt
+        if isinstance(prompt, str):
+            first, prompt = tokenizer.bos_token_id, list(tokenizer(prompt, add_special_tokens=False).input_ids)
+            prompt = prompt if first is None or prompt[:1] == [first] else [first, *prompt]
+        asked = answers.ask(body, record, prompt, body.max_tokens, COMPLETION_TOKENS, body.logprobs)
+        answer = CompletionAnswer(record.id, body.model, texts, body.logprobs is not None)
+        return await answers.respond(request, body, asked, answer, record)
+
+    return app

@@ -1,0 +1,173 @@
+"""Messages to the prompt's text, and an answer's text back to reasoning, content and tool calls.
+
+Tool calls come in one of two notations: that of DeepSeek-V3.1 and V3.2-Exp,
+`<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>`, and that of DeepSeek-V3.2
+(`encoding_dsv32.py` beside its weights): `<｜DSML｜function_calls>` around `<｜DSML｜invoke name="NAME">`, around a
+`<｜DSML｜parameter name="NAME" string="true|false">VALUE</｜DSML｜parameter>` for each argument.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+
+from tokensieve.serve.errors import ApiError
+from tokensieve.serve.schema import ChatRequest, Message
+
+END_THINK = "</think>"
+THINK = "<think>"
+DSML = "｜DSML｜"
+BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+BLOCKS = {BEGIN: END, f"<{DSML}function_calls>": f"</{DSML}function_calls>"}
+CALLS = re.compile(
+    f"{CALL}(?P<name>.*?){SEPARATOR}(?P<arguments>.*?){CALL_END}"
+    f'|<{DSML}invoke name="(?P<invoked>[^"]*)">(?P<parameters>.*?)</{DSML}invoke>',
+    re.DOTALL,
+)
+PARAMETER = re.compile(
+    f'<{DSML}parameter name="(?P<name>[^"]*)" string="(?P<string>true|false)">(?P<value>.*?)</{DSML}parameter>',
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of an answer: text, or one whole tool call, whose `text` is its arguments in JSON."""
+
+    kind: Literal["reasoning", "content", "call"]
+    text: str
+    name: str = ""
+
+
+class Chats:
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._template: str = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._special = {id: token.content for id, token in added.items() if token.special}
+
+    def text(self, asked: ChatRequest) -> str:
+        """The prompt. ApiError where the model's template cannot say it."""
+        if not self._template:
+            raise ApiError(400, "the model's tokenizer has no chat template; use /v1/completions", "messages")
+        used = {
+            "tools": bool(asked.tools),
+            "tool_calls": any(m.tool_calls for m in asked.messages),
+            "thinking": asked.thinking,
+        }
+        for name, is_used in used.items():
+            if is_used and not re.search(rf"\b{name}\b", self._template):
+                raise ApiError(400, f"the model's chat template knows no {name}; leave it out", name)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
+        try:
+            return self._tokenizer.apply_chat_template(
+                [_plain(message) for message in asked.messages],
+                tools=tools if tools and asked.tool_choice != "none" else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                thinking=asked.thinking,
+            )
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
+
+    def answer(self, asked: ChatRequest, prompt: str) -> "Answer":
+        """Whoever reads the answer to this prompt."""
+        tools = bool(asked.tools) and asked.tool_choice != "none"
+        thinking = prompt.rstrip().endswith(THINK)
+        wanted = {END_THINK} if thinking else set()
+        wanted |= {BEGIN, END, CALL, SEPARATOR, CALL_END, DSML} if tools else set()
+        hidden = {id: text for id, text in self._special.items() if text in wanted}
+        return Answer(thinking, tools, hidden)
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """As templates expect it: text for parts of text, and a text where there is none but a call."""
+    content = message.content
+    if isinstance(content, list):
+        content = "".join(part.text for part in content)
+    plain = message.model_dump(exclude_none=True) | {"content": content or ""}
+    return plain | {"role": "system"} if message.role == "developer" else plain
+
+
+class Answer:
+    """Takes an answer apart as it comes. hidden: markers that the engine leaves out of the text, as a tokenizer's special tokens are."""
+
+    def __init__(self, thinking: bool, tools: bool, hidden: dict[int, str] | None = None):
+        self._tools, self._hidden = tools, hidden or {}
+        self.state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
+        self._held = ""
+        self._block = ""  # the marker that the calls began with, while no call of it is complete
+
+    def push(self, text: str, tokens: tuple[int, ...] = ()) -> list[Piece]:
+        """What is certain by now. tokens: those that `text` came with; a hidden marker stands at its end."""
+        self._held += text + "".join(self._hidden.get(token, "") for token in tokens)
+        pieces: list[Piece] = []
+        while self._advance(pieces):
+            pass
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """What was held back; a call that is not complete is content."""
+        rest, self._held = self._held, ""
+        if self.state == "calls":
+            rest = self._block + rest if self._block or rest.strip() else ""
+        kind: Literal["reasoning", "content"] = "reasoning" if self.state == "reasoning" else "content"
+        return [Piece(kind, rest)] if rest else []
+
+    def _advance(self, pieces: list[Piece]) -> bool:
+        """One marker or call further; False where the rest may be the beginning of one."""
+        if self.state == "calls":
+            return self._advance_calls(pieces)
+        markers = [END_THINK] if self.state == "reasoning" else list(BLOCKS) if self._tools else []
+        found = [(at, marker) for marker in markers if (at := self._held.find(marker)) >= 0]
+        if found:
+            at, marker = min(found)
+        else:
+            at, marker = len(self._held) - max((_overlap(self._held, m) for m in markers), default=0), ""
+        if at:
+            pieces.append(Piece("reasoning" if self.state == "reasoning" else "content", self._held[:at]))
+        self._held = self._held[at + len(marker) :]
+        if marker:
+            self.state = "content" if self.state == "reasoning" else "calls"
+            self._block = "" if self.state == "content" else marker
+        return bool(marker)
+
+    def _advance_calls(self, pieces: list[Piece]) -> bool:
+        call = CALLS.search(self._held)
+        ends = [(at, end) for end in BLOCKS.values() if (at := self._held.find(end)) >= 0]
+        if call and (not ends or call.start() < min(ends)[0]):
+            pieces.append(_call(call))
+            self._held, self._block = self._held[call.end() :], ""
+            return True
+        if ends:
+            at, end = min(ends)
+            if self._block:  # without a call in it: text like any other
+                pieces.append(Piece("content", self._block + self._held[: at + len(end)]))
+            self._held, self._block, self.state = self._held[at + len(end) :], "", "content"
+            return True
+        return False
+
+
+def _call(found: re.Match[str]) -> Piece:
+    if found["name"] is not None:
+        return Piece("call", found["arguments"].strip(), found["name"].strip())
+    values = {
+        p["name"]: p["value"] if p["string"] == "true" else _json(p["value"])
+        for p in PARAMETER.finditer(found["parameters"])
+    }
+    return Piece("call", json.dumps(values, ensure_ascii=False), found["invoked"])
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _overlap(text: str, marker: str) -> int:
+    """How many of the last characters of `text` begin `marker`."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)

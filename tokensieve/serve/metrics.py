@@ -1,0 +1,58 @@
+"""What `/metrics` tells, in Prometheus' format. A registry per app: two apps in one process do not count together."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from tokensieve.engine import Service
+
+FIRST = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
+NEXT = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 3)
+
+
+class EngineLoad(Collector):
+    """What the engine holds, read when it is asked for."""
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        load = self._service.load
+        yield GaugeMetricFamily("tokensieve_running", "Requests that run.", load.running)
+        yield GaugeMetricFamily("tokensieve_waiting", "Requests that wait for pages.", load.waiting)
+        yield GaugeMetricFamily("tokensieve_pages", "Pages of the cache, 64 tokens each.", load.pages)
+        yield GaugeMetricFamily("tokensieve_pages_used", "Pages in use.", load.pages_used)
+        yield CounterMetricFamily("tokensieve_preemptions", "Answers that gave their pages back.", load.preempted)
+
+
+class Metrics:
+    def __init__(self, service: Service):
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineLoad(service))
+
+        def count(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"tokensieve_{name}", what, labels, registry=self.registry)
+
+        self.requests = count("requests", "Requests answered.", "route", "status", "finish")
+        self.prompt_tokens = count("prompt_tokens", "Tokens of prompts.", "model")
+        self.cached_tokens = count("cached_tokens", "Tokens of prompts found in the cache.", "model")
+        self.completion_tokens = count("completion_tokens", "Tokens of answers.", "model")
+        self.first_token = Histogram(
+            "tokensieve_first_token_seconds",
+            "From the request to the answer's first token.",
+            ("model",),
+            buckets=FIRST,
+            registry=self.registry,
+        )
+        self.next_token = Histogram(
+            "tokensieve_next_token_seconds",
+            "Between two tokens of an answer.",
+            ("model",),
+            buckets=NEXT,
+            registry=self.registry,
+        )
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,201 @@
+"""What a request may say. Names and meanings are OpenAI's; what is not supported is refused, and not overlooked."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tokensieve.engine import Sampling
+
+# They change nothing of the answer here.
+IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+# They would change it; their neutral values are harmless.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+}
+
+
+class Typed(BaseModel):
+    """Types as they are said: no number out of a string. What else it says is left to later versions of the interface."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class Common(Strict):
+    """Of both routes."""
+
+    model: str
+    n: int = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, neutral in NEUTRAL.items():
+            if given.get(name) is not None and given[name] not in neutral:
+                raise ValueError(f"{name} is not supported; leave it out")
+        return {key: value for key, value in given.items() if key not in IGNORED and key not in NEUTRAL}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Common":
+        if self.n != 1:
+            raise ValueError("n must be 1: one answer per request; send the request again for another one")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream: true")
+        return self
+
+    def sampling(self, max_tokens: int, seed: int, logprobs: int | None, schema: dict[str, Any] | None) -> Sampling:
+        """UserError for values outside of their ranges. Where nothing is said, OpenAI's values: a temperature of 1, and no cut."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        said = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if (value := getattr(self, name)) is not None
+        }
+        return Sampling(
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=tuple(stop),
+            logprobs=logprobs,
+            schema=schema,
+            **{"temperature": 1.0} | said,
+        )
+
+
+class Part(Typed):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Typed):
+    name: str
+    arguments: str
+
+
+class ToolCall(Typed):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Message(Typed):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class ToolFunction(Typed):
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: bool | None = None
+
+
+class Tool(Typed):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class JsonSchema(Typed):
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            raise ValueError("json_schema belongs to type json_schema, and to no other")
+        return self
+
+
+class TemplateOptions(Strict):
+    thinking: bool | None = None
+
+
+class ChatRequest(Common):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+    @property
+    def thinking(self) -> bool:
+        """The template's switch where it is given; otherwise any effort but none."""
+        switch = self.chat_template_kwargs.thinking if self.chat_template_kwargs else None
+        return self.reasoning_effort not in (None, "none") if switch is None else switch
+
+    @property
+    def schema_(self) -> dict[str, Any] | None:
+        return None if self.response_format is None else self.response_format.wanted
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs are for logprobs: true")
+        if self.schema_ is not None and self.thinking:
+            raise ValueError("response_format holds from the first token on; leave it out, or thinking")
+        if self.schema_ is not None and self.tools:
+            raise ValueError("response_format and tools exclude each other; leave one out")
+        return self
+
+
+class CompletionRequest(Common):
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def one_prompt(self) -> str | list[int]:
+        """ValueError where there are several."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return self.prompt  # type: ignore[return-value]
+        return self.prompt[0]  # type: ignore[return-value]
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "CompletionRequest":
+        if isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int):
+            raise ValueError("one prompt per request; send the others on their own")
+        return self

@@ -1,0 +1,94 @@
+"""Runs the application: a socket, signals, and an end without cutting anybody off."""
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from tokensieve.config import UserError
+from tokensieve.engine import Engine, EngineConfig, Service
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.serve.api import create_app
+from tokensieve.serve.settings import ServeConfig
+
+SLOWEST_CLIENT = 30  # seconds that the last bytes of an answer may take to be read when the server ends
+
+
+class Server(uvicorn.Server):
+    """At the first signal new requests are refused, and /health answers 503, until the last request has ended; a second one ends all."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] = lambda: None):
+        super().__init__(config)
+        self._service, self._on_start = service, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining:
+            self.should_exit = self.force_exit = True
+        self._service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._service.draining and (self._service.open == 0 or not self._service.alive):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """UserError where the address cannot be had. Port 0: any free one."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot listen at {host} port {port} ({reason}); choose another with --port or --host"
+        ) from error
+
+
+def address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make(service: Service, tokenizer: Any, config: ServeConfig, on_start: Callable[[], None] = lambda: None) -> Server:
+    settings = uvicorn.Config(
+        create_app(service, tokenizer, config),
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # the gate writes a line of its own
+        timeout_graceful_shutdown=SLOWEST_CLIENT,
+        ws="none",
+    )
+    return Server(settings, service, on_start)
+
+
+def run(
+    model: DecoderForCausalLM,
+    tokenizer: Any,
+    listening: socket.socket,
+    config: ServeConfig,
+    engine: EngineConfig,
+    on_start: Callable[[str], None],
+) -> None:
+    """Until a signal ends it. KeyboardInterrupt where a second one did."""
+    log_lines_alone()
+    service = Service(Engine(model, tokenizer, engine))
+    server = make(service, tokenizer, config, lambda: on_start(address(listening)))
+    server.run(sockets=[listening])
+    if server.force_exit:
+        raise KeyboardInterrupt
+
+
+def log_lines_alone() -> None:
+    """The requests' lines are JSON for programs: they are written as they are, and not broken to fit a terminal."""
+    log = logging.getLogger("tokensieve.serve")
+    log.handlers, log.propagate = [logging.StreamHandler(sys.stderr)], False
+    log.setLevel(logging.INFO)

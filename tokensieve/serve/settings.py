@@ -1,0 +1,36 @@
+"""What a server is told when it starts."""
+
+import math
+from dataclasses import dataclass
+
+from tokensieve.config import UserError
+
+DENSE = ":dense"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """name: the model's id. dense: serve `NAME:dense` too, the same model with attention to every key. mirror: of the answers, the share
+    that is given once more with the other kind of attention, after the client has its own, and compared in the log. keys: API keys; none:
+    everyone may ask. max_tokens: of an answer, and what is meant where a chat says nothing. max_prompt_tokens: 0: as many as the
+    engine has room for. max_body: bytes of a request."""
+
+    name: str
+    dense: bool = True
+    mirror: float = 0.0
+    keys: tuple[str, ...] = ()
+    max_tokens: int = 4096
+    max_prompt_tokens: int = 0
+    max_body: int = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.mirror <= 1) or math.isnan(self.mirror):
+            raise UserError(f"mirror is {self.mirror}; it is a share between 0 and 1")
+        if self.max_tokens < 1 or self.max_prompt_tokens < 0 or self.max_body < 1:
+            raise UserError("max_tokens and max_body must be at least 1, max_prompt_tokens 0 or more")
+        if any(not key.strip() or not key.isascii() for key in self.keys):
+            raise UserError("an API key is empty or not ASCII; give another one")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.name, self.name + DENSE) if self.dense else (self.name,)
