@@ -165,8 +165,10 @@ def test_an_answer_obeys_its_schema(client) -> None:
         model="sparse", messages=QUESTION, response_format=wanted, max_tokens=100, seed=1
     )
     assert answer.choices[0].finish_reason == "stop", answer
-    told = json.loads(answer.choices[0].message.content)
+    text = answer.choices[0].message.content
+    told = json.loads(text)
     assert set(told) == {"age", "ok"} and 0 <= told["age"] <= 99
+    assert text == json.dumps(told)  # and no space more
 
 
 def test_a_prompt_that_was_there_is_found(client) -> None:
@@ -213,6 +215,9 @@ REFUSED = [
     ("completions", {"prompt": [99999]}, 400, "vocabulary"),
     ("completions", {"prompt": [5] * 601}, 400, "601 tokens"),
     ("completions", {"prompt": "\ud800"}, 400, "prompt"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, ""),
+    ("completions", {"model": "\ud800"}, 404, "no model"),
+    ("completions", {"\ud800": 1}, 400, ""),
     ("completions", {"max_tokens": 0}, 400, "max_tokens"),
     ("completions", {"max_tokens": 201}, 400, "max_tokens"),
     ("completions", {"temperature": -1}, 400, "temperature"),
@@ -304,7 +309,7 @@ def test_a_full_queue_and_an_engine_that_ends(loaded) -> None:
             service.stop(drain=False)
             for one in busy:
                 text = one.result().text
-                assert '"error"' in text and "stopping" in text or "[DONE]" in text
+                assert ('"error"' in text and "stopping" in text) or "[DONE]" in text
         assert httpx.get(at + "/health").status_code == 503
         is_error(httpx.post(at + "/v1/completions", json=COMPLETION), 503)
 
@@ -373,7 +378,7 @@ def test_log_lines_and_metrics(served, client, caplog) -> None:
 
 
 def test_mirror(loaded, caplog) -> None:
-    with caplog.at_level(logging.INFO, "tokensieve.serve"), running(loaded, mirror=1.0) as (at, service):
+    with caplog.at_level(logging.INFO, "tokensieve.serve"), running(loaded, mirror=1.0) as (at, _):
         for model in ("sparse", "sparse:dense"):
             httpx.post(at + "/v1/completions", json=COMPLETION | {"max_tokens": 5, "model": model})
         end = time.monotonic() + 10

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 
+# As `json.dumps` writes it: where any space may stand, a small model writes spaces until its tokens are used up.
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class Matcher:
     """Of one answer."""
@@ -48,7 +51,7 @@ class Grammars:
             raise UserError("answers in a JSON schema need llguidance; pip install 'tokensieve[serve]'")
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACES)
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
             raise UserError(f"the JSON schema cannot be followed: {wrong.splitlines()[0]}")

@@ -172,6 +172,11 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
             )
         return {"id": model, "object": "model", "created": begun, "owned_by": "tokensieve"}
 
+    def tokens_of(text: str) -> list[int]:
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ApiError(400, "the prompt holds half of a surrogate pair, which is no character")
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
     @app.get("/health")
     async def health() -> Response:
         fine = service.alive and not service.draining
@@ -195,7 +200,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         known(body.model)
         record: Record = request.scope["state"]["record"]
         text = chats.text(body)
-        prompt = list(tokenizer(text, add_special_tokens=False).input_ids)
+        prompt = tokens_of(text)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         asked = answers.ask(body, record, prompt, max_tokens, config.max_tokens, logprobs, body.schema_)
@@ -208,7 +213,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         record: Record = request.scope["state"]["record"]
         prompt = body.one_prompt
         if isinstance(prompt, str):
-            first, prompt = tokenizer.bos_token_id, list(tokenizer(prompt, add_special_tokens=False).input_ids)
+            first, prompt = tokenizer.bos_token_id, tokens_of(prompt)
             prompt = prompt if first is None or prompt[:1] == [first] else [first, *prompt]
         asked = answers.ask(body, record, prompt, body.max_tokens, COMPLETION_TOKENS, body.logprobs)
         answer = CompletionAnswer(record.id, body.model, texts, body.logprobs is not None)

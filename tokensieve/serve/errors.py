@@ -23,6 +23,8 @@ class ApiError(Exception):
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    # a name that the client gave may hold half a character, which no answer can
+    message, param = (x and x.encode(errors="backslashreplace").decode() for x in (message, param))
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -24,6 +24,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] = lambda: None):
         super().__init__(config)
         self._service, self._on_start = service, on_start
+        self._signalled = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -31,12 +32,12 @@ class Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._service.draining:
+        if self._signalled:
             self.should_exit = self.force_exit = True
-        self._service.draining = True
+        self._signalled = self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._service.draining and (self._service.open == 0 or not self._service.alive):
+        if self._signalled and (self._service.open == 0 or not self._service.alive):
             self.should_exit = True
         return await super().on_tick(counter)
 

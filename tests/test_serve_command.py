@@ -1,0 +1,78 @@
+"""`tokensieve serve` as a process: its address, its end, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import commands
+import httpx2 as httpx
+import pytest
+
+refuse = commands.refusal
+
+
+@pytest.fixture
+def process():
+    """The server in a process of its own, and its address."""
+    environment = os.environ | {"TOKENSIEVE_API_KEY": "a-key", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tokensieve", "serve", "sparse", "--port", "0", "--pages", "64", "--running", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    line = started.stdout.readline()
+    assert "serves sparse and sparse:dense" in line, started.stderr.read()
+    yield started, line.split("/v1 ")[0]
+    started.kill()
+    started.communicate()
+
+
+def test_a_signal_lets_everybody_finish(process) -> None:
+    started, at = process
+    key = {"Authorization": "Bearer a-key"}
+    asked = {"model": "sparse", "prompt": "def ", "max_tokens": 60, "seed": 3}
+    assert httpx.post(at + "/v1/completions", json=asked).status_code == 401
+    with httpx.stream("POST", at + "/v1/completions", json=asked | {"stream": True}, headers=key, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        started.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 5
+        while httpx.get(at + "/health").status_code != 503:
+            assert time.monotonic() < end
+        refused = httpx.post(at + "/v1/completions", json=asked, headers=key)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "unavailable"
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] in ("length", "stop")
+    _, told = started.communicate(timeout=30)
+    assert started.returncode == 0 and "Traceback" not in told, told
+    lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert [line["status"] for line in lines] == [401, 503, 200]
+
+
+def test_a_second_signal_ends_at_once(process) -> None:
+    started, at = process
+    asked = {"model": "sparse", "prompt": "def ", "max_tokens": 4000, "stream": True, "seed": 3}
+    key = {"Authorization": "Bearer a-key"}
+    with httpx.stream("POST", at + "/v1/completions", json=asked, headers=key, timeout=60) as answer:
+        next(answer.iter_lines())
+        started.send_signal(signal.SIGINT)
+        while httpx.get(at + "/health").status_code != 503:
+            pass
+        started.send_signal(signal.SIGINT)
+        assert started.wait(20) == 130
+
+
+def test_refusals(run, monkeypatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refuse(run)(("cannot listen", "--port"), "serve", "sparse", "--port", taken.getsockname()[1])
+    refuse(run)(("mirror", "between 0 and 1"), "serve", "sparse", "--port", 0, "--mirror", "2")
+    refuse(run)(("mirror", "dense"), "serve", "base", "--port", 0, "--mirror", "0.5")
+    refuse(run)(("API key",), "serve", "sparse", "--port", 0, "--api-key", "")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "fastapi" else find(name, *more)
+    )
+    refuse(run)(("serve needs fastapi", "pip install 'tokensieve[serve]'"), "serve", "sparse")
