@@ -14,7 +14,7 @@ from commands import tiny
 import tokensieve
 from tokensieve import evals
 
-COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy".split()
+COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve".split()
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,16 @@ def test_a_prompt_that_was_there_is_found(client) -> None:
 CHAT = {"model": "sparse", "messages": QUESTION, "max_tokens": 2}
 COMPLETION = {"model": "sparse", "prompt": "a", "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+NESTED: dict = {"type": "object"}
+for _ in range(200):
+    NESTED = {"type": "object", "properties": {"a": NESTED}}
 REFUSED = [
+    (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": NESTED}}},
+        400,
+        "cannot be followed",
+    ),
     ("chat/completions", {"model": "gpt"}, 404, "no model 'gpt'"),
     ("chat/completions", {"messages": []}, 400, "messages"),
     ("chat/completions", {"messages": "hello"}, 400, "messages"),

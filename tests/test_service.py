@@ -124,11 +124,14 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(service: Service, monkeypa
     asyncio.run(main())
 
 
-def test_an_add_that_fails_is_told(service: Service, monkeypatch) -> None:
+def test_an_add_that_fails_is_told_to_its_caller_alone(service: Service, monkeypatch) -> None:
     async def main() -> None:
+        running = service.stream(request("a", tokens=100))
+        await anext(running)
         monkeypatch.setattr(service.engine.scheduler, "add", lambda *_: 1 / 0)
-        assert (await collect(service, request("a")))[-1].finish == "error"
+        assert (await collect(service, request("b")))[-1].finish == "error"
         monkeypatch.undo()
+        assert [output async for output in running][-1].finish == "length"
         assert (await collect(service, request("b")))[-1].finish == "length"
 
     asyncio.run(main())

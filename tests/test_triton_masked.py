@@ -123,6 +123,7 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch: pytest.Mo
             assert torch.equal(found[name], e), name
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["q_SHD", "k_THD", "v_THV", "dout_SHV"])

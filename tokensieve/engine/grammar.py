@@ -10,9 +10,6 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 
-# As `json.dumps` writes it: where any space may stand, a small model writes spaces until its tokens are used up.
-SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-
 
 class Matcher:
     """Of one answer."""
@@ -51,7 +48,13 @@ class Grammars:
             raise UserError("answers in a JSON schema need llguidance; pip install 'tokensieve[serve]'")
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=SPACES)
+        # Spaces as `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(
+                json.dumps(schema), {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            )
+        except ValueError as error:  # nested too deeply, say
+            raise UserError(f"the JSON schema cannot be followed: {error}") from error
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
             raise UserError(f"the JSON schema cannot be followed: {wrong.splitlines()[0]}")

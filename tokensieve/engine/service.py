@@ -57,6 +57,7 @@ class Service:
         self._most = engine.config.running + waiting
         self._inbox: deque[Caller | str] = deque()  # a new caller, or the id of a request to abort
         self._callers: dict[str, Caller] = {}
+        self._adding: Caller | None = None  # while the engine takes it in
         self._open: set[str] = set()  # ids that were taken in and have not ended
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -142,7 +143,7 @@ class Service:
                     self._turn()
                 except Exception as error:
                     # The one place that catches everything: a defect met by one request must not end all later ones.
-                    log.exception("a step of the engine failed; its requests end with an error")
+                    log.exception("the engine failed; what it was at ends with an error")
                     self._fail(f"the engine failed: {type(error).__name__}")
         finally:  # by a defect, or in order: nobody is left waiting
             self.draining = True
@@ -159,27 +160,32 @@ class Service:
             return bool(self._inbox or self.engine.busy)
 
     def _turn(self) -> None:
-        outputs: list[Output] = []
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, str):
                 ended = self.engine.abort(item)
-                outputs += [] if ended is None else [ended]
+                self._hand_out([] if ended is None else [ended])
                 continue
-            self._callers[item.request.id] = item
+            self._callers[item.request.id] = self._adding = item
             try:
                 self.engine.add(item.request)
             except UserError as error:
                 self._deliver([(item, error)])
+            self._adding = None
         if self.engine.busy:
-            outputs += self.engine.step()
-        self._deliver([(self._callers[o.id], o) for o in outputs if o.id in self._callers])
+            self._hand_out(self.engine.step())
 
     def _fail(self, error: str) -> None:
-        outputs = {output.id: output for output in self.engine.fail_all(error)}
-        # One whose `add` failed is known here and not to the engine.
-        lost = {id: Output(id, "", (), finish="error", error=error) for id in self._callers}
-        self._deliver([(caller, (lost | outputs)[id]) for id, caller in self._callers.items()])
+        """The request that was being added, which the others have no part in; or else all of them."""
+        if self._adding is not None:
+            id, self._adding = self._adding.request.id, None
+            self.engine.abort(id)
+            self._hand_out([Output(id, "", (), finish="error", error=error)])
+        else:
+            self._hand_out(self.engine.fail_all(error))
+
+    def _hand_out(self, outputs: list[Output]) -> None:
+        self._deliver([(self._callers[o.id], o) for o in outputs if o.id in self._callers])
 
     def _deliver(self, said: list[tuple[Caller, Output | UserError]]) -> None:
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Caller, Any]]] = defaultdict(list)

@@ -24,7 +24,8 @@ class ApiError(Exception):
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     # a name that the client gave may hold half a character, which no answer can
-    message, param = (x and x.encode(errors="backslashreplace").decode() for x in (message, param))
+    message = message.encode(errors="backslashreplace").decode()
+    param = None if param is None else param.encode(errors="backslashreplace").decode()
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
