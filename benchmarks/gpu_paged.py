@@ -28,7 +28,6 @@ from torch import Tensor
 
 from tokensieve import ops
 from tokensieve.ops import quant
-from tokensieve.ops.hopper import beats_pieces
 
 DISTINCT = 1024  # pages with content of their own; the others repeat it, at their own addresses
 DECODES = ((128, 32768), (16, 131072), (1, 131072))  # sequences, tokens of each
@@ -83,6 +82,8 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     pages, table, lens = pool(B, T, page)
     q = normal(B, HEADS, KEY)
     indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
+
+    from tokensieve.ops.hopper import beats_pieces  # here: a machine without a GPU may have no Triton
 
     ours = "hopper" if beats_pieces(B, HEADS, K) else "triton"
 

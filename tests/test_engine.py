@@ -191,11 +191,13 @@ def test_what_can_never_run(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
     for wrong in (
         {"temperature": float("nan")},
         {"temperature": -1.0},
+        {"temperature": 1e-310},
         {"top_p": 0.0},
         {"min_p": 2.0},
         {"top_k": -1},
+        {"top_k": 10**400},
         {"max_tokens": 0},
-        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
         {"logprobs": 21},
         {"seed": -1},
         {"stop": ("",)},
@@ -259,3 +261,60 @@ def test_quantized_pages(index_dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
             whole = model(torch.tensor([ids])).logits[0, -1]
         assert float((chunked - decoded).abs().max()) < 2e-3 * float(whole.abs().max())
         assert float((decoded - whole).norm()) < 0.25 * float(whole.norm())  # three layers; E4M3 rounds by up to a 16th
+
+
+def test_what_is_shared_has_the_same_bits(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """A prompt that ends within a chunk shares none of it: the rest of the chunk would have been computed with it."""
+    engine = Engine(sparse, tokenizer, replace(SMALL, chunk=128))
+    whole = ask("whole", 300, logprobs=0)
+    run(engine, [replace(whole, id="beginning", prompt=whole.prompt[:70])])
+    first, again = run(engine, [whole])["whole"], run(engine, [replace(whole, id="again")])["again"]
+    fresh = run(Engine(sparse, tokenizer, replace(SMALL, chunk=128)), [whole])["whole"]
+    assert (first[-1].cached_tokens, again[-1].cached_tokens) == (0, 256)
+    assert [o.logprobs for o in first] == [o.logprobs for o in fresh] == [o.logprobs for o in again]
+
+
+def test_a_large_prompt_that_waits_is_passed_but_not_for_ever(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, replace(SMALL, pages=16))
+    engine.add(ask("running", 60, max_tokens=200))
+    engine.step()
+    engine.add(ask("large", 900))
+    for i in range(40):
+        engine.add(ask(f"small {i}", 10, text=i, max_tokens=2))
+    large, ended = engine._answers["large"].running, 0
+    while engine.busy:
+        ended += sum(o.finish is not None for o in engine.step())
+    assert large.passed == 16 and ended == 42
+
+
+def test_what_is_not_finite_ends_alone(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, SMALL)
+    step = engine.runner.step
+
+    def broken(tokens, lens, pages, selection):
+        logits = step(tokens, lens, pages, selection).clone()
+        logits[0, 3] = float("nan")
+        return logits
+
+    engine.add(ask("a", 30, temperature=1.0, seed=1))
+    engine.add(ask("b", 30, text=1, temperature=1.0, seed=1))
+    engine.step()
+    engine.runner.step = broken  # type: ignore[method-assign]
+    ended = {o.id: o for o in engine.step()}
+    assert ended["a"].finish == "error" and "not finite" in ended["a"].error and ended["b"].finish is None
+
+
+def test_schemas_that_cannot_be_followed_are_errors(tokenizer: Any) -> None:
+    model = ours(config("v32", vocab_size=4096), seed=1)
+    engine = Engine(model, tokenizer, SMALL)
+    with pytest.raises(UserError, match="more than 32768"):
+        engine.add(ask("x", 5, schema={"enum": ["x" * 40000]}))
+    many = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(1000)}}
+    try:  # where it is seen at once; else on the way
+        engine.add(ask("many", 5, schema=many, temperature=1.0, seed=0))
+    except UserError:
+        return
+    last = []
+    while engine.busy:
+        last = engine.step() or last
+    assert last[-1].finish in ("error", "length"), last

@@ -71,6 +71,9 @@ def test_refusals(run, monkeypatch) -> None:
     refuse(run)(("mirror", "between 0 and 1"), "serve", "sparse", "--port", 0, "--mirror", "2")
     refuse(run)(("mirror", "dense"), "serve", "base", "--port", 0, "--mirror", "0.5")
     refuse(run)(("API key",), "serve", "sparse", "--port", 0, "--api-key", "")
+    monkeypatch.setenv("TOKENSIEVE_API_KEY", " ")
+    refuse(run)(("TOKENSIEVE_API_KEY is set and empty",), "serve", "sparse", "--port", 0)
+    monkeypatch.delenv("TOKENSIEVE_API_KEY")
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "fastapi" else find(name, *more)

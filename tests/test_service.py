@@ -124,6 +124,29 @@ def test_a_step_that_fails_ends_what_runs_and_no_more(service: Service, monkeypa
     asyncio.run(main())
 
 
+def test_whoever_ended_in_the_step_that_failed_hears_of_it(service: Service, monkeypatch) -> None:
+    """Its last output is lost with the step; it is not left waiting for it, and the service can end."""
+
+    async def main() -> None:
+        step = service.engine.step
+
+        def after_an_end() -> list[Output]:
+            outputs = step()
+            if any(output.finish for output in outputs):
+                raise RuntimeError("later in the same step")
+            return outputs
+
+        monkeypatch.setattr(service.engine, "step", after_an_end)
+        found = await asyncio.wait_for(
+            asyncio.gather(collect(service, request("short", 2)), collect(service, request("long", 50))), 20
+        )
+        assert [outputs[-1].finish for outputs in found] == ["error", "error"]
+        assert service.open == 0 and not service._callers
+        await settled(service)
+
+    asyncio.run(main())
+
+
 def test_an_add_that_fails_is_told_to_its_caller_alone(service: Service, monkeypatch) -> None:
     async def main() -> None:
         running = service.stream(request("a", tokens=100))

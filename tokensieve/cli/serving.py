@@ -1,5 +1,6 @@
 """Commands that serve a model."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from tokensieve.cli.program import Device, Model, app
 
+API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
 Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"})
 
@@ -38,7 +40,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     api_key: Annotated[
-        list[str] | None, typer.Option(envvar="TOKENSIEVE_API_KEY", help="Ask for this key; may be repeated.")
+        list[str] | None, typer.Option(envvar=API_KEY, help="Ask for this key; may be repeated.")
     ] = None,
     pages: Annotated[int, typer.Option(min=0, help="Of the cache, 64 tokens each; 0 measures the memory.")] = 0,
     running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
@@ -51,7 +53,10 @@ def serve(
 
     Example: tokensieve serve sparse --port 8000
     """
+    from tokensieve.config import UserError
     from tokensieve.serve.command import serve as run
 
+    if not api_key and API_KEY in os.environ:  # a secret that is not there must not open the server to everyone
+        raise UserError(f"{API_KEY} is set and empty; unset it, or give a key")
     settings = {"dense": dense, "mirror": mirror, "keys": tuple(api_key or ()), "max_tokens": max_tokens}
     run(model, host, port, device, {"pages": pages, "running": running}, settings, typer.echo)

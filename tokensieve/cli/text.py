@@ -37,9 +37,9 @@ def generate(
     talk = interactive or input_file is not None
     if talk and selection is SelectBy.window:
         raise tokensieve.UserError("--selection window goes with --prompt and --chat only; use indexer or dense")
-    text = input_file.read_text(encoding="utf-8") if input_file else ""
+    text = _read(input_file) if input_file else ""
     if "-" in (prompt, chat):
-        text = sys.stdin.read()
+        text = _read(None)
     loaded = tokensieve.load(model, device=choose_device(device))
     if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
         raise tokensieve.UserError(f"--selection {selection}: {model} is dense and selects nothing; sparsify it first")
@@ -58,6 +58,18 @@ def generate(
         return
     ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
     _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
+
+
+def _read(path: Path | None) -> str:
+    """A file, or standard input."""
+    from tokensieve.config import UserError
+
+    try:
+        return (path.read_bytes() if path else sys.stdin.buffer.read()).decode("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path or 'standard input'} is not UTF-8 ({error.reason}); convert it") from error
 
 
 def _write(

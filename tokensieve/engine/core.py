@@ -140,6 +140,11 @@ class Engine:
         return self._extend([some[b] for b in new], logits_BV[new]) if new else []
 
     def _extend(self, some: list[Running], logits_BV: Tensor) -> list[Output]:
+        sound = logits_BV.isfinite().all(-1).tolist()
+        broken = [r for r, is_sound in zip(some, sound, strict=True) if not is_sound]
+        outputs = [self._end(self._answers[r.request.id], "error", "the model's logits are not finite") for r in broken]
+        if broken:
+            some, logits_BV = [r for r in some if r not in broken], logits_BV[sound]
         answers = [self._answers[r.request.id] for r in some]
         rows = [
             Row(
@@ -152,7 +157,7 @@ class Engine:
             for r, answer in zip(some, answers, strict=True)
         ]
         tokens = choose(logits_BV, rows)
-        return [
+        return outputs + [
             self._say(answer, token, logits_V)
             for answer, token, logits_V in zip(answers, tokens, logits_BV, strict=True)
         ]
@@ -163,7 +168,8 @@ class Engine:
         running.tokens.append(token)
         ended = token in self._ends and not sampling.ignore_eos
         if answer.matcher is not None:
-            answer.matcher.accept(token)
+            if not answer.matcher.accept(token):
+                return self._end(answer, "error", "the JSON schema asks for more than can be followed")
             ended = ended or answer.matcher.done
         text = "" if ended and token in self._ends else answer.text.push(token)
         if ended or answer.text.stopped:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 
+LONGEST_SCHEMA = 1 << 15  # characters; to compile this many takes about a second, in which nothing else runs
+
 
 class Matcher:
     """Of one answer."""
@@ -23,8 +25,9 @@ class Matcher:
         mask = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
         return torch.nn.functional.pad(mask, (0, max(0, self._vocabulary - len(mask))))[: self._vocabulary]
 
-    def accept(self, token: int) -> None:
-        self._matcher.consume_token(token)
+    def accept(self, token: int) -> bool:
+        """False where the matcher fails: some schemas ask for more than it can follow, which it only sees on the way."""
+        return bool(self._matcher.consume_token(token)) and not self._matcher.is_error()
 
     @property
     def done(self) -> bool:
@@ -48,14 +51,20 @@ class Grammars:
             raise UserError("answers in a JSON schema need llguidance; pip install 'tokensieve[serve]'")
         from llguidance import LLMatcher
 
+        text = json.dumps(schema)
+        if len(text) > LONGEST_SCHEMA:
+            raise UserError(f"the JSON schema has {len(text)} characters, more than {LONGEST_SCHEMA}; make it smaller")
         # Spaces as `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
         try:
             grammar = LLMatcher.grammar_from_json_schema(
-                json.dumps(schema), {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+                text, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
             )
         except ValueError as error:  # nested too deeply, say
             raise UserError(f"the JSON schema cannot be followed: {error}") from error
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
             raise UserError(f"the JSON schema cannot be followed: {wrong.splitlines()[0]}")
-        return Matcher(LLMatcher(self._known, grammar), self._vocabulary)
+        matcher = LLMatcher(self._known, grammar)
+        if matcher.is_error():
+            raise UserError(f"the JSON schema cannot be followed: {matcher.get_error().splitlines()[0]}")
+        return Matcher(matcher, self._vocabulary)

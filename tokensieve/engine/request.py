@@ -8,6 +8,7 @@ from tokensieve.config import UserError
 Finish = Literal["stop", "length", "abort", "error"]
 MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of one
 MOST_LOGPROBS = 20  # alternatives told beside a token
+COLDEST = 0.001  # temperature but 0: colder ones turn logits infinite
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,14 @@ class Sampling:
     def __post_init__(self) -> None:
         limits = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "temperature": (
+                self.temperature == 0 or COLDEST <= self.temperature <= 100,
+                f"0, or between {COLDEST} and 100",
+            ),
+            "top_k": (0 <= self.top_k < 1 << 31, "0 (all) or more, below 2^31"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 100, "above 0 and at most 100"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             "logprobs": (
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"between 0 and {MOST_LOGPROBS}",

@@ -70,7 +70,7 @@ def _draw(x_BV: Tensor, rows: Sequence[Row]) -> Tensor:
     sums_BV = p_BV.cumsum(-1)
     u_B1 = column([uniform(row.seed, row.position) for row in rows])
     place_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
-    last_B1 = (p_BV > 0).sum(-1, keepdim=True) - 1  # the rounded number may be the whole sum
+    last_B1 = (p_BV > 0).sum(-1, keepdim=True).clamp_min(1) - 1  # the rounded number may be the whole sum
     return order_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]
 
 

@@ -8,17 +8,20 @@ its prompt is run anew, and its tokens, which it keeps, are fed to it one by one
 from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tokensieve.engine.pages import Digest, PagePool, digests
 from tokensieve.engine.request import Request
 from tokensieve.ops.quant import PAGE_TOKENS
+
+MOST_PASSES = 16  # requests that may be let in before one that came earlier and needs more pages
 
 
 def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE_TOKENS)
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """A request on its way. tokens: prompt and answer; cached: so many of them have entries in `pages`."""
 
@@ -29,6 +32,12 @@ class Running:
     cached: int = 0
     found: int = 0  # of the prompt, in pages that were there already
     arrival: int = 0
+    passed: int = 0  # how many that came later were let in before it
+
+    @cached_property
+    def digests(self) -> list[Digest]:
+        """Of the prompt's full pages. Asked for at every step while there is no room, so made once."""
+        return list(digests(self.request.prompt, self.request.selection))
 
     @property
     def prompt(self) -> int:
@@ -60,32 +69,39 @@ class Scheduler:
         return running
 
     def admit(self) -> None:
-        """Lets in whom there is room for, in the order of arrival: nobody is passed, so that nobody waits forever."""
-        while self.waiting and len(self.running) < self.most_running:
-            first = self.waiting[0]
-            known = self._known(first)
-            needed = pages_for(len(first.tokens) + 1) - len(known)
-            self.pool.share(known)
-            taken = self.pool.take(needed)
-            if taken is None:
-                self.pool.release(known)
+        """Lets in whom there is room for, in the order of arrival. Smaller ones may pass one that has to wait, but not for ever."""
+        left_out: list[Running] = []
+        for running in list(self.waiting):
+            if len(self.running) >= self.most_running or any(r.passed >= MOST_PASSES for r in left_out):
                 return
-            self.waiting.popleft()
-            first.pages, first.cached = known + taken, len(known) * PAGE_TOKENS
-            first.found = max(first.found, first.cached) if first.answered == 0 else first.found
-            self.running.append(first)
-            self.running.sort(key=lambda r: r.arrival)
+            if self._enter(running):
+                for other in left_out:
+                    other.passed += 1
+            else:
+                left_out.append(running)
+
+    def _enter(self, running: Running) -> bool:
+        known = self._known(running)
+        self.pool.share(known)
+        taken = self.pool.take(pages_for(len(running.tokens) + 1) - len(known))
+        if taken is None:
+            self.pool.release(known)
+            return False
+        self.waiting.remove(running)
+        running.pages, running.cached = known + taken, len(known) * PAGE_TOKENS
+        if running.answered == 0:
+            running.found = max(running.found, running.cached)
+        self.running.append(running)
+        self.running.sort(key=lambda r: r.arrival)
+        return True
 
     def _known(self, running: Running) -> list[int]:
         """Pages that hold the beginning of the prompt, whole chunks of it and never all of it: the last token's logits are wanted."""
         if not self.share:
             return []
-        found = self.pool.find(list(self._digests(running)))
+        found = self.pool.find(running.digests)
         whole = min(len(found) * PAGE_TOKENS, running.prompt - 1) // self.chunk * self.chunk
         return found[: whole // PAGE_TOKENS]
-
-    def _digests(self, running: Running) -> list[Digest]:
-        return list(digests(running.request.prompt, running.request.selection))
 
     def next_chunks(self) -> list[Running]:
         """Whose prompts are run on in this step: the one that is done soonest, then the oldest, and so on by turns.
@@ -108,7 +124,9 @@ class Scheduler:
     def ran(self, running: Running, cached: int) -> None:
         """Entries of `cached` tokens are there now: full pages of the prompt may be shared."""
         if self.share and running.cached < running.prompt <= cached:
-            for page, digest in zip(running.pages, self._digests(running), strict=False):
+            # whole chunks only: what a shorter chunk stores has other bits
+            whole = running.prompt // self.chunk * self.chunk // PAGE_TOKENS
+            for page, digest in zip(running.pages[:whole], running.digests, strict=False):
                 self.pool.publish(page, digest)
         running.cached = cached
 

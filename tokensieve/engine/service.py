@@ -183,6 +183,9 @@ class Service:
             self._hand_out([Output(id, "", (), finish="error", error=error)])
         else:
             self._hand_out(self.engine.fail_all(error))
+            # those too that had ended in the step that failed, of which nobody has heard
+            left = list(self._callers.values())
+            self._deliver([(c, Output(c.request.id, "", (), finish="error", error=error)) for c in left])
 
     def _hand_out(self, outputs: list[Output]) -> None:
         self._deliver([(self._callers[o.id], o) for o in outputs if o.id in self._callers])

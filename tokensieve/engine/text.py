@@ -12,6 +12,8 @@ class TextStream:
         """tokenizer: a fast one of transformers."""
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(id for id, token in added.items() if token.special)
         self._ids: list[int] = []
         self._decoded = 0  # characters so far, given out or held
         self._held = ""
@@ -21,7 +23,11 @@ class TextStream:
         """The text that `token` makes certain. `stopped` is set once a stop string is complete, and nothing follows it."""
         self._ids.append(token)
         piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
-        return "" if piece is None else self._give(piece)
+        given = "" if piece is None else self._give(piece)
+        if token in self._special and not self.stopped:
+            # It is left out of the text, but its place in it is known: what is before is not held back past it.
+            given, self._held = given + self._held, ""
+        return given
 
     def finish(self) -> str:
         """What was held back, at the answer's end: an incomplete character too, as the tokenizer writes it."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 import tokensieve.engine as engine
@@ -172,7 +173,12 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
             )
         return {"id": model, "object": "model", "created": begun, "owned_by": "tokensieve"}
 
+    # No token of a byte-level tokenizer stands for more characters than it is written with.
+    longest = service.engine.longest * max(map(len, tokenizer.get_vocab()))
+
     def tokens_of(text: str) -> list[int]:
+        if len(text) > longest:
+            raise ApiError(400, f"the prompt has {len(text)} characters, more than there is room for; shorten it")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ApiError(400, "the prompt holds half of a surrogate pair, which is no character")
         return list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -200,7 +206,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         known(body.model)
         record: Record = request.scope["state"]["record"]
         text = chats.text(body)
-        prompt = tokens_of(text)
+        prompt = await run_in_threadpool(tokens_of, text)  # a long text would keep all others waiting
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         asked = answers.ask(body, record, prompt, max_tokens, config.max_tokens, logprobs, body.schema_)
@@ -213,7 +219,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         record: Record = request.scope["state"]["record"]
         prompt = body.one_prompt
         if isinstance(prompt, str):
-            first, prompt = tokenizer.bos_token_id, tokens_of(prompt)
+            first, prompt = tokenizer.bos_token_id, await run_in_threadpool(tokens_of, prompt)
             prompt = prompt if first is None or prompt[:1] == [first] else [first, *prompt]
         asked = answers.ask(body, record, prompt, body.max_tokens, COMPLETION_TOKENS, body.logprobs)
         answer = CompletionAnswer(record.id, body.model, texts, body.logprobs is not None)

@@ -22,11 +22,7 @@ DSML = "｜DSML｜"
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 BLOCKS = {BEGIN: END, f"<{DSML}function_calls>": f"</{DSML}function_calls>"}
-CALLS = re.compile(
-    f"{CALL}(?P<name>.*?){SEPARATOR}(?P<arguments>.*?){CALL_END}"
-    f'|<{DSML}invoke name="(?P<invoked>[^"]*)">(?P<parameters>.*?)</{DSML}invoke>',
-    re.DOTALL,
-)
+INVOKE, INVOKE_END = f'<{DSML}invoke name="', f"</{DSML}invoke>"
 PARAMETER = re.compile(
     f'<{DSML}parameter name="(?P<name>[^"]*)" string="(?P<string>true|false)">(?P<value>.*?)</{DSML}parameter>',
     re.DOTALL,
@@ -61,8 +57,8 @@ class Chats:
         for name, is_used in used.items():
             if is_used and not re.search(rf"\b{name}\b", self._template):
                 raise ApiError(400, f"the model's chat template knows no {name}; leave it out", name)
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
         try:
+            tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
             return self._tokenizer.apply_chat_template(
                 [_plain(message) for message in asked.messages],
                 tools=tools if tools and asked.tool_choice != "none" else None,
@@ -70,7 +66,7 @@ class Chats:
                 tokenize=False,
                 thinking=asked.thinking,
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
             raise ApiError(400, f"the model's chat template refuses these messages: {error}", "messages") from error
 
     def answer(self, asked: ChatRequest, prompt: str) -> "Answer":
@@ -136,11 +132,11 @@ class Answer:
         return bool(marker)
 
     def _advance_calls(self, pieces: list[Piece]) -> bool:
-        call = CALLS.search(self._held)
+        call = _first_call(self._held)
         ends = [(at, end) for end in BLOCKS.values() if (at := self._held.find(end)) >= 0]
-        if call and (not ends or call.start() < min(ends)[0]):
-            pieces.append(_call(call))
-            self._held, self._block = self._held[call.end() :], ""
+        if call and (not ends or call[0] < min(ends)[0]):
+            pieces.append(call[2])
+            self._held, self._block = self._held[call[1] :], ""
             return True
         if ends:
             at, end = min(ends)
@@ -151,14 +147,44 @@ class Answer:
         return False
 
 
-def _call(found: re.Match[str]) -> Piece:
-    if found["name"] is not None:
-        return Piece("call", found["arguments"].strip(), found["name"].strip())
+def _first_call(text: str) -> tuple[int, int, Piece] | None:
+    """Where the first whole call begins and ends. By searching forward only: a pattern would take its time with unfinished ones."""
+    found = [call for call in (_marked_call(text), _invoked_call(text)) if call]
+    return min(found, key=lambda call: call[0]) if found else None
+
+
+def _between(text: str, marks: tuple[str, ...]) -> list[int] | None:
+    """Where each of the marks begins, one after the other, or None."""
+    places, at = [], 0
+    for mark in marks:
+        at = text.find(mark, at)
+        if at < 0:
+            return None
+        places.append(at)
+        at += len(mark)
+    return places
+
+
+def _marked_call(text: str) -> tuple[int, int, Piece] | None:
+    places = _between(text, (CALL, SEPARATOR, CALL_END))
+    if places is None:
+        return None
+    begin, middle, end = places
+    name, arguments = text[begin + len(CALL) : middle], text[middle + len(SEPARATOR) : end]
+    return begin, end + len(CALL_END), Piece("call", arguments.strip(), name.strip())
+
+
+def _invoked_call(text: str) -> tuple[int, int, Piece] | None:
+    places = _between(text, (INVOKE, '">', INVOKE_END))
+    if places is None:
+        return None
+    begin, middle, end = places
     values = {
         p["name"]: p["value"] if p["string"] == "true" else _json(p["value"])
-        for p in PARAMETER.finditer(found["parameters"])
+        for p in PARAMETER.finditer(text, middle + 2, end)
     }
-    return Piece("call", json.dumps(values, ensure_ascii=False), found["invoked"])
+    arguments = json.dumps(values, ensure_ascii=False)
+    return begin, end + len(INVOKE_END), Piece("call", arguments, text[begin + len(INVOKE) : middle])
 
 
 def _json(text: str) -> Any:

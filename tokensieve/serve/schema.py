@@ -48,7 +48,7 @@ class Common(Strict):
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -152,12 +152,12 @@ class TemplateOptions(Strict):
 
 
 class ChatRequest(Common):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -183,8 +183,11 @@ class ChatRequest(Common):
         return self
 
 
+Ids = Annotated[list[int], Field(fail_fast=True)]  # a list's first wrong item says enough: a million of them take minutes
+
+
 class CompletionRequest(Common):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @property

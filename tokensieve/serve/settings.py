@@ -28,8 +28,8 @@ class ServeConfig:
             raise UserError(f"mirror is {self.mirror}; it is a share between 0 and 1")
         if self.max_tokens < 1 or self.max_prompt_tokens < 0 or self.max_body < 1:
             raise UserError("max_tokens and max_body must be at least 1, max_prompt_tokens 0 or more")
-        if any(not key.strip() or not key.isascii() for key in self.keys):
-            raise UserError("an API key is empty or not ASCII; give another one")
+        if any(not key or key != key.strip() or not key.isascii() for key in self.keys):
+            raise UserError("an API key is empty, not ASCII, or has spaces around it; give another one")
 
     @property
     def models(self) -> tuple[str, ...]:
