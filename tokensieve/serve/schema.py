@@ -183,7 +183,9 @@ class ChatRequest(Common):
         return self
 
 
-Ids = Annotated[list[int], Field(fail_fast=True)]  # a list's first wrong item says enough: a million of them take minutes
+Ids = Annotated[
+    list[int], Field(fail_fast=True)
+]  # a list's first wrong item says enough: a million of them take minutes
 
 
 class CompletionRequest(Common):
