@@ -24,7 +24,7 @@ def test_no_page_is_lost_or_given_twice(seed: int) -> None:
     held: list[list[int]] = []
     names = [bytes([i]) * 16 for i in range(6)]
     for _ in range(60):
-        move = draw.choice(["take", "take", "release", "publish", "find", "forget"])
+        move = draw.choice(["take", "take", "release", "publish", "find"])
         if move == "take":
             count = draw.randint(0, 5)
             pages, room = pool.take(count), pool.available
@@ -34,12 +34,10 @@ def test_no_page_is_lost_or_given_twice(seed: int) -> None:
             pool.release(held.pop(draw.randrange(len(held))))
         elif move == "publish" and held:
             pool.publish(draw.choice(draw.choice(held)), draw.choice(names))
-        elif move == "find":
+        else:
             found = pool.find(draw.sample(names, 3))
             pool.share(found)
             held += [found] if found else []
-        else:
-            pool.forget()
         users = Counter(page for pages in held for page in pages)
         assert pool.used == len(users) and pool.available == 9 - len(users)
         assert [users.get(page, 0) for page in range(9)] == pool._users

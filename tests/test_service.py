@@ -161,11 +161,12 @@ def test_an_add_that_fails_is_told_to_its_caller_alone(service: Service, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_failing_fail_all_ends_the_service(model) -> None:
+def test_a_failing_fail_all_ends_the_service(model, monkeypatch) -> None:
     async def main() -> None:
         service = Service(Engine(model, Letters(), EngineConfig(pages=4)))
         service.start()
-        service.engine.step = service.engine.fail_all = lambda *_: 1 / 0  # type: ignore[method-assign]
+        for name in ("step", "fail_all"):
+            monkeypatch.setattr(service.engine, name, lambda *_: 1 / 0)
         outputs = await collect(service, request("a"))
         assert outputs[-1].finish == "error"
         service._thread.join()

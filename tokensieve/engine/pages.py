@@ -86,10 +86,3 @@ class PagePool:
                     self._free.append(page)
             elif self._users[page] < 0:
                 raise RuntimeError(f"page {page} was released more often than it was taken")
-
-    def forget(self) -> None:
-        """Nothing is known of the pages without users any more, as when the entries of a model with other weights would be wrong."""
-        for page in self._unused:
-            del self._known[self._digest.pop(page)]
-            self._free.append(page)
-        self._unused.clear()

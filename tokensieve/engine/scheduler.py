@@ -6,7 +6,6 @@ its prompt is run anew, and its tokens, which it keeps, are fed to it one by one
 """
 
 from collections import deque
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -156,6 +155,3 @@ class Scheduler:
             self.waiting.remove(running)
         self.pool.release(running.pages)
         running.pages = []
-
-    def everyone(self) -> SequenceOf[Running]:
-        return [*self.running, *self.waiting]

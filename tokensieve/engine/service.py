@@ -8,7 +8,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class Service:
         if self._thread is not None:
             self._thread.join()
 
-    async def stream(self, request: Request) -> AsyncIterator[Output]:
+    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
         """What comes of a request, up to the output that has a `finish`. Leaving early, or being cancelled, aborts the request.
 
         Raises:

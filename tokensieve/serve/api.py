@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Literal
 
@@ -76,13 +76,13 @@ class Answers:
         output = await unless_gone(request.receive, _all(outputs, answer))
         return JSONResponse(envelope(answer, answer.kind, [answer.whole()], usage_of(output, answer.reasoning_tokens)))
 
-    async def _outputs(self, asked: engine.Request, record: Record) -> AsyncIterator[Output]:
+    async def _outputs(self, asked: engine.Request, record: Record) -> AsyncGenerator[Output, None]:
         """What the engine says, counted. ApiError where it ends without an answer."""
         metrics, model = self._metrics, record.model
         last, tokens = time.perf_counter(), list[int]()
         histogram = metrics.first_token.labels(model)
         try:
-            async with aclosing(self._service.stream(asked)) as stream:  # type: ignore[type-var]
+            async with aclosing(self._service.stream(asked)) as stream:
                 async for output in stream:
                     now = time.perf_counter()
                     if output.tokens:
@@ -105,8 +105,8 @@ class Answers:
                 metrics.completion_tokens.labels(model).inc(record.completion_tokens)
 
     async def _events(
-        self, outputs: AsyncIterator[Output], answer: Answering, wants_usage: bool
-    ) -> AsyncIterator[bytes]:
+        self, outputs: AsyncGenerator[Output, None], answer: Answering, wants_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
         sent = False
 
         def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
@@ -115,7 +115,7 @@ class Answers:
                 del whole["usage"]
             return event(whole)
 
-        async with aclosing(outputs) as stream:  # type: ignore[type-var]
+        async with aclosing(outputs) as stream:
             try:
                 async for output in stream:
                     for choice in [*([] if sent else answer.begin()), *answer.push(output)]:
@@ -131,20 +131,20 @@ class Answers:
         yield b"data: [DONE]\n\n"
 
 
-async def _first(events: AsyncIterator[bytes]) -> bytes:
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(events)
 
 
-async def _joined(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with aclosing(events) as rest:  # type: ignore[type-var]
+async def _joined(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events) as rest:
         yield first
         async for chunk in rest:
             yield chunk
 
 
-async def _all(outputs: AsyncIterator[Output], answer: Answering) -> Output:
+async def _all(outputs: AsyncGenerator[Output, None], answer: Answering) -> Output:
     """Pushes every output; the last one."""
-    async with aclosing(outputs) as stream:  # type: ignore[type-var]
+    async with aclosing(outputs) as stream:
         async for output in stream:
             answer.push(output)
     return output

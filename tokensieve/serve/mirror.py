@@ -39,7 +39,7 @@ class Mirror:
         again: list[int] = []
         finish: str | None = None
         try:
-            async with aclosing(self._service.stream(other)) as stream:  # type: ignore[type-var]
+            async with aclosing(self._service.stream(other)) as stream:
                 async for output in stream:
                     again += output.tokens
                     finish = output.finish

@@ -1,6 +1,6 @@
 """What a request may say. Names and meanings are OpenAI's; what is not supported is refused, and not overlooked."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -195,9 +195,8 @@ class CompletionRequest(Common):
     @property
     def one_prompt(self) -> str | list[int]:
         """ValueError where there are several."""
-        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
-            return self.prompt  # type: ignore[return-value]
-        return self.prompt[0]  # type: ignore[return-value]
+        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else None
+        return first if isinstance(first, str | list) else cast("str | list[int]", self.prompt)
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "CompletionRequest":
