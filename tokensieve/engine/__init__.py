@@ -1,8 +1,8 @@
 """The engine for one machine: many requests on one model, on caches in pages.
 
 `request` says what is asked and what comes back, `core` is the engine; `scheduler` decides who runs, on which `pages`, `runner` runs the
-model on them, `sampling` chooses tokens, `grammar` says which may be chosen, and `text` makes text of them. `service` brings many
-callers to the one thread of an engine.
+model on them, `sampling` chooses tokens, `grammar` says which may be chosen, and `text` makes text of them. `lens` tells what a token's
+attention looked at. `service` brings many callers to the one thread of an engine.
 """
 
 from tokensieve.engine.core import Engine, EngineConfig

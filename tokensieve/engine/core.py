@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.engine.grammar import Grammars, Matcher
+from tokensieve.engine.lens import Lens
 from tokensieve.engine.request import Finish, Output, Request, TokenLogprob
 from tokensieve.engine.runner import Runner, check_servable, page_bytes
 from tokensieve.engine.sampling import Row, choose, logprobs_of
@@ -66,6 +67,7 @@ class Answer:
     running: Running
     text: TextStream
     matcher: Matcher | None
+    lens: Lens | None = None
 
 
 class Engine:
@@ -124,7 +126,10 @@ class Engine:
                 outputs += self._decode(some, selection)
         for running in scheduler.next_chunks():
             a, b = running.cached, scheduler.chunk_of(running)
-            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selection)
+            lens = None
+            if running.request.lens and b == running.prompt:
+                lens = self._answers[running.request.id].lens = Lens()
+            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selection, lens)
             scheduler.ran(running, b)
             if b == running.prompt and running.answered == 0:
                 outputs += self._extend([running], logits_V[None])
@@ -200,8 +205,9 @@ class Engine:
         finish: Finish | None = None,
         error: str = "",
     ) -> Output:
-        r = answer.running
-        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error)
+        r, lens, answer.lens = answer.running, answer.lens, None
+        looks = () if lens is None else tuple(lens.looks)
+        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error, looks)
 
 
 def check(request: Request, longest: int, vocabulary: int) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokensieve.config import UserError
+from tokensieve.engine.lens import Look
 
 Finish = Literal["stop", "length", "abort", "error"]
 MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of one
@@ -62,12 +63,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `selection`: who selects keys, "indexer", or "dense" for attention to every key of the same model."""
+    """One prompt. `selection`: who selects keys, "indexer", or "dense" for attention to every key of the same model.
+
+    lens: what the prompt's last token looked at is told with the first output.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     selection: Literal["indexer", "dense"] = "indexer"
+    lens: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,4 @@ class Output:
     cached_tokens: int = 0  # of the prompt, found in the cache
     completion_tokens: int = 0  # so far
     error: str = ""  # where finish is "error"
+    looks: tuple[Look, ...] = ()  # a layer each, where the request asked for them and with its first token

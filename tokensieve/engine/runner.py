@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.engine.lens import Lens
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.attention import Pass
 from tokensieve.model.moe import ORDINARY_ROWS
 from tokensieve.model.pack import Pack
 from tokensieve.model.pages import PagedStep, write_pages
-from tokensieve.model.selection import resolve
+from tokensieve.model.selection import Selection, dense, resolve
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -109,17 +110,24 @@ class Runner:
         self.device = model.device
 
     @torch.inference_mode()
-    def chunk(self, tokens: Sequence[int], past: int, pages: Sequence[int], selection: str) -> Tensor:
-        """Runs tokens `past` to `past` + S of a prompt, whose pages hold what is before; returns the last one's logits (V)."""
+    def chunk(
+        self, tokens: Sequence[int], past: int, pages: Sequence[int], selection: str, lens: Lens | None = None
+    ) -> Tensor:
+        """Runs tokens `past` to `past` + S of a prompt, whose pages hold what is before; returns the last one's logits (V).
+
+        lens: takes down what the last one looked at.
+        """
         S, T = len(tokens), past + len(tokens)
         table = torch.tensor(pages[: -(-T // PAGE_TOKENS)], dtype=torch.int32, device=self.device)
         ends = torch.arange(past + 1, T + 1, dtype=torch.int32, device=self.device)
         # The fused kernels want queries and keys on the same axis.
         bounds = torch.tensor([0, T], dtype=torch.int32, device=self.device) if past == 0 else None
         pack = Pack(1, S, (ends - 1).long(), torch.zeros_like(ends), ends, T, T, bounds, T, None)
-        return self._forward(
-            tokens, pack, selection, cache=ChunkCache(self.pools, table, past, S, self.model.dtype), last=True
-        )[0]
+        selects = resolve(selection)
+        if lens is not None:
+            selects = lens.over(selects if self.model.is_sparse else dense)
+        cache = ChunkCache(self.pools, table, past, S, self.model.dtype)
+        return self._forward(tokens, pack, selects, cache=cache, last=True)[0]
 
     @torch.inference_mode()
     def step(
@@ -142,7 +150,7 @@ class Runner:
         positions = (step.lens.long() - 1).clamp_min(0)
         starts = torch.zeros_like(step.lens)
         pack = Pack(B + padding, 1, positions, starts, step.lens, 0, width * PAGE_TOKENS, None, 1, None)
-        return self._forward([*tokens, *[0] * padding], pack, selection, paged=step)[:B]
+        return self._forward([*tokens, *[0] * padding], pack, resolve(selection), paged=step)[:B]
 
     def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
         """Rows by their number of pages. On a GPU, where bits depend on the batch anyway, all at once."""
@@ -156,7 +164,7 @@ class Runner:
         self,
         tokens: Sequence[int],
         pack: Pack,
-        selection: str,
+        selection: Selection,
         cache: ChunkCache | None = None,
         paged: PagedStep | None = None,
         last: bool = False,
@@ -165,7 +173,7 @@ class Runner:
         p = Pass(
             pack=pack,
             rotation=trunk.rotation(pack.positions_N),
-            selection=resolve(selection),
+            selection=selection,
             top_k=trunk.top_k,
             cache=cache,
             paged=paged,

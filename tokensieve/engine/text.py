@@ -17,6 +17,7 @@ class TextStream:
         self._ids: list[int] = []
         self._decoded = 0  # characters so far, given out or held
         self._held = ""
+        self._begins = [0] * len(stop)  # in what is held: the first place at which each stop string may begin
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -26,7 +27,7 @@ class TextStream:
         given = "" if piece is None else self._give(piece)
         if token in self._special and not self.stopped:
             # It is left out of the text, but its place in it is known: what is before is not held back past it.
-            given, self._held = given + self._held, ""
+            given, self._held, self._begins = given + self._held, "", [0] * len(self._stop)
         return given
 
     def finish(self) -> str:
@@ -41,15 +42,20 @@ class TextStream:
     def _give(self, piece: str) -> str:
         self._decoded += len(piece)
         text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        # Where a string did not begin it never will: every place is looked at once.
+        self._begins = [_begin(text, stop, at) for stop, at in zip(self._stop, self._begins, strict=True)]
+        ends = [at for stop, at in zip(self._stop, self._begins, strict=True) if at + len(stop) <= len(text)]
+        if ends:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(ends)]
+        certain = min(self._begins, default=len(text))
+        self._begins = [at - certain for at in self._begins]
+        self._held = text[certain:]
+        return text[:certain]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` begin `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+def _begin(text: str, stop: str, at: int) -> int:
+    """The first place from `at` on at which `text` holds all of `stop`, or ends with a beginning of it; the end of `text` is one."""
+    while not stop.startswith(text[at : at + len(stop)]):
+        at += 1
+    return at

@@ -1,6 +1,7 @@
 """Outputs of the engine in OpenAI's shapes: whole answers, and the chunks of a stream."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from tokensieve.engine import Output, TokenLogprob
@@ -42,6 +43,26 @@ def usage_of(output: Output, reasoning_tokens: int) -> Json:
         "prompt_tokens_details": {"cached_tokens": output.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
+
+
+class Ids:
+    """Token ids beside texts, for who asks for them: those of the prompt in the first chunk, those of the answer as they come."""
+
+    def __init__(self, prompt: Sequence[int], wanted: bool):
+        self._prompt, self._wanted = list(prompt), wanted
+        self._new: list[int] = []
+
+    def head(self) -> Json:
+        """What the first chunk, or the whole answer, says besides."""
+        return {"prompt_token_ids": self._prompt} if self._wanted else {}
+
+    def push(self, output: Output) -> None:
+        self._new += output.tokens
+
+    def put(self, choices: list[Json]) -> None:
+        """Into the first choice, where there is one: the ids since the last one."""
+        if self._wanted and choices:
+            choices[0]["token_ids"], self._new = self._new, []
 
 
 class TokenTexts:

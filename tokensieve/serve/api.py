@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
@@ -13,15 +13,15 @@ from fastapi.responses import JSONResponse, Response
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
-from tokensieve.serve import errors
-from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, TokenTexts, envelope, usage_of
+from tokensieve.serve import errors, lens
+from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Ids, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
 from tokensieve.serve.gate import Gate, Record
 from tokensieve.serve.metrics import Metrics
 from tokensieve.serve.mirror import Mirror
 from tokensieve.serve.schema import ChatRequest, Common, CompletionRequest
-from tokensieve.serve.settings import DENSE, ServeConfig
+from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import EventStream, event, unless_gone
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
@@ -58,23 +58,25 @@ class Answers:
         # the mirror's draws are the same: of a seed that is known
         seed = random.getrandbits(63) if body.seed is None else body.seed
         sampling = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, schema)
-        selection: Literal["indexer", "dense"] = "dense" if body.model == config.name + DENSE else "indexer"
-        asked = engine.Request(record.id, tuple(prompt), sampling, selection)
+        asked = engine.Request(record.id, tuple(prompt), sampling, config.selection_of(body.model))
         record.model, record.prompt_tokens = body.model, len(prompt)
         return asked
 
     async def respond(
         self, request: Request, body: Common, asked: engine.Request, answer: Answering, record: Record
     ) -> Response:
-        outputs = self._outputs(asked, record)
+        outputs, ids = self._outputs(asked, record), Ids(asked.prompt, body.return_token_ids)
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = self._events(outputs, answer, wants_usage)
+            events = self._events(outputs, answer, wants_usage, ids)
             # the first one before the status is sent: what is refused has a status of its own
             first = await unless_gone(request.receive, _first(events))
             return EventStream(_joined(first, events))
-        output = await unless_gone(request.receive, _all(outputs, answer))
-        return JSONResponse(envelope(answer, answer.kind, [answer.whole()], usage_of(output, answer.reasoning_tokens)))
+        output = await unless_gone(request.receive, _all(outputs, answer, ids))
+        choices = [answer.whole()]
+        ids.put(choices)
+        whole = envelope(answer, answer.kind, choices, usage_of(output, answer.reasoning_tokens))
+        return JSONResponse(whole | ids.head())
 
     async def _outputs(self, asked: engine.Request, record: Record) -> AsyncGenerator[Output, None]:
         """What the engine says, counted. ApiError where it ends without an answer."""
@@ -105,12 +107,12 @@ class Answers:
                 metrics.completion_tokens.labels(model).inc(record.completion_tokens)
 
     async def _events(
-        self, outputs: AsyncGenerator[Output, None], answer: Answering, wants_usage: bool
+        self, outputs: AsyncGenerator[Output, None], answer: Answering, wants_usage: bool, ids: Ids
     ) -> AsyncGenerator[bytes, None]:
         sent = False
 
         def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-            whole = envelope(answer, answer.chunk_kind, choices, usage)
+            whole = envelope(answer, answer.chunk_kind, choices, usage) | ({} if sent else ids.head())
             if not wants_usage:
                 del whole["usage"]
             return event(whole)
@@ -118,9 +120,12 @@ class Answers:
         async with aclosing(outputs) as stream:
             try:
                 async for output in stream:
-                    for choice in [*([] if sent else answer.begin()), *answer.push(output)]:
+                    ids.push(output)
+                    choices = [*([] if sent else answer.begin()), *answer.push(output)]
+                    ids.put(choices)
+                    for choice in choices:
                         yield chunk([choice])
-                    sent = True
+                        sent = True
             except ApiError as error:
                 if not sent:
                     raise
@@ -142,10 +147,11 @@ async def _joined(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGen
             yield chunk
 
 
-async def _all(outputs: AsyncGenerator[Output, None], answer: Answering) -> Output:
+async def _all(outputs: AsyncGenerator[Output, None], answer: Answering, ids: Ids) -> Output:
     """Pushes every output; the last one."""
     async with aclosing(outputs) as stream:
         async for output in stream:
+            ids.push(output)
             answer.push(output)
     return output
 
@@ -166,11 +172,10 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     app.add_middleware(Gate, config=config, metrics=metrics)
     errors.install(app)
 
+    app.include_router(lens.router(service, tokenizer, config))
+
     def known(model: str) -> dict[str, Any]:
-        if model not in config.models:
-            raise ApiError(
-                404, f"there is no model {model!r}; there is {' and '.join(config.models)}", "model", "model_not_found"
-            )
+        config.selection_of(model)
         return {"id": model, "object": "model", "created": begun, "owned_by": "tokensieve"}
 
     # No token of a byte-level tokenizer stands for more characters than it is written with.
@@ -203,7 +208,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        known(body.model)
+        config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
         text = chats.text(body)
         prompt = await run_in_threadpool(tokens_of, text)  # a long text would keep all others waiting
@@ -215,7 +220,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        known(body.model)
+        config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
         prompt = body.one_prompt
         if isinstance(prompt, str):

@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 
 from tokensieve.config import UserError
 from tokensieve.engine import Busy, Stopping
+from tokensieve.serve.settings import UnknownModel
 from tokensieve.serve.streaming import ClientGone
 
 CLIENT_GONE = 499  # no status of the standard; what web servers write where nobody was left to answer
@@ -52,6 +53,9 @@ def install(app: FastAPI) -> None:
     async def refused(_: Request, error: Any) -> JSONResponse:
         return error_response(400, str(error))
 
+    async def unknown(_: Request, error: Any) -> JSONResponse:
+        return error_response(404, str(error), "model", "model_not_found")
+
     async def busy(_: Request, error: Any) -> JSONResponse:
         return error_response(429, str(error), code="overloaded")
 
@@ -78,6 +82,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, asked_wrongly)
     app.add_exception_handler(UserError, refused)
+    app.add_exception_handler(UnknownModel, unknown)
     app.add_exception_handler(Busy, busy)
     app.add_exception_handler(Stopping, stopping)
     app.add_exception_handler(RequestValidationError, malformed)

@@ -49,6 +49,7 @@ class Common(Strict):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    return_token_ids: bool = False  # as vLLM has it
 
     @model_validator(mode="before")
     @classmethod

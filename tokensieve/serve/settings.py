@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from tokensieve.config import UserError
 
 DENSE = ":dense"
+
+
+class UnknownModel(Exception):
+    """A request names a model that is not served."""
 
 
 @dataclass(frozen=True)
@@ -34,3 +39,9 @@ class ServeConfig:
     @property
     def models(self) -> tuple[str, ...]:
         return (self.name, self.name + DENSE) if self.dense else (self.name,)
+
+    def selection_of(self, model: str) -> Literal["indexer", "dense"]:
+        """Who selects keys for a model of this id."""
+        if model not in self.models:
+            raise UnknownModel(f"there is no model {model!r}; there is {' and '.join(self.models)}")
+        return "dense" if model == self.name + DENSE else "indexer"
