@@ -75,6 +75,35 @@ def test_callers_get_their_own_answers(service: Service) -> None:
     asyncio.run(main())
 
 
+def test_requests_asked_together(service: Service) -> None:
+    """Each is answered as alone; leaving, or one that cannot run, ends all of them."""
+
+    async def main() -> None:
+        asked = [request(f"r{i}", tokens=4 + i, length=30 + i) for i in range(4)]
+        together = [output async for output in service.stream(*asked)]
+        for r in asked:
+            its = [o for o in together if o.id == r.id]
+            assert [o.finish for o in its] == [None] * (len(its) - 1) + ["length"]
+            assert [o.tokens for o in await collect(service, r)] == [o.tokens for o in its]
+        stream = service.stream(*(request(f"r{i}", tokens=700 if i else 2) for i in range(3)))
+        while (await anext(stream)).finish is None:
+            pass
+        assert service.open == 2
+        await stream.aclose()
+        await settled(service)
+        with pytest.raises(UserError, match="empty"):
+            async for _ in service.stream(request("long", tokens=700), Request("empty", ())):
+                pass
+        await settled(service)
+        with pytest.raises(UserError, match="6 answers are asked for at once, and 5 may"):
+            await anext(service.stream(*(request(f"r{i}") for i in range(6))))
+        with pytest.raises(UserError, match="r0 already"):
+            await anext(service.stream(request("r0"), request("r0")))
+        assert service.open == 0
+
+    asyncio.run(main())
+
+
 def test_one_that_leaves_gives_its_pages_back(service: Service) -> None:
     async def main() -> None:
         stream = service.stream(request("closed", tokens=700))
@@ -234,7 +263,7 @@ def test_the_end(model, drain: bool) -> None:
 
 def test_a_closed_loop_is_survived(service: Service) -> None:
     async def leave() -> None:
-        service._submit(Caller(request("gone", 300), asyncio.get_running_loop()))
+        service._submit([Caller(request("gone", 300), asyncio.get_running_loop())])
 
     asyncio.run(leave())
     for _ in range(500):

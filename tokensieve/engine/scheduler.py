@@ -8,11 +8,13 @@ its prompt is run anew, and its tokens, which it keeps, are fed to it one by one
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 from tokensieve.engine.pages import Digest, PagePool, digests
 from tokensieve.engine.request import Request
 from tokensieve.ops.quant import PAGE_TOKENS
 
+AHEAD = 32  # of those that wait, so many are looked at in a step, however many there are
 MOST_PASSES = 16  # requests that may be let in before one that came earlier and needs more pages
 
 
@@ -70,14 +72,21 @@ class Scheduler:
     def admit(self) -> None:
         """Lets in whom there is room for, in the order of arrival. Smaller ones may pass one that has to wait, but not for ever."""
         left_out: list[Running] = []
-        for running in list(self.waiting):
+        for running in list(islice(self.waiting, AHEAD)):
             if len(self.running) >= self.most_running or any(r.passed >= MOST_PASSES for r in left_out):
                 return
+            if self._is_made(running):
+                continue
             if self._enter(running):
                 for other in left_out:
                     other.passed += 1
             else:
                 left_out.append(running)
+
+    def _is_made(self, running: Running) -> bool:
+        """Whether the same prompt is being run already: as soon as it is through, its pages are there for all."""
+        twins = (r for r in self.running if r.in_prompt and r.digests == running.digests)
+        return self.share and running.prompt > self.chunk and any(twins)
 
     def _enter(self, running: Running) -> bool:
         known = self._known(running)

@@ -1,14 +1,14 @@
 """Many asyncio callers on one engine: a thread of its own steps the engine and hands every caller what is its own.
 
 The engine is touched by that thread only. Callers leave requests and abortions in an inbox; outputs go to a queue per caller, so that a
-slow reader delays nobody: what a queue can hold is bounded by the request's `max_tokens`.
+slow reader delays nobody: what a queue can hold is bounded by the requests' `max_tokens`.
 """
 
 import asyncio
 import logging
 import threading
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from tokensieve.engine.core import Engine
 from tokensieve.engine.request import Output, Request
 
 log = logging.getLogger("tokensieve.engine")
+
+
+WAITING = 4096  # a prompt of 32768 tokens that waits takes 1.5 MB
 
 
 class Busy(Exception):
@@ -29,11 +32,11 @@ class Stopping(Exception):
 
 @dataclass(eq=False)
 class Caller:
-    """Whoever reads a request's outputs. An exception in the queue is raised to the reader, and is the last thing in it."""
+    """Whoever reads a request's outputs. An exception in the queue is raised to the reader."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Output | UserError] = field(default_factory=asyncio.Queue)
+    queue: asyncio.Queue[Output | UserError] = field(default_factory=asyncio.Queue)  # of all requests asked together
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Load:
 class Service:
     """waiting: requests that may wait while as many run as the engine lets run."""
 
-    def __init__(self, engine: Engine, waiting: int = 256):
+    def __init__(self, engine: Engine, waiting: int = WAITING):
         if waiting < 0:
             raise UserError(f"waiting is {waiting}; it must be 0 or more")
         self.engine = engine
@@ -96,44 +99,50 @@ class Service:
         if self._thread is not None:
             self._thread.join()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
-        """What comes of a request, up to the output that has a `finish`. Leaving early, or being cancelled, aborts the request.
+    async def stream(self, *requests: Request) -> AsyncGenerator[Output, None]:
+        """What comes of requests, up to the outputs that have a `finish`. Leaving early, or being cancelled, aborts those that have none.
 
         Raises:
-            Busy: too many wait already.
+            Busy: too many wait already. None of the requests is taken in.
             Stopping: nothing is taken in.
-            UserError: the request can never run.
+            UserError: a request can never run.
         """
-        caller = Caller(request, asyncio.get_running_loop())
-        self._submit(caller)
-        ended = False
+        queue: asyncio.Queue[Output | UserError] = asyncio.Queue()
+        self._submit([Caller(request, asyncio.get_running_loop(), queue) for request in requests])
+        left = {request.id for request in requests}
         try:
-            while not ended:
-                output = await caller.queue.get()
-                ended = isinstance(output, UserError) or output.finish is not None
+            while left:
+                output = await queue.get()
                 if isinstance(output, UserError):
                     raise output
+                if output.finish is not None:
+                    left.discard(output.id)
                 yield output
         finally:
-            if not ended:
-                self._leave(request.id)
+            if left:
+                self._leave(left)
 
-    def _submit(self, caller: Caller) -> None:
-        id = caller.request.id
+    def _submit(self, callers: list[Caller]) -> None:
+        ids = [caller.request.id for caller in callers]
         with self._changed:
             if self.draining or not self.alive:
                 raise Stopping("the server is stopping" if self.draining else "the engine does not run")
-            if id in self._open:
-                raise UserError(f"there is a request {id} already; give each its own id")
-            if len(self._open) >= self._most:
-                raise Busy(f"{len(self._open)} requests run or wait already, and no more may; try again later")
-            self._open.add(id)
-            self._inbox.append(caller)
+            for id in ids:
+                if id in self._open or ids.count(id) > 1:
+                    raise UserError(f"there is a request {id} already; give each its own id")
+            if len(ids) > self._most:
+                raise UserError(
+                    f"{len(ids)} answers are asked for at once, and {self._most} may run and wait; ask for less"
+                )
+            if len(self._open) + len(ids) > self._most:
+                raise Busy(f"{len(self._open)} requests run or wait already, of {self._most} that may; try again later")
+            self._open.update(ids)
+            self._inbox.extend(callers)
             self._changed.notify()
 
-    def _leave(self, id: str) -> None:
+    def _leave(self, ids: Iterable[str]) -> None:
         with self._changed:
-            self._inbox.append(id)
+            self._inbox.extend(ids)
             self._changed.notify()
 
     def _run(self) -> None:

@@ -1,0 +1,51 @@
+"""Who waits in the engine's queue: for pages, and for a prompt that is on its way already."""
+
+import time
+from typing import Any
+
+import pytest
+from models import ours
+from test_engine import KINDS, SMALL, ask, run, tokens
+
+import tokensieve
+from tokensieve.engine import Engine, EngineConfig
+from tokensieve.model import DecoderForCausalLM
+
+
+@pytest.fixture(scope="module")
+def sparse() -> DecoderForCausalLM:
+    return ours(KINDS["sparse"], seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokensieve.load_tokenizer("base")
+
+
+def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """Asked several times at once, it waits for itself; shorter than a chunk it has nothing to share, and another one does not wait."""
+    engine = Engine(sparse, tokenizer, SMALL)
+    requests = [ask(f"same {i}", 200, seed=i, temperature=1.0) for i in range(4)]
+    others = [ask("other", 190, text=7), *(ask(f"short {i}", 60) for i in range(2))]
+    alone = {r.id: tokens(run(Engine(sparse, tokenizer, SMALL), [r])[r.id]) for r in [*requests, *others]}
+    for r in [*requests, *others]:
+        engine.add(r)
+    engine.step()
+    assert len(engine.scheduler.running) == 4 and len(engine.scheduler.waiting) == 3
+    engine.fail_all("again")
+    found = run(Engine(sparse, tokenizer, SMALL), [*requests, *others])
+    assert {id: tokens(outputs) for id, outputs in found.items()} == alone
+    assert [found[r.id][-1].cached_tokens for r in requests] == [0, 192, 192, 192]
+
+
+def test_who_waits_costs_little(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """A step takes as long with thousands that wait for pages as with a few."""
+    engine = Engine(sparse, tokenizer, EngineConfig(pages=4, running=64, chunk=64))
+    for i in range(2000):
+        engine.add(ask(str(i), 130 + i % 3, text=i, max_tokens=100))
+    engine.step()
+    begin = time.process_time()
+    for _ in range(20):
+        engine.scheduler.admit()
+    assert time.process_time() - begin < 0.2  # 0.01 s; 4 s where all are looked at
+    assert len(engine.fail_all("enough")) == 2000 and engine.scheduler.pool.used == 0
