@@ -241,12 +241,15 @@ def test_an_answer_obeys_its_schema(tokenizer: Any) -> None:
         assert set(said) == {"name", "n"} and len(said["name"]) <= 8 and 0 <= said["n"] <= 99
 
 
-@pytest.mark.parametrize("index_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("index_dtype", ["bf16", "fp8", "none"])
 def test_quantized_pages(index_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents and keys in FP8, as on a GPU: a token has about the logits that the full forward gives it, whether its chunk is run or it
     is decoded, and the same to rounding in both ways, since both read what is stored. Without experts: a rounding would choose others."""
     widths = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 8}
-    model = ours(config("v32", first_k_dense_replace=3, index_dtype=index_dtype, **widths), seed=1)
+    if index_dtype == "none":
+        model = ours(config("v3", first_k_dense_replace=3, kv_lora_rank=512, qk_rope_head_dim=64), seed=1)
+    else:
+        model = ours(config("v32", first_k_dense_replace=3, index_dtype=index_dtype, **widths), seed=1)
     monkeypatch.setattr("tokensieve.engine.runner.is_quantized", lambda model: (True, index_dtype == "fp8"))
     runner, ids, pages = Runner(model, 4), prompt(150), [2, 0, 3]
     assert runner.pools.latent[0].dtype == torch.uint8

@@ -95,6 +95,41 @@ def test_fused_on_cuda_equals_the_reference() -> None:
         oracle.assert_close(a.cpu(), e.cpu(), TOLERANCE["bfloat16"])
 
 
+def chunk(S: int, T: int, device: str, dtype: torch.dtype, groups: int = 4) -> tuple[list, dict]:
+    """The last S of T tokens: arguments, and what lets them be fused."""
+    g = torch.Generator().manual_seed(T)
+    q, k, v = (
+        torch.randn(n, heads, width, generator=g).to(dtype).to(device)
+        for n, heads, width in ((S, 4, 192), (T, groups, 192), (T, groups, 128))
+    )
+    ends = torch.arange(T - S + 1, T + 1, dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, T], dtype=torch.int32, device=device)
+    return [q, k, v, torch.zeros_like(ends), ends, 0.05], {"bounds": bounds, "longest": T}
+
+
+@pytest.mark.parametrize(("S", "T"), [(1, 2), (5, 70), (64, 65), (130, 600)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_fused_chunk_of_a_document(S: int, T: int, dtype: str) -> None:
+    given, fused = chunk(S, T, "cpu", getattr(torch, dtype), groups=2)
+    expected = oracle.dense_attention(*(x.double() for x in given[:3]), *given[3:])
+    for actual, e, tolerance in zip(
+        ops.dense_attention(*given, **fused, backend="fused"), expected, (TOLERANCE[dtype], 1e-4), strict=True
+    ):
+        oracle.assert_close(actual, e, tolerance, 1.0)
+    with pytest.raises(ValueError, match="no gradient for a chunk"):
+        leaves = [x.requires_grad_() for x in given[:3]]
+        ops.dense_attention(*leaves, *given[3:], **fused, backend="fused")[0].sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("S", "T"), [(1, 2), (64, 65), (512, 5000)])
+def test_fused_chunk_on_cuda(S: int, T: int) -> None:
+    given, fused = chunk(S, T, "cuda", torch.bfloat16)
+    expected = ops.dense_attention(*given, backend="reference")
+    for actual, e in zip(ops.dense_attention(*given, **fused, backend="fused"), expected, strict=True):
+        oracle.assert_close(actual.cpu(), e.cpu(), TOLERANCE["bfloat16"], 1.0)
+
+
 def test_auto_takes_fused_only_for_packs() -> None:
     x = make(CASES[0])
     tensors = (x.q_SHD, x.k_TGD, x.v_TGV)

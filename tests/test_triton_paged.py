@@ -300,6 +300,18 @@ def test_written_bytes_are_those_of_the_reference(device: str, kind: str, dtype:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["fp8", "float32"])
+def test_a_dense_model_has_index_pages_without_width(kind: str, device: str) -> None:
+    latent, k_rope, _ = hard_tokens(kind, torch.float32)
+    expected, actual = empty_pools(3, kind)[0], empty_pools(3, kind)[0].to(device)
+    slots = torch.arange(len(latent), dtype=torch.int32)
+    ops.write_caches(latent, k_rope, latent[:, :0], expected, torch.zeros(3, 64, 0), slots, backend="reference")
+    tokens = [t.to(device) for t in (latent, k_rope, latent[:, :0])]
+    ops.write_caches(*tokens, actual, torch.zeros(3, 64, 0).to(device), slots.to(device), backend=backend(device))
+    assert torch.equal(raw(actual).cpu(), raw(expected)) and raw(expected).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_rounding_to_e4m3(device: str) -> None:
     """Every number of half precision up to 448, beside a 448 that makes the scale 1."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16).float()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.engine.graphs import Graphs, StepInputs
 from tokensieve.engine.lens import Lens
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.attention import Pass
@@ -27,7 +28,7 @@ from tokensieve.ops.quant import PAGE_TOKENS
 
 @dataclass(frozen=True)
 class Pools:
-    """All pages of all layers, as `tokensieve.ops.paged` describes them; `index` is empty in a dense model."""
+    """All pages of all layers, as `tokensieve.ops.paged` describes them; index pages of a dense model have no width."""
 
     latent: tuple[Tensor, ...]
     index: tuple[Tensor, ...]
@@ -70,7 +71,7 @@ def make_pools(model: DecoderForCausalLM, pages: int) -> Pools:
     layers = range(c.num_hidden_layers)
     return Pools(
         tuple(pool(PAGE_TOKENS, width, quantized=latent_fp8) for _ in layers),
-        tuple(pool(*keys, quantized=index_fp8) for _ in layers) if model.is_sparse else (),
+        tuple(pool(*keys, quantized=index_fp8) for _ in layers),
     )
 
 
@@ -80,27 +81,32 @@ class ChunkCache:
     def __init__(self, pools: Pools, table_P: Tensor, past: int, tokens: int, dtype: torch.dtype):
         self._pools, self._table, self._past, self._tokens, self._dtype = pools, table_P, past, past + tokens, dtype
         position = torch.arange(past, past + tokens, device=table_P.device)
-        self.quantized_index = bool(pools.index) and pools.index[0].dtype == torch.uint8
+        self.quantized_index = pools.index[0].dtype == torch.uint8
         self._slots = table_P[position // PAGE_TOKENS].long() * PAGE_TOKENS + position % PAGE_TOKENS
 
     def get_seq_length(self) -> int:
         return self._past
 
-    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Stores the chunk, and gives all entries and keys up to its end as they were stored, (T, E) and (T, D): rounded where they are."""
-        latent, index = self._pools.latent[layer], self._pools.index[layer] if self._pools.index else None
+    def append(
+        self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Stores the chunk, and gives all entries and keys up to its end as they were stored, (T, E) and (T, D): rounded where they are.
+
+        E4M3 keys come as such, with their scales (T).
+        """
+        latent, index = self._pools.latent[layer], self._pools.index[layer]
         write_pages(latent, index, latent_BSE[0], None if index_BSD is None else index_BSD[0], self._slots)
         held = latent.index_select(0, self._table)
         if held.dtype == torch.uint8:
             held = torch.cat(quant.unpack_latent_page(held, self._dtype), -1)
         entries = held.flatten(0, 1)[: self._tokens]
-        if index is None:
-            return entries, None
+        if index_BSD is None:
+            return entries, None, None
         keys = index.index_select(0, self._table)
-        if keys.dtype == torch.uint8:
-            values, scales = quant.unpack_index_page(keys)
-            keys = quant.dequantize_e4m3(values, scales.unsqueeze(-1), dtype=self._dtype)
-        return entries, keys.flatten(0, 1)[: self._tokens]
+        if keys.dtype != torch.uint8:
+            return entries, keys.flatten(0, 1)[: self._tokens], None
+        values, scales = quant.unpack_index_page(keys)
+        return entries, values.flatten(0, 1)[: self._tokens], scales.flatten()[: self._tokens]
 
 
 class Runner:
@@ -108,6 +114,7 @@ class Runner:
         self.model, self.backend = model.eval(), backend
         self.pools = make_pools(model, pages)
         self.device = model.device
+        self._graphs = Graphs(self._run_step, self.device) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def chunk(
@@ -120,49 +127,48 @@ class Runner:
         S, T = len(tokens), past + len(tokens)
         table = torch.tensor(pages[: -(-T // PAGE_TOKENS)], dtype=torch.int32, device=self.device)
         ends = torch.arange(past + 1, T + 1, dtype=torch.int32, device=self.device)
-        # The fused kernels want queries and keys on the same axis.
-        bounds = torch.tensor([0, T], dtype=torch.int32, device=self.device) if past == 0 else None
+        bounds = torch.tensor([0, T], dtype=torch.int32, device=self.device)
         pack = Pack(1, S, (ends - 1).long(), torch.zeros_like(ends), ends, T, T, bounds, T, None)
         selects = resolve(selection)
         if lens is not None:
             selects = lens.over(selects if self.model.is_sparse else dense)
         cache = ChunkCache(self.pools, table, past, S, self.model.dtype)
-        return self._forward(tokens, pack, selects, cache=cache, last=True)[0]
+        ids = torch.tensor(tokens, device=self.device)
+        return self._forward(ids, pack, selects, cache=cache, last=True)[0]
 
     @torch.inference_mode()
-    def step(
-        self, tokens: Sequence[int], lens: Sequence[int], pages: Sequence[Sequence[int]], selection: str
+    def step(self, tokens: Sequence[int], lens: Sequence[int], pages: Sequence[list[int]], selection: str) -> Tensor:
+        """Runs one token of each of B sequences, which are `lens` tokens long with it; returns the logits (B, V), until the next step.
+
+        A list in `pages` may grow from call to call, and changes in no other way.
+        """
+        if self._graphs is not None:
+            return self._graphs(tokens, lens, pages, selection)
+        padding = -len(lens) % ORDINARY_ROWS
+        counts = [-(-n // PAGE_TOKENS) for n in lens]
+        inputs = StepInputs(len(lens) + padding, max(counts), self.device)
+        inputs.fill(tokens, lens, pages)
+        groups = self._groups([*counts, *[1] * padding])
+        return self._run_step(inputs, selection, groups)[: len(lens)]
+
+    def _run_step(
+        self, inputs: StepInputs, selection: str, groups: tuple[tuple[Tensor, int], ...] | None = None
     ) -> Tensor:
-        """Runs one token of each of B sequences, which are `lens` tokens long with it; returns the logits (B, V)."""
-        B = len(tokens)
-        padding = -B % ORDINARY_ROWS
-        width = max(-(-n // PAGE_TOKENS) for n in lens)
-        table = [[*row[:width], *[0] * (width - len(row))] for row in pages] + [[0] * width] * padding
-        slots = [row[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS for row, n in zip(pages, lens)]
-        step = PagedStep(
-            self.pools.latent,
-            self.pools.index,
-            self._integers(table, torch.int32),
-            self._integers([*lens, *[0] * padding], torch.int32),
-            self._integers([*slots, *[-1] * padding], torch.int64),
-            self._groups([*(-(-n // PAGE_TOKENS) for n in lens), *[1] * padding]),
-        )
-        positions = (step.lens.long() - 1).clamp_min(0)
-        starts = torch.zeros_like(step.lens)
-        pack = Pack(B + padding, 1, positions, starts, step.lens, 0, width * PAGE_TOKENS, None, 1, None)
-        return self._forward([*tokens, *[0] * padding], pack, resolve(selection), paged=step)[:B]
+        (rows, width), lens = inputs.page_table.shape, inputs.lens
+        step = PagedStep(self.pools.latent, self.pools.index, inputs.page_table, lens, inputs.slots, groups)
+        positions = (lens.long() - 1).clamp_min(0)
+        pack = Pack(rows, 1, positions, torch.zeros_like(lens), lens, 0, width * PAGE_TOKENS, None, 1, None)
+        return self._forward(inputs.tokens, pack, resolve(selection), paged=step)
 
     def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
-        """Rows by their number of pages. On a GPU, where bits depend on the batch anyway, all at once."""
-        each = [max(pages)] * len(pages) if self.device.type == "cuda" else pages
+        """Rows by their number of pages."""
         return tuple(
-            (self._integers([b for b, count in enumerate(each) if count == some], torch.int64), some)
-            for some in sorted(set(each))
+            (torch.tensor([b for b, count in enumerate(pages) if count == some]), some) for some in sorted(set(pages))
         )
 
     def _forward(
         self,
-        tokens: Sequence[int],
+        tokens: Tensor,
         pack: Pack,
         selection: Selection,
         cache: ChunkCache | None = None,
@@ -180,15 +186,12 @@ class Runner:
             form=trunk.form,
             backend=self.backend,
         )
-        x = trunk.embed_tokens(self._integers(tokens, torch.int64))
+        x = trunk.embed_tokens(tokens)
         for layer in trunk.layers:
             x = layer(x, p)
         # the last row in the company of others: alone it would be another product
         x = trunk.norm(x[-ORDINARY_ROWS:] if last else x)
         return self.model.lm_head(x)[-1:] if last else self.model.lm_head(x)
-
-    def _integers(self, values: Sequence, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
 
 
 def check_servable(model: DecoderForCausalLM) -> None:

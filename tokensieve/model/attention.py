@@ -25,13 +25,18 @@ from tokensieve.model.selection import indexer as indexer_selection
 
 
 class Cache(Protocol):
-    """Where a pass stores its entries and finds the earlier ones: a `LatentCache`, or pages (`tokensieve.engine.runner`)."""
+    """Where a pass stores its entries and finds the earlier ones: a `LatentCache`, or pages (`tokensieve.engine.runner`).
+
+    `append` gives entries and index keys up to the pass's end, and where the keys are E4M3 (`quantized_index`) their scales.
+    """
 
     quantized_index: bool
 
     def get_seq_length(self) -> int: ...
 
-    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+    def append(
+        self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
 
 
 @dataclass
@@ -101,14 +106,14 @@ class Attention(nn.Module):
         if p.paged is not None:
             heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
             return self.o_proj(self._decode(heads, h, source, p.paged, p).flatten(1))
-        k_I = None
+        k_I, k_scale = None, None
         if p.cache is not None:
             rows = (p.pack.batch, p.pack.length)
             rounded = not p.cache.quantized_index  # such a cache rounds by itself
             new_keys = None
             if self.indexer is not None:
                 new_keys = self.indexer.keys(h, p.rotation, rounded).detach().unflatten(0, rows)
-            entries_TE, k_I = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
+            entries_TE, k_I, k_scale = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
             if p.pack.batch == 1:  # K and V are not to be expanded over the room that is still empty
                 entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
         heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
@@ -116,7 +121,8 @@ class Attention(nn.Module):
         def index_inputs() -> tuple[Tensor, Tensor, Tensor]:
             if self.indexer is None:
                 raise UserError("this model has no indexer to select with; make it sparse first: tokensieve sparsify")
-            q_I, w = self.indexer.queries(source, h, p.rotation)
+            queries = self.indexer.queries if k_scale is None else self.indexer.e4m3_queries
+            q_I, w = queries(source, h, p.rotation)
             return q_I, self.indexer.keys(h, p.rotation) if k_I is None else k_I, w
 
         if p.objective == "warmup":
@@ -124,7 +130,7 @@ class Attention(nn.Module):
         else:
             # Where the indexer learns, the choice and the loss read the same tensors, made once and outside of no_grad.
             index = index_inputs() if p.objective == "adapt" else None
-            indices = self._select(heads, index_inputs if index is None else lambda: index, p)
+            indices = self._select(heads, index_inputs if index is None else lambda: index, k_scale, p)
             if indices is None:
                 out = heads.dense(p.pack, p.form)
             elif index is not None:
@@ -133,7 +139,7 @@ class Attention(nn.Module):
                 out = heads.sparse(indices, p.pack, p.form)
         return self.o_proj(out.flatten(1))
 
-    def _select(self, heads: Heads, index_inputs, p: Pass) -> Tensor | None:
+    def _select(self, heads: Heads, index_inputs, k_scale: Tensor | None, p: Pass) -> Tensor | None:
         """(N, K) indices, or None for dense attention: asked for, or the same thing because no query sees more than k keys."""
         if p.replay is not None:
             indices = p.replay[self.layer]
@@ -151,7 +157,7 @@ class Attention(nn.Module):
         else:
             k = min(p.top_k, p.pack.max_keys)
             with torch.no_grad():
-                c = SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs, p.backend)
+                c = SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs, p.backend, k_scale)
                 indices = p.selection(c)
             if indices is None:
                 return None

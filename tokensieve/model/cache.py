@@ -37,8 +37,11 @@ class LatentCache(Cache):
             self._capacity = -(-max(needed, 2 * self._capacity) // STEP) * STEP
         return self._capacity
 
-    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Stores this pass's entries of one layer; returns the whole buffers, flattened to (B * capacity, E) and (B * capacity, D)."""
+    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None, None]:
+        """Stores this pass's entries of one layer; returns the whole buffers, flattened to (B * capacity, E) and (B * capacity, D).
+
+        The third is for caches whose keys have scales.
+        """
         a, b = self._length, self._length + latent_BSE.shape[1]
         if layer == len(self.latent_BTE):
             self.latent_BTE.append(self._buffer(latent_BSE))
@@ -55,7 +58,7 @@ class LatentCache(Cache):
         latent[:, a:b] = latent_BSE
         if index is not None and index_BSD is not None:
             index[:, a:b] = index_BSD
-        return latent.flatten(0, 1), None if index is None else index.flatten(0, 1)
+        return latent.flatten(0, 1), None if index is None else index.flatten(0, 1), None
 
     def advance(self, tokens: int) -> None:
         """Called once after all layers of a pass have appended."""

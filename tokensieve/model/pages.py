@@ -16,25 +16,26 @@ from tokensieve.ops.quant import PAGE_TOKENS
 
 @dataclass(frozen=True)
 class PagedStep:
-    """`latent` and `index`: per layer the pages, as `tokensieve.ops.paged` describes them; `index` is empty in a dense model.
+    """`latent` and `index`: per layer the pages, as `tokensieve.ops.paged` describes them; index pages of a dense model have no width.
 
     lens counts the new token too. slots: where its entries go, page * 64 + place; negative for a row that is padding, of which lens is 0.
     groups: rows whose sequences have up to so many pages, for dense attention: a sum has the same bits only over as many places.
+    None: all rows at once, where bits depend on the batch anyway.
     """
 
     latent: tuple[Tensor, ...]
     index: tuple[Tensor, ...]
     page_table: Tensor  # (B, P) int32
     lens: Tensor  # (B) int32
-    slots: Tensor  # (B) int64
-    groups: tuple[tuple[Tensor, int], ...]
+    slots: Tensor  # (B) int32 or int64
+    groups: tuple[tuple[Tensor, int], ...] | None
 
     @property
     def quantized_index(self) -> bool:
-        return bool(self.index) and self.index[0].dtype == torch.uint8
+        return self.index[0].dtype == torch.uint8
 
     def write(self, layer: int, entries_BE: Tensor, k_BD: Tensor | None) -> None:
-        write_pages(self.latent[layer], self.index[layer] if self.index else None, entries_BE, k_BD, self.slots)
+        write_pages(self.latent[layer], self.index[layer], entries_BE, k_BD, self.slots)
 
     @cached_property
     def everything(self) -> Tensor:
@@ -51,8 +52,11 @@ class PagedStep:
             latent = self.latent[layer]
             return ops.sparse_attention_paged(q, latent, indices, table, lens, scale, d_v=d_v, backend=backend)[0]
 
+        if indices_BK is None and self.groups is None:
+            indices_BK = self.everything
         if indices_BK is not None:
             return of(q_BHE, indices_BK, self.page_table, self.lens)
+        assert self.groups is not None
         out = q_BHE.new_empty(*q_BHE.shape[:2], d_v)
         for rows, pages in self.groups:
             everything = self.everything[rows, : pages * PAGE_TOKENS]
@@ -60,14 +64,9 @@ class PagedStep:
         return out
 
 
-def write_pages(latent: Tensor, index: Tensor | None, entries_NE: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:
+def write_pages(latent: Tensor, index: Tensor, entries_NE: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:
     """Stores the new tokens of one layer. On quantized pages the keys are given as they are before their rotation."""
-    width = latent.shape[2]
-    if index is None or k_ND is None:
-        kept = slots_N >= 0
-        latent.view(-1, width)[slots_N[kept]] = entries_NE[kept].to(latent.dtype)
-        return
-    split = (
-        quant.LATENT_WIDTH if latent.dtype == torch.uint8 else width // 2
-    )  # plain pages hold the two beside each other
-    ops.write_caches(entries_NE[:, :split], entries_NE[:, split:], k_ND, latent, index, slots_N)
+    # plain pages hold the two parts of an entry beside each other
+    split = quant.LATENT_WIDTH if latent.dtype == torch.uint8 else latent.shape[2] // 2
+    keys = entries_NE[:, :0] if k_ND is None else k_ND
+    ops.write_caches(entries_NE[:, :split], entries_NE[:, split:], keys, latent, index, slots_N)

@@ -76,7 +76,7 @@ def softmax_scale(rope: dict[str, Any], qk_width: int, max_positions: int) -> fl
 
 
 def rotation(positions_N: Tensor, inverse_frequencies: Tensor, factor: float) -> Rotation:
-    angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies.to(positions_N.device)
+    angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies
     cos, sin = angle.cos() * factor, angle.sin() * factor
     interleaved = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     r = Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))

@@ -35,6 +35,7 @@ class SelectionContext:
     index_inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
     attention_inputs: Callable[[], tuple[Tensor, Tensor, float]]
     backend: str = "auto"  # of the ops
+    k_scale: Tensor | None = None  # (T) float32: of index keys that are E4M3, as their queries then are
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +55,7 @@ class SelectionContext:
         """Index scores (rows, T) float32 of equation (1); outside a query's range unspecified."""
         q_I, k_I, w = self.index
         starts, ends = self.pack.starts_N[rows], self.pack.ends_N[rows]
-        return ops.index_scores(q_I[rows], k_I, w[rows], starts, ends, backend=self.backend)
+        return ops.index_scores(q_I[rows], k_I, w[rows], starts, ends, self.k_scale, backend=self.backend)
 
     def head_mass(self, rows: slice = slice(None)) -> Tensor:
         """p (rows, T) float32: the mean over heads of the true attention's probabilities; 0 outside a query's range."""
@@ -68,7 +69,7 @@ Selection = Callable[[SelectionContext], Tensor | None]  # None: attend to every
 def indexer(c: SelectionContext) -> Tensor:
     """The k keys with the largest index score: equation (2)."""
     q_I, k_I, w = c.index
-    return ops.index_topk(q_I, k_I, w, c.k, c.pack.starts_N, c.pack.ends_N, backend=c.backend)
+    return ops.index_topk(q_I, k_I, w, c.k, c.pack.starts_N, c.pack.ends_N, c.k_scale, backend=c.backend)
 
 
 def window(c: SelectionContext) -> Tensor:

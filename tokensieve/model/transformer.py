@@ -216,7 +216,10 @@ class Trunk(DecoderPreTrainedModel):
         if self._frequencies is None:
             self.use_yarn(True)
         assert self._frequencies is not None
-        return rotation(positions_N, *self._frequencies)
+        inverse, factor = self._frequencies
+        if inverse.device != positions_N.device:  # once: a copy at every step would stop a GPU's queue
+            self._frequencies = inverse, factor = inverse.to(positions_N.device), factor
+        return rotation(positions_N, inverse, factor)
 
     def _query_weights(self, pack: Pack, device: torch.device) -> Tensor:
         """(N) float32: every valid query's share in the mean over queries and layers."""

@@ -227,7 +227,8 @@ def dense_attention(
 
     q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by q, k, v.
     `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
-    each is causal: they say the same as the ranges and let fused kernels run, whose lse carries no gradient.
+    each is causal, or when the queries are the last S tokens of one document of T: they say the same as the ranges and let fused kernels
+    run, whose lse carries no gradient (and the latter none at all).
     ValueError on mismatched shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report, section 2.
     """

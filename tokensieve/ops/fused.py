@@ -1,8 +1,9 @@
-"""Dense attention through PyTorch's own fused kernels: flash on the CPU, variable-length flash on CUDA.
+"""Dense attention through PyTorch's own fused kernels: flash on the CPU, variable-length flash on CUDA, cuDNN's for chunks on Hopper.
 
-Legend: S query and key tokens (a causal pack: query i is key i, documents one after another), H heads, D key width, V value width.
-`bounds` (documents + 1) int32 are the cumulative document lengths, `longest` the longest document in tokens.
-Only `dense_attention` of causal packs runs here; everything else is the reference's.
+Legend: S query tokens, T key tokens, H heads, D key width, V value width. Either S = T, a causal pack (query i is key i, documents one
+after another), or S < T, a chunk: the queries are the last S tokens of one document of T.
+`bounds` (documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` the longest document in tokens.
+Only `dense_attention` of these runs here; everything else is the reference's.
 """
 
 import itertools
@@ -46,6 +47,8 @@ def _fold_heads(dx_SHD: Tensor, G: int) -> Tensor:
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, starts, ends, bounds: Tensor, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if q.shape[0] < k.shape[0]:
+        return _chunk(q, k, v, bounds, longest, scale)
     H, V = q.shape[1], v.shape[2]
     # Both kernels want one width for keys and values; zeros beside a value stay zeros in the output.
     width = max(q.shape[2], V)
@@ -65,12 +68,52 @@ def dense_attention(
     return torch.cat(outs), torch.cat(lses)
 
 
+def _chunk(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
+    """What came before is seen by every query, and the chunk itself causally: two calls, merged by their logsumexps.
+
+    Flash on CUDA aligns its mask to the last key and needs only one; cuDNN on Hopper is faster (docs/kernels.md).
+    """
+    (S, H, D), V = q.shape, v.shape[2]
+    past = k.shape[0] - S
+    k, v = _per_query_head(k, H), _per_query_head(v, H)
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
+        width = max(D, V)
+        own = torch.tensor([0, S], dtype=torch.int32, device=q.device)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            _wide(q, width), _wide(k, width), _wide(v, width), own, bounds, S, longest, 0.0, True, False, scale=scale
+        )
+        return out[..., :V].contiguous(), lse.transpose(0, 1).contiguous()
+    attend = _cudnn if q.is_cuda else _cpu
+    before, lse_before = attend(q, k[:past], v[:past], False, scale)
+    own, lse_own = attend(q, k[past:], v[past:], True, scale)
+    lse = torch.logaddexp(lse_before, lse_own)
+    out = before * (lse_before - lse).exp()[..., None] + own * (lse_own - lse).exp()[..., None]
+    return out.to(q.dtype), lse
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
+    )
+    return out[0].transpose(0, 1), lse[0].reshape(q.shape[1], -1).t()
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    width = max(q.shape[2], v.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_wide(x, width).transpose(0, 1).unsqueeze(0) for x in (q, k, v)), 0.0, causal, scale=scale
+    )
+    return out[0].transpose(0, 1)[..., : v.shape[2]], _lse(lse)
+
+
 def dense_attention_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     starts, ends, bounds: Tensor, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if dlse is not None:
         raise ValueError("the fused dense_attention has no gradient through its logsumexp; use backend='reference'")
+    if q.shape[0] < k.shape[0]:
+        raise ValueError("the fused dense_attention has no gradient for a chunk; leave `bounds` out")
     H, D, V, G = q.shape[1], q.shape[2], v.shape[2], k.shape[1]
     width = max(D, V)
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
