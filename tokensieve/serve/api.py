@@ -7,13 +7,14 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import anyio.to_thread
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPBearer
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
-from tokensieve.serve import errors, lens
+from tokensieve.serve import document, errors, lens
 from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Ids, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
@@ -172,7 +173,9 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     app.add_middleware(Gate, config=config, metrics=metrics)
     errors.install(app)
 
-    app.include_router(lens.router(service, tokenizer, config))
+    # for the document: the gate looks at the key, before anything else does
+    keyed = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if config.keys else [])
+    keyed.include_router(lens.router(service, tokenizer, config))
 
     def known(model: str) -> dict[str, Any]:
         config.selection_of(model)
@@ -188,25 +191,25 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
             raise ApiError(400, "the prompt holds half of a surrogate pair, which is no character")
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    @app.get("/health")
+    @app.get("/health", response_model=document.Health, responses={503: {"model": document.Health}})
     async def health() -> Response:
         fine = service.alive and not service.draining
         status = "ok" if fine else "draining" if service.alive else "the engine does not run"
         return JSONResponse({"status": status}, 200 if fine else 503)
 
-    @app.get("/metrics")
+    @keyed.get("/metrics", response_class=Response, responses=document.METRICS)
     async def metrics_page() -> Response:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @keyed.get("/v1/models", response_model=document.ModelCards, responses=document.errors())
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [known(name) for name in config.models]}
 
-    @app.get("/v1/models/{model:path}")
+    @keyed.get("/v1/models/{model:path}", response_model=document.ModelCard, responses=document.errors(404))
     async def model(model: str) -> dict[str, Any]:
         return known(model)
 
-    @app.post("/v1/chat/completions")
+    @keyed.post("/v1/chat/completions", response_model=document.Chat, responses=document.ASKED | document.STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
         config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
@@ -218,7 +221,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         answer = ChatAnswer(record.id, body.model, chats.answer(body, text), texts, logprobs is not None)
         return await answers.respond(request, body, asked, answer, record)
 
-    @app.post("/v1/completions")
+    @keyed.post("/v1/completions", response_model=document.Completion, responses=document.ASKED | document.STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
@@ -230,4 +233,5 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         answer = CompletionAnswer(record.id, body.model, texts, body.logprobs is not None)
         return await answers.respond(request, body, asked, answer, record)
 
+    app.include_router(keyed)
     return app

@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Sampling, Service
+from tokensieve.serve import document
 from tokensieve.serve.errors import ApiError
 from tokensieve.serve.gate import Record
 from tokensieve.serve.schema import Ids, Strict
@@ -41,7 +42,7 @@ def text_of(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
 def router(service: Service, tokenizer: Any, config: ServeConfig) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/lens")
+    @routes.post("/lens", response_model=document.Lens, responses=document.ASKED)
     async def lens(body: LensRequest, request: Request) -> JSONResponse:
         """What each layer's attention read, and what it would have read without a selection."""
         selection = config.selection_of(body.model)
