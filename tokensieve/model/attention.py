@@ -20,7 +20,7 @@ from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack
 from tokensieve.model.pages import PagedStep
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
-from tokensieve.model.selection import SELECTIONS, Selection, SelectionContext, dense
+from tokensieve.model.selection import SELECTIONS, Peers, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
 
 
@@ -66,6 +66,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = config.num_attention_heads
+        self.peers = Peers()
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent = config.kv_lora_rank
         self.max_positions = config.max_position_embeddings
@@ -118,11 +119,11 @@ class Attention(nn.Module):
                 entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
         heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
 
-        def index_inputs() -> tuple[Tensor, Tensor, Tensor]:
+        def index_inputs(rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
             if self.indexer is None:
                 raise UserError("this model has no indexer to select with; make it sparse first: tokensieve sparsify")
             queries = self.indexer.queries if k_scale is None else self.indexer.e4m3_queries
-            q_I, w = queries(source, h, p.rotation)
+            q_I, w = queries(source[rows], h[rows], p.rotation.rows(rows))
             return q_I, self.indexer.keys(h, p.rotation) if k_I is None else k_I, w
 
         if p.objective == "warmup":
@@ -130,7 +131,8 @@ class Attention(nn.Module):
         else:
             # Where the indexer learns, the choice and the loss read the same tensors, made once and outside of no_grad.
             index = index_inputs() if p.objective == "adapt" else None
-            indices = self._select(heads, index_inputs if index is None else lambda: index, k_scale, p)
+            made = None if index is None else lambda rows: (index[0][rows], index[1], index[2][rows])
+            indices = self._select(heads, made or index_inputs, k_scale, p)
             if indices is None:
                 out = heads.dense(p.pack, p.form)
             elif index is not None:
@@ -157,8 +159,8 @@ class Attention(nn.Module):
         else:
             k = min(p.top_k, p.pack.max_keys)
             with torch.no_grad():
-                c = SelectionContext(self.layer, k, p.pack, index_inputs, heads.attention_inputs, p.backend, k_scale)
-                indices = p.selection(c)
+                inputs = index_inputs, heads.attention_inputs
+                indices = p.selection(SelectionContext(self.layer, k, p.pack, *inputs, p.backend, k_scale, self.peers))
             if indices is None:
                 return None
         if p.keep_selection and indices is not None:
@@ -174,11 +176,15 @@ class Attention(nn.Module):
         indices = None
         if p.selection is not dense and self.indexer is not None:
             queries = self.indexer.e4m3_queries if pages.quantized_index else self.indexer.queries
-            q_I, w = queries(source, h_ND, p.rotation)
-            where = pages.index[self.layer], w, pages.page_table, pages.lens
-            scores = ops.index_scores_paged(q_I, *where, backend=p.backend)
-            # always k places, so that a sequence's sums do not depend on how long the others are
-            indices = ops.select_topk(scores, p.top_k, torch.zeros_like(pages.lens), pages.lens, backend=p.backend)
+
+            def choose(rows: slice) -> Tensor:
+                q_I, w = queries(source[rows], h_ND[rows], p.rotation.rows(rows))
+                table, lens = pages.page_table[rows], pages.lens[rows]
+                scores = ops.index_scores_paged(q_I, pages.index[self.layer], w, table, lens, backend=p.backend)
+                # always k places, so that a sequence's sums do not depend on how long the others are
+                return ops.select_topk(scores, p.top_k, torch.zeros_like(lens), lens, backend=p.backend)
+
+            indices = self.peers.select(h_ND.shape[0], choose)
             if p.keep_selection:
                 p.selected[self.layer] = indices
         return heads.up(pages.attend(self.layer, heads.absorbed(), indices, self.scale, self.latent, p.backend))

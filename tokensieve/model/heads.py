@@ -59,7 +59,7 @@ class Heads:
         return torch.cat((self.q_nope, self.q_rope), dim=-1), k, v
 
     def attention_inputs(self) -> tuple[Tensor, Tensor, float]:
-        return self.absorbed(), self.entries.unsqueeze(1), self.a.scale
+        return self.a.peers.all_heads(self.absorbed()), self.entries.unsqueeze(1), self.a.scale
 
     def _expansion_pays(self, pack: Pack) -> bool:
         """Whether expanding K and V once per key costs less than the wider products of the MQA form cost per query and key."""

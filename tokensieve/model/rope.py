@@ -28,6 +28,10 @@ class Rotation(NamedTuple):
     interleaved: tuple[Tensor, ...]
     half_split: tuple[Tensor, ...]
 
+    def rows(self, rows: slice) -> "Rotation":
+        """That of some of the tokens."""
+        return Rotation(tuple(x[rows] for x in self.interleaved), tuple(x[rows] for x in self.half_split))
+
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -25,22 +25,38 @@ from tokensieve.model.pack import Pack
 ROWS = 256  # queries whose full rows of scores or probabilities a control holds at a time
 
 
+class Peers:
+    """The ranks that hold the other heads of a model that is spread over several (`parallel.py`). Here there are none."""
+
+    def select(self, queries: int, choose: Callable[[slice], Tensor]) -> Tensor:
+        """(queries, K) indices, the same on all ranks: each chooses for some of the queries. choose: gives those of a slice of them."""
+        return choose(slice(None))
+
+    def all_heads(self, q_NHD: Tensor) -> Tensor:
+        """The queries of every rank's heads."""
+        return q_NHD
+
+
 @dataclass(frozen=True)
 class SelectionContext:
-    """What a selection may look at in one layer. Index inputs and attention inputs are computed when first asked for."""
+    """What a selection may look at in one layer. Index inputs and attention inputs are computed when first asked for.
+
+    index_inputs: takes a slice of the queries, all of them unless given.
+    """
 
     layer: int
     k: int  # keys to select per query, at most
     pack: Pack
-    index_inputs: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    index_inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attention_inputs: Callable[[], tuple[Tensor, Tensor, float]]
     backend: str = "auto"  # of the ops
     k_scale: Tensor | None = None  # (T) float32: of index keys that are E4M3, as their queries then are
+    peers: Peers = Peers()
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
         """q_I (N, H_I, d_I), k_I (T, d_I), w (N, H_I) of equation (1). UserError on a model without an indexer."""
-        return self.index_inputs()
+        return self.index_inputs(slice(None))
 
     @cached_property
     def attention(self) -> tuple[Tensor, Tensor, float]:
@@ -68,8 +84,13 @@ Selection = Callable[[SelectionContext], Tensor | None]  # None: attend to every
 
 def indexer(c: SelectionContext) -> Tensor:
     """The k keys with the largest index score: equation (2)."""
-    q_I, k_I, w = c.index
-    return ops.index_topk(q_I, k_I, w, c.k, c.pack.starts_N, c.pack.ends_N, c.k_scale, backend=c.backend)
+
+    def choose(rows: slice) -> Tensor:
+        q_I, k_I, w = c.index_inputs(rows)
+        starts, ends = c.pack.starts_N[rows], c.pack.ends_N[rows]
+        return ops.index_topk(q_I, k_I, w, c.k, starts, ends, c.k_scale, backend=c.backend)
+
+    return c.peers.select(c.pack.starts_N.shape[0], choose)
 
 
 def window(c: SelectionContext) -> Tensor:
