@@ -1,9 +1,10 @@
-"""This machine: the device that a command takes, the processor, and what is installed."""
+"""This machine: the device that a command takes, the processes that share the work, the processor, and what is installed."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,22 @@ def choose_device(asked: str = "auto") -> str:
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {asked}: torch sees no CUDA device here; see tokensieve doctor")
     return asked
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this one is; `local` ones run on this machine."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
+
+
+def place() -> Place:
+    """As torchrun says it in the environment; without torchrun the only one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Place(*(int(os.environ[name]) for name in names)) if all(n in os.environ for n in names) else Place()
 
 
 def processor() -> str:

@@ -8,8 +8,17 @@ names.py, reading.py and writing.py do for a checkpoint.
 from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
 from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
-from tokensieve.checkpoint.ranks import demo_name, rank_file, rank_tensors, shard_axis
-from tokensieve.checkpoint.reading import Extras, Header, load_tensors, mtp_tensors, read_config, tensor_headers
+from tokensieve.checkpoint.ranks import check_division, demo_name, rank_file, rank_tensors, shard_axis
+from tokensieve.checkpoint.reading import (
+    Extras,
+    Header,
+    load_tensors,
+    mtp_tensors,
+    open_shards,
+    rank_files,
+    read_config,
+    tensor_headers,
+)
 from tokensieve.checkpoint.shards import join_shards, load_shard, write_shards
 from tokensieve.checkpoint.writing import save_tensors
 
@@ -18,6 +27,7 @@ __all__ = [
     "FLOAT32_SUFFIXES",
     "Extras",
     "Header",
+    "check_division",
     "demo_name",
     "expected_tensors",
     "export_config",
@@ -27,7 +37,9 @@ __all__ = [
     "load_tensors",
     "memory_layout",
     "mtp_tensors",
+    "open_shards",
     "rank_file",
+    "rank_files",
     "rank_tensors",
     "read_config",
     "replacing_folder",

@@ -76,7 +76,7 @@ def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_
     """UserError unless the ranks divide what the demo divides, with the remedy; FP8 blocks too, unless told otherwise."""
     if config.attention_bias:
         raise UserError(
-            f"{folder}: attention_bias is true, and the demo's projections have no bias; it cannot run this"
+            f"{folder}: attention_bias is true, and a projection that ranks divide can have no bias; use other weights"
         )
     shapes = expected_tensors(config)
     counts = {"num_attention_heads": config.num_attention_heads, "vocab_size": config.vocab_size}
@@ -105,6 +105,6 @@ def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_
         limit = math.gcd(*counts.values())
         possible = [count for count in range(1, limit + 1) if limit % count == 0 and not cut(count)]
         raise UserError(
-            f"{folder}: {ranks} ranks do not divide {', '.join(odd)}; possible with --model-parallel: "
+            f"{folder}: {ranks} ranks do not divide {', '.join(odd)}; possible numbers of them: "
             f"{', '.join(map(str, possible))}"
         )

@@ -141,15 +141,26 @@ def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
     return {name: (folder / file, name) for name, file in weight_map.items()}
 
 
+def rank_files(folder: Path) -> dict[int, set[str]]:
+    """Return the names of the inference demo's shards in a folder, by the number of ranks that they are for."""
+    found: dict[int, set[str]] = {}
+    for path in folder.iterdir():
+        if file := RANK_FILE.fullmatch(path.name):
+            found.setdefault(int(file[2]), set()).add(path.name)
+    return found
+
+
 def _find_single(folder: Path) -> Path:
     if (folder / SINGLE).is_file():
         return folder / SINGLE
-    found = sorted(folder.glob("*.safetensors"))
-    if any(RANK_FILE.fullmatch(path.name) for path in found):
+    if by_ranks := rank_files(folder):
+        count = max(by_ranks)
         raise UserError(
-            f"{folder}: holds the shards of the inference demo; tokensieve convert {folder} NEW_FOLDER --reverse makes a "
+            f"{folder}: holds the shards of the inference demo for {count} ranks; torchrun --nproc-per-node {count} -m "
+            f"tokensieve generate {folder} --interactive runs them, tokensieve convert {folder} NEW_FOLDER --reverse makes a "
             "checkpoint of them"
         )
+    found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found[0]
     if found:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from tokensieve.checkpoint.folder import replacing_folder
-from tokensieve.checkpoint.names import RANK_FILE, expected_tensors, memory_layout
+from tokensieve.checkpoint.names import expected_tensors, memory_layout
 from tokensieve.checkpoint.ranks import (
     DEMO_BLOCK,
     EXPERT,
@@ -42,6 +42,7 @@ from tokensieve.checkpoint.reading import (
     mtp_names,
     open_file,
     open_shards,
+    rank_files,
     read_config,
     stream,
 )
@@ -236,10 +237,7 @@ def _open_rank(folder: Path, config: Any, rank: int, ranks: int) -> Shards:
 
 
 def _find_ranks(folder: Path, asked: int | None) -> int:
-    found: dict[int, set[str]] = {}
-    for path in folder.iterdir():
-        if file := RANK_FILE.fullmatch(path.name):
-            found.setdefault(int(file[2]), set()).add(path.name)
+    found = rank_files(folder)
     if asked is None and len(found) > 1:
         raise UserError(
             f"{folder}: holds shards for {' and for '.join(map(str, sorted(found)))} ranks; say which with --model-parallel"

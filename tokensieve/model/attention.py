@@ -20,7 +20,7 @@ from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack
 from tokensieve.model.pages import PagedStep
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
-from tokensieve.model.selection import SELECTIONS, Peers, Selection, SelectionContext, dense
+from tokensieve.model.selection import NO_PEERS, SELECTIONS, Selection, SelectionContext, dense
 from tokensieve.model.selection import indexer as indexer_selection
 
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = config.num_attention_heads
-        self.peers = Peers()
+        self.peers = NO_PEERS
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent = config.kv_lora_rank
         self.max_positions = config.max_position_embeddings

@@ -37,6 +37,9 @@ class Peers:
         return q_NHD
 
 
+NO_PEERS = Peers()
+
+
 @dataclass(frozen=True)
 class SelectionContext:
     """What a selection may look at in one layer. Index inputs and attention inputs are computed when first asked for.
@@ -51,7 +54,7 @@ class SelectionContext:
     attention_inputs: Callable[[], tuple[Tensor, Tensor, float]]
     backend: str = "auto"  # of the ops
     k_scale: Tensor | None = None  # (T) float32: of index keys that are E4M3, as their queries then are
-    peers: Peers = Peers()
+    peers: Peers = NO_PEERS
 
     @cached_property
     def index(self) -> tuple[Tensor, Tensor, Tensor]:
