@@ -200,7 +200,11 @@ REFUSED = [
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "roles are"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
     ("chat/completions", {"tools": [TOOL]}, 400, "knows no tools"),
-    ("chat/completions", {"n": 2}, 400, "n must be 1"),
+    ("chat/completions", {"n": 0}, 400, "n: "),
+    ("chat/completions", {"n": 129}, 400, "n: "),
+    ("chat/completions", {"n": 20}, 400, "20 answers are asked for at once, and 12"),
+    ("completions", {"n": 65, "prompt": ["a", "b"]}, 400, "more than 128 answers"),
+    ("completions", {"prompt": ["a", "b"], "return_token_ids": True}, 400, "one prompt"),
     ("chat/completions", {"logit_bias": {"5": 1}}, 400, "logit_bias"),
     ("chat/completions", {"top_logprobs": 2}, 400, "logprobs"),
     ("chat/completions", {"stream_options": {"include_usage": True}}, 400, "stream"),
@@ -219,7 +223,6 @@ REFUSED = [
     ),
     ("completions", {"prompt": ""}, 200, ""),  # the first token alone
     ("completions", {"prompt": []}, 400, "empty"),
-    ("completions", {"prompt": ["a", "b"]}, 400, "one prompt"),
     ("completions", {"prompt": [5, -1]}, 400, "vocabulary"),
     ("completions", {"prompt": [99999]}, 400, "vocabulary"),
     ("completions", {"prompt": [5] * 601}, 400, "601 tokens"),
@@ -240,6 +243,8 @@ REFUSED = [
     ("completions", {"suffix": "x"}, 400, "suffix"),
     ("completions", {"temprature": 1}, 400, "temprature"),
     ("completions", {"user": "me", "frequency_penalty": 0}, 200, ""),
+    ("completions", {"n": None, "seed": None, "logit_bias": None}, 200, ""),
+    ("completions", {"model": None}, 400, "model"),
 ]
 
 

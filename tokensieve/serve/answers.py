@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from tokensieve.engine import Output, TokenLogprob
 from tokensieve.serve.chat import Answer, Piece
+from tokensieve.serve.gate import Record
 
 Json = dict[str, Any]
 
@@ -35,34 +36,58 @@ def envelope(answer: Answering, kind: str, choices: list[Json], usage: Json | No
     }
 
 
-def usage_of(output: Output, reasoning_tokens: int) -> Json:
+def usage_of(record: Record, reasoning_tokens: int) -> Json:
     return {
-        "prompt_tokens": output.prompt_tokens,
-        "completion_tokens": output.completion_tokens,
-        "total_tokens": output.prompt_tokens + output.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": output.cached_tokens},
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "total_tokens": record.prompt_tokens + record.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": record.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
-class Ids:
-    """Token ids beside texts, for who asks for them: those of the prompt in the first chunk, those of the answer as they come."""
+class Reply:
+    """All answers to one request, numbered; and token ids beside the texts, for who asks for them."""
 
-    def __init__(self, prompt: Sequence[int], wanted: bool):
-        self._prompt, self._wanted = list(prompt), wanted
-        self._new: list[int] = []
+    def __init__(self, answers: dict[str, Answering], told_prompt: Sequence[int] | None):
+        """answers: by the ids of the engine's requests, in the order of their numbers. told_prompt: token ids are wanted, and these are
+        the prompt's."""
+        self._answers, self._told_prompt = answers, told_prompt
+        self._numbers = {id: number for number, id in enumerate(answers)}
+        self._begun: set[str] = set()
+        self._new: dict[str, list[int]] = {id: [] for id in answers}  # token ids that no choice has told yet
+
+    @property
+    def first(self) -> Answering:
+        return next(iter(self._answers.values()))
+
+    @property
+    def reasoning_tokens(self) -> int:
+        return sum(answer.reasoning_tokens for answer in self._answers.values())
 
     def head(self) -> Json:
         """What the first chunk, or the whole answer, says besides."""
-        return {"prompt_token_ids": self._prompt} if self._wanted else {}
+        return {} if self._told_prompt is None else {"prompt_token_ids": list(self._told_prompt)}
 
-    def push(self, output: Output) -> None:
-        self._new += output.tokens
+    def push(self, output: Output) -> list[Json]:
+        self._new[output.id] += output.tokens
+        return self._answers[output.id].push(output)
 
-    def put(self, choices: list[Json]) -> None:
-        """Into the first choice, where there is one: the ids since the last one."""
-        if self._wanted and choices:
-            choices[0]["token_ids"], self._new = self._new, []
+    def chunks(self, output: Output) -> list[Json]:
+        """The choices that a stream shows for an output."""
+        begin = [] if output.id in self._begun else self._answers[output.id].begin()
+        self._begun.add(output.id)
+        return self._numbered(output.id, [*begin, *self.push(output)])
+
+    def whole(self) -> list[Json]:
+        return [self._numbered(id, [answer.whole()])[0] for id, answer in self._answers.items()]
+
+    def _numbered(self, id: str, choices: list[Json]) -> list[Json]:
+        for choice in choices:
+            choice["index"] = self._numbers[id]
+        if self._told_prompt is not None and choices:
+            choices[0]["token_ids"], self._new[id] = self._new[id], []
+        return choices
 
 
 class TokenTexts:

@@ -1,9 +1,11 @@
 """The routes. A request becomes one of the engine's, its outputs become an answer; what lies between is in the files beside this one."""
 
+import itertools
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import anyio.to_thread
@@ -15,7 +17,7 @@ from fastapi.security import HTTPBearer
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
 from tokensieve.serve import document, errors, lens
-from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Ids, TokenTexts, envelope, usage_of
+from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
 from tokensieve.serve.gate import Gate, Record
@@ -26,6 +28,9 @@ from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import EventStream, event, unless_gone
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
+SEED_STRIDE = (
+    0x9E3779B97F4A7C15  # between the seeds of a request's answers: far from those of a request with the next seed
+)
 
 
 class Answers:
@@ -38,19 +43,20 @@ class Answers:
         self,
         body: Common,
         record: Record,
-        prompt: list[int],
+        prompts: list[list[int]],
         max_tokens: int | None,
         usual: int,
         logprobs: int | None,
         schema: dict[str, Any] | None = None,
-    ) -> engine.Request:
-        """ApiError and UserError for what may not be asked. usual: tokens of an answer where nothing is said."""
+    ) -> list[engine.Request]:
+        """`body.n` requests for each prompt. ApiError and UserError for what may not be asked. usual: tokens of an answer where nothing
+        is said."""
         config, longest = self._config, self._service.engine.longest
-        most = min(config.max_prompt_tokens or longest, longest - 1)
-        if len(prompt) > most:
+        most, length = min(config.max_prompt_tokens or longest, longest - 1), max(map(len, prompts))
+        if length > most:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and may have {most}; shorten it",
+                f"the prompt has {length} tokens and may have {most}; shorten it",
                 "messages" if isinstance(body, ChatRequest) else "prompt",
                 "context_length_exceeded",
             )
@@ -58,62 +64,77 @@ class Answers:
             raise ApiError(400, f"max_tokens is {max_tokens} and may be {config.max_tokens}", "max_tokens")
         # the mirror's draws are the same: of a seed that is known
         seed = random.getrandbits(63) if body.seed is None else body.seed
-        sampling = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, schema)
-        asked = engine.Request(record.id, tuple(prompt), sampling, config.selection_of(body.model))
-        record.model, record.prompt_tokens = body.model, len(prompt)
-        return asked
+        first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, schema)
+        samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
+        record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
+        both = enumerate(itertools.product(map(tuple, prompts), samplings))
+        return [
+            engine.Request(f"{record.id}-{i}" if i else record.id, prompt, sampling, config.selection_of(body.model))
+            for i, (prompt, sampling) in both
+        ]
 
     async def respond(
-        self, request: Request, body: Common, asked: engine.Request, answer: Answering, record: Record
+        self, request: Request, body: Common, asked: list[engine.Request], answers: Sequence[Answering], record: Record
     ) -> Response:
-        outputs, ids = self._outputs(asked, record), Ids(asked.prompt, body.return_token_ids)
+        """answers: one for each of `asked`."""
+        by_id = {one.id: answer for one, answer in zip(asked, answers, strict=True)}
+        outputs, reply = (
+            self._outputs(asked, body.n, record),
+            Reply(by_id, asked[0].prompt if body.return_token_ids else None),
+        )
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = self._events(outputs, answer, wants_usage, ids)
+            events = self._events(outputs, reply, wants_usage, record)
             # the first one before the status is sent: what is refused has a status of its own
             first = await unless_gone(request.receive, _first(events))
             return EventStream(_joined(first, events))
-        output = await unless_gone(request.receive, _all(outputs, answer, ids))
-        choices = [answer.whole()]
-        ids.put(choices)
-        whole = envelope(answer, answer.kind, choices, usage_of(output, answer.reasoning_tokens))
-        return JSONResponse(whole | ids.head())
+        await unless_gone(request.receive, _all(outputs, reply))
+        usage = usage_of(record, reply.reasoning_tokens)
+        return JSONResponse(envelope(reply.first, reply.first.kind, reply.whole(), usage) | reply.head())
 
-    async def _outputs(self, asked: engine.Request, record: Record) -> AsyncGenerator[Output, None]:
+    async def _outputs(self, asked: list[engine.Request], n: int, record: Record) -> AsyncGenerator[Output, None]:
         """What the engine says, counted. ApiError where it ends without an answer."""
-        metrics, model = self._metrics, record.model
-        last, tokens = time.perf_counter(), list[int]()
-        histogram = metrics.first_token.labels(model)
+        metrics, model, begin = self._metrics, record.model, time.perf_counter()
+        tokens: dict[str, list[int]] = {one.id: [] for one in asked}
+        last, finished = dict.fromkeys(tokens, begin), 0
+        of_prompts = {one.id for one in asked[::n]}  # the others' prompts are the same ones
         try:
-            async with aclosing(self._service.stream(asked)) as stream:
+            async with aclosing(self._service.stream(*asked)) as stream:
                 async for output in stream:
-                    now = time.perf_counter()
+                    now, its = time.perf_counter(), tokens[output.id]
                     if output.tokens:
-                        histogram.observe(now - last)
-                        last, histogram = now, metrics.next_token.labels(model)
-                    tokens += output.tokens
-                    record.finish = output.finish
-                    record.cached_tokens, record.completion_tokens = output.cached_tokens, output.completion_tokens
+                        (metrics.next_token if its else metrics.first_token).labels(model).observe(
+                            now - last[output.id]
+                        )
+                        last[output.id] = now
+                        if not its and output.id in of_prompts:
+                            record.cached_tokens += output.cached_tokens
+                    its += output.tokens
+                    record.completion_tokens += len(output.tokens)
+                    finished += output.finish is not None
+                    if finished == len(asked) or output.finish in ("error", "abort"):
+                        record.finish = output.finish
                     if output.finish == "error":
                         raise ApiError(500, f"{output.error}; the request may be sent again", code="engine_error")
                     if output.finish == "abort":
                         raise ApiError(503, "the server is stopping", code="unavailable")
                     yield output
-            self._mirror.consider(asked, tokens)
+            for one in asked:
+                self._mirror.consider(one, tokens[one.id])
         finally:
-            if tokens:
+            if record.completion_tokens:
                 record.finish = record.finish or "abort"
                 metrics.prompt_tokens.labels(model).inc(record.prompt_tokens)
                 metrics.cached_tokens.labels(model).inc(record.cached_tokens)
                 metrics.completion_tokens.labels(model).inc(record.completion_tokens)
 
     async def _events(
-        self, outputs: AsyncGenerator[Output, None], answer: Answering, wants_usage: bool, ids: Ids
+        self, outputs: AsyncGenerator[Output, None], reply: Reply, wants_usage: bool, record: Record
     ) -> AsyncGenerator[bytes, None]:
         sent = False
 
         def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-            whole = envelope(answer, answer.chunk_kind, choices, usage) | ({} if sent else ids.head())
+            whole = envelope(reply.first, reply.first.chunk_kind, choices, usage) | ({} if sent else reply.head())
             if not wants_usage:
                 del whole["usage"]
             return event(whole)
@@ -121,10 +142,7 @@ class Answers:
         async with aclosing(outputs) as stream:
             try:
                 async for output in stream:
-                    ids.push(output)
-                    choices = [*([] if sent else answer.begin()), *answer.push(output)]
-                    ids.put(choices)
-                    for choice in choices:
+                    for choice in reply.chunks(output):
                         yield chunk([choice])
                         sent = True
             except ApiError as error:
@@ -133,7 +151,7 @@ class Answers:
                 yield event(error_body(error.status, error.message, error.param, error.code))
                 return
         if wants_usage:
-            yield chunk([], usage_of(output, answer.reasoning_tokens))
+            yield chunk([], usage_of(record, reply.reasoning_tokens))
         yield b"data: [DONE]\n\n"
 
 
@@ -148,13 +166,10 @@ async def _joined(first: bytes, events: AsyncGenerator[bytes, None]) -> AsyncGen
             yield chunk
 
 
-async def _all(outputs: AsyncGenerator[Output, None], answer: Answering, ids: Ids) -> Output:
-    """Pushes every output; the last one."""
+async def _all(outputs: AsyncGenerator[Output, None], reply: Reply) -> None:
     async with aclosing(outputs) as stream:
         async for output in stream:
-            ids.push(output)
-            answer.push(output)
-    return output
+            reply.push(output)
 
 
 def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI:
@@ -191,6 +206,12 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
             raise ApiError(400, "the prompt holds half of a surrogate pair, which is no character")
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
+    def completion_prompt(prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        first, tokens = tokenizer.bos_token_id, tokens_of(prompt)
+        return tokens if first is None or tokens[:1] == [first] else [first, *tokens]
+
     @app.get("/health", response_model=document.Health, responses={503: {"model": document.Health}})
     async def health() -> Response:
         fine = service.alive and not service.draining
@@ -217,21 +238,18 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         prompt = await run_in_threadpool(tokens_of, text)  # a long text would keep all others waiting
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        asked = answers.ask(body, record, prompt, max_tokens, config.max_tokens, logprobs, body.schema_)
-        answer = ChatAnswer(record.id, body.model, chats.answer(body, text), texts, logprobs is not None)
-        return await answers.respond(request, body, asked, answer, record)
+        asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, body.schema_)
+        said = [ChatAnswer(record.id, body.model, chats.answer(body, text), texts, body.logprobs) for _ in asked]
+        return await answers.respond(request, body, asked, said, record)
 
     @keyed.post("/v1/completions", response_model=document.Completion, responses=document.ASKED | document.STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
-        prompt = body.one_prompt
-        if isinstance(prompt, str):
-            first, prompt = tokenizer.bos_token_id, await run_in_threadpool(tokens_of, prompt)
-            prompt = prompt if first is None or prompt[:1] == [first] else [first, *prompt]
-        asked = answers.ask(body, record, prompt, body.max_tokens, COMPLETION_TOKENS, body.logprobs)
-        answer = CompletionAnswer(record.id, body.model, texts, body.logprobs is not None)
-        return await answers.respond(request, body, asked, answer, record)
+        prompts = await run_in_threadpool(lambda: [completion_prompt(prompt) for prompt in body.prompts])
+        asked = answers.ask(body, record, prompts, body.max_tokens, COMPLETION_TOKENS, body.logprobs)
+        said = [CompletionAnswer(record.id, body.model, texts, body.logprobs is not None) for _ in asked]
+        return await answers.respond(request, body, asked, said, record)
 
     app.include_router(keyed)
     return app

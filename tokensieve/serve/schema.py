@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tokensieve.engine import Sampling
 
+MOST_ANSWERS = 128  # to one request, as OpenAI has it
+
 # They change nothing of the answer here.
 IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
 # They would change it; their neutral values are harmless.
@@ -29,6 +31,17 @@ class Typed(BaseModel):
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _know(cls, given: Any) -> Any:
+        """The first unknown name says enough: a hundred thousand errors take a second."""
+        unknown = (
+            next((name for name in given if name not in cls.model_fields), None) if isinstance(given, dict) else None
+        )
+        if unknown is not None:
+            raise ValueError(f"{unknown[:100]!r} is unknown; leave it out")
+        return given
+
 
 class StreamOptions(Strict):
     include_usage: bool = False
@@ -38,7 +51,7 @@ class Common(Strict):
     """Of both routes."""
 
     model: str
-    n: int = 1
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -59,12 +72,11 @@ class Common(Strict):
         for name, neutral in NEUTRAL.items():
             if given.get(name) is not None and given[name] not in neutral:
                 raise ValueError(f"{name} is not supported; leave it out")
-        return {key: value for key, value in given.items() if key not in IGNORED and key not in NEUTRAL}
+        left_out = {*IGNORED, *NEUTRAL}
+        return {key: value for key, value in given.items() if key not in left_out and value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "Common":
-        if self.n != 1:
-            raise ValueError("n must be 1: one answer per request; send the request again for another one")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
         return self
@@ -105,9 +117,9 @@ class ToolCall(Typed):
 
 class Message(Typed):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -155,7 +167,7 @@ class TemplateOptions(Strict):
 class ChatRequest(Common):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    logprobs: bool | None = None
+    logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
@@ -194,13 +206,17 @@ class CompletionRequest(Common):
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @property
-    def one_prompt(self) -> str | list[int]:
-        """ValueError where there are several."""
-        first = self.prompt[0] if isinstance(self.prompt, list) and self.prompt else None
-        return first if isinstance(first, str | list) else cast("str | list[int]", self.prompt)
+    def prompts(self) -> list[str] | list[list[int]]:
+        several = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
+        return cast("list[str] | list[list[int]]", self.prompt if several else [self.prompt])
 
     @model_validator(mode="after")
-    def _check_prompt(self) -> "CompletionRequest":
-        if isinstance(self.prompt, list) and len(self.prompt) > 1 and not isinstance(self.prompt[0], int):
-            raise ValueError("one prompt per request; send the others on their own")
+    def _check_prompts(self) -> "CompletionRequest":
+        count = len(self.prompts)
+        if count * self.n > MOST_ANSWERS:
+            raise ValueError(
+                f"{count} prompts with n = {self.n} are more than {MOST_ANSWERS} answers; send them in several requests"
+            )
+        if count > 1 and self.return_token_ids:
+            raise ValueError("return_token_ids is for one prompt; send the others on their own")
         return self
