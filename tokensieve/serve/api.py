@@ -16,7 +16,7 @@ from fastapi.security import HTTPBearer
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
-from tokensieve.serve import document, errors, lens
+from tokensieve.serve import document, errors, lens, page, uploads
 from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
@@ -251,5 +251,6 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         said = [CompletionAnswer(record.id, body.model, texts, body.logprobs is not None) for _ in asked]
         return await answers.respond(request, body, asked, said, record)
 
-    app.include_router(keyed)
+    for routes in (keyed, page.router(), uploads.router()):
+        app.include_router(routes)
     return app

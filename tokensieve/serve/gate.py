@@ -1,5 +1,7 @@
 """What stands before every route: the key, the size of the body, and afterwards one line of the log and the count."""
 
+import base64
+import binascii
 import hmac
 import json
 import logging
@@ -86,8 +88,14 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         headers = dict(scope["headers"])
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            # a browser would send the visitor's key along, or reach a server that is meant for its own machine only
+            return error_response(
+                403, "pages of other sites may not ask; open the server's own page", code="cross_site"
+            )
         if self._keys and scope["path"] not in OPEN_ROUTES and not self._admitted(headers.get(b"authorization", b"")):
-            challenge = {"WWW-Authenticate": "Bearer"}
+            # a browser then asks its user for it, and sends it with whatever the page asks for
+            challenge = {"WWW-Authenticate": 'Basic realm="tokensieve", charset="UTF-8"'}
             return error_response(
                 401, "an API key is needed: Authorization: Bearer KEY", None, "invalid_api_key", challenge
             )
@@ -96,9 +104,15 @@ class Gate:
 
     def _admitted(self, authorization: bytes) -> bool:
         scheme, _, given = authorization.partition(b" ")
+        given = given.strip()
+        if scheme.lower() == b"basic":  # from the page: under any name, with the key as password
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
         # all of them, each in constant time: how long it takes tells nothing about any
-        equal = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(equal)
+        equal = [hmac.compare_digest(given, key) for key in self._keys]
+        return scheme.lower() in (b"bearer", b"basic") and any(equal)
 
     def _too_large(self) -> ASGIApp:
         return error_response(413, self._too_large_text, code="request_too_large")

@@ -1,0 +1,122 @@
+// The whole context as text: one text node between two tokens that are marked, so that a hundred thousand characters scroll smoothly.
+
+import { element } from "./elements.js";
+import { level } from "./shares.js";
+
+const MOST_MARKS = 6000; // of a dense model every token is read: the weakest are left unmarked
+const KINDS = ["", "extra", "missed"]; // by the kinds of shares.js
+
+/** Where each token begins in a JavaScript string, whose units are half of some characters; and the end of the last one. */
+export function unitStarts(text, starts) {
+  const units = new Array(starts.length + 1);
+  let token = 0;
+  let characters = 0;
+  let unit = 0;
+  for (const character of text) {
+    while (token < starts.length && starts[token] <= characters) units[token++] = unit;
+    characters += 1;
+    unit += character.length;
+  }
+  while (token <= starts.length) units[token++] = unit;
+  return units;
+}
+
+export class ContextText {
+  constructor(root) {
+    this.root = root;
+    this.marks = new Map();
+  }
+
+  load({ text, starts }, next) {
+    this.text = text;
+    this.units = unitStarts(text, starts);
+    this.next = next;
+  }
+
+  token(position) {
+    return this.text.slice(this.units[position], this.units[position + 1]);
+  }
+
+  /** How many tokens are marked. */
+  show({ values, kinds, ranked }) {
+    const marked = ranked.slice(0, MOST_MARKS).sort((a, b) => a - b);
+    const most = ranked.length ? values[ranked[0]] : 0;
+    const made = document.createDocumentFragment();
+    this.nodes = []; // {from: unit, node}, in their order
+    this.marks = new Map();
+    let end = 0;
+    const plain = (to) => {
+      if (to > end) this.nodes.push({ from: end, node: made.appendChild(new Text(this.text.slice(end, to))) });
+    };
+    for (const position of marked) {
+      plain(this.units[position]);
+      const strength = level(values[position], most);
+      // a token that is a part of a character has no text of its own
+      const mark = element("mark", { className: `a${strength} ${KINDS[kinds[position]]}`, tabIndex: -1 }, this.token(position));
+      mark.dataset.position = position;
+      this.marks.set(position, mark);
+      this.nodes.push({ from: this.units[position], node: made.appendChild(mark) });
+      end = this.units[position + 1];
+    }
+    plain(this.text.length);
+    made.append(element("span", { className: "next", title: "the token that was written" }, this.next));
+    this.root.replaceChildren(made);
+    this.order = marked;
+    return marked.length;
+  }
+
+  /** The marked token before or after another. */
+  beside(position, step) {
+    return this.order[this.order.indexOf(position) + step];
+  }
+
+  /** Frames a token, where it is marked, and no other. */
+  point(position) {
+    this.root.querySelector(".at")?.classList.remove("at");
+    this.marks.get(position)?.classList.add("at");
+  }
+
+  /** Brings a token to the middle, and into focus where it is marked. */
+  reveal(position) {
+    const mark = this.marks.get(position);
+    const { top, bottom } = (mark ?? this.rangeAt(this.units[position])).getBoundingClientRect();
+    const box = this.root.getBoundingClientRect();
+    this.root.scrollTop += (top + bottom) / 2 - (box.top + box.bottom) / 2;
+    mark?.focus({ preventScroll: true });
+  }
+
+  rangeAt(unit) {
+    let low = 0;
+    let high = this.nodes.length - 1;
+    while (low < high) {
+      const middle = (low + high + 1) >> 1;
+      if (this.nodes[middle].from <= unit) low = middle;
+      else high = middle - 1;
+    }
+    const { from, node } = this.nodes[low];
+    const range = document.createRange();
+    const inside = node instanceof Text ? node : node.firstChild;
+    if (inside.length) {
+      const at = Math.min(unit - from, inside.length - 1);
+      range.setStart(inside, at);
+      range.setEnd(inside, at + 1);
+    } else range.selectNode(node);
+    return range;
+  }
+
+  /** The tokens at the upper and at the lower edge of what can be seen. */
+  visible() {
+    const { top, bottom } = this.root.getBoundingClientRect();
+    const firstBelow = (y) => {
+      let low = 0;
+      let high = this.units.length - 2;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (this.rangeAt(this.units[middle]).getBoundingClientRect().bottom > y) high = middle;
+        else low = middle + 1;
+      }
+      return low;
+    };
+    return [firstBelow(top), firstBelow(bottom)];
+  }
+}
