@@ -102,6 +102,10 @@ def _interruptions() -> tuple[type[BaseException], ...]:
 
 
 def _fail(status: int, *messages: str) -> None:
+    from tokensieve.machine import place
+
+    if place().rank:  # the first rank says it; a status of the others could end that before it has
+        sys.exit(0)
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

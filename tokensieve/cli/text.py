@@ -9,7 +9,10 @@ import typer
 from tokensieve.cli.program import Device, Model, SelectBy, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
+    from tokensieve.engine import Engine, Sampling
     from tokensieve.model import DecoderForCausalLM
+
+Selects = Literal["indexer", "dense"]
 
 
 @app.command()
@@ -30,7 +33,7 @@ def generate(
     Example: tokensieve generate base --prompt "def parse_args(argv):" --max-new-tokens 64
     """
     import tokensieve
-    from tokensieve.machine import choose_device
+    from tokensieve.model import joined, load_rank
 
     if sum((prompt is not None, chat is not None, interactive, input_file is not None)) != 1:
         raise tokensieve.UserError("give one of --prompt TEXT, --chat TEXT, --interactive and --input-file FILE")
@@ -40,24 +43,26 @@ def generate(
     text = _read(input_file) if input_file else ""
     if "-" in (prompt, chat):
         text = _read(None)
-    loaded = tokensieve.load(model, device=choose_device(device))
-    if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
-        raise tokensieve.UserError(f"--selection {selection}: {model} is dense and selects nothing; sparsify it first")
-    tokenizer = tokenizer_of(model, loaded)
-    if talk:
-        from tokensieve.engine import Sampling
+    with joined(device) as ranks:
+        if ranks.count > 1 and not talk:
+            raise tokensieve.UserError("torchrun goes with --interactive and --input-file only; use one of them")
+        loaded = load_rank(model, ranks)
+        if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
+            raise tokensieve.UserError(
+                f"--selection {selection}: {model} is dense and selects nothing; sparsify it first"
+            )
+        tokenizer = tokenizer_of(model, loaded)
+        if talk:
+            from tokensieve.engine import Sampling, engine_on
 
-        sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        _talk(
-            loaded,
-            tokenizer,
-            sampling,
-            text if input_file else None,
-            "dense" if selection is SelectBy.dense else "indexer",
-        )
-        return
-    ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
-    _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
+            sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+            selects: Selects = "dense" if selection is SelectBy.dense else "indexer"
+            with engine_on(ranks, loaded, tokenizer) as engine:
+                if engine is not None:
+                    _talk(engine, sampling, text if input_file else None, selects)
+            return
+        ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
+        _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
 
 
 def _read(path: Path | None) -> str:
@@ -104,17 +109,12 @@ def _write(
         )
 
 
-def _talk(
-    model: "DecoderForCausalLM", tokenizer: Any, sampling: Any, file: str | None, selects: Literal["indexer", "dense"]
-) -> None:
+def _talk(engine: "Engine", sampling: "Sampling", file: str | None, selects: Selects) -> None:
     """A conversation, or the answers to a file's messages."""
-    from tokensieve.engine import Engine
     from tokensieve.serve import terminal
 
-    prompts = None if file is None else terminal.prompts_in(file)
-    engine = Engine(model, tokenizer)
-    if prompts is not None:
-        for asked, answer in terminal.answer_all(engine, prompts, sampling, selects):
+    if file is not None:
+        for asked, answer in terminal.answer_all(engine, terminal.prompts_in(file), sampling, selects):
             typer.echo(f"Prompt: {asked}\nCompletion: {answer}\n")
         return
     import readline  # noqa: F401  # with it, input() knows arrow keys and what was typed before

@@ -2,11 +2,23 @@
 
 `request` says what is asked and what comes back, `core` is the engine; `scheduler` decides who runs, on which `pages`, `runner` runs the
 model on them, `sampling` chooses tokens, `grammar` says which may be chosen, and `text` makes text of them. `lens` tells what a token's
-attention looked at. `service` brings many callers to the one thread of an engine.
+attention looked at. `ranks` runs one engine on several processes. `service` brings many callers to the one thread of an engine.
 """
 
 from tokensieve.engine.core import Engine, EngineConfig
+from tokensieve.engine.ranks import engine_on
 from tokensieve.engine.request import Output, Request, Sampling, TokenLogprob
 from tokensieve.engine.service import Busy, Service, Stopping
 
-__all__ = ["Busy", "Engine", "EngineConfig", "Output", "Request", "Sampling", "Service", "Stopping", "TokenLogprob"]
+__all__ = [
+    "Busy",
+    "Engine",
+    "EngineConfig",
+    "Output",
+    "Request",
+    "Sampling",
+    "Service",
+    "Stopping",
+    "TokenLogprob",
+    "engine_on",
+]

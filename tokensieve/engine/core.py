@@ -161,11 +161,14 @@ class Engine:
             )
             for r, answer in zip(some, answers, strict=True)
         ]
-        tokens = choose(logits_BV, rows)
+        tokens = self._choose(logits_BV, rows)
         return outputs + [
             self._say(answer, token, logits_V)
             for answer, token, logits_V in zip(answers, tokens, logits_BV, strict=True)
         ]
+
+    def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
+        return choose(logits_BV, rows)
 
     def _say(self, answer: Answer, token: int, logits_V: Tensor) -> Output:
         running, sampling = answer.running, answer.running.request.sampling

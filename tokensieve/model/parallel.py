@@ -11,6 +11,7 @@ and hands over what it chose.
 Legend: N tokens, D hidden width, H heads of this rank, V vocabulary, K selected keys, E experts of this rank.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Ranks(Peers):
 
     def together(self, make: Callable[[], T]) -> T:
         """What `make` gives on this rank, once it has given something on all; where it raised UserError on one, all ranks raise that."""
+        if self.count == 1:
+            return make()
         try:
             made, error = [make()], b""
         except UserError as raised:
@@ -121,13 +124,19 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(kind)
     # gloo beside nccl: what ranks say to each other between two steps is on the processor
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=PATIENCE)
+    if here.rank:
+        logging.getLogger("tokensieve").setLevel(logging.ERROR)  # the leader logs the same
     yield Ranks(here.rank, here.ranks, kind)
     dist.destroy_process_group()
 
 
 def load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None = None) -> DecoderForCausalLM:
     """This rank's part of a model, in evaluation mode: out of its own shard where `tokensieve convert` wrote shards for so many ranks,
-    else sliced out of the checkpoint. For one rank without shards as `load`. UserError as there, and where the ranks do not divide it."""
+    else sliced out of the checkpoint. UserError, on all ranks, as `load` raises it and where the ranks do not divide the model."""
+    return ranks.together(lambda: _load_rank(name, ranks, dtype))
+
+
+def _load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None) -> DecoderForCausalLM:
     folder = model_path(name)
     shards = checkpoint.rank_files(folder)
     if ranks.count == 1 and 1 not in shards:

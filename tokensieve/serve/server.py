@@ -10,8 +10,7 @@ from typing import Any
 import uvicorn
 
 from tokensieve.config import UserError
-from tokensieve.engine import Engine, EngineConfig, Service
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.engine import Engine, Service
 from tokensieve.serve.api import create_app
 from tokensieve.serve.settings import ServeConfig
 
@@ -72,17 +71,14 @@ def make(service: Service, tokenizer: Any, config: ServeConfig, on_start: Callab
 
 
 def run(
-    model: DecoderForCausalLM,
-    tokenizer: Any,
+    engine: Engine,
     listening: socket.socket,
     config: ServeConfig,
-    engine: EngineConfig,
     on_start: Callable[[str], None],
 ) -> None:
     """Until a signal ends it. KeyboardInterrupt where a second one did."""
     log_lines_alone()
-    service = Service(Engine(model, tokenizer, engine))
-    server = make(service, tokenizer, config, lambda: on_start(address(listening)))
+    server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
     server.run(sockets=[listening])
     if server.force_exit:
         raise KeyboardInterrupt
