@@ -31,6 +31,7 @@ from tokensieve.ops import quant
 
 DISTINCT = 1024  # pages with content of their own; the others repeat it, at their own addresses
 DECODES = ((128, 32768), (16, 131072), (1, 131072))  # sequences, tokens of each
+STEPS = tuple((B, T) for T in (4096, 8192, 32768, 131072) for B in (1, 16, 64))
 SIDES = ((8, 131072), (4, 131072))  # on either side of where `auto` goes over to FlashMLA
 
 
@@ -119,6 +120,48 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     yield row
 
 
+def decode_step(size: tuple[int, int], quick: bool) -> Iterator[Row]:
+    """What a sparse layer's attention does for one token of each sequence: score, select, attend. Beside attention to every key.
+
+    FlashMLA's dense kernel reads bfloat16 pages, the other one is what the engine runs for a dense layer: every key of the quantized ones.
+    """
+    (B, T), flash_mla = size, peer("flash_mla")
+
+    def page(n: int) -> Tensor:
+        return quant.pack_latent_page(*normal(n, quant.PAGE_TOKENS, KEY).split((VALUE, KEY - VALUE), -1))
+
+    keys, table, lens = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
+    latent = pool(B, T, page)[0]
+    q = normal(B, HEADS, KEY)
+    q_I, scale = quant.quantize_e4m3(normal(B, INDEX_HEADS, INDEX_DIM), INDEX_DIM, "ue8m0")
+    w = torch.randn(B, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5 * scale.squeeze(-1)
+    starts = torch.zeros_like(lens)
+
+    def select() -> Tensor:
+        return ops.select_topk(ops.index_scores_paged(q_I, keys, w, table, lens), K, starts, lens)
+
+    def own() -> Tensor:
+        return ops.sparse_attention_paged(q, latent, select(), table, lens, SCALE)[0]
+
+    everything = torch.arange(T, dtype=torch.int32, device="cuda").expand(B, T).contiguous()
+    row = Row("sparse decode step", f"{B} x {T // 1024}K, k {K}", replayed(own, quick), "every key, quantized")
+    some = few(B)  # of what was selected: scores have rows of their own
+    where = select()[some], table[some], lens[some]
+    expected = ops.sparse_attention_paged(q[some], latent, *where, SCALE, backend="reference")[0]
+    row.error = difference(own()[some], expected)
+    row.peer_ms = replayed(lambda: ops.sparse_attention_paged(q, latent, everything, table, lens, SCALE), quick)
+    yield row
+    if flash_mla is not None:
+        cache = pool(B, T, lambda n: normal(n, quant.PAGE_TOKENS, 1, KEY))[0]
+        plan = flash_mla.get_mla_metadata()[0]
+        again = Row(row.op, row.shape, row.own_ms, "FlashMLA's dense", error=row.error)
+        again.peer_ms = replayed(
+            lambda: flash_mla.flash_mla_with_kvcache(q[:, None], cache, table, lens, VALUE, plan, softmax_scale=SCALE),
+            quick,
+        )
+        yield again
+
+
 def write(N: int, quick: bool) -> Iterator[Row]:
     """N new tokens into both caches; compared with the reference to the byte."""
     pages = -(-N // quant.PAGE_TOKENS) + 8
@@ -140,5 +183,6 @@ def write(N: int, quick: bool) -> Iterator[Row]:
 PARTS: dict[str, tuple[Callable[..., Iterator[Row]], tuple]] = {
     "paged-scores": (paged_scores, DECODES),
     "paged-attention": (paged_attention, DECODES + SIDES),
+    "decode-step": (decode_step, STEPS),
     "write": (write, (128, 8192)),
 }

@@ -35,11 +35,17 @@ def on_gpu(family: str, **changes: Any) -> DecoderForCausalLM:
     return ours(config(family, **(WIDTHS | changes)), seed=3).to("cuda", torch.bfloat16)
 
 
+# Values are compared without experts: a rounding would choose others.
 @pytest.fixture(scope="module", params=["sparse fp8", "sparse bf16", "dense"])
 def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
     if request.param == "dense":
-        return on_gpu("v3")
-    return on_gpu("v32", index_dtype=request.param.split()[1], **SPARSE)
+        return on_gpu("v3", first_k_dense_replace=3)
+    return on_gpu("v32", first_k_dense_replace=3, index_dtype=request.param.split()[1], **SPARSE)
+
+
+@pytest.fixture(scope="module")
+def with_experts() -> DecoderForCausalLM:
+    return on_gpu("v32", index_dtype="fp8", **SPARSE)
 
 
 def fill(runner: Runner, lengths: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
@@ -65,13 +71,13 @@ def test_decoding_agrees_with_the_whole_forward(model: DecoderForCausalLM, selec
         some = slice(a, a + 3)
         logits = runner.step([t[-1] for t in tokens[some]], list(LENGTHS[some]), pages[some], selection).float()
         for got, expected in zip(logits, whole[some], strict=True):
-            # three layers on entries that E4M3 rounds by up to a 16th, with experts that a rounding may choose otherwise
-            assert float((got - expected).norm()) < 0.4 * float(expected.norm())
+            # three layers on entries that E4M3 rounds by up to a 16th
+            assert float((got - expected).norm()) < 0.25 * float(expected.norm())
 
 
 @pytest.mark.parametrize("selection", ["indexer", "dense"])
-def test_a_graph_has_the_bits_of_its_kernels(model: DecoderForCausalLM, selection: str) -> None:
-    runner = Runner(model, 64)
+def test_a_graph_has_the_bits_of_its_kernels(with_experts: DecoderForCausalLM, selection: str) -> None:
+    runner = Runner(with_experts, 64)
     tokens, pages = fill(runner, LENGTHS)
     with torch.inference_mode():
         for rows in (range(7), range(2), range(4, 7), range(7)):
@@ -86,7 +92,7 @@ def test_a_graph_has_the_bits_of_its_kernels(model: DecoderForCausalLM, selectio
 
 def test_a_sequence_grows_through_pages_and_graphs(model: DecoderForCausalLM) -> None:
     """Token by token across a page's end and a larger graph, beside one that stays short: as a chunk of the same tokens stores it."""
-    runner, draw = Runner(model, 64), random.Random(2)
+    runner, draw = Runner(model, 80), random.Random(2)
     tokens = [draw.randrange(16, 512) for _ in range(1100)]
     growing, short, whole = list(range(16)), [20], list(range(30, 48))
     for a in (0, 512):
@@ -98,4 +104,4 @@ def test_a_sequence_grows_through_pages_and_graphs(model: DecoderForCausalLM) ->
         logits = runner.step([tokens[n - 1], 5], [n, 1], [growing, short], "indexer")
     expected = runner.chunk(tokens[1024:], 1024, whole, "indexer").float()
     assert {size[1] for size in runner._graphs._inputs} == {16, 32}
-    assert float((logits[0].float() - expected).norm()) < 0.4 * float(expected.norm())
+    assert float((logits[0].float() - expected).norm()) < 0.25 * float(expected.norm())

@@ -259,8 +259,15 @@ def calls(x: Pool, kind: str) -> dict[str, tuple]:
         ops.write_caches(latent, k_rope, k_I, latent_pages, index_pages, slots)
         return raw(latent_pages), raw(index_pages)
 
+    def queries(q, w, cos, sin) -> tuple[Tensor, Tensor]:
+        values, weights = ops.quantize_queries(q, w, cos, sin)
+        return values.float(), weights
+
+    S = x.q.shape[0]
+    asked = torch.randn(S, 3, 128).to(x.q.dtype), torch.randn(S, 3), torch.randn(S, 1, 64), torch.randn(S, 1, 64)
     attention = x.q, x.latent_pages, x.indices, x.page_table, x.lens
     return {
+        "quantize_queries": (queries, asked, ("auto",)),
         "index_scores_paged": (ops.index_scores_paged, x.index_arguments(), ("auto",)),
         "sparse_attention_paged": (
             lambda *t: ops.sparse_attention_paged(*t, SCALE, d_v=x.d_v),

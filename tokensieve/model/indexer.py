@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokensieve import ops
 from tokensieve.config import SparseConfig, UserError
 from tokensieve.model.rope import Rotation, rotate_half_split
 from tokensieve.ops import quant
@@ -64,9 +65,10 @@ class Indexer(nn.Module):
 
     def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """The same for keys in quantized pages: q_I (N, H, D) float8_e4m3fn, its scales folded into w (N, H) float32."""
-        q = self._rotated(self.wq_b(source_NL).view(-1, self.heads, self.width), rotation)
-        values, scales = quant.quantize_e4m3(quant.hadamard(q), scale_format="ue8m0")
-        return values, self._weights(h_ND) * scales.squeeze(-1)
+        q = self.wq_b(source_NL).view(-1, self.heads, self.width)
+        if len(rotation.half_split) == 2:
+            return ops.quantize_queries(q, self._weights(h_ND), *rotation.half_split)
+        return ops.quantize_queries(self._rotated(q, rotation), self._weights(h_ND))
 
     def _weights(self, h_ND: Tensor) -> Tensor:
         with without_autocast(h_ND):

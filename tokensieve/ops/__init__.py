@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tokensieve.ops import custom, custom_kl, reference
 from tokensieve.ops.dispatch import BACKENDS, OPS, pick
-from tokensieve.ops.paged import index_scores_paged, sparse_attention_paged, write_caches
+from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
 from tokensieve.ops.single import alone
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "indexer_kl_dense",
     "indexer_kl_dense_sum",
     "masked_attention",
+    "quantize_queries",
     "select_topk",
     "sparse_attention",
     "sparse_attention_kl",

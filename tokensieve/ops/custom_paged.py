@@ -1,12 +1,25 @@
 """Registers the ops on caches in pages with PyTorch; as `custom.py` does the others. None has a gradient."""
 
-from torch import Tensor
+from torch import Tensor, float8_e4m3fn, float32
 from torch.library import custom_op
 
 from tokensieve.ops.custom import empty, full_precision
 from tokensieve.ops.dispatch import pick
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.ops.reference.blocks import compute_dtype
+
+
+@custom_op("tokensieve::quantize_queries", mutates_args=())
+@full_precision
+def quantize_queries(
+    q: Tensor, w: Tensor, cos: Tensor | None, sin: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    return pick("quantize_queries", q, backend).quantize_queries(q, w, cos, sin)
+
+
+@quantize_queries.register_fake
+def _(q, w, cos, sin, backend):
+    return empty(q, *q.shape, dtype=float8_e4m3fn), empty(q, *w.shape, dtype=float32)
 
 
 @custom_op("tokensieve::index_scores_paged", mutates_args=())

@@ -23,7 +23,7 @@ from tokensieve.ops.quant import LATENT_TOKEN_BYTES
 
 log = logging.getLogger("tokensieve.ops")
 
-PAGED_OPS = ("index_scores_paged", "sparse_attention_paged", "write_caches")
+PAGED_OPS = ("quantize_queries", "index_scores_paged", "sparse_attention_paged", "write_caches")
 OPS = (
     "index_scores",
     "select_topk",
@@ -96,7 +96,7 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     """The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU (docs/kernels.md)."""
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         return _no_triton() if q.dtype == torch.float32 else f"no kernel takes {q.dtype}"
-    if op == "write_caches":  # no products
+    if op in ("write_caches", "quantize_queries"):  # no products
         return _no_triton() if q.dtype in (*HALF, torch.float32) else f"no kernel takes {q.dtype}"
     key, value, index = (576, 256, 128) if _is_hopper(q.device) else (128, 128, 64)
     if op in ("index_scores", "index_topk", "index_scores_paged"):  # pages come in every layout

@@ -110,6 +110,30 @@ def _check_selection(op: str, S: int, indices_SK: Tensor, lens: Tensor) -> None:
             )
 
 
+def quantize_queries(
+    q_SHD: Tensor, w_SH: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Queries for keys on quantized pages: e4m3(H r(q) / sqrt(D)), a scale a head, which is folded into w.
+
+    q (S, H_I, D = 128) floating, w (S, H_I) floating. cos, sin (S, 1, R) float32: r rotates the first R numbers half-split, x * cos +
+    roll(x, R/2) * sin; without them q is rotated already. Scales are powers of two. Returns values (S, H_I, D) float8_e4m3fn and w times
+    the scales (S, H_I) float32: what `index_scores` and `index_scores_paged` take. No gradient.
+    ValueError on mismatched shapes, other dtypes, and for a NaN or an infinity; the Triton kernel makes a NaN of that head's w instead.
+    Sources: the indexer of the official demo (`rotate_activation`, `act_quant`).
+    """
+    op = "quantize_queries"
+    _check_queries(op, q_SHD, INDEX_WIDTH, QUERIES)
+    if w_SH.shape != q_SHD.shape[:2] or not w_SH.is_floating_point():
+        raise ValueError(f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])} floating, got {tuple(w_SH.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{op}: give both of cos and sin, or none")
+    for table in () if cos is None or sin is None else (cos, sin):
+        R = table.shape[-1]
+        if table.shape != (q_SHD.shape[0], 1, R) or R % 2 or R > INDEX_WIDTH or table.dtype != torch.float32:
+            raise ValueError(f"{op}: cos and sin must be ({q_SHD.shape[0]}, 1, R) float32, got {tuple(table.shape)}")
+    return custom_paged.quantize_queries(q_SHD.detach(), w_SH.detach(), cos, sin, backend)
+
+
 def index_scores_paged(
     q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lens: Tensor, *, backend: str = "auto"
 ) -> Tensor:

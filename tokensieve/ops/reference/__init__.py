@@ -9,7 +9,12 @@ from tokensieve.ops.reference.dense import (
 )
 from tokensieve.ops.reference.index import index_scores, index_scores_backward, index_topk, select_topk
 from tokensieve.ops.reference.kl import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
-from tokensieve.ops.reference.paged import index_scores_paged, sparse_attention_paged, write_caches
+from tokensieve.ops.reference.paged import (
+    index_scores_paged,
+    quantize_queries,
+    sparse_attention_paged,
+    write_caches,
+)
 from tokensieve.ops.reference.sparse import (
     sparse_attention,
     sparse_attention_backward,
@@ -30,6 +35,7 @@ __all__ = [
     "indexer_kl_dense_step",
     "masked_attention",
     "masked_attention_backward",
+    "quantize_queries",
     "select_topk",
     "sparse_attention",
     "sparse_attention_backward",

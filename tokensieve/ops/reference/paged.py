@@ -90,6 +90,17 @@ def sparse_attention_paged(
     return out_SHV, lse_SH
 
 
+def quantize_queries(q_SHD: Tensor, w_SH: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    x = q_SHD
+    if cos is not None and sin is not None:
+        R = cos.shape[-1]
+        turned = x[..., :R].float()
+        turned = torch.addcmul(turned * cos, turned.roll(R // 2, -1), sin).to(x.dtype)
+        x = torch.cat((turned, x[..., R:]), -1)
+    values, scales = quant.quantize_e4m3(quant.hadamard(x), scale_format="ue8m0")
+    return values, w_SH.float() * scales.squeeze(-1)
+
+
 def write_caches(
     latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
 ) -> None:

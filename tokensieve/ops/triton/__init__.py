@@ -2,8 +2,8 @@
 
 A file holds one family: `index` (scores, equation (1), and their gradients), `topk` (the selection, equation (2)), `attention` (over
 selected entries), `attention_kl` (the same with the KL of equation (4)), `masked` (over all keys, everything but the selection masked),
-`loss` (the warm-up's KL, equation (3)); on caches in pages `paged_index`, `paged_attention`, `paged_write` and, for FlashMLA and the Hopper
-kernel, `paged_places`.
+`loss` (the warm-up's KL, equation (3)); on caches in pages `queries`, `paged_index`, `paged_attention`, `paged_write` and, for FlashMLA and
+the Hopper kernel, `paged_places`.
 """
 
 from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
@@ -14,6 +14,7 @@ from tokensieve.ops.triton.masked import masked_attention, masked_attention_back
 from tokensieve.ops.triton.paged_attention import sparse_attention_paged
 from tokensieve.ops.triton.paged_index import index_scores_paged
 from tokensieve.ops.triton.paged_write import write_caches
+from tokensieve.ops.triton.queries import quantize_queries
 from tokensieve.ops.triton.topk import index_topk, select_topk
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "indexer_kl_dense_step",
     "masked_attention",
     "masked_attention_backward",
+    "quantize_queries",
     "select_topk",
     "sparse_attention",
     "sparse_attention_backward",
