@@ -17,13 +17,17 @@ HEADS = 16  # of a program
 
 
 @triton.jit
+def row_sums_and_differences(x, half: tl.constexpr, HP: tl.constexpr, D: tl.constexpr):
+    pairs = tl.permute(tl.reshape(x, (HP, D // (2 * half), 2, half)), (0, 1, 3, 2))
+    upper, lower = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(upper + lower, upper - lower), (0, 1, 3, 2)), (HP, D))
+
+
+@triton.jit
 def rows_rotated(x, HP: tl.constexpr, D: tl.constexpr, LEVELS: tl.constexpr):
     """Rows (HP, D = 2^LEVELS) times the Hadamard matrix over sqrt(D), added up in the order of `quant.hadamard`."""
     for level in tl.static_range(0, LEVELS):
-        half: tl.constexpr = 1 << level
-        pairs = tl.permute(tl.reshape(x, (HP, D // (2 * half), 2, half)), (0, 1, 3, 2))
-        upper, lower = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(upper + lower, upper - lower), (0, 1, 3, 2)), (HP, D))
+        x = row_sums_and_differences(x, 1 << level, HP, D)
     return x * (D**-0.5)
 
 
