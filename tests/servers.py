@@ -1,5 +1,6 @@
 """A server on a socket of its own, in a thread; and a model so small that a thousand requests take seconds."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def running(
     made = Engine(model, tokenizer, engine)
     service = Service(made) if waiting is None else Service(made, waiting)
     with server.listen("127.0.0.1", 0) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # a slow reader is soon felt
         made = server.make(service, tokenizer, ServeConfig("sparse", **(LIMITS | settings)))
         thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -21,7 +21,10 @@ def process():
     """The server in a process of its own, and its address."""
     environment = os.environ | {"TOKENSIEVE_API_KEY": "a-key", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tokensieve", "serve", "sparse", "--port", "0", "--pages", "64", "--running", "2"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    few_files = ["prlimit", "--nofile=100:", "--"]
+    started = subprocess.Popen(
+        few_files + command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     line = started.stdout.readline()
     assert "serves sparse and sparse:dense" in line, started.stderr.read()
     yield started, line.split("/v1 ")[0]
@@ -50,6 +53,15 @@ def test_a_signal_lets_everybody_finish(process) -> None:
     assert started.returncode == 0 and "Traceback" not in told, told
     lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert [line["status"] for line in lines] == [401, 503, 200]
+
+
+def test_more_clients_than_a_process_may_first_have_files(process) -> None:
+    _, at = process
+    host, port = at.removeprefix("http://").split(":")
+    crowd = [socket.create_connection((host, int(port))) for _ in range(200)]
+    assert httpx.get(at + "/health", timeout=3).status_code == 200
+    for connection in crowd:
+        connection.close()
 
 
 def test_a_second_signal_ends_at_once(process) -> None:

@@ -1,6 +1,7 @@
 """Runs the application: a socket, signals, and an end without cutting anybody off."""
 
 import logging
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -78,10 +79,17 @@ def run(
 ) -> None:
     """Until a signal ends it. KeyboardInterrupt where a second one did."""
     log_lines_alone()
+    allow_connections()
     server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
     server.run(sockets=[listening])
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+def allow_connections() -> None:
+    """As many as the system lets: a connection is an open file, of which a process may first have 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def log_lines_alone() -> None:
