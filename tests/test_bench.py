@@ -31,15 +31,6 @@ def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
 
 
-def test_requests_at_once_are_measured(tmp_path: Path) -> None:
-    out = tmp_path / "engine.json"
-    child = benchmark("engine", "--requests", "1", "3", "--prompt", "70", "--new", "4", "--out", str(out))
-    assert child.returncode == 0, child.stderr
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["requests"] for row in rows] == [1, 3] and rows[1]["pages"] == 6
-    assert all(0 < row["first_p50"] <= row["first_p99"] <= row["seconds"] for row in rows)
-
-
 def test_quick_training_is_measured_and_compared(tmp_path: Path) -> None:
     out = tmp_path / "new" / "training.json"
     child = benchmark("gpu_training", "--quick", "--out", str(out))

@@ -14,7 +14,8 @@ from commands import tiny
 import tokensieve
 from tokensieve import evals
 
-COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve".split()
+COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve bench".split()
+BENCHES = ["bench serve"]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,9 @@ def home(tmp_path_factory) -> Path:
 # help
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], *BENCHES])
 def test_help_has_an_example_that_fits(run, command: str) -> None:
-    ended = run(command, "--help")
+    ended = run(*command.split(), "--help")
     assert ended.status == 0 and not ended.err
     example = re.search(rf"Example: tokensieve {command} ?(.*)", ended.out)
     assert example, ended.out
@@ -38,6 +39,8 @@ def test_help_has_an_example_that_fits(run, command: str) -> None:
 def test_every_command_is_known_here(run) -> None:
     ended = run("--help")
     assert ended.status == 0 and set(COMMANDS) == set(re.findall(r"^│ ([a-z]+)  ", ended.out, re.MULTILINE))
+    ended = run("bench", "--help")
+    assert set(BENCHES) == {f"bench {name}" for name in re.findall(r"^│ ([a-z]+)  ", ended.out, re.MULTILINE)}
 
 
 def test_help_loads_no_torch() -> None:

@@ -1,0 +1,170 @@
+"""Commands that measure how fast something runs."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokensieve.cli.program import Device, app, stderr, tokenizer_of
+
+if TYPE_CHECKING:
+    from tokensieve.config import ModelConfig
+    from tokensieve.evals.serving import Load
+    from tokensieve.model import DecoderForCausalLM
+
+bench = typer.Typer(no_args_is_help=True, help="Measure how fast something runs here.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or a bundled name (base, sparse).")] = "sparse",
+    shape: Annotated[
+        str | None, typer.Option(help="Instead: random weights in the published shape of deepseek_v32 or deepseek_v3.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --shape's config.json.")
+    ] = None,
+    requests: Annotated[str, typer.Option(metavar="N,N", help="So many at once, one after the other.")] = "1,8,32",
+    prompt: Annotated[str, typer.Option(metavar="N,N", help="Tokens of every prompt.")] = "512",
+    new: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
+    selection: Annotated[str, typer.Option(metavar="WHO,WHO", help="indexer, dense, or both.")] = "indexer",
+    top_k: Annotated[str, typer.Option(metavar="N,N", help="Keys that a query selects; the model's own.")] = "",
+    experts: Annotated[str, typer.Option(metavar="N,N", help="Routed experts of --shape.")] = "",
+    filled: Annotated[
+        bool, typer.Option("--filled", help="Fill the cache with noise instead of running prompts: decode rates only.")
+    ] = False,
+    chunk: Annotated[int, typer.Option(min=0, help="Tokens of a prompt run at once; 0: the engine's own.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of metrics.json.")] = Path("runs/bench-serve"),
+    device: Device = "auto",
+) -> None:
+    """Measure the engine with many requests at once: tokens a second, and how long each of them waits.
+
+    Example: tokensieve bench serve sparse --requests 1,8 --prompt 512,2048 --selection indexer,dense
+    """
+    import torch
+
+    import tokensieve
+    from tokensieve.evals import serving
+    from tokensieve.machine import choose_device
+    from tokensieve.report import environment
+    from tokensieve.train.figures import write_figures
+
+    on = torch.device(choose_device(device))
+    who = selection.split(",")
+    if not set(who) <= {"indexer", "dense"}:
+        raise tokensieve.UserError(f"--selection {selection}: use indexer, dense or indexer,dense")
+    if shape is None and (experts or set_):
+        raise tokensieve.UserError("--experts and --set change the shape of random weights; give --shape deepseek_v32")
+    loads = [
+        serving.Load(count, length, new, by, filled, chunk)  # type: ignore[arg-type]
+        for length in _numbers("--prompt", prompt)
+        for count in _numbers("--requests", requests)
+        for by in who
+    ]
+    rows: list[dict[str, Any]] = []
+    shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
+    for count in shapes:
+        if shape is None:
+            served = tokensieve.load(model, device=on)
+        else:
+            served = serving.random_model(_config(shape, set_ or [], count), on, _dtype(on))
+        if "indexer" in who and not served.is_sparse:
+            raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
+        tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
+        prompts = _prompts(served, tokenizer, loads, real=shape is None)
+        for k in _numbers("--top-k", top_k) or [served.top_k]:
+            served.top_k = k
+            for load in loads:
+                with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
+                    found = serving.serve_load(served, tokenizer, load, prompts[load.prompt])
+                sizes = {"top_k": k, "experts": served.config.n_routed_experts}
+                rows.append(asdict(load) | sizes | asdict(found))
+        del served
+    _show(rows)
+    figures = {"run": environment(), "model": shape or model, "rows": rows}
+    typer.echo(f"\nFigures: {write_figures(out / 'metrics.json', figures)}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from tokensieve.config import UserError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text}: give whole numbers above 0, for example 1,8,32")
+    return [int(part) for part in parts]
+
+
+def _dtype(device: Any) -> Any:
+    import torch
+
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
+    from tokensieve.config import MODEL_CONFIGS, UserError
+
+    if shape not in MODEL_CONFIGS:
+        raise UserError(f"--shape {shape} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
+    fields: dict[str, Any] = {} if experts is None else {"n_routed_experts": experts}
+    known = MODEL_CONFIGS[shape]()
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not hasattr(known, key):
+            raise UserError(
+                f"--set {change}: write KEY=VALUE with a key of config.json, for example num_hidden_layers=4"
+            )
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    return MODEL_CONFIGS[shape](**fields)
+
+
+def _prompts(
+    model: "DecoderForCausalLM", tokenizer: Any, loads: "list[Load]", real: bool
+) -> dict[int, list[tuple[int, ...]]]:
+    """By their length: Python sources that share no beginning, or drawn tokens."""
+    from tokensieve.config import UserError
+    from tokensieve.data import read_documents
+    from tokensieve.evals.serving import random_prompts
+
+    count, longest = max(load.requests for load in loads), max(load.prompt for load in loads)
+    lengths = {load.prompt for load in loads}
+    if longest + loads[0].new > model.config.max_position_embeddings:
+        raise UserError(
+            f"{longest} prompt tokens and {loads[0].new} new ones are past the model's "
+            f"{model.config.max_position_embeddings} positions; shorten one"
+        )
+    if not real:
+        return {length: random_prompts(count, length, model.config.vocab_size) for length in lengths}
+    ids: list[int] = []
+    for document in read_documents("python", "held_out", limit_bytes=100 * count * longest):
+        ids += tokenizer(document.text, add_special_tokens=False).input_ids
+        if len(ids) >= count * longest:
+            break
+    whole = ids * (count * longest // len(ids) + 1)
+    return {n: [tuple(whole[i * n : (i + 1) * n]) for i in range(count)] for n in lengths}
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "requests", "prompt", "selection", "k", "tokens/s", "first, p50 and p99 s", "next, p50 and p99 ms", "GiB"
+    )
+    for row in rows:
+        table.add_row(
+            str(row["requests"]),
+            str(row["prompt"]),
+            row["selection"],
+            str(row["top_k"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['first_p50']:.2f}  {row['first_p99']:.2f}",
+            f"{1000 * row['next_p50']:.1f}  {1000 * row['next_p99']:.1f}",
+            f"{row['memory_bytes'] / 2**30:.1f}",
+        )
+    Console(width=120).print(table)
