@@ -53,13 +53,16 @@ def generate(
             )
         tokenizer = tokenizer_of(model, loaded)
         if talk:
-            from tokensieve.engine import Sampling, engine_on
+            from tokensieve.engine import EngineConfig, Sampling, engine_on
+            from tokensieve.serve import terminal
 
+            prompts = terminal.prompts_in(text) if input_file else []
+            config = EngineConfig(running=min(max(len(prompts), 1), EngineConfig.running))  # room for no more than asked
             sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
             selects: Selects = "dense" if selection is SelectBy.dense else "indexer"
-            with engine_on(ranks, loaded, tokenizer) as engine:
+            with engine_on(ranks, loaded, tokenizer, config) as engine:
                 if engine is not None:
-                    _talk(engine, sampling, text if input_file else None, selects)
+                    _talk(engine, sampling, prompts, selects)
             return
         ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
         _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
@@ -109,12 +112,12 @@ def _write(
         )
 
 
-def _talk(engine: "Engine", sampling: "Sampling", file: str | None, selects: Selects) -> None:
-    """A conversation, or the answers to a file's messages."""
+def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selects: Selects) -> None:
+    """The answers to prompts; without prompts a conversation."""
     from tokensieve.serve import terminal
 
-    if file is not None:
-        for asked, answer in terminal.answer_all(engine, terminal.prompts_in(file), sampling, selects):
+    if prompts:
+        for asked, answer in terminal.answer_all(engine, prompts, sampling, selects):
             typer.echo(f"Prompt: {asked}\nCompletion: {answer}\n")
         return
     import readline  # noqa: F401  # with it, input() knows arrow keys and what was typed before
