@@ -12,6 +12,9 @@ if not os.path.exists("/dev/nvidia0"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network fails instead of waiting
 
 
+pytest.register_assert_rewrite("browser")  # a test file imports it before it is known as a plugin
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:

@@ -35,7 +35,11 @@ def main() -> None:
         page.screenshot(path=DOCS / "lens.png")
         page.set_viewport_size({"width": 375, "height": 760})
         page.emulate_media(color_scheme="dark")
-        page.click(".lens fieldset:last-child label:nth-of-type(2)")
+        layers = page.locator(".lens fieldset").last.locator("label")
+        for number in range(1, layers.count()):
+            layers.nth(number).click()
+            if "not read" not in page.locator(".detail").inner_text():
+                break
         page.screenshot(path=DOCS / "phone.png")
 
 

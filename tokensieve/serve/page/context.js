@@ -76,13 +76,17 @@ export class ContextText {
     this.marks.get(position)?.classList.add("at");
   }
 
-  /** Brings a token to the middle, and into focus where it is marked. */
-  reveal(position) {
-    const mark = this.marks.get(position);
-    const { top, bottom } = (mark ?? this.rangeAt(this.units[position])).getBoundingClientRect();
+  /** Brings a token to the middle. */
+  centre(position) {
+    const { top, bottom } = this.rangeAt(this.units[position]).getBoundingClientRect();
     const box = this.root.getBoundingClientRect();
     this.root.scrollTop += (top + bottom) / 2 - (box.top + box.bottom) / 2;
-    mark?.focus({ preventScroll: true });
+  }
+
+  /** And into focus, where it is marked. */
+  reveal(position) {
+    this.centre(position);
+    this.marks.get(position)?.focus({ preventScroll: true });
   }
 
   rangeAt(unit) {

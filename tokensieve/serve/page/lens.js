@@ -52,7 +52,7 @@ export class Lens {
     this.body.addEventListener("focusin", ({ target }) => target.matches("mark") && this.settle(Number(target.dataset.position)));
     this.body.addEventListener("keydown", (event) => this.walk(event));
     this.body.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()));
-    new ResizeObserver(() => this.draw()).observe(this.canvas);
+    new ResizeObserver(() => this.resized()).observe(this.body);
   }
 
   get isOpen() {
@@ -201,7 +201,14 @@ export class Lens {
     if (position !== undefined) this.text.reveal(position);
   }
 
-  /** The strip anew: after another view, another size, other colours or scrolling. */
+  /** Lines are broken anew: what was looked at stays in the middle. */
+  resized() {
+    if (!this.isOpen || !this.data) return;
+    if (this.at !== null) this.text.centre(this.at);
+    this.draw();
+  }
+
+  /** The strip anew: after another view, scrolling, another size or other colours. */
   draw() {
     if (this.isOpen && this.data) this.strip.draw(this.shares, this.text.visible());
   }

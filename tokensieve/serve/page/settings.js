@@ -31,9 +31,7 @@ export function installSettings(themed) {
   });
   find("close-settings").addEventListener("click", () => dialog.close());
   find("reset-settings").addEventListener("click", () => {
-    const { model } = chosen();
     forget();
-    choose({ model });
     fill(dialog);
     show();
   });

@@ -15,6 +15,7 @@ export class Strip {
       canvas.setPointerCapture(event.pointerId);
       point(event);
     });
+    canvas.addEventListener("mousedown", (event) => event.preventDefault()); // the focus is where it jumped to
     canvas.addEventListener("pointermove", (event) => event.buttons && point(event));
   }
 
