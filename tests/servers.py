@@ -18,9 +18,9 @@ from tokensieve.serve.settings import ServeConfig
 LIMITS = {"max_tokens": 200, "max_prompt_tokens": 600, "max_body": 20_000}
 
 
-def tiny() -> tuple[DecoderForCausalLM, Any]:
-    """Random weights, the bundled tokenizer, and k = 24, so that selection selects."""
-    tokenizer = tokensieve.load_tokenizer("sparse")
+def tiny(tokenizer: Any = None) -> tuple[DecoderForCausalLM, Any]:
+    """Random weights, the bundled tokenizer unless another one is given, and k = 24, so that selection selects."""
+    tokenizer = tokenizer or tokensieve.load_tokenizer("sparse")
     shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "first_k_dense_replace": 1, "hidden_size": 32}
     return models.ours(models.config("v32", **shape)), tokenizer
 

@@ -95,6 +95,12 @@ def test_without_tools_a_marker_is_text() -> None:
     assert read([V31.format("x")], tools=False) == [("content", V31.format("x"), "")]
 
 
+def test_calls_that_are_not_parallel() -> None:
+    answer = Answer(False, True, most_calls=1)
+    both = V31.format(CALL.format("f", "{}") + CALL.format("g", "{}"))
+    assert [*answer.push(both + "so"), *answer.finish()] == [Piece("call", "{}", "f"), Piece("content", "so")]
+
+
 def test_markers_that_the_engine_leaves_out() -> None:
     """A special token has no text: it is known by its number."""
     answer = Answer(True, False, {6: "</think>"})

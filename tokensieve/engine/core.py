@@ -50,12 +50,12 @@ class EngineConfig:
             )
 
 
-def default_pages(model: DecoderForCausalLM, running: int) -> int:
-    """As `EngineConfig.pages` says."""
+def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1) -> int:
+    """As `EngineConfig.pages` says; so many processes share the processor's memory, and have a GPU each."""
     if model.device.type == "cuda":
         room = int(torch.cuda.mem_get_info(model.device)[0] * 0.85)
     else:
-        room = psutil.virtual_memory().available // 4
+        room = psutil.virtual_memory().available // (4 * processes)
     wanted = running * pages_for(model.config.max_position_embeddings)
     return max(1, min(wanted, room // page_bytes(model)))
 
@@ -100,8 +100,7 @@ class Engine:
         check(request, self.longest, self.model.config.vocab_size)
         if request.id in self._answers:
             raise UserError(f"there is a request {request.id} already; give each its own id")
-        schema = request.sampling.schema
-        matcher = None if schema is None else self._grammars.matcher(schema)
+        matcher = self._grammars.matcher(request.sampling)
         seed = request.sampling.seed
         running = self.scheduler.add(request, int.from_bytes(os.urandom(8), "little") if seed is None else seed)
         self._answers[request.id] = Answer(running, TextStream(self.tokenizer, request.sampling.stop), matcher)
@@ -177,7 +176,7 @@ class Engine:
         ended = token in self._ends and not sampling.ignore_eos
         if answer.matcher is not None:
             if not answer.matcher.accept(token):
-                return self._end(answer, "error", "the JSON schema asks for more than can be followed")
+                return self._end(answer, "error", "the JSON schema or grammar asks for more than can be followed")
             ended = ended or answer.matcher.done
         text = "" if ended and token in self._ends else answer.text.push(token)
         if ended or answer.text.stopped:

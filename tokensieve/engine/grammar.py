@@ -1,4 +1,4 @@
-"""Answers that obey a JSON schema: which tokens may come next. llguidance knows; this brings its conventions to ours."""
+"""Answers that obey a JSON schema or a grammar: which tokens may come next. llguidance knows; this brings its conventions to ours."""
 
 import importlib.util
 import json
@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.engine.request import Sampling
 
 LONGEST_SCHEMA = 1 << 15  # characters; to compile this many takes about a second, in which nothing else runs
+
+# As `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
+JSON_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Matcher:
@@ -45,26 +49,29 @@ class Grammars:
 
         return llguidance.hf.from_tokenizer(self._tokenizer, n_vocab=max(self._vocabulary, len(self._tokenizer)))
 
-    def matcher(self, schema: dict[str, Any]) -> Matcher:
-        """UserError where the schema cannot be followed, or llguidance is not installed."""
+    def matcher(self, sampling: Sampling) -> Matcher | None:
+        """None where any answer will do. UserError where the schema or grammar cannot be followed, or llguidance is not installed."""
+        if sampling.schema is None and sampling.grammar is None:
+            return None
         if not importlib.util.find_spec("llguidance"):
             raise UserError("answers in a JSON schema need llguidance; pip install 'tokensieve[serve]'")
         from llguidance import LLMatcher
 
-        text = json.dumps(schema)
+        kind = "JSON schema" if sampling.grammar is None else "grammar"
+        text = json.dumps(sampling.schema) if sampling.grammar is None else sampling.grammar
         if len(text) > LONGEST_SCHEMA:
-            raise UserError(f"the JSON schema has {len(text)} characters, more than {LONGEST_SCHEMA}; make it smaller")
-        # Spaces as `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
+            raise UserError(f"the {kind} has {len(text)} characters, more than {LONGEST_SCHEMA}; make it smaller")
         try:
-            grammar = LLMatcher.grammar_from_json_schema(
-                text, {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-            )
+            if sampling.grammar is None:
+                grammar = LLMatcher.grammar_from_json_schema(text, JSON_SPACES)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text)
         except ValueError as error:  # nested too deeply, say
-            raise UserError(f"the JSON schema cannot be followed: {error}") from error
+            raise UserError(f"the {kind} cannot be followed: {error}") from error
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
-            raise UserError(f"the JSON schema cannot be followed: {wrong.splitlines()[0]}")
+            raise UserError(f"the {kind} cannot be followed: {wrong.splitlines()[0]}")
         matcher = LLMatcher(self._known, grammar)
         if matcher.is_error():
-            raise UserError(f"the JSON schema cannot be followed: {matcher.get_error().splitlines()[0]}")
+            raise UserError(f"the {kind} cannot be followed: {matcher.get_error().splitlines()[0]}")
         return Matcher(matcher, self._vocabulary)

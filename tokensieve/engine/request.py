@@ -21,7 +21,8 @@ class Sampling:
     `min_p` times the largest. repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive
     and multiplied where negative. seed: the same seed gives the same draws, whatever else runs; None: the engine takes one.
     stop: strings at which the answer ends, itself left out. logprobs: how many alternatives are told beside every token's own natural log
-    probability, which is that of the model, before any of the above; None: none of it. schema: a JSON schema that the answer obeys.
+    probability, which is that of the model, before any of the above; None: none of it. The answer obeys a JSON schema, or a
+    grammar in llguidance's kind of Lark, where one of them is given.
     Raises UserError for values outside of these ranges.
     """
 
@@ -36,6 +37,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     schema: dict[str, Any] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         limits = {
@@ -57,6 +59,8 @@ class Sampling:
         for name, (holds, range_) in limits.items():
             if not holds:  # NaN is in no range
                 raise UserError(f"{name} is {getattr(self, name)}; it must be {range_}")
+        if self.schema is not None and self.grammar is not None:
+            raise UserError("schema and grammar exclude each other; leave one out")
         if len(self.stop) > MOST_STOPS or any(not 0 < len(s) <= LONGEST_STOP for s in self.stop):
             raise UserError(f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
 

@@ -20,6 +20,7 @@ from tokensieve.serve import document, errors, lens, page, uploads
 from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
+from tokensieve.serve.forced import ForcedCalls
 from tokensieve.serve.gate import Gate, Record
 from tokensieve.serve.metrics import Metrics
 from tokensieve.serve.mirror import Mirror
@@ -47,10 +48,10 @@ class Answers:
         max_tokens: int | None,
         usual: int,
         logprobs: int | None,
-        schema: dict[str, Any] | None = None,
+        **obeys: Any,
     ) -> list[engine.Request]:
         """`body.n` requests for each prompt. ApiError and UserError for what may not be asked. usual: tokens of an answer where nothing
-        is said."""
+        is said. obeys: the `schema` or `grammar` of Sampling."""
         config, longest = self._config, self._service.engine.longest
         most, length = min(config.max_prompt_tokens or longest, longest - 1), max(map(len, prompts))
         if length > most:
@@ -64,7 +65,7 @@ class Answers:
             raise ApiError(400, f"max_tokens is {max_tokens} and may be {config.max_tokens}", "max_tokens")
         # the mirror's draws are the same: of a seed that is known
         seed = random.getrandbits(63) if body.seed is None else body.seed
-        first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, schema)
+        first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, **obeys)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
         both = enumerate(itertools.product(map(tuple, prompts), samplings))
@@ -176,7 +177,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     """The application. Its lifespan starts the service, and stops it after the last request."""
     metrics, mirror = Metrics(service), Mirror(service, config.mirror)
     answers, chats, texts = Answers(service, metrics, mirror, config), Chats(tokenizer), TokenTexts(tokenizer)
-    begun = int(time.time())
+    forced, begun = ForcedCalls(tokenizer), int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -238,7 +239,8 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         prompt = await run_in_threadpool(tokens_of, text)  # a long text would keep all others waiting
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, body.schema_)
+        obeys = {"grammar": forced.grammar(body)} if body.must_call else {"schema": body.schema_}
+        asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, **obeys)
         said = [ChatAnswer(record.id, body.model, chats.answer(body, text), texts, body.logprobs) for _ in asked]
         return await answers.respond(request, body, asked, said, record)
 

@@ -71,12 +71,12 @@ class Chats:
 
     def answer(self, asked: ChatRequest, prompt: str) -> "Answer":
         """Whoever reads the answer to this prompt."""
-        tools = bool(asked.tools) and asked.tool_choice != "none"
+        tools = bool(asked.callable)
         thinking = prompt.rstrip().endswith(THINK)
         wanted = {END_THINK} if thinking else set()
         wanted |= {BEGIN, END, CALL, SEPARATOR, CALL_END, DSML} if tools else set()
         hidden = {id: text for id, text in self._special.items() if text in wanted}
-        return Answer(thinking, tools, hidden)
+        return Answer(thinking, tools, hidden, None if asked.parallel_tool_calls else 1)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -89,10 +89,14 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 class Answer:
-    """Takes an answer apart as it comes. hidden: markers that the engine leaves out of the text, as a tokenizer's special tokens are."""
+    """Takes an answer apart as it comes. hidden: markers that the engine leaves out of the text, as a tokenizer's special tokens are.
+    most_calls: those after them are left out."""
 
-    def __init__(self, thinking: bool, tools: bool, hidden: dict[int, str] | None = None):
-        self._tools, self._hidden = tools, hidden or {}
+    def __init__(
+        self, thinking: bool, tools: bool, hidden: dict[int, str] | None = None, most_calls: int | None = None
+    ):
+        self._tools, self._hidden, self._most_calls = tools, hidden or {}, most_calls
+        self._calls = 0
         self.state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
         self._held = ""
         self._block = ""  # the marker that the calls began with, while no call of it is complete
@@ -135,7 +139,9 @@ class Answer:
         call = _first_call(self._held)
         ends = [(at, end) for end in BLOCKS.values() if (at := self._held.find(end)) >= 0]
         if call and (not ends or call[0] < min(ends)[0]):
-            pieces.append(call[2])
+            if self._most_calls is None or self._calls < self._most_calls:
+                pieces.append(call[2])
+            self._calls += 1
             self._held, self._block = self._held[call[1] :], ""
             return True
         if ends:

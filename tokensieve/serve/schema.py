@@ -9,7 +9,7 @@ from tokensieve.engine import Sampling
 MOST_ANSWERS = 128  # to one request, as OpenAI has it
 
 # They change nothing of the answer here.
-IGNORED = ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # They would change it; their neutral values are harmless.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -81,7 +81,7 @@ class Common(Strict):
             raise ValueError("stream_options are for stream: true")
         return self
 
-    def sampling(self, max_tokens: int, seed: int, logprobs: int | None, schema: dict[str, Any] | None) -> Sampling:
+    def sampling(self, max_tokens: int, seed: int, logprobs: int | None, **obeys: Any) -> Sampling:
         """UserError for values outside of their ranges. Where nothing is said, OpenAI's values: a temperature of 1, and no cut."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         said = {
@@ -94,7 +94,7 @@ class Common(Strict):
             seed=seed,
             stop=tuple(stop),
             logprobs=logprobs,
-            schema=schema,
+            **obeys,
             **{"temperature": 1.0} | said,
         )
 
@@ -136,6 +136,15 @@ class Tool(Typed):
     function: ToolFunction
 
 
+class ChosenFunction(Typed):
+    name: str
+
+
+class ChosenTool(Typed):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class JsonSchema(Typed):
     name: str | None = None
     description: str | None = None
@@ -171,7 +180,8 @@ class ChatRequest(Common):
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
@@ -180,6 +190,18 @@ class ChatRequest(Common):
         """The template's switch where it is given; otherwise any effort but none."""
         switch = self.chat_template_kwargs.thinking if self.chat_template_kwargs else None
         return self.reasoning_effort not in (None, "none") if switch is None else switch
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        choice = self.tool_choice
+        if isinstance(choice, ChosenTool):
+            return [tool for tool in self.tools or () if tool.function.name == choice.function.name]
+        return [] if choice == "none" else self.tools or []
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
 
     @property
     def schema_(self) -> dict[str, Any] | None:
@@ -193,6 +215,10 @@ class ChatRequest(Common):
             raise ValueError("response_format holds from the first token on; leave it out, or thinking")
         if self.schema_ is not None and self.tools:
             raise ValueError("response_format and tools exclude each other; leave one out")
+        if self.must_call and not self.callable:
+            raise ValueError("tool_choice asks for a tool that is not among tools; add it")
+        if self.must_call and self.thinking:
+            raise ValueError("tool_choice holds from the first token on; leave it out, or thinking")
         return self
 
 
