@@ -59,9 +59,8 @@ class Line:
 class OneOfRanks(Engine):
     def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig, ranks: Ranks):
         self.ranks, self.line = ranks, Line()
-        # on a processor the ranks share its memory
-        room = default_pages(model, config.running) // (1 if ranks.device.type == "cuda" else ranks.count)
-        super().__init__(model, tokenizer, replace(config, pages=ranks.least(config.pages or max(1, room))))
+        pages = config.pages or default_pages(model, config.running, ranks.count)
+        super().__init__(model, tokenizer, replace(config, pages=ranks.least(pages)))
 
     def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
         return self.ranks.leaders(super()._choose(logits_BV, rows) if self.ranks.leads else [0] * len(rows))
