@@ -1,1 +1,3 @@
-"""What people and programs talk to: `api` has OpenAI's routes and `server` runs them, `terminal` talks, `deploy` starts other engines."""
+"""What people and programs talk to: `api` has OpenAI's routes and `server` runs them, `page` is for browsers and `terminal` for terminals,
+`deploy` starts other engines.
+"""

@@ -9,8 +9,8 @@ const kilo = (characters) => (characters < 1000 ? `${characters}` : `${(characte
 /** {name, text, note}. Failure where there is no text in it. */
 async function read(file) {
   if (file.size > MOST_BYTES) throw new Failure(`${file.name} is larger than 16 MiB.`);
-  const begin = new TextDecoder("latin1").decode(await file.slice(0, 1024).arrayBuffer());
-  if (begin.includes("%PDF-")) {
+  const begin = await file.slice(0, 1024).text();
+  if (begin.trimStart().startsWith("%PDF-")) {
     try {
       const { text, pages } = await textOfPdf(file);
       return { name: file.name, text, note: `${pages} ${pages === 1 ? "page" : "pages"}, ${kilo(text.length)} characters` };
