@@ -389,10 +389,11 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    from gpu_masked import PARTS as MASKED  # which take what they measure with from here
+    from gpu_linear import PARTS as LINEAR  # which take what they measure with from here
+    from gpu_masked import PARTS as MASKED
     from gpu_paged import PARTS as PAGED
 
-    parts = PARTS | MASKED | PAGED
+    parts = PARTS | MASKED | PAGED | LINEAR
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=parts, help="a part; may be given several times")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")

@@ -12,6 +12,7 @@ from tokensieve.checkpoint.ranks import check_division, demo_name, rank_file, ra
 from tokensieve.checkpoint.reading import (
     Extras,
     Header,
+    block_tensors,
     load_tensors,
     mtp_tensors,
     open_shards,
@@ -27,6 +28,7 @@ __all__ = [
     "FLOAT32_SUFFIXES",
     "Extras",
     "Header",
+    "block_tensors",
     "check_division",
     "demo_name",
     "expected_tensors",

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tokensieve.checkpoint.folder import previous_of
 from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
-from tokensieve.ops.quant import dequantize_weight
+from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -250,13 +250,28 @@ def tensor_headers(folder: str | Path, config: Any) -> dict[str, Header]:
     return {name: Header(file, shards.shape[name], shards.dtype[name]) for name, file in shards.file_of.items()}
 
 
-def load_tensors(folder: str | Path, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def block_tensors(folder: str | Path, config: Any) -> set[str]:
+    """Return the in-memory names whose tensors a checkpoint folder stores in FP8 blocks of 128 x 128, cut into whole ones."""
+    shards = open_shards(folder)
+    layout = memory_layout(config) if shards.block == (SCALE_BLOCK, SCALE_BLOCK) else {}
+    return {
+        name
+        for name, parts in layout.items()
+        if all(shards.dtype.get(part) == FP8 for part in parts)
+        and (len(parts) == 1 or all(shards.shape[part][0] % SCALE_BLOCK == 0 for part in parts))
+    }
+
+
+def load_tensors(
+    folder: str | Path, config: Any, dtype: torch.dtype, kept: Collection[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream the tensors of a checkpoint folder: (in-memory name, tensor), in the order of the model.
 
     folder: a ``model.safetensors``, or shards and their index, and the ``config.json`` that says how they are
     quantized; config: the transformers config made from it. Tensors come on the CPU in ``dtype``, owning their memory;
     the router's correction bias and the indexer's ``weights_proj`` stay float32. FP8 blocks are multiplied out by
-    ``weight_scale_inv``. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
+    ``weight_scale_inv``; those of names in ``kept``, some of :func:`block_tensors`, come as they are, and after each its
+    scales, as NAME_scale_inv. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
     ``lm_head`` is not yielded.
     Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
     corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
@@ -264,7 +279,7 @@ def load_tensors(folder: str | Path, config: Any, dtype: torch.dtype) -> Iterato
     shards = open_shards(folder)
     check_tensors(folder, expected_tensors(config), config, shards)
     check_tied(folder, config, shards)
-    return stream(shards, memory_layout(config), dtype)
+    return stream(shards, memory_layout(config), dtype, kept)
 
 
 def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
@@ -277,9 +292,20 @@ def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
         )
 
 
-def stream(shards: Shards, layout: dict[str, list[str]], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def stream(
+    shards: Shards, layout: dict[str, list[str]], dtype: torch.dtype, kept: Collection[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (in-memory name, tensor) for a layout as :func:`memory_layout` gives it; the rest as :func:`load_tensors`."""
     for name, parts in layout.items():
+        if name in kept:
+            for tail in ("", _SCALE):
+                held = [shards.piece(part + tail) for part in parts]
+                if parts == [name]:
+                    yield name + tail, held[0].clone()
+                    continue
+                experts = len(parts) // (2 if name.endswith("gate_up_proj") else 1)
+                yield name + tail, torch.cat(held).unflatten(0, (experts, -1))
+            continue
         kind = torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype
         if parts == [name]:
             yield name, shards.read(name, kind).to(kind, copy=True)

@@ -33,6 +33,7 @@ def serve(
     selection: Annotated[str, typer.Option(metavar="WHO,WHO", help="indexer, dense, or both.")] = "indexer",
     top_k: Annotated[str, typer.Option(metavar="N,N", help="Keys that a query selects; the model's own.")] = "",
     experts: Annotated[str, typer.Option(metavar="N,N", help="Routed experts of --shape.")] = "",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Weights of --shape in FP8 blocks.")] = False,
     filled: Annotated[
         bool, typer.Option("--filled", help="Fill the cache with noise instead of running prompts: decode rates only.")
     ] = False,
@@ -49,6 +50,7 @@ def serve(
     import tokensieve
     from tokensieve.evals import serving
     from tokensieve.machine import choose_device
+    from tokensieve.model.fp8 import pays
     from tokensieve.report import environment
     from tokensieve.train.figures import write_figures
 
@@ -56,8 +58,8 @@ def serve(
     who = selection.split(",")
     if not set(who) <= {"indexer", "dense"}:
         raise tokensieve.UserError(f"--selection {selection}: use indexer, dense or indexer,dense")
-    if shape is None and (experts or set_):
-        raise tokensieve.UserError("--experts and --set change the shape of random weights; give --shape deepseek_v32")
+    if shape is None and (experts or set_ or fp8):
+        raise tokensieve.UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
     loads = [
         serving.Load(count, length, new, by, filled, chunk)  # type: ignore[arg-type]
         for length in _numbers("--prompt", prompt)
@@ -68,9 +70,9 @@ def serve(
     shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
     for count in shapes:
         if shape is None:
-            served = tokensieve.load(model, device=on)
+            served = tokensieve.load(model, device=on, keep_fp8=pays(on))
         else:
-            served = serving.random_model(_config(shape, set_ or [], count), on, _dtype(on))
+            served = serving.random_model(_config(shape, set_ or [], count), on, _dtype(on), in_fp8=fp8)
         if "indexer" in who and not served.is_sparse:
             raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
         tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)

@@ -16,7 +16,7 @@ import torch
 
 from tokensieve.config import ModelConfig, UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.model import DecoderForCausalLM, fp8
 from tokensieve.model.pages import write_pages
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -59,20 +59,36 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist."""
+def random_model(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0, in_fp8: bool = False
+) -> Any:
+    """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist. in_fp8: with weights in FP8 blocks."""
     with torch.device("meta"):
         model = DecoderForCausalLM(config).to(dtype)
+        if in_fp8:
+            fp8.hold(model, fp8.holdable(model, set(model.state_dict())))
     for name, part in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("weights_proj.weight", "e_score_correction_bias")):
             part.data = part.data.float()
     model = model.to_empty(device=device)
     torch.manual_seed(seed)
     for module in model.modules():
-        model._init_weights(module)
+        if isinstance(module, fp8.BlockLinear | fp8.BlockExperts):
+            for name, x in module.named_parameters():
+                _draw_blocks(x.data, name.endswith("_scale_inv"), config.initializer_range)
+        else:
+            model._init_weights(module)
     for buffer in model.buffers():
         buffer.zero_()
     return model.eval()
+
+
+def _draw_blocks(x: torch.Tensor, is_scale: bool, std: float) -> None:
+    if is_scale:
+        x.fill_(std)
+        return
+    for matrix in x.flatten(0, -3) if x.dim() > 2 else x[None]:  # all at once they are four times as large for a moment
+        matrix.copy_(torch.randn(matrix.shape, device=x.device))
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokensieve import checkpoint
 from tokensieve.config import ModelConfig, UserError, model_config
+from tokensieve.model import fp8
 from tokensieve.model.transformer import DecoderForCausalLM
 
 log = logging.getLogger("tokensieve")
@@ -63,12 +64,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     config: ModelConfig | None = None,
+    keep_fp8: bool = False,
 ) -> DecoderForCausalLM:
     """A dense (`deepseek_v2`, `deepseek_v3`) or sparse (`deepseek_v32`) model in evaluation mode.
 
     `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub id. `dtype`: float32
     on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. `config`: used in place
-    of the folder's config.json. A multi-token-prediction layer is not run but carried along, and written again by `save`. Raises UserError
+    of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are, and are multiplied as they are: such a model can neither be
+    trained nor saved. A multi-token-prediction layer is not run but carried along, and written again by `save`. Raises UserError
     on whatever is wrong with the files.
     """
     folder = model_path(name)
@@ -78,7 +81,9 @@ def load(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model = DecoderForCausalLM(config)
-    tensors = checkpoint.load_tensors(folder, config, dtype)
+        kept = fp8.holdable(model, checkpoint.block_tensors(folder, config)) if keep_fp8 else set()
+        fp8.hold(model, kept)
+    tensors = checkpoint.load_tensors(folder, config, dtype, kept)
     fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
     model.extras = checkpoint.mtp_tensors(folder, config)
     model.folder = folder
@@ -107,6 +112,7 @@ def save(
     The tokenizer and the multi-token-prediction layer of the folder that the model was loaded from go with it. `dtype`: of the floating
     tensors, as they are unless given. What stood in `folder` stays whole until the new files are complete. UserError on a full disk.
     """
+    _check_savable(model)
     tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
     checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes)
     source = getattr(model, "folder", None)
@@ -118,8 +124,14 @@ def save(
     return reasons
 
 
+def _check_savable(model: DecoderForCausalLM) -> None:
+    if fp8.holds(model):
+        raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
+
+
 def save_into(model: DecoderForCausalLM, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
     """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
+    _check_savable(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
         new = Path(within) / "model"

@@ -83,7 +83,12 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk they are one matrix each."""
+    """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk they are one matrix each.
+
+    first: of those that are here, where others are on other ranks (`parallel.py`); what these add is zero here.
+    """
+
+    first: int | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -111,6 +116,9 @@ class Experts(nn.Module):
         """out (N, D), and how many tokens each expert got (E) int64."""
         N, K = chosen_NK.shape
         E = self.gate_up_proj.shape[0]
+        if self.first is not None:
+            chosen_NK = chosen_NK - self.first
+            chosen_NK = chosen_NK.where((chosen_NK >= 0) & (chosen_NK < E), E)  # the others' rows come last
         by_expert, order = chosen_NK.flatten().sort(stable=True)
         # Where each expert's rows end; counting them with bincount would stop a GPU to look at the largest.
         ends_E = torch.searchsorted(by_expert, torch.arange(E, device=x_ND.device), right=True)
@@ -118,27 +126,34 @@ class Experts(nn.Module):
         # Autocast would turn the sum over K, and with it the residual stream, to float32.
         with without_autocast(x_ND):
             x = x_ND.index_select(0, order // K)
-            grouped = x.is_cuda and x.dtype == torch.bfloat16
-            y = self._grouped(x, ends_E.to(torch.int32)) if grouped else self._one_by_one(x, counts_E)
+            y = self._products(x, ends_E, counts_E)
+            if self.first is not None:
+                y = y.masked_fill((torch.arange(N * K, device=y.device) >= ends_E[-1]).unsqueeze(-1), 0)
             # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
             back = torch.empty_like(order)
             back[order] = torch.arange(N * K, device=order.device)
             out = (y.index_select(0, back).view(N, K, -1) * weights_NK.unsqueeze(-1).to(y.dtype)).sum(1)
         return out, counts_E
 
+    def _products(self, x: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
+        """Of rows that are sorted by expert; what comes of rows behind the last expert's is any number."""
+        if x.is_cuda and x.dtype == torch.bfloat16:
+            return self._grouped(x, ends_E.to(torch.int32))
+        return self._one_by_one(x, counts_E)
+
     @torch.compiler.disable  # every new set of counts would be another program
     def _one_by_one(self, x: Tensor, counts_E: Tensor) -> Tensor:
+        counts = counts_E.tolist()
+        *own, others = x.split([*counts, x.shape[0] - sum(counts)])
         parts = []
         # unbind, not indexing: the gradient of an index is a tensor of all experts' size, mostly zeros, for every expert.
-        for part, gate_up, down in zip(
-            x.split(counts_E.tolist()), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
-        ):
+        for part, gate_up, down in zip(own, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
             if rows := part.shape[0]:
                 if not torch.is_grad_enabled():
                     part = F.pad(part, (0, 0, 0, -rows % ORDINARY_ROWS))
                 gate, up = F.linear(part, gate_up.to(x.dtype)).chunk(2, dim=-1)
                 parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype))[:rows])
-        return torch.cat(parts)
+        return torch.cat([*parts, others])
 
     def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
         """`forward` for a single token in decode: sorting, counting and putting back would take longer than the products."""
@@ -166,7 +181,7 @@ class MoE(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         chosen_NK, weights_NK = self.gate(x_ND)
-        if alone(x_ND) and self.gate.load_E is None:
+        if alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
         else:
             routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)

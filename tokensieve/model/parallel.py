@@ -26,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve import checkpoint
-from tokensieve.config import ModelConfig, UserError, model_config
+from tokensieve.config import UserError, model_config
 from tokensieve.machine import choose_device, place
+from tokensieve.model import fp8
 from tokensieve.model.attention import Attention
 from tokensieve.model.loading import fill, load, model_path
-from tokensieve.model.moe import ORDINARY_ROWS, Experts, MoE
+from tokensieve.model.moe import ORDINARY_ROWS, Experts
 from tokensieve.model.selection import Peers
 from tokensieve.model.transformer import DecoderForCausalLM, DecoderLayer
 
@@ -140,7 +141,7 @@ def _load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None) -> Dec
     folder = model_path(name)
     shards = checkpoint.rank_files(folder)
     if ranks.count == 1 and 1 not in shards:
-        return load(folder, dtype, ranks.device)
+        return load(folder, dtype, ranks.device, keep_fp8=fp8.pays(ranks.device))
     config = model_config(checkpoint.read_config(folder))
     dtype = dtype or (torch.float32 if ranks.device.type == "cpu" else torch.bfloat16)
     if ranks.count in shards:
@@ -176,8 +177,8 @@ def spread(model: DecoderForCausalLM, ranks: Ranks) -> None:
         elif isinstance(module, Attention):
             module.heads //= ranks.count
             module.peers = ranks
-        elif isinstance(module, MoE):
-            module.experts = OwnExperts(module.experts, config, ranks)
+        elif isinstance(module, Experts):
+            module.first = ranks.rank * (config.n_routed_experts // ranks.count)
     model.lm_head.register_forward_hook(lambda module, inputs, out: torch.cat(ranks.gather(out), -1))
     sliced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
@@ -205,37 +206,3 @@ class VocabularyRows(nn.Embedding):
         place = ids - self.ranks.rank * self.num_embeddings
         own = (place >= 0) & (place < self.num_embeddings)
         return self.ranks.sum(F.embedding(place.where(own, 0), self.weight).masked_fill(~own.unsqueeze(-1), 0))
-
-
-class OwnExperts(Experts):
-    """This rank's experts. What the others' experts would add is zero here, and costs nothing."""
-
-    def __init__(self, experts: Experts, config: ModelConfig, ranks: Ranks):
-        nn.Module.__init__(self)
-        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
-        self.count = config.n_routed_experts // ranks.count
-        self.first = ranks.rank * self.count
-
-    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
-        place = chosen_NK - self.first
-        # E for the others': it is behind all of ours, and nobody's.
-        return super().forward(x_ND, place.where((place >= 0) & (place < self.count), self.count), weights_NK)
-
-    def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
-        place = chosen_1K - self.first
-        own = (place >= 0) & (place < self.count)
-        if not own.any():
-            return torch.zeros_like(x_1D)
-        return super().one_token(x_1D, place[own].unsqueeze(0), weights_1K[own].unsqueeze(0))
-
-    def _one_by_one(self, x: Tensor, counts_E: Tensor) -> Tensor:
-        own = int(counts_E.sum())
-        if own == 0:
-            return torch.zeros_like(x)
-        return F.pad(super()._one_by_one(x[:own], counts_E), (0, 0, 0, x.shape[0] - own))
-
-    def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
-        others = torch.arange(x.shape[0], device=x.device) >= ends_E[-1]
-        return (
-            super()._grouped(x, ends_E).masked_fill(others.unsqueeze(-1), 0)
-        )  # a grouped product leaves them as memory was

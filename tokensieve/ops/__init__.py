@@ -22,11 +22,13 @@ from torch import Tensor
 
 from tokensieve.ops import custom, custom_kl, reference
 from tokensieve.ops.dispatch import BACKENDS, OPS, pick
+from tokensieve.ops.linear import block_linear
 from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
 from tokensieve.ops.single import alone
 
 __all__ = [
     "backends",
+    "block_linear",
     "dense_attention",
     "head_mass",
     "index_scores",

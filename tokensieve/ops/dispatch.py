@@ -33,6 +33,7 @@ OPS = (
     "sparse_attention",
     "sparse_attention_kl",
     "indexer_kl_dense",
+    "block_linear",
     *PAGED_OPS,
 )
 TRITON_OPS = tuple(op for op in OPS if op != "dense_attention")
@@ -96,7 +97,9 @@ def _triton_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
     """The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU (docs/kernels.md)."""
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         return _no_triton() if q.dtype == torch.float32 else f"no kernel takes {q.dtype}"
-    if op in ("write_caches", "quantize_queries"):  # no products
+    if op == "block_linear" and not (q.is_cpu or _is_hopper(q.device)):  # FP8 products; the interpreter has them too
+        return "it multiplies FP8, which this GPU does not"
+    if op in ("write_caches", "quantize_queries", "block_linear"):  # rounded to E4M3 before a product
         return _no_triton() if q.dtype in (*HALF, torch.float32) else f"no kernel takes {q.dtype}"
     key, value, index = (576, 256, 128) if _is_hopper(q.device) else (128, 128, 64)
     if op in ("index_scores", "index_topk", "index_scores_paged"):  # pages come in every layout

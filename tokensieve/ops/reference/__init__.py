@@ -9,6 +9,7 @@ from tokensieve.ops.reference.dense import (
 )
 from tokensieve.ops.reference.index import index_scores, index_scores_backward, index_topk, select_topk
 from tokensieve.ops.reference.kl import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
+from tokensieve.ops.reference.linear import block_linear
 from tokensieve.ops.reference.paged import (
     index_scores_paged,
     quantize_queries,
@@ -23,6 +24,7 @@ from tokensieve.ops.reference.sparse import (
 )
 
 __all__ = [
+    "block_linear",
     "dense_attention",
     "dense_attention_backward",
     "head_mass",
