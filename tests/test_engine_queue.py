@@ -1,13 +1,16 @@
 """Who waits in the engine's queue: for pages, and for a prompt that is on its way already."""
 
+import json
 import time
+from functools import lru_cache
 from typing import Any
 
 import pytest
-from models import ours
+from models import config, ours
 from test_engine import KINDS, SMALL, ask, run, tokens
 
 import tokensieve
+from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig
 from tokensieve.model import DecoderForCausalLM
 
@@ -49,3 +52,20 @@ def test_who_waits_costs_little(sparse: DecoderForCausalLM, tokenizer: Any) -> N
         engine.scheduler.admit()
     assert time.process_time() - begin < 0.2  # 0.01 s; 4 s where all are looked at
     assert len(engine.fail_all("enough")) == 2000 and engine.scheduler.pool.used == 0
+
+
+def test_a_schema_is_compiled_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """A large one takes long, and 128 answers to one request may have it. One that cannot be followed is refused as quickly each time."""
+    engine = Engine(ours(config("v32", vocab_size=len(tokenizer)), seed=1), tokenizer, SMALL)
+    compiled = []
+    made = engine._grammars._compile
+    engine._grammars._compiled = lru_cache(lambda *of: compiled.append(1) or made(*of))
+    schema = {"enum": [f"{i:03}" for i in range(40)]}
+    requests = [ask(str(i), 20, seed=i, temperature=5.0, ignore_eos=False, schema=schema) for i in range(6)]
+    found = run(engine, requests)
+    texts = ["".join(output.text for output in outputs) for outputs in found.values()]
+    assert len(compiled) == 1 and len(set(texts)) > 2 and all(json.loads(text) in schema["enum"] for text in texts)
+    for _ in range(3):
+        with pytest.raises(UserError, match="JSON schema cannot be followed"):
+            engine.add(ask("wrong", 20, schema={"type": "cow"}))
+    assert len(compiled) == 2

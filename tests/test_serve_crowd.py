@@ -107,6 +107,9 @@ def test_a_crowd_that_leaves(served) -> None:
             time.sleep(draw.random() * 0.05)
             crowd.pop().close()
     servers.settled(service)
+    told = httpx.get(at + "/metrics").text
+    for status in (200, 499):  # in the middle of a stream, and before it
+        assert f'finish="abort",route="/v1/completions",status="{status}"' in told
     assert asyncio.run(at_once(at, [question], 1)) == alone
     assert tasks() <= before
     end = time.monotonic() + 10  # connections that were kept open are closed after five seconds

@@ -60,7 +60,7 @@ def tokenizer(template: str, markers: str = "text") -> Any:
 @pytest.fixture(scope="module", params=[pytest.param("text", marks=pytest.mark.slow), "plain", "special"])
 def client(request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
     loaded = servers.tiny(tokenizer(TEMPLATE, request.param))
-    with servers.running(loaded, EngineConfig(pages=64, running=16)) as (at, _):
+    with servers.running(loaded, EngineConfig(pages=64, running=16), max_body=2**20) as (at, _):
         yield openai.OpenAI(base_url=at + "/v1", api_key="none", max_retries=0)
 
 
@@ -124,6 +124,16 @@ def test_parallel_calls_as_a_stream(client: openai.OpenAI) -> None:
 def test_refusals(client: openai.OpenAI, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         client.chat.completions.create(**ASKED | changes)
+
+
+def test_what_is_too_large_to_compile_is_refused_once(client: openai.OpenAI) -> None:
+    """And not by the engine, for each of 128 answers."""
+    large = {"enum": ["x" * 999] * 17 * 2}
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": large}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": large}}}}
+    for changes in ({"response_format": shape, "tools": []}, {"tools": [tool], "tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError, match="characters"):
+            client.chat.completions.create(**ASKED | changes, n=16)
 
 
 def test_a_template_with_another_notation() -> None:

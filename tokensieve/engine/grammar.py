@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from tokensieve.engine.request import Sampling
 
 LONGEST_SCHEMA = 1 << 15  # characters; to compile this many takes about a second, in which nothing else runs
 
+COMPILED = 64  # schemas that are kept
 # As `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
 JSON_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -42,6 +43,8 @@ class Matcher:
 class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int):
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        # the answers to one request have the same schema, and so often have those to the next
+        self._compiled = lru_cache(COMPILED)(self._compile)
 
     @cached_property
     def _known(self) -> Any:
@@ -55,23 +58,28 @@ class Grammars:
             return None
         if not importlib.util.find_spec("llguidance"):
             raise UserError("answers in a JSON schema need llguidance; pip install 'tokensieve[serve]'")
-        from llguidance import LLMatcher
-
         kind = "JSON schema" if sampling.grammar is None else "grammar"
         text = json.dumps(sampling.schema) if sampling.grammar is None else sampling.grammar
         if len(text) > LONGEST_SCHEMA:
             raise UserError(f"the {kind} has {len(text)} characters, more than {LONGEST_SCHEMA}; make it smaller")
+        found = self._compiled(text, kind)
+        if isinstance(found, str):
+            raise UserError(f"the {kind} cannot be followed: {found}")
+        return Matcher(found.deep_copy(), self._vocabulary)
+
+    def _compile(self, text: str, kind: str) -> Any:
+        """A matcher at its beginning, or why there is none."""
+        from llguidance import LLMatcher
+
         try:
-            if sampling.grammar is None:
-                grammar = LLMatcher.grammar_from_json_schema(text, JSON_SPACES)
-            else:
+            if kind == "grammar":
                 grammar = LLMatcher.grammar_from_lark(text)
+            else:
+                grammar = LLMatcher.grammar_from_json_schema(text, JSON_SPACES)
         except ValueError as error:  # nested too deeply, say
-            raise UserError(f"the {kind} cannot be followed: {error}") from error
+            return str(error)
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
-            raise UserError(f"the {kind} cannot be followed: {wrong.splitlines()[0]}")
+            return wrong.splitlines()[0]
         matcher = LLMatcher(self._known, grammar)
-        if matcher.is_error():
-            raise UserError(f"the {kind} cannot be followed: {matcher.get_error().splitlines()[0]}")
-        return Matcher(matcher, self._vocabulary)
+        return matcher.get_error().splitlines()[0] if matcher.is_error() else matcher

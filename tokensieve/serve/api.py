@@ -1,6 +1,7 @@
 """The routes. A request becomes one of the engine's, its outputs become an answer; what lies between is in the files beside this one."""
 
 import itertools
+import json
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -16,6 +17,7 @@ from fastapi.security import HTTPBearer
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
+from tokensieve.engine.grammar import LONGEST_SCHEMA
 from tokensieve.serve import document, errors, lens, page, uploads
 from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, envelope, usage_of
 from tokensieve.serve.chat import Chats
@@ -213,6 +215,15 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         first, tokens = tokenizer.bos_token_id, tokens_of(prompt)
         return tokens if first is None or tokens[:1] == [first] else [first, *tokens]
 
+    def obeyed(body: ChatRequest) -> dict[str, Any]:
+        if body.must_call:
+            return {"grammar": forced.grammar(body)}
+        if (
+            body.schema_ is not None and len(json.dumps(body.schema_)) > LONGEST_SCHEMA
+        ):  # before each answer asks for it
+            raise ApiError(400, f"the JSON schema has more than {LONGEST_SCHEMA} characters", "response_format")
+        return {"schema": body.schema_}
+
     @app.get("/health", response_model=document.Health, responses={503: {"model": document.Health}})
     async def health() -> Response:
         fine = service.alive and not service.draining
@@ -235,11 +246,11 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     async def chat(body: ChatRequest, request: Request) -> Response:
         config.selection_of(body.model)  # an unknown one is refused before anything is read
         record: Record = request.scope["state"]["record"]
-        text = chats.text(body)
-        prompt = await run_in_threadpool(tokens_of, text)  # a long text would keep all others waiting
+        text = await run_in_threadpool(chats.text, body)  # a long text would keep all others waiting
+        prompt = await run_in_threadpool(tokens_of, text)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        obeys = {"grammar": forced.grammar(body)} if body.must_call else {"schema": body.schema_}
+        obeys = await run_in_threadpool(obeyed, body)
         asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, **obeys)
         said = [ChatAnswer(record.id, body.model, chats.answer(body, text), texts, body.logprobs) for _ in asked]
         return await answers.respond(request, body, asked, said, record)
