@@ -22,7 +22,7 @@ from torch import Tensor
 import tokensieve
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, engine_on
-from tokensieve.model import DecoderForCausalLM, Ranks, joined, load_rank, parallel
+from tokensieve.model import DecoderForCausalLM, Ranks, fp8, joined, load_rank, parallel
 from tokensieve.model.heads import Heads
 from tokensieve.model.pages import PagedStep
 from tokensieve.model.selection import Peers
@@ -162,12 +162,15 @@ def read_keys(config: Any, requests: list[Request], engine_config: EngineConfig,
 
 
 @torch.no_grad()
-def from_folder(folder: Path) -> tuple[Any, str]:
+def from_folder(folder: Path, keep_fp8: bool = False) -> tuple[Any, str]:
     """The logits of what `load_rank` makes of a folder, or the error."""
-    try:
-        part = load_rank(folder, HERE[0])
-    except UserError as error:
-        return None, str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "pays", lambda device: keep_fp8)  # as on a GPU that multiplies FP8
+        try:
+            part = load_rank(folder, HERE[0])
+        except UserError as error:
+            return None, str(error)
+    assert fp8.holds(part) == keep_fp8
     return part(tokens(2, 60) % part.config.vocab_size).logits.numpy(), ""
 
 

@@ -110,9 +110,12 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> Path:
+    return in_blocks(tmp_path_factory.mktemp("fp8") / "model", **SHAPE)
+
+
+def in_blocks(folder: Path, **shape: int) -> Path:
     """A checkpoint whose linear layers are in FP8 blocks, as the published one's."""
-    folder = tmp_path_factory.mktemp("fp8") / "model"
-    tokensieve.save(ours(config("v32", **SHAPE), seed=5), folder)
+    tokensieve.save(ours(config("v32", **shape), seed=5), folder)
     tensors = load_file(folder / "model.safetensors")
     for name in list(tensors):
         linear = name.endswith(("_proj.weight", "_mqa.weight")) or ".indexer.w" in name

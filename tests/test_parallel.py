@@ -13,6 +13,7 @@ import ranks
 import torch
 from models import config, ours, tokens
 from ranks import Group
+from test_fp8 import in_blocks
 
 import tokensieve
 from tokensieve import checkpoint
@@ -175,6 +176,26 @@ def test_shards_and_plain_folders(group: Group, tmp_path: Path) -> None:
     ):
         for logits, error in group.ask(ranks.from_folder, folder):
             assert logits is None and all(word in error for word in words), error
+
+
+def test_fp8_blocks_stay(group: Group, tmp_path: Path) -> None:
+    """Sums in another order are rounded to E4M3 otherwise here and there, by up to a 16th."""
+    shape = {
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 128,
+        "v_head_dim": 128,
+        "index_head_dim": 128,
+        "hidden_size": 128,
+    }
+    folder = in_blocks(tmp_path / "hf", **shape, intermediate_size=512, moe_intermediate_size=512, q_lora_rank=128)
+    checkpoint.write_shards(folder, tmp_path / "s", group.count)
+    whole = tokensieve.load(folder, keep_fp8=True)
+    with torch.no_grad():
+        expected = whole(tokens(2, 60)).logits.numpy()
+    found = [group.ask(ranks.from_folder, source, True)[0] for source in (folder, tmp_path / "s")]
+    for logits, error in found:
+        assert error == "" and 0 <= np.linalg.norm(logits - expected) < 0.05 * np.linalg.norm(expected)
+    assert np.array_equal(found[0][0], found[1][0])
 
 
 def test_one_rank(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tokensieve.checkpoint.reading import (
     read_config,
     tensor_headers,
 )
-from tokensieve.checkpoint.shards import join_shards, load_shard, write_shards
+from tokensieve.checkpoint.shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "replacing_folder",
     "save_tensors",
     "shard_axis",
+    "shard_blocks",
     "tensor_headers",
     "write_shards",
 ]

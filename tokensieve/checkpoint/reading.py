@@ -252,8 +252,13 @@ def tensor_headers(folder: str | Path, config: Any) -> dict[str, Header]:
 
 def block_tensors(folder: str | Path, config: Any) -> set[str]:
     """Return the in-memory names whose tensors a checkpoint folder stores in FP8 blocks of 128 x 128, cut into whole ones."""
-    shards = open_shards(folder)
-    layout = memory_layout(config) if shards.block == (SCALE_BLOCK, SCALE_BLOCK) else {}
+    return blocks_in(open_shards(folder), memory_layout(config))
+
+
+def blocks_in(shards: Shards, layout: dict[str, list[str]]) -> set[str]:
+    """Return :func:`block_tensors` of opened files that hold what ``layout`` names."""
+    if shards.block != (SCALE_BLOCK, SCALE_BLOCK):
+        return set()
     return {
         name
         for name, parts in layout.items()

@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tokensieve.checkpoint.ranks import (
 from tokensieve.checkpoint.reading import (
     FP8,
     Shards,
+    blocks_in,
     check_tensors,
     check_tied,
     fp8_block,
@@ -195,16 +196,21 @@ def _mixed(name: str, holders: list[Shards]) -> UserError:
     return UserError(f"{folder}: the ranks' {name} do not agree; the files are of several conversions: convert again")
 
 
+def shard_blocks(folder: str | Path, config: Any, rank: int, ranks: int) -> set[str]:
+    """Return :func:`block_tensors` of one rank's shard."""
+    return blocks_in(_open_rank(Path(folder), config, rank, ranks), _rank_layout(config, rank, ranks))
+
+
 def load_shard(
-    folder: str | Path, config: Any, rank: int, ranks: int, dtype: torch.dtype
+    folder: str | Path, config: Any, rank: int, ranks: int, dtype: torch.dtype, kept: Collection[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream one rank's tensors out of its shard: (in-memory name, this rank's slice), in the order of the model.
 
     Reads ``model{rank}-mp{ranks}.safetensors`` and config.json of the folder and no other rank's file. Names, dtypes and
-    what is held are those of :func:`load_tensors`; the slices are along :func:`shard_axis`, and the fused experts of a
-    layer are this rank's E / R, the first of them expert rank * E / R. A tied ``lm_head`` is not yielded: this rank's
-    rows of it are those of the embedding. Headers are checked before this returns. Raises UserError as `load_tensors`,
-    and for a number of ranks that does not divide the model.
+    what is held are those of :func:`load_tensors`, ``kept`` some of :func:`shard_blocks`; the slices are along
+    :func:`shard_axis`, and the fused experts of a layer are this rank's E / R, the first of them expert rank * E / R. A
+    tied ``lm_head`` is not yielded: this rank's rows of it are those of the embedding. Headers are checked before this
+    returns. Raises UserError as `load_tensors`, and for a number of ranks that does not divide the model.
     """
     folder = Path(folder)
     if not 0 <= rank < ranks:
@@ -214,8 +220,12 @@ def load_shard(
     shapes = rank_tensors(config, rank, ranks)
     check_tensors(folder, shapes, config, shards)
     check_tied(folder, config, shards)
-    layout = {name: [part for part in parts if part in shapes] for name, parts in memory_layout(config).items()}
-    return stream(shards, layout, dtype)
+    return stream(shards, _rank_layout(config, rank, ranks), dtype, kept)
+
+
+def _rank_layout(config: Any, rank: int, ranks: int) -> dict[str, list[str]]:
+    held = rank_tensors(config, rank, ranks)
+    return {name: [part for part in parts if part in held] for name, parts in memory_layout(config).items()}
 
 
 def _open_rank(folder: Path, config: Any, rank: int, ranks: int) -> Shards:

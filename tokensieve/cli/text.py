@@ -57,7 +57,8 @@ def generate(
             from tokensieve.serve import terminal
 
             prompts = terminal.prompts_in(text) if input_file else []
-            config = EngineConfig(running=min(max(len(prompts), 1), EngineConfig.running))  # room for no more than asked
+            # the cache has room for no more than is asked at once
+            config = EngineConfig(running=min(max(len(prompts), 1), EngineConfig.running))
             sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
             selects: Selects = "dense" if selection is SelectBy.dense else "indexer"
             with engine_on(ranks, loaded, tokenizer, config) as engine:

@@ -132,20 +132,28 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
 
 
 def load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None = None) -> DecoderForCausalLM:
-    """This rank's part of a model, in evaluation mode: out of its own shard where `tokensieve convert` wrote shards for so many ranks,
-    else sliced out of the checkpoint. UserError, on all ranks, as `load` raises it and where the ranks do not divide the model."""
+    """This rank's part of a model, in evaluation mode; FP8 blocks stay where the device multiplies them.
+
+    It comes out of the rank's own shard where `tokensieve convert` wrote shards for so many ranks, else sliced out of the checkpoint.
+    UserError, on all ranks, as `load` raises it and where the ranks do not divide the model.
+    """
     return ranks.together(lambda: _load_rank(name, ranks, dtype))
 
 
 def _load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None) -> DecoderForCausalLM:
-    folder = model_path(name)
-    shards = checkpoint.rank_files(folder)
+    folder, keep_fp8 = model_path(name), fp8.pays(ranks.device)
+    shards, own = checkpoint.rank_files(folder), (ranks.rank, ranks.count)
     if ranks.count == 1 and 1 not in shards:
-        return load(folder, dtype, ranks.device, keep_fp8=fp8.pays(ranks.device))
+        return load(folder, dtype, ranks.device, keep_fp8=keep_fp8)
     config = model_config(checkpoint.read_config(folder))
     dtype = dtype or (torch.float32 if ranks.device.type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):
+        model = DecoderForCausalLM(config)
+    kept: set[str] = set()
     if ranks.count in shards:
-        tensors = checkpoint.load_shard(folder, config, ranks.rank, ranks.count, dtype)
+        if keep_fp8:
+            kept = fp8.holdable(model, checkpoint.shard_blocks(folder, config, *own))
+        tensors = checkpoint.load_shard(folder, config, *own, dtype, kept)
     elif shards:
         held = max(shards)
         raise UserError(
@@ -153,11 +161,14 @@ def _load_rank(name: str | Path, ranks: Ranks, dtype: torch.dtype | None) -> Dec
             f"convert the checkpoint with --model-parallel {ranks.count}"
         )
     else:
-        checkpoint.check_division(folder, config, checkpoint.open_shards(folder), ranks.count, whole_blocks=False)
-        whole = checkpoint.load_tensors(folder, config, dtype)
+        stored = checkpoint.open_shards(folder)
+        checkpoint.check_division(folder, config, stored, ranks.count, whole_blocks=keep_fp8)
+        if keep_fp8:
+            kept = fp8.holdable(model, checkpoint.block_tensors(folder, config))
+        whole = checkpoint.load_tensors(folder, config, dtype, kept)
         tensors = ((name, _slice(name, tensor, ranks)) for name, tensor in whole)
     with torch.device("meta"):
-        model = DecoderForCausalLM(config)
+        fp8.hold(model, kept)
     spread(model, ranks)
     fill(model, ((name, tensor.to(ranks.device)) for name, tensor in tensors))
     model.folder = folder

@@ -25,9 +25,9 @@ def block_linear(
 
     x (N, K) floating, rounded to E4M3 in blocks of 128 values with power-of-two scales s_x; gated: x is (N, 2K), and what is multiplied is
     silu of its first half times its second. weight (E, M, K) float8_e4m3fn and scale (E, ceil(M / 128), K / 128) float32, s_w of blocks of
-    128 x 128, K a multiple of 128. ends (E) int32, ascending, the last one N: rows [ends[e-1], ends[e]) meet weight e; None where E = 1.
-    Returns (N, M) in x's dtype, summed in float32. No gradient. ValueError on mismatched shapes and dtypes, and in the reference for a
-    NaN or an infinity, which the Triton kernel turns into NaN in that row.
+    128 x 128, K a multiple of 128. ends (E) int32, ascending: rows [ends[e-1], ends[e]) meet weight e, and what comes of those behind the
+    last is any number; None where E = 1. Returns (N, M) in x's dtype, summed in float32. No gradient. ValueError on mismatched shapes and
+    dtypes, and in the reference for a NaN or an infinity, which the Triton kernel turns into NaN in that row.
     Sources: the weights of DeepSeek-V3.2-Exp and `fp8_gemm` of its official demo; DeepSeek-V3 report, section 3.3.
     """
     op = "block_linear"

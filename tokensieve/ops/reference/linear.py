@@ -17,7 +17,7 @@ def block_linear(x_NK: Tensor, weight_EMK: Tensor, scale: Tensor, ends_E: Tensor
         gate, up = x.chunk(2, -1)
         x = F.silu(gate) * up
     rounded = quant.dequantize_e4m3(*quant.quantize_e4m3(x, scale_format="ue8m0"))
-    out = x.new_empty(x.shape[0], M)
+    out = x.new_zeros(x.shape[0], M)
     begin = 0
     for expert, end in enumerate([x.shape[0]] if ends_E is None else ends_E.tolist()):
         if end > begin:
