@@ -24,7 +24,9 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from tokensieve.engine import EngineConfig
+from tokensieve.engine import Engine, EngineConfig, Service
+from tokensieve.serve.api import create_app
+from tokensieve.serve.settings import ServeConfig
 
 # Not `positive_data_acceptance`: a document cannot say that two fields exclude each other, and to JSON Schema 5.0 is an integer.
 CHECKS = [
@@ -116,6 +118,25 @@ def api() -> Iterator[dict[GenerationMode, Any]]:
 def test_every_route_is_drawn_from(api) -> None:
     there = api[GenerationMode.NEGATIVE].get_all_operations()
     assert sorted(OPERATIONS) == sorted((o.ok().method.upper(), o.ok().path) for o in there)
+
+
+def leaves(routes: list[Any]) -> Iterator[Any]:
+    for route in routes:
+        inside = getattr(route, "original_router", None)
+        yield from [route] if inside is None else leaves(inside.routes)
+
+
+def test_without_the_key_nothing_is_served(api) -> None:
+    """Neither what the document tells of nor what it does not: pages, documents, the document itself."""
+    model, tokenizer = servers.tiny()
+    app = create_app(Service(Engine(model, tokenizer, EngineConfig(pages=4))), tokenizer, ServeConfig("sparse"))
+    routes = list(leaves(app.routes))
+    assert {"/", "/docs", "/openapi.json", "/metrics", "/v1/chat/completions"} <= {route.path for route in routes}
+    at = api[GenerationMode.POSITIVE].config.base_url
+    for route in routes:
+        for method in route.methods or ("GET",):
+            told = httpx.request(method, at + route.path.replace("{name}", "page.js").replace("{model:path}", "sparse"))
+            assert told.status_code == (200 if route.path == "/health" else 401), (method, route.path)
 
 
 def fuzz(api: Any, method: str, path: str, mode: GenerationMode, examples: int, **how: Any) -> None:

@@ -70,10 +70,10 @@ class Answers:
         first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, **obeys)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
-        both = enumerate(itertools.product(map(tuple, prompts), samplings))
+        selection = config.selection_of(body.model)
         return [
-            engine.Request(f"{record.id}-{i}" if i else record.id, prompt, sampling, config.selection_of(body.model))
-            for i, (prompt, sampling) in both
+            engine.Request(f"{record.id}-{i}" if i else record.id, prompt, sampling, selection)
+            for i, (prompt, sampling) in enumerate(itertools.product(map(tuple, prompts), samplings))
         ]
 
     async def respond(
@@ -81,10 +81,8 @@ class Answers:
     ) -> Response:
         """answers: one for each of `asked`."""
         by_id = {one.id: answer for one, answer in zip(asked, answers, strict=True)}
-        outputs, reply = (
-            self._outputs(asked, body.n, record),
-            Reply(by_id, asked[0].prompt if body.return_token_ids else None),
-        )
+        reply = Reply(by_id, asked[0].prompt if body.return_token_ids else None)
+        outputs = self._outputs(asked, body.n, record)
         if body.stream:
             wants_usage = body.stream_options is not None and body.stream_options.include_usage
             events = self._events(outputs, reply, wants_usage, record)
