@@ -52,6 +52,24 @@ def test_scores_are_the_references(keys: int) -> None:
     assert torch.equal(chosen, ops.select_topk(found, x.k, x.starts_S, x.ends_S, backend="reference"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 65, 300])
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_are_the_references(rows: int, gated: bool) -> None:
+    pytest.importorskip("deep_gemm", reason="DeepGEMM is not installed")
+    g = torch.Generator("cuda").manual_seed(rows)
+    weight, scale = quant.quantize_weight(torch.randn(448, 384, device="cuda", generator=g))
+    x = torch.randn(rows, 768 if gated else 384, device="cuda", generator=g).bfloat16()
+    given = x, weight[None], scale[None]
+    found = ops.block_linear(*given, gated=gated, backend="vendor")
+    expected = ops.block_linear(*given, gated=gated, backend="reference")
+    oracle.assert_close(found.double(), expected.double(), 2e-2, 1.0)  # as in test_fp8.py
+    same = ops.block_linear(*given, gated=gated)
+    assert torch.equal(
+        same, found if rows > vendor.FEW_ROWS else ops.block_linear(*given, gated=gated, backend="triton")
+    )
+
+
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -103,6 +121,11 @@ def test_what_they_do_not_take() -> None:
     assert "DeepGEMM takes" in str(vendor.limits("index_topk", index[:, :8], {"k": keys}))
     assert "DeepGEMM takes" in str(vendor.limits("index_scores", index, {"k": keys.float()}))
     assert "index_scores_paged" not in vendor.OPS
+    weight, x = torch.zeros(1, 128, 256).to(torch.float8_e4m3fn), torch.zeros(70, 256, dtype=torch.bfloat16)
+    for bad_x, bad_weight in ((x.float(), weight), (x, weight.repeat(2, 1, 1)), (x, weight[:, :100])):
+        assert "DeepGEMM takes" in str(vendor.limits("block_linear", bad_x, {"weight": bad_weight}))
+    assert "DeepGEMM takes" not in str(vendor.limits("block_linear", x, {"weight": weight}))
+    assert vendor.slower("block_linear", x, {}) is None and vendor.slower("block_linear", x[:64], {}) is not None
     with pytest.raises(ValueError, match="backend 'vendor' cannot run sparse_attention: it does not run on cpu"):
         ops.sparse_attention(q, kv, torch.zeros(2, 4, dtype=torch.int32), 1.0, 576, 0, 512, backend="vendor")
 

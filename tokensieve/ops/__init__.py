@@ -55,7 +55,7 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     probes = {op: wide if device == "cpu" or op == "select_topk" else narrow for op in OPS}
     kind, found = torch.device(device).type, {}
     for op, probe in probes.items():
-        names = ("k", "v", "kv", "q_I", "k_I", "bounds", "latent_pages", "indices")
+        names = ("k", "v", "kv", "q_I", "k_I", "bounds", "latent_pages", "indices", "weight")
         operands = dict.fromkeys(names, probe) | {"v_start": 0, "d_v": 1}
         found[op] = [(b.name, b.why_not(op, probe, operands)) for b in BACKENDS if b.has(op, kind)]
     return found

@@ -151,7 +151,8 @@ def _hopper_slower(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
 
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
-    for x in (q, *operands.values()) if op not in PAGED_OPS else (q,):  # pages come in every layout
+    # pages come in every layout, weights in FP8
+    for x in (q,) if op in (*PAGED_OPS, "block_linear") else (q, *operands.values()):
         if isinstance(x, torch.Tensor) and (x.dtype != q.dtype or x.dtype not in (torch.float16, torch.float32)):
             return f"it is not used for {q.dtype} with {x.dtype}"
     return _no_triton() if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"

@@ -52,7 +52,7 @@ def block_linear(
 @custom_op("tokensieve::block_linear", mutates_args=())
 @full_precision
 def _block_linear(x: Tensor, weight: Tensor, scale: Tensor, ends: Tensor | None, gated: bool, backend: str) -> Tensor:
-    return pick("block_linear", x, backend).block_linear(x, weight, scale, ends, gated)
+    return pick("block_linear", x, backend, weight=weight).block_linear(x, weight, scale, ends, gated)
 
 
 @_block_linear.register_fake

@@ -7,8 +7,9 @@ the places of a row to be a multiple of 128, and says +inf for the logsumexp of 
 On quantized pages, the layout of which is its own, it wants a multiple of 64, and places in the pool instead of positions: a kernel of
 ours finds them. There it computes unused places too: a row that is mostly unused takes as long as a full one.
 
-DeepGEMM (`deep_gemm`): index scores of E4M3 queries and keys, 32 or 64 heads of 128. It compiles its kernels with nvcc when they first
-run. The selection is always our own: theirs breaks ties in any order; and so are scores from pages (docs/kernels.md says why).
+DeepGEMM (`deep_gemm`): index scores of E4M3 queries and keys, 32 or 64 heads of 128; products with one weight in FP8 blocks, of which our
+own kernel rounds the activations. It compiles its kernels with nvcc when they first run. The selection is always our own: theirs breaks
+ties in any order; and so are scores from pages (docs/kernels.md says why).
 """
 
 import importlib
@@ -35,8 +36,11 @@ MOST_QUERIES, MOST_PLACES = 1 << 13, 1 << 17
 # at one query, and slower at four (docs/kernels.md).
 FEW_LOGITS = 2 * 128 * 2048
 
+FEW_ROWS = 64  # of a product: up to so many our own kernel is about as fast, and needs no compiler
+
 ATTENTION, INDEX, PAGED = ("sparse_attention",), ("index_scores", "index_topk"), ("sparse_attention_paged",)
-OPS = (*ATTENTION, *INDEX, *PAGED)
+LINEAR = ("block_linear",)
+OPS = (*ATTENTION, *INDEX, *PAGED, *LINEAR)
 
 
 @cache
@@ -50,11 +54,13 @@ def _missing(op: str) -> str | None:
     module, kernel = ("flash_mla", "flash_mla_sparse_fwd") if op in ATTENTION else ("deep_gemm", "fp8_mqa_logits")
     if op in PAGED:  # older versions have a function of the same name that wants other arguments
         module, kernel = "flash_mla.flash_mla_interface", "FlashMLASchedMeta"
+    if op in LINEAR:
+        kernel = "fp8_gemm_nt"
     name = module.partition(".")[0]
     if not importlib.util.find_spec(name):
         return f"the package {name} is not installed"
     compiler = shutil.which("nvcc") or Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc").exists()
-    if op in INDEX and not compiler:
+    if op in (*INDEX, *LINEAR) and not compiler:
         return "deep_gemm needs nvcc"
     try:
         found = hasattr(_package(module), kernel)
@@ -68,6 +74,9 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     if op in INDEX:
         if not q.dtype == operands["k"].dtype == torch.float8_e4m3fn or q.shape[1] not in (32, 64) or q.shape[2] != 128:
             return "DeepGEMM takes 32 or 64 index heads of 128 in E4M3"
+    elif op in LINEAR:
+        if q.dtype != torch.bfloat16 or operands["weight"].shape[0] != 1 or operands["weight"].shape[1] % 64:
+            return "DeepGEMM takes one weight for all rows, a multiple of 64 outputs, and bfloat16"
     elif q.dtype != torch.bfloat16 or q.shape[1] not in (64, 128):
         return "FlashMLA takes 64 or 128 heads in bfloat16"
     elif op in PAGED:
@@ -95,6 +104,8 @@ def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     """Why `auto` prefers our own kernel to the vendor's for a call that both can run, in one clause, or None."""
     if op in PAGED and q.shape[0] * q.shape[1] * operands["indices"].shape[1] <= FEW_LOGITS:
         return "it is no faster for so few queries"
+    if op in LINEAR and q.shape[0] <= FEW_ROWS:
+        return "it is no faster for so few rows"
     return None
 
 
@@ -178,6 +189,16 @@ def sparse_attention_paged(
     out, lse = _attend_paged(q_SHD, latent_pages, places, scale, plan)
     # +inf becomes -inf in one launch: a decode step counts them
     return out, lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
+
+
+def block_linear(x_NK: Tensor, weight_1MK: Tensor, scale: Tensor, ends: None, gated: bool) -> Tensor:
+    from tokensieve.ops.triton.linear import rounded
+
+    out = x_NK.new_empty(x_NK.shape[0], weight_1MK.shape[1])
+    if x_NK.shape[0]:
+        values = rounded(x_NK, weight_1MK.shape[2], gated)
+        _package("deep_gemm").fp8_gemm_nt(values, (aligned(weight_1MK[0]), aligned(scale[0])), out)
+    return out
 
 
 def _scores(

@@ -16,6 +16,7 @@ from tokensieve.ops.triton.paged_write import quantized
 
 BLOCK: tl.constexpr = tl.constexpr(128)
 GROUPS = 16  # blocks of a row that a program rounds
+TOGETHER: tl.constexpr = tl.constexpr(16)  # tiles of rows
 
 
 @triton.jit
@@ -36,10 +37,15 @@ def _round_kernel(x, values, scales, blocks, stride, GB: tl.constexpr, GATED: tl
 
 @triton.jit
 def _product_kernel(
-    values, scales, weight, weight_scales, ends, out, rows, M, K,
+    values, scales, weight, weight_scales, ends, out, rows, M, K, row_tiles,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    tile, expert, begin, end = tl.program_id(1), 0, 0, rows
+    # some tiles of rows with all of the weight, then the next: what programs read at the same time stays in the L2 cache
+    group = TOGETHER * tl.cdiv(M, BM)
+    first = tl.program_id(0) // group * TOGETHER
+    together = tl.minimum(row_tiles - first, TOGETHER)
+    m_tile = tl.program_id(0) % group // together
+    tile, expert, begin, end = first + tl.program_id(0) % group % together, 0, 0, rows
     if E > 1:
         # which weight a tile of rows belongs to: each has as many tiles as its rows fill
         e = tl.arange(0, EP)
@@ -53,7 +59,7 @@ def _product_kernel(
         begin, end = tl.sum(tl.where(mine, lower, 0), 0), tl.sum(tl.where(mine, upper, 0), 0)
     if expert < E:
         blocks = K // BLOCK
-        m = tl.program_id(0) * BM + tl.arange(0, BM)
+        m = m_tile * BM + tl.arange(0, BM)
         n = (begin + tile * BN + tl.arange(0, BN)).to(tl.int64)
         k = tl.arange(0, BLOCK)
         inside = n < end
@@ -63,7 +69,7 @@ def _product_kernel(
             weight + tl.cast(expert, tl.int64) * M * K + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + k[None, :]
         )
         from_values = values + row[:, None] * K + k[None, :]
-        from_scales = weight_scales + (expert * tl.cdiv(M, BLOCK) + tl.program_id(0) * BM // BLOCK) * blocks
+        from_scales = weight_scales + (expert * tl.cdiv(M, BLOCK) + m_tile * BM // BLOCK) * blocks
         total = tl.zeros((BM, BN), tl.float32)
         for block in range(blocks):
             w = tl.load(from_weight + block * BLOCK)
@@ -82,8 +88,18 @@ def tile_of(rows: int, weights: int) -> tuple[int, int, int, int]:
     if each <= 32:
         return 64, 32, 4, 5
     if each <= 64:
-        return 128, 64, 4, 4
-    return 128, 128, 8, 3
+        return 64, 64, 4, 4
+    return 128, 64, 4, 4  # two programs to a multiprocessor: one multiplies while the other adds
+
+
+def rounded(x_NK: Tensor, K: int, gated: bool) -> tuple[Tensor, Tensor]:
+    """What is multiplied: values (N, K) E4M3 and scales (N, K / 128)."""
+    x, N, blocks = x_NK.contiguous(), x_NK.shape[0], K // BLOCK.value
+    values = torch.empty(N, K, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(N, blocks, dtype=torch.float32, device=x.device)
+    GB = min(GROUPS, triton.next_power_of_2(blocks))
+    _round_kernel[(N, triton.cdiv(blocks, GB))](x, values, scales, blocks, x.shape[1], GB=GB, GATED=gated, num_warps=4)
+    return values.view(torch.float8_e4m3fn), scales
 
 
 def block_linear(x_NK: Tensor, weight_EMK: Tensor, scale: Tensor, ends_E: Tensor | None, gated: bool) -> Tensor:
@@ -91,16 +107,12 @@ def block_linear(x_NK: Tensor, weight_EMK: Tensor, scale: Tensor, ends_E: Tensor
     out = torch.empty(N, M, dtype=x_NK.dtype, device=x_NK.device)
     if 0 in (N, M):
         return out
-    x, blocks = x_NK.contiguous(), K // BLOCK.value
-    values = torch.empty(N, K, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(N, blocks, dtype=torch.float32, device=x.device)
-    GB = min(GROUPS, triton.next_power_of_2(blocks))
-    _round_kernel[(N, triton.cdiv(blocks, GB))](x, values, scales, blocks, x.shape[1], GB=GB, GATED=gated, num_warps=4)
+    values, scales = rounded(x_NK, K, gated)
     BM, BN, warps, stages = tile_of(N, E)
     # as many tiles of rows as there may be, where each weight's last is not full
     tiles = triton.cdiv(N, BN) if E == 1 else min(N, triton.cdiv(N, BN) + E)
-    _product_kernel[(triton.cdiv(M, BM), tiles)](
-        values.view(torch.float8_e4m3fn), scales, weight_EMK, scale, ends_E, out, N, M, K,
+    _product_kernel[(triton.cdiv(M, BM) * tiles,)](
+        values, scales, weight_EMK, scale, ends_E, out, N, M, K, tiles,
         E=E, EP=triton.next_power_of_2(E), BM=BM, BN=BN, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
