@@ -137,6 +137,7 @@ def test_code_stands_in_a_block(page: Page) -> None:
 def test_a_pdf(page: Page) -> None:
     sent = []
     page.on("request", lambda request: request.method == "POST" and sent.append(request))
+    answers(page, chunk(text="Yes.", ids=(5,)), "[DONE]")
     attach(page, made(b"BT /F1 12 Tf 72 700 Td (Good morning) Tj ET"), "letter.pdf")
     expect(page.locator(".chip")).to_contain_text("letter.pdf1 page, 12 characters")
     ask(page, "Hi")
@@ -375,12 +376,13 @@ def test_a_key(loaded, chromium) -> None:
         for bad in ("", "Basic", "Basic !", "Basic \u00e4", "Digest first-key", "first-key"):
             assert httpx.get(at, headers={"Authorization": bad.encode("latin1")}).status_code == 401, bad
         for key in ("first-key", "sesame:2"):
-            with chromium.new_context(http_credentials={"username": "me", "password": key}) as context:
-                page = context.new_page()
-                page.goto(at)
-                ask(page, "Hello")
-                answered(page)
-                assert said(page)
+            assert httpx.get(at, auth=("anybody", key)).status_code == 200
+        with chromium.new_context(http_credentials={"username": "me", "password": "sesame:2"}) as context:
+            page = context.new_page()
+            page.goto(at)
+            ask(page, "Hello")
+            answered(page)
+            assert said(page)
         with chromium.new_context(http_credentials={"username": "me", "password": "wrong"}) as context:
             assert context.new_page().goto(at).status == 401
 
