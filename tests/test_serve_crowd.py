@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import logging
 import random
 import socket
 import time
@@ -79,6 +80,22 @@ def test_a_crowd(served, clients: int) -> None:
     assert found == [alone[i] for i in many]
     servers.settled(service, 60)  # those that are mirrored, too
     assert service.load.preempted > 0 and tasks() <= before
+
+
+def test_the_mirror_leaves_the_engine_to_those_who_wait(caplog: pytest.LogCaptureFixture) -> None:
+    engine = EngineConfig(pages=20, running=1)
+    with (
+        caplog.at_level(logging.INFO, "tokensieve.serve"),
+        servers.running(servers.tiny(), engine, mirror=1) as (at, _),
+    ):
+        asyncio.run(at_once(at, bodies(7)[1:], 6))
+        end = time.monotonic() + 10
+        while caplog.text.count('"mirror"') < 6:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    told = [json.loads(r.getMessage()) for r in caplog.records if '"mirror"' in r.getMessage()]
+    skipped = [one.get("skipped") for one in told]
+    assert skipped.count("requests wait") >= 3 and skipped[-1] is None
 
 
 def sent(at: str, body: dict[str, Any], room: int = 0) -> socket.socket:

@@ -38,6 +38,9 @@ class Mirror:
         other = replace(asked, id=f"{asked.id}-mirror", selection="indexer" if asked.selection == "dense" else "dense")
         again: list[int] = []
         finish: str | None = None
+        if self._service.load.waiting:
+            log_event("mirror", id=asked.id, skipped="requests wait")
+            return
         try:
             async with aclosing(self._service.stream(other)) as stream:
                 async for output in stream:
