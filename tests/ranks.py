@@ -47,7 +47,7 @@ class Group:
 
 
 @contextmanager
-def started(count: int) -> Iterator[Group]:
+def started(count: int, device: str = "cpu") -> Iterator[Group]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ranks"])
     with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server does not know where its parent finds modules
@@ -55,7 +55,7 @@ def started(count: int) -> Iterator[Group]:
         forkserver.ensure_running()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    pools = [ProcessPoolExecutor(1, context, join, (rank, count, port)) for rank in range(count)]
+    pools = [ProcessPoolExecutor(1, context, join, (rank, count, port, device)) for rank in range(count)]
     group = Group(pools)
     try:
         yield group
@@ -69,15 +69,18 @@ def started(count: int) -> Iterator[Group]:
 # from here on in a rank's process
 
 
-def join(rank: int, count: int, port: int) -> None:
+def join(rank: int, count: int, port: int, device: str) -> None:
     torch.set_num_threads(1)
     names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    HERE.append(joined("cpu").__enter__())
+    HERE.append(joined(device).__enter__())
 
 
 def part_of(config: Any) -> DecoderForCausalLM:
-    model = ours(config, seed=1)
+    """Of the same model on every rank; on a GPU in bfloat16."""
+    model, device = ours(config, seed=1), HERE[0].device
+    if device.type == "cuda":
+        model = model.to(device, torch.bfloat16)
     parallel.spread(model, HERE[0])
     return model
 

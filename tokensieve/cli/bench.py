@@ -45,16 +45,12 @@ def serve(
 
     Example: tokensieve bench serve sparse --requests 1,8 --prompt 512,2048 --selection indexer,dense
     """
-    import torch
-
     import tokensieve
     from tokensieve.evals import serving
-    from tokensieve.machine import choose_device
-    from tokensieve.model.fp8 import pays
+    from tokensieve.model import joined, load_rank
     from tokensieve.report import environment
     from tokensieve.train.figures import write_figures
 
-    on = torch.device(choose_device(device))
     who = selection.split(",")
     if not set(who) <= {"indexer", "dense"}:
         raise tokensieve.UserError(f"--selection {selection}: use indexer, dense or indexer,dense")
@@ -68,23 +64,28 @@ def serve(
     ]
     rows: list[dict[str, Any]] = []
     shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
-    for count in shapes:
-        if shape is None:
-            served = tokensieve.load(model, device=on, keep_fp8=pays(on))
-        else:
-            served = serving.random_model(_config(shape, set_ or [], count), on, _dtype(on), in_fp8=fp8)
-        if "indexer" in who and not served.is_sparse:
-            raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
-        tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
-        prompts = _prompts(served, tokenizer, loads, real=shape is None)
-        for k in _numbers("--top-k", top_k) or [served.top_k]:
-            served.top_k = k
-            for load in loads:
-                with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
-                    found = serving.serve_load(served, tokenizer, load, prompts[load.prompt])
-                sizes = {"top_k": k, "experts": served.config.n_routed_experts}
-                rows.append(asdict(load) | sizes | asdict(found))
-        del served
+    with joined(device) as ranks:
+        stderr().quiet = not ranks.leads
+        for count in shapes:
+            if shape is None:
+                served = load_rank(model, ranks)
+            else:
+                made, dtype = _config(shape, set_ or [], count), _dtype(ranks.device)
+                served = serving.random_model(made, ranks.device, dtype, in_fp8=fp8, ranks=ranks)
+            if "indexer" in who and not served.is_sparse:
+                raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
+            tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
+            prompts = _prompts(served, tokenizer, loads, real=shape is None)
+            for k in _numbers("--top-k", top_k) or [served.top_k]:
+                served.top_k = k
+                for load in loads:
+                    with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
+                        found = serving.serve_load(served, tokenizer, load, prompts[load.prompt], ranks)
+                    sizes = {"ranks": ranks.count, "top_k": k, "experts": served.config.n_routed_experts}
+                    rows.append(asdict(load) | sizes | asdict(found))
+            del served
+        if not ranks.leads:
+            return
     _show(rows)
     figures = {"run": environment(), "model": shape or model, "rows": rows}
     typer.echo(f"\nFigures: {write_figures(out / 'metrics.json', figures)}")

@@ -57,8 +57,10 @@ class Line:
 
 
 class OneOfRanks(Engine):
+    """All ranks call its methods in the same order, with the same requests, whose seeds are fixed."""
+
     def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig, ranks: Ranks):
-        self.ranks, self.line = ranks, Line()
+        self.ranks = ranks
         pages = config.pages or default_pages(model, config.running, ranks.count)
         super().__init__(model, tokenizer, replace(config, pages=ranks.least(pages)))
 
@@ -71,6 +73,7 @@ class Leader(OneOfRanks):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self.line = Line()
         self._turn = threading.Lock()  # the thread that ends the engine may not be the one that runs it
         self._ended = False
 
@@ -122,11 +125,12 @@ class Leader(OneOfRanks):
 
 class Follower(OneOfRanks):
     def follow(self) -> None:
-        """Does what the leader does until it ends. Signals are for the leader alone: it may have answers to finish."""
+        """Does what the leader does, until it ends. Signals are for the leader alone: it may have answers to finish."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        line = Line()
         while True:
-            match self.line.hear():
+            match line.hear():
                 case []:
                     self.step()
                 case ["add", fields]:

@@ -16,8 +16,10 @@ import torch
 
 from tokensieve.config import ModelConfig, UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
-from tokensieve.model import DecoderForCausalLM, fp8
+from tokensieve.engine.ranks import OneOfRanks
+from tokensieve.model import DecoderForCausalLM, Ranks, fp8
 from tokensieve.model.pages import write_pages
+from tokensieve.model.parallel import spread
 from tokensieve.ops.quant import PAGE_TOKENS
 
 NOISE_TOKENS = 1 << 15  # entries that are made at once
@@ -60,13 +62,23 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def random_model(
-    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0, in_fp8: bool = False
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    in_fp8: bool = False,
+    ranks: Ranks | None = None,
 ) -> Any:
-    """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist. in_fp8: with weights in FP8 blocks."""
+    """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist. in_fp8: with weights in FP8 blocks.
+
+    With ranks this one's part of it. All of them draw the same numbers, so that what should be the same on all is.
+    """
     with torch.device("meta"):
         model = DecoderForCausalLM(config).to(dtype)
         if in_fp8:
             fp8.hold(model, fp8.holdable(model, set(model.state_dict())))
+    if ranks is not None:
+        spread(model, ranks)
     for name, part in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("weights_proj.weight", "e_score_correction_bias")):
             part.data = part.data.float()
@@ -109,8 +121,17 @@ def fill_with_noise(engine: Engine) -> None:
             write_pages(latent, index, entries, keys.to(model.dtype), slots)
 
 
-def serve_load(model: DecoderForCausalLM, tokenizer: Any, load: Load, prompts: Sequence[tuple[int, ...]]) -> Served:
-    """The load on an engine of its own, after a short one that compiles and records what runs once. UserError for what cannot be served."""
+def serve_load(
+    model: DecoderForCausalLM,
+    tokenizer: Any,
+    load: Load,
+    prompts: Sequence[tuple[int, ...]],
+    ranks: Ranks | None = None,
+) -> Served:
+    """The load on an engine of its own, after a short one that compiles and records what runs once. UserError for what cannot be served.
+
+    Where there are ranks, all of them call this with the same load, and none leads.
+    """
     on_gpu = model.device.type == "cuda"
     pages = load.requests * (-(-(load.prompt + load.new + 1) // PAGE_TOKENS) + 1)
     config = EngineConfig(pages=pages, running=load.requests, prefix_cache=False)
@@ -118,7 +139,10 @@ def serve_load(model: DecoderForCausalLM, tokenizer: Any, load: Load, prompts: S
         config = replace(config, chunk=load.chunk)
     if load.filled:
         config = replace(config, chunks=load.requests)  # all begin in the same step
-    engine = Engine(model, tokenizer, config)
+    if ranks is None or ranks.count == 1:
+        engine = Engine(model, tokenizer, config)
+    else:
+        engine = OneOfRanks(model, tokenizer, config, ranks)
     if load.filled:
         fill_with_noise(engine)
     if on_gpu or not load.filled:
