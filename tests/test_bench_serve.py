@@ -87,10 +87,10 @@ def test_what_is_filled_is_decoded_at_its_length(model, monkeypatch: pytest.Monk
         return plain(self, tokens, lens, *rest)
 
     monkeypatch.setattr(Runner, "step", step)
-    prompts = serving.random_prompts(3, 200, 4096)
-    found = serving.serve_load(model, tokensieve.load_tokenizer("base"), Load(3, 200, 4, filled=True), prompts)
-    assert seen == [[201] * 3, [202] * 3, [203] * 3]
-    assert found.pages == 12 and found.tokens_per_second > 0
+    prompts = serving.random_prompts(40, 100, 4096)
+    found = serving.serve_load(model, tokensieve.load_tokenizer("base"), Load(40, 100, 4, filled=True), prompts)
+    assert seen == [[101] * 40, [102] * 40, [103] * 40]
+    assert found.pages == 80 and found.tokens_per_second > 0
 
 
 def test_noise_is_in_every_place(model) -> None:

@@ -79,7 +79,11 @@ def test_a_crowd(served, clients: int) -> None:
     print(f"{clients} in {time.monotonic() - begin:.1f} s, {service.load}")
     assert found == [alone[i] for i in many]
     servers.settled(service, 60)  # those that are mirrored, too
-    assert service.load.preempted > 0 and tasks() <= before
+    assert service.load.preempted > 0
+    end = time.monotonic() + 10
+    while tasks() > before:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_the_mirror_leaves_the_engine_to_those_who_wait(caplog: pytest.LogCaptureFixture) -> None:
@@ -116,6 +120,7 @@ def test_a_crowd_that_leaves(served) -> None:
     at, service = served
     question = bodies(1)[0]
     alone = asyncio.run(at_once(at, [question], 1))
+    servers.settled(service)
     draw, before, files = random.Random(3), tasks(), psutil.Process().num_fds()
     for _ in range(2):
         crowd = [sent(at, body | {"max_tokens": 200}) for body in bodies(40)]
@@ -128,9 +133,8 @@ def test_a_crowd_that_leaves(served) -> None:
     for status in (200, 499):  # in the middle of a stream, and before it
         assert f'finish="abort",route="/v1/completions",status="{status}"' in told
     assert asyncio.run(at_once(at, [question], 1)) == alone
-    assert tasks() <= before
     end = time.monotonic() + 10  # connections that were kept open are closed after five seconds
-    while psutil.Process().num_fds() > files:
+    while psutil.Process().num_fds() > files or tasks() > before:
         assert time.monotonic() < end
         time.sleep(0.1)
 

@@ -158,10 +158,12 @@ def _run(engine: Engine, load: Load, prompts: Sequence[tuple[int, ...]], new: in
         sampling = Sampling(max_tokens=new, ignore_eos=True)
         engine.add(Request(str(i), prompt, sampling, load.selection))
     if load.filled:
-        engine.scheduler.admit()
-        if len(engine.scheduler.running) < load.requests:
-            raise UserError(f"{load.requests} contexts of {load.prompt} tokens do not fit into the cache; ask for less")
-        for running in engine.scheduler.running:
+        scheduler, entered = engine.scheduler, -1
+        while scheduler.waiting and len(scheduler.running) > entered:  # some at a time
+            entered = len(scheduler.running)
+            scheduler.admit()
+        assert not scheduler.waiting  # the cache was made for them
+        for running in scheduler.running:
             running.cached = running.prompt - 1
     said: dict[str, list[float]] = {str(i): [] for i in range(load.requests)}
     used, last_chunk = 0, 0.0
