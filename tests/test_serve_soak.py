@@ -143,5 +143,5 @@ def test_ten_thousand_requests_leave_nothing_behind(process) -> None:
     assert done.total() == REQUESTS
     assert after["files"] <= before["files"]
     assert after["threads"] <= 50  # up to 40 of AnyIO's come and go
-    # A kilobyte in each request: more than what the allocators vary by (half a MiB and 3 MiB were measured), less than a prompt or an answer.
+    # A kilobyte in each request: more than allocators vary by (3 MiB were measured), less than a prompt or an answer.
     assert after["MiB"] - before["MiB"] < (REQUESTS - WARM_UP) / 1024
