@@ -63,6 +63,7 @@ def serve(
         for by in who
     ]
     rows: list[dict[str, Any]] = []
+    figures = {"run": environment(), "model": shape or model, "rows": rows}
     shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
     with joined(device) as ranks:
         stderr().quiet = not ranks.leads
@@ -83,12 +84,13 @@ def serve(
                         found = serving.serve_load(served, tokenizer, load, prompts[load.prompt], ranks)
                     sizes = {"ranks": ranks.count, "top_k": k, "experts": served.config.n_routed_experts}
                     rows.append(asdict(load) | sizes | asdict(found))
+                    if ranks.leads:  # at once: the next load may be one too many
+                        file = write_figures(out / "metrics.json", figures)
             del served
         if not ranks.leads:
             return
     _show(rows)
-    figures = {"run": environment(), "model": shape or model, "rows": rows}
-    typer.echo(f"\nFigures: {write_figures(out / 'metrics.json', figures)}")
+    typer.echo(f"\nFigures: {file}")
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -3,6 +3,7 @@
 Legend: E entry width, D index width.
 """
 
+import gc
 import itertools
 import random
 import statistics
@@ -143,13 +144,20 @@ def serve_load(
         engine = Engine(model, tokenizer, config)
     else:
         engine = OneOfRanks(model, tokenizer, config, ranks)
-    if load.filled:
-        fill_with_noise(engine)
-    if on_gpu or not load.filled:
-        _run(engine, load, prompts, 4 if on_gpu else 1)
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    return _run(engine, load, prompts, load.new)
+    try:
+        if load.filled:
+            fill_with_noise(engine)
+        if on_gpu or not load.filled:
+            _run(engine, load, prompts, 4 if on_gpu else 1)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        return _run(engine, load, prompts, load.new)
+    finally:
+        # The cache and its graphs know each other: without this they would still be there when the next ones are made.
+        del engine
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
 
 
 def _run(engine: Engine, load: Load, prompts: Sequence[tuple[int, ...]], new: int) -> Served:
