@@ -11,6 +11,7 @@ and hands over what it chose.
 Legend: N tokens, D hidden width, H heads of this rank, V vocabulary, K selected keys, E experts of this rank.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,9 +56,12 @@ class Ranks(Peers):
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """Of all ranks' x, in its place."""
-        dist.all_reduce(x)
-        return x
+        """Of all ranks' x, which may be changed."""
+        if self.device.type == "cuda":
+            dist.all_reduce(x)
+            return x
+        # In the order of the ranks: in gloo's own sum it depends on a number's place, and so on the rows beside it.
+        return functools.reduce(torch.add, self.gather(x))
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, which have one shape."""
