@@ -114,19 +114,18 @@ def answers(config: Any, requests: list[Request], engine_config: EngineConfig) -
 
 
 def everything(engine: Engine, requests: list[Request]) -> list[Any]:
-    """What comes of the requests, of which one is aborted, once all have ended with an error; and what one ends in that can never run."""
-    said: list[Any] = []
-    for failing in (True, False):
-        for request in requests:
-            engine.add(request)
-        try:
-            engine.add(Request("never", ()))
-        except UserError as error:
-            said.append(str(error))
-        said += engine.step()
-        said.append(engine.abort(requests[0].id))
-        if failing:
-            said += engine.step() + engine.fail_all("once")
+    """What comes of the requests, of which one is aborted, and what one ends in that can never run; before that, some end with an error."""
+    for request in requests[:2]:
+        engine.add(request)
+    said: list[Any] = engine.step() + engine.fail_all("once")
+    for request in requests:
+        engine.add(request)
+    try:
+        engine.add(Request("never", ()))
+    except UserError as error:
+        said.append(str(error))
+    said += engine.step()
+    said.append(engine.abort(requests[0].id))
     while engine.busy:
         said += engine.step()
     assert engine.scheduler.pool.used == 0

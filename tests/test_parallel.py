@@ -48,7 +48,7 @@ FOUR_TAKE_LONG = pytest.mark.parametrize("group", [2, pytest.param(4, marks=pyte
 def asked() -> list[Request]:
     """Prompts below and above k = 24 tokens and one chunk of 64, all at once: in decode more rows than one share. Every other draws."""
     draw = random.Random(0)
-    prompts = [tuple(draw.choices(range(16, 96), k=length)) for length in (1, 5, 64, 65, 130, 40, 30, 70, 90)]
+    prompts = [tuple(draw.choices(range(16, 96), k=length)) for length in (1, 5, 64, 65, 130, 40, 30, 28, 33)]
     return [
         Request(
             str(i),
@@ -90,7 +90,7 @@ def test_the_ranks_have_the_logits_of_the_whole(group: Group, kind: str) -> None
 
 @FOUR_TAKE_LONG
 def test_the_ranks_answer_as_one(group: Group) -> None:
-    for kind in ("sparse", "dense", "sparse fp8") if group.count == 2 else ("sparse",):
+    for kind in ("sparse", "dense"):
         alone = Engine(ours(KINDS[kind], seed=1), tokensieve.load_tokenizer("base"), SMALL)
         expected = by_request(ranks.everything(alone, asked()))
         said, *followers = group.ask(ranks.answers, KINDS[kind], asked(), SMALL)
@@ -98,8 +98,9 @@ def test_the_ranks_answer_as_one(group: Group) -> None:
         assert by_request(said) == expected and "empty" in expected["errors"][0]
 
 
+@pytest.mark.parametrize("group", [4], indirect=True)
 def test_an_answer_does_not_depend_on_what_runs_beside(group: Group) -> None:
-    """To the bit, as on one rank: what two ranks add up must not be added in another order for another batch."""
+    """To the bit, as on one rank: what more than two ranks sum up must not be added in another order for another batch."""
     crowd = asked()
     said = [group.ask(ranks.answers, KINDS["sparse"], some, SMALL)[0] for some in (crowd, [crowd[0], crowd[5]])]
     beside, alone = ([o.logprobs for o in outputs if getattr(o, "id", "") == "5"][-4:] for outputs in said)
