@@ -149,13 +149,17 @@ class Runner:
         inputs = StepInputs(len(lens) + padding, max(counts), self.device)
         inputs.fill(tokens, lens, pages)
         groups = self._groups([*counts, *[1] * padding])
-        return self._run_step(inputs, selection, groups)[: len(lens)]
+        return self._run_step(inputs, selection, groups, len(lens))[: len(lens)]
 
     def _run_step(
-        self, inputs: StepInputs, selection: str, groups: tuple[tuple[Tensor, int], ...] | None = None
+        self,
+        inputs: StepInputs,
+        selection: str,
+        groups: tuple[tuple[Tensor, int], ...] | None = None,
+        real: int | None = None,
     ) -> Tensor:
         (rows, width), lens = inputs.page_table.shape, inputs.lens
-        step = PagedStep(self.pools.latent, self.pools.index, inputs.page_table, lens, inputs.slots, groups)
+        step = PagedStep(self.pools.latent, self.pools.index, inputs.page_table, lens, inputs.slots, groups, real)
         positions = (lens.long() - 1).clamp_min(0)
         pack = Pack(rows, 1, positions, torch.zeros_like(lens), lens, 0, width * PAGE_TOKENS, None, 1, None)
         return self._forward(inputs.tokens, pack, resolve(selection), paged=step)

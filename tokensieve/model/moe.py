@@ -179,9 +179,13 @@ class MoE(nn.Module):
         shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, real: int | None = None) -> Tensor:
+        """real: so many rows are tokens, and what follows is padding, which no expert sees."""
         chosen_NK, weights_NK = self.gate(x_ND)
-        if alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
+        if real is not None and real < len(x_ND):
+            routed = self.experts(x_ND[:real], chosen_NK[:real], weights_NK[:real])[0]
+            routed = F.pad(routed, (0, 0, 0, len(x_ND) - real))
+        elif alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
         else:
             routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)

@@ -29,6 +29,7 @@ class PagedStep:
     lens: Tensor  # (B) int32
     slots: Tensor  # (B) int32 or int64
     groups: tuple[tuple[Tensor, int], ...] | None
+    real: int | None = None  # so many rows are tokens, the others padding; None where nobody can say
 
     @property
     def quantized_index(self) -> bool:
@@ -54,8 +55,12 @@ class PagedStep:
 
         if indices_BK is None and self.groups is None:
             indices_BK = self.everything
-        if indices_BK is not None:
+        if indices_BK is not None and self.real is None:
             return of(q_BHE, indices_BK, self.page_table, self.lens)
+        if indices_BK is not None:
+            some = slice(self.real)
+            out = of(q_BHE[some], indices_BK[some], self.page_table[some], self.lens[some])
+            return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q_BHE) - len(out)))
         assert self.groups is not None
         out = q_BHE.new_empty(*q_BHE.shape[:2], d_v)
         for rows, pages in self.groups:

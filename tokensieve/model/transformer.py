@@ -65,7 +65,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_ND: Tensor, p: Pass) -> Tensor:
         x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), p)
-        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+        x = self.post_attention_layernorm(x_ND)
+        return x_ND + (self.mlp(x, p.paged.real) if p.paged is not None and isinstance(self.mlp, MoE) else self.mlp(x))
 
 
 class DecoderPreTrainedModel(PreTrainedModel):

@@ -24,7 +24,7 @@ from tokensieve.ops import custom, custom_kl, reference
 from tokensieve.ops.dispatch import BACKENDS, OPS, pick
 from tokensieve.ops.linear import block_linear
 from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
-from tokensieve.ops.single import alone
+from tokensieve.ops.single import alone, plain
 
 __all__ = [
     "backends",
@@ -187,6 +187,8 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, 
     if scores_ST.dim() != 2:
         raise ValueError(f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
     _check_ranges("select_topk", scores_ST.shape[0], scores_ST.shape[1], starts_S, ends_S)
+    if plain(scores_ST):
+        return pick("select_topk", scores_ST, backend).select_topk(scores_ST, k, starts_S, ends_S)
     return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
 
 

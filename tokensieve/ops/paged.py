@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops import custom_paged
+from tokensieve.ops.dispatch import pick
 from tokensieve.ops.quant import (
     INDEX_PAGE_BYTES,
     INDEX_WIDTH,
@@ -26,6 +27,7 @@ from tokensieve.ops.quant import (
     ROPE_WIDTH,
 )
 from tokensieve.ops.reference.paged import seen_tokens
+from tokensieve.ops.single import plain
 
 PLAIN_PAGES = (torch.bfloat16, torch.float16, torch.float32)
 QUERIES = (*PLAIN_PAGES, torch.float64)
@@ -154,6 +156,8 @@ def index_scores_paged(
             f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])} floating, got {tuple(w_SH.shape)} {w_SH.dtype}"
         )
     _check_table(op, q_SHD.shape[0], index_pages, page_table, lens)
+    if plain(q_SHD):
+        return pick(op, q_SHD, backend).index_scores_paged(q_SHD, index_pages, w_SH, page_table, lens)
     return custom_paged.index_scores_paged(
         q_SHD.detach(), index_pages.detach(), w_SH.detach(), page_table, lens, backend
     )
@@ -190,6 +194,9 @@ def sparse_attention_paged(
         raise ValueError(f"{op}: the value in quantized pages is the latent: d_v must be {LATENT_WIDTH}, got {d_v}")
     _check_table(op, q_SHD.shape[0], latent_pages, page_table, lens)
     _check_selection(op, q_SHD.shape[0], indices_SK, lens)
+    if plain(q_SHD):
+        module = pick(op, q_SHD, backend, latent_pages=latent_pages, indices=indices_SK)
+        return module.sparse_attention_paged(q_SHD, latent_pages, indices_SK, page_table, lens, scale, d_v)
     return custom_paged.sparse_attention_paged(
         q_SHD.detach(), latent_pages.detach(), indices_SK, page_table, lens, scale, d_v, backend
     )
@@ -243,6 +250,9 @@ def write_caches(
     places = latent_pages.shape[0] * PAGE_TOKENS
     if _readable(slots) and int(slots.max()) >= places:
         raise ValueError(f"{op}: slots must lie below {places} or be negative, got {int(slots.max())}")
+    if plain(latent):
+        module = pick(op, latent, backend)
+        return module.write_caches(latent, k_rope, k_I, latent_pages, index_pages, slots)
     custom_paged.write_caches(
         latent.detach(), k_rope.detach(), k_I.detach(), latent_pages.detach(), index_pages.detach(), slots, backend
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.ops.reference.blocks import compute_dtype, row_blocks
-from tokensieve.ops.reference.index import index_scores
+from tokensieve.ops.reference.index import KEY_PAD, index_scores
 from tokensieve.ops.reference.sparse import attend
 
 
@@ -26,7 +26,8 @@ def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
 
 def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
     """Keys (64p, D) of the named pages as they are stored, and their scales (64p) where they are quantized."""
-    pages = index_pages.index_select(0, pages_p)
+    # and three pages more than are read, whatever they hold: products of keys have room at their end
+    pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, KEY_PAD // PAGE_TOKENS)))
     if pages.dtype != torch.uint8:
         return pages.flatten(0, 1), None
     keys, scales = quant.unpack_index_page(pages)
@@ -40,16 +41,18 @@ def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_ta
     ends_S = seen_tokens(lens, S)
     starts_S = torch.zeros_like(ends_S)
     for sequence, length in enumerate(lens.tolist()):
+        if not length:
+            continue
         keys, scales = index_keys(index_pages, page_table[sequence, : -(-length // PAGE_TOKENS)])
         own = slice(sequence * n, (sequence + 1) * n)
         scores_ST[own, :length] = index_scores(
             q_SHD[own],
-            keys[:length],
+            keys,
             w_SH[own],
             starts_S[own],
             ends_S[own],
-            None if scales is None else scales[:length],
-        )
+            scales,
+        )[:, :length]
     return scores_ST
 
 
