@@ -31,6 +31,7 @@ def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
 
 
+@pytest.mark.slow
 def test_quick_training_is_measured_and_compared(tmp_path: Path) -> None:
     out = tmp_path / "new" / "training.json"
     child = benchmark("gpu_training", "--quick", "--out", str(out))

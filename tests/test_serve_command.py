@@ -55,6 +55,7 @@ def test_a_signal_lets_everybody_finish(process) -> None:
     assert [line["status"] for line in lines] == [401, 503, 200]
 
 
+@pytest.mark.slow
 def test_more_clients_than_a_process_may_first_have_files(process) -> None:
     _, at = process
     host, port = at.removeprefix("http://").split(":")
@@ -64,6 +65,7 @@ def test_more_clients_than_a_process_may_first_have_files(process) -> None:
         connection.close()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(process) -> None:
     started, at = process
     asked = {"model": "sparse", "prompt": "def ", "max_tokens": 4000, "stream": True, "seed": 3}

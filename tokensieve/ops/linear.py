@@ -44,7 +44,11 @@ def block_linear(
         raise ValueError(
             f"{op}: x must be (N, {K * (2 if gated else 1)}) floating, got {tuple(x_NK.shape)} {x_NK.dtype}"
         )
-    if (ends_E is None) != (E == 1) or (ends_E is not None and (ends_E.shape != (E,) or ends_E.dtype != torch.int32)):
+    if E == 1:
+        right = ends_E is None
+    else:
+        right = ends_E is not None and ends_E.shape == (E,) and ends_E.dtype == torch.int32
+    if not right:
         raise ValueError(f"{op}: ends must be ({E},) int32, or None for one weight")
     return _block_linear(x_NK.detach(), weight_EMK.detach(), scale.detach(), ends_E, gated, backend)
 
