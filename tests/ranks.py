@@ -153,13 +153,12 @@ def read_keys(config: Any, requests: list[Request], engine_config: EngineConfig,
     if not handed:
         for layer in part.model.layers:
             layer.self_attn.peers = Peers()
-    try:
-        Heads.sparse, PagedStep.attend = of_chunk, of_step  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Heads, "sparse", of_chunk)
+        patch.setattr(PagedStep, "attend", of_step)
         with engine_on(HERE[0], part, tokensieve.load_tokenizer("base"), engine_config) as engine:
             if engine is not None:
                 everything(engine, requests)
-    finally:
-        Heads.sparse, PagedStep.attend = sparse, attend  # type: ignore[method-assign]
     return [x.numpy().tobytes() for x in read]
 
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,14 @@ from contextlib import contextmanager
 import httpx2 as httpx
 import openai
 import pytest
+import servers
+from servers import settled
 
 import tokensieve
-from tokensieve.engine import Engine, EngineConfig, Service
-from tokensieve.serve import server
-from tokensieve.serve.settings import ServeConfig
+from tokensieve.engine import EngineConfig, Service
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 WHO = "I am the tokensieve base model"
-LIMITS = {"max_tokens": 200, "max_prompt_tokens": 600, "max_body": 20_000}
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +29,8 @@ def loaded():
 @contextmanager
 def running(loaded, waiting: int = 8, **settings) -> Iterator[tuple[str, Service]]:
     """The server's address, and its service."""
-    model, tokenizer = loaded
-    service = Service(Engine(model, tokenizer, EngineConfig(pages=64, running=4)), waiting)
-    with server.listen("127.0.0.1", 0) as listening:
-        made = server.make(service, tokenizer, ServeConfig("sparse", **(LIMITS | settings)))
-        thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not made.started:
-            time.sleep(0.01)
-        try:
-            yield server.address(listening), service
-        finally:
-            made.should_exit = True
-            thread.join()
-    assert not service.alive and service.engine.scheduler.pool.used == 0
+    with servers.running(loaded, EngineConfig(pages=64, running=4), waiting, **settings) as both:
+        yield both
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +42,6 @@ def served(loaded) -> Iterator[tuple[str, Service]]:
 @pytest.fixture(scope="module")
 def client(served) -> openai.OpenAI:
     return openai.OpenAI(base_url=served[0] + "/v1", api_key="none", max_retries=0)
-
-
-def settled(service: Service) -> None:
-    end = time.monotonic() + 10
-    while service.open or service.engine.busy:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert service.engine.scheduler.pool.used == 0
 
 
 # answers

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,13 +51,14 @@ def serve(
     from tokensieve.report import environment
     from tokensieve.train.figures import write_figures
 
-    who = selection.split(",")
-    if not set(who) <= {"indexer", "dense"}:
+    known: dict[str, Literal["indexer", "dense"]] = {"indexer": "indexer", "dense": "dense"}
+    if not set(selection.split(",")) <= set(known):
         raise tokensieve.UserError(f"--selection {selection}: use indexer, dense or indexer,dense")
+    who = [known[name] for name in selection.split(",")]
     if shape is None and (experts or set_ or fp8):
         raise tokensieve.UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
     loads = [
-        serving.Load(count, length, new, by, filled, chunk)  # type: ignore[arg-type]
+        serving.Load(count, length, new, by, filled, chunk)
         for length in _numbers("--prompt", prompt)
         for count in _numbers("--requests", requests)
         for by in who
