@@ -31,9 +31,8 @@ from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import EventStream, event, unless_gone
 
 COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
-SEED_STRIDE = (
-    0x9E3779B97F4A7C15  # between the seeds of a request's answers: far from those of a request with the next seed
-)
+# Between the seeds of a request's answers: far from those of a request with the next seed.
+SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Answers:
@@ -216,9 +215,8 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     def obeyed(body: ChatRequest) -> dict[str, Any]:
         if body.must_call:
             return {"grammar": forced.grammar(body)}
-        if (
-            body.schema_ is not None and len(json.dumps(body.schema_)) > LONGEST_SCHEMA
-        ):  # before each answer asks for it
+        # once, and not again for each of the answers
+        if body.schema_ is not None and len(json.dumps(body.schema_)) > LONGEST_SCHEMA:
             raise ApiError(400, f"the JSON schema has more than {LONGEST_SCHEMA} characters", "response_format")
         return {"schema": body.schema_}
 
