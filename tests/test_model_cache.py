@@ -91,6 +91,16 @@ def test_one_token_passes_the_experts_as_many_do(model: DecoderForCausalLM) -> N
         assert difference(alone, torch.cat([moe(row).detach() for row in x.split(1)])) < TOLERANCE
 
 
+def test_a_steps_tokens_pass_the_experts_to_the_bit_as_many_do(model: DecoderForCausalLM) -> None:
+    moe = model.model.layers[-1].mlp
+    x = torch.randn(12, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    want = moe(x)
+    for real in range(1, 13):
+        some = torch.cat((x[:real], x.new_zeros(-real % 4, x.shape[1])))
+        got = moe(some, real)
+        assert got.shape == some.shape and torch.equal(got[:real], want[:real]), real
+
+
 def test_one_token_is_normalized_as_many_are(sparse: DecoderForCausalLM) -> None:
     norm = sparse.model.layers[0].input_layernorm
     x = 30 * torch.randn(20, sparse.config.hidden_size, generator=torch.Generator().manual_seed(1))

@@ -70,6 +70,21 @@ def test_scores_have_the_bits_of_index_scores(kind: str, n: int, q_dtype: str) -
         assert torch.equal(actual[t, :seen], expected[t, first[b] : first[b] + seen]), f"query {t}"
 
 
+@pytest.mark.parametrize("behind", [3, 2, 0])
+def test_pages_one_after_the_other_have_the_bits_of_scattered_ones(behind: int) -> None:
+    """They are read where they lie, if the pool has room behind them; that room holds NaN."""
+    g = torch.Generator().manual_seed(1)
+    q, w = torch.randn(1, 8, 32, generator=g), torch.randn(1, 8, generator=g)
+    pages = torch.full((30, 64, 32), math.nan)
+    at = 30 - behind - 20
+    pages[at : at + 20] = torch.randn(20, 64, 32, generator=g)
+    lens, in_order = torch.tensor([20 * 64 - 7], dtype=torch.int32), torch.arange(at, at + 20, dtype=torch.int32)
+    back = torch.arange(29, -1, -1)
+    scores = [ops.index_scores_paged(q, pages, w, in_order[None], lens)]
+    scores += [ops.index_scores_paged(q, pages[back], w, 29 - in_order[None], lens)]
+    assert not scores[0][0, : lens[0]].isnan().any() and torch.equal(scores[0][0, : lens[0]], scores[1][0, : lens[0]])
+
+
 @pytest.mark.parametrize("q_dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_is_that_of_sparse_attention(kind: str, q_dtype: str) -> None:

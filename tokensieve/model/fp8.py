@@ -45,6 +45,9 @@ class BlockExperts(Experts):
         self.gate_up_proj, self.gate_up_proj_scale_inv = _blocks(experts, 2 * width, hidden)
         self.down_proj, self.down_proj_scale_inv = _blocks(experts, hidden, width)
 
+    def few_tokens(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        return self(x_ND, chosen_NK, weights_NK)[0]
+
     def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
         return self(x_1D, chosen_1K, weights_1K)[0]
 

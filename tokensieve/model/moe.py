@@ -155,6 +155,24 @@ class Experts(nn.Module):
                 parts.append(F.linear(F.silu(gate) * up, down.to(x.dtype))[:rows])
         return torch.cat([*parts, others])
 
+    def few_tokens(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """out (N, D) of `forward`, to the bit, for a step of decoding on the CPU: rows are put in order here, with few operators."""
+        K = chosen_NK.shape[1]
+        rows: dict[int, list[int]] = {}  # of each expert that has some, as places in chosen
+        for place, expert in enumerate(chosen_NK.flatten().tolist()):
+            rows.setdefault(expert, []).append(place)
+        padded = [places + places[:1] * (-len(places) % ORDINARY_ROWS) for places in rows.values()]
+        order = [place for places in padded for place in places]
+        sizes, dtype = [len(places) for places in padded], x_ND.dtype
+        parts = x_ND.index_select(0, torch.tensor([place // K for place in order])).split(sizes)
+        both = [F.linear(x, self.gate_up_proj[e].to(dtype)) for x, e in zip(parts, rows, strict=True)]
+        gate, up = torch.cat(both).chunk(2, dim=-1)
+        inner = (F.silu(gate) * up).split(sizes)
+        y = torch.cat([F.linear(x, self.down_proj[e].to(dtype)) for x, e in zip(inner, rows, strict=True)])
+        back = {place: row for row, place in enumerate(order)}
+        y = y.index_select(0, torch.tensor([back[place] for place in range(chosen_NK.numel())]))
+        return (y.view(*chosen_NK.shape, -1) * weights_NK.unsqueeze(-1).to(dtype)).sum(1)
+
     def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
         """`forward` for a single token in decode: sorting, counting and putting back would take longer than the products."""
         chosen = chosen_1K[0].tolist()
@@ -182,8 +200,9 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor, real: int | None = None) -> Tensor:
         """real: so many rows are tokens, and what follows is padding, which no expert sees."""
         chosen_NK, weights_NK = self.gate(x_ND)
-        if real is not None and real < len(x_ND):
-            routed = self.experts(x_ND[:real], chosen_NK[:real], weights_NK[:real])[0]
+        if real is not None:
+            some = x_ND[:real], chosen_NK[:real], weights_NK[:real]
+            routed = self.experts.few_tokens(*some) if self.experts.first is None else self.experts(*some)[0]
             routed = F.pad(routed, (0, 0, 0, len(x_ND) - real))
         elif alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)

@@ -36,7 +36,9 @@ class PagedStep:
         return self.index[0].dtype == torch.uint8
 
     def write(self, layer: int, entries_BE: Tensor, k_BD: Tensor | None) -> None:
-        write_pages(self.latent[layer], self.index[layer], entries_BE, k_BD, self.slots)
+        some = slice(self.real)
+        keys = None if k_BD is None else k_BD[some]
+        write_pages(self.latent[layer], self.index[layer], entries_BE[some], keys, self.slots[some])
 
     @cached_property
     def everything(self) -> Tensor:

@@ -13,6 +13,7 @@ float16 or float32, where the hardware has no FP8 or the widths differ. Values o
 only: elsewhere that would stop the queue. No op here has a gradient: inputs are detached.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,13 +86,14 @@ def _check_table(op: str, S: int, pages: Tensor, page_table: Tensor, lens: Tenso
     if S % B if B else S:
         raise ValueError(f"{op}: {S} queries cannot be shared evenly by {B} sequences")
     if _readable(lens):
-        low, high = min(lens.tolist()), max(lens.tolist())
+        counts = lens.numpy()  # as numpy's these few numbers take half the time, twice a layer in every step
+        low, high = counts.min(), counts.max()
         if low < 0 or high > P * PAGE_TOKENS:
             raise ValueError(f"{op}: lens must lie in [0, {P * PAGE_TOKENS}] with {P} pages, got {low} to {high}")
-        read = page_table[torch.arange(0, P * PAGE_TOKENS, PAGE_TOKENS) < lens[:, None]]
-        if len(read) and (int(read.min()) < 0 or int(read.max()) >= pages.shape[0]):
+        read = page_table.numpy()[np.arange(0, P * PAGE_TOKENS, PAGE_TOKENS) < counts[:, None]]
+        if read.size and (read.min() < 0 or read.max() >= pages.shape[0]):
             raise ValueError(
-                f"{op}: pages must lie in [0, {pages.shape[0]}), page_table has {int(read.min())} to {int(read.max())}"
+                f"{op}: pages must lie in [0, {pages.shape[0]}), page_table has {read.min()} to {read.max()}"
             )
 
 

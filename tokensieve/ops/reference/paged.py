@@ -20,6 +20,8 @@ from tokensieve.ops.reference.sparse import attend
 def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
     """The tokens (S) that each query sees: of n queries of a sequence, query j sees all but the last n - 1 - j."""
     n = S // max(lens_B.shape[0], 1)
+    if n == 1:
+        return lens_B
     behind = torch.arange(1 - n, 1, dtype=lens_B.dtype, device=lens_B.device)
     return (lens_B[:, None] + behind).clamp_min_(0).flatten()
 
@@ -27,7 +29,11 @@ def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
 def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
     """Keys (64p, D) of the named pages as they are stored, and their scales (64p) where they are quantized."""
     # and three pages more than are read, whatever they hold: products of keys have room at their end
-    pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, KEY_PAD // PAGE_TOKENS)))
+    room = KEY_PAD // PAGE_TOKENS
+    if pages_p.is_cpu and bool((pages_p.diff() == 1).all()):  # so a long sequence finds them in a pool that few share
+        pages = index_pages[int(pages_p[0]) : int(pages_p[-1]) + 1 + room]
+    else:
+        pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, room)))
     if pages.dtype != torch.uint8:
         return pages.flatten(0, 1), None
     keys, scales = quant.unpack_index_page(pages)
@@ -108,8 +114,9 @@ def write_caches(
     latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
 ) -> None:
     kept = slots >= 0
-    page, offset = slots[kept].long() // PAGE_TOKENS, slots[kept].long() % PAGE_TOKENS
-    latent, k_rope, k_I = latent[kept], k_rope[kept], k_I[kept]
+    if not bool(kept.all()):
+        latent, k_rope, k_I, slots = latent[kept], k_rope[kept], k_I[kept], slots[kept]
+    page, offset = slots.long() // PAGE_TOKENS, slots.long() % PAGE_TOKENS
     quantized_index = index_pages.dtype == torch.uint8
     # Quantizing refuses NaN: it comes before the first write, so that a refused call leaves both caches as they were.
     if quantized_index:
