@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,8 @@ from test_engine import KINDS, SMALL, ask, run, tokens
 
 import tokensieve
 from tokensieve.config import UserError
-from tokensieve.engine import Engine, EngineConfig
+from tokensieve.engine import Engine, EngineConfig, Request
+from tokensieve.engine.scheduler import Scheduler
 from tokensieve.model import DecoderForCausalLM
 
 
@@ -39,6 +41,36 @@ def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any)
     found = run(Engine(sparse, tokenizer, SMALL), [*requests, *others])
     assert {id: tokens(outputs) for id, outputs in found.items()} == alone
     assert [found[r.id][-1].cached_tokens for r in requests] == [0, 192, 192, 192]
+
+
+@pytest.mark.parametrize("answers", [2, 40, 128])
+def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
+    """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let in at once."""
+    scheduler = Scheduler(pages=4000, most_running=256, chunk=512, chunks=2)
+    prompt = tuple(range(6000))
+    twins = [scheduler.add(Request(f"twin {i}", prompt), i) for i in range(answers)]
+    other = scheduler.add(Request("other", tuple(range(1000, 1100))), 0)
+    first, steps = True, 0
+    while any(r.in_prompt for r in [*twins, other]):
+        scheduler.admit()
+        assert not first or scheduler.running == [twins[0], other]
+        for running in scheduler.next_chunks():
+            scheduler.ran(running, scheduler.chunk_of(running))
+        first, steps = False, steps + 1
+        assert steps < 6000 // 512 + 2 + answers / 2
+    assert [r.found for r in twins] == [0, *[5632] * (answers - 1)]
+
+
+def test_after_a_fault_nothing_written_is_shared(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, SMALL)
+    asked = ask("before", 200)
+    run(engine, [asked])
+    again = run(engine, [replace(asked, id="again")])["again"][-1]
+    engine.add(ask("bad", 200, text=3))
+    engine.step()
+    engine.fail_all("a fault")
+    after = run(engine, [replace(asked, id="after")])["after"][-1]
+    assert again.cached_tokens == 192 and after.cached_tokens == 0 and engine.scheduler.pool.used == 0
 
 
 def test_who_waits_costs_little(sparse: DecoderForCausalLM, tokenizer: Any) -> None:

@@ -111,7 +111,8 @@ class Engine:
         return None if answer is None else self._end(answer, "abort")
 
     def fail_all(self, error: str) -> list[Output]:
-        """Ends every request with an error, after a step that raised: none is left half done."""
+        """Ends every request with an error, after a step that raised: none is left half done, and what it wrote is not used again."""
+        self.scheduler.pool.forget()
         return [self._end(answer, "error", error) for answer in list(self._answers.values())]
 
     def step(self) -> list[Output]:
@@ -148,6 +149,7 @@ class Engine:
         broken = [r for r, is_sound in zip(some, sound, strict=True) if not is_sound]
         outputs = [self._end(self._answers[r.request.id], "error", "the model's logits are not finite") for r in broken]
         if broken:
+            self.scheduler.pool.forget()  # who knows what their pages hold
             some, logits_BV = [r for r in some if r not in broken], logits_BV[sound]
         answers = [self._answers[r.request.id] for r in some]
         rows = [

@@ -5,6 +5,7 @@ what nobody uses any more stays known until its room is needed, the longest unus
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 
@@ -15,10 +16,9 @@ Digest = bytes
 
 def digests(tokens: Sequence[int], kind: str) -> Iterator[Digest]:
     """Of each full page of `tokens`. kind: what else the entries depend on."""
-    before = kind.encode()
+    before, numbers = kind.encode(), array("I", tokens)
     for a in range(0, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
-        page = b"".join(token.to_bytes(4, "little") for token in tokens[a : a + PAGE_TOKENS])
-        before = hashlib.blake2b(before + page, digest_size=16).digest()
+        before = hashlib.blake2b(before + numbers[a : a + PAGE_TOKENS].tobytes(), digest_size=16).digest()
         yield before
 
 
@@ -74,6 +74,12 @@ class PagePool:
         """This page is full and will not change: others may share it. Of two with the same content the first stays known."""
         if digest not in self._known and page not in self._digest:
             self._known[digest], self._digest[page] = page, digest
+
+    def forget(self) -> None:
+        """After a fault: nothing that was written so far is shared with anybody new."""
+        self._free.extend(self._unused)
+        for kept in (self._unused, self._known, self._digest):
+            kept.clear()
 
     def release(self, pages: Sequence[int]) -> None:
         """One user less of each. The last pages of a sequence are forgotten first: without the ones before they are of no use."""

@@ -8,7 +8,6 @@ its prompt is run anew, and its tokens, which it keeps, are fed to it one by one
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 
 from tokensieve.engine.pages import Digest, PagePool, digests
 from tokensieve.engine.request import Request
@@ -72,21 +71,30 @@ class Scheduler:
     def admit(self) -> None:
         """Lets in whom there is room for, in the order of arrival. Smaller ones may pass one that has to wait, but not for ever."""
         left_out: list[Running] = []
-        for running in list(islice(self.waiting, AHEAD)):
-            if len(self.running) >= self.most_running or any(r.passed >= MOST_PASSES for r in left_out):
+        in_work = {r.digests[-1] for r in self.running if self._makes(r)}
+        looked_at = 0
+        for running in list(self.waiting):
+            if self._shareable(running) and running.digests[-1] in in_work:
+                continue  # soon the same prompt's pages are there for it: it delays nobody behind it
+            looked_at += 1
+            full = looked_at > AHEAD or len(self.running) >= self.most_running
+            if full or any(r.passed >= MOST_PASSES for r in left_out):
                 return
-            if self._is_made(running):
-                continue
             if self._enter(running):
                 for other in left_out:
                     other.passed += 1
+                in_work |= {running.digests[-1]} if self._makes(running) else set()
             else:
                 left_out.append(running)
 
-    def _is_made(self, running: Running) -> bool:
-        """Whether the same prompt is being run already: as soon as it is through, its pages are there for all."""
-        twins = (r for r in self.running if r.in_prompt and r.digests == running.digests)
-        return self.share and running.prompt > self.chunk and any(twins)
+    def _shareable(self, running: Running) -> int:
+        """Tokens of a prompt that others may find or that it may find itself: whole chunks, and never all of it, whose last logits are
+        wanted."""
+        return (running.prompt - 1) // self.chunk * self.chunk if self.share else 0
+
+    def _makes(self, running: Running) -> bool:
+        """Whether chunks that others may find are still to be run."""
+        return running.cached < self._shareable(running)
 
     def _enter(self, running: Running) -> bool:
         known = self._known(running)
@@ -104,11 +112,11 @@ class Scheduler:
         return True
 
     def _known(self, running: Running) -> list[int]:
-        """Pages that hold the beginning of the prompt, whole chunks of it and never all of it: the last token's logits are wanted."""
-        if not self.share:
+        """Pages that hold the beginning of the prompt, whole chunks of it."""
+        if not self._shareable(running):
             return []
         found = self.pool.find(running.digests)
-        whole = min(len(found) * PAGE_TOKENS, running.prompt - 1) // self.chunk * self.chunk
+        whole = min(len(found) * PAGE_TOKENS // self.chunk * self.chunk, self._shareable(running))
         return found[: whole // PAGE_TOKENS]
 
     def next_chunks(self) -> list[Running]:
@@ -130,11 +138,11 @@ class Scheduler:
         return min((running.cached // self.chunk + 1) * self.chunk, running.prompt)
 
     def ran(self, running: Running, cached: int) -> None:
-        """Entries of `cached` tokens are there now: full pages of the prompt may be shared."""
-        if self.share and running.cached < running.prompt <= cached:
+        """Entries of `cached` tokens are there now: pages of the prompt may be shared."""
+        if self.share and running.in_prompt:
             # whole chunks only: what a shorter chunk stores has other bits
-            whole = running.prompt // self.chunk * self.chunk // PAGE_TOKENS
-            for page, digest in zip(running.pages[:whole], running.digests, strict=False):
+            new = slice(running.cached // PAGE_TOKENS, cached // self.chunk * self.chunk // PAGE_TOKENS)
+            for page, digest in zip(running.pages[new], running.digests[new], strict=True):
                 self.pool.publish(page, digest)
         running.cached = cached
 
