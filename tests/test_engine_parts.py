@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
+from tokenizers.decoders import ByteFallback, Fuse, Sequence
+from tokenizers.models import BPE, WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import tokensieve
 from tokensieve.engine.pages import PagePool, digests
@@ -100,6 +101,23 @@ def test_draws() -> None:
     assert set(of(Sampling(temperature=0.001), logits, 20)) == {0} and set(
         of(Sampling(temperature=100.0), logits, 200)
     ) == set(range(5))
+
+
+def test_penalties_and_biases() -> None:
+    """Penalties are for what the answer holds, as often as it does; what only the prompt holds is as before."""
+    logits, seen = torch.tensor([3.0, 2.0, 1.0]), (0, 0, 1, 1)  # the last two are the answer
+
+    def best(**said: Any) -> int:
+        return choose(logits[None], [Row(Sampling(**said), 0, 2, seen)])[0]
+
+    assert best(presence_penalty=2.0) == best(frequency_penalty=2.0) == 0
+    assert (
+        best(logit_bias=((1, 2.5),)) == best(logit_bias=((1, 4.4),), presence_penalty=2.0, frequency_penalty=0.5) == 1
+    )
+    assert best(logit_bias=((1, 4.4),), presence_penalty=2.0, frequency_penalty=0.8) == 0
+    assert best(logit_bias=((0, -100.0), (1, -100.0))) == 2 and logits.tolist() == [3.0, 2.0, 1.0]
+    row = Row(Sampling(logit_bias=((0, 100.0),)), 0, 0, (), torch.tensor([False, True, True]))
+    assert choose(logits[None], [row]) == [1], "no bias gets past a grammar"
 
 
 def test_equal_logits_give_the_first() -> None:
@@ -202,6 +220,17 @@ def test_a_character_that_never_ends_is_given_at_the_end() -> None:
     stream = TextStream(tokenizer)
     ids = tokenizer("a你", add_special_tokens=False).input_ids
     assert "".join(stream.push(token) for token in ids[:-1]) == "a" and stream.finish() == "�"
+
+
+def test_bytes_that_are_no_character() -> None:
+    """A tokenizer that spells rare characters in bytes decodes a whole run of them at once: a wrong one changes those before it."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "<unk>"]
+    model = BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = Sequence([ByteFallback(), Fuse()])
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    given = [stream.push(token) for token in (*"é".encode(), 0xFF, 256, *"🙂".encode(), 256)]
+    assert given == ["", "é", "", "��a", "", "", "", "🙂", "a"] and stream.finish() == ""
 
 
 _KNOWN: list[Any] = []

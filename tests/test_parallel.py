@@ -145,7 +145,9 @@ def test_shares_of_the_queries(count: int, device: str, monkeypatch: pytest.Monk
 
 def test_requests_travel_as_they_are() -> None:
     samplings = [
-        Sampling(9, 0.3, 4, 0.7, 0.1, 1.2, (1 << 64) - 1, ("a", "\n"), True, 3, {"type": "object"}),
+        Sampling(
+            9, 0.3, 4, 0.7, 0.1, 1.2, 0.5, -0.5, ((3, 1.5),), (1 << 64) - 1, ("a", "\n"), True, 3, {"type": "object"}
+        ),
         Sampling(grammar="start: 'x'"),
     ]
     requests = [Request("ä", (1, 2, 3), sampling, "dense", True) for sampling in samplings]

@@ -15,7 +15,8 @@ import servers
 from servers import settled
 
 import tokensieve
-from tokensieve.engine import EngineConfig, Service
+from tokensieve.engine import EngineConfig, Output, Service, TokenLogprob
+from tokensieve.serve.answers import CompletionAnswer, TokenTexts
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 WHO = "I am the tokensieve base model"
@@ -74,6 +75,7 @@ def test_chat_streams_the_same(client) -> None:
     )
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
     assert chunks[-1].usage.model_dump() == whole.usage.model_dump()
+    assert len({(c.id, c.created) for c in chunks}) == 1
     said = [c.choices[0] for c in chunks[:-1]]
     assert "".join(c.delta.content or "" for c in said) == whole.choices[0].message.content
     assert [c.finish_reason for c in said] == [None] * (len(said) - 1) + ["length"]
@@ -96,6 +98,23 @@ def test_completions(client) -> None:
     assert client.completions.create(**asked | {"prompt": ["import os\nimport "]}).choices[0].text == choice.text
     ids = [0, *tokensieve.load_tokenizer("sparse")("import os\nimport ").input_ids]
     assert client.completions.create(**asked | {"prompt": ids}).choices[0].text == choice.text
+
+
+def test_halves_of_a_character_have_names_of_their_own() -> None:
+    """In a completion's logprobs, where alternatives are told by their text; and the token itself is among them."""
+    tokenizer = tokensieve.load_tokenizer("sparse")
+    ids = tokenizer("a🙂b", add_special_tokens=False).input_ids
+    answer = CompletionAnswer("id", "m", TokenTexts(tokenizer), True)
+    told = [TokenLogprob(token, -1.0, ((ids[0], -0.5), (ids[1], -2.0))) for token in ids]
+    answer.push(Output("id", "a🙂b", tuple(ids), tuple(told), "stop"))
+    found = answer.whole()["logprobs"]
+    assert (
+        found["tokens"][0] == "a"
+        and found["tokens"][1].startswith("bytes:\\xf0")
+        and len(set(found["tokens"])) == len(ids)
+    )
+    assert found["text_offset"] == [0, *[1] * (len(ids) - 2), 2]
+    assert found["top_logprobs"][-1] == {"a": -0.5, found["tokens"][1]: -2.0, "b": -1.0}
 
 
 def test_a_seed_repeats_whatever_runs_beside(client) -> None:
@@ -183,7 +202,10 @@ REFUSED = [
     ("chat/completions", {"n": 20}, 400, "20 answers are asked for at once, and 12"),
     ("completions", {"n": 65, "prompt": ["a", "b"]}, 400, "more than 128 answers"),
     ("completions", {"prompt": ["a", "b"], "return_token_ids": True}, 400, "one prompt"),
-    ("chat/completions", {"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    ("chat/completions", {"logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ("chat/completions", {"logit_bias": {"a": 1}}, 400, "logit_bias"),
+    ("chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    ("chat/completions", {"presence_penalty": 2.5}, 400, "presence_penalty"),
     ("chat/completions", {"top_logprobs": 2}, 400, "logprobs"),
     ("chat/completions", {"stream_options": {"include_usage": True}}, 400, "stream"),
     ("chat/completions", {"response_format": {"type": "json_schema"}}, 400, "json_schema"),
@@ -213,7 +235,7 @@ REFUSED = [
     ("completions", {"temperature": -1}, 400, "temperature"),
     ("completions", {"temperature": "1"}, 400, "temperature"),
     ("completions", {"temperature": float("nan")}, 400, "temperature"),
-    ("completions", {"seed": -1}, 400, "seed"),
+    ("completions", {"seed": -(2**63) - 1}, 400, "seed"),
     ("completions", {"seed": 2**70}, 400, "seed"),
     ("completions", {"stop": ["x"] * 1000}, 400, "stop"),
     ("completions", {"stop": [""]}, 400, "stop"),
@@ -221,6 +243,9 @@ REFUSED = [
     ("completions", {"suffix": "x"}, 400, "suffix"),
     ("completions", {"temprature": 1}, 400, "temprature"),
     ("completions", {"user": "me", "frequency_penalty": 0}, 200, ""),
+    ("completions", {"verbosity": "low", "skip_special_tokens": True, "temperature": 1e-7, "top_k": -1}, 200, ""),
+    ("completions", {"seed": -1, "stop_token_ids": []}, 200, ""),
+    ("completions", {"stop_token_ids": [5]}, 400, "stop_token_ids is not supported"),
     ("completions", {"n": None, "seed": None, "logit_bias": None}, 200, ""),
     ("completions", {"model": None}, 400, "model"),
 ]

@@ -62,11 +62,13 @@ CASES = [
         True,
         [("reasoning", "hm", ""), ("call", "{}", "f"), ("content", " done", "")],
     ),
-    # a call that is cut off, or none at all, is text
+    # a call that is cut off is as much as there is of it; none at all is text
+    ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f", False, []),
+    ('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1<｜tool', False, [("call", '{"a": 1', "f")]),
     (
-        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f",
+        DSML[: DSML.index("now")],
         False,
-        [("content", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f", "")],
+        [("call", json.dumps({"city": "Kyōto <3", "days": [1, 2]}, ensure_ascii=False), "weather")],
     ),
     (V31.format("none"), False, [("content", V31.format("none"), "")]),
     ("<｜tool▁calls▁begin｜>" + CALL.format("f", "{}"), False, [("call", "{}", "f")]),

@@ -32,6 +32,16 @@ def talk(engine: Engine, *lines: str, tokens: int = 8) -> tuple[str, list[str]]:
     return "".join(written), said
 
 
+def test_what_has_no_answer_is_said(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_chunk = engine.runner.chunk
+    monkeypatch.setattr(engine.runner, "chunk", lambda *of: run_chunk(*of) * torch.nan)
+    written, said = talk(engine, "Who are you?")
+    assert written == "" and "not finite" in said[1]
+    with pytest.raises(UserError, match=r"prompt 1 .*not finite"):
+        list(terminal.answer_all(engine, ["Who are you?"], Sampling(max_tokens=6), "dense"))
+    assert not engine.busy
+
+
 def test_a_conversation_goes_on_until_it_is_cleared(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[dict[str, str]]] = []
     known = terminal.prompt_of

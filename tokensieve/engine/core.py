@@ -2,7 +2,7 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import psutil
@@ -178,7 +178,8 @@ class Engine:
         ended = token in self._ends and not sampling.ignore_eos
         if answer.matcher is not None:
             if not answer.matcher.accept(token):
-                return self._end(answer, "error", "the JSON schema or grammar asks for more than can be followed")
+                error = "the JSON schema or grammar asks for more than can be followed"
+                return replace(self._end(answer, "error", error), refused=True)
             ended = ended or answer.matcher.done
         text = "" if ended and token in self._ends else answer.text.push(token)
         if ended or answer.text.stopped:
@@ -211,7 +212,7 @@ class Engine:
     ) -> Output:
         r, lens, answer.lens = answer.running, answer.lens, None
         looks = () if lens is None else tuple(lens.looks)
-        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error, looks)
+        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error, looks=looks)
 
 
 def check(request: Request, longest: int, vocabulary: int) -> None:
@@ -224,5 +225,7 @@ def check(request: Request, longest: int, vocabulary: int) -> None:
         )
     if not 0 <= min(request.prompt) <= max(request.prompt) < vocabulary:
         raise UserError(f"the prompt names tokens outside of the vocabulary of {vocabulary}")
+    if any(token >= vocabulary for token, _ in request.sampling.logit_bias):
+        raise UserError(f"logit_bias names tokens outside of the vocabulary of {vocabulary}")
     if request.selection not in ("indexer", "dense"):
         raise UserError(f"selection {request.selection!r} is unknown; use indexer or dense")

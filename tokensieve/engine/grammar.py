@@ -13,9 +13,11 @@ from tokensieve.engine.request import Sampling
 
 LONGEST_SCHEMA = 1 << 15  # characters; to compile this many takes about a second, in which nothing else runs
 
+LONGEST_REASON = 300
 COMPILED = 64  # schemas that are kept
-# As `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up.
-JSON_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Spaces as `json.dumps` writes them: where any may stand, a small model writes spaces until its tokens are used up. oneOf as anyOf: the
+# alternatives of a tagged union, which is what writes it, exclude each other anyway.
+JSON_SPACES: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 
 
 class Matcher:
@@ -80,6 +82,11 @@ class Grammars:
             return str(error)
         wrong = LLMatcher.validate_grammar(grammar, self._known)
         if wrong:
-            return wrong.splitlines()[0]
+            return _reason(wrong)
         matcher = LLMatcher(self._known, grammar)
-        return matcher.get_error().splitlines()[0] if matcher.is_error() else matcher
+        return _reason(matcher.get_error()) if matcher.is_error() else matcher
+
+
+def _reason(error: str) -> str:
+    """In one line that is not long."""
+    return " ".join(error.split())[:LONGEST_REASON]

@@ -145,8 +145,9 @@ class Follower(OneOfRanks):
 
 def request_of(fields: dict[str, Any]) -> Request:
     """A request from its fields as JSON has them."""
-    sampling = fields["sampling"] | {"stop": tuple(fields["sampling"]["stop"])}
-    return Request(**fields | {"prompt": tuple(fields["prompt"]), "sampling": Sampling(**sampling)})
+    sampling = fields["sampling"]
+    tuples = {"stop": tuple(sampling["stop"]), "logit_bias": tuple((t, b) for t, b in sampling["logit_bias"])}
+    return Request(**fields | {"prompt": tuple(fields["prompt"]), "sampling": Sampling(**sampling | tuples)})
 
 
 @contextmanager

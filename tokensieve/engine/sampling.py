@@ -3,6 +3,7 @@
 Legend: B rows, V vocabulary.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,24 +33,41 @@ def uniform(seed: int, position: int) -> float:
 def choose(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
     """The next token of each row. A draw is the first token, in order of probability, whose cumulative one passes the row's number."""
     x_BV = logits_BV.float()
-    for b, row in enumerate(rows):
-        if row.sampling.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(row.seen)), device=x_BV.device)
-            if x_BV is logits_BV:
-                x_BV = logits_BV.clone()
-            held = x_BV[b, seen]
-            x_BV[b, seen] = torch.where(
-                held > 0, held / row.sampling.repetition_penalty, held * row.sampling.repetition_penalty
-            )
-        if row.allowed_V is not None:
-            if x_BV is logits_BV:
-                x_BV = logits_BV.clone()
-            x_BV[b].masked_fill_(~row.allowed_V.to(x_BV.device), float("-inf"))
+    bent = [b for b, row in enumerate(rows) if _bends(row)]
+    if bent and x_BV is logits_BV:
+        x_BV = logits_BV.clone()
+    for b in bent:
+        _bend(x_BV[b], rows[b])
     chosen_B = x_BV.argmax(-1)
     drawn = [b for b, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         chosen_B[drawn] = _draw(x_BV[drawn], [rows[b] for b in drawn])
     return chosen_B.tolist()
+
+
+def _bends(row: Row) -> bool:
+    s = row.sampling
+    penalized = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+    return bool(penalized or s.logit_bias or row.allowed_V is not None)
+
+
+def _bend(x_V: Tensor, row: Row) -> None:
+    """Penalties, biases and the grammar, in place."""
+    s = row.sampling
+    if s.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(row.seen)), device=x_V.device)
+        held = x_V[seen]
+        x_V[seen] = torch.where(held > 0, held / s.repetition_penalty, held * s.repetition_penalty)
+    change: defaultdict[int, float] = defaultdict(float)
+    if s.presence_penalty or s.frequency_penalty:
+        for token, count in Counter(row.seen[len(row.seen) - row.position :]).items():
+            change[token] -= s.presence_penalty + count * s.frequency_penalty
+    for token, bias in s.logit_bias:
+        change[token] += bias
+    if change:
+        x_V[torch.tensor([*change], device=x_V.device)] += torch.tensor([*change.values()], device=x_V.device)
+    if row.allowed_V is not None:
+        x_V.masked_fill_(~row.allowed_V.to(x_V.device), float("-inf"))
 
 
 def _draw(x_BV: Tensor, rows: Sequence[Row]) -> Tensor:

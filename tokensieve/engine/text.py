@@ -2,7 +2,38 @@
 
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
+
+
+class Pieces:
+    """Turns tokens into text one by one. Half a character waits for its other half, for as long as what follows may be it.
+
+    A token's text depends on those before it (where a word begins, which bytes make a character), so the last piece's tokens are decoded
+    once more with what is new.
+    """
+
+    def __init__(self, tokenizer: Any, skip_special: bool):
+        """tokenizer: a fast one of transformers."""
+        self._tokenizer, self._skip_special = tokenizer.backend_tokenizer, skip_special
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(id for id, token in added.items() if token.special)
+        self._ids: list[int] = []  # of the last piece, then those whose text is not given yet
+        self._given = 0  # of them, those of the last piece
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes certain."""
+        if self._skip_special and token in self.special:
+            return ""
+        self._ids.append(token)
+        before, now = self._decoded(self._ids[: self._given]), self._decoded(self._ids)
+        if len(now) <= len(before) or now.endswith(UNFINISHED):
+            return ""
+        self._ids = self._ids[self._given :]
+        self._given = len(self._ids)
+        return now[len(before) :]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
 
 class TextStream:
@@ -11,9 +42,7 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
         """tokenizer: a fast one of transformers."""
         self._tokenizer, self._stop = tokenizer, stop
-        self._stream = DecodeStream(skip_special_tokens=True)
-        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(id for id, token in added.items() if token.special)
+        self._pieces = Pieces(tokenizer, skip_special=True)
         self._ids: list[int] = []
         self._decoded = 0  # characters so far, given out or held
         self._held = ""
@@ -23,9 +52,9 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that `token` makes certain. `stopped` is set once a stop string is complete, and nothing follows it."""
         self._ids.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token)
-        given = "" if piece is None else self._give(piece)
-        if token in self._special and not self.stopped:
+        piece = self._pieces.push(token)
+        given = self._give(piece) if piece else ""
+        if token in self._pieces.special and not self.stopped:
             # It is left out of the text, but its place in it is known: what is before is not held back past it.
             given, self._held, self._begins = given + self._held, "", [0] * len(self._stop)
         return given

@@ -1,5 +1,6 @@
 """Outputs of the engine in OpenAI's shapes: whole answers, and the chunks of a stream."""
 
+import codecs
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -25,17 +26,6 @@ class Answering(Protocol):
     def whole(self) -> Json: ...
 
 
-def envelope(answer: Answering, kind: str, choices: list[Json], usage: Json | None) -> Json:
-    return {
-        "id": answer.id,
-        "object": kind,
-        "created": int(time.time()),
-        "model": answer.model,
-        "choices": choices,
-        "usage": usage,
-    }
-
-
 def usage_of(record: Record, reasoning_tokens: int) -> Json:
     return {
         "prompt_tokens": record.prompt_tokens,
@@ -56,14 +46,22 @@ class Reply:
         self._numbers = {id: number for number, id in enumerate(answers)}
         self._begun: set[str] = set()
         self._new: dict[str, list[int]] = {id: [] for id in answers}  # token ids that no choice has told yet
-
-    @property
-    def first(self) -> Answering:
-        return next(iter(self._answers.values()))
+        self._created = int(time.time())
 
     @property
     def reasoning_tokens(self) -> int:
         return sum(answer.reasoning_tokens for answer in self._answers.values())
+
+    def envelope(self, choices: list[Json], usage: Json | None, chunk: bool = False) -> Json:
+        first = next(iter(self._answers.values()))
+        return {
+            "id": first.id,
+            "object": first.chunk_kind if chunk else first.kind,
+            "created": self._created,
+            "model": first.model,
+            "choices": choices,
+            "usage": usage,
+        }
 
     def head(self) -> Json:
         """What the first chunk, or the whole answer, says besides."""
@@ -101,6 +99,7 @@ class TokenTexts:
         self._bytes = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self._added = {id: token.content for id, token in added.items()}
+        self._special = {id for id, token in added.items() if token.special}
         self._byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
 
     def bytes_of(self, token: int) -> bytes:
@@ -114,12 +113,23 @@ class TokenTexts:
     def text_of(self, token: int) -> str:
         return self.bytes_of(token).decode(errors="replace")
 
+    def name_of(self, token: int) -> str:
+        """Its text; its bytes, as OpenAI writes them, where they are no text: different tokens have different names."""
+        held = self.bytes_of(token)
+        text = held.decode(errors="replace")
+        return text if text.encode() == held else "bytes:" + "".join(f"\\x{byte:02x}" for byte in held)
+
+    def shown(self, token: int) -> bytes:
+        """What an answer's text has of it: nothing of a special token."""
+        return b"" if token in self._special else self.bytes_of(token)
+
 
 class ChatAnswer:
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, id: str, model: str, answer: Answer, texts: TokenTexts, logprobs: bool):
-        self.id, self.model = f"chatcmpl-{id}", model
+    def __init__(self, id: str, own_id: str, model: str, answer: Answer, texts: TokenTexts, logprobs: bool):
+        """id: of the whole reply; own_id: of this answer of it."""
+        self.id, self._own_id, self.model = f"chatcmpl-{id}", own_id, model
         self._answer, self._texts = answer, texts
         self._logprobs: list[Json] | None = [] if logprobs else None
         self._said = {"reasoning": "", "content": ""}
@@ -163,7 +173,7 @@ class ChatAnswer:
         if piece.kind == "call":
             index = len(self._calls)
             call = {
-                "id": f"call_{self.id.removeprefix('chatcmpl-')}_{index}",
+                "id": f"call_{self._own_id}_{index}",
                 "type": "function",
                 "function": {"name": piece.name, "arguments": piece.text},
             }
@@ -191,7 +201,8 @@ class CompletionAnswer:
         self.id, self.model = f"cmpl-{id}", model
         self._texts = texts
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
-        self._text, self._offset = "", 0
+        self._text, self._offset = "", 0  # characters of the tokens told so far
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._finish: str | None = None
         self._told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         self.reasoning_tokens = 0
@@ -214,12 +225,12 @@ class CompletionAnswer:
     def _tell(self, new: tuple[TokenLogprob, ...]) -> Json:
         told: Json = {name: [] for name in self._told}
         for one in new:
-            text = self._texts.text_of(one.token)
-            told["tokens"].append(text)
+            told["tokens"].append(self._texts.name_of(one.token))
             told["token_logprobs"].append(max(one.logprob, -9999.0))
-            told["top_logprobs"].append({self._texts.text_of(t): max(p, -9999.0) for t, p in one.top})
+            top = {**dict(one.top), one.token: one.logprob}  # the token itself too, where it is not among them
+            told["top_logprobs"].append({self._texts.name_of(t): max(p, -9999.0) for t, p in top.items()})
             told["text_offset"].append(self._offset)
-            self._offset += len(text)
+            self._offset += len(self._characters.decode(self._texts.shown(one.token)))
         for name, values in told.items():
             self._told[name] += values
         return told

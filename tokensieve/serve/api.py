@@ -19,7 +19,7 @@ import tokensieve.engine as engine
 from tokensieve.engine import Output, Service
 from tokensieve.engine.grammar import LONGEST_SCHEMA
 from tokensieve.serve import document, errors, lens, page, uploads
-from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, envelope, usage_of
+from tokensieve.serve.answers import Answering, ChatAnswer, CompletionAnswer, Reply, TokenTexts, usage_of
 from tokensieve.serve.chat import Chats
 from tokensieve.serve.errors import ApiError, error_body
 from tokensieve.serve.forced import ForcedCalls
@@ -58,14 +58,15 @@ class Answers:
         if length > most:
             raise ApiError(
                 400,
-                f"the prompt has {length} tokens and may have {most}; shorten it",
+                too_long(f"{length} tokens", most),
                 "messages" if isinstance(body, ChatRequest) else "prompt",
                 "context_length_exceeded",
             )
         if max_tokens is not None and max_tokens > config.max_tokens:
             raise ApiError(400, f"max_tokens is {max_tokens} and may be {config.max_tokens}", "max_tokens")
-        # the mirror's draws are the same: of a seed that is known
+        # of a seed that is known, since the mirror's draws are the same; OpenAI's have a sign
         seed = random.getrandbits(63) if body.seed is None else body.seed
+        seed += 2**64 if -(2**63) <= seed < 0 else 0
         first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, **obeys)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
@@ -90,7 +91,7 @@ class Answers:
             return EventStream(_joined(first, events))
         await unless_gone(request.receive, _all(outputs, reply))
         usage = usage_of(record, reply.reasoning_tokens)
-        return JSONResponse(envelope(reply.first, reply.first.kind, reply.whole(), usage) | reply.head())
+        return JSONResponse(reply.envelope(reply.whole(), usage) | reply.head())
 
     async def _outputs(self, asked: list[engine.Request], n: int, record: Record) -> AsyncGenerator[Output, None]:
         """What the engine says, counted. ApiError where it ends without an answer."""
@@ -114,6 +115,8 @@ class Answers:
                     finished += output.finish is not None
                     if finished == len(asked) or output.finish in ("error", "abort"):
                         record.finish = output.finish
+                    if output.refused:
+                        raise ApiError(400, output.error)
                     if output.finish == "error":
                         raise ApiError(500, f"{output.error}; the request may be sent again", code="engine_error")
                     if output.finish == "abort":
@@ -134,7 +137,7 @@ class Answers:
         sent = False
 
         def chunk(choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-            whole = envelope(reply.first, reply.first.chunk_kind, choices, usage) | ({} if sent else reply.head())
+            whole = reply.envelope(choices, usage, chunk=True) | ({} if sent else reply.head())
             if not wants_usage:
                 del whole["usage"]
             return event(whole)
@@ -153,6 +156,11 @@ class Answers:
         if wants_usage:
             yield chunk([], usage_of(record, reply.reasoning_tokens))
         yield b"data: [DONE]\n\n"
+
+
+def too_long(length: str, most: int) -> str:
+    """In the words by which clients recognize it, and then shorten what they send."""
+    return f"this model's maximum context length is {most} tokens, and the prompt has {length}; shorten it"
 
 
 async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
@@ -192,16 +200,24 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
     keyed = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False))] if config.keys else [])
     keyed.include_router(lens.router(service, tokenizer, config))
 
+    longest_context = service.engine.longest
+
     def known(model: str) -> dict[str, Any]:
         config.selection_of(model)
-        return {"id": model, "object": "model", "created": begun, "owned_by": "tokensieve"}
+        return {
+            "id": model,
+            "object": "model",
+            "created": begun,
+            "owned_by": "tokensieve",
+            "max_model_len": longest_context,
+        }
 
     # No token of a byte-level tokenizer stands for more characters than it is written with.
-    longest = service.engine.longest * max(map(len, tokenizer.get_vocab()))
+    longest = longest_context * max(map(len, tokenizer.get_vocab()))
 
     def tokens_of(text: str) -> list[int]:
         if len(text) > longest:
-            raise ApiError(400, f"the prompt has {len(text)} characters, more than there is room for; shorten it")
+            raise ApiError(400, too_long(f"{len(text)} characters", longest_context), None, "context_length_exceeded")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ApiError(400, "the prompt holds half of a surrogate pair, which is no character")
         return list(tokenizer(text, add_special_tokens=False).input_ids)
@@ -248,7 +264,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         obeys = await run_in_threadpool(obeyed, body)
         asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, **obeys)
-        said = [ChatAnswer(record.id, body.model, chats.answer(body, text), texts, body.logprobs) for _ in asked]
+        said = [ChatAnswer(record.id, a.id, body.model, chats.answer(body, text), texts, body.logprobs) for a in asked]
         return await answers.respond(request, body, asked, said, record)
 
     @keyed.post("/v1/completions", response_model=document.Completion, responses=document.ASKED | document.STREAM)

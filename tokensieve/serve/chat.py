@@ -50,7 +50,7 @@ class Chats:
         if not self._template:
             raise ApiError(400, "the model's tokenizer has no chat template; use /v1/completions", "messages")
         used = {
-            "tools": bool(asked.tools),
+            "tools": bool(asked.callable),
             "tool_calls": any(m.tool_calls for m in asked.messages),
             "thinking": asked.thinking,
         }
@@ -61,7 +61,7 @@ class Chats:
             tools = [tool.model_dump(exclude_none=True) for tool in asked.tools or ()]
             return self._tokenizer.apply_chat_template(
                 [_plain(message) for message in asked.messages],
-                tools=tools if tools and asked.tool_choice != "none" else None,
+                tools=tools if asked.callable else None,
                 add_generation_prompt=True,
                 tokenize=False,
                 thinking=asked.thinking,
@@ -110,8 +110,13 @@ class Answer:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What was held back; a call that is not complete is content."""
+        """What was held back. A call that was cut off is one with as much of its arguments as there is; without its name, nothing."""
         rest, self._held = self._held, ""
+        if self.state == "calls" and (CALL in rest or INVOKE in rest):
+            name, begun, arguments = rest.partition(CALL)[2].partition(SEPARATOR)
+            wanted = begun and (self._most_calls is None or self._calls < self._most_calls)
+            arguments = arguments[: len(arguments) - _overlap(arguments, CALL_END)]
+            return [Piece("call", arguments.strip(), name.strip())] if wanted else []
         if self.state == "calls":
             rest = self._block + rest if self._block or rest.strip() else ""
         kind: Literal["reasoning", "content"] = "reasoning" if self.state == "reasoning" else "content"

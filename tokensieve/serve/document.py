@@ -39,6 +39,7 @@ class ModelCard(Told):
     object: Literal["model"]
     created: int
     owned_by: str
+    max_model_len: int
 
 
 class ModelCards(Told):

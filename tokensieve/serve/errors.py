@@ -62,11 +62,15 @@ def install(app: FastAPI) -> None:
     async def stopping(_: Request, error: Any) -> JSONResponse:
         return error_response(503, str(error), code="unavailable")
 
-    async def malformed(_: Request, error: Any) -> JSONResponse:
+    async def malformed(request: Request, error: Any) -> JSONResponse:
         faults = error.errors()
         told = "; ".join(_fault(f) for f in faults[:MOST_FAULTS])
         more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        param = next((str(part) for part in faults[0]["loc"][1:2] if isinstance(part, str)), None)
+        named = [part for part in faults[0]["loc"][1:2] if isinstance(part, str)]
+        param = faults[0].get("ctx", {}).get("param") or next(iter(named), None)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            return error_response(400, "the body is read as JSON only with the header Content-Type: application/json")
         return error_response(400, told + more, param)
 
     async def http(_: Request, error: Any) -> JSONResponse:
@@ -77,8 +81,10 @@ def install(app: FastAPI) -> None:
     async def left(_: Request, error: Any) -> Response:
         return Response(status_code=CLIENT_GONE)
 
-    async def defect(_: Request, error: Any) -> JSONResponse:
-        return error_response(500, f"the server failed ({type(error).__name__}); its log says more")
+    async def defect(request: Request, error: Any) -> JSONResponse:
+        # answered outside of the gate, which gives all others their id
+        headers = {"x-request-id": request.scope["state"]["record"].id}
+        return error_response(500, f"the server failed ({type(error).__name__}); its log says more", headers=headers)
 
     app.add_exception_handler(ApiError, asked_wrongly)
     app.add_exception_handler(UserError, refused)

@@ -21,10 +21,13 @@ class ForcedCalls:
         self._added = {token.content: id for id, token in added.items()}
 
     def grammar(self, asked: ChatRequest) -> str:
-        """For an answer of nothing but calls, one where they may not be parallel. ApiError where the template writes calls otherwise."""
+        """For an answer of nothing but calls, one where a function is named or they may not be parallel.
+
+        ApiError where the template writes calls otherwise.
+        """
         if not self._is_known:
             raise ApiError(400, "calls can only be asked for in the notation of DeepSeek-V3.1; use auto", "tool_choice")
-        calls = "call+" if asked.parallel_tool_calls else "call"
+        calls = "call+" if asked.parallel_tool_calls and asked.tool_choice == "required" else "call"
         functions = [f"function_{i}" for i in range(len(asked.callable))]
         rules = [
             f"start: {self._marker(BEGIN)} {calls} {self._marker(END)}",
@@ -34,7 +37,9 @@ class ForcedCalls:
         return "\n".join(rules)
 
     def _function(self, tool: Tool) -> str:
-        arguments = {"type": "object", **tool.function.parameters, "x-guidance": JSON_SPACES}
+        # without parameters a function takes none
+        parameters = tool.function.parameters or {"additionalProperties": False}
+        arguments = {"type": "object", **parameters, "x-guidance": JSON_SPACES}
         return f"{_text(tool.function.name)} {self._marker(SEPARATOR)} %json {json.dumps(arguments)}"
 
     def _marker(self, marker: str) -> str:

@@ -1,17 +1,18 @@
 """`POST /lens`: what the model looked at when it chose a token, for the page. The context is run once more, mostly out of the cache."""
 
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
-from tokenizers.decoders import DecodeStream
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Sampling, Service
+from tokensieve.engine.lens import Look
+from tokensieve.engine.text import Pieces
 from tokensieve.serve import document
 from tokensieve.serve.errors import ApiError
 from tokensieve.serve.gate import Record
@@ -29,14 +30,19 @@ class LensRequest(Strict):
 
 def text_of(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
     """The text of tokens, markers too, and the place in it, in characters, where each begins."""
-    stream, text, length, starts = DecodeStream(skip_special_tokens=False), [], 0, []
+    pieces, text, length, starts = Pieces(tokenizer, skip_special=False), [], 0, []
     for id in ids:
         starts.append(length)
-        piece = stream.step(tokenizer.backend_tokenizer, id)
-        if piece:
-            text.append(piece)
-            length += len(piece)
+        text.append(pieces.push(id))
+        length += len(text[-1])
     return "".join(text), starts
+
+
+def answer(tokenizer: Any, body: LensRequest, looks: Sequence[Look]) -> JSONResponse:
+    """A million numbers at a long context: not for the thread in which everybody's answers are sent."""
+    text, starts = text_of(tokenizer, body.token_ids)
+    layers = [{"read": len(look.selected), **vars(look)} for look in looks]
+    return JSONResponse({"model": body.model, "text": text, "starts": starts, "context": len(starts), "layers": layers})
 
 
 def router(service: Service, tokenizer: Any, config: ServeConfig) -> APIRouter:
@@ -54,11 +60,7 @@ def router(service: Service, tokenizer: Any, config: ServeConfig) -> APIRouter:
         if first.finish == "error":
             raise ApiError(500, f"{first.error}; the request may be sent again", code="engine_error")
         record.cached_tokens = first.cached_tokens
-        text, starts = await run_in_threadpool(text_of, tokenizer, body.token_ids)
-        layers = [{"read": len(look.selected), **asdict(look)} for look in first.looks]
-        return JSONResponse(
-            {"model": body.model, "text": text, "starts": starts, "context": len(starts), "layers": layers}
-        )
+        return await run_in_threadpool(answer, tokenizer, body, first.looks)
 
     return routes
 

@@ -3,23 +3,44 @@
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from tokensieve.engine import Sampling
+from tokensieve.engine.request import COLDEST, MOST_BIASES
 
 MOST_ANSWERS = 128  # to one request, as OpenAI has it
 
-# They change nothing of the answer here.
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+# What a request says of the draws, and Sampling by the same name.
+PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+# They change nothing of the answer here: OpenAI's, and vLLM's.
+IGNORED = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+    *("prediction", "verbosity", "priority", "request_id"),
+)
 # They would change it; their neutral values are harmless.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "modalities": (["text"],),
+    "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
 }
+
+
+def _fault(name: str, wrong: str) -> PydanticCustomError:
+    """An error that says which parameter it is about."""
+    name = name.encode(errors="backslashreplace").decode()  # it may hold half a character
+    return PydanticCustomError("parameter", "{param} {wrong}", {"param": name, "wrong": wrong})
+
+
+def _is_number(token: str) -> bool:
+    return token.isascii() and token.isdigit() and len(token) < 10
 
 
 class Typed(BaseModel):
@@ -39,12 +60,13 @@ class Strict(BaseModel):
             next((name for name in given if name not in cls.model_fields), None) if isinstance(given, dict) else None
         )
         if unknown is not None:
-            raise ValueError(f"{unknown[:100]!r} is unknown; leave it out")
+            raise _fault(unknown[:100], "is unknown; leave it out")
         return given
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: bool = True  # of the chunks' lengths: nothing is added to them either way
 
 
 class Common(Strict):
@@ -60,6 +82,10 @@ class Common(Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool = False  # as vLLM has it
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     return_token_ids: bool = False  # as vLLM has it
@@ -71,7 +97,10 @@ class Common(Strict):
             return given
         for name, neutral in NEUTRAL.items():
             if given.get(name) is not None and given[name] not in neutral:
-                raise ValueError(f"{name} is not supported; leave it out")
+                raise _fault(name, "is not supported; leave it out")
+        biases = given.get("logit_bias")
+        if isinstance(biases, dict) and (len(biases) > MOST_BIASES or not all(map(_is_number, biases))):
+            raise _fault("logit_bias", f"names up to {MOST_BIASES} tokens, by their numbers")
         left_out = {*IGNORED, *NEUTRAL}
         return {key: value for key, value in given.items() if key not in left_out and value is not None}
 
@@ -84,16 +113,19 @@ class Common(Strict):
     def sampling(self, max_tokens: int, seed: int, logprobs: int | None, **obeys: Any) -> Sampling:
         """UserError for values outside of their ranges. Where nothing is said, OpenAI's values: a temperature of 1, and no cut."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        said = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if (value := getattr(self, name)) is not None
-        }
+        said = {name: value for name in PLAIN if (value := getattr(self, name)) is not None}
+        if 0 < said.get("temperature", 1) < COLDEST:
+            said["temperature"] = 0  # to which it makes no difference
+        if said.get("top_k") == -1:
+            said["top_k"] = 0  # all, as vLLM says it
+        biases = self.logit_bias or {}
         return Sampling(
             max_tokens=max_tokens,
             seed=seed,
             stop=tuple(stop),
             logprobs=logprobs,
+            ignore_eos=self.ignore_eos,
+            logit_bias=tuple((int(token), bias) for token, bias in biases.items()),
             **obeys,
             **{"temperature": 1.0} | said,
         )
@@ -129,6 +161,11 @@ class ToolFunction(Typed):
     description: str | None = None
     parameters: dict[str, Any] = {}
     strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Tool(Typed):
@@ -209,11 +246,11 @@ class ChatRequest(Common):
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs are for logprobs: true")
         if self.schema_ is not None and self.thinking:
             raise ValueError("response_format holds from the first token on; leave it out, or thinking")
-        if self.schema_ is not None and self.tools:
+        if self.schema_ is not None and self.callable:
             raise ValueError("response_format and tools exclude each other; leave one out")
         if self.must_call and not self.callable:
             raise ValueError("tool_choice asks for a tool that is not among tools; add it")

@@ -59,11 +59,13 @@ def converse(
 
 
 def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> Iterator[str]:
-    """The parts of one answer, each written as it comes. Ctrl-C ends it, and what came stays."""
+    """The parts of one answer, each written as it comes. Ctrl-C ends it, and what came stays. UserError where the engine gives up."""
     engine.add(request)
     try:
         while engine.busy:
             for output in engine.step():
+                if output.finish == "error":
+                    raise UserError(f"no answer: {output.error}")
                 write(output.text)
                 yield output.text
     except KeyboardInterrupt:
@@ -86,13 +88,18 @@ def prompts_in(text: str) -> list[str]:
 def answer_all(
     engine: Engine, prompts: Sequence[str], sampling: Sampling, selection: Selects
 ) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) in the order of the prompts, each as soon as it and all before it are done. All run together."""
+    """(prompt, answer) in the order of the prompts, each as soon as it and all before it are done. All run together.
+
+    UserError where one has no answer.
+    """
     for i, prompt in enumerate(prompts):
         tokens = prompt_of(engine.tokenizer, [{"role": "user", "content": prompt}])
         engine.add(Request(str(i), tokens, sampling, selection))
     texts, done, given = [""] * len(prompts), [False] * len(prompts), 0
     while engine.busy:
         for output in engine.step():
+            if output.finish == "error":
+                raise UserError(f"prompt {int(output.id) + 1} has no answer: {output.error}")
             texts[int(output.id)] += output.text
             done[int(output.id)] = output.finish is not None
         while given < len(prompts) and done[given]:
