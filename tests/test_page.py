@@ -204,7 +204,9 @@ def test_a_document_that_is_too_long(page: Page) -> None:
     expect(page.locator(".chip")).to_have_count(1)
     ask(page, "What is this?")
     answered(page)
-    expect(page.locator(".failed .failure")).to_contain_text("Too long for this model: the prompt has 3")
+    expect(page.locator(".failed .failure")).to_contain_text(
+        "Too long: this model's maximum context length is 3000 tokens, and the prompt has 3"
+    )
 
 
 def test_a_server_that_is_down_at_first(served, context) -> None:

@@ -44,7 +44,7 @@ def serve(
     ] = None,
     pages: Annotated[int, typer.Option(min=0, help="Of the cache, 64 tokens each; 0 measures the memory.")] = 0,
     running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Of an answer, at most; 0: as there is room.")] = 0,
     mirror: Annotated[float, typer.Option(help="Share of the answers to compare with the other attention's.")] = 0.0,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Serve MODEL:dense beside a sparse model.")] = True,
     device: Device = "auto",

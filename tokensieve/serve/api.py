@@ -30,7 +30,8 @@ from tokensieve.serve.schema import ChatRequest, Common, CompletionRequest
 from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import EventStream, event, unless_gone
 
-COMPLETION_TOKENS = 16  # of a completion that does not say how many, as OpenAI has it
+# Of an answer that does not say how many; a completion's as OpenAI has it.
+CHAT_TOKENS, COMPLETION_TOKENS = 4096, 16
 # Between the seeds of a request's answers: far from those of a request with the next seed.
 SEED_STRIDE = 0x9E3779B97F4A7C15
 
@@ -62,12 +63,14 @@ class Answers:
                 "messages" if isinstance(body, ChatRequest) else "prompt",
                 "context_length_exceeded",
             )
-        if max_tokens is not None and max_tokens > config.max_tokens:
-            raise ApiError(400, f"max_tokens is {max_tokens} and may be {config.max_tokens}", "max_tokens")
+        room = config.max_tokens or longest
+        if max_tokens is not None and max_tokens > room:
+            name = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
+            raise ApiError(400, f"{name} is {max_tokens} and may be {room}", name)
         # of a seed that is known, since the mirror's draws are the same; OpenAI's have a sign
         seed = random.getrandbits(63) if body.seed is None else body.seed
         seed += 2**64 if -(2**63) <= seed < 0 else 0
-        first = body.sampling(max_tokens or min(usual, config.max_tokens), seed, logprobs, **obeys)
+        first = body.sampling(max_tokens or min(usual, room), seed, logprobs, **obeys)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
         selection = config.selection_of(body.model)
@@ -263,7 +266,7 @@ def create_app(service: Service, tokenizer: Any, config: ServeConfig) -> FastAPI
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         obeys = await run_in_threadpool(obeyed, body)
-        asked = answers.ask(body, record, [prompt], max_tokens, config.max_tokens, logprobs, **obeys)
+        asked = answers.ask(body, record, [prompt], max_tokens, CHAT_TOKENS, logprobs, **obeys)
         said = [ChatAnswer(record.id, a.id, body.model, chats.answer(body, text), texts, body.logprobs) for a in asked]
         return await answers.respond(request, body, asked, said, record)
 

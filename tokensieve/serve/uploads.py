@@ -40,7 +40,7 @@ def router() -> APIRouter:
             raise Busy(f"{len(asked)} documents are read or wait already; try again later")
         asked.add(request)
         try:
-            data = await request.body()
+            data = await _arrived(request)
 
             async def wait_and_read() -> Text:
                 async with reading:
@@ -51,6 +51,14 @@ def router() -> APIRouter:
             asked.discard(request)
 
     return routes
+
+
+async def _arrived(request: Request) -> bytes:
+    """The body. ApiError where it takes too long: who sends nothing would keep the place of others."""
+    try:
+        return await asyncio.wait_for(request.body(), MOST_SECONDS)
+    except TimeoutError:
+        raise ApiError(408, "the document did not arrive in time; send it again") from None
 
 
 async def text_of(data: bytes) -> Text:

@@ -11,7 +11,7 @@ const REASONS = {
 
 function reason(status, error) {
   const said = (error?.message ?? `the server answered with status ${status}`).replace(/\.$/, "");
-  if (error?.code === "context_length_exceeded") return `Too long for this model: ${said}.`;
+  if (error?.code === "context_length_exceeded") return `Too long: ${said}.`;
   return (REASONS[status] ?? ((text) => text[0].toUpperCase() + text.slice(1) + "."))(said);
 }
 
