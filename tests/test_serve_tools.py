@@ -85,10 +85,21 @@ def test_a_call_that_is_required(client: openai.OpenAI) -> None:
 def test_the_function_that_is_named(client: openai.OpenAI) -> None:
     for named in ("weather", "clock"):
         choice = {"type": "function", "function": {"name": named}}
-        answer = client.chat.completions.create(**ASKED, tool_choice=choice, parallel_tool_calls=False, n=2, seed=2)
+        answer = client.chat.completions.create(**ASKED, tool_choice=choice, n=2, seed=2)
         for one in answer.choices:
             ((name, arguments),) = calls_of(one)
             assert name == named and is_right(name, arguments)
+
+
+def test_a_function_without_parameters_takes_none(client: openai.OpenAI) -> None:
+    bare = {"type": "function", "function": {"name": "now", "parameters": None}}
+    answer = client.chat.completions.create(**ASKED | {"tools": [bare]}, tool_choice="required", n=2, seed=4)
+    assert all(
+        call == ("now", {})
+        for choice in answer.choices
+        if choice.finish_reason != "length"
+        for call in calls_of(choice)
+    )
 
 
 def test_parallel_calls_as_a_stream(client: openai.OpenAI) -> None:
@@ -102,9 +113,13 @@ def test_parallel_calls_as_a_stream(client: openai.OpenAI) -> None:
     for choices in found.values():
         calls = [call for c in choices for call in c.delta.tool_calls or ()]
         assert [call.index for call in calls] == list(range(len(calls)))
-        assert all(is_right(call.function.name, json.loads(call.function.arguments)) for call in calls)
+        whole = calls[:-1] if choices[-1].finish_reason == "length" else calls  # the last may be cut off
+        assert all(is_right(call.function.name, json.loads(call.function.arguments)) for call in whole)
+        assert not any("tool" in (c.delta.content or "") for c in choices), "a marker"
         assert choices[-1].finish_reason in ("tool_calls", "length")
         counts.append(len(calls))
+    ids = [call.id for choices in found.values() for c in choices for call in c.delta.tool_calls or ()]
+    assert len(set(ids)) == len(ids)
     assert len(counts) == 8 and max(counts) > 1
 
 
