@@ -147,7 +147,7 @@ class Scheduler:
         running.cached = cached
 
     def next_step(self) -> list[Running]:
-        """Those that run one token each, all with a page for it. Where pages are too few, the youngest give theirs back."""
+        """Those that run one token each, all with a page for it. Where pages are too few, the youngest give theirs back, and wait."""
         ready = [r for r in self.running if not r.in_prompt]
         for running in ready:
             while running in self.running and len(running.pages) < pages_for(running.cached + 1):

@@ -20,8 +20,8 @@ class EngineLoad(Collector):
 
     def collect(self) -> Iterator[Metric]:
         load = self._service.load
-        yield GaugeMetricFamily("tokensieve_running", "Requests that run.", load.running)
-        yield GaugeMetricFamily("tokensieve_waiting", "Requests that wait for pages.", load.waiting)
+        yield GaugeMetricFamily("tokensieve_running", "Answers that are being made.", load.running)
+        yield GaugeMetricFamily("tokensieve_waiting", "Answers that wait for their turn, or for pages.", load.waiting)
         yield GaugeMetricFamily("tokensieve_pages", "Pages of the cache, 64 tokens each.", load.pages)
         yield GaugeMetricFamily("tokensieve_pages_used", "Pages in use.", load.pages_used)
         yield CounterMetricFamily("tokensieve_preemptions", "Answers that gave their pages back.", load.preempted)
@@ -41,7 +41,7 @@ class Metrics:
         self.completion_tokens = count("completion_tokens", "Tokens of answers.", "model")
         self.first_token = Histogram(
             "tokensieve_first_token_seconds",
-            "From the request to the answer's first token.",
+            "From a tokenized prompt to its answer's first token.",
             ("model",),
             buckets=FIRST,
             registry=self.registry,

@@ -28,7 +28,7 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class Losses:
-    """One micro-batch's shares of the step's means; `total` is what backward runs on."""
+    """One micro-batch's shares of the step's means. Backward runs on `total`; the KL's gradient comes with it (`model/kl.py`)."""
 
     total: Tensor
     lm: Tensor | None  # nats per predicted token
