@@ -39,6 +39,7 @@ QUICK = (
     "index shape of the 671B model",
     "MLA widths",
 )
+SLOW_ON_CPU = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 LONG_GRADIENTS = ("zero scores", "prefill chunks of a batch", "empty rows")  # of the quick cases, for the interpreter
 
 
@@ -205,7 +206,7 @@ def test_nan_among_the_inputs_is_not_hidden(where: str, device: str) -> None:
         ops.index_topk(x.q_SID, x.k_TD, x.w_SI, 4, x.starts_S, x.ends_S, backend=backend(device))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
 def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
     """Nobody checks values on a GPU: an index past the keys counts as -1, a range is cut to them. Around them lies NaN."""
     monkeypatch.setattr(ops, "_check_indices", lambda *given: None)
@@ -248,8 +249,8 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
         assert torch.equal(actual[name], e), name
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("second", "broken"), [(110, 0), pytest.param(128, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
+@pytest.mark.parametrize(("second", "broken"), [(110, 0), (128, 1)])
 def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> None:
     """One document, and the keys that nobody sees, hold NaN: the other's results are those without any.
 
@@ -299,7 +300,7 @@ def test_a_target_that_does_not_sum_to_one(device: str) -> None:
         oracle.assert_close(a.double(), e, TOLERANCE["bfloat16" if device == "cuda" else "float32"], 1.0)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
 def test_a_second_run_has_the_same_bits(device: str) -> None:
     """Every op and every gradient, in the deterministic mode; the memory that outputs get is poisoned before each run."""
     if device == "cuda":  # enough programs to meet in another order
