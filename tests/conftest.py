@@ -12,7 +12,7 @@ if not os.path.exists("/dev/nvidia0"):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network fails instead of waiting
 
 
-pytest.register_assert_rewrite("browser")  # a test file imports it before it is known as a plugin
+pytest.register_assert_rewrite("tests.support.browser")  # a test file imports it before it is known as a plugin
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,7 +38,7 @@ def _log_as_before():
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs a command in this process."""
-    import commands
+    from tests.support import commands
 
     monkeypatch.setenv("COLUMNS", "200")
     return commands.runner(capsys)

@@ -1,11 +1,9 @@
-"""The pictures of docs/server.md, taken from the bundled model: python tests/screenshots.py"""
+"""The pictures of docs/server.md, taken from the bundled model: python -m tests.screenshots"""
 
 from pathlib import Path
 
-import browser
-import servers
-
 import tokensieve
+from tests.support import browser, servers
 from tokensieve.engine import EngineConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

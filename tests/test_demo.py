@@ -4,12 +4,12 @@ import inspect
 import json
 import shutil
 
-import models
 import pytest
 import torch
 from rich.console import Console
 
 import tokensieve
+from tests.support import models
 from tokensieve import demo
 from tokensieve.config import DataConfig, DemoConfig, PhaseConfig, SourceConfig, TrainConfig, UserError
 from tokensieve.data import train_tokenizer

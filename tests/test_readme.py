@@ -10,10 +10,10 @@ import re
 import shlex
 from pathlib import Path
 
-import commands
 import pytest
 from typer.main import get_command
 
+from tests.support import commands
 from tokensieve import cli
 
 ROOT = Path(__file__).resolve().parents[1]

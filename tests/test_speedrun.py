@@ -6,14 +6,13 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-import commands
-import models
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 import tokensieve
+from tests.support import commands, models
 from tokensieve import evals, speedrun, train
 from tokensieve.config import SpeedrunConfig, TrainConfig, UserError, load_config
 from tokensieve.train import loop

@@ -1,0 +1,70 @@
+"""The benchmarks run and write what docs/results.md reads: on the CPU beside transformers, and training in sizes that are none."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"benchmarks/{name}.py", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "cpu.json"
+    child = benchmark("cpu", "--quick", "--threads", "1", "--out", str(out))
+    assert child.returncode == 0, child.stderr
+    figures = json.loads(out.read_text())
+    assert figures["logits_difference"] < 1e-4
+    for name in ("prefill_seconds", "decode_ms", "memory_bytes"):
+        assert set(figures[name]) == {"tokensieve", "transformers"}
+    assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
+
+
+@pytest.mark.slow
+def test_quick_training_is_measured_and_compared(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "training.json"
+    child = benchmark("gpu_training", "--quick", "--out", str(out))
+    assert child.returncode == 0, child.stderr
+    figures = json.loads(out.read_text())
+    curves = {(row["stage"], row["loss"]): row for row in figures["losses"]}
+    assert set(curves) == {("pretrain", "lm"), ("warmup", "kl"), ("adapt", "lm"), ("adapt", "kl")}
+    for row in curves.values():
+        assert 0 <= row["mean"] <= row["largest"] <= figures["allowed"]["largest"]
+        assert set(row["floor"]) == {"reference", "kernels"}
+    if not torch.cuda.is_available():  # what `auto` took is not what it is compared with
+        assert "dense_attention on cpu: fused backend" in figures["backends"]
+    assert [row["stage"] for row in figures["speed"]] == 2 * ["dense", "warmup", "adapt"]
+    assert all(row["seconds"] > 0 and row["tflop"] > 0 and not row["missing"] for row in figures["speed"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_training_is_not_measured_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_training.py", "--out", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_training.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "gpu_training: torch sees no CUDA device here\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_benchmark_without_a_gpu() -> None:
+    """Nor Triton, which machines without a GPU may lack: a package that cannot be imported stands in its place."""
+    run = (
+        "import runpy, sys; sys.modules['triton'] = None; sys.path.insert(0, 'benchmarks'); "
+        "runpy.run_path('benchmarks/gpu.py', run_name='__main__')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    child = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (2, ""), child.stderr
+    assert child.stderr.splitlines() == ["bench-gpu: torch sees no CUDA device here"]

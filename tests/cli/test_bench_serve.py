@@ -1,0 +1,129 @@
+"""`tokensieve bench serve`: many requests at once on a checkpoint, and on random weights of a published shape."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tests.support import commands
+from tests.support.models import config, ours
+from tokensieve.engine import Engine, EngineConfig
+from tokensieve.engine.runner import Runner
+from tokensieve.evals import serving
+from tokensieve.evals.serving import Load
+
+SMALL = {
+    "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096, "q_lora_rank": 32, "kv_lora_rank": 32, "index_n_heads": 4,
+    "index_head_dim": 64, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+}  # fmt: skip
+
+
+def changes() -> list[str]:
+    return [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return ours(config("v32", vocab_size=4096), seed=1)
+
+
+def test_a_checkpoint_is_measured(tmp_path: Path, capsys) -> None:
+    run = commands.runner(capsys)
+    ended = run(
+        "bench",
+        "serve",
+        "base",
+        "--requests",
+        "1,3",
+        "--prompt",
+        "70",
+        "--new",
+        "4",
+        "--selection",
+        "dense",
+        "--out",
+        str(tmp_path),
+    )
+    assert ended.status == 0, ended
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert [row["requests"] for row in rows] == [1, 3] and rows[1]["pages"] == 6
+    assert all(0 < row["first_p50"] <= row["first_p99"] <= row["seconds"] for row in rows)
+    assert all(row["prompt_tokens_per_second"] > row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_a_shape_is_swept(tmp_path: Path, capsys) -> None:
+    sizes = [
+        "--experts",
+        "8,16",
+        "--top-k",
+        "16,64",
+        "--selection",
+        "indexer,dense",
+        "--requests",
+        "2",
+        "--prompt",
+        "90,70",
+    ]
+    shape = ["--shape", "deepseek_v32", *changes(), "--new", "3", "--filled"]
+    ended = commands.runner(capsys)("bench", "serve", *shape, *sizes, "--out", str(tmp_path))
+    assert ended.status == 0, ended
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    found = [(row["experts"], row["top_k"], row["prompt"], row["selection"]) for row in rows]
+    assert found == list(itertools.product((8, 16), (16, 64), (90, 70), ("indexer", "dense")))
+    assert all(row["prompt_tokens_per_second"] == 0 and row["next_p99"] >= row["next_p50"] > 0 for row in rows)
+
+
+def test_what_is_filled_is_decoded_at_its_length(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All requests begin in the same step, on a cache of noise as long as their prompts."""
+    seen, plain = [], Runner.step
+
+    def step(self, tokens, lens, *rest):
+        seen.append(list(lens))
+        return plain(self, tokens, lens, *rest)
+
+    monkeypatch.setattr(Runner, "step", step)
+    prompts = serving.random_prompts(40, 100, 4096)
+    found = serving.serve_load(model, tokensieve.load_tokenizer("base"), Load(40, 100, 4, filled=True), prompts)
+    assert seen == [[101] * 40, [102] * 40, [103] * 40]
+    assert found.pages == 80 and found.tokens_per_second > 0
+
+
+def test_noise_is_in_every_place(model) -> None:
+    engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=3))
+    serving.fill_with_noise(engine)
+    for pages in (*engine.runner.pools.latent, *engine.runner.pools.index):
+        assert (pages != 0).any(-1).all() and 0.9 < float(pages.float().std()) < 1.1
+
+
+def test_random_weights_are_drawn_and_norms_are_one() -> None:
+    model = serving.random_model(config("v32"), "cpu", torch.bfloat16)
+    for name, x in model.state_dict().items():
+        wide = name.endswith(("weights_proj.weight", "e_score_correction_bias"))
+        assert x.dtype == (torch.float32 if wide else torch.bfloat16), name
+        if "norm" in name:
+            assert bool((x == (0 if name.endswith("bias") else 1)).all()), name
+        elif not name.endswith("bias"):
+            assert 0.015 < float(x.float().std()) < 0.025, name
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["base"], "base is dense and selects nothing"),
+        (["sparse", "--requests", "0"], "--requests 0"),
+        (["sparse", "--prompt", "a"], "--prompt a"),
+        (["sparse", "--selection", "window"], "use indexer, dense or indexer,dense"),
+        (["sparse", "--experts", "4"], "give --shape"),
+        (["--shape", "deepseek"], "--shape deepseek is unknown"),
+        (["--shape", "deepseek_v32", "--set", "layers=3"], "--set layers=3"),
+        (["sparse", "--prompt", "40000"], "past the model's"),
+    ],
+)
+def test_bad_input(options: list[str], says: str, capsys) -> None:
+    ended = commands.runner(capsys)("bench", "serve", *options)
+    assert ended.status == 2 and says in str(ended)

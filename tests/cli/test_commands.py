@@ -1,0 +1,132 @@
+"""The commands as a user types them: their help, and one whole pass over the road on a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tokensieve
+from tests.support import commands
+from tests.support.commands import tiny
+from tokensieve import evals
+
+COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve bench".split()
+BENCHES = ["bench serve"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return commands.make_home(tmp_path_factory.mktemp("cli"))
+
+
+# help
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], *BENCHES])
+def test_help_has_an_example_that_fits(run, command: str) -> None:
+    ended = run(*command.split(), "--help")
+    assert ended.status == 0 and not ended.err
+    example = re.search(rf"Example: tokensieve {command} ?(.*)", ended.out)
+    assert example, ended.out
+    for option in re.findall(r"--[a-z-]+", example[1]):
+        assert ended.out.count(option) > 1, f"{command}: the example's {option} is no option of it"
+
+
+def test_every_command_is_known_here(run) -> None:
+    ended = run("--help")
+    assert ended.status == 0 and set(COMMANDS) == set(re.findall(r"^│ ([a-z]+)  ", ended.out, re.MULTILINE))
+    ended = run("bench", "--help")
+    assert set(BENCHES) == {f"bench {name}" for name in re.findall(r"^│ ([a-z]+)  ", ended.out, re.MULTILINE)}
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys, tokensieve.cli as c\ntry: c.main(['warmup', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sparsify", "base"),
+        ("generate", "base", "--selection", "oracle"),
+        ("warmup", "--steps", "3"),
+        ("serve", "--port", "70000"),
+        ("train",),
+        ("sparsify", "base", "x", "--top-k", "many"),
+        ("generate", "base", "--prompt", "x", "--max-new-tokens", "0"),
+    ],
+)
+def test_wrong_usage_is_status_2(run, arguments: tuple[str, ...]) -> None:
+    ended = run(*arguments)
+    assert ended.status == 2 and "Usage" in ended.err and "Traceback" not in ended.err
+
+
+# the whole pass
+
+
+def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = run("sparsify", home / "dense", "untrained", *commands.SMALL, "--index-dtype", "fp8")
+    assert ended.status == 0 and "Next: tokensieve warmup --model untrained" in ended.out
+    assert tokensieve.load("untrained").config.index_dtype == "fp8"
+
+    ended = run(*tiny(home, "warmup", Path("w"), "--model", "untrained"))
+    assert ended.status == 0 and "w/step-000003" in ended.out and "GiB" in ended.err  # the estimate is logged
+    metrics = json.loads(Path("w/metrics.json").read_text())
+    assert metrics["stage"] == "warmup" and metrics["steps"] == 3 and metrics["tokens"] == 3 * 2 * 64
+    assert set(metrics["kl"]) == {"first", "last"}
+
+    ended = run(*tiny(home, "adapt", Path("a"), "--model", "w/step-000003", "--set", "phases.0.steps=2"))
+    assert ended.status == 0 and set(json.loads(Path("a/metrics.json").read_text())) >= {"lm", "kl"}
+
+    monkeypatch.setattr(
+        evals,
+        "QUICK",
+        replace(evals.QUICK, needles=(16,), prompts_per_decile=1, sequences=1, completions=1, answers=1, new_tokens=8),
+    )
+    data = ("--data", home / "text" / "*.py", "--context", "1500")
+    monkeypatch.setattr("tokensieve.data.sources.is_held_out", lambda name, share: name < "p")
+    ended = run("eval", "a/step-000002", "--quick", *data)
+    assert ended.status == 0, ended
+    assert "oracle" in ended.out and "runs/eval-a-step-000002/metrics.json" in ended.out
+    figures = json.loads(Path("runs/eval-a-step-000002/metrics.json").read_text())
+    assert set(figures) >= {"dense", "sparse", "window", "oracle", "recall", "top_k", "context", "seconds"}
+
+    ended = run("eval", home / "dense", "--quick", "--out", "e", *data)
+    assert ended.status == 0 and set(json.loads(Path("e/metrics.json").read_text())) >= {"needles", "criteria", "chat"}
+
+
+def test_pretrain_makes_a_model(run, home: Path, tmp_path: Path) -> None:
+    ended = run(*tiny(home, "pretrain", tmp_path / "p"))
+    assert ended.status == 0 and tokensieve.load(tmp_path / "p" / "step-000003").config.model_type == "deepseek_v3"
+    assert (tmp_path / "p" / "step-000003" / "tokenizer.json").is_file()
+
+
+def test_generate_writes_to_standard_output(run, home: Path) -> None:
+    new = ("--max-new-tokens", "5")
+    dense = run("generate", home / "dense", "--prompt", "def parse(", *new)
+    assert dense.status == 0 and dense.out.strip()
+    assert run("generate", home / "sparse", "--prompt", "def parse(", "--selection", "dense", *new).out == dense.out
+    chat = run("generate", home / "sparse", "--chat", "Hello", "--selection", "window", *new)
+    assert chat.status == 0 and chat.out != dense.out
+    drawn = [
+        run("generate", home / "dense", "--prompt", "x", "--temperature", 2, "--seed", s, *new).out for s in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# a process of its own
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tokensieve", "generate", "nowhere", "--prompt", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("tokensieve: error: model 'nowhere': no such folder") and done.stderr.count("\n") == 1

@@ -1,0 +1,184 @@
+"""Every reason why vLLM or SGLang could not serve a checkpoint, one by one: one line each that names the thing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.deployments import (
+    FP8,
+    SCALE,
+    Damage,
+    config,
+    edit,
+    edit_tensors,
+    make,
+    make_home,
+    no_tokenizer,
+    quantize,
+    reasons,
+)
+from tokensieve.model import model_path
+from tokensieve.serve.deploy import plan
+
+BOTH = ("vllm", "sglang")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return make_home(tmp_path_factory.mktemp("deploy"))
+
+
+# what is refused, one by one
+
+
+def _drop(name: str) -> Damage:
+    return edit_tensors(lambda tensors: tensors.__delitem__(name))
+
+
+def _put(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return edit_tensors(lambda tensors: tensors.update({name: change(tensors[name])}))
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _elsewhere(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    other = folder.parent / "elsewhere"
+    other.mkdir()
+    (folder / "model.safetensors").rename(other / "model.safetensors")
+    where = dict.fromkeys(names, "../elsewhere/model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+REFUSED: dict[str, tuple[str, Damage, tuple[str, ...], tuple[str, ...]]] = {
+    # config
+    "no index_n_heads": ("sparse", edit(index_n_heads=...), BOTH, ("lacks index_n_heads",)),
+    "no routing": ("dense", edit(scoring_func=..., topk_method=...), BOTH, ("lacks scoring_func, topk_method",)),
+    "no rope_theta": ("sparse", edit(rope_theta=...), BOTH, ("rope_theta",)),
+    "another architecture": (
+        "sparse",
+        edit(architectures=["DeepseekV3ForCausalLM"]),
+        BOTH,
+        ("DeepseekV32ForCausalLM",),
+    ),
+    "no architecture": ("sparse", edit(architectures=None), BOTH, ("None", "DeepseekV32ForCausalLM")),
+    "greedy routing": ("dense", edit(topk_method="greedy"), BOTH, ("topk_method is greedy", "noaux_tc")),
+    "k of 1024": ("sparse", edit(index_topk=1024), ("sglang",), ("index_topk 2048 (here 1024)",)),
+    "k of 1000": ("sparse", edit(index_topk=1000), BOTH, ("index_topk", "(here 1000)")),
+    "halves are rotated": ("dense", edit(rope_interleave=False), BOTH, ("rope_interleave is false",)),
+    # tensors
+    "a missing tensor": ("sparse", _drop("model.layers.1.self_attn.indexer.k_norm.bias"), BOTH, ("missing", "k_norm")),
+    "an unknown tensor": ("dense", _put("model.norm.weight", lambda t: t[:7].clone()), BOTH, ("model.norm", "(7,)")),
+    "no weights": ("sparse", _no_weights, BOTH, ("no safetensors file",)),
+    "weights of another folder": ("sparse", _elsewhere, BOTH, ("elsewhere/model.safetensors", "tokensieve.save")),
+    # quantization
+    "unknown quantization": ("sparse", edit(quantization_config={"quant_method": "awq"}), BOTH, ("awq",)),
+    "FP8 unsaid": ("fp8", edit(quantization_config=...), BOTH, ("no quantization_config",)),
+    "FP8 without scale": ("fp8", _drop(SCALE), BOTH, ("o_proj", "missing")),
+    "FP8 of other scales": ("fp8", _put(SCALE, lambda t: torch.ones(3, 3)), BOTH, ("o_proj", "(3, 3)")),
+    "FP8 scales not float32": ("fp8", _put(SCALE, lambda t: t.bfloat16()), BOTH, ("BF16", "float32")),
+    "FP8 by tensor": ("fp8", edit(quantization_config=FP8 | {"weight_block_size": None}), BOTH, ("[128, 128]",)),
+    "FP8 static": ("fp8", edit(quantization_config=FP8 | {"activation_scheme": "static"}), BOTH, ("dynamic",)),
+    # tokenizer
+    "no tokenizer": ("sparse", no_tokenizer, BOTH, ("tokenizer.json",)),
+    "no chat template": ("dense", edit("tokenizer_config.json", chat_template=...), BOTH, ("no chat template",)),
+    "a broken chat template": ("dense", edit("tokenizer_config.json", chat_template="{% if %}"), BOTH, ("not render",)),
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_refused(home: Path, tmp_path: Path, damage: str) -> None:
+    of, hurt, engines, words = REFUSED[damage]
+    folder = shutil.copytree(home / of, tmp_path / "model")
+    hurt(folder)
+    for engine in BOTH:
+        if engine not in engines:
+            assert plan(engine, str(folder), gpus=2)
+            continue
+        found = reasons(engine, folder, gpus=2)
+        assert len(found) == 1, found
+        assert all(word in found[0] for word in words), found
+
+
+def test_a_layer_that_is_not_quantized(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "fp8", tmp_path / "model")
+    name = SCALE.removesuffix("_scale_inv")
+
+    def leave(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[SCALE]
+        tensors[name] = tensors[name].to(torch.bfloat16)
+
+    edit_tensors(leave)(folder)
+    (reason,) = reasons("vllm", folder, gpus=2)
+    assert reason.startswith(f"{name} is BF16")
+
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        quantize(tensors)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float8_e4m3fn)
+        tensors["lm_head.weight_scale_inv"] = torch.ones(32, 1)
+
+    shutil.copy(home / "sparse" / "model.safetensors", folder)
+    edit_tensors(spread)(folder)
+    (reason,) = reasons("vllm", folder, gpus=2)
+    assert reason.startswith("lm_head.weight is F8_E4M3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"index_head_dim": 64}, "index_head_dim 128 (here 64)"),
+        ({"index_n_heads": 16}, "index_n_heads 32 or 64 (here 16)"),
+        ({"kv_lora_rank": 256}, "kv_lora_rank 512 (here 256)"),
+        ({"qk_rope_head_dim": 32}, "qk_rope_head_dim 64 (here 32)"),
+        ({"q_lora_rank": None}, "q_lora_rank is null"),
+        ({"scoring_func": "softmax"}, "softmax"),
+        ({"tie_word_embeddings": True}, "tied"),
+        ({"attention_bias": True}, "attention_bias is true"),
+        ({"vocab_size": 64}, "vocabulary is 64"),
+    ],
+)
+def test_refused_models(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    folder = make(tmp_path / "model", config(**changes))
+    for engine in BOTH:
+        (reason,) = reasons(engine, folder)
+        assert words in reason
+
+
+def test_refused_splits(home: Path) -> None:
+    names = [reason.split(" is ")[0] for reason in reasons("vllm", home / "sparse", gpus=3)]
+    assert names == ["moe_intermediate_size", "intermediate_size", "num_attention_heads"]
+    assert len(reasons("sglang", home / "sparse", gpus=3)) == 2  # every device has all heads
+    found = reasons("vllm", home / "fp8", gpus=4)
+    assert "moe_intermediate_size is 256" in found[0] and "4 parts of whole FP8 blocks of 128" in found[0]
+    assert any("one machine, which has 8 H200" in reason for reason in reasons("vllm", home / "sparse", gpus=16))
+    assert any(
+        "one machine, which has 8 A2 NPU" in r for r in reasons("sglang", home / "sparse", gpus=16, hardware="npu-a2")
+    )
+
+
+def test_refused_together(home: Path, tmp_path: Path) -> None:
+    """What does not hang on a readable file is still looked at: three faults are three reasons."""
+    folder = shutil.copytree(home / "sparse", tmp_path / "model")
+    for hurt in (_no_weights, no_tokenizer, edit(index_topk=512)):
+        hurt(folder)
+    assert len(reasons("sglang", folder)) == 3
+    assert reasons("sglang", model_path("sparse"))[0].count("(here ") == 4  # the bundled one names every width
+
+
+def test_refused_asks(home: Path, tmp_path: Path) -> None:
+    sparse = home / "sparse"
+    assert "vLLM is set up for h200" in reasons("vllm", sparse, hardware="mi350")[0]
+    assert "'tgi' is not known" in reasons("tgi", sparse)[0]
+    assert "have no FP8" in reasons("sglang", home / "fp8", hardware="npu-a2", gpus=2)[0]
+    assert "4096 positions" in reasons("vllm", sparse, context=4097)[0]
+    grouped = shutil.copytree(sparse, tmp_path / "gqa")
+    edit(model_type="qwen3", architectures=["Qwen3ForCausalLM"])(grouped)
+    assert "'qwen3' is not supported" in reasons("vllm", grouped)[0]

@@ -1,0 +1,107 @@
+"""The engine on a GPU: quantized pages, chunks on fused kernels, and the decode step in CUDA graphs."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tests.support.models import config, ours
+from tokensieve.engine.runner import Runner, is_quantized
+from tokensieve.model import DecoderForCausalLM
+
+pytestmark = pytest.mark.gpu
+# The widths that the kernels and the quantized layouts are made for.
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "moe_intermediate_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 256,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "max_position_embeddings": 16384,
+}
+SPARSE = {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 256}
+LENGTHS = (1, 63, 64, 65, 700, 1500, 1023)
+
+
+def on_gpu(family: str, **changes: Any) -> DecoderForCausalLM:
+    return ours(config(family, **(WIDTHS | changes)), seed=3).to("cuda", torch.bfloat16)
+
+
+# Values are compared without experts: a rounding would choose others.
+@pytest.fixture(scope="module", params=["sparse fp8", "sparse bf16", "dense"])
+def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
+    if request.param == "dense":
+        return on_gpu("v3", first_k_dense_replace=3)
+    return on_gpu("v32", first_k_dense_replace=3, index_dtype=request.param.split()[1], **SPARSE)
+
+
+@pytest.fixture(scope="module")
+def with_experts() -> DecoderForCausalLM:
+    return on_gpu("v32", index_dtype="fp8", **SPARSE)
+
+
+def fill(runner: Runner, lengths: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts in chunks of 512; tokens and pages of each. The last token is left to decode."""
+    draw = random.Random(1)
+    tokens, pages, free = [], [], iter(range(1000))
+    for length in lengths:
+        tokens.append([draw.randrange(16, 512) for _ in range(length)])
+        pages.append([next(free) for _ in range(-(-length // 64))])
+        for a in range(0, length - 1, 512):
+            runner.chunk(tokens[-1][a : min(a + 512, length - 1)], a, pages[-1], "indexer")
+    return tokens, pages
+
+
+@pytest.mark.parametrize("selection", ["indexer", "dense"])
+def test_decoding_agrees_with_the_whole_forward(model: DecoderForCausalLM, selection: str) -> None:
+    assert is_quantized(model)[0]
+    runner = Runner(model, 64)
+    tokens, pages = fill(runner, LENGTHS)
+    with torch.inference_mode(), tokensieve.selecting(model, selection):
+        whole = [model(torch.tensor([t], device="cuda")).logits[0, -1].float() for t in tokens]
+    for a in range(0, len(tokens), 3):
+        some = slice(a, a + 3)
+        logits = runner.step([t[-1] for t in tokens[some]], list(LENGTHS[some]), pages[some], selection).float()
+        for got, expected in zip(logits, whole[some], strict=True):
+            # three layers on entries that E4M3 rounds by up to a 16th
+            assert float((got - expected).norm()) < 0.25 * float(expected.norm())
+
+
+@pytest.mark.parametrize("selection", ["indexer", "dense"])
+def test_a_graph_has_the_bits_of_its_kernels(with_experts: DecoderForCausalLM, selection: str) -> None:
+    runner = Runner(with_experts, 64)
+    tokens, pages = fill(runner, LENGTHS)
+    with torch.inference_mode():
+        for rows in (range(7), range(2), range(4, 7), range(7)):
+            lens = [LENGTHS[b] for b in rows]
+            logits = runner.step([tokens[b][-1] for b in rows], lens, [pages[b] for b in rows], selection).clone()
+            graphs = runner._graphs
+            assert graphs is not None
+            inputs = next(x for size, x in graphs._inputs.items() if size[0] == 1 << (len(lens) - 1).bit_length())
+            eager = runner._run_step(inputs, selection)[: len(lens)]
+            assert torch.equal(logits, eager)
+
+
+def test_a_sequence_grows_through_pages_and_graphs(model: DecoderForCausalLM) -> None:
+    """Token by token across a page's end and a larger graph, beside one that stays short: as a chunk of the same tokens stores it."""
+    runner, draw = Runner(model, 80), random.Random(2)
+    tokens = [draw.randrange(16, 512) for _ in range(1100)]
+    growing, short, whole = list(range(16)), [20], list(range(30, 48))
+    for a in (0, 512):
+        runner.chunk(tokens[a : min(a + 512, 1000)], a, growing, "indexer")
+        runner.chunk(tokens[a : a + 512], a, whole, "indexer")
+    for n in range(1001, 1101):
+        if n > 64 * len(growing):
+            growing.append(50 + len(growing))
+        logits = runner.step([tokens[n - 1], 5], [n, 1], [growing, short], "indexer")
+    expected = runner.chunk(tokens[1024:], 1024, whole, "indexer").float()
+    assert {size[1] for size in runner._graphs._inputs} == {16, 32}
+    assert float((logits[0].float() - expected).norm()) < 0.25 * float(expected.norm())

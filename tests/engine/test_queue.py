@@ -1,0 +1,103 @@
+"""Who waits in the engine's queue: for pages, and for a prompt that is on its way already."""
+
+import json
+import time
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+import tokensieve
+from tests.engine.test_engine import KINDS, SMALL, ask, run, tokens
+from tests.support.models import config, ours
+from tokensieve.config import UserError
+from tokensieve.engine import Engine, EngineConfig, Request
+from tokensieve.engine.scheduler import Scheduler
+from tokensieve.model import DecoderForCausalLM
+
+
+@pytest.fixture(scope="module")
+def sparse() -> DecoderForCausalLM:
+    return ours(KINDS["sparse"], seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tokensieve.load_tokenizer("base")
+
+
+def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """Asked several times at once, it waits for itself; shorter than a chunk it has nothing to share, and another one does not wait."""
+    engine = Engine(sparse, tokenizer, SMALL)
+    requests = [ask(f"same {i}", 200, seed=i, temperature=1.0) for i in range(4)]
+    others = [ask("other", 190, text=7), *(ask(f"short {i}", 60) for i in range(2))]
+    alone = {r.id: tokens(run(Engine(sparse, tokenizer, SMALL), [r])[r.id]) for r in [*requests, *others]}
+    for r in [*requests, *others]:
+        engine.add(r)
+    engine.step()
+    assert len(engine.scheduler.running) == 4 and len(engine.scheduler.waiting) == 3
+    engine.fail_all("again")
+    found = run(Engine(sparse, tokenizer, SMALL), [*requests, *others])
+    assert {id: tokens(outputs) for id, outputs in found.items()} == alone
+    assert [found[r.id][-1].cached_tokens for r in requests] == [0, 192, 192, 192]
+
+
+@pytest.mark.parametrize("answers", [2, 40, 128])
+def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
+    """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let in at once."""
+    scheduler = Scheduler(pages=4000, most_running=256, chunk=512, chunks=2)
+    prompt = tuple(range(6000))
+    twins = [scheduler.add(Request(f"twin {i}", prompt), i) for i in range(answers)]
+    other = scheduler.add(Request("other", tuple(range(1000, 1100))), 0)
+    first, steps = True, 0
+    while any(r.in_prompt for r in [*twins, other]):
+        scheduler.admit()
+        assert not first or scheduler.running == [twins[0], other]
+        for running in scheduler.next_chunks():
+            scheduler.ran(running, scheduler.chunk_of(running))
+        first, steps = False, steps + 1
+        assert steps < 6000 // 512 + 2 + answers / 2
+    assert [r.found for r in twins] == [0, *[5632] * (answers - 1)]
+
+
+def test_after_a_fault_nothing_written_is_shared(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, SMALL)
+    asked = ask("before", 200)
+    run(engine, [asked])
+    again = run(engine, [replace(asked, id="again")])["again"][-1]
+    engine.add(ask("bad", 200, text=3))
+    engine.step()
+    engine.fail_all("a fault")
+    after = run(engine, [replace(asked, id="after")])["after"][-1]
+    assert again.cached_tokens == 192 and after.cached_tokens == 0 and engine.scheduler.pool.used == 0
+
+
+def test_who_waits_costs_little(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """A step takes as long with thousands that wait for pages as with a few."""
+    engine = Engine(sparse, tokenizer, EngineConfig(pages=4, running=64, chunk=64))
+    for i in range(2000):
+        engine.add(ask(str(i), 130 + i % 3, text=i, max_tokens=100))
+    engine.step()
+    begin = time.process_time()
+    for _ in range(20):
+        engine.scheduler.admit()
+    assert time.process_time() - begin < 0.2  # 0.01 s; 4 s where all are looked at
+    assert len(engine.fail_all("enough")) == 2000 and engine.scheduler.pool.used == 0
+
+
+def test_a_schema_is_compiled_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """A large one takes long, and 128 answers to one request may have it. One that cannot be followed is refused as quickly each time."""
+    engine = Engine(ours(config("v32", vocab_size=len(tokenizer)), seed=1), tokenizer, SMALL)
+    compiled = []
+    made = engine._grammars._compile
+    engine._grammars._compiled = lru_cache(lambda *of: compiled.append(1) or made(*of))
+    schema = {"enum": [f"{i:03}" for i in range(40)]}
+    requests = [ask(str(i), 20, seed=i, temperature=5.0, ignore_eos=False, schema=schema) for i in range(6)]
+    found = run(engine, requests)
+    texts = ["".join(output.text for output in outputs) for outputs in found.values()]
+    assert len(compiled) == 1 and len(set(texts)) > 2 and all(json.loads(text) in schema["enum"] for text in texts)
+    for _ in range(3):
+        with pytest.raises(UserError, match="JSON schema cannot be followed"):
+            engine.add(ask("wrong", 20, schema={"type": "cow"}))
+    assert len(compiled) == 2

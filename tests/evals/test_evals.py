@@ -1,0 +1,331 @@
+"""Evaluation: what is counted, on which hidden states, in how much memory, and what a criterion decides."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tokensieve
+from tests.support import models
+from tokensieve import evals, ops
+from tokensieve.config import UserError
+from tokensieve.data import train_tokenizer
+from tokensieve.evals import longcontext, mass, timing
+from tokensieve.evals.text import evaluating
+from tokensieve.tasks import Document, PlainEncoder, retrieval
+
+MODULES = ("argparse", "inspect", "typing", "random", "textwrap")
+K, CONTEXT = 16, 320
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    found = []
+    for name in MODULES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        found.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def encode(documents, tmp_path_factory) -> PlainEncoder:
+    from tokenizers import Tokenizer
+
+    folder = train_tokenizer((d.text for d in documents), tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+    return PlainEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return models.ours(models.config("v3", vocab_size=VOCABULARY, max_position_embeddings=2048))
+
+
+@pytest.fixture(scope="module")
+def sparse(dense):
+    return tokensieve.sparsify(dense, top_k=K, index_heads=4, index_dim=16)
+
+
+@pytest.fixture(scope="module")
+def texts(encode, documents):
+    return evals.text_sequences(encode, documents, CONTEXT, 3)
+
+
+@pytest.fixture(scope="module")
+def contexts(encode, documents):
+    return retrieval.needle_contexts(encode, documents, 1024, needles=4, count=1)
+
+
+# held-out text
+
+
+def test_sequences_are_stretches_of_single_documents(encode, documents, texts):
+    assert [len(t) for t in texts] == [CONTEXT] * 3
+    bodies = [encode(d.text) for d in documents]
+    for text in texts:
+        assert text[0] == encode.markers.bos
+        assert text[1:].tolist() in [body[: CONTEXT - 1] for body in bodies]
+    assert len({tuple(t.tolist()) for t in texts}) == 3
+
+
+def test_later_stretches_come_when_documents_run_out(encode, documents):
+    only = documents[:1]
+    ids = encode(only[0].text)
+    first, second = evals.text_sequences(encode, only, 100, 2)
+    assert first[1:].tolist() == ids[:99] and second[1:].tolist() == ids[99:198]
+    with pytest.raises(UserError, match="hold 0 stretches of 1000000 tokens"):
+        evals.text_sequences(encode, only, 1_000_000, 1)
+
+
+def test_token_losses_are_the_cross_entropy(dense, texts, monkeypatch):
+    monkeypatch.setattr("tokensieve.evals.text.HEAD_ROWS", 50)
+    ids = texts[0]
+    with torch.no_grad():
+        logits = dense(ids[None]).logits[0]
+    expected = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    torch.testing.assert_close(evals.token_losses(dense, ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_perplexity_counts_positions_that_see_more_than_k(dense, texts):
+    losses = torch.stack([evals.token_losses(dense, t) for t in texts]).double()
+    found = evals.perplexity(dense, texts, K, buckets=8)
+    assert found.ppl == pytest.approx(math.exp(losses[:, K:].mean()))  # entry i is predicted from i + 1 tokens
+    assert found.ppl_all == pytest.approx(math.exp(losses.mean()))
+    assert found.tokens == 3 * (CONTEXT - 1 - K)
+    assert found.edges[0] == 0 and found.edges[-1] == CONTEXT - 1
+    widths = [b - a for a, b in zip(found.edges, found.edges[1:])]
+    whole = sum(w * x for w, x in zip(widths, found.loss, strict=True)) / (CONTEXT - 1)
+    assert whole == pytest.approx(float(losses.mean()))
+
+
+def test_arms_differ_only_beyond_k(dense, sparse, texts):
+    with tokensieve.selecting(sparse, "window"):
+        window = evals.token_losses(sparse, texts[0])
+    difference = (window - evals.token_losses(dense, texts[0])).abs()
+    assert difference[:K].max() < 1e-4 and difference[K:].max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [([], "at least one sequence"), ([torch.arange(9), torch.arange(8)], "one length"), ([torch.arange(9)], "k = 16")],
+)
+def test_perplexity_refuses(dense, sequences, message):
+    with pytest.raises(UserError, match=message):
+        evals.perplexity(dense, sequences, K)
+
+
+def test_evaluating_puts_everything_back(sparse):
+    sparse.train_for("warmup")
+    sparse.train()
+    with evaluating(sparse):
+        assert not sparse.training and sparse.model.objective == "none" and not torch.is_grad_enabled()
+    assert sparse.training and sparse.model.objective == "warmup" and torch.is_grad_enabled()
+    sparse.train_for("none")
+    sparse.eval()
+
+
+# recall
+
+
+def test_recall_is_that_of_a_naive_count(sparse, texts):
+    """Scores and probabilities are collected whole and judged by plain Python."""
+    seen = {}
+
+    def collect(c):
+        seen[c.layer] = c.scores(), c.head_mass()
+
+    with torch.no_grad(), tokensieve.selecting(sparse, collect):
+        logits = sparse(texts[0][None]).logits
+    with torch.no_grad(), tokensieve.selecting(sparse, "dense"):
+        assert torch.equal(logits, sparse(texts[0][None]).logits)  # who only watches leaves attention dense
+    expected = []
+    for scores, shares_of_all in seen.values():
+        shares = []
+        for t in range(K, CONTEXT):
+            row = shares_of_all[t, : t + 1].double()
+            order = sorted(range(t + 1), key=lambda s, t=t, scores=scores: (-float(scores[t, s]), s))
+            best = float(row.sort(descending=True).values[:K].sum())
+            shares.append(float(row[order[:K]].sum()) / best)
+        expected.append(sum(shares) / len(shares))
+    found = evals.recall(sparse, texts[:1])
+    assert found.by_layer == pytest.approx(expected, rel=1e-5)
+    assert found.overall == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert found.queries == CONTEXT - K
+    assert all(0 < h < b <= 1 + 1e-9 for h, b in zip(found.held, found.best, strict=True))
+
+
+def test_recall_holds_few_rows_at_a_time(sparse, texts, monkeypatch):
+    rows = []
+    original = ops.head_mass
+    monkeypatch.setattr(ops, "head_mass", lambda q, *rest: rows.append(len(q)) or original(q, *rest))
+    monkeypatch.setattr(mass, "ROWS", 32)
+    found = evals.recall(sparse, texts, queries=100)
+    assert max(rows) <= 32
+    assert found.queries == 300 == sum(rows) / 3  # sequences and layers: three of each
+
+
+def test_recall_of_everything_is_one(sparse, texts):
+    assert evals.recall(sparse, texts[:1], top_k=CONTEXT - 1).overall == pytest.approx(1.0, abs=0.02)
+
+
+def test_recall_needs_an_indexer_and_long_sequences(dense, sparse, texts):
+    with pytest.raises(UserError, match="no indexer"):
+        evals.recall(dense, texts, top_k=K)
+    with pytest.raises(UserError, match="k = 5000"):
+        evals.recall(sparse, texts, top_k=5000)
+
+
+# parity
+
+
+def test_compare_scores_every_arm_on_the_same_prompts(dense, sparse, texts, contexts):
+    told = []
+    scores = evals.compare(evals.demo_arms(dense, dense, sparse, sparse), texts, contexts, K, told.append)
+    assert set(scores) == set(evals.ARMS)
+    assert told == [arm for arm in scores for _ in range(len(texts) + len(contexts))]
+    assert scores["dense"].text == scores["dense_adapted"].text
+    assert scores["sparse"].text == scores["untrained_indexer"].text  # here the indexer is the untrained one
+    assert len({scores[arm].text.ppl for arm in ("dense", "sparse", "window", "oracle")}) == 4
+    questions = [[r.key for r in s.needles.records] for s in scores.values()]
+    assert all(q == questions[0] for q in questions)
+    assert sparse.selection is tokensieve.model.selection.indexer and sparse.top_k == K
+    metrics = evals.metrics_of(scores)
+    assert list(metrics) == list(evals.ARMS) and set(metrics["window"]) == {"ppl", "needle"}
+    curves = evals.loss_by_position(scores)
+    assert all(len(curve) == len(curves["edges"]) - 1 for curve in curves["loss"].values())
+
+
+def test_controls_share_the_adapted_trunk(dense, sparse):
+    trained = tokensieve.sparsify(models.ours(dense.config, seed=1), top_k=K, index_heads=4, index_dim=16, seed=7)
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    control = evals.demo_arms(dense, dense, trained, sparse)["untrained_indexer"].model
+    for name, tensor in control.state_dict().items():
+        source = sparse.state_dict() if ".indexer." in name else before
+        assert torch.equal(tensor, source[name]), name
+    assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
+
+
+def test_compare_refuses_prompts_that_test_nothing(dense, texts, contexts):
+    with pytest.raises(UserError, match="not longer than k = 4096"):
+        evals.compare({"dense": evals.Arm(dense, "dense")}, texts, contexts, 4096)
+
+
+def metrics(**changes):
+    base = {"ppl": 4.0, "needle": 0.98}
+    control = {"ppl": 9.0, "needle": 0.1}
+    figures = {"dense": base, "dense_adapted": base | {"ppl": 3.9}, "sparse": base | {"ppl": 3.95, "needle": 0.95}}
+    figures |= {"untrained_indexer": control, "window": control, "recall": {"first": 0.1, "last": 0.96}}
+    return figures | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({}, None),
+        ({"sparse": {"ppl": 3.9 * 1.021, "needle": 0.98}}, "sparse perplexity / the better dense one"),
+        ({"sparse": {"ppl": 3.9, "needle": 0.949}}, "sparse needles - dense needles"),
+        ({"recall": {"first": 0.1, "last": 0.94}}, "recall of the indexer"),
+        ({"window": {"ppl": 5.0, "needle": 0.39}}, "dense needles - window needles"),
+        ({"untrained_indexer": {"ppl": 5.0, "needle": 0.5}}, "dense needles - untrained_indexer needles"),
+    ],
+)
+def test_parity_criteria(changes, broken):
+    found = evals.parity_criteria(metrics(**changes))
+    assert len(found) == 5
+    assert [c.name for c in found if not c.holds] == ([broken] if broken else [])
+
+
+# long contexts
+
+
+def test_context_gain_scores_the_same_tokens(dense, texts, monkeypatch):
+    monkeypatch.setattr(longcontext, "SCORED", 100)
+    monkeypatch.setattr(longcontext, "SPAN", 30)
+    found = evals.context_gain(dense, texts[:1], short=64)
+    ids = texts[0]
+    long = evals.token_losses(dense, ids)[-100:].mean()
+    # Token by token: bos, and what comes before the token from where its span's context begins.
+    short = []
+    for t in range(CONTEXT - 100, CONTEXT):
+        begin = CONTEXT - 100 + (t - CONTEXT + 100) // 30 * 30
+        seen = torch.cat((ids[:1], ids[begin - 63 : t + 1]))
+        assert 64 <= len(seen) - 1 < 64 + 30
+        short.append(evals.token_losses(dense, seen)[-1])
+    assert found["tokens"] == 100 and found["long"] == CONTEXT and found["short"] == 64
+    assert found["loss_long"] == pytest.approx(float(long), abs=1e-4)
+    assert found["loss_short"] == pytest.approx(float(torch.stack(short).mean()), abs=1e-4)
+    assert found["gain"] == pytest.approx(found["loss_short"] - found["loss_long"], abs=1e-6)
+
+
+@pytest.mark.parametrize("needles", [1, 8])
+def test_every_decile_gets_its_questions(dense, encode, documents, needles):
+    found = longcontext.needles_by_decile(dense, encode, documents, 2048, needles, 1)
+    assert min(found["counts"]) >= 1 and len(found["by_depth"]) == 10
+    assert found["accuracy"] == 0  # of a model with random weights
+
+
+def test_questions_that_share_a_context_get_the_answers_they_get_alone(sparse, encode, documents, monkeypatch):
+    contexts = retrieval.needle_contexts(encode, documents, 1024, 8)
+    together = retrieval.evaluate(sparse, contexts)
+    monkeypatch.setattr(retrieval, "TOGETHER", 1)
+    alone = retrieval.evaluate(sparse, contexts)
+    assert together.records == alone.records and len({record.answered for record in alone.records}) > 1
+
+
+def test_heat_asks_only_what_is_not_known(dense, encode, documents):
+    known = retrieval.score([retrieval.NeedleRecord(0, "key", 0.35, "1", "1", True)])
+    told = []
+    found = evals.needle_heat(
+        dense, encode, documents, (1024, 512), needles=4, known={1024: known}, done=lambda: told.append(1)
+    )
+    assert found["lengths"] == [512, 1024] and len(told) == 1
+    assert found["accuracy"][1] == list(known.by_depth) and sum(found["counts"][0]) == 4
+
+
+def test_acceptance_runs_small(dense, encode, documents):
+    sizes = evals.AcceptanceSizes((512,), (1,), 1, 400, 64, 1, 2, 2, 4)
+    figures = evals.acceptance(dense, encode, documents, sizes)
+    criteria = evals.acceptance_criteria(figures)
+    assert [c.relation for c in criteria] == [">="] * 4
+    assert not criteria[0].holds and figures["completions"]["count"] == figures["chat"]["count"] == 2
+
+
+# time
+
+
+def test_a_stretched_cache_repeats_a_real_one(sparse, texts, monkeypatch):
+    monkeypatch.setattr(timing, "CHUNK", 64)
+    real = timing.prefilled(sparse, texts[0][:100])
+    whole = tokensieve.LatentCache()
+    with torch.no_grad():
+        sparse(texts[0][None, :100], past_key_values=whole, use_cache=True)
+    cache, short = timing.stretched(real, 250), timing.stretched(real, 50)
+    assert cache.get_seq_length() == 250 and short.get_seq_length() == 50
+    for kind in ("latent_BTE", "index_BTD"):
+        for layer in range(len(sparse.model.layers)):
+            long, brief, source = (getattr(c, kind)[layer][0] for c in (cache, short, whole))
+            torch.testing.assert_close(long[:100], source[:100])
+            torch.testing.assert_close(brief[:50], source[:50])
+            change = long[100:200] - source[:100]
+            assert 0 < float(change.std()) < 0.02 * float(source[:100].std())
+            assert len(long[:250].unique(dim=0)) == 250  # no two keys are equal
+
+
+def test_decode_is_timed_for_each_model_and_context(dense, sparse, texts):
+    found = evals.decode_ms({"dense": dense, "sparse": sparse}, texts[0], (64, 400), rounds=1, burst=1)
+    assert list(found) == ["dense", "sparse"] and all(list(x) == ["64", "400"] for x in found.values())
+    assert all(ms > 0 for x in found.values() for ms in x.values())
+    with pytest.raises(UserError, match="2048 positions of dense"):
+        evals.decode_ms({"dense": dense}, texts[0], (2048,))
+
+
+def test_kv_entries():
+    assert evals.kv_entries((8, 64), 16) == {
+        "dense": {"8": 8, "64": 64},
+        "sparse": {"8": 8, "64": 16},
+        "index_keys": {"8": 0, "64": 64},
+    }

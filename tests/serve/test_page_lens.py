@@ -1,0 +1,184 @@
+"""The lens of the page in Chromium: that it shows what the server tells, and nothing else."""
+
+import json
+import time
+
+from playwright.sync_api import Page, Route, expect
+
+from tests.support import browser
+from tests.support.browser import answered, answers, ask, chunk, drop, looks, said
+
+pytest_plugins = ["tests.support.browser"]
+
+
+def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None:
+    """The whole of it: the digits of the answer were read where the document has them."""
+    drop(page, browser.document(6000), "textwrap.py")
+    expect(page.locator(".chip")).to_contain_text("textwrap.py")
+    ask(page, browser.QUESTION)
+    expect(page.locator(".chip")).to_have_count(0)
+    answered(page)
+    assert said(page) == browser.ANSWER
+    page.click(".question summary")
+    assert "access code of silver-harbor is 482913" in page.locator(".question pre").inner_text()
+
+    with page.expect_response("**/lens") as response:
+        page.locator(".answer .token", has_text="4").first.click()
+    told = response.value.json()
+    expect(page.locator(".lens mark")).not_to_have_count(0)
+    whole = page.locator(".context").evaluate("e => e.textContent")
+    assert whole == told["text"] + "4"  # and at its end the token that was chosen
+
+    # at first all layers together, at the strongest token that lies far off: the code itself
+    read = len(told["layers"][0]["selected"])
+    union = {p for layer in told["layers"] for p in layer["selected"]}
+    kept = sum(layer["kept"] for layer in told["layers"]) / 8
+    assert page.locator(".lens mark").count() == len(union)
+    expect(page.locator(".summary")).to_have_text(
+        f"8 layers read {read} of {told['context']:,} tokens each, {100 * read / told['context']:.1f}% ({len(union):,} different ones "
+        f"together). On average they hold {100 * kept:.1f}% of dense attention."
+    )
+    code = told["text"].index("482913.")
+    assert page.locator("mark.at").get_attribute("data-position") == str(told["starts"].index(code))
+    assert page.evaluate("document.activeElement.matches('mark.at')")
+
+    # every number of a layer is the server's
+    for layer in told["layers"][1::3]:
+        page.locator(".lens fieldset").last.locator("label").nth(1 + layer["layer"]).click()
+        expect(page.locator(".summary")).to_contain_text(
+            f"Layer {layer['layer']} read {read} of {told['context']:,} tokens, {100 * read / told['context']:.1f}%, which hold "
+            f"{100 * layer['kept']:.1f}% of dense attention."
+        )
+        marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
+        assert marks == layer["selected"]
+        strongest = max(range(read), key=lambda i: layer["attention"][i])
+        page.click("text=Strongest")
+        share = float(f"{100 * layer['attention'][strongest]:.3g}")
+        expect(page.locator(".detail")).to_contain_text(f"{share:g}% of layer {layer['layer']}'s attention")
+    page.click(".lens label >> text=Dense would read")
+    marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
+    assert marks == told["layers"][-1]["dense"]
+    page.click(".lens label >> text=Difference")
+    marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
+    assert marks == sorted(set(told["layers"][-1]["dense"]) ^ set(told["layers"][-1]["selected"]))
+
+
+def test_the_lens_by_keyboard_alone(page: Page) -> None:
+    asked = []
+
+    def lens(route: Route) -> None:
+        asked.append(route.request.post_data_json)
+        route.fulfill(json=looks("🙂é𝄞z", 4))
+
+    page.route("**/lens", lens)
+    answers(
+        page,
+        chunk(text=None, prompt_token_ids=[10, 11]),
+        chunk(text="one", ids=(20,)),
+        chunk(text=None, ids=(21,)),  # half a character
+        chunk(text=" two", ids=(22,)),
+        chunk(text=" three", ids=(23,)),
+        "[DONE]",
+    )
+    ask(page, "?")
+    answered(page)
+    page.keyboard.press("Shift+Tab")
+    while page.evaluate("document.activeElement.className") != "token":
+        page.keyboard.press("Shift+Tab")
+    for key, word in (
+        ("ArrowRight", " two"),
+        ("ArrowRight", " three"),
+        ("Home", "one"),
+        ("End", " three"),
+        ("ArrowLeft", " two"),
+    ):
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.textContent") == word
+    page.keyboard.press("Enter")
+    expect(page.locator(".lens mark")).to_have_count(2)
+    assert asked == [{"model": "sparse", "token_ids": [10, 11, 20]}]  # up to the first token of what was chosen
+
+    # characters outside of the first plane are two units of a JavaScript string
+    assert page.locator(".lens mark").all_inner_texts() == ["🙂", "𝄞"]
+    assert page.locator(".context").evaluate("e => e.textContent") == "🙂é𝄞z two"
+    assert page.evaluate("document.activeElement.textContent") == "𝄞"
+    expect(page.locator(".detail")).to_have_text(
+        "Token 2 “𝄞”: 53.3% of the attention, from 2 of 3 layers; 23.3% of dense attention."
+    )
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".detail")).to_contain_text("Token 0 “🙂”: 46.7% of the attention, from 3 of 3 layers; 20% of")
+    page.keyboard.press("Escape")
+    expect(page.locator("#lens")).to_be_hidden()
+    assert page.evaluate("document.activeElement.textContent") == " two"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Space")
+    expect(page.locator("#lens")).to_be_visible()
+    assert asked[1]["token_ids"] == [10, 11, 20, 21, 22]
+
+
+def test_views_of_the_lens(page: Page) -> None:
+    page.route("**/lens", lambda route: route.fulfill(json=looks("abcd", 4)))
+    answers(page, chunk(text="x", ids=(20,), prompt_token_ids=[1]), "[DONE]")
+    ask(page, "?")
+    answered(page)
+    page.click(".answer .token")
+
+    def see(view: str, layer: str) -> tuple[list[str], str]:
+        page.click(f".lens label >> text={view}")
+        page.locator(".lens fieldset").last.get_by_text(layer, exact=True).click()
+        kinds = "all => all.map((m) => m.textContent + ['extra', 'missed'].filter((k) => m.classList.contains(k)))"
+        return page.locator(".lens mark").evaluate_all(kinds), page.locator(".summary").inner_text()
+
+    assert see("Read", "0") == (["a", "c"], "Layer 0 read 2 of 4 tokens, 50.0%, which hold 90.0% of dense attention.")
+    assert see("Difference", "0") == ([], "Layer 0 read exactly what dense attention would.")
+    assert page.locator(".steps button:enabled").count() == 0
+    different = "Layer 1 read 1 tokens in place of 1 tokens to which dense attention gives more."
+    assert see("Difference", "1") == (["bmissed", "cextra"], different)
+    page.click("text=Strongest")
+    expect(page.locator(".detail")).to_have_text(
+        "Token 2 “c”: 80% of layer 1's attention; not among dense attention's choice."
+    )
+    page.click("text=Weaker")
+    expect(page.locator(".detail")).to_have_text("Token 1 “b”: not read by layer 1; 35% of dense attention.")
+    assert see("Difference", "All")[0] == ["aextra", "bmissed", "cextra"]
+    assert see("Dense would read", "2")[0] == ["b"]
+    see("Read", "All")
+    box = page.locator(".strip").bounding_box()
+    page.mouse.click(box["x"] + 1, box["y"] + 5)
+    expect(page.locator(".detail")).to_contain_text("Token 0 “a”")
+
+
+def test_a_long_context_stays_smooth(page: Page) -> None:
+    """A dense model reads everything: here 32768 tokens in each of four layers."""
+    tokens = 32768
+    weights = [1 / (i + 1) for i in range(tokens)]
+    layer = {"read": tokens, "selected": list(range(tokens)), "attention": weights, "kept": 1.0}
+    layer |= {"dense": layer["selected"], "dense_attention": weights}
+    told = {"model": "sparse", "context": tokens, "starts": list(range(0, 4 * tokens, 4)), "text": "word" * tokens}
+    body = json.dumps(told | {"layers": [layer | {"layer": i} for i in range(4)]})
+    page.route("**/lens", lambda route: route.fulfill(content_type="application/json", body=body))
+    answers(page, chunk(text="x", ids=(20,), prompt_token_ids=[1]), "[DONE]")
+    ask(page, "?")
+    answered(page)
+    page.click(".answer .token")
+    expect(page.locator(".summary")).to_contain_text("26,768 weakest are not marked", timeout=15_000)
+    begin = time.monotonic()
+    page.locator(".lens fieldset").last.locator("label").nth(4).click()
+    expect(page.locator(".summary")).to_contain_text("Layer 3")
+    assert time.monotonic() - begin < 2
+    box = page.locator(".strip").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + 5)
+    scrolled = page.locator(".context").evaluate("e => (e.scrollTop + e.clientHeight / 2) / e.scrollHeight")
+    assert abs(scrolled - 0.75) < 0.02
+
+
+def test_a_lens_that_fails(page: Page) -> None:
+    error = {"error": {"message": "no lens today", "type": "server_error", "param": None, "code": None}}
+    page.route("**/lens", lambda route: route.fulfill(status=500, json=error))
+    answers(page, chunk(text="x", ids=(20,), prompt_token_ids=[1]), "[DONE]")
+    ask(page, "?")
+    answered(page)
+    page.click(".answer .token")
+    expect(page.locator(".summary")).to_have_text("No lens today.")
+    page.click("button[aria-label='Close the lens']")
+    expect(page.locator("#lens")).to_be_hidden()

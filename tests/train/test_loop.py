@@ -1,0 +1,416 @@
+"""The loop that every stage shares: cutting a step up, clipping, schedule, phases, balance, figures, and bad input."""
+
+import json
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokensieve
+from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
+from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.model.moe import Router
+from tokensieve.train import history, loop, pretrain, rehearsal, run
+from tokensieve.train.schedule import lr_share, place, total_steps
+
+FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
+STAGES = ["pretrain", "warmup", "adapt"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return workplace(tmp_path_factory.mktemp("loop"))
+
+
+def config(stage: str, **changes: Any) -> TrainConfig:
+    made = TrainConfig(stage, "", "", (PhaseConfig(4, 48, 4, 4),), optimizer=FREE, device="cpu")
+    return replace(made, **changes)
+
+
+def fresh(stage: str, **changes: Any):
+    return model("v3" if stage == "pretrain" else "v32", **changes)
+
+
+def weighted(step: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return step | {"loss_weights": torch.randint(1, 9, step["labels"].shape, generator=generator).float()}
+
+
+# ---- one step
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_do_not_depend_on_the_micro_batches(stage: str) -> None:
+    """Rows hold different numbers of labels, documents and weights, so that a mean of means would differ."""
+    step = weighted(batch(4, 48, documents=True))
+    step["labels"][2, 10:] = -100
+    whole, figures = step_gradients(config(stage), fresh(stage).double(), [step])
+    for parts in (2, 4):
+        found, again = step_gradients(config(stage), fresh(stage).double(), cut(step, parts))
+        assert apart(found, whole) < 1e-6
+        for name in ("loss", "lm", "kl", "grad_norm", "indexer_grad_norm"):
+            assert (name in again) == (name in figures)
+            assert name not in again or again[name] == pytest.approx(figures[name], rel=1e-6)
+
+
+def test_labels_are_weighted_over_the_whole_step() -> None:
+    step = weighted(batch(2, 48, documents=True))
+    made = fresh("pretrain")
+    _, figures = step_gradients(config("pretrain"), made, cut(step, 2))
+    logits = made(step["input_ids"], position_ids=step["position_ids"]).logits[:, :-1]
+    entropy = torch.nn.functional.cross_entropy(logits.transpose(1, 2), step["labels"][:, 1:], reduction="none")
+    weights = step["loss_weights"][:, 1:] * (step["labels"][:, 1:] != -100)
+    assert figures["lm"] == pytest.approx(((entropy * weights).sum() / weights.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputing_layers_changes_nothing(stage: str) -> None:
+    step = batch(2, 48, documents=True)
+    plain, figures = step_gradients(config(stage), fresh(stage), [step])
+    made = fresh(stage)
+    made.model.gradient_checkpointing = True
+    found, again = step_gradients(config(stage), made, [step])
+    assert all(torch.equal(found[n], plain[n]) for n in plain) and found.keys() == plain.keys()
+    assert again["loss"] == figures["loss"] and again.get("kl") == figures.get("kl")
+
+
+def test_indexers_and_trunk_are_clipped_apart() -> None:
+    step = [batch(4, 48)]
+    free, figures = step_gradients(config("adapt"), fresh("adapt"), step)
+    clips = replace(FREE, clip=0.5 * figures["grad_norm"], indexer_clip=0.25 * figures["indexer_grad_norm"])
+    found, again = step_gradients(config("adapt", optimizer=clips), fresh("adapt"), step)
+    scale = {n: 0.25 if ".indexer." in n else 0.5 for n in free}
+    assert apart(found, {n: g * scale[n] for n, g in free.items()}) < 1e-5
+    assert again["grad_norm"] == figures["grad_norm"]  # as it was before clipping
+    norm = torch.stack([g.square().sum() for g in indexers(free).values()]).sum().sqrt()
+    assert figures["indexer_grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+NAN_PLACES = [
+    (place, stage)
+    for place in ("layers.0.input_layernorm.weight", "norm.weight")
+    for stage in STAGES
+    if (place, stage) != ("norm.weight", "warmup")  # the last norm is not part of the warm-up's loss
+]
+
+
+@pytest.mark.parametrize(("place", "stage"), NAN_PLACES)
+def test_a_nan_changes_nothing(place: str, stage: str) -> None:
+    """Be it in the indexers' inputs, where the ops refuse it, or in the loss only."""
+    made = fresh(stage)
+    with torch.no_grad():
+        made.model.get_parameter(place)[0] = math.nan
+    before = {n: x.clone() for n, x in made.state_dict().items()}
+    with pytest.raises(UserError, match=r"step 1: .*(not finite|NaN).*nothing was changed; .* lower learning rate"):
+        step_gradients(config(stage), made, [batch(2, 48)])
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+def test_optimizer_groups() -> None:
+    made = fresh("adapt")
+    made.train_for("adapt")
+    optimizer = loop._optimizer(config("adapt", optimizer=replace(FREE, weight_decay=0.1)), made, torch.device("cpu"))
+    names = {p: n for n, p in made.named_parameters()}
+    seen = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            seen[names[parameter]] = (group["peak"], group["weight_decay"])
+    assert seen == {
+        n: (FREE.indexer_lr if ".indexer." in n else FREE.lr, 0.1 if p.dim() > 1 else 0.0)
+        for n, p in made.named_parameters()
+    }
+    made.train_for("warmup")
+    optimizer = loop._optimizer(config("warmup", optimizer=replace(FREE, indexer_lr=None)), made, torch.device("cpu"))
+    assert {g["peak"] for g in optimizer.param_groups} == {FREE.lr}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(made.indexer_parameters())
+
+
+# ---- schedule
+
+
+def test_schedule() -> None:
+    phases = (PhaseConfig(6, 8, 1), PhaseConfig(6, 16, 2, lr_scale=0.5, lr_scale_end=0.1))
+    o = OptimizerConfig(lr=1.0, warmup_steps=4, lr_end=0.1)
+    shares = [lr_share(o, phases, step) for step in range(12)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    cosine = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (s - 4) / 8)) for s in range(4, 12)]
+    scales = [1.0, 1.0, 0.5, 0.42, 0.34, 0.26, 0.18, 0.1]
+    assert shares[4:] == pytest.approx([c * s for c, s in zip(cosine, scales, strict=True)])
+    flat = OptimizerConfig(lr_end=1.0)
+    assert [lr_share(flat, phases[:1], s) for s in range(6)] == [1.0] * 6
+    assert total_steps(phases) == 12
+    assert [tuple(place(phases, s)) for s in (0, 5, 6, 11)] == [(0, 0, 0), (0, 5, 5), (1, 0, 0), (1, 5, 10)]
+    with pytest.raises(ValueError, match="past the end"):
+        place(phases, 12)
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ((), r"no phases"),
+        ((PhaseConfig(0, 48, 4),), r"phases.steps is 0"),
+        ((PhaseConfig(1, 0, 4),), r"phases.context is 0"),
+        ((PhaseConfig(1, 48, 0),), r"phases.sequences is 0"),
+        ((PhaseConfig(1, 48, 4, 0),), r"phases.micro_batch is 0"),
+        ((PhaseConfig(1, 48, 4, 3),), r"4 sequences do not divide into micro-batches of 3"),
+        ((PhaseConfig(1, 257, 1),), r"257 is past the model's 256 positions"),
+    ],
+)
+def test_bad_phases(phases: tuple[PhaseConfig, ...], message: str, here: Workplace) -> None:
+    wrong = replace(here.run("warmup", "bad"), phases=phases)
+    with pytest.raises(UserError, match=message):
+        run(wrong, progress=False)
+    assert not Path(wrong.out).exists()
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def adapted(here: Workplace) -> tuple[TrainConfig, Any, list]:
+    """A run of two phases, one row of figures every second step."""
+    settings = here.run(
+        "adapt",
+        "adapted",
+        PhaseConfig(3, 48, 4, 2),
+        PhaseConfig(2, 96, 2, 1, lr_scale=0.5),
+        log_every=2,
+        track=("tensorboard",),
+    )
+    steps: list[tuple[int, dict[str, float]]] = []
+    made = run(settings, on_step=lambda step, figures: steps.append((step, figures)), progress=False)
+    return settings, made, steps
+
+
+def test_a_run_of_two_phases(adapted: tuple[TrainConfig, Any, list]) -> None:
+    settings, made, steps = adapted
+    assert [step for step, _ in steps] == [1, 2, 3, 4, 5]
+    assert all(
+        {"loss", "lm", "kl", "grad_norm", "indexer_grad_norm", "lr", "tokens_per_second"} <= set(f) for _, f in steps
+    )
+    tokens = [f["tokens_per_second"] * f["seconds"] for _, f in steps]
+    assert tokens == pytest.approx([192.0] * 5)
+    peaks = [OPTIMIZER.lr * lr_share(OPTIMIZER, settings.phases, s) for s in range(5)]
+    assert [f["lr"] for _, f in steps] == pytest.approx(peaks)
+    assert not made.training and made.model.objective == "none" and all(p.requires_grad for p in made.parameters())
+    ids = batch(1, 60)["input_ids"]
+    saved = tokensieve.load(Path(settings.out) / "step-000005")
+    assert torch.equal(saved(ids).logits, made(ids).logits)
+    assert len(tokensieve.load_tokenizer(saved.folder)) == made.config.vocab_size
+
+
+def test_figures_are_written(adapted: tuple[TrainConfig, Any, list]) -> None:
+    settings, _, steps = adapted
+    rows = history(settings.out)
+    assert [r["step"] for r in rows] == [2, 4, 5]
+    assert rows == [{"step": s, **f} for s, f in steps if s in (2, 4, 5)]
+    assert list((Path(settings.out) / "tensorboard").glob("events.out.tfevents.*"))
+    assert json.loads((Path(settings.out) / "config.json").read_text())["stage"] == "adapt"
+    with pytest.raises(UserError, match="'paper' is unknown; use tensorboard or wandb"):
+        run(replace(settings, out=settings.out + "2", track=("paper",)), progress=False)
+
+
+def test_the_estimate_is_logged_before_the_first_step(here: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[int] = []
+    with caplog.at_level(logging.INFO, logger="tokensieve"):
+        run(
+            here.run("warmup", "estimate", PhaseConfig(1, 48, 2)),
+            on_step=lambda *_: seen.append(len(caplog.messages)),
+            progress=False,
+        )
+    estimates = [i for i, m in enumerate(caplog.messages) if m.startswith("warmup: about") and "GiB" in m]
+    assert estimates and estimates[0] < seen[0]
+    assert len(set(caplog.messages)) == len(caplog.messages)  # nothing is said twice
+    assert len(caplog.messages) == seen[0]  # nor while the bar is shown, which it would tear
+
+
+def test_micro_batches_do_not_change_a_run(here: Workplace) -> None:
+    found = []
+    for name, size in (("cut", 1), ("whole", 2)):
+        # Three steps: later the rounding of an indexer's gradient may swap two keys of almost the same score.
+        phase = PhaseConfig(3, 64, 2, size)
+        losses: list[float] = []
+        model = run(
+            here.run("adapt", name, phases=(phase,)),
+            on_step=lambda _, f, to=losses: to.append(f["loss"]),
+            progress=False,
+        )
+        found.append((losses, model.state_dict()))
+    (cut, a), (whole, b) = found
+    assert cut == pytest.approx(whole, rel=1e-6)
+    for name, tensor in a.items():
+        # Adam turns the rounding of tiny gradients into small steps.
+        assert torch.allclose(tensor, b[name], atol=1e-4), name
+
+
+def test_dense_arm_trains_the_trunk_only(here: Workplace) -> None:
+    settings = here.run("adapt", "dense-arm", selection=False)
+    before = tokensieve.load(settings.model).state_dict()
+    steps: list[dict[str, float]] = []
+    after = run(settings, on_step=lambda _, f: steps.append(f), progress=False).state_dict()
+    assert all(torch.equal(before[n], after[n]) == (".indexer." in n or "correction_bias" in n) for n in before)
+    assert all("kl" not in f and "indexer_grad_norm" not in f for f in steps)
+    dense = run(replace(settings, model=str(here.root / "dense"), out=settings.out + "2"), progress=False)
+    assert not dense.is_sparse
+    with pytest.raises(UserError, match="make it sparse first"):
+        run(replace(settings, model=str(here.root / "dense"), selection=True, out=settings.out + "3"), progress=False)
+
+
+def test_warmup_run_lowers_the_kl(here: Workplace) -> None:
+    settings = here.run("warmup", "warm", PhaseConfig(12, 48, 4, 4))
+    kl: list[float] = []
+    before = tokensieve.load(settings.model).state_dict()
+    after = run(settings, on_step=lambda _, f: kl.append(f["kl"]), progress=False).state_dict()
+    assert kl[-1] < 0.8 * kl[0]
+    assert all(torch.equal(before[n], after[n]) for n in before if ".indexer." not in n)
+
+
+def test_pretraining_learns_and_begins_anew(here: Workplace) -> None:
+    settings = here.run("pretrain", "pretrain", PhaseConfig(8, 48, 8, 8, yarn=False), PhaseConfig(2, 96, 2))
+    lm: list[float] = []
+    made = run(settings, on_step=lambda _, f: lm.append(f["lm"]), progress=False)
+    assert not made.is_sparse and lm[-1] < lm[0] - 0.3
+    assert (Path(settings.out) / "step-000010" / "tokenizer.json").is_file()
+    with pytest.raises(UserError, match="holds a run already .*add --resume"):
+        run(settings, progress=False)
+    with pytest.raises(UserError, match="unknown key hidden;"):
+        run(replace(settings, shape={"hidden": 3}, out=settings.out + "2"), progress=False)
+
+
+# ---- balance
+
+
+def test_the_bias_moves_towards_even_load() -> None:
+    made = fresh("pretrain")
+    settings = config("pretrain", balance_rate=0.02)
+    router = next(m for m in made.modules() if isinstance(m, Router))
+    with torch.no_grad():
+        router.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, router.experts))
+    step = batch(8, 48)
+
+    def load() -> Tensor:
+        made(**{k: v for k, v in step.items() if k != "labels"})
+        assert router.load_E is not None
+        return router.load_E.clone()
+
+    pretrain.prepare(made, settings)
+    with torch.no_grad():
+        first = load()
+        before = router.e_score_correction_bias.clone()
+        pretrain.balance(made, settings)
+        moved = router.e_score_correction_bias - before
+        mean = first.float().mean()
+        assert torch.allclose(moved, settings.balance_rate * torch.sign(mean - first.float()), atol=1e-7)
+        assert not router.load_E.any()
+        for _ in range(60):
+            last = load()
+            pretrain.balance(made, settings)
+    assert int(first.sum()) == 8 * 48 * router.top_k == int(last.sum())
+    assert last.float().std() < 0.4 * first.float().std()
+
+
+def test_experts_are_counted_over_the_whole_step() -> None:
+    biases = []
+    for parts in (1, 4):
+        made = fresh("pretrain")
+        step_gradients(config("pretrain", balance_rate=0.5), made, cut(batch(4, 48), parts))
+        biases.append([m.e_score_correction_bias for m in made.modules() if isinstance(m, Router)])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*biases, strict=True))
+
+
+# ---- answers count more
+
+
+def test_answer_weights_reach_the_loss(here: Workplace) -> None:
+    settings = here.run("pretrain", "answers", PhaseConfig(1, 96, 2))
+    for weight in (1.0, 8.0):
+        data = here.data(answer_weight=weight)
+        dataset = loop.build_dataset(data, tokensieve.load_tokenizer(data.tokenizer), 96, 2, seed=0)
+        assert ("loss_weights" in dataset[0]) == (weight != 1.0)
+    step = batch(2, 48)
+    step["loss_weights"] = torch.ones(2, 48)
+    plain, _ = step_gradients(config("pretrain"), fresh("pretrain"), [batch(2, 48)])
+    ones, _ = step_gradients(config("pretrain"), fresh("pretrain"), [step])
+    assert apart(ones, plain) < 1e-6
+    step["loss_weights"] = torch.zeros(2, 48)
+    step["loss_weights"][0, 5] = 3.0
+    _, figures = step_gradients(config("pretrain"), fresh("pretrain"), [step])
+    made = fresh("pretrain")
+    log_p = made(step["input_ids"]).logits[0, 4].log_softmax(-1)
+    assert figures["lm"] == pytest.approx(-log_p[step["labels"][0, 5]].item(), rel=1e-5)
+    assert loop._label_weight(step) == 3.0 and settings.data.answer_weight == 1.0
+
+
+# ---- compile, signals
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(here: Workplace) -> None:
+    lm: dict[bool, list[float]] = {False: [], True: []}
+    for compiled in lm:
+        settings = here.run("adapt", f"compiled-{compiled}", PhaseConfig(3, 48, 2), compile=compiled)
+        made = run(settings, on_step=lambda _, f, to=lm[compiled]: to.append(f["lm"]), progress=False)
+        assert tokensieve.load(Path(settings.out) / "step-000003")(batch(1, 20)["input_ids"]).logits.isfinite().all()
+        assert set(made.state_dict()) == set(model().state_dict())
+    assert lm[True] == pytest.approx(lm[False], rel=1e-4)
+
+
+# ---- the estimate
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
+def test_a_rehearsal_leaves_everything_as_it_was(stage: str, here: Workplace) -> None:
+    settings = here.run(stage, "rehearsal")
+    made = model("v3" if stage == "pretrain" else "v32")
+    loop.STAGES[stage].prepare(made, settings)
+    made.train()
+    random_state, weights = torch.get_rng_state(), {n: t.clone() for n, t in made.state_dict().items()}
+    told = rehearsal.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+    assert told.seconds > 0 and told.tokens == 4 * 4 * 48
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(t, weights[n]) for n, t in made.state_dict().items())
+    assert all(p.grad is None for p in made.parameters())
+    assert stage != "pretrain" or all(not r.load_E.any() for r in pretrain.routers(made))
+
+
+def test_a_rehearsed_row_selects_and_is_no_longer_than_the_run(here: Workplace) -> None:
+    made = model(index_topk=300)
+    for stage, context, tokens in (
+        ("adapt", 4096, 600),
+        ("adapt", 400, 400),
+        ("warmup", 4096, 512),
+        ("warmup", 48, 48),
+    ):
+        assert rehearsal.row_tokens(here.run(stage, "rows", PhaseConfig(1, context, 1)), made) == tokens
+    assert rehearsal.row_tokens(here.run("adapt", "rows", PhaseConfig(1, 4096, 1), selection=False), made) == 512
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
+@pytest.mark.parametrize("context", [512, 2048])
+def test_the_estimate_is_about_right(stage: str, context: int) -> None:
+    """Processor time, not the clock's: other processes may be at work. The bundled model, one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    settings = TrainConfig(stage, "sparse", "", (PhaseConfig(1, context, 2),), device="cpu")
+    try:
+        made = tokensieve.load("base" if stage == "pretrain" else "sparse", torch.float32)
+        loop.STAGES[stage].prepare(made, settings)
+        optimizer = loop._optimizer(settings, made.train(), torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rehearsal.time, "perf_counter", time.process_time)
+            told = rehearsal.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+        begin = time.process_time()
+        micro = [batch(1, context, seed=seed) for seed in range(2)]
+        loop._step(settings, loop.STAGES[stage], made, optimizer, 0, micro, torch.device("cpu"))
+        took = time.process_time() - begin
+    finally:
+        torch.set_num_threads(threads)
+    assert 1 / 1.6 < told.seconds / took < 1.6, (told.seconds, took)

@@ -1,0 +1,325 @@
+"""The indexers' KL under our loop, Hugging Face Trainer and TRL's SFTTrainer: the same gradients, however the step is cut up."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+import tokensieve
+from tests.support.models import randomize
+from tests.support.training import OPTIMIZER, Still, apart, batch, cut, indexers, model, step_gradients, workplace
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.model import DecoderForCausalLM, KLScale
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
+STEP = batch(8, 40)
+OBJECTIVES = ["warmup", "adapt"]
+
+
+def arguments(folder: Path, n: int = 1, **changes: Any) -> dict[str, Any]:
+    made = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8 // n,
+        "gradient_accumulation_steps": n,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+    }
+    return made | changes
+
+
+def rows(step: dict[str, Tensor], *names: str) -> list[dict[str, Tensor]]:
+    return [{n: step[n][i] for n in names} for i in range(len(step["input_ids"]))]
+
+
+def trained(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradients of the first step, by name, and the first row of the log."""
+    found: dict[str, Tensor] = {}
+    made = trainer.model
+    trainer.optimizer = Still([p for p in made.parameters() if p.requires_grad])
+    trainer.train()
+    kept = trainer.optimizer.optimizer.kept if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer.kept
+    found = {n: kept[p] for n, p in made.named_parameters() if p in kept}
+    return found, trainer.state.log_history[0]
+
+
+def hugging_face(folder: Path, made: DecoderForCausalLM, n: int, data: list, **changes: Any) -> Trainer:
+    return Trainer(
+        made,
+        TrainingArguments(**arguments(folder, n, **changes)),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=default_data_collator,
+        callbacks=[tokensieve.KLCallback()],
+    )
+
+
+def trl(folder: Path, made: DecoderForCausalLM, n: int, ids: list[list[int]], place: Path, **changes: Any) -> Trainer:
+    sft, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    return sft.SFTTrainer(
+        made,
+        sft.SFTConfig(**arguments(folder, n, max_length=None, **changes)),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": row} for row in ids]),
+        processing_class=tokensieve.load_tokenizer(place),
+        callbacks=[tokensieve.KLCallback()],
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workplace(tmp_path_factory.mktemp("trainers")).root / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
+    """Our loop's gradients and figures, one micro-batch."""
+    return {objective: loop_step(objective, 1) for objective in OBJECTIVES}
+
+
+def loop_step(objective: str, n: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    free = OPTIMIZER.__class__(clip=1e9, indexer_clip=1e9)
+    config = TrainConfig(objective, "", "", (PhaseConfig(1, 40, 8, 8 // n),), optimizer=free, device="cpu")
+    return step_gradients(config, model(), cut(STEP, n))
+
+
+def prepared(objective: Any) -> DecoderForCausalLM:
+    made = model()
+    made.train_for(objective)
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("trainer", ["loop", "transformers", "trl"])
+def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, tokenizer: Path, tmp_path: Path) -> None:
+    expected, figures = ours[objective]
+    if trainer == "loop":
+        found, log = loop_step(objective, n)
+        kl = log["kl"]
+    else:
+        if trainer == "trl":
+            made = trl(tmp_path, prepared(objective), n, STEP["input_ids"].tolist(), tokenizer)
+        else:
+            made = hugging_face(tmp_path, prepared(objective), n, rows(STEP, "input_ids", "labels"))
+        found, log = trained(made)
+        kl = log["kl"]
+        assert made.model.model.kl_scale is None  # nothing of the trainer stays behind
+        if objective == "adapt" or trainer == "transformers":
+            assert log["loss"] == pytest.approx(figures["lm" if objective == "adapt" else "kl"], rel=1e-5)
+    assert apart(indexers(found), indexers(expected)) < 1e-5
+    assert kl == pytest.approx(figures["kl"], rel=1e-5)
+    assert objective == "adapt" or found.keys() == indexers(found).keys()
+    # The trunk's gradients are summed in another order, through another head: equal up to that.
+    assert apart(found, expected) < 1e-3
+
+
+def test_micro_batches_of_different_size(tmp_path: Path) -> None:
+    """Padding and a last step that is shorter than the others: still the mean over the step's valid queries."""
+    mask = torch.ones(6, 40, dtype=torch.long)
+    for row, kept in enumerate((40, 9, 33, 3, 21, 40)):
+        mask[row, kept:] = 0
+    data = {"input_ids": STEP["input_ids"][:6], "attention_mask": mask}
+    data["labels"] = data["input_ids"].masked_fill(mask == 0, -100)
+    for objective in OBJECTIVES:
+        whole = prepared(objective).train()
+        whole.model.kl_scale = KLScale(per_query=1.0 / float(mask.sum()))
+        out = whole(**data)
+        out.loss.backward()
+        expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
+        made = hugging_face(
+            tmp_path, prepared(objective), 8, rows(data, *data), gradient_accumulation_steps=8, num_train_epochs=1
+        )
+        found, log = trained(made)
+        assert apart(indexers(found), expected) < 1e-5
+        assert log["kl"] == pytest.approx(out.kl.item(), rel=1e-5)
+
+
+def test_warmup_without_labels(ours: dict, tmp_path: Path) -> None:
+    """Then Trainer divides the loss itself; neither the gradient nor the logged loss may change."""
+    found, log = trained(hugging_face(tmp_path, prepared("warmup"), 4, rows(STEP, "input_ids")))
+    assert apart(found, ours["warmup"][0]) < 1e-5
+    assert log["loss"] == pytest.approx(ours["warmup"][1]["kl"], rel=1e-5)
+
+
+def test_padding_free_packing_in_trl(tokenizer: Path, tmp_path: Path) -> None:
+    """TRL packs documents into one row and sends position_ids, seq_idx and cumulative lengths."""
+    lengths = (40, 17, 30, 9)
+    ids = [row[:n] for row, n in zip(STEP["input_ids"].tolist(), lengths, strict=False)]
+    made = trl(tmp_path, prepared("adapt"), 1, ids, tokenizer, padding_free=True, per_device_train_batch_size=4)
+    found, _ = trained(made)
+    whole = prepared("adapt").train()
+    whole.model.kl_scale = KLScale(per_query=1.0 / sum(lengths))
+    for row in ids:
+        whole(input_ids=torch.tensor([row])).logits.mul(0.0).sum().backward()
+    expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
+    assert apart(indexers(found), expected) < 1e-5
+
+
+def test_evaluation_between_steps_changes_nothing(ours: dict, tmp_path: Path) -> None:
+    data = rows(STEP, "input_ids", "labels")
+    for objective in OBJECTIVES:
+        made = hugging_face(tmp_path, prepared(objective), 2, data, eval_strategy="steps", eval_steps=1)
+        found, _ = trained(made)
+        assert apart(indexers(found), indexers(ours[objective][0])) < 1e-5
+        evaluated = next(row["eval_loss"] for row in made.state.log_history if "eval_loss" in row)
+        assert evaluated == pytest.approx(ours[objective][1]["lm" if objective == "adapt" else "kl"], rel=1e-4)
+
+
+# ---- refusals
+
+
+def test_without_the_callback(tmp_path: Path) -> None:
+    for objective in OBJECTIVES:
+        made = hugging_face(tmp_path, prepared(objective), 2, rows(STEP, "input_ids", "labels"))
+        made.remove_callback(tokensieve.KLCallback)
+        with pytest.raises(UserError, match=f"{objective} under a Hugging Face trainer .* add tokensieve.KLCallback"):
+            made.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fp16": True}, "bf16=True"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor to 0"),
+        ({"_n_gpu": 2}, "torchrun"),
+        ({"fsdp": True}, "FSDP"),
+        ({"deepspeed": "stage.json"}, "DeepSpeed"),
+        ({"parallelism_config": object()}, "parallelism_config"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings = TrainingArguments(**arguments(tmp_path))
+    for name, value in changes.items():
+        object.__setattr__(settings, name, value)
+    made = prepared("adapt")
+    with pytest.raises(UserError, match=message):
+        tokensieve.KLCallback().on_train_begin(settings, None, None, model=made)
+    assert made.model.kl_scale is None
+
+
+def test_models_that_train_no_indexer_are_refused(tmp_path: Path) -> None:
+    settings, callback = TrainingArguments(**arguments(tmp_path)), tokensieve.KLCallback()
+    for made in (model(), model("v3"), torch.nn.Linear(2, 2)):
+        with pytest.raises(UserError, match="train_for"):
+            callback.on_train_begin(settings, None, None, model=made)
+    frozen = prepared("adapt")
+    for parameter in frozen.indexer_parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(UserError, match="every indexer is frozen"):
+        callback.on_train_begin(settings, None, None, model=frozen)
+
+
+def test_two_forward_passes_before_a_backward_pass(tmp_path: Path) -> None:
+    made, callback = prepared("adapt").train(), tokensieve.KLCallback()
+    callback.on_train_begin(TrainingArguments(**arguments(tmp_path)), None, None, model=torch.nn.Sequential(made))
+    with torch.no_grad():
+        made(**STEP)
+        made(**STEP)
+    made(**STEP).loss.backward()
+    made(**STEP)
+    with pytest.raises(UserError, match="two forward passes"):
+        made(**STEP)
+
+
+# ---- checkpoints that trainers write
+
+
+@pytest.mark.parametrize("shard_size", [None, 20_000])
+def test_a_trainer_saves_and_resumes(shard_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints have the published names, open with `load`, and resume where an uninterrupted run would be."""
+    if shard_size is not None:
+        whole = DecoderForCausalLM.save_pretrained
+        monkeypatch.setattr(
+            DecoderForCausalLM, "save_pretrained", lambda *a, **k: whole(*a, **(k | {"max_shard_size": shard_size}))
+        )
+    data = rows(STEP, "input_ids", "labels")
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    straight = hugging_face(tmp_path, prepared("adapt"), 1, data, **settings)
+    straight.train()
+    saved = tokensieve.load(tmp_path / "checkpoint-2")
+    assert len(list((tmp_path / "checkpoint-2").glob("model*.safetensors"))) in (
+        [1] if shard_size is None else range(5, 40)
+    )
+    again = hugging_face(tmp_path, randomize(prepared("adapt"), 5), 1, data, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    ours, theirs = again.model.state_dict(), straight.model.state_dict()
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
+    assert not all(torch.equal(saved.state_dict()[n], theirs[n]) for n in theirs)
+    straight.save_model()  # beside the checkpoints of the run
+    assert torch.equal(
+        tokensieve.load(tmp_path)(STEP["input_ids"]).logits, straight.model.eval()(STEP["input_ids"]).logits
+    )
+    assert not list(tmp_path.glob(".saving*")) and (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_from_pretrained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = model()
+    with caplog.at_level(logging.WARNING):
+        made.save_pretrained(tmp_path)
+    again = DecoderForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(STEP["input_ids"]).logits, made(STEP["input_ids"]).logits)
+    assert DecoderForCausalLM.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    assert DecoderForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="auto").dtype == torch.float32
+    with pytest.raises(UserError, match="dtype 'bf17'"):
+        DecoderForCausalLM.from_pretrained(tmp_path, dtype="bf17")
+    with pytest.raises(UserError, match="push_to_hub"):
+        made.save_pretrained(tmp_path, push_to_hub=True)
+    made.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
+
+
+# ---- several processes
+
+TWO = """
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import save_file
+from tests.test_train_trainers import STEP, hugging_face, prepared, rows, trained
+data = {"input_ids": STEP["input_ids"], "labels": STEP["labels"], "attention_mask": torch.ones(8, 40, dtype=torch.long)}
+data["attention_mask"][1, 9:] = 0
+data["labels"][1, 9:] = -100
+trainer = hugging_face(Path(sys.argv[1]), prepared(sys.argv[2]), 2, rows(data, *data), per_device_train_batch_size=2)
+found, log = trained(trainer)
+if trainer.is_world_process_zero():
+    save_file({n: g.contiguous() for n, g in found.items()}, Path(sys.argv[1]) / f"{trainer.args.world_size}.safetensors")
+    print(log)
+# a process that ends while the other still holds the group is aborted
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes(objective: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    (tmp_path / "two.py").write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, str(tmp_path / "two.py"), str(tmp_path), objective], env=environment, check=True)
+    found = load_file(tmp_path / "2.safetensors")
+    mask = torch.ones(8, 40, dtype=torch.long)
+    mask[1, 9:] = 0
+    whole = prepared(objective).train()
+    labels = STEP["labels"].clone()
+    labels[1, 9:] = -100
+    whole(input_ids=STEP["input_ids"], attention_mask=mask, labels=labels).loss.backward()
+    expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+    assert apart(indexers(found), indexers(expected)) < 1e-5
+    assert apart(found, expected) < 1e-3
