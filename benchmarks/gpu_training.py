@@ -49,6 +49,7 @@ from tokensieve.data import read_documents
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.report.where import environment
 from tokensieve.train import loop
+from tokensieve.train.learning import learning
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = time.perf_counter()
@@ -187,7 +188,7 @@ def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
     model.model.layers, model.config.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
     if stage == "warmup":
         return tokensieve.sparsify(model, sizes.top_k, index_heads=8, index_dim=32)
-    model.top_k = sizes.top_k
+    model.config.index_topk = sizes.top_k
     return model
 
 
@@ -293,7 +294,6 @@ def finish(device: torch.device) -> None:
 
 def measure(row: Speed, model: DecoderForCausalLM, steps: int, device: torch.device) -> None:
     """Fills the row with the fastest of the steps but the first."""
-    stage = loop.STAGES[MODES[row.stage][0]]
     config = TrainConfig(
         MODES[row.stage][0],
         model="",
@@ -301,27 +301,34 @@ def measure(row: Speed, model: DecoderForCausalLM, steps: int, device: torch.dev
         phases=(PhaseConfig(steps, row.context, 1),),
         optimizer=OptimizerConfig(),
         selection=row.stage != "dense",
+        device=device.type,
         activation_checkpointing=True,
     )
-    model.selection = "indexer"  # the dense arm before may have left another
-    stage.prepare(model, config)
+    run = loop.Run(config, model)
     model.train()
     model.model.gradient_checkpointing = config.activation_checkpointing
-    optimizer = loop._optimizer(config, model, device)
-    batch, taken = tokens(row.context, model.config.vocab_size), []
+    with learning(model, run.stage.learners(config)):
+        taken = _steps(run, row, steps, device)
+    row.seconds = min(taken[1:])
+    row.tflop = cost.train_flops(cost.shape_of(model.config), MODES[row.stage][1], row.context) / 1e12
+    if device.type == "cuda":
+        row.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def _steps(run: loop.Run, row: Speed, steps: int, device: torch.device) -> list[float]:
+    """Seconds of every step."""
+    run.optimizer = loop.make_optimizer(run.config, run.model, device)
+    batch, taken = tokens(row.context, run.model.config.vocab_size), []
     for step in range(steps):
         finish(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             row.held_gib = torch.cuda.memory_allocated(device) / 2**30
         begin = time.perf_counter()
-        loop._step(config, stage, model, optimizer, step, [batch], device)
+        run.step(step, [batch])
         finish(device)
         taken.append(time.perf_counter() - begin)
-    row.seconds = min(taken[1:])
-    row.tflop = cost.train_flops(cost.shape_of(model.config), MODES[row.stage][1], row.context) / 1e12
-    if device.type == "cuda":
-        row.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30
+    return taken
 
 
 def speed(sizes: Sizes, device: torch.device, write: Write) -> list[Speed]:

@@ -8,35 +8,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokensieve import ops
-    from tokensieve.config import SparseConfig, UserError
-    from tokensieve.model import LatentCache, load, load_tokenizer, save, selecting, sparsify
-    from tokensieve.train.callbacks import KLCallback
+    from tokensieve.config import UserError
+    from tokensieve.families import SparseConfig
+    from tokensieve.model import LatentCache, join, load, load_tokenizer, save, selecting, sparsify
+    from tokensieve.train.callbacks import training
 
 __all__ = [
-    "KLCallback",
     "LatentCache",
     "SparseConfig",
     "UserError",
+    "join",
     "load",
     "load_tokenizer",
     "ops",
     "save",
     "selecting",
     "sparsify",
+    "training",
 ]
 
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "KLCallback": "tokensieve.train.callbacks",
     "LatentCache": "tokensieve.model",
-    "SparseConfig": "tokensieve.config",
+    "SparseConfig": "tokensieve.families",
     "UserError": "tokensieve.config",
+    "join": "tokensieve.model",
     "load": "tokensieve.model",
     "load_tokenizer": "tokensieve.model",
     "save": "tokensieve.model",
     "selecting": "tokensieve.model",
     "sparsify": "tokensieve.model",
+    "training": "tokensieve.train.callbacks",
 }
 _PACKAGES = ("checkpoint", "config", "cost", "data", "evals", "model", "ops", "tasks", "train")
 

@@ -1,4 +1,4 @@
-"""Every configuration: the model's (as transformers reads and writes it) and the runs' (frozen dataclasses read from TOML).
+"""Every configuration of a run, as frozen dataclasses read from TOML. (A model's config is its family's: `tokensieve.families`.)
 
 Every key that a run's file may hold is a field below. One that it lacks takes the default that stands here, an unknown one is an error, and
 `--set a.b=value` changes one.
@@ -9,12 +9,9 @@ import importlib.resources
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 import dacite
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
 
 T = TypeVar("T")
 
@@ -27,61 +24,6 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.args))
-
-
-# the model
-
-
-@strict
-class SparseConfig(DeepseekV32Config):
-    """`deepseek_v32` as published, plus what a sparsified model of another family needs.
-
-    `index_dtype`: arithmetic of the index scores in training, evaluation and serving alike: "bf16" scores in the model's own dtype,
-    "fp8" rotates by a Hadamard matrix and rounds to E4M3 blocks first. `scoring_func`: the router's, "sigmoid" (V3) or "softmax" (V2).
-    `q_lora_rank` may be None: then the indexer reads the layer's normalized input instead of the query latent.
-    """
-
-    model_type = "deepseek_v32"
-
-    q_lora_rank: int | None = 1536
-    index_dtype: Literal["bf16", "fp8"] = "bf16"
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    topk_method: str = "noaux_tc"
-
-
-ModelConfig: TypeAlias = DeepseekV2Config | DeepseekV3Config | SparseConfig
-
-MODEL_CONFIGS: dict[str, type[PreTrainedConfig]] = {
-    "deepseek_v2": DeepseekV2Config,
-    "deepseek_v3": DeepseekV3Config,
-    "deepseek_v32": SparseConfig,
-}
-
-
-def model_config(raw: dict[str, Any]) -> ModelConfig:
-    """A config object from the contents of a config.json, published (rope_scaling) or written by transformers 5 (rope_parameters)."""
-    kind = raw.get("model_type")
-    if kind not in MODEL_CONFIGS:
-        raise UserError(
-            f"config.json: model_type {kind!r} is not supported; tokensieve reads {', '.join(MODEL_CONFIGS)}"
-        )
-    try:
-        config = MODEL_CONFIGS[kind].from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(
-            f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"
-        ) from error
-    if getattr(config, "mlp_bias", False):
-        raise UserError(
-            "config.json: mlp_bias is not supported; no published DeepSeek model has biases in its feed-forward layers"
-        )
-    topk = getattr(config, "index_topk", 1)
-    if topk < 1:
-        raise UserError(f"config.json: index_topk is {topk}; the number of selected keys must be at least 1")
-    return config
-
-
-# runs
 
 
 @dataclass(frozen=True)
@@ -136,7 +78,9 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the model's config
-    selection: bool = True  # adapt: False trains the dense model on the same tokens, for comparison
+    selection: bool | str = (
+        True  # adapt: by the indexer; False: none, the dense model on the same tokens; or a selector's name
+    )
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     backend: Literal["auto", "reference"] = "auto"  # of the ops; reference: plain PyTorch throughout

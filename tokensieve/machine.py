@@ -27,19 +27,19 @@ def choose_device(asked: str = "auto") -> str:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of how many processes this one is; `local` ones run on this machine."""
+class RankInfo:
+    """Which of how many processes this one is; `local` counts those on this machine."""
 
     rank: int = 0
-    ranks: int = 1
+    size: int = 1
     local_rank: int = 0
-    local_ranks: int = 1
+    local_size: int = 1
 
 
-def place() -> Place:
-    """As torchrun says it in the environment; without torchrun the only one."""
+def rank_info() -> RankInfo:
+    """As torchrun says it in the environment; without torchrun, the only process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(int(os.environ[name]) for name in names)) if all(n in os.environ for n in names) else Place()
+    return RankInfo(*(int(os.environ[name]) for name in names)) if all(n in os.environ for n in names) else RankInfo()
 
 
 def processor() -> str:

@@ -25,7 +25,8 @@ from tests.support.checkpoints import (
     write_folder,
 )
 from tokensieve import checkpoint
-from tokensieve.config import SparseConfig, UserError
+from tokensieve.config import UserError
+from tokensieve.families import SparseConfig
 from tokensieve.ops import quant
 
 # names and shapes

@@ -23,7 +23,8 @@ from tests.support.checkpoints import (
 )
 from tokensieve import checkpoint
 from tokensieve.checkpoint import writing
-from tokensieve.config import SparseConfig, UserError
+from tokensieve.config import UserError
+from tokensieve.families import SparseConfig
 from tokensieve.ops import quant
 
 FOUR_HEADS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4}

@@ -26,7 +26,7 @@ FORWARD = {
     "ranks": (("--model-parallel", 3), lambda f: None, ("3 ranks", "num_attention_heads 4", "possible", "1, 2, 4")),
     "few experts": (("--model-parallel", 8), lambda f: None, ("n_routed_experts 4", "1, 2, 4")),
     "no ranks": (None, lambda f: None, ("--model-parallel",)),
-    "type": ((), lambda f: edit(f, model_type="llama"), ("'llama' is not supported",)),
+    "type": ((), lambda f: edit(f, model_type="gpt2"), ("'gpt2' is not supported",)),
     "another shape": ((), lambda f: edit(f, hidden_size=64), ("config.json",)),
     "biases": ((), lambda f: edit(f, attention_bias=True), ("attention_bias", "no bias")),
     "a missing file": ((), lambda f: (f / "model.safetensors").unlink(), ("no safetensors file",)),

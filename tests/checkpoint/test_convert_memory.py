@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.checkpoints import INDEXER, SMALL, random_tensors, write_folder
-from tokensieve.config import SparseConfig
+from tokensieve.families import SparseConfig
 
 RANKS = 8
 SHAPE = {"hidden_size": 512, "vocab_size": 2048, "intermediate_size": 1024, "moe_intermediate_size": 512}

@@ -28,7 +28,7 @@ def test_bad_config(tmp_path: Path) -> None:
         (b"{", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"[]", "no JSON object"),
-        (b'{"model_type": "llama"}', "'llama' is not supported; use a checkpoint of type deepseek_v2"),
+        (b'{"model_type": "gpt2"}', "'gpt2' is not supported; use a checkpoint of type deepseek_v2"),
         (b"{}", "None is not supported"),
     ]:
         (tmp_path / "config.json").write_bytes(text)

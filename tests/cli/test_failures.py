@@ -72,7 +72,7 @@ DAMAGES = {
     "truncated": (_bytes(lambda b: b[:-100]), ("model.safetensors", "truncated", "again")),
     "empty file": (_bytes(lambda b: b""), ("model.safetensors", "truncated")),
     "corrupt header": (_bytes(lambda b: b[:8] + b"\xff" * 40 + b[48:]), ("model.safetensors", "corrupt")),
-    "another architecture": (_edit("config.json", lambda c: c | {"model_type": "llama"}), ("'llama'", "not supported")),
+    "another architecture": (_edit("config.json", lambda c: c | {"model_type": "gpt2"}), ("'gpt2'", "not supported")),
     "no positive k": (_edit("config.json", lambda c: c | {"index_topk": 0}), ("index_topk is 0", "at least 1")),
     "another shape": (_edit("config.json", lambda c: c | {"hidden_size": 64}), ("config.json",)),
     "one layer too few": (_edit("config.json", lambda c: c | {"num_hidden_layers": 1}), ("unknown", "layer")),

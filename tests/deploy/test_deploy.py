@@ -16,7 +16,8 @@ from transformers import DeepseekV2Config
 from tests.support import commands
 from tests.support.deployments import FP8, LINEAR, config, edit, make, make_home, no_tokenizer, reasons
 from tokensieve import checkpoint, cli, cost
-from tokensieve.config import SparseConfig, UserError
+from tokensieve.config import UserError
+from tokensieve.families import SparseConfig
 from tokensieve.model import model_path
 from tokensieve.serve import deploy as deployment
 from tokensieve.serve.deploy import HARDWARE, Deployment, compose_file, plan, write_compose

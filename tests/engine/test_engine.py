@@ -117,9 +117,9 @@ def test_prompts_that_begin_alike_share_pages(sparse: DecoderForCausalLM, tokeni
     for name in ("again", "longer"):
         assert tokens(found[name]) == tokens(fresh[name])
     # what dense attention stored is not what sparse attention stores
-    dense = run(engine, [replace(first, id="dense", selection="dense")])
+    dense = run(engine, [replace(first, id="dense", selector="dense")])
     assert dense["dense"][-1].cached_tokens == 0
-    assert tokens(dense["dense"]) == tokens(run(engine, [replace(first, id="d", selection="dense")])["d"])
+    assert tokens(dense["dense"]) == tokens(run(engine, [replace(first, id="d", selector="dense")])["d"])
 
 
 def test_pages_of_a_prefix_are_given_up_when_they_are_needed(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
@@ -180,7 +180,7 @@ def test_what_can_never_run(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
         (ask("x", 192), "room for 192"),
         (Request("x", (5, 4096)), "outside of the vocabulary"),
         (Request("x", (5, -1)), "outside of the vocabulary"),
-        (replace(ask("x", 5), selection="window"), "selection 'window' is unknown"),
+        (replace(ask("x", 5), selector="best"), "selection 'best' is unknown"),
         (ask("x", 5, schema={"type": "nothing"}), "schema cannot be followed"),
     ):
         with pytest.raises(UserError, match=words):
@@ -252,7 +252,7 @@ def test_quantized_pages(index_dtype: str, monkeypatch: pytest.MonkeyPatch) -> N
         model = ours(config("v32", first_k_dense_replace=3, index_dtype=index_dtype, **widths), seed=1)
     monkeypatch.setattr("tokensieve.engine.runner.is_quantized", lambda model: (True, index_dtype == "fp8"))
     runner, ids, pages = Runner(model, 4), prompt(150), [2, 0, 3]
-    assert runner.pools.latent[0].dtype == torch.uint8
+    assert runner.pools.entries[0].dtype == torch.uint8
     assert runner.pools.index[0].dtype == (torch.uint8 if index_dtype == "fp8" else torch.float32)
     for selection in ("indexer", "dense"):
         for a in (0, 64):

@@ -19,8 +19,9 @@ from tests.support.ranks import Group
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
-from tokensieve.engine.ranks import request_of
-from tokensieve.model import Ranks, load_rank
+from tokensieve.engine.distributed import request_of
+from tokensieve.engine.tensor_parallel import load_rank
+from tokensieve.mesh import Mesh
 
 KINDS: dict[str, Any] = {
     "dense": config("v3"),
@@ -62,7 +63,7 @@ def by_request(said: list[Any]) -> dict[str, Any]:
     """Everything that was said of a request but numbers that round: its tokens, texts, end, and what its lens saw."""
     found: dict[str, Any] = {"errors": [x for x in said if isinstance(x, str)]}
     for output in (x for x in said if not isinstance(x, str)):
-        looks = [(look.layer, look.selected) for look in output.looks]
+        looks = [(layer.layer, layer.selected) for layer in output.trace]
         found.setdefault(output.id, []).append((output.tokens, output.text, output.finish, output.error, looks))
     return found
 
@@ -137,7 +138,7 @@ def test_shares_of_the_queries(count: int, device: str, monkeypatch: pytest.Monk
         shares.clear()
         every = torch.arange(queries)
         for rank in range(count):
-            together = Ranks(rank, count, torch.device(device)).select(queries, every.__getitem__)
+            together = Mesh(rank, count, torch.device(device)).select(queries, every.__getitem__)
         assert torch.equal(together, every) and len({len(share) for share in shares}) == 1
         grain = 1 if device == "cuda" else 4
         assert len(shares[0]) < queries / count + grain
@@ -215,7 +216,7 @@ def test_one_rank(tmp_path: Path) -> None:
     """Without torchrun: shards for one are a model, shards for more say which command runs them."""
     model = ours(KINDS["sparse"], seed=2)
     tokensieve.save(model, tmp_path / "hf")
-    alone = Ranks(0, 1, torch.device("cpu"))
+    alone = Mesh(0, 1, torch.device("cpu"))
     for count in (1, 2):
         checkpoint.write_shards(tmp_path / "hf", tmp_path / f"{count}", count)
     with torch.no_grad():

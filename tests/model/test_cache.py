@@ -9,7 +9,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.models import INDEXER, config, difference, margins, ours, pair, tokens
 from tokensieve.config import UserError
-from tokensieve.model import DecoderForCausalLM, LatentCache
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, with_options
 from tokensieve.model.selection import window
 
 TOLERANCE = 2e-5
@@ -79,25 +79,25 @@ def test_chunks_give_the_full_forward(model: DecoderForCausalLM, rows: int, size
     got, cache = in_chunks(model, ids, sizes)
     fp8 = getattr(model.config, "index_dtype", "bf16") == "fp8"
     assert difference(got, want) < TOLERANCE or (fp8 and mostly_equal(got, want))
-    assert not cache.latent_BTE[0].isnan().any()
+    assert not cache.entries_BTW[0].isnan().any()
 
 
 def test_one_token_passes_the_experts_as_many_do(model: DecoderForCausalLM) -> None:
     moe = model.model.layers[-1].mlp
     x = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    alone = torch.cat([moe(row) for row in x.split(1)])
-    assert difference(alone, moe(x)) < TOLERANCE
+    alone = torch.cat([moe(row)[0] for row in x.split(1)])
+    assert difference(alone, moe(x)[0]) < TOLERANCE
     with torch.enable_grad():  # one token, but the path of many
-        assert difference(alone, torch.cat([moe(row).detach() for row in x.split(1)])) < TOLERANCE
+        assert difference(alone, torch.cat([moe(row)[0].detach() for row in x.split(1)])) < TOLERANCE
 
 
 def test_a_steps_tokens_pass_the_experts_to_the_bit_as_many_do(model: DecoderForCausalLM) -> None:
     moe = model.model.layers[-1].mlp
     x = torch.randn(12, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
-    want = moe(x)
+    want, _ = moe(x)
     for real in range(1, 13):
         some = torch.cat((x[:real], x.new_zeros(-real % 4, x.shape[1])))
-        got = moe(some, real)
+        got, _ = moe(some, real)
         assert got.shape == some.shape and torch.equal(got[:real], want[:real]), real
 
 
@@ -115,17 +115,14 @@ def mostly_equal(got: Tensor, want: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("length", [K, LENGTH])
-def test_mha_and_mqa_forms_agree(model: DecoderForCausalLM, length: int) -> None:
+def test_masked_and_gathered_forms_agree(model: DecoderForCausalLM, length: int) -> None:
     ids = tokens(2, length, seed=1)
     want = model(ids).logits
-    try:
-        for form in ("mha", "mqa"):
-            model.model.form = form
+    for form in ("masked", "gathered"):
+        with with_options(model, ForwardOptions(form=form)):
             assert difference(model(ids).logits, want) < TOLERANCE, form
             got, _ = in_chunks(model, ids, [length - 8, 1, 7])
             assert difference(got, want) < TOLERANCE or model.config.model_type == "deepseek_v32", form
-    finally:
-        model.model.form = "auto"
 
 
 def test_up_to_k_tokens_sparse_is_dense(sparse: DecoderForCausalLM) -> None:
@@ -188,12 +185,12 @@ def test_a_growing_cache_forgets_nothing(sparse: DecoderForCausalLM) -> None:
     assert difference(got[:, -20:], want) < TOLERANCE
     reserved = LatentCache(reserve=700)
     sparse(ids[:, :1], past_key_values=reserved, use_cache=True)
-    buffer = reserved.latent_BTE[0]
+    buffer = reserved.entries_BTW[0]
     got, _ = in_chunks(sparse, ids[:, 1:], [499, 200], cache=reserved)
-    assert reserved.latent_BTE[0] is buffer  # what was set aside is enough
+    assert reserved.entries_BTW[0] is buffer  # what was set aside is enough
     assert difference(got[:, -20:], want) < TOLERANCE
     # One entry and one index key a token, nothing per head.
-    capacity = cache.latent_BTE[0].shape[1]
+    capacity = cache.entries_BTW[0].shape[1]
     assert 700 <= capacity <= 2 * 700 and cache.bytes == 3 * 2 * capacity * (24 + 8 + 16) * 4
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.support.models import config, ours
 from tokensieve.model import LatentCache, selecting
-from tokensieve.model.heads import Heads
+from tokensieve.model.mla import LatentAttention
 
 
 def test_expansion_is_weighed_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,8 +18,10 @@ def test_expansion_is_weighed_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
         // (2 * attention.latent - attention.nope - attention.value)
     )
     expanded: list[int] = []
-    whole = Heads.expanded
-    monkeypatch.setattr(Heads, "expanded", lambda heads: expanded.append(1) or whole(heads))
+    whole = LatentAttention.per_head
+    monkeypatch.setattr(
+        LatentAttention, "per_head", lambda *given, **named: expanded.append(1) or whole(*given, **named)
+    )
 
     def asked(rows: int, tokens: int) -> int:
         cache = LatentCache()

@@ -16,7 +16,12 @@ from tokensieve import ops
 from tokensieve.config import UserError
 from tokensieve.engine.runner import Runner
 from tokensieve.evals import serving
-from tokensieve.model import fp8
+from tokensieve.families import family_of
+from tokensieve.model import ForwardOptions, fp8
+from tokensieve.model.context import ForwardContext
+from tokensieve.model.entries import Fresh
+from tokensieve.model.pack import make_pack
+from tokensieve.model.selection import dense
 from tokensieve.ops import quant
 
 # E, M, K, rows, gated: outputs and rows that fill no tile, experts without rows, the smallest and the larger tiles
@@ -160,20 +165,17 @@ def test_blocks_are_held_and_multiplied(stored: Path) -> None:
     ids = torch.randint(16, 96, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         a, b = (
-            m.model.layers[0](torch.randn(4, 128, generator=torch.Generator().manual_seed(2)), _pass(m))
+            m.model.layers[0](torch.randn(4, 128, generator=torch.Generator().manual_seed(2)), _context(m))[0]
             for m in (held, plain)
         )
         assert 0 < float((a - b).norm()) < 0.1 * float(b.norm())
         assert bool(held(ids).logits.isfinite().all())
 
 
-def _pass(model: Any) -> Any:
-    from tokensieve.model.attention import Pass
-    from tokensieve.model.pack import make_pack
-    from tokensieve.model.selection import dense
-
+def _context(model: Any) -> ForwardContext:
     pack = make_pack(1, 4, torch.device("cpu"), None, None, None, 64)
-    return Pass(pack, model.model.rotation(pack.positions_N), dense, 24)
+    entries = Fresh(pack, family_of(model.config).entry(model.config), "auto")
+    return model.model.context(pack, entries, ForwardOptions(selector=dense))
 
 
 def test_the_engine_runs_them(stored: Path) -> None:

@@ -15,8 +15,10 @@ import tokensieve
 from tests.support.checkpoints import read_folder, write_folder
 from tests.support.models import INDEXER, SHAPE, YARN, config, difference, ours, pair, tokens
 from tokensieve import checkpoint
-from tokensieve.config import SparseConfig, UserError, model_config
+from tokensieve.config import UserError
+from tokensieve.families import SparseConfig, model_config
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load_tokenizer, save_indexers
+from tokensieve.model.rope import Rotation, softmax_factor
 from tokensieve.ops import quant
 
 K = INDEXER["index_topk"]
@@ -125,7 +127,10 @@ def test_the_671b_model_builds_on_the_meta_device() -> None:
     assert sum(x.numel() for x in state.values()) == 671_877_944_064
     assert sum(x.numel() for x in model.parameters()) == 671_877_944_064 - 58 * 256  # the router's bias is a buffer
     attention = model.model.layers[0].self_attn
-    assert attention.scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12)
+    factor = softmax_factor(model.config.rope_parameters, model.config.max_position_embeddings)
+    assert attention.softmax_scale(Rotation((), (), factor)) == pytest.approx(
+        192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12
+    )
     assert model.top_k == 2048 and model.is_sparse
     assert all(x.is_meta for x in state.values())
 
@@ -193,7 +198,7 @@ def test_an_fp8_checkpoint_with_its_mtp_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "llama"}, "model_type 'llama' is not supported"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"index_topk": 0}, "index_topk is 0"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"hidden_size": -3}, "hidden_size is -3; it must be at least 1"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tokensieve
-from tests.support.models import INDEXER, config, difference, ours, tokens
+from tests.support.models import INDEXER, attention_of, config, difference, index_of, ours, tokens
 from tokensieve import ops
 from tokensieve.config import UserError
 from tokensieve.model import DecoderForCausalLM, LatentCache, SelectionContext
@@ -106,7 +106,7 @@ def recorded(model: DecoderForCausalLM, calls: Callable[[], Any], layer: int = 1
     def record(c: SelectionContext) -> Tensor:
         if c.layer == layer:
             seen.append(c)
-            c.index, c.scores()  # computed now: the cache's buffers change later
+            index_of(c), c.scores()  # computed now: the cache's buffers change later
         return indexer(c)
 
     with tokensieve.selecting(model, record):
@@ -124,18 +124,18 @@ def test_scores_have_the_same_bits_in_prefill_and_decode_and_in_any_batch(any_dt
 
     steps = recorded(any_dtype, decode)
     steps = steps[-(LENGTH - K) :]  # the first k tokens select everything and ask for no score
-    stride = steps[-1].index[1].shape[0] // 2  # keys from one row to the next, capacity included
+    stride = index_of(steps[-1])[1].shape[0] // 2  # keys from one row to the next, capacity included
     for row in range(2):
-        q = torch.stack([c.index[0][row] for c in steps])
-        w = torch.stack([c.index[2][row] for c in steps])
-        k = steps[-1].index[1][row * stride :][:LENGTH]
+        q = torch.stack([index_of(c)[0][row] for c in steps])
+        w = torch.stack([index_of(c)[2][row] for c in steps])
+        k = index_of(steps[-1])[1][row * stride :][:LENGTH]
         starts = torch.zeros(len(steps), dtype=torch.int32)
         ends = torch.arange(K + 1, LENGTH + 1, dtype=torch.int32)
         prefill = ops.index_scores(q, k, w, starts, ends)
         chosen = ops.index_topk(q, k, w, K, starts, ends)
         for i, c in enumerate(steps):
             n = K + 1 + i
-            at = row * (c.index[1].shape[0] // 2)
+            at = row * (index_of(c)[1].shape[0] // 2)
             in_decode = c.scores()[row, at : at + n]
             assert torch.equal(prefill[i, :n], in_decode)
             own = indexer(c)[row]
@@ -171,7 +171,7 @@ def test_fp8_scores_are_close_and_rounded(sparse: DecoderForCausalLM) -> None:
     seen = torch.ones(LENGTH, LENGTH).tril().bool()
     a, b = exact.scores()[seen], coarse.scores()[seen]
     assert 1e-4 < difference(a, b) < 0.1 * float(a.abs().max())
-    q, k, _ = coarse.index
+    q, k, _ = index_of(coarse)
     for x in (q, k):  # every value is an E4M3 number times a power of two
         scale = 2.0 ** torch.ceil(torch.log2(x.abs().amax(-1, keepdim=True) / 448))
         assert torch.equal((x / scale).to(torch.float8_e4m3fn).float() * scale, x)
@@ -183,8 +183,8 @@ def test_fp8_rounding_passes_the_gradient() -> None:
     gradients = []
     for index_dtype in ("bf16", "fp8"):
         model = ours(config("v32", index_dtype=index_dtype, num_hidden_layers=2), seed=5)
-        model.train_for("warmup")
-        model(tokens(2, LENGTH)).loss.backward()
+        with tokensieve.training(model, "warmup"):
+            model(tokens(2, LENGTH)).loss.backward()
         assert all((".indexer." in name) == (x.grad is not None) for name, x in model.named_parameters())
         gradients.append({name: x.grad for name, x in model.named_parameters() if ".indexer." in name})
     assert len(gradients[1]) == 2 * 5
@@ -233,15 +233,17 @@ def test_window_and_oracle_are_what_they_say(sparse: DecoderForCausalLM) -> None
         sparse(ids, attention_mask=mask)
     for c in seen:
         mass = c.head_mass()
-        valid = (c.pack.ends_N > c.pack.starts_N).float()
+        valid = (c.ends_N > c.starts_N).float()
         assert difference(mass.sum(-1), valid) < 1e-5  # probabilities; 0 for padding
         share = {arm: held(mass, arm(c)) for arm in (indexer, window, oracle)}
         assert difference(share[oracle], mass.topk(K, dim=-1).values.sum(-1)) < 1e-6
         assert bool((share[oracle] >= torch.maximum(share[window], share[indexer]) - 1e-6).all())
         assert float(share[oracle].mean()) > float(share[window].mean()) + 0.01
         rows, visible = slice(85, 89), slice(80, 85)
-        assert difference(c.head_mass(rows), mass[rows]) < 1e-6
-        assert torch.equal(c.scores(rows)[:, visible], c.scores()[rows, visible])
+        assert difference(c.rows(rows).head_mass(), mass[rows]) < 1e-6
+        assert torch.equal(c.rows(rows).scores()[:, visible], c.scores()[rows, visible])
+        some = c.rows(torch.tensor([3, 60, 85]))
+        assert torch.equal(some.rows(slice(1, 3)).topk(), c.topk()[[60, 85]]) and len(some) == 3
 
 
 def held(mass_NT: Tensor, indices_NK: Tensor) -> Tensor:
@@ -253,8 +255,9 @@ def test_a_function_of_ones_own(sparse: DecoderForCausalLM) -> None:
     layers: list[int] = []
 
     def last(c: SelectionContext) -> Tensor:
-        queries = c.pack.starts_N.shape[0]
-        assert c.k == K and c.index[0].shape == (queries, 32, 16) and c.attention[0].shape == (queries, 4, 32)
+        queries = len(c)
+        assert c.k == K and index_of(c)[0].shape == (queries, 32, 16)
+        assert attention_of(c)[0].shape == (queries, 4, 32)
         layers.append(c.layer)
         return window(c)
 
@@ -297,7 +300,7 @@ def test_a_function_of_ones_own_is_asked_however_short_the_context(
     """It may select less than k, so k tokens and fewer are no reason to pass it over; nor is a model without top_k."""
 
     def itself(c: SelectionContext) -> Tensor:
-        return (c.pack.ends_N - 1)[:, None]
+        return (c.ends_N - 1)[:, None]
 
     for model in (sparse, trunk):
         ids = tokens(1, K - 2)
@@ -310,13 +313,13 @@ def test_a_function_of_ones_own_is_asked_however_short_the_context(
 def test_top_k_can_be_overridden_and_comes_back(sparse: DecoderForCausalLM) -> None:
     ids = tokens(1, LENGTH)
     want = sparse(ids).logits
-    assert (sparse.top_k, sparse.config.index_topk, sparse.selection) == (K, K, indexer)
+    assert (sparse.top_k, sparse.config.index_topk) == (K, K)
     with tokensieve.selecting(sparse, "indexer", top_k=7):
         assert sparse(ids, return_selection=True).selection[2].shape[-1] == 7
         assert difference(sparse(ids).logits, want) > 0.1
-        with tokensieve.selecting(sparse, "window"):
-            assert sparse.top_k == 7 and sparse.selection is window
-        assert sparse.selection is indexer
+        with tokensieve.selecting(sparse, "window"):  # the inner block says who, the outer one how many
+            inner = sparse(ids, return_selection=True).selection[0]
+        assert inner.shape[-1] == 7 and inner[0, -1].tolist() == list(range(LENGTH - 7, LENGTH))
     with pytest.raises(KeyError), tokensieve.selecting(sparse, "dense", top_k=3):
         raise KeyError("anything")
     for wrong, complaint in (
@@ -325,10 +328,7 @@ def test_top_k_can_be_overridden_and_comes_back(sparse: DecoderForCausalLM) -> N
     ):
         with pytest.raises(UserError, match=complaint), tokensieve.selecting(sparse, *wrong):
             raise AssertionError("not reached")
-    assert (sparse.top_k, sparse.selection) == (K, indexer) and torch.equal(sparse(ids).logits, want)
-    sparse.selection = "window"
-    assert sparse.selection is window
-    sparse.selection = indexer
+    assert sparse.top_k == K and torch.equal(sparse(ids).logits, want)
 
 
 def test_index_scores_of_a_dense_model_are_refused(trunk: DecoderForCausalLM) -> None:

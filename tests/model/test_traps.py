@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import apply_rotary_pos_emb
 
 import tokensieve
-from tests.support.models import SHAPE, YARN, config, difference, ours, pair, theirs, tokens
+from tests.support.models import SHAPE, YARN, config, difference, index_of, ours, pair, theirs, tokens
 from tokensieve.model import DecoderForCausalLM, LatentCache, SelectionContext
 from tokensieve.model import indexer as indexer_file
-from tokensieve.model.rope import Rotation, frequencies, rotate_half_split, rotate_interleaved, rotation
+from tokensieve.model.mla import LatentAttention
+from tokensieve.model.rope import Tables, frequencies, rotate_half_split, rotate_interleaved, tables
 from tokensieve.model.selection import indexer
 
 K, LENGTH = 16, 96
@@ -72,8 +73,8 @@ def test_the_unnormalized_query_latent_is_noticed(both: Any, monkeypatch: pytest
         attention = layer.self_attn
         queries = attention.indexer.queries
 
-        def raw(source: Tensor, h: Tensor, r: Rotation, queries: Any = queries, a: Any = attention) -> Any:
-            return queries(a.q_a_proj(h), h, r)
+        def raw(source: Tensor, h: Tensor, tables: Tables, queries: Any = queries, a: Any = attention) -> Any:
+            return queries(a.q_a_proj(h), h, tables)
 
         monkeypatch.setattr(attention.indexer, "queries", raw)
     # The norm's division scales all scores of a query alike and changes no selection; its weights do.
@@ -83,8 +84,9 @@ def test_the_unnormalized_query_latent_is_noticed(both: Any, monkeypatch: pytest
 
 def test_an_indexer_without_yarn_is_noticed(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = selected(both[1])
-    plain = rotation(torch.arange(LENGTH), *frequencies({"rope_theta": 10000.0}, SHAPE["qk_rope_head_dim"], 1024))
-    monkeypatch.setattr(indexer_file, "rotate_half_split", lambda x, r: rotate_half_split(x, plain))
+    inverse, factor = frequencies({"rope_theta": 10000.0}, SHAPE["qk_rope_head_dim"], 1024)
+    plain = tables(torch.arange(LENGTH), inverse, factor, interleaved=False)
+    monkeypatch.setattr(indexer_file, "rotate_half_split", lambda x, _: rotate_half_split(x, plain))
     assert not torch.equal(selected(both[1]), right)
     assert error(both) > FAR
 
@@ -132,7 +134,8 @@ def test_scores_are_equation_1_without_the_softmax_factor(latent: int | None) ->
     seen = torch.ones(LENGTH, LENGTH).tril().bool()
     assert difference(got[seen], want[seen]) < 1e-5 * float(want.abs().max())
     mscale = 0.1 * 0.7 * math.log(16.0) + 1.0
-    assert a.scale == pytest.approx(20**-0.5 * mscale**2, rel=1e-12)
+    scale = a.softmax_scale(model.model.rotation(torch.arange(4)))
+    assert scale == pytest.approx(20**-0.5 * mscale**2, rel=1e-12)
 
 
 # 12: K and V in decode
@@ -154,13 +157,13 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["v3", "v32"])
 @pytest.mark.parametrize("rows", [1, 3])
 @torch.no_grad()
-def test_decode_never_expands_k_and_v(family: str, rows: int) -> None:
+def test_decode_never_expands_k_and_v(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours(config(family, num_attention_heads=16, num_key_value_heads=16, num_hidden_layers=2))
     cache = LatentCache(reserve=500)
     ids = tokens(rows, 400)
     calls: list[int] = []
-    for layer in model.model.layers:
-        layer.self_attn.kv_b_proj.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
+    whole = LatentAttention.per_head
+    monkeypatch.setattr(LatentAttention, "per_head", lambda *given, **how: calls.append(1) or whole(*given, **how))
     model(ids, past_key_values=cache, use_cache=True)
     calls.clear()
     with Largest() as largest:
@@ -187,7 +190,7 @@ def test_what_stays_float32_in_a_bfloat16_model(saved: tuple[PreTrainedModel, Pa
     inputs: list[Tensor] = []
     a.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
-        q, k, w = contexts(model, tokens(1, LENGTH))[0].index
+        q, k, w = index_of(contexts(model, tokens(1, LENGTH))[0])
         want = inputs[0].double() @ a.indexer.weights_proj.weight.double().T * 32**-0.5 * 16**-0.5
         assert (q.dtype, k.dtype, w.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
         assert difference(w, want) < 1e-6  # bfloat16 head weights would be off by 1e-3

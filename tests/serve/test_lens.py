@@ -25,11 +25,11 @@ def look(model, tokens: tuple[int, ...], selection: Any = "indexer", before: tup
         engine.add(Request("before", before, Sampling(max_tokens=1)))
         while engine.busy:
             engine.step()
-    engine.add(Request("a", tokens, Sampling(max_tokens=2, ignore_eos=True), selection, lens=True))
+    engine.add(Request("a", tokens, Sampling(max_tokens=2, ignore_eos=True), selection, trace=True))
     outputs: list[Output] = []
     while engine.busy:
         outputs += engine.step()
-    assert not any(output.looks for output in outputs[1:]) and engine.scheduler.pool.used == 0
+    assert not any(output.trace for output in outputs[1:]) and engine.scheduler.pool.used == 0
     return outputs[0]
 
 
@@ -64,7 +64,7 @@ def test_it_tells_what_was_read(length: int) -> None:
     model = ours(config("v32"), seed=1)
     tokens = prompt(length)
     selected, logits = shares(model, tokens)
-    looks = look(model, tokens).looks
+    looks = look(model, tokens).trace
     assert len(looks) == len(selected) == len(logits) > 1
     for seen, chosen, logits_HT in zip(looks, selected, logits, strict=True):
         assert list(seen.selected) == chosen
@@ -83,7 +83,7 @@ def test_it_tells_what_was_read(length: int) -> None:
 
 def test_dense_reads_everything() -> None:
     for model in (ours(config("v32"), seed=1), ours(config("v3"), seed=1)):
-        for seen in look(model, prompt(130), "dense").looks:
+        for seen in look(model, prompt(130), "dense").trace:
             assert list(seen.selected) == list(seen.dense) == list(range(130))
             assert seen.kept == pytest.approx(1, abs=1e-5)
 
@@ -91,7 +91,7 @@ def test_dense_reads_everything() -> None:
 def test_found_pages_change_nothing() -> None:
     model = ours(config("v32"), seed=1)
     found = look(model, prompt(200), before=prompt(200)[:150])
-    assert found.cached_tokens == 128 and found.looks == look(model, prompt(200)).looks
+    assert found.cached_tokens == 128 and found.trace == look(model, prompt(200)).trace
 
 
 # over HTTP

@@ -13,7 +13,8 @@ from transformers import DeepseekV3Config
 
 from tests.support import checkpoints
 from tokensieve import checkpoint
-from tokensieve.config import SparseConfig, UserError
+from tokensieve.config import UserError
+from tokensieve.families import SparseConfig
 from tokensieve.model import model_path
 from tokensieve.serve.deploy import plan
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, DeepseekV3Config, PreTrainedModel
 
 import tokensieve
-from tokensieve.config import SparseConfig
+from tokensieve.families import SparseConfig
 from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.moe import Router
 from tokensieve.model.selection import indexer
@@ -138,6 +138,18 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def index_of(c: SelectionContext) -> tuple[Tensor, Tensor, Tensor]:
+    """q_I, k_I and w of equation (1), on contiguous keys."""
+    q, w = c.index_queries
+    return q, c.keys.index[0], w
+
+
+def attention_of(c: SelectionContext) -> tuple[Tensor, Tensor, float]:
+    """q, k and the softmax scale of the main attention, on contiguous keys."""
+    q, scale = c.attention_queries
+    return q, c.keys.keys_TGD, scale
+
+
 @contextmanager
 def margins(model: DecoderForCausalLM) -> Iterator[list[float]]:
     """By how much each choice of experts, groups and keys was made: the last chosen against the first left out.
@@ -161,8 +173,9 @@ def margins(model: DecoderForCausalLM) -> Iterator[list[float]]:
         gap(choice, module.top_k)
 
     def select(c: SelectionContext) -> Tensor:
-        scores, key = c.scores(), torch.arange(c.index[1].shape[0])
-        outside = (key < c.pack.starts_N[:, None]) | (key >= c.pack.ends_N[:, None])
+        scores = c.scores()
+        key = torch.arange(scores.shape[1])
+        outside = (key < c.starts_N[:, None]) | (key >= c.ends_N[:, None])
         gap(scores.masked_fill(outside, -torch.inf), c.k)
         return indexer(c)
 

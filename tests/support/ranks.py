@@ -21,14 +21,15 @@ from torch import Tensor
 import tokensieve
 from tests.support.models import ours, tokens
 from tokensieve.config import UserError
-from tokensieve.engine import Engine, EngineConfig, Request, engine_on
-from tokensieve.model import DecoderForCausalLM, Ranks, fp8, joined, load_rank, parallel
-from tokensieve.model.heads import Heads
-from tokensieve.model.pages import PagedStep
-from tokensieve.model.selection import Peers
+from tokensieve.engine import Engine, EngineConfig, Request, engine_on, tensor_parallel
+from tokensieve.engine.tensor_parallel import load_rank
+from tokensieve.mesh import Mesh, join_mesh
+from tokensieve.model import DecoderForCausalLM, fp8
+from tokensieve.model.attention import Attention
+from tokensieve.model.selection import ONE_GROUP
 
 LIMIT = 120  # seconds for a question
-HERE: list[Ranks] = []  # in a rank's process: what it has joined
+HERE: list[Mesh] = []  # in a rank's process: what it has joined
 
 
 class Group:
@@ -49,7 +50,7 @@ class Group:
 @contextmanager
 def started(count: int, device: str = "cpu") -> Iterator[Group]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks"])
+    context.set_forkserver_preload(["tests.support.ranks"])
     with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server does not know where its parent finds modules
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
@@ -73,7 +74,7 @@ def join(rank: int, count: int, port: int, device: str) -> None:
     torch.set_num_threads(1)
     names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    HERE.append(joined(device).__enter__())
+    HERE.append(join_mesh(device).__enter__())
 
 
 def part_of(config: Any) -> DecoderForCausalLM:
@@ -81,7 +82,7 @@ def part_of(config: Any) -> DecoderForCausalLM:
     model, device = ours(config, seed=1), HERE[0].device
     if device.type == "cuda":
         model = model.to(device, torch.bfloat16)
-    parallel.spread(model, HERE[0])
+    tensor_parallel.shard(model, HERE[0])
     return model
 
 
@@ -135,16 +136,12 @@ def everything(engine: Engine, requests: list[Request]) -> list[Any]:
 def read_keys(config: Any, requests: list[Request], engine_config: EngineConfig, handed: bool) -> list[Any]:
     """All indices that this rank's attention was given, by ranks whose indexers differ."""
     read: list[Tensor] = []
-    part, sparse, attend = part_of(config), Heads.sparse, PagedStep.attend
+    part, attend = part_of(config), Attention._attend
 
-    def of_chunk(heads: Heads, indices: Tensor, *more: Any) -> Tensor:
-        read.append(indices)
-        return sparse(heads, indices, *more)
-
-    def of_step(step: PagedStep, layer: int, q: Tensor, indices: Tensor | None, *more: Any) -> Tensor:
+    def recording(attention: Attention, queries: Any, keys: Any, indices: Tensor | None, *more: Any) -> Tensor:
         if indices is not None:
             read.append(indices)
-        return attend(step, layer, q, indices, *more)
+        return attend(attention, queries, keys, indices, *more)
 
     noise = torch.Generator().manual_seed(HERE[0].rank)
     for name, parameter in part.named_parameters():
@@ -152,10 +149,9 @@ def read_keys(config: Any, requests: list[Request], engine_config: EngineConfig,
             parameter.data += torch.randn(parameter.shape, generator=noise)
     if not handed:
         for layer in part.model.layers:
-            layer.self_attn.peers = Peers()
+            layer.self_attn.head_group = ONE_GROUP
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Heads, "sparse", of_chunk)
-        patch.setattr(PagedStep, "attend", of_step)
+        patch.setattr(Attention, "_attend", recording)
         with engine_on(HERE[0], part, tokensieve.load_tokenizer("base"), engine_config) as engine:
             if engine is not None:
                 everything(engine, requests)
@@ -186,6 +182,6 @@ def step_that_fails_here(config: Any, rank: int) -> str:
                 engine.add(Request("x", (17, 18, 19)))
                 engine.step()
     except (RuntimeError, ValueError) as error:
-        parallel.dist.destroy_process_group()  # as the end of its process does
+        torch.distributed.destroy_process_group()  # as the end of its process does
         return f"{type(error).__name__}: {error}"
     return "nothing"

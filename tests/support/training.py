@@ -13,7 +13,8 @@ from tests.support import models
 from tokensieve.config import DataConfig, OptimizerConfig, PhaseConfig, SourceConfig, TrainConfig
 from tokensieve.data import train_tokenizer
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.train import loop
+from tokensieve.train import Run
+from tokensieve.train.learning import learning
 
 VOCAB = 320
 SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -110,11 +111,10 @@ def step_gradients(
     run: TrainConfig, trained: DecoderForCausalLM, micro: list[dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The gradients, by name, and the figures of one step of our loop, unclipped unless the config clips."""
-    stage = loop.STAGES[run.stage]
-    stage.prepare(trained, run)
-    trained.train()
-    optimizer = Still([p for p in trained.parameters() if p.requires_grad])
-    figures = loop._step(run, stage, trained, optimizer, 0, micro, torch.device("cpu"))
+    this = Run(run, trained.train())
+    with learning(trained, this.stage.learners(run)):
+        this.optimizer = optimizer = Still([p for p in trained.parameters() if p.requires_grad])
+        figures = this.step(0, micro)
     return {n: optimizer.kept[p] for n, p in trained.named_parameters() if p in optimizer.kept}, figures
 
 

@@ -16,8 +16,10 @@ import tokensieve
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.model.moe import Router
-from tokensieve.train import history, loop, pretrain, rehearsal, run
-from tokensieve.train.schedule import lr_share, place, total_steps
+from tokensieve.train import Run, estimate, history, loop, pretrain, run
+from tokensieve.train.learning import learning
+from tokensieve.train.loop import make_optimizer
+from tokensieve.train.schedule import lr_share, position, total_steps
 
 FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
 STAGES = ["pretrain", "warmup", "adapt"]
@@ -115,8 +117,7 @@ def test_a_nan_changes_nothing(place: str, stage: str) -> None:
 
 def test_optimizer_groups() -> None:
     made = fresh("adapt")
-    made.train_for("adapt")
-    optimizer = loop._optimizer(config("adapt", optimizer=replace(FREE, weight_decay=0.1)), made, torch.device("cpu"))
+    optimizer = make_optimizer(config("adapt", optimizer=replace(FREE, weight_decay=0.1)), made, torch.device("cpu"))
     names = {p: n for n, p in made.named_parameters()}
     seen = {}
     for group in optimizer.param_groups:
@@ -126,8 +127,10 @@ def test_optimizer_groups() -> None:
         n: (FREE.indexer_lr if ".indexer." in n else FREE.lr, 0.1 if p.dim() > 1 else 0.0)
         for n, p in made.named_parameters()
     }
-    made.train_for("warmup")
-    optimizer = loop._optimizer(config("warmup", optimizer=replace(FREE, indexer_lr=None)), made, torch.device("cpu"))
+    with learning(made, "indexers"):
+        optimizer = make_optimizer(
+            config("warmup", optimizer=replace(FREE, indexer_lr=None)), made, torch.device("cpu")
+        )
     assert {g["peak"] for g in optimizer.param_groups} == {FREE.lr}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(made.indexer_parameters())
 
@@ -146,9 +149,9 @@ def test_schedule() -> None:
     flat = OptimizerConfig(lr_end=1.0)
     assert [lr_share(flat, phases[:1], s) for s in range(6)] == [1.0] * 6
     assert total_steps(phases) == 12
-    assert [tuple(place(phases, s)) for s in (0, 5, 6, 11)] == [(0, 0, 0), (0, 5, 5), (1, 0, 0), (1, 5, 10)]
+    assert [tuple(position(phases, s)) for s in (0, 5, 6, 11)] == [(0, 0, 0), (0, 5, 5), (1, 0, 0), (1, 5, 10)]
     with pytest.raises(ValueError, match="past the end"):
-        place(phases, 12)
+        position(phases, 12)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_a_run_of_two_phases(adapted: tuple[TrainConfig, Any, list]) -> None:
     assert tokens == pytest.approx([192.0] * 5)
     peaks = [OPTIMIZER.lr * lr_share(OPTIMIZER, settings.phases, s) for s in range(5)]
     assert [f["lr"] for _, f in steps] == pytest.approx(peaks)
-    assert not made.training and made.model.objective == "none" and all(p.requires_grad for p in made.parameters())
+    assert not made.training and all(p.requires_grad for p in made.parameters())
     ids = batch(1, 60)["input_ids"]
     saved = tokensieve.load(Path(settings.out) / "step-000005")
     assert torch.equal(saved(ids).logits, made(ids).logits)
@@ -295,23 +298,20 @@ def test_the_bias_moves_towards_even_load() -> None:
         router.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, router.experts))
     step = batch(8, 48)
 
-    def load() -> Tensor:
-        made(**{k: v for k, v in step.items() if k != "labels"})
-        assert router.load_E is not None
-        return router.load_E.clone()
+    def loads() -> tuple[Tensor, ...]:
+        counted = made.model(**{k: v for k, v in step.items() if k != "labels"}).loads
+        return tuple(load for load in counted if load is not None)
 
-    pretrain.prepare(made, settings)
     with torch.no_grad():
-        first = load()
+        first = loads()[0]
         before = router.e_score_correction_bias.clone()
-        pretrain.balance(made, settings)
+        pretrain.balance(made, settings, loads())
         moved = router.e_score_correction_bias - before
         mean = first.float().mean()
         assert torch.allclose(moved, settings.balance_rate * torch.sign(mean - first.float()), atol=1e-7)
-        assert not router.load_E.any()
         for _ in range(60):
-            last = load()
-            pretrain.balance(made, settings)
+            last = loads()[0]
+            pretrain.balance(made, settings, loads())
     assert int(first.sum()) == 8 * 48 * router.top_k == int(last.sum())
     assert last.float().std() < 0.4 * first.float().std()
 
@@ -368,16 +368,14 @@ def test_compiled_layers_train_the_same(here: Workplace) -> None:
 @pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
 def test_a_rehearsal_leaves_everything_as_it_was(stage: str, here: Workplace) -> None:
     settings = here.run(stage, "rehearsal")
-    made = model("v3" if stage == "pretrain" else "v32")
-    loop.STAGES[stage].prepare(made, settings)
-    made.train()
+    made = model("v3" if stage == "pretrain" else "v32").train()
     random_state, weights = torch.get_rng_state(), {n: t.clone() for n, t in made.state_dict().items()}
-    told = rehearsal.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+    with learning(made, loop.STAGES[stage].learners(settings)):
+        told = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
     assert told.seconds > 0 and told.tokens == 4 * 4 * 48
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(t, weights[n]) for n, t in made.state_dict().items())
     assert all(p.grad is None for p in made.parameters())
-    assert stage != "pretrain" or all(not r.load_E.any() for r in pretrain.routers(made))
 
 
 def test_a_rehearsed_row_selects_and_is_no_longer_than_the_run(here: Workplace) -> None:
@@ -388,8 +386,8 @@ def test_a_rehearsed_row_selects_and_is_no_longer_than_the_run(here: Workplace) 
         ("warmup", 4096, 512),
         ("warmup", 48, 48),
     ):
-        assert rehearsal.row_tokens(here.run(stage, "rows", PhaseConfig(1, context, 1)), made) == tokens
-    assert rehearsal.row_tokens(here.run("adapt", "rows", PhaseConfig(1, 4096, 1), selection=False), made) == 512
+        assert estimate.row_tokens(here.run(stage, "rows", PhaseConfig(1, context, 1)), made) == tokens
+    assert estimate.row_tokens(here.run("adapt", "rows", PhaseConfig(1, 4096, 1), selection=False), made) == 512
 
 
 @pytest.mark.slow
@@ -402,15 +400,15 @@ def test_the_estimate_is_about_right(stage: str, context: int) -> None:
     settings = TrainConfig(stage, "sparse", "", (PhaseConfig(1, context, 2),), device="cpu")
     try:
         made = tokensieve.load("base" if stage == "pretrain" else "sparse", torch.float32)
-        loop.STAGES[stage].prepare(made, settings)
-        optimizer = loop._optimizer(settings, made.train(), torch.device("cpu"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rehearsal.time, "perf_counter", time.process_time)
-            told = rehearsal.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
-        begin = time.process_time()
-        micro = [batch(1, context, seed=seed) for seed in range(2)]
-        loop._step(settings, loop.STAGES[stage], made, optimizer, 0, micro, torch.device("cpu"))
-        took = time.process_time() - begin
+        this = Run(settings, made.train())
+        with learning(made, loop.STAGES[stage].learners(settings)):
+            this.optimizer = make_optimizer(settings, made, torch.device("cpu"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(estimate.time, "perf_counter", time.process_time)
+                told = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+            begin = time.process_time()
+            this.step(0, [batch(1, context, seed=seed) for seed in range(2)])
+            took = time.process_time() - begin
     finally:
         torch.set_num_threads(threads)
     assert 1 / 1.6 < told.seconds / took < 1.6, (told.seconds, took)

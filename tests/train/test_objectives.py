@@ -1,6 +1,6 @@
 """What each stage's loss is and which parameters it reaches: equations (3) and (4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 import tokensieve
 from tests.support.training import OPTIMIZER, apart, batch, indexers, model, step_gradients
 from tokensieve.config import PhaseConfig, TrainConfig
-from tokensieve.model import DecoderForCausalLM, KLScale, SelectionContext, attention
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective, SelectionContext, attention
 from tokensieve.model.kl import LayerLocalLoss
-from tokensieve.train import loop
+from tokensieve.model.selection import indexer
+from tokensieve.train import Run
+from tokensieve.train.learning import learning
+from tokensieve.train.loop import make_optimizer
 
 FREE = OPTIMIZER.__class__(lr=3e-3, clip=1e9, indexer_clip=1e9)
 
@@ -41,10 +44,10 @@ def largest(found: dict[str, Tensor]) -> float:
 
 
 @pytest.fixture
-def adapting() -> DecoderForCausalLM:
+def adapting() -> Iterator[DecoderForCausalLM]:
     made = model()
-    made.train_for("adapt")
-    return made.train()
+    with tokensieve.training(made, "adapt"):
+        yield made.train()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -53,12 +56,11 @@ def test_each_loss_reaches_only_its_own_parameters(adapting: DecoderForCausalLM,
     inputs = batch(2, 48, documents=True)
     both = gradients(adapting, adapting(**inputs).loss)
     assert set(both) == {n for n, _ in adapting.named_parameters()}
-    adapting.model.kl_scale = KLScale(per_query=0.0)
-    language = gradients(adapting, adapting(**inputs).loss)
+    silent = ForwardOptions(objective=Objective("adapt", KLScale(per_query=0.0)))
+    language = gradients(adapting, adapting(**inputs, options=silent).loss)
     assert largest(indexers(language)) == 0.0  # the language-modelling loss does not reach the indexers
     assert all(torch.equal(g, both[n]) for n, g in trunk(language).items())  # and the KL does not reach the trunk
     assert min(float(g.abs().max()) for g in trunk(language).values()) > 0.0
-    adapting.model.kl_scale = None
     kl = gradients(adapting, 0.0 * adapting(**inputs).loss)
     assert largest(trunk(kl)) == 0.0
     assert all(torch.equal(g, both[n]) for n, g in indexers(kl).items())
@@ -72,22 +74,21 @@ def test_the_injected_gradient_is_that_of_the_mean_kl(adapting: DecoderForCausal
     total: list[Tensor] = []
 
     def recording(c: SelectionContext) -> Tensor:
-        chosen = attention.indexer_selection(c)
-        N, T = chosen.shape[0], c.index[1].shape[0]
+        chosen = indexer(c)
+        N, T = chosen.shape[0], c.keys.index[0].shape[0]
         found = torch.zeros(N, T + 1, dtype=torch.bool).scatter_(1, (chosen.long() + T + 1) % (T + 1), True)[:, :T]
-        q, k, scale = c.attention
-        main = torch.einsum("nhd,td->nht", q, k[:, 0]) * scale
+        q, scale = c.attention_queries
+        main = torch.einsum("nhd,td->nht", q, c.keys.keys_TGD[:, 0]) * scale
         p = main.masked_fill(~found[:, None], -torch.inf).softmax(-1).mean(1)
         with torch.enable_grad():
-            q_I, k_I, w = c.index_inputs()
+            q_I, k_I, w = c._index.hold()
             scores = torch.einsum("nh,nht->nt", w, torch.einsum("nhd,td->nht", q_I, k_I).relu())
             log_q = scores.masked_fill(~found, -torch.inf).log_softmax(-1)
             total.append(torch.where(found, p * (p.clamp_min(1e-30).log() - log_q), 0.0).sum(-1).mean())
         return chosen
 
-    adapting.train_for("none")
     with tokensieve.selecting(adapting, recording):
-        kept = adapting(**inputs)
+        kept = adapting(**inputs, options=ForwardOptions(objective=Objective()))
     assert kept.kl is None
     plain = torch.autograd.grad(sum(total) / len(total), adapting.indexer_parameters())
     names = [n for n, _ in adapting.named_parameters() if ".indexer." in n]
@@ -99,18 +100,19 @@ def test_dense_adaptation_leaves_the_indexers_alone() -> None:
     found, figures = step_gradients(run("adapt", selection=False), made, [inputs])
     assert not indexers(found) and "kl" not in figures
     dense = model()
-    dense.selection = "dense"
-    assert torch.isclose(dense(**inputs).loss, torch.tensor(figures["lm"]), rtol=1e-6)
+    with tokensieve.selecting(dense, "dense"):
+        loss = dense(**inputs).loss
+    assert torch.isclose(loss, torch.tensor(figures["lm"]), rtol=1e-6)
 
 
 # ---- warm-up
 
 
 @pytest.fixture
-def warming() -> DecoderForCausalLM:
+def warming() -> Iterator[DecoderForCausalLM]:
     made = model(index_topk=4)
-    made.train_for("warmup")
-    return made.train()
+    with tokensieve.training(made, "warmup"):
+        yield made.train()
 
 
 def equation_3(made: DecoderForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
@@ -118,18 +120,16 @@ def equation_3(made: DecoderForCausalLM, inputs: dict[str, Tensor]) -> Tensor:
     found: list[Tensor] = []
 
     def recording(c: SelectionContext) -> None:
-        key = torch.arange(c.index[1].shape[0])
-        visible = (key >= c.pack.starts_N[:, None]) & (key < c.pack.ends_N[:, None])
-        q, k, scale = c.attention
-        main = torch.einsum("nhd,td->nht", q.double(), k[:, 0].double()) * scale
+        key = torch.arange(c.keys.index[0].shape[0])
+        visible = (key >= c.starts_N[:, None]) & (key < c.ends_N[:, None])
+        q, scale = c.attention_queries
+        main = torch.einsum("nhd,td->nht", q.double(), c.keys.keys_TGD[:, 0].double()) * scale
         p = main.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1)
         log_q = c.scores().double().masked_fill(~visible, -torch.inf).log_softmax(-1)
         found.append(torch.where(visible, p * (p.clamp_min(1e-300).log() - log_q), 0.0).sum(-1).mean())
 
-    objective, made.model.objective = made.model.objective, "none"
     with torch.no_grad(), tokensieve.selecting(made, recording):
-        made(**inputs)
-    made.model.objective = objective
+        made(**inputs, options=ForwardOptions(objective=Objective()))
     assert len(found) == made.config.num_hidden_layers
     return torch.stack(found).mean()
 
@@ -139,8 +139,8 @@ def test_warmup_loss_is_equation_3_over_all_keys(warming: DecoderForCausalLM, do
     inputs = batch(3, 48, documents=documents)
     loss = warming(**inputs).loss
     assert torch.isclose(loss.double(), equation_3(warming, inputs), rtol=1e-5)
-    warming.top_k = 48  # what would be selected plays no part
-    assert torch.equal(warming(**inputs).loss, loss)
+    with tokensieve.selecting(warming, "indexer", 48):  # what would be selected plays no part
+        assert torch.equal(warming(**inputs).loss, loss)
 
 
 def test_warmup_trains_the_indexers_and_nothing_else(warming: DecoderForCausalLM) -> None:
@@ -150,12 +150,9 @@ def test_warmup_trains_the_indexers_and_nothing_else(warming: DecoderForCausalLM
         set(found) == {n for n in before if ".indexer." in n}
         and min(float(g.abs().max()) for g in found.values()) > 0.0
     )
-    config = run("warmup")
-    optimizer = loop._optimizer(config, warming, torch.device("cpu"))
-    losses = [
-        loop._step(config, loop.STAGES["warmup"], warming, optimizer, step, [batch(4, 48)], torch.device("cpu"))["kl"]
-        for step in range(4)
-    ]
+    this = Run(run("warmup"), warming)
+    this.optimizer = make_optimizer(this.config, warming, torch.device("cpu"))
+    losses = [this.step(number, [batch(4, 48)])["kl"] for number in range(4)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     after = warming.state_dict()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
@@ -210,30 +207,29 @@ def test_warmup_goes_on_past_8192_keys() -> None:
         index_n_heads=2,
         max_position_embeddings=T,
     )
-    made.train_for("warmup")
-    made.model.kl_scale = KLScale(per_query=1.0)  # the sum over queries, not their mean
+    summing = ForwardOptions(objective=Objective("warmup", KLScale(per_query=1.0)))  # over queries, instead of a mean
     ids = batch(1, T)["input_ids"]
 
     def summed(length: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = made(input_ids=ids[:, :length]).loss
+        loss = made(input_ids=ids[:, :length], options=summing).loss
         return loss.detach().double(), gradients(made, loss)
 
-    whole, short = summed(T), summed(T - last)
+    with learning(made, "indexers"):
+        whole, short = summed(T), summed(T - last)
     found: list[Tensor] = []
 
     def recording(c: SelectionContext) -> None:
         visible = torch.arange(T) <= torch.arange(T - last, T)[:, None]
-        q, k, scale = c.attention
-        main = torch.einsum("nhd,td->nht", q[-last:].double(), k[:, 0].double()) * scale
+        q, scale = c.attention_queries
+        main = torch.einsum("nhd,td->nht", q[-last:].double(), c.keys.keys_TGD[:, 0].double()) * scale
         p = main.masked_fill(~visible[:, None], -torch.inf).softmax(-1).mean(1).detach()
         with torch.enable_grad():
-            q_I, k_I, w = (x.double() for x in c.index_inputs())
+            q_I, k_I, w = (x.double() for x in c._index.hold())
             scores = torch.einsum("nh,nht->nt", w[-last:], torch.einsum("nhd,td->nht", q_I[-last:], k_I).relu())
             log_q = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
             found.append(torch.where(visible, p * (p.clamp_min(1e-300).log() - log_q), 0.0).sum())
 
-    made.model.objective = "none"
-    with tokensieve.selecting(made, recording):
+    with tokensieve.selecting(made, recording), learning(made, "indexers"):
         made(input_ids=ids)
     assert torch.isclose(whole[0] - short[0], found[0].detach(), rtol=1e-4)
     difference = {n: g - short[1][n] for n, g in whole[1].items()}
@@ -245,18 +241,16 @@ def test_warmup_goes_on_past_8192_keys() -> None:
 
 @pytest.mark.parametrize("objective", ["warmup", "adapt"])
 def test_packed_documents_equal_separate_ones(objective: Any) -> None:
-    made = model()
-    made.train_for(objective)
-    made.train()
+    made = model().train()
     ids = batch(1, 60)["input_ids"]
+    options = ForwardOptions(objective=Objective(objective, KLScale(per_query=1.0 / 60)))
     lengths = (37, 22, 1)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    made.model.kl_scale = KLScale(per_query=1.0 / 60)
-    packed_kl, alone = made(input_ids=ids, position_ids=positions), []
+    packed_kl, alone = made(input_ids=ids, position_ids=positions, options=options), []
     packed = gradients(made, packed_kl.loss if objective == "warmup" else 0.0 * packed_kl.logits.sum())
     made.zero_grad()
     for part in ids.split(lengths, dim=1):
-        out = made(input_ids=part)
+        out = made(input_ids=part, options=options)
         (out.loss if objective == "warmup" else 0.0 * out.logits.sum()).backward()
         alone.append(out.kl.detach())
     assert torch.isclose(packed_kl.kl.detach(), torch.stack(alone).sum(), rtol=1e-5)
@@ -267,18 +261,17 @@ def test_packed_documents_equal_separate_ones(objective: Any) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("objective", ["warmup", "adapt"])
 def test_padding_is_not_counted(objective: Any, side: str) -> None:
-    made = model()
-    made.train_for(objective)
-    made.train()
+    made, options = model().train(), ForwardOptions(objective=Objective(objective))
     ids = batch(2, 40)["input_ids"]
     kept = slice(15, None) if side == "left" else slice(None, 25)
     mask = torch.ones_like(ids)
     mask[1] = 0
     mask[1, kept] = 1
-    padded = made(input_ids=ids, attention_mask=mask).kl
-    whole, short = made(input_ids=ids[:1]).kl, made(input_ids=ids[1:, kept]).kl
+    padded = made(input_ids=ids, attention_mask=mask, options=options).kl
+    whole = made(input_ids=ids[:1], options=options).kl
+    short = made(input_ids=ids[1:, kept], options=options).kl
     assert torch.isclose(padded, (40 * whole + 25 * short) / 65, rtol=1e-5)
-    assert torch.isfinite(made(input_ids=ids, attention_mask=torch.zeros_like(ids)).kl)
+    assert torch.isfinite(made(input_ids=ids, attention_mask=torch.zeros_like(ids), options=options).kl)
 
 
 # ---- memory
@@ -298,14 +291,13 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 @torch.no_grad()
 def forward(made: DecoderForCausalLM, ids: Tensor) -> None:
-    made.model.objective = "none"
-    made.selection = "dense"
-    made.model(input_ids=ids)
+    with tokensieve.selecting(made, "dense"):
+        made.model(input_ids=ids)
 
 
 def warm(made: DecoderForCausalLM, ids: Tensor) -> None:
-    made.train_for("warmup")
-    made.train()(input_ids=ids).loss.backward()
+    with tokensieve.training(made, "warmup"):
+        made.train()(input_ids=ids).loss.backward()
 
 
 def test_warmup_needs_one_layer_more_than_a_plain_forward() -> None:

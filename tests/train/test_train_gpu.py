@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokensieve
 from tests.support.training import VOCAB, Workplace, apart, batch, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model.indexer import Indexer
@@ -61,7 +62,6 @@ def test_under_autocast_every_op_gets_what_the_kernels_take(
     for name, parameter in made.named_parameters():
         if "weights_proj" not in name:
             parameter.data = parameter.data.to(weights)
-    made.train_for(objective)
     made.train()
     seen: list[tuple[torch.dtype, ...]] = []
 
@@ -74,7 +74,7 @@ def test_under_autocast_every_op_gets_what_the_kernels_take(
 
     for module, op in ((custom, "index_topk"), (custom_kl, "sparse_attention_kl"), (custom_kl, "indexer_kl_dense_sum")):
         monkeypatch.setattr(module, op, note(getattr(module, op)))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), tokensieve.training(made, objective):
         made(**batch(2, 48, documents=True)).loss.backward()
     narrow, wide = torch.bfloat16, torch.float32
     expected = {
@@ -90,8 +90,8 @@ def test_adaptation_computes_index_queries_once(monkeypatch: pytest.MonkeyPatch)
     made, calls = model(), []
     original = Indexer.queries
     monkeypatch.setattr(Indexer, "queries", lambda self, *args: calls.append(self) or original(self, *args))
-    made.train_for("adapt")
-    made.train()(**batch(1, 48)).loss.backward()
+    with tokensieve.training(made, "adapt"):
+        made.train()(**batch(1, 48)).loss.backward()
     assert len(calls) == len(made.model.layers)
 
 

@@ -4,8 +4,10 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,10 +15,10 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import tokensieve
-from tests.support.models import randomize
 from tests.support.training import OPTIMIZER, Still, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
-from tokensieve.model import DecoderForCausalLM, KLScale
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
+from tokensieve.train.callbacks import KLCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 STEP = batch(8, 40)
@@ -56,25 +58,32 @@ def trained(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, float]]:
     return found, trainer.state.log_history[0]
 
 
-def hugging_face(folder: Path, made: DecoderForCausalLM, n: int, data: list, **changes: Any) -> Trainer:
+class Prepared(NamedTuple):
+    """A model within its `training` block, and the block's callback."""
+
+    model: DecoderForCausalLM
+    kl: KLCallback
+
+
+def hugging_face(folder: Path, made: Prepared, n: int, data: list, **changes: Any) -> Trainer:
     return Trainer(
-        made,
+        made.model,
         TrainingArguments(**arguments(folder, n, **changes)),
         train_dataset=data,
         eval_dataset=data,
         data_collator=default_data_collator,
-        callbacks=[tokensieve.KLCallback()],
+        callbacks=[made.kl],
     )
 
 
-def trl(folder: Path, made: DecoderForCausalLM, n: int, ids: list[list[int]], place: Path, **changes: Any) -> Trainer:
+def trl(folder: Path, made: Prepared, n: int, ids: list[list[int]], place: Path, **changes: Any) -> Trainer:
     sft, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     return sft.SFTTrainer(
-        made,
+        made.model,
         sft.SFTConfig(**arguments(folder, n, max_length=None, **changes)),
         train_dataset=datasets.Dataset.from_list([{"input_ids": row} for row in ids]),
         processing_class=tokensieve.load_tokenizer(place),
-        callbacks=[tokensieve.KLCallback()],
+        callbacks=[made.kl],
     )
 
 
@@ -95,16 +104,27 @@ def loop_step(objective: str, n: int) -> tuple[dict[str, Tensor], dict[str, floa
     return step_gradients(config, model(), cut(STEP, n))
 
 
-def prepared(objective: Any) -> DecoderForCausalLM:
-    made = model()
-    made.train_for(objective)
-    return made
+@pytest.fixture
+def prepared() -> Iterator[Callable[[str], Prepared]]:
+    with ExitStack() as blocks:
+
+        def prepare(objective: Any, seed: int = 0) -> Prepared:
+            made = model(seed=seed)
+            return Prepared(made, blocks.enter_context(tokensieve.training(made, objective)))
+
+        yield prepare
+
+
+def by_queries(objective: Any, per_query: float) -> ForwardOptions:
+    return ForwardOptions(objective=Objective(objective, KLScale(per_query=per_query)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("trainer", ["loop", "transformers", "trl"])
-def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, tokenizer: Path, tmp_path: Path) -> None:
+def test_equal_gradients(
+    trainer: str, objective: str, n: int, ours: dict, tokenizer: Path, tmp_path: Path, prepared: Any
+) -> None:
     expected, figures = ours[objective]
     if trainer == "loop":
         found, log = loop_step(objective, n)
@@ -116,7 +136,8 @@ def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, token
             made = hugging_face(tmp_path, prepared(objective), n, rows(STEP, "input_ids", "labels"))
         found, log = trained(made)
         kl = log["kl"]
-        assert made.model.model.kl_scale is None  # nothing of the trainer stays behind
+        after = made.model.eval().model(STEP["input_ids"]).objective
+        assert after.scale is None  # nothing of the trainer stays behind
         if objective == "adapt" or trainer == "transformers":
             assert log["loss"] == pytest.approx(figures["lm" if objective == "adapt" else "kl"], rel=1e-5)
     assert apart(indexers(found), indexers(expected)) < 1e-5
@@ -126,7 +147,7 @@ def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, token
     assert apart(found, expected) < 1e-3
 
 
-def test_micro_batches_of_different_size(tmp_path: Path) -> None:
+def test_micro_batches_of_different_size(tmp_path: Path, prepared: Any) -> None:
     """Padding and a last step that is shorter than the others: still the mean over the step's valid queries."""
     mask = torch.ones(6, 40, dtype=torch.long)
     for row, kept in enumerate((40, 9, 33, 3, 21, 40)):
@@ -134,9 +155,8 @@ def test_micro_batches_of_different_size(tmp_path: Path) -> None:
     data = {"input_ids": STEP["input_ids"][:6], "attention_mask": mask}
     data["labels"] = data["input_ids"].masked_fill(mask == 0, -100)
     for objective in OBJECTIVES:
-        whole = prepared(objective).train()
-        whole.model.kl_scale = KLScale(per_query=1.0 / float(mask.sum()))
-        out = whole(**data)
+        whole = prepared(objective).model.train()
+        out = whole(**data, options=by_queries(objective, 1.0 / float(mask.sum())))
         out.loss.backward()
         expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
         made = hugging_face(
@@ -147,28 +167,27 @@ def test_micro_batches_of_different_size(tmp_path: Path) -> None:
         assert log["kl"] == pytest.approx(out.kl.item(), rel=1e-5)
 
 
-def test_warmup_without_labels(ours: dict, tmp_path: Path) -> None:
+def test_warmup_without_labels(ours: dict, tmp_path: Path, prepared: Any) -> None:
     """Then Trainer divides the loss itself; neither the gradient nor the logged loss may change."""
     found, log = trained(hugging_face(tmp_path, prepared("warmup"), 4, rows(STEP, "input_ids")))
     assert apart(found, ours["warmup"][0]) < 1e-5
     assert log["loss"] == pytest.approx(ours["warmup"][1]["kl"], rel=1e-5)
 
 
-def test_padding_free_packing_in_trl(tokenizer: Path, tmp_path: Path) -> None:
+def test_padding_free_packing_in_trl(tokenizer: Path, tmp_path: Path, prepared: Any) -> None:
     """TRL packs documents into one row and sends position_ids, seq_idx and cumulative lengths."""
     lengths = (40, 17, 30, 9)
     ids = [row[:n] for row, n in zip(STEP["input_ids"].tolist(), lengths, strict=False)]
     made = trl(tmp_path, prepared("adapt"), 1, ids, tokenizer, padding_free=True, per_device_train_batch_size=4)
     found, _ = trained(made)
-    whole = prepared("adapt").train()
-    whole.model.kl_scale = KLScale(per_query=1.0 / sum(lengths))
+    whole, options = prepared("adapt").model.train(), by_queries("adapt", 1.0 / sum(lengths))
     for row in ids:
-        whole(input_ids=torch.tensor([row])).logits.mul(0.0).sum().backward()
+        whole(input_ids=torch.tensor([row]), options=options).logits.mul(0.0).sum().backward()
     expected = {n: p.grad for n, p in whole.named_parameters() if ".indexer." in n}
     assert apart(indexers(found), expected) < 1e-5
 
 
-def test_evaluation_between_steps_changes_nothing(ours: dict, tmp_path: Path) -> None:
+def test_evaluation_between_steps_changes_nothing(ours: dict, tmp_path: Path, prepared: Any) -> None:
     data = rows(STEP, "input_ids", "labels")
     for objective in OBJECTIVES:
         made = hugging_face(tmp_path, prepared(objective), 2, data, eval_strategy="steps", eval_steps=1)
@@ -181,11 +200,13 @@ def test_evaluation_between_steps_changes_nothing(ours: dict, tmp_path: Path) ->
 # ---- refusals
 
 
-def test_without_the_callback(tmp_path: Path) -> None:
+def test_without_the_callback(tmp_path: Path, prepared: Any) -> None:
     for objective in OBJECTIVES:
         made = hugging_face(tmp_path, prepared(objective), 2, rows(STEP, "input_ids", "labels"))
-        made.remove_callback(tokensieve.KLCallback)
-        with pytest.raises(UserError, match=f"{objective} under a Hugging Face trainer .* add tokensieve.KLCallback"):
+        made.remove_callback(KLCallback)
+        with pytest.raises(
+            UserError, match=rf"{objective} under a Hugging Face trainer .* add what tokensieve.training"
+        ):
             made.train()
 
 
@@ -201,30 +222,32 @@ def test_without_the_callback(tmp_path: Path) -> None:
         ({"parallelism_config": object()}, "parallelism_config"),
     ],
 )
-def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_exact_is_refused(changes: dict[str, Any], message: str, tmp_path: Path, prepared: Any) -> None:
     settings = TrainingArguments(**arguments(tmp_path))
     for name, value in changes.items():
         object.__setattr__(settings, name, value)
     made = prepared("adapt")
     with pytest.raises(UserError, match=message):
-        tokensieve.KLCallback().on_train_begin(settings, None, None, model=made)
-    assert made.model.kl_scale is None
+        made.kl.on_train_begin(settings, None, None, model=made.model)
 
 
-def test_models_that_train_no_indexer_are_refused(tmp_path: Path) -> None:
-    settings, callback = TrainingArguments(**arguments(tmp_path)), tokensieve.KLCallback()
-    for made in (model(), model("v3"), torch.nn.Linear(2, 2)):
-        with pytest.raises(UserError, match="train_for"):
-            callback.on_train_begin(settings, None, None, model=made)
+def test_models_that_train_no_indexer_are_refused(tmp_path: Path, prepared: Any) -> None:
+    settings = TrainingArguments(**arguments(tmp_path))
+    for made, message in ((model("v3"), "this model has none; make it sparse"), (torch.nn.Linear(2, 2), "no model of")):
+        with pytest.raises(UserError, match=message), tokensieve.training(made, "adapt"):
+            raise AssertionError("not reached")
     frozen = prepared("adapt")
-    for parameter in frozen.indexer_parameters():
+    for parameter in frozen.model.indexer_parameters():
         parameter.requires_grad_(False)
     with pytest.raises(UserError, match="every indexer is frozen"):
-        callback.on_train_begin(settings, None, None, model=frozen)
+        frozen.kl.on_train_begin(settings, None, None, model=frozen.model)
+    with pytest.raises(UserError, match="the trainer's model is another one"):
+        prepared("adapt").kl.on_train_begin(settings, None, None, model=model())
 
 
-def test_two_forward_passes_before_a_backward_pass(tmp_path: Path) -> None:
-    made, callback = prepared("adapt").train(), tokensieve.KLCallback()
+def test_two_forward_passes_before_a_backward_pass(tmp_path: Path, prepared: Any) -> None:
+    made, callback = prepared("adapt")
+    made.train()
     callback.on_train_begin(TrainingArguments(**arguments(tmp_path)), None, None, model=torch.nn.Sequential(made))
     with torch.no_grad():
         made(**STEP)
@@ -239,7 +262,9 @@ def test_two_forward_passes_before_a_backward_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard_size", [None, 20_000])
-def test_a_trainer_saves_and_resumes(shard_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_saves_and_resumes(
+    shard_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Any
+) -> None:
     """Its checkpoints have the published names, open with `load`, and resume where an uninterrupted run would be."""
     if shard_size is not None:
         whole = DecoderForCausalLM.save_pretrained
@@ -254,7 +279,7 @@ def test_a_trainer_saves_and_resumes(shard_size: int | None, tmp_path: Path, mon
     assert len(list((tmp_path / "checkpoint-2").glob("model*.safetensors"))) in (
         [1] if shard_size is None else range(5, 40)
     )
-    again = hugging_face(tmp_path, randomize(prepared("adapt"), 5), 1, data, **settings)
+    again = hugging_face(tmp_path, prepared("adapt", seed=5), 1, data, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     ours, theirs = again.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
@@ -289,11 +314,15 @@ import sys
 import torch
 from pathlib import Path
 from safetensors.torch import save_file
-from tests.test_train_trainers import STEP, hugging_face, prepared, rows, trained
+import tokensieve
+from tests.support.training import model
+from tests.train.test_trainers import STEP, Prepared, hugging_face, rows, trained
+made = model()
+kl = tokensieve.training(made, sys.argv[2]).__enter__()
 data = {"input_ids": STEP["input_ids"], "labels": STEP["labels"], "attention_mask": torch.ones(8, 40, dtype=torch.long)}
 data["attention_mask"][1, 9:] = 0
 data["labels"][1, 9:] = -100
-trainer = hugging_face(Path(sys.argv[1]), prepared(sys.argv[2]), 2, rows(data, *data), per_device_train_batch_size=2)
+trainer = hugging_face(Path(sys.argv[1]), Prepared(made, kl), 2, rows(data, *data), per_device_train_batch_size=2)
 found, log = trained(trainer)
 if trainer.is_world_process_zero():
     save_file({n: g.contiguous() for n, g in found.items()}, Path(sys.argv[1]) / f"{trainer.args.world_size}.safetensors")
@@ -306,7 +335,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_processes(objective: str, tmp_path: Path) -> None:
+def test_two_processes(objective: str, tmp_path: Path, prepared: Any) -> None:
     from safetensors.torch import load_file
 
     (tmp_path / "two.py").write_text(TWO)
@@ -316,7 +345,7 @@ def test_two_processes(objective: str, tmp_path: Path) -> None:
     found = load_file(tmp_path / "2.safetensors")
     mask = torch.ones(8, 40, dtype=torch.long)
     mask[1, 9:] = 0
-    whole = prepared(objective).train()
+    whole = prepared(objective).model.train()
     labels = STEP["labels"].clone()
     labels[1, 9:] = -100
     whole(input_ids=STEP["input_ids"], attention_mask=mask, labels=labels).loss.backward()

@@ -7,7 +7,7 @@ names.py, reading.py and writing.py do for a checkpoint.
 
 from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
-from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, expected_tensors, memory_layout
+from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, expected_tensors, memory_layout
 from tokensieve.checkpoint.ranks import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.reading import (
     Extras,
@@ -24,7 +24,6 @@ from tokensieve.checkpoint.shards import join_shards, load_shard, shard_blocks, 
 from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [
-    "ARCHITECTURES",
     "FLOAT32_SUFFIXES",
     "Extras",
     "Header",

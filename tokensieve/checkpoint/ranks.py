@@ -12,6 +12,7 @@ from typing import Any
 from tokensieve.checkpoint.names import expected_tensors
 from tokensieve.checkpoint.reading import FP8, Shards
 from tokensieve.config import UserError
+from tokensieve.families import family_of
 
 DEMO_MODULES: dict[str, tuple[str, int | None]] = {
     # module in a checkpoint: its name in the demo, and the axis that the ranks divide (None: each holds the whole)
@@ -74,6 +75,10 @@ def rank_file(rank: int, ranks: int) -> str:
 
 def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_blocks: bool = True) -> None:
     """UserError unless the ranks divide what the demo divides, with the remedy; FP8 blocks too, unless told otherwise."""
+    if not family_of(config).divisible:
+        raise UserError(
+            f"{folder}: a model of type {config.model_type} cannot be divided between ranks yet; use one process"
+        )
     if config.attention_bias:
         raise UserError(
             f"{folder}: attention_bias is true, and a projection that ranks divide can have no bias; use other weights"

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokensieve.checkpoint.folder import previous_of
-from tokensieve.checkpoint.names import ARCHITECTURES, FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
+from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
+from tokensieve.families import family_of
 from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,11 +37,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
     config = _read_json(path)
-    if config.get("model_type") not in ARCHITECTURES:
-        raise UserError(
-            f"{path}: model_type {config.get('model_type')!r} is not supported; "
-            f"use a checkpoint of type {', '.join(ARCHITECTURES)}"
-        )
+    family_of(config, str(path))
     return config
 
 

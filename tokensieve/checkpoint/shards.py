@@ -48,7 +48,8 @@ from tokensieve.checkpoint.reading import (
     stream,
 )
 from tokensieve.checkpoint.writing import ShardWriter, require_space
-from tokensieve.config import UserError, model_config
+from tokensieve.config import UserError
+from tokensieve.families import model_config
 
 log = logging.getLogger("tokensieve")
 

@@ -1,7 +1,7 @@
 """Commands that measure how fast something runs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,8 +10,8 @@ import typer
 from tokensieve.cli.program import Device, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
-    from tokensieve.config import ModelConfig
     from tokensieve.evals.serving import Load
+    from tokensieve.families import ModelConfig
     from tokensieve.model import DecoderForCausalLM
 
 bench = typer.Typer(no_args_is_help=True, help="Measure how fast something runs here.")
@@ -46,8 +46,9 @@ def serve(
     Example: tokensieve bench serve sparse --requests 1,8 --prompt 512,2048 --selection indexer,dense
     """
     import tokensieve
+    from tokensieve.engine.tensor_parallel import load_rank
     from tokensieve.evals import serving
-    from tokensieve.model import joined, load_rank
+    from tokensieve.mesh import join_mesh
     from tokensieve.report import environment
     from tokensieve.train.figures import write_figures
 
@@ -66,29 +67,28 @@ def serve(
     rows: list[dict[str, Any]] = []
     figures = {"run": environment(), "model": shape or model, "rows": rows}
     shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
-    with joined(device) as ranks:
-        stderr().quiet = not ranks.leads
+    with join_mesh(device) as mesh:
+        stderr().quiet = not mesh.leads
         for count in shapes:
             if shape is None:
-                served = load_rank(model, ranks)
+                served = load_rank(model, mesh)
             else:
-                made, dtype = _config(shape, set_ or [], count), _dtype(ranks.device)
-                served = serving.random_model(made, ranks.device, dtype, in_fp8=fp8, ranks=ranks)
+                made, dtype = _config(shape, set_ or [], count), _dtype(mesh.device)
+                served = serving.random_model(made, mesh.device, dtype, in_fp8=fp8, ranks=mesh)
             if "indexer" in who and not served.is_sparse:
                 raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
             tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
             prompts = _prompts(served, tokenizer, loads, real=shape is None)
             for k in _numbers("--top-k", top_k) or [served.top_k]:
-                served.top_k = k
-                for load in loads:
+                for load in (replace(load, top_k=k) for load in loads):
                     with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
-                        found = serving.serve_load(served, tokenizer, load, prompts[load.prompt], ranks)
-                    sizes = {"ranks": ranks.count, "top_k": k, "experts": served.config.n_routed_experts}
+                        found = serving.serve_load(served, tokenizer, load, prompts[load.prompt], mesh)
+                    sizes = {"ranks": mesh.size, "top_k": k, "experts": served.config.n_routed_experts}
                     rows.append(asdict(load) | sizes | asdict(found))
-                    if ranks.leads:  # at once: the next load may be one too many
+                    if mesh.leads:  # at once: the next load may be one too many
                         file = write_figures(out / "metrics.json", figures)
             del served
-        if not ranks.leads:
+        if not mesh.leads:
             return
     _show(rows)
     typer.echo(f"\nFigures: {file}")
@@ -110,12 +110,13 @@ def _dtype(device: Any) -> Any:
 
 
 def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
-    from tokensieve.config import MODEL_CONFIGS, UserError
+    from tokensieve.config import UserError
+    from tokensieve.families import FAMILIES
 
-    if shape not in MODEL_CONFIGS:
-        raise UserError(f"--shape {shape} is unknown; use one of {', '.join(MODEL_CONFIGS)}")
+    if shape not in FAMILIES:
+        raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")
     fields: dict[str, Any] = {} if experts is None else {"n_routed_experts": experts}
-    known = MODEL_CONFIGS[shape]()
+    known = FAMILIES[shape].config()
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not hasattr(known, key):
@@ -126,7 +127,7 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
             fields[key] = json.loads(value)
         except json.JSONDecodeError:
             fields[key] = value
-    return MODEL_CONFIGS[shape](**fields)
+    return FAMILIES[shape].config(**fields)
 
 
 def _prompts(

@@ -5,7 +5,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,12 +22,6 @@ DISK_ERRORS |= {errno.EEXIST}
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
-class SelectBy(StrEnum):
-    indexer = "indexer"
-    dense = "dense"
-    window = "window"
-
-
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base, sparse).")
 ]
@@ -37,6 +30,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
 Out = Annotated[str | None, typer.Option(help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
+Selection = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Who selects keys: indexer (unless given), window, oracle, dense, or module:function for your own.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -102,9 +102,9 @@ def _interruptions() -> tuple[type[BaseException], ...]:
 
 
 def _fail(status: int, *messages: str) -> None:
-    from tokensieve.machine import place
+    from tokensieve.machine import rank_info
 
-    if place().rank:  # the first rank says it; a status of the others could end that before it has
+    if rank_info().rank:  # the first rank says it; a status of the others could end that before it has
         sys.exit(0)
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)

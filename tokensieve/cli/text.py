@@ -2,17 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, Model, SelectBy, app, stderr, tokenizer_of
+from tokensieve.cli.program import Device, Model, Selection, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     from tokensieve.engine import Engine, Sampling
     from tokensieve.model import DecoderForCausalLM
-
-Selects = Literal["indexer", "dense"]
 
 
 @app.command()
@@ -23,7 +21,7 @@ def generate(
     interactive: Annotated[bool, typer.Option("--interactive", help="Talk: messages from standard input.")] = False,
     input_file: Annotated[Path | None, typer.Option(help="Answer all messages in it; blank lines part them.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 256,
-    selection: Annotated[SelectBy | None, typer.Option(help="Who selects keys; the indexer unless given.")] = None,
+    selection: Selection = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws when the temperature is not 0.")] = 0,
     device: Device = "auto",
@@ -33,21 +31,22 @@ def generate(
     Example: tokensieve generate base --prompt "def parse_args(argv):" --max-new-tokens 64
     """
     import tokensieve
-    from tokensieve.model import joined, load_rank
+    from tokensieve.engine.tensor_parallel import load_rank
+    from tokensieve.mesh import join_mesh
+    from tokensieve.model.selection import resolve
 
     if sum((prompt is not None, chat is not None, interactive, input_file is not None)) != 1:
         raise tokensieve.UserError("give one of --prompt TEXT, --chat TEXT, --interactive and --input-file FILE")
     talk = interactive or input_file is not None
-    if talk and selection is SelectBy.window:
-        raise tokensieve.UserError("--selection window goes with --prompt and --chat only; use indexer or dense")
+    resolve(selection or "indexer")  # before the model is read
     text = _read(input_file) if input_file else ""
     if "-" in (prompt, chat):
         text = _read(None)
-    with joined(device) as ranks:
-        if ranks.count > 1 and not talk:
+    with join_mesh(device) as mesh:
+        if mesh.size > 1 and not talk:
             raise tokensieve.UserError("torchrun goes with --interactive and --input-file only; use one of them")
-        loaded = load_rank(model, ranks)
-        if selection not in (None, SelectBy.dense) and not loaded.is_sparse:
+        loaded = load_rank(model, mesh)
+        if selection == "indexer" and not loaded.is_sparse:
             raise tokensieve.UserError(
                 f"--selection {selection}: {model} is dense and selects nothing; sparsify it first"
             )
@@ -60,10 +59,9 @@ def generate(
             # the cache has room for no more than is asked at once
             config = EngineConfig(running=min(max(len(prompts), 1), EngineConfig.running))
             sampling = Sampling(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-            selects: Selects = "dense" if selection is SelectBy.dense else "indexer"
-            with engine_on(ranks, loaded, tokenizer, config) as engine:
+            with engine_on(mesh, loaded, tokenizer, config) as engine:
                 if engine is not None:
-                    _talk(engine, sampling, prompts, selects)
+                    _talk(engine, sampling, prompts, selection or "indexer")
             return
         ids = _prompt_ids(tokenizer, text or prompt or chat or "", as_chat=chat is not None)
         _write(loaded, tokenizer, ids, max_new_tokens, selection, temperature, seed)
@@ -86,7 +84,7 @@ def _write(
     tokenizer: Any,
     ids: list[int],
     tokens: int,
-    selection: SelectBy | None,
+    selection: str | None,
     temperature: float,
     seed: int,
 ) -> None:
@@ -103,7 +101,7 @@ def _write(
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    with torch.inference_mode(), tokensieve.selecting(model, selection.value if selection else "indexer"):
+    with torch.inference_mode(), tokensieve.selecting(model, selection or "indexer"):
         model.generate(
             torch.tensor([ids], device=model.device),
             max_new_tokens=tokens,
@@ -113,19 +111,19 @@ def _write(
         )
 
 
-def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selects: Selects) -> None:
+def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selector: str) -> None:
     """The answers to prompts; without prompts a conversation."""
     from tokensieve.serve import terminal
 
     if prompts:
-        for asked, answer in terminal.answer_all(engine, prompts, sampling, selects):
+        for asked, answer in terminal.answer_all(engine, prompts, sampling, selector):
             typer.echo(f"Prompt: {asked}\nCompletion: {answer}\n")
         return
     import readline  # noqa: F401  # with it, input() knows arrow keys and what was typed before
 
     ask = ">>> " if sys.stdin.isatty() else ""
     terminal.converse(
-        engine, sampling, selects, lambda: input(ask), lambda part: typer.echo(part, nl=False), stderr().print
+        engine, sampling, selector, lambda: input(ask), lambda part: typer.echo(part, nl=False), stderr().print
     )
 
 

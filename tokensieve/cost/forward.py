@@ -37,8 +37,8 @@ def attention_flops_per_key(shape: Shape, mode: Mode) -> int:
     key [latent, rope], value the latent.
     """
     if mode == "mha":
-        return 2 * shape.heads * (shape.nope + shape.rope + shape.value)
-    return 2 * shape.heads * (2 * shape.kv_lora + shape.rope)
+        return 2 * shape.attention.heads * shape.attention.masked
+    return 2 * shape.attention.heads * shape.attention.gathered
 
 
 def index_flops_per_key(shape: Shape) -> int:
@@ -78,8 +78,9 @@ def forward_flops(
 def latent_bytes(shape: Shape, layout: Layout) -> int:
     """Bytes of one token's entry in the latent cache of one layer: 656 in FP8 and 1152 in bf16 for the 671B model."""
     if layout == "fp8":
-        return shape.kv_lora + 4 * -(-shape.kv_lora // FP8_BLOCK) + ROPE_BYTES * shape.rope
-    return VALUE_BYTES[layout] * (shape.kv_lora + shape.rope)
+        plain = shape.attention.cached - shape.attention.rotated
+        return plain + 4 * -(-plain // FP8_BLOCK) + ROPE_BYTES * shape.attention.rotated
+    return VALUE_BYTES[layout] * shape.attention.cached
 
 
 def index_bytes(shape: Shape, layout: Layout) -> int:

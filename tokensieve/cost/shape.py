@@ -7,22 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokensieve.config import UserError
+from tokensieve.families import AttentionCost, family_of
+from tokensieve.families.family import required
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a multi-head latent attention model that cost depends on. 0 stands for "has none"."""
+    """The numbers of a model that cost depends on. 0 stands for "has none"."""
 
     hidden: int
     layers: int
     moe_layers: int
-    heads: int
-    q_lora: int
-    kv_lora: int
-    nope: int
-    rope: int
-    value: int
+    attention: AttentionCost
     dense_ffn: int
     expert_ffn: int
     experts: int
@@ -41,46 +37,33 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The Shape of a Hugging Face config object or of a config.json read as a mapping.
+    """The Shape of a config object, or of a config.json read as a mapping.
 
-    Models: deepseek_v2, deepseek_v3, deepseek_v32. Raises UserError for another architecture, naming what is missing.
+    Raises UserError for a family that tokensieve does not know, and for a field that is missing.
     """
-    fields = config if isinstance(config, Mapping) else vars(config)
-    kind = fields.get("model_type") or getattr(config, "model_type", None)
+    family = family_of(config)
+    fields = config if isinstance(config, Mapping) else vars(config) | {"model_type": family.model_type}
+    moe_layers = family.moe_layers(fields)
 
-    def read(name: str) -> int:
-        value = fields.get(name)
-        if value is None:
-            raise UserError(f"a config of type {kind!r} has no {name}: costs are known for deepseek_v2, _v3 and _v32")
-        return int(value)
+    def read(name: str, here: bool = True) -> int:
+        return required(fields, name) if here else 0
 
-    layers = read("num_hidden_layers")
-    kinds = fields.get("mlp_layer_types")
-    experts = fields.get("n_routed_experts") or 0
-    moe_layers = kinds.count("sparse") if kinds else max(0, layers - (fields.get("first_k_dense_replace") or 0))
-    moe_layers = moe_layers if experts else 0
-    sparse = kind not in ("deepseek_v2", "deepseek_v3") and fields.get("index_topk") is not None
     return Shape(
         hidden=read("hidden_size"),
-        layers=layers,
+        layers=read("num_hidden_layers"),
         moe_layers=moe_layers,
-        heads=read("num_attention_heads"),
-        q_lora=fields.get("q_lora_rank") or 0,
-        kv_lora=read("kv_lora_rank"),
-        nope=read("qk_nope_head_dim"),
-        rope=read("qk_rope_head_dim"),
-        value=read("v_head_dim"),
+        attention=family.attention_cost(fields),
         dense_ffn=read("intermediate_size"),
-        expert_ffn=read("moe_intermediate_size") if moe_layers else 0,
-        experts=experts if moe_layers else 0,
+        expert_ffn=read("moe_intermediate_size", moe_layers > 0),
+        experts=read("n_routed_experts", moe_layers > 0),
         shared_experts=(fields.get("n_shared_experts") or 0) if moe_layers else 0,
-        experts_per_token=read("num_experts_per_tok") if moe_layers else 0,
-        router_bias=kind != "deepseek_v2" and fields.get("topk_method", "noaux_tc") == "noaux_tc",
+        experts_per_token=read("num_experts_per_tok", moe_layers > 0),
+        router_bias=family.router_bias(fields),
         vocabulary=read("vocab_size"),
         tied=bool(fields.get("tie_word_embeddings")),
-        index_heads=read("index_n_heads") if sparse else 0,
-        index_dim=read("index_head_dim") if sparse else 0,
-        top_k=read("index_topk") if sparse else 0,
+        index_heads=read("index_n_heads", family.sparse),
+        index_dim=read("index_head_dim", family.sparse),
+        top_k=read("index_topk", family.sparse),
     )
 
 
@@ -102,17 +85,10 @@ def parameters(shape: Shape) -> Parameters:
     `active` is what one token uses: the embedding's and the head's whole tables, and the experts it is routed to, as in
     the "37B active" of the published model.
     """
-    hidden, heads = shape.hidden, shape.heads
-    q_input = shape.q_lora or hidden
-    attention = (
-        hidden * shape.q_lora
-        + q_input * heads * (shape.nope + shape.rope)
-        + hidden * (shape.kv_lora + shape.rope)
-        + shape.kv_lora * heads * (shape.nope + shape.value)
-        + heads * shape.value * hidden
-    )
-    norms = shape.q_lora + shape.kv_lora + 2 * hidden
-    indexer_matmul = q_input * shape.index_heads * shape.index_dim + hidden * (shape.index_dim + shape.index_heads)
+    hidden, attention = shape.hidden, shape.attention.weights
+    norms = shape.attention.norms + 2 * hidden
+    source = shape.attention.index_source
+    indexer_matmul = source * shape.index_heads * shape.index_dim + hidden * (shape.index_dim + shape.index_heads)
     indexer = shape.layers * (indexer_matmul + 2 * shape.index_dim)
     expert = 3 * hidden * shape.expert_ffn
     router = hidden * shape.experts

@@ -66,7 +66,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     index_linear = 2 * counts.indexer_matmul * context
     if stage == "warmup":
         trunk = forward_flops(shape, context, sparse=False, logits=0)
-        target = shape.layers * every * 2 * shape.heads * (shape.nope + shape.rope)
+        target = shape.layers * every * 2 * shape.attention.heads * shape.attention.score
         scored = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
         index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * every * scored
         return trunk + target + index
@@ -92,10 +92,8 @@ def layer_values(shape: Shape, moe: bool) -> int:
     if moe:
         ffn = 4 * shape.expert_ffn * (shape.experts_per_token + shape.shared_experts)
         ffn += 2 * shape.hidden * shape.experts_per_token + shape.experts
-    query_key = 2 * shape.heads * (shape.nope + shape.rope)
-    attention = 2 * query_key + shape.heads * (shape.nope + 2 * shape.value) + 2 * (shape.q_lora + shape.kv_lora)
     index = 2 * (shape.index_heads + 1) * shape.index_dim + shape.index_heads
-    return 5 * shape.hidden + attention + ffn + index
+    return 5 * shape.hidden + shape.attention.kept + ffn + index
 
 
 def head_rows(vocabulary: int) -> int:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import psutil
@@ -11,13 +13,14 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.engine.grammar import Grammars, Matcher
-from tokensieve.engine.lens import Lens
 from tokensieve.engine.request import Finish, Output, Request, TokenLogprob
 from tokensieve.engine.runner import Runner, check_servable, page_bytes
 from tokensieve.engine.sampling import Row, choose, logprobs_of
 from tokensieve.engine.scheduler import Running, Scheduler, pages_for
 from tokensieve.engine.text import TextStream
+from tokensieve.engine.trace import AttentionTrace
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.selection import Selector
 from tokensieve.ops.quant import PAGE_TOKENS
 
 log = logging.getLogger("tokensieve.engine")
@@ -27,7 +30,8 @@ log = logging.getLogger("tokensieve.engine")
 class EngineConfig:
     """pages: of 64 tokens, in the cache; 0: a quarter of the free memory, or 85% of a GPU's, and no more than `running` full contexts.
     running: requests at once. chunk: tokens of a prompt run at once, a multiple of 64. chunks: so many of them between two tokens of the
-    answers. prefix_cache: prompts that begin alike share the pages of their beginning. backend: of the ops."""
+    answers. prefix_cache: prompts that begin alike share the pages of their beginning. backend: of the ops. top_k: keys selected per query;
+    0: as many as the model's config says."""
 
     pages: int = 0
     running: int = 64
@@ -35,17 +39,19 @@ class EngineConfig:
     chunks: int = 2
     prefix_cache: bool = True
     backend: Literal["auto", "reference"] = "auto"
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if (
             self.pages < 0
             or self.running < 1
             or self.chunks < 1
+            or self.top_k < 0
             or self.chunk < PAGE_TOKENS
             or self.chunk % PAGE_TOKENS
         ):
             raise UserError(
-                f"engine: pages {self.pages} must be 0 or more, running {self.running} and chunks {self.chunks} at least 1, "
+                f"engine: pages {self.pages} and top_k {self.top_k} must be 0 or more, running {self.running} and chunks {self.chunks} at least 1, "
                 f"chunk {self.chunk} a multiple of {PAGE_TOKENS}"
             )
 
@@ -61,28 +67,35 @@ def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1) -
 
 
 @dataclass
-class Answer:
+class Generation:
     """What the engine keeps of a request besides its tokens."""
 
     running: Running
     text: TextStream
     matcher: Matcher | None
-    lens: Lens | None = None
+    trace: AttentionTrace | None = None
 
 
 class Engine:
-    def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig | None = None):
+    def __init__(
+        self,
+        model: DecoderForCausalLM,
+        tokenizer: Any,
+        config: EngineConfig | None = None,
+        selectors: Mapping[str, Selector] = MappingProxyType({}),
+    ):
+        """selectors: functions of your own by the names that requests call them."""
         check_servable(model)
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
         pages = self.config.pages or default_pages(model, self.config.running)
-        self.runner = Runner(model, pages, self.config.backend)
+        self.runner = Runner(model, pages, self.config.backend, selectors, self.config.top_k)
         self.scheduler = Scheduler(
             pages, self.config.running, self.config.chunk, self.config.chunks, self.config.prefix_cache
         )
         self.longest = min(model.config.max_position_embeddings, pages * PAGE_TOKENS)  # tokens of prompt and answer
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
-        self._answers: dict[str, Answer] = {}
+        self._generations: dict[str, Generation] = {}
         ends = {tokenizer.eos_token_id, *self._also_ends()}
         self._ends = {end for end in ends if end is not None}
         log.info("cache: %d pages, %.1f MiB", pages, self.runner.pools.bytes / 2**20)
@@ -93,52 +106,51 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._answers)
+        return bool(self._generations)
 
     def add(self, request: Request) -> None:
         """Takes a request in. UserError for one that can never run."""
         check(request, self.longest, self.model.config.vocab_size)
-        if request.id in self._answers:
+        self.runner.selector(request.selector)
+        if request.id in self._generations:
             raise UserError(f"there is a request {request.id} already; give each its own id")
         matcher = self._grammars.matcher(request.sampling)
         seed = request.sampling.seed
         running = self.scheduler.add(request, int.from_bytes(os.urandom(8), "little") if seed is None else seed)
-        self._answers[request.id] = Answer(running, TextStream(self.tokenizer, request.sampling.stop), matcher)
+        self._generations[request.id] = Generation(running, TextStream(self.tokenizer, request.sampling.stop), matcher)
 
     def abort(self, id: str) -> Output | None:
         """Ends a request; its pages come back. None where there is none of this id."""
-        answer = self._answers.get(id)
+        answer = self._generations.get(id)
         return None if answer is None else self._end(answer, "abort")
 
     def fail_all(self, error: str) -> list[Output]:
         """Ends every request with an error, after a step that raised: none is left half done, and what it wrote is not used again."""
         self.scheduler.pool.forget()
-        return [self._end(answer, "error", error) for answer in list(self._answers.values())]
+        return [self._end(answer, "error", error) for answer in list(self._generations.values())]
 
     def step(self) -> list[Output]:
         """Runs a few chunks of prompts and one token of every answer; what came of it."""
         scheduler, outputs = self.scheduler, []
         scheduler.admit()
-        ready = scheduler.next_step()
-        for selection in ("indexer", "dense"):
-            some = [r for r in ready if r.request.selection == selection]
-            if some:
-                outputs += self._decode(some, selection)
+        ready = scheduler.prepare_step()
+        for selector in dict.fromkeys(r.request.selector for r in ready):
+            outputs += self._decode([r for r in ready if r.request.selector == selector], selector)
         for running in scheduler.next_chunks():
             a, b = running.cached, scheduler.chunk_of(running)
-            lens = None
-            if running.request.lens and b == running.prompt:
-                lens = self._answers[running.request.id].lens = Lens()
-            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selection, lens)
+            trace = None
+            if running.request.trace and b == running.prompt:
+                trace = self._generations[running.request.id].trace = AttentionTrace()
+            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selector, trace)
             scheduler.ran(running, b)
             if b == running.prompt and running.answered == 0:
                 outputs += self._extend([running], logits_V[None])
         return outputs
 
-    def _decode(self, some: list[Running], selection: str) -> list[Output]:
-        lens = [r.cached + 1 for r in some]
-        logits_BV = self.runner.step([r.tokens[r.cached] for r in some], lens, [r.pages for r in some], selection)
-        for running, cached in zip(some, lens, strict=True):
+    def _decode(self, some: list[Running], selector: str) -> list[Output]:
+        lengths = [r.cached + 1 for r in some]
+        logits_BV = self.runner.step([r.tokens[r.cached] for r in some], lengths, [r.pages for r in some], selector)
+        for running, cached in zip(some, lengths, strict=True):
             self.scheduler.ran(running, cached)
         # one that was interrupted is fed what it had said before
         new = [b for b, running in enumerate(some) if running.cached == len(running.tokens)]
@@ -147,11 +159,13 @@ class Engine:
     def _extend(self, some: list[Running], logits_BV: Tensor) -> list[Output]:
         sound = logits_BV.isfinite().all(-1).tolist()
         broken = [r for r, is_sound in zip(some, sound, strict=True) if not is_sound]
-        outputs = [self._end(self._answers[r.request.id], "error", "the model's logits are not finite") for r in broken]
+        outputs = [
+            self._end(self._generations[r.request.id], "error", "the model's logits are not finite") for r in broken
+        ]
         if broken:
             self.scheduler.pool.forget()  # who knows what their pages hold
             some, logits_BV = [r for r in some if r not in broken], logits_BV[sound]
-        answers = [self._answers[r.request.id] for r in some]
+        answers = [self._generations[r.request.id] for r in some]
         rows = [
             Row(
                 r.request.sampling,
@@ -171,7 +185,7 @@ class Engine:
     def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
         return choose(logits_BV, rows)
 
-    def _say(self, answer: Answer, token: int, logits_V: Tensor) -> Output:
+    def _say(self, answer: Generation, token: int, logits_V: Tensor) -> Output:
         running, sampling = answer.running, answer.running.request.sampling
         logprobs = () if sampling.logprobs is None else (logprobs_of(logits_V, token, sampling.logprobs),)
         running.tokens.append(token)
@@ -190,7 +204,7 @@ class Engine:
 
     def _end(
         self,
-        answer: Answer,
+        answer: Generation,
         finish: Finish,
         error: str = "",
         text: str = "",
@@ -198,21 +212,31 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] = (),
     ) -> Output:
         self.scheduler.remove(answer.running)
-        del self._answers[answer.running.request.id]
+        del self._generations[answer.running.request.id]
         return self._output(answer, text + answer.text.finish(), tokens, logprobs, finish, error)
 
     def _output(
         self,
-        answer: Answer,
+        answer: Generation,
         text: str,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprob, ...],
         finish: Finish | None = None,
         error: str = "",
     ) -> Output:
-        r, lens, answer.lens = answer.running, answer.lens, None
-        looks = () if lens is None else tuple(lens.looks)
-        return Output(r.request.id, text, tokens, logprobs, finish, r.prompt, r.found, r.answered, error, looks=looks)
+        r, trace, answer.trace = answer.running, answer.trace, None
+        return Output(
+            id=r.request.id,
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs,
+            finish=finish,
+            prompt_tokens=r.prompt,
+            cached_tokens=r.found,
+            completion_tokens=r.answered,
+            error=error,
+            trace=() if trace is None else tuple(trace.layers),
+        )
 
 
 def check(request: Request, longest: int, vocabulary: int) -> None:
@@ -227,5 +251,3 @@ def check(request: Request, longest: int, vocabulary: int) -> None:
         raise UserError(f"the prompt names tokens outside of the vocabulary of {vocabulary}")
     if any(token >= vocabulary for token, _ in request.sampling.logit_bias):
         raise UserError(f"logit_bias names tokens outside of the vocabulary of {vocabulary}")
-    if request.selection not in ("indexer", "dense"):
-        raise UserError(f"selection {request.selection!r} is unknown; use indexer or dense")

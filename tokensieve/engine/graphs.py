@@ -18,27 +18,27 @@ LEAST_PAGES = 16  # of a recorded page table
 
 
 class StepInputs:
-    """tokens, lens, slots (B) and page_table (B, P), all int32 and beside each other, so that one copy brings them to the device."""
+    """tokens, lengths, slots (B) and page_table (B, P), all int32 and beside each other, so that one copy brings them to the device."""
 
     def __init__(self, rows: int, pages: int, device: torch.device):
         pinned = device.type == "cuda"
         self._host = torch.zeros(rows * (3 + pages), dtype=torch.int32, pin_memory=pinned)
         self._device = self._host.to(device) if pinned else self._host
         self._parts = (rows, rows, rows, rows * pages)
-        self.tokens, self.lens, self.slots, table = self._device.split(self._parts)
+        self.tokens, self.lengths, self.slots, table = self._device.split(self._parts)
         self.page_table = table.view(rows, pages)
         self._row_pages: list[tuple[Sequence[int], int]] = [((), 0)] * rows  # whose pages a row holds, and how many
         self._copied = torch.cuda.Event() if pinned else None
 
-    def fill(self, tokens: Sequence[int], lens: Sequence[int], pages: Sequence[list[int]]) -> None:
+    def fill(self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]]) -> None:
         """Of the first rows; the others are padding, which is nowhere written and sees nothing."""
         if self._copied is not None:
             self._copied.synchronize()  # the last copy reads what is written now
-        host_tokens, host_lens, host_slots, table = self._host.split(self._parts)
-        B = len(lens)
-        slots = [row[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS for row, n in zip(pages, lens)]
-        host_tokens.numpy()[:B], host_lens.numpy()[:B], host_slots.numpy()[:B] = tokens, lens, slots
-        host_lens[B:], host_slots[B:] = 0, -1
+        host_tokens, host_lengths, host_slots, table = self._host.split(self._parts)
+        B = len(lengths)
+        slots = [row[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS for row, n in zip(pages, lengths)]
+        host_tokens.numpy()[:B], host_lengths.numpy()[:B], host_slots.numpy()[:B] = tokens, lengths, slots
+        host_lengths[B:], host_slots[B:] = 0, -1
         rows = table.numpy().reshape(len(self._row_pages), -1)
         for b, mine in enumerate(pages):
             # A sequence's list of pages only grows: what was written of it for the last step is still right.
@@ -53,7 +53,7 @@ class StepInputs:
 
 
 class Graphs:
-    """run: from inputs to logits (B, V), by the selection's name, on the GPU, the same every time but for what the inputs say."""
+    """run: from inputs to logits (B, V), by the selector's name, on the GPU, the same every time but for what the inputs say."""
 
     def __init__(self, run: Callable[[StepInputs, str], Tensor], device: torch.device):
         self._run, self._device = run, device
@@ -62,29 +62,29 @@ class Graphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(
-        self, tokens: Sequence[int], lens: Sequence[int], pages: Sequence[list[int]], selection: str
+        self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]], selector: str
     ) -> Tensor:
-        size = _power_of_two(len(lens)), max(LEAST_PAGES, _power_of_two(-(-max(lens) // PAGE_TOKENS)))
+        size = _power_of_two(len(lengths)), max(LEAST_PAGES, _power_of_two(-(-max(lengths) // PAGE_TOKENS)))
         if size not in self._inputs:
             self._inputs[size] = StepInputs(*size, self._device)
         inputs = self._inputs[size]
-        inputs.fill(tokens, lens, pages)
-        if (*size, selection) not in self._recorded:
-            self._recorded[*size, selection] = self._record(inputs, selection)
-        graph, logits_BV = self._recorded[*size, selection]
+        inputs.fill(tokens, lengths, pages)
+        if (*size, selector) not in self._recorded:
+            self._recorded[*size, selector] = self._record(inputs, selector)
+        graph, logits_BV = self._recorded[*size, selector]
         graph.replay()
-        return logits_BV[: len(lens)]
+        return logits_BV[: len(lengths)]
 
-    def _record(self, inputs: StepInputs, selection: str) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, inputs: StepInputs, selector: str) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Runs once before: kernels are compiled then, which cannot be recorded. A step may run twice: it writes the same again."""
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
-            self._run(inputs, selection)
+            self._run(inputs, selector)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits_BV = self._run(inputs, selection)
+            logits_BV = self._run(inputs, selector)
         return graph, logits_BV
 
 

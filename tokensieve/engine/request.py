@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tokensieve.config import UserError
-from tokensieve.engine.lens import Look
+from tokensieve.engine.trace import LayerTrace
 
 Finish = Literal["stop", "length", "abort", "error"]
 MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of one
@@ -76,16 +76,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt. `selection`: who selects keys, "indexer", or "dense" for attention to every key of the same model.
+    """One prompt.
 
-    lens: what the prompt's last token looked at is told with the first output.
+    selector: who selects keys: "indexer", "dense" for attention to every key of the same model, any other name that
+    `tokensieve.selecting` takes (`module:function` too), or a name that the engine was given a function for.
+    trace: what the prompt's last token looked at comes with the first output.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
-    selection: Literal["indexer", "dense"] = "indexer"
-    lens: bool = False
+    selector: str = "indexer"
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,4 @@ class Output:
     completion_tokens: int = 0  # so far
     error: str = ""  # where finish is "error"
     refused: bool = False  # then: the request asked for what cannot be done, and asked again would end so again
-    looks: tuple[Look, ...] = ()  # a layer each, where the request asked for them and with its first token
+    trace: tuple[LayerTrace, ...] = ()  # one per layer, with the first token, if the request asked for it

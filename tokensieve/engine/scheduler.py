@@ -37,7 +37,7 @@ class Running:
     @cached_property
     def digests(self) -> list[Digest]:
         """Of the prompt's full pages. Asked for at every step while there is no room, so made once."""
-        return list(digests(self.request.prompt, self.request.selection))
+        return list(digests(self.request.prompt, self.request.selector))
 
     @property
     def prompt(self) -> int:
@@ -146,7 +146,7 @@ class Scheduler:
                 self.pool.publish(page, digest)
         running.cached = cached
 
-    def next_step(self) -> list[Running]:
+    def prepare_step(self) -> list[Running]:
         """Those that run one token each, all with a page for it. Where pages are too few, the youngest give theirs back, and wait."""
         ready = [r for r in self.running if not r.in_prompt]
         for running in ready:

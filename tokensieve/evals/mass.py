@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokensieve import ops
 from tokensieve.config import UserError
 from tokensieve.evals.text import evaluating
 from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
@@ -44,17 +43,14 @@ class Recorder:
     sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> sums of held / best, held, best, and the count
 
     def __call__(self, c: SelectionContext) -> None:
-        starts, ends = c.pack.starts_N, c.pack.ends_N
-        rows = torch.nonzero(ends - starts > c.k).flatten()
+        rows = torch.nonzero(c.ends_N - c.starts_N > c.k).flatten()
         if not len(rows):
             return
         if self.queries is not None and len(rows) > self.queries:
             rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
-        q_I, k_I, w = c.index
-        q, k, scale = c.attention
         for r in rows.split(ROWS):
-            chosen_rK = ops.index_topk(q_I[r], k_I, w[r], c.k, starts[r], ends[r])
-            mass_rT = ops.head_mass(q[r], k, starts[r], ends[r], scale)
+            block = c.rows(r)
+            chosen_rK, mass_rT = block.topk(), block.head_mass()
             held = mass_rT.gather(1, chosen_rK.long()).double().sum(1)  # more than k keys are visible: there is no -1
             best = mass_rT.topk(c.k, dim=1).values.double().sum(1)
             parts = torch.stack((held / best, held, best, torch.ones_like(held))).sum(1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokensieve.config import UserError
 from tokensieve.evals.text import Perplexity, evaluating, perplexity
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.model.selection import Selection
+from tokensieve.model.selection import Selector
 from tokensieve.tasks import retrieval
 
 # True of the demo, whose dense arm is the base model, and of `eval`, whose arms are one model.
@@ -34,7 +34,7 @@ class Arm:
     """A model and who selects in it: a name (indexer, window, oracle, dense) or a function."""
 
     model: DecoderForCausalLM
-    selection: str | Selection
+    selection: str | Selector
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
-from tokensieve.config import ModelConfig, UserError
+from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
-from tokensieve.engine.ranks import OneOfRanks
-from tokensieve.model import DecoderForCausalLM, Ranks, fp8
-from tokensieve.model.pages import write_pages
-from tokensieve.model.parallel import spread
+from tokensieve.engine.distributed import OneOfRanks
+from tokensieve.engine.tensor_parallel import shard
+from tokensieve.families import ModelConfig
+from tokensieve.mesh import Mesh
+from tokensieve.model import DecoderForCausalLM, fp8
 from tokensieve.ops.quant import PAGE_TOKENS
 
 NOISE_TOKENS = 1 << 15  # entries that are made at once
@@ -28,7 +29,7 @@ NOISE_TOKENS = 1 << 15  # entries that are made at once
 
 @dataclass(frozen=True)
 class Load:
-    """requests: all at once. prompt, new: tokens of each. selection: "indexer" or "dense". chunk: as in EngineConfig; 0: its own.
+    """requests: all at once. prompt, new: tokens of each. selection: "indexer" or "dense". chunk, top_k: as in EngineConfig; 0: its own.
 
     filled: the cache is filled with noise and prompts are not run, but for their last token: what is wanted is the decode rate at a
     context that would take long to read.
@@ -37,9 +38,10 @@ class Load:
     requests: int
     prompt: int
     new: int = 64
-    selection: Literal["indexer", "dense"] = "indexer"
+    selection: str = "indexer"
     filled: bool = False
     chunk: int = 0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def random_model(
     dtype: torch.dtype,
     seed: int = 0,
     in_fp8: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Mesh | None = None,
 ) -> Any:
     """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist. in_fp8: with weights in FP8 blocks.
 
@@ -79,7 +81,7 @@ def random_model(
         if in_fp8:
             fp8.hold(model, fp8.holdable(model, set(model.state_dict())))
     if ranks is not None:
-        spread(model, ranks)
+        shard(model, ranks)
     for name, part in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith(("weights_proj.weight", "e_score_correction_bias")):
             part.data = part.data.float()
@@ -112,14 +114,14 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
 def fill_with_noise(engine: Engine) -> None:
     """Every place of every page gets an entry and a key, as spread as normalized ones are."""
     pools, model = engine.runner.pools, engine.model
-    places = pools.latent[0].shape[0] * PAGE_TOKENS
-    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
-    for latent, index in zip(pools.latent, pools.index, strict=True):
+    places = pools.entries[0].shape[0] * PAGE_TOKENS
+    entry = engine.runner.entry
+    for layer in range(len(pools.entries)):
         for a in range(0, places, NOISE_TOKENS):
             slots = torch.arange(a, min(a + NOISE_TOKENS, places), device=model.device)
-            entries = torch.randn(len(slots), width, dtype=model.dtype, device=model.device)
+            entries = torch.randn(len(slots), entry.numbers, dtype=model.dtype, device=model.device)
             keys = torch.randn(len(slots), getattr(model.config, "index_head_dim", 0), device=model.device)
-            write_pages(latent, index, entries, keys.to(model.dtype), slots)
+            pools.write(layer, entry, entries, keys.to(model.dtype), slots)
 
 
 def serve_load(
@@ -127,7 +129,7 @@ def serve_load(
     tokenizer: Any,
     load: Load,
     prompts: Sequence[tuple[int, ...]],
-    ranks: Ranks | None = None,
+    ranks: Mesh | None = None,
 ) -> Served:
     """The load on an engine of its own, after a short one that compiles and records what runs once. UserError for what cannot be served.
 
@@ -135,12 +137,12 @@ def serve_load(
     """
     on_gpu = model.device.type == "cuda"
     pages = load.requests * (-(-(load.prompt + load.new + 1) // PAGE_TOKENS) + 1)
-    config = EngineConfig(pages=pages, running=load.requests, prefix_cache=False)
+    config = EngineConfig(pages=pages, running=load.requests, prefix_cache=False, top_k=load.top_k)
     if load.chunk:
         config = replace(config, chunk=load.chunk)
     if load.filled:
         config = replace(config, chunks=load.requests)  # all begin in the same step
-    if ranks is None or ranks.count == 1:
+    if ranks is None or ranks.size == 1:
         engine = Engine(model, tokenizer, config)
     else:
         engine = OneOfRanks(model, tokenizer, config, ranks)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, Objective, with_options
 from tokensieve.tasks import Document, PlainEncoder, stable_fraction
 
 HEAD_ROWS = 1024  # positions whose logits are held at a time
@@ -29,14 +29,12 @@ def evaluating(model: DecoderForCausalLM) -> Iterator[None]:
     """Within the block: evaluation mode, no indexer objective, no gradients. For models that are in the middle of
     training.
     """
-    training, objective = model.training, model.model.objective
+    training = model.training
     model.eval()
-    model.model.objective = "none"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), with_options(model, ForwardOptions(objective=Objective())):
             yield
     finally:
-        model.model.objective = objective
         model.train(training)
 
 

@@ -38,7 +38,7 @@ def stretched(real: LatentCache, tokens: int, seed: int = 0) -> LatentCache:
     """
     cache = LatentCache(reserve=tokens + SPARE)
     cache.room_for(tokens)
-    device = real.latent_BTE[0].device
+    device = real.entries_BTW[0].device
     length = real.get_seq_length()
     place = torch.arange(tokens, device=device) % length
     generator = torch.Generator(device).manual_seed(seed)
@@ -49,8 +49,8 @@ def stretched(real: LatentCache, tokens: int, seed: int = 0) -> LatentCache:
         entries[:, length:] += (NOISE * held_BTX[:, :length].float().std() * noise).to(entries.dtype)
         return entries
 
-    for layer, (latent, index) in enumerate(zip(real.latent_BTE, real.index_BTD, strict=True)):
-        cache.append(layer, copies(latent), None if index is None else copies(index))
+    for layer, (latent, index) in enumerate(zip(real.entries_BTW, real.index_BTD, strict=True)):
+        cache.store(layer, copies(latent), None if index is None else copies(index))
     cache.advance(tokens)
     return cache
 

@@ -1,27 +1,30 @@
-"""The model: DeepSeek's decoder with a lightning indexer, as a Hugging Face `PreTrainedModel`."""
+"""The model: a decoder of a known family, dense or with a lightning indexer, as a Hugging Face `PreTrainedModel`."""
 
 from tokensieve.model.cache import LatentCache
-from tokensieve.model.kl import KLScale
-from tokensieve.model.loading import check_tokenizer, load, load_tokenizer, model_path, save, save_indexers, sparsify
-from tokensieve.model.parallel import Ranks, joined, load_rank
-from tokensieve.model.selection import SelectionContext, selecting
-from tokensieve.model.transformer import DecoderForCausalLM, Trunk
+from tokensieve.model.causal import DecoderForCausalLM
+from tokensieve.model.context import ForwardOptions, selecting, with_options
+from tokensieve.model.files import model_path
+from tokensieve.model.kl import KLScale, Objective
+from tokensieve.model.loading import check_tokenizer, load, load_tokenizer, save, save_indexers, sparsify
+from tokensieve.model.selection import SelectionContext, join
+from tokensieve.model.transformer import Trunk
 
 __all__ = [
     "DecoderForCausalLM",
+    "ForwardOptions",
     "KLScale",
     "LatentCache",
-    "Ranks",
+    "Objective",
     "SelectionContext",
     "Trunk",
     "check_tokenizer",
-    "joined",
+    "join",
     "load",
-    "load_rank",
     "load_tokenizer",
     "model_path",
     "save",
     "save_indexers",
     "selecting",
     "sparsify",
+    "with_options",
 ]

@@ -1,223 +1,189 @@
-"""Multi-head latent attention with a lightning indexer: one module, dense and sparse.
+"""Attention of one layer: project, append, select, attend. What a family's attention adds is in `mla.py` and `grouped.py`.
 
-Legend: N packed query tokens, T packed keys, D hidden width, H heads, K selected keys, L latent width (kv_lora_rank), R rope dims,
-E = L + R entry width, V value width.
+Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's entry, V value width, K selected keys.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+import functools
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from tokensieve import ops
-from tokensieve.config import ModelConfig, UserError
-from tokensieve.model.heads import Heads
-from tokensieve.model.indexer import Indexer
+from tokensieve.families import ModelConfig, family_of
+from tokensieve.model.context import ForwardContext, LayerResult
+from tokensieve.model.entries import ContiguousKeys, Keys
+from tokensieve.model.indexer import Indexer, IndexInputs
 from tokensieve.model.kl import InjectedKL, LayerLocalLoss
-from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack
-from tokensieve.model.pages import PagedStep
-from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved, softmax_scale
-from tokensieve.model.selection import NO_PEERS, SELECTIONS, Selection, SelectionContext, dense
-from tokensieve.model.selection import indexer as indexer_selection
+from tokensieve.model.rope import Rotation
+from tokensieve.model.selection import (
+    ONE_GROUP,
+    HeadGroup,
+    SelectionContext,
+    check_indices,
+    dense,
+    indexer,
+    is_own,
+)
 
+# Sparse prefill: up to so many times k keys the masked form runs.
+# Measured on a GPU (docs/kernels.md), a guess on the CPU (docs/results.md).
+MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 
-class Cache(Protocol):
-    """Where a pass stores its entries and finds the earlier ones: a `LatentCache`, or pages (`tokensieve.engine.runner`).
-
-    `append` gives entries and index keys up to the pass's end, and where the keys are E4M3 (`quantized_index`) their scales.
-    """
-
-    quantized_index: bool
-
-    def get_seq_length(self) -> int: ...
-
-    def append(
-        self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
-
-
-@dataclass
-class Pass:
-    """What one forward pass wants from every layer, and what the layers hand back."""
-
-    pack: Pack
-    rotation: Rotation
-    selection: Selection
-    top_k: int
-    cache: Cache | None = None
-    paged: PagedStep | None = None  # instead of a cache: one new token of every sequence, on pages
-    objective: Literal["none", "warmup", "adapt"] = "none"
-    kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
-    replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
-    form: Literal["auto", "mha", "mqa"] = "auto"
-    backend: str = "auto"  # of the ops
-    keep_selection: bool = False
-    selected: dict[int, Tensor] = field(default_factory=dict)  # layer -> (N, K)
-    kl: dict[int, Tensor] = field(default_factory=dict)  # layer -> sum over queries of weight * KL
+Queries = Any  # what a family's `project` makes and its other methods read
 
 
 class Attention(nn.Module):
-    """Parameter names are the published checkpoint's. `indexer` exists in sparse models only."""
+    """Parameter names are the published checkpoint's. `indexer` exists in sparse models only.
+
+    A family's attention implements the methods that raise NotImplementedError here: how tokens are projected, and the two forms in which
+    keys are read (`tokensieve.model.context.Form`).
+    """
+
+    o_proj: nn.Linear
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.heads = config.num_attention_heads
-        self.peers = NO_PEERS
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.latent = config.kv_lora_rank
-        self.max_positions = config.max_position_embeddings
-        self.use_rope(config.rope_parameters)
-        self.rotate = rotate_interleaved if getattr(config, "rope_interleave", True) else rotate_half_split
-        hidden, bias = config.hidden_size, config.attention_bias
-        query_width = self.heads * (self.nope + self.rope)
-        if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
-        else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
-        self.kv_a_layernorm = RMSNorm(self.latent)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
-        self.indexer = Indexer(config) if config.model_type == "deepseek_v32" else None
+        family = family_of(config)
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.entry = family.entry(config)
+        self.head_group: HeadGroup = ONE_GROUP
+        self.indexer = Indexer(config) if family.sparse else None
 
-    def use_rope(self, rope_parameters: dict[str, Any]) -> None:
-        self.scale = softmax_scale(rope_parameters, self.nope + self.rope, self.max_positions)
+    # what a family's attention is
 
-    def forward(self, h_ND: Tensor, p: Pass) -> Tensor:
-        if hasattr(self, "q_proj"):
-            source, q = h_ND, self.q_proj(h_ND)
-        else:
-            source = self.q_a_layernorm(self.q_a_proj(h_ND))
-            q = self.q_b_proj(source)
-        q = q.view(-1, self.heads, self.nope + self.rope)  # a view and slices: unflatten and split cost decode more
-        q_nope, q_rope = q[..., : self.nope], q[..., self.nope :]
-        q_rope = self.rotate(q_rope, p.rotation)
-        entries_TE = self.kv_a_proj_with_mqa(h_ND)
-        c_kv, k_rope = entries_TE[:, : self.latent], entries_TE[:, self.latent :]
-        k_rope = self.rotate(k_rope.unsqueeze(1), p.rotation).squeeze(1)
-        entries_TE = torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1)
-        # The indexer learns from its own loss only: what it reads is detached.
-        h, source = h_ND.detach(), source.detach()
-        if p.paged is not None:
-            heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
-            return self.o_proj(self._decode(heads, h, source, p.paged, p).flatten(1))
-        k_I, k_scale = None, None
-        if p.cache is not None:
-            rows = (p.pack.batch, p.pack.length)
-            rounded = not p.cache.quantized_index  # such a cache rounds by itself
-            new_keys = None
-            if self.indexer is not None:
-                new_keys = self.indexer.keys(h, p.rotation, rounded).detach().unflatten(0, rows)
-            entries_TE, k_I, k_scale = p.cache.append(self.layer, entries_TE.unflatten(0, rows), new_keys)
-            if p.pack.batch == 1:  # K and V are not to be expanded over the room that is still empty
-                entries_TE = entries_TE[: p.cache.get_seq_length() + p.pack.length]
-        heads = Heads(self, q_nope, q_rope, entries_TE, p.backend)
+    def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Queries, Tensor, Tensor]:
+        """Queries, entries (N, W), and what the indexer's queries are made of (N, index_source)."""
+        raise NotImplementedError
 
-        def index_inputs(rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-            if self.indexer is None:
-                raise UserError("this model has no indexer to select with; make it sparse first: tokensieve sparsify")
-            queries = self.indexer.queries if k_scale is None else self.indexer.e4m3_queries
-            q_I, w = queries(source[rows], h[rows], p.rotation.rows(rows))
-            return q_I, self.indexer.keys(h, p.rotation) if k_I is None else k_I, w
+    def gathered_queries(self, queries: Queries) -> Tensor:
+        """(N, H, d_k): queries in the form that reads entries as they are cached."""
+        raise NotImplementedError
 
-        if p.objective == "warmup":
-            out = self._warmup(heads, index_inputs, p)
+    def gathered_output(self, out_NHV: Tensor) -> Tensor:
+        """(N, H, value width): what attention over entries gave, in the width that o_proj reads."""
+        raise NotImplementedError
+
+    def per_head(self, queries: Queries, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H, D), k (T, G, D), v (T, G, V) of the masked form; repeat: with one key-value group per head, G = H."""
+        raise NotImplementedError
+
+    def softmax_scale(self, rotation: Rotation) -> float:
+        raise NotImplementedError
+
+    def expansion_pays(self, pack: Pack) -> bool:
+        """Whether making keys and values per head, once per key, costs less than the gathered form costs more per query and key."""
+        raise NotImplementedError
+
+    # the road that all share
+
+    def forward(self, h_ND: Tensor, ctx: ForwardContext) -> tuple[Tensor, LayerResult]:
+        queries, entries_NW, source = self.project(h_ND, ctx.rotation)
+        index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)
+        keys = ctx.entries.append(self.layer, entries_NW, None if index is None else index.keys)
+        kl = indices = None
+        if ctx.objective == "warmup":
+            out, kl = self._warm_up(queries, keys, index, ctx)
         else:
             # Where the indexer learns, the choice and the loss read the same tensors, made once and outside of no_grad.
-            index = index_inputs() if p.objective == "adapt" else None
-            made = None if index is None else lambda rows: (index[0][rows], index[1], index[2][rows])
-            indices = self._select(heads, made or index_inputs, k_scale, p)
-            if indices is None:
-                out = heads.dense(p.pack, p.form)
-            elif index is not None:
-                out = self._adapt(heads, indices, index, p)
+            held = index.hold() if index is not None and ctx.objective == "adapt" else None
+            indices = self._select(queries, keys, index, ctx)
+            if held is not None and indices is not None:
+                out, kl = self._adapt(queries, keys, indices, held, ctx)
             else:
-                out = heads.sparse(indices, p.pack, p.form)
-        return self.o_proj(out.flatten(1))
+                out = self._attend(queries, keys, indices, ctx)
+        return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices else None)
 
-    def _select(self, heads: Heads, index_inputs, k_scale: Tensor | None, p: Pass) -> Tensor | None:
+    def _select(self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext) -> Tensor | None:
         """(N, K) indices, or None for dense attention: asked for, or the same thing because no query sees more than k keys."""
-        if p.replay is not None:
-            indices = p.replay[self.layer]
-        elif p.selection is dense:
-            return None
-        elif (
-            p.selection in SELECTIONS.values()
-            and p.pack.max_keys <= p.top_k
-            and p.objective == "none"
-            and not p.keep_selection
-        ):
+        if ctx.replay is not None:
+            return ctx.replay[self.layer]
+        selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
+        wanted = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
+        if not wanted and is_own(selector) and keys.all_within(ctx.top_k):
             return None  # ours select everything then; a function of the user's may not
-        elif self.indexer is None and p.selection is indexer_selection:
+        if selector is dense and ctx.trace is None:
             return None
-        else:
-            k = min(p.top_k, p.pack.max_keys)
-            with torch.no_grad():
-                inputs = index_inputs, heads.attention_inputs
-                indices = p.selection(SelectionContext(self.layer, k, p.pack, *inputs, p.backend, k_scale, self.peers))
-            if indices is None:
-                return None
-        if p.keep_selection and indices is not None:
-            p.selected[self.layer] = indices
+
+        @functools.cache
+        def attention() -> tuple[Tensor, float]:
+            return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
+
+        c = SelectionContext(self.layer, keys.places(ctx.top_k), keys, index, attention)
+        with torch.no_grad():
+            indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
+            if indices is not None and ctx.check_selection and not is_own(selector):
+                check_indices(selector, c, indices)
+            if ctx.trace is not None:
+                ctx.trace(c, indices)
         return indices
 
-    def _decode(self, heads: Heads, h_ND: Tensor, source: Tensor, pages: PagedStep, p: Pass) -> Tensor:
-        """One new token of every sequence: its entries are written, then it attends to what it selects. Nothing is expanded."""
-        keys = None
-        if self.indexer is not None:
-            keys = self.indexer.keys(h_ND, p.rotation, rounded=not pages.quantized_index)
-        pages.write(self.layer, heads.entries, keys)
-        indices = None
-        if p.selection is not dense and self.indexer is not None:
-            queries = self.indexer.e4m3_queries if pages.quantized_index else self.indexer.queries
+    def _attend(self, queries: Queries, keys: Keys, indices: Tensor | None, ctx: ForwardContext) -> Tensor:
+        """(N, H, value width), in whichever form costs less: here, and nowhere else, it is decided."""
+        scale = self.softmax_scale(ctx.rotation)
+        if not isinstance(keys, ContiguousKeys) or not self._masked(keys, indices, ctx):
+            return self.gathered_output(keys.gather(self.gathered_queries(queries), indices, scale))
+        if indices is not None:
+            q, k, v = self.per_head(queries, keys, repeat=True)
+            return ops.masked_attention(q, k, v, indices, scale, backend=ctx.backend)[0]
+        return self._dense(queries, keys, scale, ctx)[0]
 
-            def choose(rows: slice) -> Tensor:
-                q_I, w = queries(source[rows], h_ND[rows], p.rotation.rows(rows))
-                table, lens = pages.page_table[rows], pages.lens[rows]
-                scores = ops.index_scores_paged(q_I, pages.index[self.layer], w, table, lens, backend=p.backend)
-                # always k places, so that a sequence's sums do not depend on how long the others are
-                return ops.select_topk(scores, p.top_k, torch.zeros_like(lens), lens, backend=p.backend)
+    def _masked(self, keys: ContiguousKeys, indices: Tensor | None, ctx: ForwardContext) -> bool:
+        """Whether keys are read in the masked form. On pages they never are: every decode step would make them anew."""
+        if ctx.form != "auto":
+            return ctx.form == "masked"
+        if indices is None:
+            return ctx.pack.bounds is not None or self.expansion_pays(ctx.pack)
+        few = MASKED_FORM_KEYS["cuda" if keys.entries_TW.is_cuda else "cpu"] * indices.shape[1]
+        return ctx.pack.max_keys <= few and self.expansion_pays(ctx.pack)
 
-            indices = self.peers.select(h_ND.shape[0], choose)
-            if p.keep_selection:
-                p.selected[self.layer] = indices
-        return heads.up(pages.attend(self.layer, heads.absorbed(), indices, self.scale, self.latent, p.backend))
-
-    def _warmup(self, heads: Heads, index_inputs, p: Pass) -> Tensor:
-        """Dense attention; the indexer learns equation (3) from it, layer by layer."""
-        assert self.indexer is not None and p.kl_weight is not None
-        pack, weight = p.pack, p.kl_weight
-        q, k, v = heads.expanded()
+    def _dense(
+        self, queries: Queries, keys: ContiguousKeys, scale: float, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention to every visible key, in the masked form: out, logsumexp, and the q and k that made them."""
+        q, k, v = self.per_head(queries, keys, repeat=False)
+        pack = ctx.pack
         out, lse = ops.dense_attention(
-            q, k, v, pack.starts_N, pack.ends_N, self.scale, bounds=pack.bounds, longest=pack.longest, backend=p.backend
+            q, k, v, pack.starts_N, pack.ends_N, scale, bounds=pack.bounds, longest=pack.longest, backend=ctx.backend
         )
+        return out, lse, q, k
+
+    def _warm_up(
+        self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
+        """Dense attention; the indexer learns equation (3) from it, layer by layer. Returns its output and the KL."""
+        assert self.indexer is not None and index is not None and isinstance(keys, ContiguousKeys)
+        scale, weight, pack = self.softmax_scale(ctx.rotation), ctx.kl_weight, ctx.pack
+        assert weight is not None
+        out, lse, q, k = self._dense(queries, keys, scale, ctx)
 
         def loss() -> Tensor:
-            q_I, k_I, w = index_inputs()
+            q_I, w = index.queries(None, keys.quantized_index)
             return ops.indexer_kl_dense_sum(
-                q, k, lse, self.scale, q_I, k_I, w, pack.starts_N, pack.ends_N, weight, backend=p.backend
+                q, k, lse, scale, q_I, keys.index[0], w, pack.starts_N, pack.ends_N, weight, backend=ctx.backend
             )
 
         parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
         if torch.is_grad_enabled() and parameters:
-            p.kl[self.layer] = LayerLocalLoss.apply(loss, *parameters)
-        else:
-            p.kl[self.layer] = loss().detach()
-        return out
+            return out, LayerLocalLoss.apply(loss, *parameters)
+        return out, loss().detach()
 
-    def _adapt(self, heads: Heads, indices: Tensor, index: tuple[Tensor, Tensor, Tensor], p: Pass) -> Tensor:
+    def _adapt(
+        self,
+        queries: Queries,
+        keys: Keys,
+        indices: Tensor,
+        index: tuple[Tensor, Tensor, Tensor],
+        ctx: ForwardContext,
+    ) -> tuple[Tensor, Tensor]:
         """Sparse attention; the indexer learns equation (4) from its probabilities, the model only from what is read."""
-        assert p.kl_weight is not None
-        q = heads.absorbed()
-        width = self.latent + self.rope
+        assert ctx.kl_weight is not None and isinstance(keys, ContiguousKeys)
+        q, scale = self.gathered_queries(queries), self.softmax_scale(ctx.rotation)
+        _, _, d_k, v_start, d_v = self.entry
         out, _, kl_N = ops.sparse_attention_kl(
-            q, heads.entries.unsqueeze(1), indices, self.scale, width, 0, self.latent, *index, backend=p.backend
+            q, keys.entries_TGE, indices, scale, d_k, v_start, d_v, *index, backend=ctx.backend
         )
-        p.kl[self.layer] = (kl_N.detach() * p.kl_weight).sum()
-        return heads.up(InjectedKL.apply(out, kl_N, p.kl_weight.to(kl_N.dtype)))
+        kl = (kl_N.detach() * ctx.kl_weight).sum()
+        return self.gathered_output(InjectedKL.apply(out, kl_N, ctx.kl_weight.to(kl_N.dtype))), kl

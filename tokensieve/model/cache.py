@@ -1,11 +1,14 @@
-"""The cache of a generating model: per token one latent entry [c_KV, k_R] and one index key, nothing per head.
+"""The cache of a generating model: per token its entry (of MLA the latent and the rope dims, nothing per head) and one index key.
 
-Legend: B rows, T cached tokens, E latent width (kv_lora_rank + rope dims), D index width.
+Legend: B rows, S new tokens a row, N = B * S, T cached tokens, W numbers of a token's entry, D index width.
 """
 
 from torch import Tensor
 from transformers import Cache
 
+from tokensieve.families import Entry
+from tokensieve.model.entries import ContiguousKeys, IndexKeys
+from tokensieve.model.pack import Pack
 from tokensieve.ops.reference.index import KEY_PAD
 
 STEP = 256  # capacity grows to multiples of this, in tokens
@@ -17,12 +20,10 @@ class LatentCache(Cache):
     A stored entry is final: rotated, normalized and in the model's dtype. `reserve` tokens may be set aside at once for a known length.
     """
 
-    quantized_index = False  # index keys are stored as the indexer gives them
-
     def __init__(self, reserve: int = 0):
         self.reserve = reserve
         self.layers: list = []  # transformers' own cache layers: none, though generation and repr look for them
-        self.latent_BTE: list[Tensor] = []
+        self.entries_BTW: list[Tensor] = []
         self.index_BTD: list[Tensor | None] = []
         self.row_starts: Tensor | None = None  # (B, 1) int32, set when rows begin late (left padding, packed documents)
         self._length = 0
@@ -37,28 +38,38 @@ class LatentCache(Cache):
             self._capacity = -(-max(needed, 2 * self._capacity) // STEP) * STEP
         return self._capacity
 
-    def append(self, layer: int, latent_BSE: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None, None]:
-        """Stores this pass's entries of one layer; returns the whole buffers, flattened to (B * capacity, E) and (B * capacity, D).
+    def append(
+        self, layer: int, pack: Pack, entry: Entry, entries_NW: Tensor, index_keys: IndexKeys | None, backend: str
+    ) -> ContiguousKeys:
+        """Stores this pass's entries of one layer, index keys as the indexer gives them; the keys are the whole buffers."""
+        rows = pack.batch, pack.length
+        index_BSD = None if index_keys is None else index_keys(True).detach().unflatten(0, rows)
+        entries, index = self.store(layer, entries_NW.unflatten(0, rows), index_BSD)
+        entries_TW = entries.flatten(0, 1)
+        if pack.batch == 1:  # keys and values per head are not to be made of the room that is still empty
+            entries_TW = entries_TW[: self._length + pack.length]
+        keys = None if index is None else lambda: (index.flatten(0, 1), None)
+        return ContiguousKeys(pack, entry, entries_TW, keys, backend)
 
-        The third is for caches whose keys have scales.
-        """
-        a, b = self._length, self._length + latent_BSE.shape[1]
-        if layer == len(self.latent_BTE):
-            self.latent_BTE.append(self._buffer(latent_BSE))
+    def store(self, layer: int, entries_BSW: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Stores S tokens a row of one layer; returns the whole buffers (B, capacity, W) and (B, capacity, D). ValueError for another B."""
+        a, b = self._length, self._length + entries_BSW.shape[1]
+        if layer == len(self.entries_BTW):
+            self.entries_BTW.append(self._buffer(entries_BSW))
             self.index_BTD.append(None if index_BSD is None else self._buffer(index_BSD))
-        if self.latent_BTE[layer].shape[1] < self._capacity:
-            self.latent_BTE[layer] = self._grown(self.latent_BTE[layer])
+        if self.entries_BTW[layer].shape[1] < self._capacity:
+            self.entries_BTW[layer] = self._grown(self.entries_BTW[layer])
             held = self.index_BTD[layer]
             self.index_BTD[layer] = None if held is None else self._grown(held)
-        latent, index = self.latent_BTE[layer], self.index_BTD[layer]
-        if latent.shape[0] != latent_BSE.shape[0]:
+        entries, index = self.entries_BTW[layer], self.index_BTD[layer]
+        if entries.shape[0] != entries_BSW.shape[0]:
             raise ValueError(
-                f"the cache holds {latent.shape[0]} rows and the input {latent_BSE.shape[0]}; start a new cache"
+                f"the cache holds {entries.shape[0]} rows and the input {entries_BSW.shape[0]}; start a new cache"
             )
-        latent[:, a:b] = latent_BSE
+        entries[:, a:b] = entries_BSW
         if index is not None and index_BSD is not None:
             index[:, a:b] = index_BSD
-        return latent.flatten(0, 1), None if index is None else index.flatten(0, 1), None
+        return entries, index
 
     def advance(self, tokens: int) -> None:
         """Called once after all layers of a pass have appended."""
@@ -108,12 +119,12 @@ class LatentCache(Cache):
         self._length, self.row_starts = 0, None
 
     def _each(self, change) -> None:
-        self.latent_BTE = [change(x) for x in self.latent_BTE]
+        self.entries_BTW = [change(x) for x in self.entries_BTW]
         self.index_BTD = [None if x is None else change(x) for x in self.index_BTD]
         self.row_starts = None if self.row_starts is None else change(self.row_starts)
 
     def __len__(self) -> int:
-        return len(self.latent_BTE)
+        return len(self.entries_BTW)
 
     @property
     def is_compileable(self) -> bool:
@@ -121,13 +132,23 @@ class LatentCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.latent_BTE)
+        return bool(self.entries_BTW)
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * max(1, len(self.latent_BTE))
+        return [False] * max(1, len(self.entries_BTW))
 
     @property
     def bytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(x.nbytes for x in self.latent_BTE) + sum(x.nbytes for x in self.index_BTD if x is not None)
+        return sum(x.nbytes for x in self.entries_BTW) + sum(x.nbytes for x in self.index_BTD if x is not None)
+
+
+class Cached:
+    """One pass's entries on a `LatentCache`."""
+
+    def __init__(self, cache: LatentCache, pack: Pack, entry: Entry, backend: str):
+        self._cache, self._pack, self._entry, self._backend = cache, pack, entry, backend
+
+    def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> ContiguousKeys:
+        return self._cache.append(layer, self._pack, self._entry, entries_NW, index_keys, self._backend)

@@ -5,12 +5,12 @@ Legend: N tokens, H index heads, D index width. Parameter names are the publishe
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve import ops
-from tokensieve.config import SparseConfig, UserError
-from tokensieve.model.rope import Rotation, rotate_half_split
+from tokensieve.config import UserError
+from tokensieve.families import ModelConfig, family_of
+from tokensieve.model.rope import Rotation, Rows, Tables, rotate_half_split, taken
 from tokensieve.ops import quant
 from tokensieve.ops.custom import without_autocast
 
@@ -36,49 +36,81 @@ class Indexer(nn.Module):
     dequantized values has the same bits as scoring E4M3 and scaling afterwards). Source: official demo, class Indexer.
     """
 
-    def __init__(self, config: SparseConfig):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.width, self.rope = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        family = family_of(config)
+        self.heads, self.width, self.rope = config.index_n_heads, config.index_head_dim, family.index_rope(config)
         self.fp8 = getattr(config, "index_dtype", "bf16") == "fp8"
         if self.width < self.rope:
             raise UserError(
-                f"config.json: index_head_dim {self.width} is smaller than qk_rope_head_dim {self.rope}, which it must contain"
+                f"config.json: index_head_dim {self.width} is smaller than {family.index_rope_field} {self.rope}, "
+                "which it must contain"
             )
         if self.fp8 and self.width & (self.width - 1):
             raise UserError(
                 f"config.json: index_dtype fp8 rotates by a Hadamard matrix: index_head_dim {self.width} must be a power of two"
             )
-        self.wq_b = nn.Linear(config.q_lora_rank or config.hidden_size, self.heads * self.width, bias=False)
+        self.wq_b = nn.Linear(family.index_source(config), self.heads * self.width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
         self.k_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=torch.float32)
 
     def keys(self, h_ND: Tensor, rotation: Rotation, rounded: bool = True) -> Tensor:
-        """k_I (N, D). Not `rounded`: without what index_dtype "fp8" does to it, since the cache that it goes to does the same."""
+        """k_I (N, D). rounded: as index_dtype "fp8" rounds it; False if the cache that it goes to does the same."""
         k = self.k_norm(self.wk(h_ND)).to(h_ND.dtype)
-        return self._finish(k.unsqueeze(1), rotation, rounded).squeeze(1)
+        return self._finish(k.unsqueeze(1), rotation.indexer, rounded).squeeze(1)
 
-    def queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def queries(self, source_NL: Tensor, h_ND: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """q_I (N, H, D) and w (N, H) float32."""
         q = self.wq_b(source_NL).view(-1, self.heads, self.width)
-        return self._finish(q, rotation), self._weights(h_ND)
+        return self._finish(q, tables), self._weights(h_ND)
 
-    def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """The same for keys in quantized pages: q_I (N, H, D) float8_e4m3fn, its scales folded into w (N, H) float32."""
         q = self.wq_b(source_NL).view(-1, self.heads, self.width)
-        if len(rotation.half_split) == 2:
-            return ops.quantize_queries(q, self._weights(h_ND), *rotation.half_split)
-        return ops.quantize_queries(self._rotated(q, rotation), self._weights(h_ND))
+        if len(tables) == 2:
+            return ops.quantize_queries(q, self._weights(h_ND), *tables)
+        return ops.quantize_queries(self._rotated(q, tables), self._weights(h_ND))
 
     def _weights(self, h_ND: Tensor) -> Tensor:
         with without_autocast(h_ND):
-            w = F.linear(h_ND.to(self.weights_proj.weight.dtype), self.weights_proj.weight)
+            w = self.weights_proj(h_ND.to(self.weights_proj.weight.dtype))
         return w * (self.heads**-0.5 * self.width**-0.5)
 
-    def _rotated(self, x_NHD: Tensor, rotation: Rotation) -> Tensor:
-        rotated = rotate_half_split(x_NHD[..., : self.rope], rotation)
+    def _rotated(self, x_NHD: Tensor, tables: Tables) -> Tensor:
+        rotated = rotate_half_split(x_NHD[..., : self.rope], tables)
         return torch.cat((rotated, x_NHD[..., self.rope :]), dim=-1)
 
-    def _finish(self, x_NHD: Tensor, rotation: Rotation, rounded: bool = True) -> Tensor:
-        x = self._rotated(x_NHD, rotation)
+    def _finish(self, x_NHD: Tensor, tables: Tables, rounded: bool = True) -> Tensor:
+        x = self._rotated(x_NHD, tables)
         return _RoundStraightThrough.apply(x, "ue8m0") if self.fp8 and rounded else x
+
+
+class IndexInputs:
+    """Index queries and keys of one layer's pass, made when first asked for: a selection that does not ask costs nothing.
+
+    Inputs are detached: the indexer learns from its own loss only.
+    """
+
+    def __init__(self, indexer: Indexer, source_NL: Tensor, h_ND: Tensor, rotation: Rotation):
+        self._indexer, self._rotation = indexer, rotation
+        self._source, self._h = source_NL.detach(), h_ND.detach()
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def keys(self, rounded: bool) -> Tensor:
+        """k_I (N, D) of the pass's own tokens."""
+        return self._indexer.keys(self._h, self._rotation, rounded) if self._held is None else self._held[1]
+
+    def queries(self, rows: Rows, quantized: bool) -> tuple[Tensor, Tensor]:
+        """q_I and w of some tokens; quantized: E4M3, as `Indexer.e4m3_queries` gives them."""
+        if self._held is not None:
+            return taken(self._held[0], rows), taken(self._held[2], rows)
+        make = self._indexer.e4m3_queries if quantized else self._indexer.queries
+        return make(taken(self._source, rows), taken(self._h, rows), self._rotation.index_rows(rows))
+
+    def hold(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q_I, k_I and w, made now and once: where the indexer learns, the choice and the loss read the same tensors."""
+        self._held = None
+        q_I, w = self.queries(None, False)
+        self._held = q_I, self.keys(True), w
+        return self._held

@@ -1,9 +1,15 @@
-"""How the indexers' KL gets into the backward pass: with which scale, and on which of two ways."""
+"""How the indexers' KL gets into the backward pass: with which scale, and on which of two ways.
+
+Legend: N queries.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tokensieve.model.pack import Pack
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,49 @@ class KLScale:
     per_query: float | None = None  # weight of one query's KL; None: `share` of the mean over the pass's valid queries
     share: float = 1.0  # weight of the pass's mean in the step's
     divisor: int | None = None  # by what the trainer expects a loss to have been divided; None: no trainer
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a pass is to teach the indexers.
+
+    "warmup": equation (3), attention stays dense and the model's loss is the KL. "adapt": equation (4), its gradient is injected in the
+    attention's backward pass. "none": nothing (pretraining, dense models, evaluation). scale None: the mean over each pass's queries.
+    """
+
+    kind: Literal["none", "warmup", "adapt"] = "none"
+    scale: KLScale | None = None
+
+
+def query_weights(scale: KLScale | None, pack: Pack, layers: int) -> Tensor:
+    """(N) float32: every valid query's share in the mean over queries and layers of equations (3) and (4)."""
+    scale = scale or KLScale()
+    device = pack.positions_N.device
+    if scale.per_query is not None:
+        one: float | Tensor = scale.per_query
+    else:
+        count = pack.valid_count
+        one = scale.share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
+    valid = torch.ones(pack.positions_N.shape[0], device=device) if pack.valid_N is None else pack.valid_N.float()
+    return valid * (one / layers)
+
+
+def reported(kl: Tensor, scale: KLScale | None) -> Tensor:
+    """The KL in nats per query and layer, detached, whatever share of the step the pass is."""
+    return kl.detach() / ((scale.share if scale else 1.0) or 1.0)
+
+
+def warmup_loss(kl: Tensor, scale: KLScale | None, counted: bool) -> Tensor:
+    """The model's loss in warm-up: the KL itself, or its value as a trainer expects it, with the KL's own gradient.
+
+    counted: the trainer told the number of labels, so it does not divide the loss by the number of micro-batches.
+    """
+    if scale is None or scale.divisor is None:
+        return kl
+    loss = reported(kl, scale) / (scale.divisor if counted else 1)
+    if kl.requires_grad:
+        loss = InjectedKL.apply(loss, kl, torch.ones_like(kl)).clone()  # a copy, since trainers scale a loss in place
+    return loss
 
 
 class LayerLocalLoss(torch.autograd.Function):

@@ -1,13 +1,8 @@
 """load, save, sparsify: between a folder (or a bundled name) and a model."""
 
-import importlib.resources
 import json
 import logging
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,48 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve import checkpoint
-from tokensieve.config import ModelConfig, UserError, model_config
-from tokensieve.model import fp8
-from tokensieve.model.transformer import DecoderForCausalLM
+from tokensieve.config import UserError
+from tokensieve.families import ModelConfig, family_of, model_config
+from tokensieve.model import files
+from tokensieve.model.causal import DecoderForCausalLM
+from tokensieve.model.files import check_savable, copy_tokenizer, fill, model_path
 
 log = logging.getLogger("tokensieve")
 
 INDEXERS = "indexer.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-
-def model_path(name: str | Path) -> Path:
-    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one that is in the Hugging Face cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
-    if (root / str(name)).is_dir():
-        return root / str(name)
-    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
-        return _hub_folder(str(name))
-    raise UserError(
-        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); give a checkpoint folder or owner/name"
-    )
-
-
-def _hub_folder(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model {repository!r}: not a folder here and not to be had from the hub ({reason}); download it first"
-        ) from error
 
 
 def load(
@@ -66,7 +28,7 @@ def load(
     config: ModelConfig | None = None,
     keep_fp8: bool = False,
 ) -> DecoderForCausalLM:
-    """A dense (`deepseek_v2`, `deepseek_v3`) or sparse (`deepseek_v32`) model in evaluation mode.
+    """A model of any family in `tokensieve.families`, dense or sparse, in evaluation mode.
 
     `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub id. `dtype`: float32
     on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. `config`: used in place
@@ -74,34 +36,7 @@ def load(
     trained nor saved. A multi-token-prediction layer is not run but carried along, and written again by `save`. Raises UserError
     on whatever is wrong with the files.
     """
-    folder = model_path(name)
-    if config is None:
-        config = model_config(checkpoint.read_config(folder))
-    device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    with torch.device("meta"):
-        model = DecoderForCausalLM(config)
-        kept = fp8.holdable(model, checkpoint.block_tensors(folder, config)) if keep_fp8 else set()
-        fp8.hold(model, kept)
-    tensors = checkpoint.load_tensors(folder, config, dtype, kept)
-    fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
-    model.extras = checkpoint.mtp_tensors(folder, config)
-    model.folder = folder
-    return model.eval()
-
-
-def fill(model: DecoderForCausalLM, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Puts the tensors in the place of the meta tensors of the same names; what is missing in the end is an error."""
-    state = dict(tensors)
-    if model.config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    missing, surplus = model.load_state_dict(state, strict=False, assign=True)
-    if missing or surplus:
-        raise UserError(
-            f"checkpoint does not fit its config: missing {missing[:3]}, surplus {surplus[:3]}; use the config.json that belongs"
-        )
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+    return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
 
 def save(
@@ -112,7 +47,7 @@ def save(
     The tokenizer and the multi-token-prediction layer of the folder that the model was loaded from go with it. `dtype`: of the floating
     tensors, as they are unless given. What stood in `folder` stays whole until the new files are complete. UserError on a full disk.
     """
-    _check_savable(model)
+    check_savable(model)
     tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
     checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes)
     source = getattr(model, "folder", None)
@@ -122,27 +57,6 @@ def save(
     for reason in reasons:
         log.warning("%s: %s", folder, reason)
     return reasons
-
-
-def _check_savable(model: DecoderForCausalLM) -> None:
-    if fp8.holds(model):
-        raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
-
-
-def save_into(model: DecoderForCausalLM, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
-    """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
-    _check_savable(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
-        new = Path(within) / "model"
-        checkpoint.save_tensors(new, model.config.to_dict(), state.items(), model.extras, shard_bytes)
-        files = list(new.iterdir())
-        for stale in folder.glob("model*.safetensors*"):
-            stale.unlink()
-        for path in files:
-            os.replace(path, folder / path.name)
-    if getattr(model, "folder", None) is not None:
-        copy_tokenizer(Path(model.folder), folder)
 
 
 def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dtype: torch.dtype | None = None) -> None:
@@ -172,12 +86,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if keep else tensor.to(dtype)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
-
-
 def sparsify(
     model: DecoderForCausalLM,
     top_k: int = 2048,
@@ -188,30 +96,18 @@ def sparsify(
 ) -> DecoderForCausalLM:
     """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer.
 
-    `top_k` keys are selected per query; the indexer has `index_heads` heads of width `index_dim`, of which the first qk_rope_head_dim
-    carry positions. Its weights are normal with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError on a model that is
+    `top_k` keys are selected per query; the indexer has `index_heads` heads of width `index_dim`, of which the first dims (MLA: qk_rope_head_dim;
+    grouped attention: up to 64) carry positions. Its weights are normal with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError on a model that is
     already sparse, top_k < 1 or an index_dim that cannot hold the positions.
     """
-    dense = model.config
-    if model.is_sparse:
+    family = family_of(model.config)
+    if family.sparse:
         raise UserError("the model already has indexers; train them with: tokensieve warmup")
     for name, value in (("top_k", top_k), ("index_heads", index_heads)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    fields = {
-        k: v
-        for k, v in dense.to_dict().items()
-        if k not in ("model_type", "architectures", "layer_types", "mlp_layer_types", "head_dim")
-    }
-    if dense.model_type == "deepseek_v2":
-        fields |= {"scoring_func": "softmax", "n_group": dense.n_group or 1, "topk_group": dense.topk_group or 1}
-    fields |= {
-        "index_topk": top_k,
-        "index_n_heads": index_heads,
-        "index_head_dim": index_dim,
-        "index_dtype": index_dtype,
-    }
-    config = model_config(fields | {"model_type": "deepseek_v32"})
+    indexer = {"index_topk": top_k, "index_n_heads": index_heads, "index_head_dim": index_dim}
+    config = model_config(family.sparse_fields(model.config) | indexer | {"index_dtype": index_dtype})
     with torch.device("meta"):
         sparse = DecoderForCausalLM(config)
     state = model.state_dict()

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.config import ModelConfig, UserError
+from tokensieve.families import ModelConfig, family_of
 from tokensieve.ops.custom import without_autocast
 from tokensieve.ops.single import alone
 
@@ -21,11 +21,11 @@ ORDINARY_ROWS = 4
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, width: int):
+    def __init__(self, hidden: int, width: int, bias: bool = False):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = nn.Linear(hidden, width, bias=bias)
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
@@ -46,18 +46,13 @@ class Router(nn.Module):
         self.experts = config.n_routed_experts
         self.groups, self.best_groups = config.n_group or 1, config.topk_group or 1
         self.scale = config.routed_scaling_factor
-        self.softmax = config.model_type == "deepseek_v2" or getattr(config, "scoring_func", "sigmoid") == "softmax"
+        self.softmax = family_of(config).softmax_router(config)
         self.limited = getattr(config, "topk_method", "noaux_tc") != "greedy"
         self.normalize = bool(config.norm_topk_prob)
-        if self.softmax and self.normalize:
-            raise UserError(
-                "config.json: norm_topk_prob with a softmax router is not supported; no published DeepSeek-V2 model uses it"
-            )
         self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size))
         if not self.softmax:
             self.e_score_correction_bias: Tensor
             self.register_buffer("e_score_correction_bias", torch.zeros(self.experts, dtype=torch.float32))
-        self.load_E: Tensor | None = None  # tokens sent to each expert since it was last cleared; None: not counted
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """experts (N, K) int64 and weights (N, K) float32."""
@@ -85,7 +80,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk they are one matrix each.
 
-    first: of those that are here, where others are on other ranks (`parallel.py`); what these add is zero here.
+    first: number of this rank's first expert if others are on other ranks; tokens that are routed there contribute zero here.
     """
 
     first: int | None = None
@@ -197,17 +192,21 @@ class MoE(nn.Module):
         shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, x_ND: Tensor, real: int | None = None) -> Tensor:
-        """real: so many rows are tokens, and what follows is padding, which no expert sees."""
+    def forward(self, x_ND: Tensor, real: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """out (N, D), and the tokens sent to each expert (E), None on the roads that do not count them.
+
+        real: the first `real` rows are tokens, and what follows is padding, which no expert sees.
+        """
         chosen_NK, weights_NK = self.gate(x_ND)
+        load_E = None
+        # what stands in the experts' place (an adapter) or holds some of them only takes the one road that all have
+        whole = isinstance(self.experts, Experts) and self.experts.first is None
         if real is not None:
-            some = x_ND[:real], chosen_NK[:real], weights_NK[:real]
-            routed = self.experts.few_tokens(*some) if self.experts.first is None else self.experts(*some)[0]
+            rows = x_ND[:real], chosen_NK[:real], weights_NK[:real]
+            routed = self.experts.few_tokens(*rows) if whole else self.experts(*rows)[0]
             routed = F.pad(routed, (0, 0, 0, len(x_ND) - real))
-        elif alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
+        elif whole and alone(x_ND):
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
         else:
-            routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)
-            if self.gate.load_E is not None:
-                self.gate.load_E += counts_E
-        return routed if self.shared_experts is None else routed + self.shared_experts(x_ND)
+            routed, load_E = self.experts(x_ND, chosen_NK, weights_NK)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x_ND), load_E

@@ -4,15 +4,25 @@ Legend: B rows, S tokens a row, N = B * S packed tokens, T packed keys.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.model.cache import LatentCache
 
 
-@dataclass(frozen=True)
+class Past(Protocol):
+    """What a pack wants to know of a cache, and leaves in it."""
+
+    row_starts: Tensor | None  # (B, 1) int32, first key of each row's current document; None: every row's first key
+
+    def get_seq_length(self) -> int: ...
+
+    def room_for(self, tokens: int) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pack:
     batch: int  # rows
     length: int  # tokens per row
@@ -36,7 +46,7 @@ def make_pack(
     device: torch.device,
     position_ids: Tensor | None,
     attention_mask: Tensor | None,
-    cache: LatentCache | None,
+    cache: Past | None,
     max_positions: int,
 ) -> Pack:
     """Key ranges from what Hugging Face callers pass.
@@ -80,16 +90,16 @@ def make_pack(
         if cache is not None:
             cache.row_starts = starts[:, -1:]
     return Pack(
-        batch,
-        length,
-        positions.flatten(),
-        (starts + offset).flatten(),
-        (ends + offset).flatten(),
-        row_keys,
-        longest if past == 0 else past + length,
-        bounds,
-        longest,
-        valid,
+        batch=batch,
+        length=length,
+        positions_N=positions.flatten(),
+        starts_N=(starts + offset).flatten(),
+        ends_N=(ends + offset).flatten(),
+        row_keys=row_keys,
+        max_keys=longest if past == 0 else past + length,
+        bounds=bounds,
+        longest=longest,
+        valid_N=valid,
     )
 
 

@@ -17,20 +17,34 @@ from torch import Tensor
 
 from tokensieve.ops.single import alone
 
+Rows = slice | Tensor | None  # which of a pass's tokens: a slice, their numbers, or None for all
+
+
+def taken(x: Tensor, rows: Rows) -> Tensor:
+    return x if rows is None else x[rows]
+
+
+Tables = tuple[Tensor, ...]
+"""cos and signed sin (N, 1, d) float32 of the N tokens' positions, laid out for one layout of pairs:
+
+rotated = x * cos + partner(x) * sin, with sines (-sin, sin) in a pair. If N = 1, instead the matrix (d, d) of the same rotation: one product
+instead of seven operators.
+"""
+
 
 class Rotation(NamedTuple):
-    """cos and signed sin (N, 1, d) float32 of the N tokens' positions, laid out once per pass for either layout of d dims:
+    """The rotations of one pass: of the attention's queries and keys, in the family's layout, and of the indexer's, half-split.
 
-    rotated = x * cos + partner(x) * sin, where a pair's sines are (-sin, sin). For a token alone instead the matrix (d, d) of the same
-    rotation: one product where the formula takes seven operators.
+    `softmax_factor` is the factor on the softmax scale that belongs to these frequencies (YaRN's mscale squared).
     """
 
-    interleaved: tuple[Tensor, ...]
-    half_split: tuple[Tensor, ...]
+    attention: Tables
+    indexer: Tables
+    softmax_factor: float = 1.0
 
-    def rows(self, rows: slice) -> "Rotation":
-        """That of some of the tokens."""
-        return Rotation(tuple(x[rows] for x in self.interleaved), tuple(x[rows] for x in self.half_split))
+    def index_rows(self, rows: Rows) -> Tables:
+        """The indexer's tables of some of the tokens."""
+        return self.indexer if rows is None or len(self.indexer) == 1 else tuple(x[rows] for x in self.indexer)
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -70,37 +84,40 @@ def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[T
     return blended, float(attention_factor)
 
 
-def softmax_scale(rope: dict[str, Any], qk_width: int, max_positions: int) -> float:
-    """qk_width**-0.5, times the squared YaRN mscale where `mscale_all_dim` is set. The indexer does not share it."""
-    scale = qk_width**-0.5
-    if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
-        factor = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
-        scale *= _mscale(factor, rope["mscale_all_dim"]) ** 2
-    return scale
+def softmax_factor(rope: dict[str, Any], max_positions: int) -> float:
+    """The squared YaRN mscale if `mscale_all_dim` is set, else 1: a factor on width**-0.5. The indexer does not share it."""
+    if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
+        return 1.0
+    factor = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
+    return _mscale(factor, rope["mscale_all_dim"]) ** 2
 
 
-def rotation(positions_N: Tensor, inverse_frequencies: Tensor, factor: float) -> Rotation:
+def tables(positions_N: Tensor, inverse_frequencies: Tensor, factor: float, interleaved: bool) -> Tables:
+    """The tables of tokens at these positions, for either layout of pairs."""
     angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies
     cos, sin = angle.cos() * factor, angle.sin() * factor
-    interleaved = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    r = Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+    made: Tables
+    if interleaved:
+        made = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    else:
+        made = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     if not alone(positions_N):
-        return r
-    identity = torch.eye(interleaved[0].shape[-1])  # its rows rotated are the matrix's
-    return Rotation((rotate_interleaved(identity, r)[0],), (rotate_half_split(identity, r)[0],))
+        return made
+    identity = torch.eye(made[0].shape[-1])  # its rows, rotated, are the matrix's
+    return ((rotate_interleaved if interleaved else rotate_half_split)(identity, made)[0],)
 
 
-def rotate_interleaved(x_NHD: Tensor, r: Rotation) -> Tensor:
+def rotate_interleaved(x_NHD: Tensor, tables: Tables) -> Tensor:
     """Rotates pairs (2i, 2i+1) of the last axis; layout unchanged. For MLA."""
-    return _rotate(x_NHD, r.interleaved, lambda x: x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+    return _rotate(x_NHD, tables, lambda x: x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
 
 
-def rotate_half_split(x_NHD: Tensor, r: Rotation) -> Tensor:
-    """Rotates pairs (i, i + d/2) of the last axis; layout unchanged. For the indexer."""
-    return _rotate(x_NHD, r.half_split, lambda x: x.roll(x.shape[-1] // 2, -1))
+def rotate_half_split(x_NHD: Tensor, tables: Tables) -> Tensor:
+    """Rotates pairs (i, i + d/2) of the last axis; layout unchanged. For the indexer, and for grouped attention."""
+    return _rotate(x_NHD, tables, lambda x: x.roll(x.shape[-1] // 2, -1))
 
 
-def _rotate(x_NHD: Tensor, tables: tuple[Tensor, ...], partner: Callable[[Tensor], Tensor]) -> Tensor:
+def _rotate(x_NHD: Tensor, tables: Tables, partner: Callable[[Tensor], Tensor]) -> Tensor:
     x = x_NHD.float()
     if len(tables) == 1:
         return torch.matmul(x, tables[0]).to(x_NHD.dtype)

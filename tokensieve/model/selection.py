@@ -1,115 +1,139 @@
-"""Who selects: the plug-in. A selection is a function from one layer's queries and keys to the positions that its attention may read.
+"""Who selects: the plug-in. A selector is a function from one layer's queries and keys to the positions that its attention may read.
 
-Legend: N packed query tokens, T packed keys, H heads, G key groups, D key width, K selected.
+Legend: N query tokens, T keys, H heads, D key width, K selected keys.
 
-The model's own is `indexer`, equation (2). The others are the controls that every evaluation puts beside it, and any callable of the same
-form can take their place:
+One contract (`SelectionContext`), one road: the same function runs in training, `generate`, the engine, the server and evaluation, on
+contiguous keys and on pages. The model's own selector is `indexer`, equation (2). The others here are the controls that every evaluation
+puts beside it. Your own, for instance the indexer's choice and the last 64 tokens:
 
-    def recent_and_first(c: SelectionContext) -> Tensor:        # (N, K) int32, ascending, then -1
-        ...
-    with tokensieve.selecting(model, recent_and_first): ...
+    from tokensieve.model.selection import indexer, join, window
+
+    def with_recent(c):
+        return join(indexer(c), window(c, 64))
+
+    with tokensieve.selecting(model, with_recent): ...
+
+On the command line it is named `module:function` (`--selection my_module:with_recent`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokensieve import ops
 from tokensieve.config import UserError
-from tokensieve.model.pack import Pack
+from tokensieve.model.entries import Keys
+from tokensieve.model.indexer import IndexInputs
+from tokensieve.model.rope import Rows, taken
 
-ROWS = 256  # queries whose full rows of scores or probabilities a control holds at a time
+BLOCK = 256  # queries whose full rows of scores or probabilities a control holds at a time
 
 
-class Peers:
-    """The ranks that hold the other heads of a model that is spread over several (`parallel.py`). Here there are none."""
+class HeadGroup:
+    """The ranks that hold the other heads of a model that is divided between several. Here there are none."""
 
-    def select(self, queries: int, choose: Callable[[slice], Tensor]) -> Tensor:
-        """(queries, K) indices, the same on all ranks: each chooses for some of the queries. choose: gives those of a slice of them."""
-        return choose(slice(None))
+    def select(self, queries: int, choose: "Callable[[Rows], Tensor | None]") -> Tensor | None:
+        """(queries, K) indices, the same on all ranks: each chooses for some of the queries. choose: selects for some rows."""
+        return choose(None)
 
     def all_heads(self, q_NHD: Tensor) -> Tensor:
         """The queries of every rank's heads."""
         return q_NHD
 
 
-NO_PEERS = Peers()
+ONE_GROUP = HeadGroup()
 
 
-@dataclass(frozen=True)
 class SelectionContext:
-    """What a selection may look at in one layer. Index inputs and attention inputs are computed when first asked for.
+    """What a selector may look at: some queries of one layer, and the keys that they may see.
 
-    index_inputs: takes a slice of the queries, all of them unless given.
+    layer: its number. k: keys to select per query, at most. starts_N, ends_N (int32): each query may see the keys [start, end). Positions
+    count along the packed keys of the pass, or on pages from each sequence's own beginning: a selector that keeps to [start, end) need not
+    know. Everything is computed when first asked for.
     """
 
-    layer: int
-    k: int  # keys to select per query, at most
-    pack: Pack
-    index_inputs: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    attention_inputs: Callable[[], tuple[Tensor, Tensor, float]]
-    backend: str = "auto"  # of the ops
-    k_scale: Tensor | None = None  # (T) float32: of index keys that are E4M3, as their queries then are
-    peers: Peers = NO_PEERS
+    def __init__(
+        self,
+        layer: int,
+        k: int,
+        keys: Keys,
+        index: IndexInputs | None,
+        attention: Callable[[], tuple[Tensor, float]],
+        rows: Rows = None,
+    ):
+        """attention: gives the main attention's queries in the entries' form (N, H, D), of all heads, and its softmax scale."""
+        self.layer, self.k, self.keys = layer, k, keys
+        self._index, self._attention, self._rows = index, attention, rows
+        self.starts_N, self.ends_N = taken(keys.starts_N, rows), taken(keys.ends_N, rows)
 
-    @cached_property
-    def index(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q_I (N, H_I, d_I), k_I (T, d_I), w (N, H_I) of equation (1). UserError on a model without an indexer."""
-        return self.index_inputs(slice(None))
+    def __len__(self) -> int:
+        return self.ends_N.shape[0]
 
-    @cached_property
-    def attention(self) -> tuple[Tensor, Tensor, float]:
-        """q (N, H, D), k (T, G, D) and the softmax scale of the main attention."""
-        return self.attention_inputs()
+    def rows(self, rows: slice | Tensor) -> "SelectionContext":
+        """The same for some of these queries: a slice, or their numbers (int64)."""
+        if self._rows is not None:
+            every = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
+            rows = every[self._rows][rows]
+        return SelectionContext(self.layer, self.k, self.keys, self._index, self._attention, rows)
 
-    def row_slices(self) -> Iterator[slice]:
-        N = self.pack.starts_N.shape[0]
-        return (slice(a, min(a + ROWS, N)) for a in range(0, N, ROWS))
+    def blocks(self) -> "Iterator[SelectionContext]":
+        """These queries in blocks of at most 256, for selectors that look at whole rows of scores or probabilities."""
+        return (self.rows(slice(a, a + BLOCK)) for a in range(0, len(self), BLOCK))
 
-    def scores(self, rows: slice = slice(None)) -> Tensor:
-        """Index scores (rows, T) float32 of equation (1); outside a query's range unspecified."""
-        q_I, k_I, w = self.index
-        starts, ends = self.pack.starts_N[rows], self.pack.ends_N[rows]
-        return ops.index_scores(q_I[rows], k_I, w[rows], starts, ends, self.k_scale, backend=self.backend)
+    @property
+    def index_queries(self) -> tuple[Tensor, Tensor]:
+        """q_I (N, H_I, d_I) and w (N, H_I) of equation (1). UserError on a model without an indexer."""
+        if self._index is None:
+            raise UserError("this model has no indexer to select with; make it sparse first: tokensieve sparsify")
+        return self._index.queries(self._rows, self.keys.quantized_index)
 
-    def head_mass(self, rows: slice = slice(None)) -> Tensor:
-        """p (rows, T) float32: the mean over heads of the true attention's probabilities; 0 outside a query's range."""
-        q, k, scale = self.attention
-        return ops.head_mass(q[rows], k, self.pack.starts_N[rows], self.pack.ends_N[rows], scale)
+    @property
+    def attention_queries(self) -> tuple[Tensor, float]:
+        """Queries (N, H, D) of the main attention, in the form that reads the cached entries, and the softmax scale."""
+        q, scale = self._attention()
+        return taken(q, self._rows), scale
+
+    def scores(self) -> Tensor:
+        """Index scores (N, T) float32 of equation (1); outside a query's range unspecified. UserError without an indexer."""
+        return self.keys.index_scores(*self.index_queries, self._rows)
+
+    def head_mass(self) -> Tensor:
+        """p (N, T) float32: the mean over heads of dense attention's probabilities; 0 outside a query's range."""
+        return self.keys.head_mass(*self.attention_queries, self._rows)
+
+    def topk(self, k: int | None = None) -> Tensor:
+        """The k keys with the largest index scores, equation (2), without the scores in memory: (N, k) int32. k: self.k unless given."""
+        return self.keys.index_topk(*self.index_queries, self.k if k is None else k, self._rows)
+
+    def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
+        """The k keys with the largest of any scores (N, T): (N, k) int32, ascending, then -1; ties go to the smaller position."""
+        return self.keys.select(scores_NT, self.k if k is None else k, self._rows)
 
 
-Selection = Callable[[SelectionContext], Tensor | None]  # None: attend to every key
+Selector = Callable[[SelectionContext], Tensor | None]
+"""Returns (N, K) int32 positions, ascending and without duplicates, then -1; None: attend to every key. K is free, and the same for all
+queries; on a GPU it must not depend on values, which would stop the queue."""
 
 
 def indexer(c: SelectionContext) -> Tensor:
     """The k keys with the largest index score: equation (2)."""
-
-    def choose(rows: slice) -> Tensor:
-        q_I, k_I, w = c.index_inputs(rows)
-        starts, ends = c.pack.starts_N[rows], c.pack.ends_N[rows]
-        return ops.index_topk(q_I, k_I, w, c.k, starts, ends, c.k_scale, backend=c.backend)
-
-    return c.peers.select(c.pack.starts_N.shape[0], choose)
+    return c.topk()
 
 
-def window(c: SelectionContext) -> Tensor:
-    """The last k keys: what a sliding window of the same size would read."""
-    starts, ends = c.pack.starts_N[:, None], c.pack.ends_N[:, None]
-    position = torch.maximum(starts, ends - c.k) + torch.arange(c.k, device=starts.device, dtype=torch.int32)
+def window(c: SelectionContext, width: int | None = None) -> Tensor:
+    """The last `width` keys, k unless given: what a sliding window of the same size would read."""
+    width = c.k if width is None else width
+    starts, ends = c.starts_N[:, None], c.ends_N[:, None]
+    position = torch.maximum(starts, ends - width) + torch.arange(width, device=starts.device, dtype=torch.int32)
     return torch.where(position < ends, position, -1).to(torch.int32)
 
 
 def oracle(c: SelectionContext) -> Tensor:
-    """The k keys to which the true attention gives most, heads summed: the best that any selection of this size can do."""
-
-    def select(rows: slice) -> Tensor:
-        return ops.select_topk(c.head_mass(rows), c.k, c.pack.starts_N[rows], c.pack.ends_N[rows], backend=c.backend)
-
-    return torch.cat([select(rows) for rows in c.row_slices()])
+    """The k keys to which the true attention gives most, heads summed: a reference, though no bound on what a selection can reach."""
+    return torch.cat([block.select(block.head_mass()) for block in c.blocks()])
 
 
 def dense(c: SelectionContext) -> None:
@@ -117,26 +141,74 @@ def dense(c: SelectionContext) -> None:
     return None
 
 
-SELECTIONS: dict[str, Selection] = {"indexer": indexer, "window": window, "oracle": oracle, "dense": dense}
+def join(a_NK: Tensor, b_NK: Tensor) -> Tensor:
+    """The union of two index sets per query: (N, K_a + K_b) int32, ascending and without duplicates, then -1.
+
+    Both as selectors return them. Looks at no value, so that a GPU's queue does not stop.
+    """
+    last = torch.iinfo(torch.int32).max
+    both = torch.cat((a_NK, b_NK), dim=1).to(torch.int32)
+    both = both.masked_fill(both < 0, last).sort(dim=1).values
+    again = torch.zeros_like(both, dtype=torch.bool)
+    again[:, 1:] = both[:, 1:] == both[:, :-1]
+    both = both.masked_fill(again, last).sort(dim=1).values
+    return both.masked_fill(both == last, -1)
 
 
-def resolve(selection: str | Selection) -> Selection:
-    if not isinstance(selection, str):
-        return selection
-    if selection not in SELECTIONS:
-        raise UserError(f"selection {selection!r} is unknown; use one of {', '.join(SELECTIONS)} or a function")
-    return SELECTIONS[selection]
+SELECTORS: Mapping[str, Selector] = MappingProxyType(
+    {"indexer": indexer, "window": window, "oracle": oracle, "dense": dense}
+)
 
 
-@contextmanager
-def selecting(model, selection: str | Selection, top_k: int | None = None) -> Iterator[None]:
-    """Within the block `model` selects by `selection` (a name or a function), `top_k` keys per query if given."""
-    before = model.selection, model.top_k
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}; the number of selected keys must be at least 1")
-    model.selection = resolve(selection)
-    model.top_k = top_k if top_k is not None else model.top_k
+def resolve(selector: str | Selector) -> Selector:
+    """A selector by its name, by `module:function`, or as it is. UserError for a name that names none."""
+    if not isinstance(selector, str):
+        return selector
+    if selector in SELECTORS:
+        return SELECTORS[selector]
+    module, colon, name = selector.partition(":")
+    if not colon or not module or not name:
+        raise UserError(
+            f"selection {selector!r} is unknown; use one of {', '.join(SELECTORS)}, or module:function for your own"
+        )
     try:
-        yield
-    finally:
-        model.selection, model.top_k = before
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise  # the module is there, and wants one that is not
+        raise UserError(f"selection {selector}: there is no module {error.name}; is it on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise UserError(f"selection {selector}: module {module} has no {name}") from error
+    if not callable(found):
+        raise UserError(f"selection {selector}: {name} is no function")
+    return found
+
+
+def is_own(selector: Selector) -> bool:
+    """Whether the selector is one of `SELECTORS`, which keep to the contract."""
+    return selector in SELECTORS.values()
+
+
+def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> None:
+    """UserError naming the query for what a selector may not return: another shape or dtype, a key that its query may not see, a key
+    twice, or positions that do not ascend. Looks at values."""
+    name = getattr(selector, "__name__", type(selector).__name__)
+    if not isinstance(indices_NK, Tensor) or indices_NK.dim() != 2 or indices_NK.shape[0] != len(c):
+        got = tuple(indices_NK.shape) if isinstance(indices_NK, Tensor) else type(indices_NK).__name__
+        raise UserError(f"selection {name} returned {got} in layer {c.layer}; return ({len(c)}, K) int32 positions")
+    if indices_NK.dtype not in (torch.int32, torch.int64):
+        raise UserError(f"selection {name} returned {indices_NK.dtype} in layer {c.layer}; return int32 positions")
+    used = indices_NK >= 0
+    unseen = ((indices_NK < c.starts_N[:, None]) | (indices_NK >= c.ends_N[:, None])) & used
+    before, after = indices_NK[:, :-1], indices_NK[:, 1:]
+    disorder = (after <= before) & used[:, 1:]  # -1 in front of a position is disorder too
+    disorder |= used[:, 1:] & ~used[:, :-1]
+    for wrong, what in (
+        ((indices_NK < -1).any(1), "a negative position other than -1"),
+        (unseen.any(1), "a key that its query may not see: outside of [starts, ends)"),
+        (disorder.any(1), "positions that do not ascend, or a key twice; join() puts sets in order"),
+    ):
+        if bool(wrong.any()):
+            raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {what}")

@@ -26,7 +26,9 @@ def serve(
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}; pip install 'tokensieve[serve]'")
     from tokensieve.engine import EngineConfig, engine_on
-    from tokensieve.model import check_tokenizer, joined, load_rank, load_tokenizer
+    from tokensieve.engine.tensor_parallel import load_rank
+    from tokensieve.mesh import join_mesh
+    from tokensieve.model import check_tokenizer, load_tokenizer
     from tokensieve.serve import server
     from tokensieve.serve.settings import ServeConfig
 
@@ -34,7 +36,7 @@ def serve(
     config = ServeConfig(path.resolve().name if path.is_dir() else model, **settings)
     engine_config = EngineConfig(**options)
     with ExitStack() as stack:
-        ranks = stack.enter_context(joined(device))
+        ranks = stack.enter_context(join_mesh(device))
         # before the model is read: a port in use is known at once
         listening = stack.enter_context(server.listen(host, port)) if ranks.leads else None
         loaded = load_rank(model, ranks)

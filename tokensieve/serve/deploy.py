@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tokensieve.checkpoint import Header, exportable, read_config, tensor_headers
-from tokensieve.config import ModelConfig, UserError, model_config
+from tokensieve.config import UserError
 from tokensieve.cost import index_bytes, latent_bytes, shape_of
+from tokensieve.engine.runner import QUANTIZED_ENTRY
+from tokensieve.families import ModelConfig, family_of, is_sparse, model_config
 from tokensieve.model import model_path
-from tokensieve.model.supported import check_supported
 from tokensieve.serve.refusals import config_reasons, split_reasons, tensor_reasons, tokenizer_reasons
 
 log = logging.getLogger("tokensieve")
@@ -156,7 +157,7 @@ def plan(
     folder = model_path(model).absolute()
     raw = read_config(folder)
     config = model_config(raw)
-    check_supported(config)
+    family_of(config).check(config)
     by_requests = engine == "sglang" and hardware == "h200" and gpus > 1
     reasons = config_reasons(raw)
     reasons += [reason for reason in exportable(config) if LABELS[engine] in reason.partition(":")[0]]
@@ -176,7 +177,7 @@ def plan(
     longest = config.max_position_embeddings
     if context is not None and context > longest:
         reasons.append(f"--context {context}: the model has {longest} positions; give at most as many")
-    sparse = config.model_type == "deepseek_v32"
+    sparse = is_sparse(config)
     shape = shape_of(config)
     per_token = latent_bytes(shape, "fp8" if engine == "vllm" and sparse else "bf16") + index_bytes(shape, "fp8")
     found = Deployment(
@@ -206,7 +207,7 @@ def plan(
 def _arguments(
     engine: str, raw: Mapping[str, Any], config: ModelConfig, gpus: int, hardware: str, context: int | None
 ) -> list[str]:
-    machine, sparse = HARDWARE[hardware], config.model_type == "deepseek_v32"
+    machine, sparse = HARDWARE[hardware], is_sparse(config)
     if engine == "vllm":
         arguments = ["--tensor-parallel-size", str(gpus)]
     else:
@@ -214,7 +215,7 @@ def _arguments(
         if hardware == "h200" and gpus > 1:
             arguments += ["--dp", str(gpus), "--enable-dp-attention"]
         arguments += [*machine.arguments, *(machine.sparse_arguments if sparse else ())]
-        if not sparse and machine.fp8 and (config.kv_lora_rank, config.qk_rope_head_dim) != (512, 64):
+        if not sparse and machine.fp8 and family_of(config).entry(config) != QUANTIZED_ENTRY:
             arguments += ["--attention-backend", "triton"]  # the default kernels are built for these widths alone
     stored = str(raw.get("torch_dtype") or raw.get("dtype") or "").removeprefix("torch.")
     if stored != "bfloat16":  # SGLang would take float16 for float32, which the sparse kernels do not read

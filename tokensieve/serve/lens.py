@@ -11,8 +11,8 @@ from pydantic import Field
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Sampling, Service
-from tokensieve.engine.lens import Look
 from tokensieve.engine.text import Pieces
+from tokensieve.engine.trace import LayerTrace
 from tokensieve.serve import document
 from tokensieve.serve.errors import ApiError
 from tokensieve.serve.gate import Record
@@ -38,7 +38,7 @@ def text_of(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:
     return "".join(text), starts
 
 
-def answer(tokenizer: Any, body: LensRequest, looks: Sequence[Look]) -> JSONResponse:
+def answer(tokenizer: Any, body: LensRequest, looks: Sequence[LayerTrace]) -> JSONResponse:
     """A million numbers at a long context: not for the thread in which everybody's answers are sent."""
     text, starts = text_of(tokenizer, body.token_ids)
     layers = [{"read": len(look.selected), **vars(look)} for look in looks]
@@ -55,12 +55,12 @@ def router(service: Service, tokenizer: Any, config: ServeConfig) -> APIRouter:
         record: Record = request.scope["state"]["record"]
         record.model, record.prompt_tokens = body.model, len(body.token_ids)
         sampling = Sampling(max_tokens=1, ignore_eos=True)
-        asked = engine.Request(record.id, tuple(body.token_ids), sampling, selection, lens=True)
+        asked = engine.Request(record.id, tuple(body.token_ids), sampling, selection, trace=True)
         first = await unless_gone(request.receive, _first(service, asked))
         if first.finish == "error":
             raise ApiError(500, f"{first.error}; the request may be sent again", code="engine_error")
         record.cached_tokens = first.cached_tokens
-        return await run_in_threadpool(answer, tokenizer, body, first.looks)
+        return await run_in_threadpool(answer, tokenizer, body, first.trace)
 
     return routes
 

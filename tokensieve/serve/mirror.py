@@ -35,7 +35,7 @@ class Mirror:
             task.add_done_callback(self._tasks.discard)
 
     async def _repeat(self, asked: Request, tokens: Sequence[int]) -> None:
-        other = replace(asked, id=f"{asked.id}-mirror", selection="indexer" if asked.selection == "dense" else "dense")
+        other = replace(asked, id=f"{asked.id}-mirror", selector="indexer" if asked.selector == "dense" else "dense")
         again: list[int] = []
         finish: str | None = None
         if self._service.load.waiting:
@@ -51,5 +51,5 @@ class Mirror:
         except (Busy, Stopping, UserError) as error:
             log_event("mirror", id=asked.id, skipped=str(error))
             return
-        told = {"id": asked.id, "selection": asked.selection, "tokens": [len(tokens), len(again)], "finish": finish}
+        told = {"id": asked.id, "selection": asked.selector, "tokens": [len(tokens), len(again)], "finish": finish}
         log_event("mirror", **told, **difference(tokens, again))

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokensieve.checkpoint import ARCHITECTURES, Header, expected_tensors
-from tokensieve.config import ModelConfig, UserError
+from tokensieve.checkpoint import Header, expected_tensors
+from tokensieve.config import UserError
+from tokensieve.families import FAMILIES, ModelConfig
 from tokensieve.model import check_tokenizer, load_tokenizer
 
 FP8_BLOCK = 128  # rows and columns that share a scale: the one size that their kernels are built for
@@ -39,9 +40,9 @@ def config_reasons(raw: Mapping[str, Any]) -> list[str]:
         remedy = "write the checkpoint again with tokensieve.save"
         reasons.append(f"config.json lacks {', '.join(missing)}, which the engines read by that name; {remedy}")
     named = (raw.get("architectures") or [None])[0]
-    if named != ARCHITECTURES[kind]:
+    if named != FAMILIES[kind].architecture:
         reasons.append(
-            f"config.json: architectures names {named}, which engines go by; it must be {ARCHITECTURES[kind]}"
+            f"config.json: architectures names {named}, which engines go by; it must be {FAMILIES[kind].architecture}"
         )
     if kind != "deepseek_v2" and raw.get("topk_method", "noaux_tc") != "noaux_tc":
         reasons.append(

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from tokensieve.config import UserError
 
@@ -40,7 +39,7 @@ class ServeConfig:
     def models(self) -> tuple[str, ...]:
         return (self.name, self.name + DENSE) if self.dense else (self.name,)
 
-    def selection_of(self, model: str) -> Literal["indexer", "dense"]:
+    def selection_of(self, model: str) -> str:
         """Who selects keys for a model of this id."""
         if model not in self.models:
             raise UnknownModel(f"there is no model {model!r}; there is {' and '.join(self.models)}")

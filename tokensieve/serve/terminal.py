@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Request, Sampling
 
 Message = dict[str, str]
-Selects = Literal["indexer", "dense"]
+Selects = str
 ID = "conversation"
 HELP = "/exit ends, /clear forgets what was said, Ctrl-C stops an answer"
 

@@ -8,34 +8,65 @@ their number. TRL computes the loss itself from the trunk's hidden states. None 
 of them: it is injected in the backward pass with a weight of its own, which this callback keeps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tokensieve.config import UserError
-from tokensieve.model import KLScale, Trunk
+from tokensieve.model import ForwardOptions, KLScale, Objective, Trunk
+from tokensieve.train.learning import check_indexers, is_indexer, learning
+
+
+@contextmanager
+def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterator["KLCallback"]:
+    """Within the block `model` trains its indexers, under whatever loop calls it; afterwards it is as it was, but for its weights.
+
+    "warmup": only the indexers learn, on equation (3); `loss` is the KL and no logits are made. "adapt": the indexers learn on equation (4),
+    whose gradient is injected in the attention's backward pass, and everything else that requires gradients on the trainer's own loss.
+
+        with tokensieve.training(model, "adapt") as kl:
+            Trainer(model, ..., callbacks=[kl]).train()      # or TRL's SFTTrainer
+
+    Hugging Face trainers need the callback, which keeps the KL's scale; in a loop of your own the KL is the mean over each call's valid
+    queries. `model` may be wrapped (PEFT). UserError for a model without indexers. Source: equations (3) and (4).
+    """
+    trunk = next((m for m in model.modules() if isinstance(m, Trunk)), None)
+    if trunk is None:
+        raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
+    check_indexers(model, objective)
+    callback = KLCallback(trunk, objective)
+    with learning(model, "indexers" if objective == "warmup" else "all"):
+        hook = trunk.register_forward_pre_hook(callback.before_forward, with_kwargs=True)
+        try:
+            yield callback
+        finally:
+            callback.close()
+            hook.remove()
 
 
 class KLCallback(TrainerCallback):
     """Makes the indexers' gradients those of the mean KL over the valid queries of the optimizer step, however it is cut up.
 
-    Call `model.train_for("warmup")` or `("adapt")`, then give the callback to `Trainer(..., callbacks=[KLCallback()])` or to TRL's
-    `SFTTrainer`. Micro-batches may hold different numbers of valid queries (padding, several processes): the mean is kept as a running
+    `training` makes it. Micro-batches may hold different numbers of valid queries (padding, several processes): the mean is kept as a running
     one, each call weighted by its share of the queries so far and the gradients that are already there by the rest. `kl`, in nats per query
     and layer, joins the logs. The trainer clips all gradients together; our own loop clips the indexers apart.
 
     Raises UserError when training begins for what it cannot make exact: a model without indexers to train, float16 (its gradient scaler
     would divide a gradient that was never multiplied), several GPUs in one process, FSDP and DeepSpeed (they keep gradients elsewhere),
     tensor and context parallelism, torch_compile, and label smoothing (transformers smooths this model's labels unshifted); while training,
-    for two forward passes before one backward pass. Source: equations (3) and (4).
+    for two forward passes before one backward pass.
     """
 
-    def __init__(self) -> None:
-        self._trunk: Trunk | None = None
+    def __init__(self, trunk: Trunk, objective: Literal["warmup", "adapt"]) -> None:
+        self._trunk, self._objective = trunk, objective
+        self._scale: KLScale | None = None  # None: no trainer has begun
         self._hooks: list[Any] = []
         self._indexers: list[torch.nn.Parameter] = []
         self._seen = 0.0  # valid queries of the step so far, over all processes
@@ -46,10 +77,9 @@ class KLCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        trunk = next((m for m in model.modules() if isinstance(m, Trunk)), None)
-        if trunk is None or trunk.objective == "none":
-            raise UserError('KLCallback: no indexer loss to scale; call model.train_for("warmup") or ("adapt") first')
-        indexers = [x for name, x in trunk.named_parameters() if ".indexer." in name and x.requires_grad]
+        indexers = [x for name, x in self._trunk.named_parameters() if is_indexer(name) and x.requires_grad]
+        if model is not None and all(module is not self._trunk for module in model.modules()):
+            raise UserError("KLCallback: the trainer's model is another one; give training() the same")
         parallelism = getattr(args, "parallelism_config", None)
         for wrong, what in (
             (not indexers, "every indexer is frozen; let its parameters require gradients"),
@@ -63,14 +93,13 @@ class KLCallback(TrainerCallback):
         ):
             if wrong:
                 raise UserError(f"KLCallback: {what}")
-        self._close()
-        self._trunk, self._indexers = trunk, indexers
+        self.close()
+        self._indexers = indexers
         self._kl, self._queries, self._seen, self._waiting = 0.0, 0.0, 0.0, False
         across = args.world_size if args.average_tokens_across_devices else 1
-        trunk.kl_scale = KLScale(divisor=args.gradient_accumulation_steps * across)
+        self._scale = KLScale(divisor=args.gradient_accumulation_steps * across)
         self._hooks = [
-            trunk.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            trunk.register_forward_hook(self._after_forward),
+            self._trunk.register_forward_hook(self._after_forward),
             indexers[0].register_post_accumulate_grad_hook(self._after_backward),
         ]
 
@@ -97,25 +126,34 @@ class KLCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Forgets the trainer."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        if self._trunk is not None:
-            self._trunk.kl_scale = None
+        self._hooks, self._scale = [], None
 
-    def _before_forward(self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert trunk.kl_scale is not None
-        if not _trains(trunk):
-            trunk.kl_scale = replace(trunk.kl_scale, share=1.0)
-            return
+    def before_forward(
+        self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Gives the pass its objective, with the KL's weight in the step, unless the call has one of its own."""
+        given = kwargs.get("options") or ForwardOptions()
+        if given.objective is not None:
+            return args, kwargs
+        scale = None if self._scale is None else self._weighed(kwargs)
+        options = given.over(ForwardOptions(objective=Objective(self._objective, scale)))
+        return args, kwargs | {"options": options}
+
+    def _weighed(self, inputs: dict[str, Any]) -> KLScale:
+        assert self._scale is not None
+        if not _trains(self._trunk):
+            return self._scale
         if self._waiting:
             raise UserError(
                 "KLCallback: two forward passes before a backward pass; the KL's scale is exact only where each loss is one pass"
             )
-        here = _valid_queries(kwargs)
+        here = _valid_queries(inputs)
         everywhere, processes = here, 1
         if dist.is_initialized() and dist.get_world_size() > 1:
             total = torch.tensor(here, dtype=torch.float64, device=self._indexers[0].device)
@@ -126,15 +164,15 @@ class KLCallback(TrainerCallback):
             for parameter in self._indexers:
                 if parameter.grad is not None:
                     parameter.grad.mul_(before / self._seen)
-        # Processes average their gradients, hence the factor.
-        trunk.kl_scale = replace(trunk.kl_scale, share=processes * here / max(1.0, self._seen))
         self._waiting = True
+        # Processes average their gradients, hence the factor.
+        return replace(self._scale, share=processes * here / max(1.0, self._seen))
 
     def _after_forward(self, trunk: Trunk, args: tuple[Any, ...], output: Any) -> None:
-        assert trunk.kl_scale is not None
-        if _trains(trunk) and output.kl is not None and trunk.kl_scale.share:
-            count = trunk.kl_scale.share * max(1.0, self._seen)
-            self._kl = self._kl + output.kl.detach() / trunk.kl_scale.share * count
+        scale = None if output.objective is None else output.objective.scale
+        if _trains(trunk) and output.kl is not None and scale is not None and scale.share:
+            count = scale.share * max(1.0, self._seen)
+            self._kl = self._kl + output.kl.detach() / scale.share * count
             self._queries += count
 
     def _after_backward(self, parameter: Tensor) -> None:

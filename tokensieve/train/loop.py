@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +23,14 @@ from torch.utils.data import DataLoader, Subset
 
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
-from tokensieve.machine import choose_device
+from tokensieve.machine import choose_device, rank_info
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
-from tokensieve.train.rehearsal import estimate
-from tokensieve.train.schedule import check_phases, lr_share, place, total_steps
-from tokensieve.train.stage import Stage, StepTotals, backward
+from tokensieve.train.estimate import estimate
+from tokensieve.train.learning import check_indexers, is_indexer, learning
+from tokensieve.train.schedule import check_phases, lr_share, position, total_steps
+from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 from tokensieve.train.state import (
     CONFIG,
     RunState,
@@ -52,6 +54,158 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the run has been saved; the message says where and how to go on."""
 
 
+class Run:
+    """One training run: what it trains, on what, and how far it is.
+
+    Raises UserError on bad configs and data, before anything is trained.
+    """
+
+    def __init__(self, config: TrainConfig, model: DecoderForCausalLM | None = None, resume: bool = False):
+        """model: trained in place of `config.model`. resume: continues from the newest checkpoint of `config.out`, if there is one."""
+        if (size := rank_info().size) > 1:
+            raise UserError(
+                f"torchrun started {size} processes, and training runs in one so far; start it without torchrun"
+            )
+        check_phases(config.phases)
+        self.config, self.out = config, Path(config.out)
+        done = checkpoints(self.out)
+        if done and not resume:
+            raise UserError(
+                f"{self.out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder"
+            )
+        self.device = torch.device(choose_device(config.device))
+        if done:
+            self.model, self.first = load(done[-1], torch.float32, self.device), read_state(done[-1]).step
+        else:
+            self.model, self.first = _start(config, model).to(self.device), 0
+        self.last = total_steps(config.phases)
+        self.stage = STAGES[config.stage]
+        self.options = options_of(self.stage, config)
+        if self.stage.objective(config) != "none":
+            check_indexers(self.model, config.stage)
+        self._resumed = done[-1] if done else None
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator["Run"]:
+        """Within the block the model trains. Afterwards it is as it was, but for its weights."""
+        config, model = self.config, self.model
+        was_training, checkpointing = model.training, model.model.gradient_checkpointing
+        compiled: list[torch.nn.Module] = []
+        with learning(model, self.stage.learners(config)):
+            model.model.gradient_checkpointing = config.activation_checkpointing
+            try:
+                self._load_data()
+                self._restore()
+                model.train()
+                if self.first < self.last:
+                    log.info("%s: %s", config.stage, estimate(config, self.stage, model, self.device))
+                if config.compile:
+                    compiled = self._compile()
+                yield self
+            finally:
+                for unit in compiled:
+                    unit._compiled_call_impl = None
+                model.model.gradient_checkpointing = checkpointing
+                model.zero_grad(set_to_none=True)
+                model.train(was_training)
+
+    def _load_data(self) -> None:
+        config = self.config
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        check_tokenizer(tokenizer, self.model.config)
+        _check_positions(config, self.model)
+        self.datasets = [
+            build_dataset(config.data, tokenizer, p.context, p.steps * p.sequences, config.seed + 1000 * i)
+            for i, p in enumerate(config.phases)
+        ]
+        self.fingerprint = _fingerprint(config, [d.fingerprint for d in self.datasets])
+
+    def _restore(self) -> None:
+        """The optimizer, and the random state: the run's beginning, or where its last checkpoint left off."""
+        self.optimizer = make_optimizer(self.config, self.model, self.device)
+        torch.manual_seed(self.config.seed)
+        if self._resumed is not None:
+            if read_state(self._resumed).fingerprint != self.fingerprint:
+                raise UserError(
+                    f"{self.out}: {what_differs(self.out, to_dict(self.config))}; resume with the same, or name another folder"
+                )
+            restore_optimizer(self._resumed, self.model, self.optimizer)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / CONFIG).write_text(json.dumps(to_dict(self.config), indent=2))
+        except OSError as error:
+            raise UserError(
+                f"{self.out}: cannot be written ({error.strerror}); free space, or name another run folder"
+            ) from error
+
+    def _compile(self) -> list[torch.nn.Module]:
+        # An indexer's loss keeps a program from being whole, and a layer in pieces gains little over its feed-forward part.
+        whole = self.stage.objective(self.config) == "none"
+        units = [layer if whole else cast(DecoderLayer, layer).mlp for layer in self.model.model.layers]
+        for unit in units:
+            unit.compile()
+        return units
+
+    def batches(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """(step, micro-batches) from the first step that is left to do."""
+        return _batches(self.config, self.datasets, self.first, self.last)
+
+    def step(self, number: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimizer step. Returns its figures. UserError, before anything is changed, if a loss or a gradient is not finite."""
+        config, model, optimizer = self.config, self.model, self.optimizer
+        begin = time.perf_counter()
+        totals = StepTotals(
+            labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
+        )
+        yarn = config.phases[position(config.phases, number).phase].yarn
+        share = lr_share(config.optimizer, config.phases, number)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        sums: dict[str, Tensor] = {}
+        loads: tuple[Tensor, ...] = ()
+        try:
+            for batch in micro:
+                options = replace(self.options, yarn=yarn)
+                losses = backward(self.stage, model, batch, totals, options, self.device)
+                for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
+                    if value is not None:
+                        sums[name] = sums[name] + value if name in sums else value
+                loads = tuple(a + b for a, b in zip(loads, losses.loads, strict=True)) if loads else losses.loads
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise UserError(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
+        with_gradient = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+        indexers = [p for name, p in with_gradient if is_indexer(name)]
+        trunk = [p for name, p in with_gradient if not is_indexer(name)]
+        norms = {
+            "grad_norm": torch.nn.utils.clip_grad_norm_(trunk, config.optimizer.clip) if trunk else None,
+            "indexer_grad_norm": torch.nn.utils.clip_grad_norm_(indexers, config.optimizer.indexer_clip)
+            if indexers
+            else None,
+        }
+        figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
+        if not all(math.isfinite(v) for v in figures.values()):
+            raise UserError(
+                f"step {number + 1}: the loss or a gradient is not finite "
+                f"({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); {DIVERGED}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage.after_step is not None:
+            self.stage.after_step(model, config, loads)
+        seconds = time.perf_counter() - begin
+        return figures | {
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
+            "tokens_per_second": totals.queries / seconds,
+        }
+
+    def save(self, done: int) -> Path:
+        """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact."""
+        return save_state(self.out, self.model, self.optimizer, RunState(done, self.fingerprint), self.config.keep)
+
+
 def run(
     config: TrainConfig,
     model: DecoderForCausalLM | None = None,
@@ -61,83 +215,33 @@ def run(
 ) -> DecoderForCausalLM:
     """Trains and returns the model, in evaluation mode, its last checkpoint in `config.out`.
 
-    `model`: trained in place of `config.model` (a path or bundled name). `resume` continues from the newest checkpoint of `config.out`,
-    or begins where there is none. `on_step(step, figures)` is called after every step. Raises UserError on bad configs and data, a NaN
-    loss or a full disk (the last checkpoint stays), and Interrupted after Ctrl-C.
+    `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the last step and is
+    otherwise as it was. `resume` continues from the newest checkpoint of `config.out`, or begins if there is none. `on_step(step, figures)`
+    is called after every step. Raises UserError on bad configs and data, a NaN loss or a full disk (the last checkpoint stays), and
+    Interrupted after Ctrl-C.
     """
-    check_phases(config.phases)
-    out = Path(config.out)
-    done = checkpoints(out)
-    if done and not resume:
-        raise UserError(
-            f"{out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder"
-        )
-    device = torch.device(choose_device(config.device))
-    if done:
-        model, first = load(done[-1], torch.float32, device), read_state(done[-1]).step
-    else:
-        model, first = _start(config, model).to(device), 0
-    stage = STAGES[config.stage]
-    stage.prepare(model, config)
-    model.model.gradient_checkpointing = config.activation_checkpointing
-    model.model.backend = config.backend
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    check_tokenizer(tokenizer, model.config)
-    _check_positions(config, model)
-    datasets = [
-        build_dataset(config.data, tokenizer, p.context, p.steps * p.sequences, config.seed + 1000 * i)
-        for i, p in enumerate(config.phases)
-    ]
-    fingerprint = _fingerprint(config, [d.fingerprint for d in datasets])
-    optimizer = _optimizer(config, model, device)
-    torch.manual_seed(config.seed)
-    if done:
-        if read_state(done[-1]).fingerprint != fingerprint:
-            raise UserError(
-                f"{out}: {what_differs(out, to_dict(config))}; resume with the same, or name another folder"
-            )
-        restore_optimizer(done[-1], model, optimizer)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG).write_text(json.dumps(to_dict(config), indent=2))
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror}); free space, or name another run folder"
-        ) from error
-    last = total_steps(config.phases)
-    model.train()
-    if first < last:
-        log.info("%s: %s", config.stage, estimate(config, stage, model, device))
-    if config.compile:
-        for layer in model.model.layers:
-            # An indexer's loss keeps a program from being whole, and a layer in pieces gains little over its feed-forward part.
-            unit = layer if model.model.objective == "none" else cast(DecoderLayer, layer).mlp
-            unit.compile()
-    tracker = Tracker(config, first)
-    stop = _StopSignal()
-    try:
+    this = Run(config, model, resume)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(this.prepared())
+        tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first)))
         # Each kind of layer is compiled anew for every phase; past the usual limit of programs torch would go on without compiling.
-        many = torch._dynamo.config.patch(recompile_limit=64)
-        with stop, many, _bar(progress, config.stage, first, last) as advance:
-            for step, batch in _batches(config, datasets, first, last):
-                model.model.use_yarn(config.phases[place(config.phases, step).phase].yarn)
-                figures = _step(config, stage, model, optimizer, step, batch, device)
-                if (step + 1) % config.log_every == 0 or step + 1 == last:
-                    tracker.row(step + 1, figures)
-                if on_step is not None:
-                    on_step(step + 1, figures)
-                advance(figures)
-                due = config.save_every and (step + 1) % config.save_every == 0
-                if due or stop.asked or step + 1 == last:
-                    where = save_state(out, model, optimizer, RunState(step + 1, fingerprint), config.keep)
-                if stop.asked:
-                    raise Interrupted(f"saved {where} after step {step + 1} of {last}; continue with --resume")
-    finally:
-        tracker.close()
-    model.train_for("none")
-    model.model.backend = "auto"
-    model.model.use_yarn(True)
-    return model.eval()
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+        stop = stack.enter_context(_StopSignal())
+        advance = stack.enter_context(_bar(progress, config.stage, this.first, this.last))
+        for number, batch in this.batches():
+            figures = this.step(number, batch)
+            done = number + 1
+            if done % config.log_every == 0 or done == this.last:
+                tracker.row(done, figures)
+            if on_step is not None:
+                on_step(done, figures)
+            advance(figures)
+            due = config.save_every and done % config.save_every == 0
+            if due or stop.asked or done == this.last:
+                where = this.save(done)
+            if stop.asked:
+                raise Interrupted(f"saved {where} after step {done} of {this.last}; continue with --resume")
+    return this.model.eval()
 
 
 def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForCausalLM:
@@ -165,7 +269,7 @@ def _batches(
     """(step, micro-batches) from `first` on; each phase reads its own dataset from where the step begins."""
     step = first
     while step < last:
-        at = place(config.phases, step)
+        at = position(config.phases, step)
         phase = config.phases[at.phase]
         dataset = datasets[at.phase]
         rest = Subset(dataset, range(at.sequence, len(dataset)))
@@ -191,57 +295,6 @@ def _leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _step(
-    config: TrainConfig,
-    stage: Stage,
-    model: DecoderForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    micro: list[dict[str, Tensor]],
-    device: torch.device,
-) -> dict[str, float]:
-    begin = time.perf_counter()
-    totals = StepTotals(labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro))
-    share = lr_share(config.optimizer, config.phases, step)
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-    sums: dict[str, Tensor] = {}
-    try:
-        for batch in micro:
-            losses = backward(stage, model, batch, totals, device)
-            for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
-                if value is not None:
-                    sums[name] = sums[name] + value if name in sums else value
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        raise UserError(f"step {step + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
-    indexers = [p for p in model.indexer_parameters() if p.grad is not None]
-    own = {id(p) for p in indexers}
-    trunk = [p for p in model.parameters() if p.grad is not None and id(p) not in own]
-    norms = {
-        "grad_norm": torch.nn.utils.clip_grad_norm_(trunk, config.optimizer.clip) if trunk else None,
-        "indexer_grad_norm": torch.nn.utils.clip_grad_norm_(indexers, config.optimizer.indexer_clip)
-        if indexers
-        else None,
-    }
-    figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
-    if not all(math.isfinite(v) for v in figures.values()):
-        raise UserError(
-            f"step {step + 1}: the loss or a gradient is not finite ({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); {DIVERGED}"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if stage.after_step is not None:
-        stage.after_step(model, config)
-    seconds = time.perf_counter() - begin
-    return figures | {
-        "lr": optimizer.param_groups[0]["lr"],
-        "seconds": seconds,
-        "tokens_per_second": totals.queries / seconds,
-    }
-
-
 def _label_weight(batch: dict[str, Tensor]) -> float:
     # In NumPy: so short a sum is not worth waking torch's threads for, whose cores the data's workers use.
     predicted = batch["labels"].numpy()[:, 1:] != -100
@@ -249,7 +302,7 @@ def _label_weight(batch: dict[str, Tensor]) -> float:
     return float(predicted.sum() if weights is None else weights.numpy()[:, 1:][predicted].sum(dtype="float64"))
 
 
-def _optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
     o = config.optimizer
     indexers = {id(p) for p in model.indexer_parameters()}
     groups: dict[tuple[float, float], list] = {}

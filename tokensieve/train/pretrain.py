@@ -1,8 +1,9 @@
 """Pretraining of a small dense model: cross-entropy, expert load balanced by the router's correction bias."""
 
 import torch
+from transformers import DeepseekV3Config
 
-from tokensieve.config import DeepseekV3Config, TrainConfig, UserError
+from tokensieve.config import TrainConfig, UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.moe import Router
 from tokensieve.train.stage import Stage, language_losses
@@ -33,23 +34,16 @@ def routers(model: DecoderForCausalLM) -> list[Router]:
     return [m for m in model.modules() if isinstance(m, Router) and not m.softmax]
 
 
-def prepare(model: DecoderForCausalLM, config: TrainConfig) -> None:
-    model.train_for("none")
-    for router in routers(model):
-        router.load_E = torch.zeros(router.experts, dtype=torch.int64, device=router.weight.device)
-
-
 @torch.no_grad()
-def balance(model: DecoderForCausalLM, config: TrainConfig) -> None:
-    """Moves each expert's bias by `balance_rate` towards even load: up where it got fewer tokens than the mean, down where more.
+def balance(model: DecoderForCausalLM, config: TrainConfig, loads: tuple[torch.Tensor, ...]) -> None:
+    """Moves each expert's bias by `balance_rate` towards even load: up if it got fewer tokens than the mean, down if more.
 
-    Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
+    loads: per router, the tokens sent to each expert (E) in the step. Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load
+    balancing.
     """
-    for router in routers(model):
-        assert router.load_E is not None
-        load = router.load_E.float()
+    for router, load_E in zip(routers(model), loads, strict=True):
+        load = load_E.float()
         router.e_score_correction_bias += config.balance_rate * torch.sign(load.mean() - load)
-        router.load_E.zero_()
 
 
-STAGE = Stage(prepare, language_losses, balance)
+STAGE = Stage(lambda config: "none", lambda config: "all", language_losses, balance)

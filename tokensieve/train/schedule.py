@@ -6,16 +6,16 @@ from typing import NamedTuple
 from tokensieve.config import OptimizerConfig, PhaseConfig, UserError
 
 
-class Place(NamedTuple):
+class SchedulePosition(NamedTuple):
     phase: int
     step: int  # within the phase
     sequence: int  # first sequence of the step within the phase
 
 
-def place(phases: tuple[PhaseConfig, ...], step: int) -> Place:
+def position(phases: tuple[PhaseConfig, ...], step: int) -> SchedulePosition:
     for number, phase in enumerate(phases):
         if step < phase.steps:
-            return Place(number, step, step * phase.sequences)
+            return SchedulePosition(number, step, step * phase.sequences)
         step -= phase.steps
     raise ValueError(f"step {step} is past the end of the run")
 
@@ -33,7 +33,7 @@ def lr_share(optimizer: OptimizerConfig, phases: tuple[PhaseConfig, ...], step: 
     else:
         progress = (step - warm) / max(1, total - warm)
         share = optimizer.lr_end + (1 - optimizer.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
-    number, inside, _ = place(phases, step)
+    number, inside, _ = position(phases, step)
     phase = phases[number]
     end = phase.lr_scale if phase.lr_scale_end is None else phase.lr_scale_end
     return share * (phase.lr_scale + (end - phase.lr_scale) * inside / max(1, phase.steps - 1))

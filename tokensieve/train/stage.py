@@ -5,7 +5,8 @@ Legend: B sequences of a micro-batch, S tokens each, N = B * S; D hidden width.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tokensieve import cost
 from tokensieve.config import TrainConfig
-from tokensieve.model import DecoderForCausalLM, KLScale
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
+from tokensieve.model.selection import resolve
+from tokensieve.train.learning import Learners
 
 
 @dataclass(frozen=True)
@@ -33,30 +36,52 @@ class Losses:
     total: Tensor
     lm: Tensor | None  # nats per predicted token
     kl: Tensor | None  # nats per query, mean over layers
+    loads: tuple[Tensor, ...] = ()  # per layer with experts: tokens sent to each expert (E)
 
 
 @dataclass(frozen=True)
 class Stage:
-    prepare: Callable[[DecoderForCausalLM, TrainConfig], None]  # what trains, on which objective
-    losses: Callable[[DecoderForCausalLM, dict[str, Tensor], StepTotals], Losses]
-    after_step: Callable[[DecoderForCausalLM, TrainConfig], None] | None = None
+    """objective: what its passes teach the indexers. learners: which parameters learn. after_step: gets the step's expert loads."""
+
+    objective: Callable[[TrainConfig], Literal["none", "warmup", "adapt"]]
+    learners: Callable[[TrainConfig], Learners]
+    losses: Callable[[DecoderForCausalLM, dict[str, Tensor], StepTotals, ForwardOptions], Losses]
+    after_step: Callable[[DecoderForCausalLM, TrainConfig, tuple[Tensor, ...]], None] | None = None
+
+
+def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
+    """How the passes of a run go, but for the KL's scale, which is each step's own."""
+    selector = config.selection if isinstance(config.selection, str) else "indexer" if config.selection else "dense"
+    return ForwardOptions(
+        selector=resolve(selector),
+        backend=config.backend,
+        objective=Objective(stage.objective(config)),
+    )
 
 
 def backward(
-    stage: Stage, model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals, device: torch.device
+    stage: Stage,
+    model: DecoderForCausalLM,
+    batch: dict[str, Tensor],
+    totals: StepTotals,
+    options: ForwardOptions,
+    device: torch.device,
 ) -> Losses:
     """Forward and backward of one micro-batch; on CUDA under bfloat16 autocast."""
     moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    objective = options.objective or Objective()
+    scaled = replace(options, objective=replace(objective, scale=KLScale(per_query=1.0 / totals.queries)))
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-        losses = stage.losses(model, moved, totals)
+        losses = stage.losses(model, moved, totals, scaled)
     losses.total.backward()
     return losses
 
 
-def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
-    """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along where an indexer trains."""
-    model.model.kl_scale = KLScale(per_query=1.0 / totals.queries)
-    out = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+def language_losses(
+    model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals, options: ForwardOptions
+) -> Losses:
+    """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along if an indexer trains."""
+    out = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options)
     assert out.last_hidden_state is not None
     # The labels are shifted and not the logits, whose gradient would have to be copied to a larger tensor.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
@@ -65,7 +90,8 @@ def language_losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals:
     if weights is not None:
         entropy = entropy * F.pad(weights[:, 1:], (0, 1)).flatten()
     loss = entropy.sum() / totals.labels
-    return Losses(loss, loss.detach(), None if out.kl is None else out.kl.detach())
+    loads = tuple(load for load in out.loads or () if load is not None)
+    return Losses(loss, loss.detach(), None if out.kl is None else out.kl.detach(), loads)
 
 
 def _entropies(head: nn.Linear, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:

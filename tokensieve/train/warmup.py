@@ -2,20 +2,14 @@
 
 from torch import Tensor
 
-from tokensieve.config import TrainConfig
-from tokensieve.model import DecoderForCausalLM, KLScale
+from tokensieve.model import DecoderForCausalLM, ForwardOptions
 from tokensieve.train.stage import Losses, Stage, StepTotals
 
 
-def prepare(model: DecoderForCausalLM, config: TrainConfig) -> None:
-    model.train_for("warmup")
-
-
-def losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals) -> Losses:
+def losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals, options: ForwardOptions) -> Losses:
     """The model's loss is the KL; labels play no part, so they are not passed on and no logits are computed."""
-    model.model.kl_scale = KLScale(per_query=1.0 / totals.queries)
-    loss = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).loss
+    loss = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options).loss
     return Losses(loss, None, loss.detach())
 
 
-STAGE = Stage(prepare, losses)
+STAGE = Stage(lambda config: "warmup", lambda config: "indexers", losses)

@@ -26,8 +26,8 @@ from torch import Tensor
 from tokensieve.engine.core import Engine, EngineConfig, default_pages
 from tokensieve.engine.request import Output, Request, Sampling
 from tokensieve.engine.sampling import Row
+from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.model.parallel import Ranks
 
 NEVER = timedelta(days=3650)  # those who follow hear nothing while nobody asks for anything
 
@@ -59,13 +59,13 @@ class Line:
 class OneOfRanks(Engine):
     """All ranks call its methods in the same order, with the same requests, whose seeds are fixed."""
 
-    def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig, ranks: Ranks):
-        self.ranks = ranks
-        pages = config.pages or default_pages(model, config.running, ranks.count)
-        super().__init__(model, tokenizer, replace(config, pages=ranks.least(pages)))
+    def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig, mesh: Mesh):
+        self.mesh = mesh
+        pages = config.pages or default_pages(model, config.running, mesh.size)
+        super().__init__(model, tokenizer, replace(config, pages=mesh.all_reduce_min(pages)))
 
     def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
-        return self.ranks.leaders(super()._choose(logits_BV, rows) if self.ranks.leads else [0] * len(rows))
+        return self.mesh.broadcast(super()._choose(logits_BV, rows) if self.mesh.leads else [0] * len(rows))
 
 
 class Leader(OneOfRanks):
@@ -152,24 +152,24 @@ def request_of(fields: dict[str, Any]) -> Request:
 
 @contextmanager
 def engine_on(
-    ranks: Ranks, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig | None = None
+    mesh: Mesh, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig | None = None
 ) -> Iterator[Engine | None]:
     """An engine on all ranks, for the leader's block to use; SIGTERM ends that in order, with status 0. For one rank an engine as any.
 
     The others do what the leader's does; their blocks get None, once the leader's has ended.
     """
     config = config or EngineConfig()
-    if ranks.count == 1:
+    if mesh.size == 1:
         yield Engine(model, tokenizer, config)
-    elif ranks.leads:
-        leader = Leader(model, tokenizer, config, ranks)
+    elif mesh.leads:
+        leader = Leader(model, tokenizer, config, mesh)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         try:
             yield leader
         finally:
             leader.end()
     else:
-        Follower(model, tokenizer, config, ranks).follow()
+        Follower(model, tokenizer, config, mesh).follow()
         yield None
 
 

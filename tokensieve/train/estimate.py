@@ -12,8 +12,7 @@ import torch
 from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.train.pretrain import routers
-from tokensieve.train.stage import Stage, StepTotals, backward
+from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
 SHORTEST = 512  # tokens of the rehearsed row, where the run's own are not shorter
 
@@ -26,7 +25,7 @@ def estimate(config: TrainConfig, stage: Stage, model: DecoderForCausalLM, devic
         tokens, rows = config.phases[0].context, config.phases[0].micro_batch
     one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
     flops = cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
-    rate = flops / rehearse(stage, model, tokens, rows, device)
+    rate = flops / rehearse(config, stage, model, tokens, rows, device)
     return cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
 
 
@@ -36,17 +35,20 @@ def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
     return min(max(p.context for p in config.phases), max(SHORTEST, 2 * model.top_k if selecting else 0))
 
 
-def rehearse(stage: Stage, model: DecoderForCausalLM, tokens: int, rows: int, device: torch.device) -> float:
+def rehearse(
+    config: TrainConfig, stage: Stage, model: DecoderForCausalLM, tokens: int, rows: int, device: torch.device
+) -> float:
     """Seconds of a forward and a backward pass over some rows. Leaves the model as it was and draws no random number."""
     positions = torch.arange(tokens).expand(rows, -1)
     ids = positions % model.config.vocab_size
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
     # The first pass also pays for what is set up once; beside a second that is little.
     while not seconds or (len(seconds) < 2 and seconds[0] < 1.0):
         begin = time.perf_counter()
         try:
-            backward(stage, model, batch, StepTotals(labels=ids.numel(), queries=ids.numel()), device)
+            backward(stage, model, batch, totals, options, device)
         except ValueError as error:
             if "NaN" not in str(error):  # NaN among the weights: the first step says so, with its number
                 raise
@@ -54,7 +56,4 @@ def rehearse(stage: Stage, model: DecoderForCausalLM, tokens: int, rows: int, de
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     model.zero_grad(set_to_none=True)
-    for router in routers(model):
-        if router.load_E is not None:
-            router.load_E.zero_()
     return min(seconds)

@@ -1,0 +1,74 @@
+"""The families of models that tokensieve knows: a table of rows, and how to find one's own.
+
+To add a family, write its row here or in one file beside `llama.py`: its config class, what is checked, its tensors' names, its entries.
+If no class of `tokensieve.model` attends as it does, that is the second file.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+from tokensieve.config import UserError
+from tokensieve.families import deepseek, llama
+from tokensieve.families.deepseek import SparseConfig
+from tokensieve.families.family import AttentionCost, Entry, Family
+from tokensieve.families.llama import SparseLlamaConfig
+
+__all__ = [
+    "FAMILIES",
+    "AttentionCost",
+    "Entry",
+    "Family",
+    "ModelConfig",
+    "SparseConfig",
+    "SparseLlamaConfig",
+    "family_of",
+    "is_sparse",
+    "model_config",
+]
+
+ModelConfig: TypeAlias = PreTrainedConfig  # of any family
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {row.model_type: row for row in (*deepseek.FAMILIES, *llama.FAMILIES)}
+)
+
+
+def family_of(config: Any, where: str = "config.json") -> Family:
+    """The row of a config object, or of the fields of a config.json. UserError for a model_type that no row has."""
+    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{where}: model_type {kind!r} is not supported; use a checkpoint of type {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[str(kind)]
+
+
+def is_sparse(config: Any) -> bool:
+    """Whether a model of this config has indexers."""
+    return family_of(config).sparse
+
+
+def model_config(raw: dict[str, Any]) -> Any:
+    """A config object from the contents of a config.json, published (rope_scaling) or written by transformers 5 (rope_parameters).
+
+    UserError for a family that is not known, and for a field whose value does not fit.
+    """
+    family = family_of(raw)
+    try:
+        config = family.config.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(
+            f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"
+        ) from error
+    if getattr(config, "mlp_bias", False) and not family.mlp_bias(config):
+        raise UserError(
+            "config.json: mlp_bias is not supported; no published model of this family has biases in its feed-forward layers"
+        )
+    topk = getattr(config, "index_topk", 1)
+    if topk < 1:
+        raise UserError(f"config.json: index_topk is {topk}; the number of selected keys must be at least 1")
+    return config

@@ -1,0 +1,178 @@
+"""What a family of models is, to configs, costs, checkpoints, the model and the engine: one row of one class.
+
+Whatever depends on the architecture is asked here; nobody else compares `model_type` or reads a field that only some families have.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from tokensieve.config import UserError
+
+Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
+
+
+class Entry(NamedTuple):
+    """Layout of what attention reads of one token: `groups` entries of `width` numbers.
+
+    The key is the first `d_k` numbers of an entry, the value the `d_v` numbers from `v_start` on. They may overlap, as under MLA.
+    """
+
+    groups: int
+    width: int
+    d_k: int
+    v_start: int
+    d_v: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that a token occupies, all groups together."""
+        return self.groups * self.width
+
+
+class AttentionCost(NamedTuple):
+    """What the attention of one layer costs, in numbers. `tokensieve.cost` makes FLOPs and bytes of them.
+
+    heads: query heads. weights: parameters that multiply each token. norms: parameters of norms inside the attention.
+    masked: multiplications per head, query and key, score and value, if keys and values are read per head.
+    gathered: the same if the cached entries themselves are read. score: those of the score alone, per head.
+    cached: numbers per token in the cache. rotated: how many of them carry positions and stay bfloat16 in an FP8 cache.
+    kept: numbers per token that one layer's backward pass needs. index_source: width of the input of the index queries.
+    """
+
+    heads: int
+    weights: int
+    norms: int
+    masked: int
+    gathered: int
+    score: int
+    cached: int
+    rotated: int
+    kept: int
+    index_source: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family. Methods take the family's config object, or its fields if a mapping is said.
+
+    sparse_form: model_type of the same model with indexers; None for a family that has them.
+    """
+
+    model_type: str
+    architecture: str  # transformers' name of the class, for config.json
+    config: type[PreTrainedConfig]
+    sparse_form: str | None
+
+    attention: ClassVar[Literal["latent", "grouped"]]  # the class of `tokensieve.model` that attends
+    sizes: ClassVar[tuple[str, ...]]  # fields that must be at least 1 if they are given
+    index_rope_field: ClassVar[str]  # field that says how many dims of an index head carry positions
+    derived: ClassVar[tuple[str, ...]] = ()  # fields that other fields say already: they are not written
+    divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
+
+    @property
+    def sparse(self) -> bool:
+        """Whether these models have indexers."""
+        return self.sparse_form is None
+
+    def check(self, config: Any) -> None:
+        """UserError naming the field of config.json that the model does not implement, or that contradicts another."""
+        for field in (*COMMON_SIZES, *self.sizes):
+            value = getattr(config, field, None)
+            if value is not None and value < 1:
+                raise UserError(f"config.json: {field} is {value}; it must be at least 1")
+        if config.hidden_act != "silu":
+            raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
+        kind = config.rope_parameters.get("rope_type", config.rope_parameters.get("type", "default"))
+        if kind not in ("default", "yarn"):
+            raise UserError(
+                f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'"
+            )
+
+    def sparse_fields(self, config: Any) -> dict[str, Any]:
+        """Fields of the sparse form's config that describe the dense model, model_type included."""
+        dropped = ("model_type", "architectures", "layer_types")
+        return {k: v for k, v in config.to_dict().items() if k not in dropped} | {"model_type": self.sparse_form}
+
+    # what a layer is made of
+
+    def dense_layer(self, config: Any, layer: int) -> bool:
+        """Whether this layer's feed-forward part is one MLP, without experts."""
+        return True
+
+    def softmax_router(self, config: Any) -> bool:
+        """Whether the router's scores are a softmax without a correction bias, rather than sigmoids with one."""
+        return False
+
+    def mlp_bias(self, config: Any) -> bool:
+        return False
+
+    def attention_tensors(self, config: Any) -> Shapes:
+        """Tensors on disk below `self_attn.`, the indexer's apart."""
+        raise NotImplementedError
+
+    def entry(self, config: Any) -> Entry:
+        raise NotImplementedError
+
+    def rope(self, config: Any) -> tuple[int, bool]:
+        """Dims of queries and keys that carry positions, and whether neighbours form the rotated pairs (else halves do)."""
+        raise NotImplementedError
+
+    def index_rope(self, config: Any) -> int:
+        """Dims of the indexer's queries and keys that carry positions; they come first, halves form the pairs."""
+        raise NotImplementedError
+
+    def index_source(self, config: Any) -> int:
+        """Width of what the index queries are made of: the normalized query latent, or the layer's normalized input."""
+        return config.hidden_size
+
+    def indexer_tensors(self, config: Any) -> Shapes:
+        """The indexer's tensors, named as in the published checkpoint; none if the family has no indexer."""
+        if not self.sparse:
+            return {}
+        heads, width, hidden = config.index_n_heads, config.index_head_dim, config.hidden_size
+        return {
+            "indexer.wq_b.weight": (heads * width, self.index_source(config)),
+            "indexer.wk.weight": (width, hidden),
+            "indexer.k_norm.weight": (width,),
+            "indexer.k_norm.bias": (width,),
+            "indexer.weights_proj.weight": (heads, hidden),
+        }
+
+    # what it costs, and who else can run it
+
+    def attention_cost(self, fields: Mapping[str, Any]) -> AttentionCost:
+        """fields: those of config.json. UserError for one that is missing."""
+        raise NotImplementedError
+
+    def moe_layers(self, fields: Mapping[str, Any]) -> int:
+        """Layers with experts, from the fields of config.json."""
+        return 0
+
+    def router_bias(self, fields: Mapping[str, Any]) -> bool:
+        """Whether the routers have a correction bias, from the fields of config.json."""
+        return False
+
+    def tidy(self, fields: dict[str, Any], mtp: bool) -> dict[str, Any]:
+        """The fields of a config.json as it is written. mtp: the multi-token-prediction layer is written too."""
+        return fields
+
+    def refusals(self, config: Any) -> list[str]:
+        """Why transformers, vLLM or SGLang cannot run such a checkpoint; each reason begins with the programs it holds for."""
+        raise NotImplementedError
+
+
+COMMON_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "index_topk index_n_heads index_head_dim"
+).split()
+
+
+def required(fields: Mapping[str, Any], name: str) -> int:
+    """A number of config.json. UserError if it is missing."""
+    value = fields.get(name)
+    if value is None:
+        raise UserError(f"a config of type {fields.get('model_type')!r} has no {name}; complete its config.json")
+    return int(value)

@@ -1,0 +1,161 @@
+"""The decoder with its vocabulary head, as Hugging Face's classes and trainers call it.
+
+Legend: B rows, S tokens a row, K selected keys, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.modeling_outputs import ModelOutput
+
+from tokensieve.config import UserError
+from tokensieve.families import ModelConfig
+from tokensieve.model import files
+from tokensieve.model.cache import LatentCache
+from tokensieve.model.context import ForwardOptions
+from tokensieve.model.kl import reported, warmup_loss
+from tokensieve.model.transformer import DecoderPreTrainedModel, Trunk
+
+
+@dataclass
+class CausalOutput(ModelOutput):
+    """loss (); logits (B, S or kept, V); selection: per layer (B, S, K) int32 positions in the row, then -1; kl (): the indexers' loss in
+    nats per query and layer, detached."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    selection: list[Tensor | None] | None = None
+    kl: Tensor | None = None
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.model = Trunk(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.extras: Any = None  # tensors of the checkpoint that are carried, not used (the MTP layer)
+        self.post_init()
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.model.is_sparse
+
+    @property
+    def top_k(self) -> int:
+        return self.model.top_k
+
+    def indexer_parameters(self) -> list[nn.Parameter]:
+        return [x for name, x in self.named_parameters() if ".indexer." in name]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LatentCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        selection: list[Tensor | None] | None = None,
+        return_selection: bool = False,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        options: ForwardOptions | None = None,
+        **kwargs: Any,
+    ) -> CausalOutput | tuple:
+        """Logits, and a loss if `labels` (B, S) are given (unshifted; -100 is ignored). In warm-up the loss is the KL.
+
+        `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` gave them; None for a layer whose
+        attention is dense. `options`: how the pass runs; an enclosing `selecting` or `training` block fills in what it leaves open.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            selection=selection,
+            return_selection=return_selection,
+            options=options,
+        )
+        hidden, objective = out.last_hidden_state, out.objective
+        counted = self.training and kwargs.get("num_items_in_batch") is not None
+        if counted and objective.kind != "none" and objective.scale is None:
+            raise UserError(
+                f"{objective.kind} under a Hugging Face trainer needs the scale of the KL; "
+                "add what tokensieve.training() gives to its callbacks"
+            )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        loss, logits = None, None
+        if objective.kind == "warmup":
+            # The head is not part of the loss, and in warm-up nobody reads logits: they would cost more than the indexers.
+            loss = warmup_loss(out.kl, objective.scale, counted)
+        else:
+            logits = self.lm_head(hidden[:, kept])
+            if labels is not None or kwargs.get("shift_labels") is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        kl = None if out.kl is None else reported(out.kl, objective.scale)
+        result = CausalOutput(loss, logits, out.past_key_values, out.hidden_states, out.selection, kl)
+        return result.to_tuple() if return_dict is False else result
+
+    # what transformers and its trainers call to load and save
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: ModelConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | None = None,
+    ) -> "DecoderForCausalLM":
+        """`tokensieve.load`, under the name that transformers has for it. UserError if that raises it, or for a dtype torch lacks."""
+        named = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if named is not None and not isinstance(named, torch.dtype):
+            raise UserError(f"dtype {dtype!r} is not one of torch's; use for instance 'bfloat16'")
+        device = "cpu" if device_map in (None, "auto") else device_map
+        return files.read(cls, pretrained_model_name_or_path, named, device, config)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | float = 5e9,
+        **kwargs: Any,
+    ) -> None:
+        """As `tokensieve.save`, in the published layout, but into a folder that may hold other things, as a trainer's does."""
+        if kwargs.get("push_to_hub"):
+            raise UserError(
+                "save_pretrained: push_to_hub is not supported; save, then upload the folder with: hf upload"
+            )
+        if is_main_process:
+            state = self.state_dict() if state_dict is None else state_dict
+            files.save_into(self, Path(save_directory), state, max_shard_size)
+
+    # generation
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.use_cache is False:
+            return
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LatentCache()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False

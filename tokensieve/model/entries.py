@@ -1,0 +1,314 @@
+"""What attention reads: ONE contract for the entries of a pass, and its implementations.
+
+A layer appends what its new tokens leave behind, their entries and index keys, and gets the keys that they may see. Where both lie is an
+implementation's business:
+
+- `Fresh`: nothing was there before and nothing is kept; training, and whole prompts without a cache.
+- `LatentCache` (cache.py): contiguous buffers of a generating model.
+- `PagedChunk`: a chunk of one prompt, on the engine's pages.
+- `PagedStep`: one new token of every sequence, on the engine's pages.
+
+The first three give `ContiguousKeys`, the last gives `PagedKeys`. Both answer the same questions: index scores, selection, attention mass,
+attention to selected keys.
+
+Legend: N query tokens, T keys, B sequences, S tokens a sequence, P pages that a row of the page table names, G key-value groups, E entry
+width, W = G * E numbers of a token, D index width, H heads, K selected keys.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokensieve import ops
+from tokensieve.families import Entry
+from tokensieve.model.pack import Pack
+from tokensieve.model.rope import Rows, taken
+from tokensieve.ops import quant
+from tokensieve.ops.quant import PAGE_TOKENS
+
+IndexKeys = Callable[[bool], Tensor]
+"""Makes the new tokens' index keys (N, D). Argument: whether they are to be rounded as `index_dtype` says; not if the store rounds."""
+
+
+class Keys(Protocol):
+    """The keys of one layer that a pass may see. `rows` names some of its queries; indices are positions that `starts` and `ends` bound."""
+
+    starts_N: Tensor  # int32, first key of each query
+    ends_N: Tensor  # int32, one past the last
+    entry: Entry
+    quantized_index: bool  # index keys are E4M3, so index queries have to be
+
+    def places(self, k: int) -> int:
+        """Columns of a selection of at most k keys per query."""
+
+    def all_within(self, k: int) -> bool:
+        """Whether no query sees more than k keys, so that selecting k of them is attending to all."""
+
+    def index_scores(self, q_NHD: Tensor, w_NH: Tensor, rows: Rows) -> Tensor:
+        """Equation (1) for `rows`, to which q and w belong: (rows, T) float32; unspecified outside a query's range."""
+
+    def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
+        """Equations (1) and (2) for `rows`: (rows, k) int32, ascending, then -1."""
+
+    def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
+        """The k keys with the largest scores for `rows`, to which the scores belong: (rows, k) int32, ascending, then -1."""
+
+    def head_mass(self, q_NHD: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Mean over heads of dense attention's probabilities for `rows`, to which q belongs: (rows, T), 0 outside of a range."""
+
+    def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
+        """(N, H, d_v): attention of queries in the entries' form to the selected entries, or to all that are visible."""
+
+
+class Entries(Protocol):
+    """Where the tokens of a pass leave their entries."""
+
+    def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> Keys:
+        """Takes the new tokens in and returns what they may see, themselves included. index_keys: None without an indexer."""
+
+
+class ContiguousKeys:
+    """Keys side by side on the pack's key axis."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        entry: Entry,
+        entries_TW: Tensor,
+        index_keys: Callable[[], tuple[Tensor, Tensor | None]] | None,
+        backend: str,
+        quantized_index: bool = False,
+    ):
+        """index_keys: gives keys (T, D) and, if they are E4M3 (`quantized_index`), their scales (T); called when first needed."""
+        self.pack, self.entry, self.backend, self.quantized_index = pack, entry, backend, quantized_index
+        self.starts_N, self.ends_N = pack.starts_N, pack.ends_N
+        self.entries_TW, self._index_keys = entries_TW, index_keys
+
+    @property
+    def entries_TGE(self) -> Tensor:
+        return self.entries_TW.view(self.entries_TW.shape[0], self.entry.groups, self.entry.width)
+
+    @property
+    def keys_TGD(self) -> Tensor:
+        return self.entries_TGE[..., : self.entry.d_k]
+
+    @property
+    def values_TGV(self) -> Tensor:
+        return self.entries_TGE[..., self.entry.v_start : self.entry.v_start + self.entry.d_v]
+
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor | None]:
+        """Index keys (T, D), and their scales (T) float32 if they are E4M3."""
+        assert self._index_keys is not None
+        return self._index_keys()
+
+    def places(self, k: int) -> int:
+        return min(k, self.pack.max_keys)
+
+    def all_within(self, k: int) -> bool:
+        return self.pack.max_keys <= k
+
+    def _ranges(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return taken(self.starts_N, rows), taken(self.ends_N, rows)
+
+    def index_scores(self, q_NHD: Tensor, w_NH: Tensor, rows: Rows) -> Tensor:
+        k, k_scale = self.index
+        return ops.index_scores(q_NHD, k, w_NH, *self._ranges(rows), k_scale, backend=self.backend)
+
+    def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
+        keys, k_scale = self.index
+        return ops.index_topk(q_NHD, keys, w_NH, k, *self._ranges(rows), k_scale, backend=self.backend)
+
+    def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
+        return ops.select_topk(scores_NT, k, *self._ranges(rows), backend=self.backend)
+
+    def head_mass(self, q_NHD: Tensor, scale: float, rows: Rows) -> Tensor:
+        return ops.head_mass(q_NHD, self.keys_TGD, *self._ranges(rows), scale)
+
+    def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
+        if indices_NK is None:
+            ranges = self.starts_N, self.ends_N
+            return ops.dense_attention(q_NHD, self.keys_TGD, self.values_TGV, *ranges, scale, backend=self.backend)[0]
+        _, _, d_k, v_start, d_v = self.entry
+        return ops.sparse_attention(
+            q_NHD, self.entries_TGE, indices_NK, scale, d_k, v_start, d_v, backend=self.backend
+        )[0]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """No keys but the pass's own, and none of them is kept."""
+
+    pack: Pack
+    entry: Entry
+    backend: str
+
+    def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> ContiguousKeys:
+        keys = None if index_keys is None else lambda: (index_keys(True), None)
+        return ContiguousKeys(self.pack, self.entry, entries_NW, keys, self.backend)
+
+
+# on pages
+
+
+@dataclass(frozen=True)
+class Pools:
+    """All pages of all layers, as `tokensieve.ops.paged` describes them; index pages of a dense model have no width."""
+
+    entries: tuple[Tensor, ...]
+    index: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (*self.entries, *self.index))
+
+    def write(self, layer: int, entry: Entry, entries_NW: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:
+        """Stores the new tokens of one layer. For quantized pages the index keys are given before their rotation."""
+        pages, index = self.entries[layer], self.index[layer]
+        keys = entries_NW[:, :0] if k_ND is None else k_ND
+        if entry.groups > 1 or pages.dim() == 4:
+            entries_NGE = entries_NW.view(-1, entry.groups, entry.width)
+            first, second = entries_NGE[..., : entry.d_k], entries_NGE[..., entry.d_k :]
+        else:  # plain pages hold the two parts of an entry side by side, wherever they are cut
+            cut = quant.LATENT_WIDTH if pages.dtype == torch.uint8 else entry.width // 2
+            first, second = entries_NW[:, :cut], entries_NW[:, cut:]
+        ops.write_caches(first, second, keys, pages, index, slots_N)
+
+
+class PagedChunk:
+    """A chunk of one prompt: it writes to the pages of its own sequence, and sees them gathered into contiguous keys."""
+
+    def __init__(self, pools: Pools, table_P: Tensor, pack: Pack, entry: Entry, dtype: torch.dtype, backend: str):
+        self._pools, self._table, self._pack, self._entry = pools, table_P, pack, entry
+        self._tokens, self._dtype, self._backend = pack.max_keys, dtype, backend
+        position = torch.arange(self._tokens - pack.length, self._tokens, device=table_P.device)
+        self._slots = table_P[position // PAGE_TOKENS].long() * PAGE_TOKENS + position % PAGE_TOKENS
+
+    def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> ContiguousKeys:
+        """Entries and keys come back as they were stored, rounded if the pages are quantized."""
+        pages, index = self._pools.entries[layer], self._pools.index[layer]
+        quantized = index.dtype == torch.uint8
+        new_keys = None if index_keys is None else index_keys(not quantized)
+        self._pools.write(layer, self._entry, entries_NW, new_keys, self._slots)
+        held = pages.index_select(0, self._table)
+        if held.dtype == torch.uint8:
+            held = torch.cat(quant.unpack_latent_page(held, self._dtype), -1)
+        entries_TW = held.flatten(0, 1)[: self._tokens].flatten(1)
+        keys = None if index_keys is None else lambda: self._held_index(index)
+        return ContiguousKeys(self._pack, self._entry, entries_TW, keys, self._backend, quantized)
+
+    def _held_index(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        keys = index.index_select(0, self._table)
+        if keys.dtype != torch.uint8:
+            return keys.flatten(0, 1)[: self._tokens], None
+        values, scales = quant.unpack_index_page(keys)
+        return values.flatten(0, 1)[: self._tokens], scales.flatten()[: self._tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedStep:
+    """One new token of each of B sequences.
+
+    lengths: tokens of each sequence, the new one counted. slots: where its entry goes, page * 64 + place; negative for a row that is
+    padding, whose length is 0. groups: (rows, pages) for dense attention: rows grouped by their number of pages, since padding a row changes
+    the order of a sum and so its bits; None: all rows at once, if bits depend on the batch anyway. real: the first `real` rows are tokens,
+    the others padding; None if unknown.
+    """
+
+    pools: Pools
+    entry: Entry
+    page_table: Tensor  # (B, P) int32
+    lengths: Tensor  # (B) int32
+    slots: Tensor  # (B) int32 or int64
+    groups: tuple[tuple[Tensor, int], ...] | None
+    real: int | None
+    backend: str
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return torch.zeros_like(self.lengths)
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """(B, T) int32: every position that a sequence has, then -1."""
+        place = torch.arange(self.page_table.shape[1] * PAGE_TOKENS, dtype=torch.int32, device=self.lengths.device)
+        return torch.where(place < self.lengths[:, None], place, -1)
+
+    def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> "PagedKeys":
+        keys = None if index_keys is None else index_keys(self.pools.index[layer].dtype != torch.uint8)
+        real = slice(self.real)
+        self.pools.write(layer, self.entry, entries_NW[real], None if keys is None else keys[real], self.slots[real])
+        return PagedKeys(self, layer)
+
+
+class PagedKeys:
+    """Keys where they lie, on pages: positions count from each sequence's beginning."""
+
+    def __init__(self, step: PagedStep, layer: int):
+        self.step, self.entry, self.backend = step, step.entry, step.backend
+        self.starts_N, self.ends_N = step.starts, step.lengths
+        self._entries, self._index = step.pools.entries[layer], step.pools.index[layer]
+
+    @property
+    def quantized_index(self) -> bool:
+        return self._index.dtype == torch.uint8
+
+    def places(self, k: int) -> int:
+        """Always k, so that a sequence's sums do not depend on how long the others are."""
+        return k
+
+    def all_within(self, k: int) -> bool:
+        """Never said: it would depend on the other sequences."""
+        return False
+
+    def index_scores(self, q_NHD: Tensor, w_NH: Tensor, rows: Rows) -> Tensor:
+        table, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
+        return ops.index_scores_paged(q_NHD, self._index, w_NH, table, lengths, backend=self.backend)
+
+    def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
+        return self.select(self.index_scores(q_NHD, w_NH, rows), k, rows)
+
+    def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
+        return ops.select_topk(scores_NT, k, taken(self.starts_N, rows), taken(self.ends_N, rows), backend=self.backend)
+
+    def head_mass(self, q_NHD: Tensor, scale: float, rows: Rows) -> Tensor:
+        """Sequence by sequence, each one's pages gathered: it is for evaluation."""
+        tables, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
+        masses = []
+        for b in range(len(q_NHD)):
+            held = self._entries.index_select(0, tables[b].clamp(0, len(self._entries) - 1))
+            if held.dtype == torch.uint8:
+                held = torch.cat(quant.unpack_latent_page(held, q_NHD.dtype), -1)
+            keys_TGD = held.reshape(-1, self.entry.groups, self.entry.width)[..., : self.entry.d_k]
+            length = lengths[b : b + 1]
+            masses.append(ops.head_mass(q_NHD[b : b + 1], keys_TGD, torch.zeros_like(length), length, scale))
+        return torch.cat(masses)
+
+    def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
+        """None attends to everything, the rows of a group by themselves."""
+        step = self.step
+        if indices_NK is None and step.groups is None:
+            indices_NK = step.everything
+        if indices_NK is not None and step.real is None:
+            return self._attend(q_NHD, indices_NK, step.page_table, step.lengths, scale)
+        if indices_NK is not None:
+            real = slice(step.real)
+            out = self._attend(q_NHD[real], indices_NK[real], step.page_table[real], step.lengths[real], scale)
+            return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q_NHD) - len(out)))
+        assert step.groups is not None
+        out = q_NHD.new_empty(*q_NHD.shape[:2], self.entry.d_v)
+        for rows, pages in step.groups:
+            everything = step.everything[rows, : pages * PAGE_TOKENS]
+            table = step.page_table[rows, :pages]
+            out[rows] = self._attend(q_NHD[rows], everything, table, step.lengths[rows], scale)
+        return out
+
+    def _attend(self, q: Tensor, indices: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+        _, _, d_k, v_start, d_v = self.entry
+        return ops.sparse_attention_paged(
+            q, self._entries, indices, table, lengths, scale, d_v=d_v, backend=self.backend
+        )[0]

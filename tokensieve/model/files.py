@@ -1,0 +1,122 @@
+"""Between a folder and a model of any class: where a checkpoint lies, its tensors into a model, a model's tensors into a folder."""
+
+import importlib.resources
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from tokensieve import checkpoint
+from tokensieve.config import UserError
+from tokensieve.families import ModelConfig, model_config
+from tokensieve.model import fp8
+
+Model = TypeVar("Model", bound=nn.Module)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def model_path(name: str | Path) -> Path:
+    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one that is in the Hugging Face cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    if (root / str(name)).is_dir():
+        return root / str(name)
+    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+        return _hub_folder(str(name))
+    raise UserError(
+        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); give a checkpoint folder or owner/name"
+    )
+
+
+def _hub_folder(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {repository!r}: not a folder here and not to be had from the hub ({reason}); download it first"
+        ) from error
+
+
+def read(
+    kind: type[Model],
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    config: ModelConfig | None = None,
+    keep_fp8: bool = False,
+) -> Model:
+    """A model of class `kind` from a folder, as `load` says."""
+    folder = model_path(name)
+    if config is None:
+        config = model_config(checkpoint.read_config(folder))
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    with torch.device("meta"):
+        model: Any = kind(config)
+        kept = fp8.holdable(model, checkpoint.block_tensors(folder, config)) if keep_fp8 else set()
+        fp8.hold(model, kept)
+    tensors = checkpoint.load_tensors(folder, config, dtype, kept)
+    fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
+    model.extras = checkpoint.mtp_tensors(folder, config)
+    model.folder = folder
+    return model.eval()
+
+
+def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Puts the tensors in the place of the meta tensors of the same names; what is missing in the end is an error."""
+    state = dict(tensors)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    missing, surplus = model.load_state_dict(state, strict=False, assign=True)
+    if missing or surplus:
+        raise UserError(
+            f"checkpoint does not fit its config: missing {missing[:3]}, surplus {surplus[:3]}; use the config.json that belongs"
+        )
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def check_savable(model: nn.Module) -> None:
+    if fp8.holds(model):
+        raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
+
+
+def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
+    """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
+    check_savable(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
+        new = Path(within) / "model"
+        checkpoint.save_tensors(new, model.config.to_dict(), state.items(), model.extras, shard_bytes)
+        files = list(new.iterdir())
+        for stale in folder.glob("model*.safetensors*"):
+            stale.unlink()
+        for path in files:
+            os.replace(path, folder / path.name)
+    if getattr(model, "folder", None) is not None:
+        copy_tokenizer(Path(model.folder), folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(source / name, folder / name)

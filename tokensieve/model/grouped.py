@@ -1,0 +1,51 @@
+"""Grouped-query attention: Llama's. A token leaves a key and a value for each group of heads; all groups share the selected keys.
+
+Legend: N query tokens, T keys, H heads, G key-value groups (head h reads group h // (H/G)), D head width. Source: arXiv 2305.13245.
+"""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from tokensieve.families import ModelConfig
+from tokensieve.model.attention import Attention
+from tokensieve.model.entries import ContiguousKeys
+from tokensieve.model.pack import Pack
+from tokensieve.model.rope import Rotation, rotate_half_split
+
+
+class GroupedAttention(Attention):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.width, hidden, bias = config.head_dim, config.hidden_size, config.attention_bias
+        groups = self.entry.groups
+        self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(hidden, groups * self.width, bias=bias)
+        self.v_proj = nn.Linear(hidden, groups * self.width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+
+    def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (
+            projection(h_ND).view(len(h_ND), -1, self.width) for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k = rotate_half_split(k, rotation.attention)
+        return rotate_half_split(q, rotation.attention), torch.cat((k, v), dim=-1).flatten(1), h_ND
+
+    def softmax_scale(self, rotation: Rotation) -> float:
+        return self.width**-0.5 * rotation.softmax_factor
+
+    def gathered_queries(self, queries: Tensor) -> Tensor:
+        return queries
+
+    def gathered_output(self, out_NHV: Tensor) -> Tensor:
+        return out_NHV
+
+    def per_head(self, queries: Tensor, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = keys.keys_TGD, keys.values_TGV
+        if repeat:
+            k, v = (x.repeat_interleave(self.heads // self.entry.groups, dim=1) for x in (k, v))
+        return queries, k, v
+
+    def expansion_pays(self, pack: Pack) -> bool:
+        """Nothing is expanded but copies: it pays once several queries read a key."""
+        return pack.length > 1

@@ -1,0 +1,94 @@
+"""Multi-head latent attention: DeepSeek's. One entry [c_KV, k_R] of a token serves all heads.
+
+Two forms of the same function read it:
+- masked form (MHA): keys and values of every head are expanded from the entries. Cheaper per query and key, but the expansion costs once per
+  key, so it pays for many queries and never in decode.
+- gathered form (MQA): W_UK is absorbed into q and W_UV into the output; all heads share the entry as key (E wide) and value (its first L).
+
+Legend: N query tokens, T keys, H heads, L latent width (kv_lora_rank), R rope dims, E = L + R entry width, Q = nope + R width of a head's
+query, V value width. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3.2-Exp report, section 2.1.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from tokensieve.families import ModelConfig, family_of
+from tokensieve.model.attention import Attention
+from tokensieve.model.entries import ContiguousKeys
+from tokensieve.model.linear import effective_weight
+from tokensieve.model.norm import RMSNorm
+from tokensieve.model.pack import Pack
+from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved
+
+
+class LatentQueries(NamedTuple):
+    nope: Tensor  # (N, H, nope)
+    rope: Tensor  # (N, H, R)
+
+
+class LatentAttention(Attention):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent = config.kv_lora_rank
+        self.rotate = rotate_interleaved if family_of(config).rope(config)[1] else rotate_half_split
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_width = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.latent)
+        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+
+    def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[LatentQueries, Tensor, Tensor]:
+        if hasattr(self, "q_proj"):
+            source, q = h_ND, self.q_proj(h_ND)
+        else:
+            source = self.q_a_layernorm(self.q_a_proj(h_ND))
+            q = self.q_b_proj(source)
+        q = q.view(-1, self.heads, self.nope + self.rope)  # a view and slices: unflatten and split cost decode more
+        queries = LatentQueries(q[..., : self.nope], self.rotate(q[..., self.nope :], rotation.attention))
+        entries_NE = self.kv_a_proj_with_mqa(h_ND)
+        c_kv, k_rope = entries_NE[:, : self.latent], entries_NE[:, self.latent :]
+        k_rope = self.rotate(k_rope.unsqueeze(1), rotation.attention).squeeze(1)
+        return queries, torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1), source
+
+    def softmax_scale(self, rotation: Rotation) -> float:
+        return (self.nope + self.rope) ** -0.5 * rotation.softmax_factor
+
+    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK (H, nope, L) and W_UV (H, V, L) out of kv_b_proj."""
+        w = effective_weight(self.kv_b_proj, "kv_b_proj").to(dtype).view(self.heads, -1, self.latent)
+        return w[:, : self.nope], w[:, self.nope :]
+
+    def gathered_queries(self, queries: LatentQueries) -> Tensor:
+        """(N, H, E) = [q_nope W_UK, q_rope]."""
+        w_uk = self._up_projections(queries.nope.dtype)[0]
+        latent = torch.bmm(queries.nope.transpose(0, 1), w_uk).transpose(0, 1)
+        return torch.cat((latent, queries.rope), dim=-1)
+
+    def gathered_output(self, out_NHL: Tensor) -> Tensor:
+        """(N, H, V) = out W_UV."""
+        w_uv = self._up_projections(out_NHL.dtype)[1]
+        return torch.bmm(out_NHL.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def per_head(self, queries: LatentQueries, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, H, Q), k (T, H, Q), v (T, H, V)."""
+        c_kv, k_rope = keys.entries_TW.split([self.latent, self.rope], dim=-1)
+        k_nope, v = (
+            self.kv_b_proj(c_kv).unflatten(-1, (self.heads, self.nope + self.value)).split([self.nope, self.value], -1)
+        )
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, self.heads, -1)), dim=-1)
+        return torch.cat((queries.nope, queries.rope), dim=-1), k, v
+
+    def expansion_pays(self, pack: Pack) -> bool:
+        saved = pack.length * (2 * self.latent - self.nope - self.value)  # a key is read by the queries of its own row
+        return saved > self.latent * (self.nope + self.value)

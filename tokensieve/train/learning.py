@@ -1,0 +1,41 @@
+"""Which parameters learn, for as long as a block lasts. The caller's model is left as it was, whatever happens in between."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch.nn as nn
+
+from tokensieve.config import UserError
+
+Learners = Literal["all", "indexers", "trunk"]
+
+
+def is_indexer(name: str) -> bool:
+    """Whether a parameter of this name belongs to an indexer."""
+    return ".indexer." in name
+
+
+@contextmanager
+def learning(model: nn.Module, learners: Learners) -> Iterator[None]:
+    """Within the block these parameters require gradients.
+
+    all: what requires them already, and the indexers. indexers: the indexers alone. trunk: what requires them already but the indexers.
+    """
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        wanted = learners != "trunk" if is_indexer(name) else parameter.requires_grad and learners != "indexers"
+        parameter.requires_grad_(wanted)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
+
+
+def check_indexers(model: nn.Module, objective: str) -> None:
+    """UserError for a model without an indexer."""
+    if not any(is_indexer(name) for name, _ in model.named_parameters()):
+        raise UserError(
+            f"{objective} trains indexers and this model has none; make it sparse first: tokensieve sparsify"
+        )
