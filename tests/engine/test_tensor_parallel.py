@@ -20,7 +20,7 @@ from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.engine.distributed import request_of
-from tokensieve.engine.tensor_parallel import load_rank
+from tokensieve.engine.tensor_parallel import MeshHeads, load_rank
 from tokensieve.mesh import Mesh
 
 KINDS: dict[str, Any] = {
@@ -133,12 +133,13 @@ def test_a_control_that_looks_at_all_heads(group: Group) -> None:
 def test_shares_of_the_queries(count: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their number: all shares have one size, and together they are every query once, in order."""
     shares: list[torch.Tensor] = []
-    monkeypatch.setattr(Ranks, "gather", lambda self, x: shares.append(x) or shares)
+    monkeypatch.setattr(Mesh, "all_gather", lambda self, x: shares.append(x) or shares)
     for queries in (1, 2, 3, 4, 5, 8, 9, 31, 64, 70, 512):
         shares.clear()
         every = torch.arange(queries)
         for rank in range(count):
-            together = Mesh(rank, count, torch.device(device)).select(queries, every.__getitem__)
+            heads = MeshHeads(Mesh(rank, count, torch.device(device)))
+            together = heads.select(queries, lambda rows: every if rows is None else every[rows])
         assert torch.equal(together, every) and len({len(share) for share in shares}) == 1
         grain = 1 if device == "cuda" else 4
         assert len(shares[0]) < queries / count + grain

@@ -412,3 +412,36 @@ def test_the_estimate_is_about_right(stage: str, context: int) -> None:
     finally:
         torch.set_num_threads(threads)
     assert 1 / 1.6 < told.seconds / took < 1.6, (told.seconds, took)
+
+
+# ---- the caller's model
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("ends", ["by an error", "at the end"])
+def test_a_run_leaves_the_callers_model_as_it_was(stage: str, ends: str, here: Workplace) -> None:
+    """But for its weights: what is frozen, its mode, its checkpointing, its hooks, and how its passes go."""
+
+    class Broken(Exception):
+        pass
+
+    def fail(step: int, _: Any) -> None:
+        if ends == "by an error" and step == 2:
+            raise Broken
+
+    made = fresh(stage)
+    frozen = made.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
+    made.train()
+    before = {n: p.requires_grad for n, p in made.named_parameters()}
+    settings = here.run(stage, f"borrowed-{stage}-{ends[:2]}", activation_checkpointing=True, backend="reference")
+    try:
+        tokensieve.train.run(settings, made, on_step=fail, progress=False)
+    except Broken:
+        assert ends == "by an error" and made.training
+    else:
+        assert ends == "at the end" and not made.training
+    assert {n: p.requires_grad for n, p in made.named_parameters()} == before and not frozen.requires_grad
+    assert all(p.grad is None for p in made.parameters()) and not made.model.gradient_checkpointing
+    assert not made.model._forward_pre_hooks and not made.model._forward_hooks
+    out = made.train()(**batch(1, 40))
+    assert out.kl is None and out.logits is not None and out.loss.requires_grad

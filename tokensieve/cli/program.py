@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -50,6 +51,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def setup(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Give a language model sparse attention: make a checkpoint sparse, train it, measure it.
@@ -58,9 +60,23 @@ def setup(
     """
     from rich.logging import RichHandler
 
+    _refuse_several_processes(context.invoked_subcommand)
     log = logging.getLogger("tokensieve")
     log.handlers = [RichHandler(console=stderr(), show_path=False, show_time=False, show_level=False)]
     log.setLevel(logging.INFO)
+
+
+# The commands whose processes torchrun may start: the ranks hold one model together.
+ON_SEVERAL_RANKS = ("generate", "serve", "bench")
+
+
+def _refuse_several_processes(command: str | None) -> None:
+    """UserError, before anything heavy is imported, for a command that every process would do by itself."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and command not in ON_SEVERAL_RANKS:
+        raise _bad_input()(
+            f"torchrun started {size} processes, and {command} runs in one so far; start it without torchrun"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -37,11 +37,9 @@ class Grouped(Family):
 
     def check(self, config: Any) -> None:
         super().check(config)
-        heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
         if heads % groups:
             raise UserError(f"config.json: {heads} attention heads cannot share {groups} num_key_value_heads")
-        if width % 2:
-            raise UserError(f"config.json: head_dim is {width}; it must be even, for pairs are rotated")
         if config.attention_dropout:
             raise UserError("config.json: attention_dropout is not supported; set it to 0")
         if self.sparse and config.index_rope_head_dim % 2:

@@ -252,10 +252,7 @@ class PagedKeys:
         self.step, self.entry, self.backend = step, step.entry, step.backend
         self.starts_N, self.ends_N = step.starts, step.lengths
         self._entries, self._index = step.pools.entries[layer], step.pools.index[layer]
-
-    @property
-    def quantized_index(self) -> bool:
-        return self._index.dtype == torch.uint8
+        self.quantized_index = self._index.dtype == torch.uint8
 
     def places(self, k: int) -> int:
         """Always k, so that a sequence's sums do not depend on how long the others are."""

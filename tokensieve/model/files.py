@@ -95,14 +95,25 @@ def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def check_savable(model: nn.Module) -> None:
+def check_savable(model: Any, state: dict[str, Tensor] | None = None) -> None:
+    """UserError for a model whose tensors are not those of its config: FP8 blocks held for inference, adapters.
+
+    state: what is to be written, if it is not the model's own.
+    """
     if fp8.holds(model):
         raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
+    known = {*checkpoint.memory_layout(model.config), "lm_head.weight"}
+    foreign = [name for name in (model.state_dict() if state is None else state) if name not in known]
+    if foreign:
+        raise UserError(
+            f"the model holds adapters or other tensors that its config does not know ({foreign[0]}); merge them first "
+            "(PEFT: model.merge_and_unload()), or save the adapter by itself (PEFT: model.save_pretrained)"
+        )
 
 
 def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
     """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
-    check_savable(model)
+    check_savable(model, state)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
         new = Path(within) / "model"

@@ -1,0 +1,151 @@
+"""Adapters, hooks and quantized layers act in every form of attention, or are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import tokensieve
+from tests.support.models import config, difference, ours, tokens
+from tokensieve.config import UserError
+from tokensieve.engine.runner import Runner
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, with_options
+from tokensieve.model.linear import effective_weight
+
+K, LENGTH = 24, 70  # the tiny model's k, and a prompt that leaves keys out
+TOLERANCE = 1e-4  # of logits of about 4, float32: the adapter's product is summed apart, or merged into the weight
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::FutureWarning")
+
+
+def adapted(target: Any, **settings: Any) -> tuple[DecoderForCausalLM, Any]:
+    """The base model, and a LoRA of drawn weights around it."""
+    torch.manual_seed(0)
+    base = ours(config("v32"), seed=1)
+    lora = peft.LoraConfig(target_modules=target, init_lora_weights=False, r=4, **settings)
+    return base, peft.get_peft_model(base, lora).eval()
+
+
+def every_way(model: DecoderForCausalLM, ids: Tensor) -> dict[str, Tensor]:
+    """The last token's logits: in both forms, step by step, and from the engine's pages."""
+    ways = {}
+    for form in ("masked", "gathered"):
+        with with_options(model, ForwardOptions(form=form)):
+            ways[form] = model(ids).logits[0, -1]
+    cache = LatentCache()
+    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    ways["step"] = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+    runner, row = Runner(model, 4), ids[0].tolist()
+    runner.chunk(row[:64], 0, [0, 1], "indexer")
+    ways["chunk"] = runner.chunk(row[64:], 64, [0, 1], "indexer").clone()
+    runner.chunk(row[64:-1], 64, [0, 1], "indexer")
+    ways["pages"] = runner.step([row[-1]], [len(row)], [[0, 1]], "indexer")[0].clone()
+    return ways
+
+
+@pytest.mark.parametrize("target", [["kv_b_proj"], ["weights_proj"], ["q_b_proj", "wq_b", "o_proj"], "all-linear"])
+@torch.no_grad()
+def test_an_adapter_acts_in_every_form_as_merged(target: Any) -> None:
+    base, lora = adapted(target)
+    ids = tokens(1, LENGTH)
+    with lora.disable_adapter():
+        without = base(ids).logits[0, -1]
+    acting = every_way(base, ids)
+    merged = every_way(lora.merge_and_unload(), ids)
+    for way, logits in acting.items():
+        assert difference(logits, merged[way]) < TOLERANCE, way
+        assert difference(logits, without) > 0.1, way
+
+
+@pytest.mark.parametrize("objective", ["warmup", "adapt"])
+def test_adapters_learn(objective: Any) -> None:
+    """In adaptation the trunk's adapter, in warm-up the indexer's, beyond k tokens."""
+    base, lora = adapted(["kv_b_proj", "weights_proj"])
+    with tokensieve.training(lora, objective):
+        lora.train()(input_ids=tokens(1, LENGTH), labels=tokens(1, LENGTH)).loss.backward()
+        learned = {n for n, p in base.named_parameters() if p.grad is not None and float(p.grad.abs().max()) > 0}
+    adapters = {n for n, _ in base.named_parameters() if "lora_" in n}
+    wanted = {n for n in adapters if ".indexer." in n} if objective == "warmup" else adapters
+    assert wanted and wanted <= learned
+    assert not any("kv_b_proj.base_layer" in n for n in learned)
+
+
+def hooked(change: Callable[[Tensor], Tensor | None]) -> DecoderForCausalLM:
+    model = ours(config("v32"), seed=1)
+    for layer in model.model.layers:
+        layer.self_attn.kv_b_proj.register_forward_hook(lambda _, args, out: change(out))
+    return model
+
+
+@torch.no_grad()
+def test_a_hook_acts_in_every_form() -> None:
+    ids, plain = tokens(1, LENGTH), ours(config("v32"), seed=1)
+    doubled = every_way(hooked(lambda out: 2.0 * out), ids)
+    for layer in plain.model.layers:
+        layer.self_attn.kv_b_proj.weight.mul_(2.0)
+    for way, logits in every_way(plain, ids).items():
+        assert difference(doubled[way], logits) < TOLERANCE, way
+    watched: list[tuple[int, ...]] = []
+    watching = every_way(hooked(lambda out: watched.append(tuple(out.shape))), ids)
+    assert watched and difference(watching["pages"], every_way(ours(config("v32"), seed=1), ids)["pages"]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_what_is_not_linear_is_refused() -> None:
+    ids = tokens(1, LENGTH)
+    _, dropping = adapted(["kv_b_proj"], lora_dropout=0.5)
+    for model in (hooked(lambda out: out.clamp(-0.1, 0.1)), hooked(lambda out: out + 1.0), dropping.train()):
+        with (
+            pytest.raises(UserError, match="kv_b_proj is .* not linear"),
+            with_options(model, ForwardOptions(form="gathered")),
+        ):
+            model(input_ids=ids)
+
+
+class Halves(nn.Module):
+    """A layer whose numbers are int8 with a scale per row, as quantizers make them: it has no `weight` to read."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.in_features = layer.in_features
+        scale = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("numbers", (layer.weight / scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.numbers.float() * self.scale).T
+
+
+@torch.no_grad()
+def test_a_quantized_layer_acts_in_every_form() -> None:
+    model, plain = ours(config("v32"), seed=1), ours(config("v32"), seed=1)
+    for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
+        quantized = Halves(layer.self_attn.kv_b_proj)
+        other.self_attn.kv_b_proj.weight.copy_(quantized.numbers.float() * quantized.scale)
+        layer.self_attn.kv_b_proj = quantized
+    ids = tokens(1, LENGTH)
+    expected = every_way(plain, ids)
+    for way, logits in every_way(model, ids).items():
+        assert difference(logits, expected[way]) < TOLERANCE, way
+
+
+def test_a_plain_layer_gives_its_own_weight() -> None:
+    layer = nn.Linear(6, 5, bias=False)
+    assert effective_weight(layer, "x") is layer.weight
+    with pytest.raises(UserError, match="x is Linear and not linear"):
+        effective_weight(nn.Linear(6, 5), "x")
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path: Path) -> None:
+    base, lora = adapted(["kv_b_proj"])
+    for model in (base, lora):
+        with pytest.raises(UserError, match=r"holds adapters .*merge_and_unload"):
+            tokensieve.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    tokensieve.save(lora.merge_and_unload(), tmp_path / "out")
+    again = tokensieve.load(tmp_path / "out")
+    assert difference(again(tokens(1, 40)).logits, base(tokens(1, 40)).logits) < TOLERANCE

@@ -1,0 +1,158 @@
+"""A selector of one's own: the same function in training, generate, the engine and evaluation; what it returns is checked.
+
+(The server's part is in tests/serve, the command line's in tests/cli.)
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokensieve
+from tests.support.models import config, ours, tokens
+from tests.support.training import OPTIMIZER, batch, step_gradients
+from tests.support.training import model as small
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.engine import Engine, EngineConfig, Request, Sampling
+from tokensieve.model import SelectionContext, join
+from tokensieve.model.selection import indexer, oracle, resolve, window
+
+RECENT = 10
+NAME = "tests.model.test_selector:with_recent"
+
+
+def with_recent(c: SelectionContext) -> Tensor:
+    return join(indexer(c), window(c, RECENT))
+
+
+def generated(model: Any, ids: Tensor, selector: Any) -> list[int]:
+    with torch.no_grad(), tokensieve.selecting(model, selector):
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def engine_answers(model: Any, ids: Tensor, **requests: str) -> dict[str, list[int]]:
+    """The engine's greedy answers, all requests at once; a chunk is shorter than the prompt."""
+    config = EngineConfig(pages=24, running=4, chunk=64)
+    engine = Engine(model, tokensieve.load_tokenizer("base"), config, {"recent": with_recent})
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    for name, selector in requests.items():
+        engine.add(Request(name, tuple(ids[0].tolist()), sampling, selector))
+    answers: dict[str, list[int]] = {name: [] for name in requests}
+    while engine.busy:
+        for output in engine.step():
+            assert output.finish in (None, "length"), output.error
+            answers[output.id] += output.tokens
+    return answers
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_engine_answers_as_generate_does(seed: int) -> None:
+    """Each selector with its own answer, all in one batch."""
+    model, ids = ours(config("v32", vocab_size=4096), seed), tokens(1, 150, seed)
+    found = engine_answers(model, ids, own=NAME, given="recent", indexer="indexer", window="window", oracle="oracle")
+    expected = {name: generated(model, ids, name) for name in ("indexer", "window", "oracle")}
+    expected |= {"own": generated(model, ids, with_recent), "given": generated(model, ids, NAME)}
+    assert found == expected and expected["own"] == expected["given"]
+    assert len({tuple(answer) for answer in expected.values()}) >= 3  # they do select differently
+
+
+def test_training_selects_by_it() -> None:
+    step, seen = [batch(2, 48)], []
+
+    def run(selection: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+        settings = TrainConfig("adapt", "", "", (PhaseConfig(1, 48, 2, 2),), optimizer=OPTIMIZER, device="cpu")
+        return step_gradients(TrainConfig(**vars(settings) | {"selection": selection}), small(), step)
+
+    _, own = run(NAME)
+    _, plain = run(True)
+    assert own["kl"] != plain["kl"] and own["lm"] != plain["lm"]
+    made = small()
+    with torch.no_grad(), tokensieve.selecting(made, with_recent):
+        seen = made(**step[0], return_selection=True)
+    assert float(seen.loss) == pytest.approx(own["lm"], rel=1e-6)
+    sizes = (seen.selection[0] >= 0).sum(-1)
+    assert int(sizes.max()) > made.top_k and bool((sizes <= made.top_k + RECENT).all())
+
+
+def test_join_is_the_union() -> None:
+    a = torch.tensor([[1, 4, 7, -1], [0, -1, -1, -1], [-1, -1, -1, -1]], dtype=torch.int32)
+    b = torch.tensor([[4, 5], [-1, -1], [-1, -1]], dtype=torch.int32)
+    joined = join(a, b)
+    assert joined.dtype == torch.int32 and joined.tolist() == [[1, 4, 5, 7, -1, -1], [0] + [-1] * 5, [-1] * 6]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sets = [sorted(set(torch.randint(0, 30, (9,), generator=draw).tolist())) for _ in range(2)]
+        rows = [torch.tensor([s + [-1] * (9 - len(s))], dtype=torch.int32) for s in sets]
+        union = sorted({*sets[0], *sets[1]})
+        assert join(*rows).tolist() == [union + [-1] * (18 - len(union))]
+
+
+def future(c: SelectionContext) -> Tensor:
+    return (c.ends_N[:, None]).to(torch.int32)
+
+
+def twice(c: SelectionContext) -> Tensor:
+    return window(c)[:, [0, 0]]
+
+
+WRONG = {
+    "the future": (future, r"future gave query 0 of layer 0 a key that its query may not see"),
+    "before the document": (lambda c: (c.starts_N[:, None] - 1).clamp_min(0), "may not see"),
+    "twice": (twice, "twice gave query .* do not ascend, or a key twice; join"),
+    "disorder": (lambda c: window(c).flip(1), "do not ascend"),
+    "a gap": (lambda c: torch.cat((torch.full_like(window(c), -1), window(c)), 1), "do not ascend"),
+    "negative": (lambda c: window(c).masked_fill(window(c) < 0, -2), "a negative position other than -1"),
+    "too few rows": (lambda c: window(c)[1:], r"returned \(\d+, 24\) in layer 0; return \(90, K\)"),
+    "a mask": (lambda c: window(c) >= 0, "returned torch.bool"),
+    "no tensor": (lambda c: [1, 2], "returned list"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@torch.no_grad()
+def test_what_a_selector_returns_is_checked(kind: str) -> None:
+    selector, message = WRONG[kind]
+    model = ours(config("v32"))
+    positions = torch.cat((torch.arange(40), torch.arange(50)))[None]  # two documents
+    with pytest.raises(UserError, match=message), tokensieve.selecting(model, selector):
+        model(tokens(1, 90), position_ids=positions)
+
+
+@torch.no_grad()
+def test_the_check_on_pages_and_its_switch() -> None:
+    model, ids = ours(config("v32", vocab_size=4096)), tokens(1, 90)
+    engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=4), {"future": future})
+    engine.add(Request("x", tuple(ids[0].tolist()), selector="future"))
+    with pytest.raises(UserError, match="future gave query"):
+        engine.step()
+    with tokensieve.selecting(model, twice, check=False):  # the caller answers for it
+        model(ids)
+
+
+def test_no_later_token_changes_an_earlier_one() -> None:
+    """What the check is for: a selection that sees the future would let it."""
+    model, ids = ours(config("v32")), tokens(1, 90)
+    other = ids.clone()
+    other[0, 60:] = tokens(1, 30, seed=9)[0]
+    for selector in (indexer, with_recent, window, oracle):
+        with torch.no_grad(), tokensieve.selecting(model, selector):
+            assert torch.equal(model(ids).logits[:, :60], model(other).logits[:, :60])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("best", "'best' is unknown; use one of indexer, window, oracle, dense, or module:function"),
+        ("no_such_module:f", "there is no module no_such_module"),
+        ("tests.no_such:f", "there is no module tests.no_such"),
+        ("tests.model.test_selector:absent", "has no absent"),
+        ("tests.model.test_selector:NAME", "NAME is no function"),
+        (":f", "is unknown"),
+    ],
+)
+def test_names_that_name_no_selector(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(name)
+    assert resolve(NAME) is with_recent
