@@ -40,7 +40,7 @@ check: $(DEV)
 	$(PY) -m mypy tokensieve
 	$(PYTEST) -q tests/test_house.py
 
-bench: $(RUNTIME)
+bench: $(DEV)
 	$(PY) benchmarks/cpu.py
 
 test-gpu: $(DEV)
