@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   the interpreter that .venv is made from (3.11 or newer)
 #   TORCH_INDEX=URL     the package index to take torch from, for example PyTorch's own index of CPU builds
 #   PY=/path/to/python  no set-up: run everything with this interpreter as it is (a GPU machine without a network)
+#   OPTIONS=--complete  more options for pytest; by this one a test that lacks a browser or a compiler fails
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -11,10 +12,12 @@ VENV := .venv
 ifdef PY
 RUNTIME :=
 DEV :=
+BROWSER :=
 else
 PY := $(VENV)/bin/python
 RUNTIME := $(VENV)/.runtime
 DEV := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
 endif
 
 PIP := $(PY) -m pip --disable-pip-version-check install -qq
@@ -28,11 +31,11 @@ demo: $(RUNTIME)
 	$(PY) -m tokensieve demo
 
 # One thread per worker: two workers with two threads each are slower on two cores than with one.
-test: check
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu" --ignore tests/test_house.py
+test: check $(BROWSER)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu" --ignore tests/test_house.py $(OPTIONS)
 
-test-all: check
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2
+test-all: check $(BROWSER)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(OPTIONS)
 
 check: $(DEV)
 	$(PY) -m ruff check .
@@ -40,7 +43,7 @@ check: $(DEV)
 	$(PY) -m mypy tokensieve
 	$(PYTEST) -q tests/test_house.py
 
-bench: $(RUNTIME)
+bench: $(DEV)
 	$(PY) benchmarks/cpu.py
 
 test-gpu: $(DEV)
@@ -62,3 +65,11 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.ready: $(VENV)/.runtime
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Chromium, for the tests of the page: the system's, where root may install it, else Playwright's own. It is tried once
+# and may fail: pytest then skips those tests and says how to get a browser. The file holds what was printed.
+$(VENV)/.browser: $(VENV)/.ready
+	@echo "Chromium for the tests of the page: see $@"
+	@{ command -v chromium || command -v google-chrome || \
+	  { timeout 60 apt-get update && timeout 300 apt-get install -y --no-install-recommends chromium; } || \
+	  timeout 300 $(PY) -m playwright install chromium-headless-shell || true; } >$@ 2>&1

@@ -2,16 +2,18 @@
 
     make bench, or: python benchmarks/cpu.py [--model sparse] [--context 8192] [--threads 2] [--out FILE] [--quick]
 
-The bundled sparse model (or the base with an untrained indexer, which costs the same) is saved to a temporary folder and opened from
-there by both programs. Times are medians; the programs take turns, so that a machine that slows down slows both. Memory is measured
-in a process of its own for each: the peak of the resident set during one prefill, less the resident set after loading and a warm-up.
-transformers' cache is filled in chunks, since one pass over the context needs several GB. Decode takes turns of five tokens, of which
-the first is not counted. The table goes to standard output and the figures to a JSON file, with the acceptance bounds; exit status 1
-when one is missed.
+The bundled sparse model (or the base with an untrained indexer, which costs the same) is saved to a temporary folder
+and opened from there by both programs. Times are medians; the programs take turns, so that a machine that slows down
+slows both. Memory is measured in a process of its own for each: the peak of the resident set during one prefill, less
+the resident set after loading and a warm-up. transformers' cache is filled in chunks, since one pass over the context
+needs several GB. Decode takes turns of five tokens, of which the first is not counted. The server's own share of a
+request is that of /health, over a connection that is used again and over a new one. The table goes to standard output
+and the figures to a JSON file, with the acceptance bounds; exit status 1 when one is missed.
 """
 
 import argparse
 import gc
+import http.client
 import importlib.util
 import json
 import logging
@@ -23,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import tokensieve
+from tokensieve.engine import Engine, EngineConfig, Service
 from tokensieve.machine import processor
+from tokensieve.serve import server
+from tokensieve.serve.settings import ServeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = ("argparse", "ast", "inspect", "typing", "tarfile", "subprocess", "datetime", "pathlib", "decimal")
@@ -182,6 +188,43 @@ def times(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, int]]:
+    """Host and port of the model's server, in a thread."""
+    tokenizer = tokensieve.load_tokenizer(folder)
+    service = Service(Engine(tokensieve.load(folder), tokenizer, EngineConfig(pages=16, running=1)))
+    with server.listen("127.0.0.1", 0) as listening:
+        ready = threading.Event()
+        running = server.make(service, tokenizer, ServeConfig("model"), ready.set)
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            assert ready.wait(60), "the server does not start"
+            yield listening.getsockname()
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def request_ms(folder: Path, rounds: int) -> dict[str, float]:
+    """Median milliseconds of a request that asks nothing of the model."""
+
+    def health(connection: http.client.HTTPConnection) -> None:
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+
+    def new_connection() -> None:
+        connection = http.client.HTTPConnection(*at)
+        health(connection)
+        connection.close()
+
+    with serving(folder) as at:
+        kept = http.client.HTTPConnection(*at)
+        taken = in_turns({"kept": lambda: health(kept), "new": new_connection}, rounds, in_a_row=10, cold=5)
+        kept.close()
+    return {name: 1000 * value for name, value in taken.items()}
+
+
 # memory
 
 
@@ -267,6 +310,7 @@ def criteria(figures: dict[str, Any], options: argparse.Namespace) -> list[dict[
             "<=",
             1.3,
         ),
+        ("a request over a connection that is used again, ms", figures["request_ms"]["kept"], "<=", 5),
     ]
     return [
         {
@@ -291,6 +335,8 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
     table.add_row("prefill, peak above the loaded model", *(f"{memory[n]['above'] / 2**20:,.0f} MiB" for n in both))
     for tokens, value in figures["own_decode_ms"].items():
         table.add_row(f"decode after {int(tokens):,}, per token", "", f"{value:.1f} ms")
+    for connection, value in figures["request_ms"].items():
+        table.add_row(f"/health over a {connection} connection", "", f"{value:.2f} ms")
     console.print(table)
     bounds = Table("to hold", "measured", "bound", "")
     for row in figures["criteria"]:
@@ -329,6 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             },
             "memory_bytes": {who: measured_alone(who, folder, options) for who in PROGRAMS},
         }
+        figures["request_ms"] = request_ms(folder, options.rounds)
         figures |= times(folder, options)
     figures["criteria"] = [] if options.quick else criteria(figures, options)
     options.out.parent.mkdir(parents=True, exist_ok=True)

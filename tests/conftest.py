@@ -1,7 +1,8 @@
-"""What holds for every test: threads, no network, the log, and GPU tests skipped with their reason."""
+"""What holds for every test: threads, no network, the log, and what is skipped on a machine that lacks something."""
 
 import logging
 import os
+import shutil
 
 import pytest
 
@@ -13,6 +14,29 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network fa
 
 
 pytest.register_assert_rewrite("tests.support.browser")  # a test file imports it before it is known as a plugin
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "a test that needs a browser or a C++ compiler fails on a machine without one; otherwise it is skipped"
+    parser.addoption("--complete", action="store_true", help=text)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests that need what this machine lacks: here, and not in their fixtures, so that the summary says it once."""
+    reason = None
+    if "chromium" in item.fixturenames:
+        from tests.support import browser
+
+        reason = browser.why_not()
+    elif "compiler" in item.fixturenames and not shutil.which(os.environ.get("CXX", "g++")):
+        reason = "no C++ compiler, which torch.compile needs: apt-get install g++"
+    if reason:
+        (pytest.fail if item.config.getoption("complete") else pytest.skip)(reason)
+
+
+@pytest.fixture
+def compiler() -> None:
+    """For tests of what torch.compile builds for a CPU."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

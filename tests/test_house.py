@@ -5,6 +5,7 @@ Reads sources with `ast` and imports nothing heavy, so that it can run before ev
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,13 +57,15 @@ UNOWNED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b(?!\s*\([A-Za-z])")
 
 def committed_files() -> list[Path]:
     """Every file that is committed or would be: tracked, or untracked and not ignored."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
-    )
-    if listing.returncode:  # an unpacked source archive
+    names = None
+    if shutil.which("git"):
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True)
+        names = listing.stdout.decode().split("\0") if listing.returncode == 0 else None
+    if names is None:  # no git, or an unpacked source archive
         paths = [p for top in (PACKAGE, ROOT / "tests", ROOT / "docs") for p in top.rglob("*")]
     else:
-        paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+        paths = [ROOT / name for name in names if name]
     return sorted({p for p in paths if p.is_file() and "__pycache__" not in p.parts})
 
 

@@ -29,6 +29,7 @@ def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
     for name in ("prefill_seconds", "decode_ms", "memory_bytes"):
         assert set(figures[name]) == {"tokensieve", "transformers"}
     assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
+    assert set(figures["request_ms"]) == {"kept", "new"} and min(figures["request_ms"].values()) > 0
 
 
 @pytest.mark.slow

@@ -111,7 +111,8 @@ def test_the_lens_by_keyboard_alone(page: Page) -> None:
     expect(page.locator("#lens")).to_be_hidden()
     assert page.evaluate("document.activeElement.textContent") == " two"
     page.keyboard.press("ArrowRight")
-    page.keyboard.press("Space")
+    with page.expect_response("**/lens"):
+        page.keyboard.press("Space")
     expect(page.locator("#lens")).to_be_visible()
     assert asked[1]["token_ids"] == [10, 11, 20, 21, 22]
 

@@ -3,6 +3,7 @@
 A test file takes the fixtures with `pytest_plugins`.
 """
 
+import functools
 import inspect
 import json
 import shutil
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
 
 import tokensieve
 from tests.support import servers
@@ -20,6 +21,7 @@ from tokensieve.engine import EngineConfig, Service
 
 LIMITS = {"max_tokens": 400, "max_prompt_tokens": 3000, "max_body": 2**20}
 GREEDY = """localStorage.getItem("tokensieve") ?? localStorage.setItem("tokensieve", '{"temperature": 0}')"""
+GET = "python -m playwright install chromium-headless-shell"
 expect.set_options(timeout=20_000)
 
 FACTS = {
@@ -43,12 +45,22 @@ def document(characters: int) -> str:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    assert found, "the page is tested in a browser and there is none: apt-get install chromium"
+    """The system's Chromium, or else Playwright's own. playwright.sync_api.Error if there is none that starts."""
+    paths = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=paths[0] if paths else None, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@functools.cache
+def why_not() -> str | None:
+    """The reason why no browser opens here, with the remedy."""
+    try:
+        with chromium():
+            return None
+    except Error as error:
+        return f"no browser: apt-get install chromium, or {GET} ({error.message.splitlines()[0]})"
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,13 @@
 """Ranks as the tests start them: processes that hold one model together, and what they are asked to do.
 
-They are forked from a server that has imported everything once, and stay for many questions.
+They stay for many questions.
 """
 
-import multiprocessing
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 
 import tokensieve
+from tests.support import forks
 from tests.support.models import ours, tokens
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, engine_on, tensor_parallel
@@ -49,13 +47,9 @@ class Group:
 
 @contextmanager
 def started(count: int, device: str = "cpu") -> Iterator[Group]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.ranks"])
-    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server does not know where its parent finds modules
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    context = forks.context()
     pools = [ProcessPoolExecutor(1, context, join, (rank, count, port, device)) for rank in range(count)]
     group = Group(pools)
     try:

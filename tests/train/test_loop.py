@@ -352,6 +352,7 @@ def test_answer_weights_reach_the_loss(here: Workplace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
 def test_compiled_layers_train_the_same(here: Workplace) -> None:
     lm: dict[bool, list[float]] = {False: [], True: []}
     for compiled in lm:

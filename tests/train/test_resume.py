@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -20,14 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import tokensieve
+from tests.support import forks
 from tests.support.training import Workplace, batch, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.train import Interrupted, history, loop, run, state
 from tokensieve.train.state import checkpoints
 
-# Processes are forked from one that has imported everything and started no thread.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.test_train_resume"])
 PHASES = (PhaseConfig(4, 48, 4, 2), PhaseConfig(3, 96, 2, 1, lr_scale=0.5))
 MEASURED = {"seconds", "tokens_per_second"}
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -61,7 +58,7 @@ def train(settings: TrainConfig, die_at: int = 0) -> None:
 
 
 def start(settings: TrainConfig, die_at: int = 0) -> Any:
-    process = FORKS.Process(target=train, args=(settings, die_at))
+    process = forks.context().Process(target=train, args=(settings, die_at))
     process.start()
     return process
 
