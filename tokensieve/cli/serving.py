@@ -29,9 +29,9 @@ def deploy(
 
     Example: tokensieve deploy sglang runs/adapt/step-000200 --gpus 8 --compose compose.yaml
     """
-    from tokensieve.serve import deploy as deployment
+    from tokensieve.deploy import deploy as deploy_checkpoint
 
-    deployment.deploy(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
+    deploy_checkpoint(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
 
 
 @app.command()

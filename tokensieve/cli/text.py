@@ -53,8 +53,8 @@ def generate(
             )
         tokenizer = tokenizer_of(model, loaded)
         if talk:
+            from tokensieve.cli import terminal
             from tokensieve.engine import EngineConfig, Sampling, engine_on
-            from tokensieve.serve import terminal
 
             prompts = terminal.prompts_in(text) if input_file else []
             # the cache has room for no more than is asked at once
@@ -115,7 +115,7 @@ def _write(
 
 def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selects: Selects) -> None:
     """The answers to prompts; without prompts a conversation."""
-    from tokensieve.serve import terminal
+    from tokensieve.cli import terminal
 
     if prompts:
         for asked, answer in terminal.answer_all(engine, prompts, sampling, selects):

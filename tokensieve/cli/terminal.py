@@ -1,4 +1,4 @@
-"""Talking to a model in a terminal, and answering a file of prompts: the engine without a server."""
+"""A conversation with a model in a terminal, and answers to a file of prompts. Both use the engine without a server."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +10,18 @@ from tokensieve.engine import Engine, Request, Sampling
 Message = dict[str, str]
 Selects = Literal["indexer", "dense"]
 ID = "conversation"
-HELP = "/exit ends, /clear forgets what was said, Ctrl-C stops an answer"
+HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops an answer"
 
 
 def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    """The conversation as the model was taught to read it. UserError where its tokenizer has no chat template."""
+    """The conversation in the model's chat format. UserError if the tokenizer has no chat template."""
     if tokenizer.chat_template is None:
         raise UserError("the model's tokenizer has no chat template; use --prompt, or add chat_template.jinja")
     return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+
+
+def _request(engine: Engine, id: str, messages: Sequence[Message], sampling: Sampling, selection: Selects) -> Request:
+    return Request(id, prompt_of(engine.tokenizer, messages), sampling, selection)
 
 
 def converse(
@@ -28,9 +32,10 @@ def converse(
     write: Callable[[str], None],
     say: Callable[[str], None],
 ) -> None:
-    """Reads messages and writes answers as they come, with all that was said before, until /exit or the input's end.
+    """Read messages and write their answers as they come, until /exit or the end of the input.
 
-    read gives a line, or raises EOFError; write takes parts of an answer, say whole lines that are not part of one.
+    Every prompt holds the whole conversation so far. read returns a line, or raises EOFError; write takes parts of an
+    answer; say takes whole lines that belong to no answer.
     """
     messages: list[Message] = []
     say(HELP)
@@ -47,19 +52,20 @@ def converse(
         elif line.startswith("/"):
             say(f"{line.split()[0]} is unknown; {HELP}")
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
+            question = [*messages, {"role": "user", "content": line}]
             try:
-                answer = "".join(
-                    _stream(engine, Request(ID, prompt_of(engine.tokenizer, asked), sampling, selection), write)
-                )
-            except UserError as error:  # too long a conversation ends no session
+                answer = "".join(_stream(engine, _request(engine, ID, question, sampling, selection), write))
+            except UserError as error:  # a conversation that is too long does not end the session
                 say(str(error))
                 continue
-            messages = [*asked, {"role": "assistant", "content": answer}]
+            messages = [*question, {"role": "assistant", "content": answer}]
 
 
 def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> Iterator[str]:
-    """The parts of one answer, each written as it comes. Ctrl-C ends it, and what came stays. UserError where the engine gives up."""
+    """The parts of one answer, each written as it comes.
+
+    Ctrl-C ends the answer, and keeps its beginning. UserError if the engine fails.
+    """
     engine.add(request)
     try:
         while engine.busy:
@@ -77,24 +83,23 @@ def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> I
 
 
 def prompts_in(text: str) -> list[str]:
-    """Prompts are set apart by blank lines, as in the official demo's files."""
-    parts = itertools.groupby(text.splitlines(), key=lambda line: bool(line.strip()))
-    found = ["\n".join(lines) for some, lines in parts if some]
-    if not found:
+    """The prompts in a text, separated by blank lines as in the official demo's files. UserError if there are none."""
+    groups = itertools.groupby(text.splitlines(), key=lambda line: bool(line.strip()))
+    prompts = ["\n".join(lines) for is_prompt, lines in groups if is_prompt]
+    if not prompts:
         raise UserError("--input-file holds no prompt; write one or more, with blank lines between them")
-    return found
+    return prompts
 
 
 def answer_all(
     engine: Engine, prompts: Sequence[str], sampling: Sampling, selection: Selects
 ) -> Iterator[tuple[str, str]]:
-    """(prompt, answer) in the order of the prompts, each as soon as it and all before it are done. All run together.
+    """(prompt, answer) in the order of the prompts, each as soon as its answer and all before it are complete.
 
-    UserError where one has no answer.
+    All prompts run together. UserError if the engine fails at one.
     """
     for i, prompt in enumerate(prompts):
-        tokens = prompt_of(engine.tokenizer, [{"role": "user", "content": prompt}])
-        engine.add(Request(str(i), tokens, sampling, selection))
+        engine.add(_request(engine, str(i), [{"role": "user", "content": prompt}], sampling, selection))
     texts, done, given = [""] * len(prompts), [False] * len(prompts), 0
     while engine.busy:
         for output in engine.step():

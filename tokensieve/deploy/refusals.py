@@ -1,6 +1,6 @@
 """Why vLLM or SGLang could not serve a checkpoint folder: its config, tensors, quantization, tokenizer and split.
 
-Where an engine would read something else than what is stored and go on, that is a reason too: it answers, wrongly.
+It is also a reason if an engine would misread what is stored and go on, because it would then answer wrongly.
 Sources, read in 2026: vLLM's models/deepseek_v2.py and quantization/fp8.py, SGLang's models/deepseek_v2.py and
 configs/model_config.py.
 """
@@ -14,12 +14,12 @@ from tokensieve.checkpoint import ARCHITECTURES, Header, expected_tensors
 from tokensieve.config import ModelConfig, UserError
 from tokensieve.model import check_tokenizer, load_tokenizer
 
-FP8_BLOCK = 128  # rows and columns that share a scale: the one size that their kernels are built for
+FP8_BLOCK = 128  # rows and columns that share a scale: the only size that their kernels are built for
 
-# Both engines fill what is missing with the numbers of the 671B model, or take the router for V2's.
+# Both engines replace missing fields by the numbers of the 671B model, or take the router for V2's.
 READ = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings rms_norm_eps "
-    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+    "rms_norm_eps q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
     "moe_intermediate_size num_experts_per_tok norm_topk_prob routed_scaling_factor n_group topk_group "
     "first_k_dense_replace moe_layer_freq rope_theta"
 ).split()
@@ -31,7 +31,7 @@ _SCALE = "_scale_inv"
 
 
 def config_reasons(raw: Mapping[str, Any]) -> list[str]:
-    """Fields of config.json that both engines read: that they are there, and name the model that is meant."""
+    """Reasons in config.json: fields that both engines read are missing, or name another model."""
     kind, reasons = raw["model_type"], []
     read = READ + READ_OF_V3 * (kind != "deepseek_v2") + READ_OF_V32 * (kind == "deepseek_v32")
     missing = [field for field in read if field not in raw]
@@ -53,7 +53,7 @@ def config_reasons(raw: Mapping[str, Any]) -> list[str]:
 def tensor_reasons(
     folder: Path, raw: Mapping[str, Any], config: ModelConfig, headers: Mapping[str, Header]
 ) -> list[str]:
-    """That every tensor lies in the folder itself, and is FP8 with float32 scales exactly where the engines expect it."""
+    """Reasons in the tensors: some lie outside of the folder, or the engines expect FP8 and float32 scales elsewhere."""
     reasons = []
     outside = sorted({str(h.file) for h in headers.values() if h.file.parent != folder})
     if outside:
@@ -66,9 +66,7 @@ def tensor_reasons(
     if not quantization:
         eights = [name for name, dtype in stored.items() if dtype == "F8_E4M3"]
         if eights:
-            reasons.append(
-                f"{_some(eights)} FP8, but config.json has no quantization_config; copy that of the original"
-            )
+            reasons.append(f"{_are(eights)} FP8, but config.json has no quantization_config; copy that of the original")
         return reasons
     for field, value in (("weight_block_size", [FP8_BLOCK, FP8_BLOCK]), ("activation_scheme", "dynamic")):
         if quantization.get(field) != value:
@@ -79,19 +77,19 @@ def tensor_reasons(
     wrong = [name for name, dtype in stored.items() if (dtype == "F8_E4M3") != bool(_QUANTIZED.search(name))]
     if wrong:
         reasons.append(
-            f"{_some(wrong)} {stored[wrong[0]]}: with a quantization_config engines read FP8 in all linear layers and "
+            f"{_are(wrong)} {stored[wrong[0]]}: with a quantization_config engines read FP8 in all linear layers and "
             "nowhere else; quantize all of them, or save the checkpoint without (tokensieve.save)"
         )
     scales = [name for name, h in headers.items() if name.endswith(_SCALE) and h.dtype != "F32"]
     if scales:
-        reasons.append(f"{_some(scales)} {headers[scales[0]].dtype}: the scales of FP8 blocks are read as float32")
+        reasons.append(f"{_are(scales)} {headers[scales[0]].dtype}: the scales of FP8 blocks are read as float32")
     return reasons
 
 
 def split_reasons(raw: Mapping[str, Any], config: ModelConfig, gpus: int, attention_parts: int) -> list[str]:
-    """That heads and feed-forward widths divide among the devices, into whole FP8 blocks where there are such.
+    """Reasons in the split: heads or feed-forward widths do not divide among the devices, or not into whole FP8 blocks.
 
-    attention_parts: devices that the heads are divided among; 1 where each device attends for requests of its own.
+    attention_parts: devices that the heads are divided among; 1 if each device attends for requests of its own.
     """
     unit = FP8_BLOCK if raw.get("quantization_config") else 1
     widths = {"moe_intermediate_size": (config.moe_intermediate_size, gpus)}
@@ -103,7 +101,7 @@ def split_reasons(raw: Mapping[str, Any], config: ModelConfig, gpus: int, attent
         config.qk_rope_head_dim,
         config.v_head_dim,
     )
-    if unit > 1 and attention_parts > 1:  # on one device these are not cut, and a last block may be smaller
+    if unit > 1 and attention_parts > 1:  # a single device does not cut these, and their last block may be smaller
         for name, width in (("q_b_proj", nope + rope), ("kv_b_proj", nope + value), ("o_proj", value)):
             widths[f"the heads' width in {name}"] = heads * width, attention_parts
     reasons = [
@@ -117,7 +115,7 @@ def split_reasons(raw: Mapping[str, Any], config: ModelConfig, gpus: int, attent
 
 
 def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
-    """That the folder has a tokenizer that transformers reads, and a chat template that renders a message."""
+    """Reasons in the tokenizer: transformers cannot read it, or its chat template is missing or renders no message."""
     from jinja2 import TemplateError
 
     try:
@@ -136,6 +134,6 @@ def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
     return []
 
 
-def _some(names: list[str]) -> str:
+def _are(names: list[str]) -> str:
     """'a is', 'a and 3 more are'."""
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
