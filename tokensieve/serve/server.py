@@ -12,7 +12,7 @@ import uvicorn
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Service
-from tokensieve.serve.api import create_app
+from tokensieve.serve.app import create_app
 from tokensieve.serve.settings import ServeConfig
 
 SLOWEST_CLIENT = 30  # seconds that the last bytes of an answer may take to be read when the server ends

@@ -1,40 +1,45 @@
-"""What /openapi.json says of answers and errors. It describes them only: tests hold it against what is sent."""
+"""The responses in /openapi.json. The models only document what the routes send, and tests compare the two.
+
+They are not openai.types: those are a client's, without our fields, and openai is no dependency of the server.
+"""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 STATUSES = {
-    400: "Not JSON, a wrong type or value, or a prompt that is too long",
-    401: "A key is set, and this is none",
+    400: "The body is not JSON, a value is wrong, or the prompt is too long",
+    401: "The API key is missing or wrong",
     404: "No such model",
-    413: "Too large",
-    429: "Too many requests wait; Retry-After says when to ask again",
+    413: "The body is too large",
+    429: "The queue is full; Retry-After gives the seconds to wait",
     500: "A step of the engine failed; the request may be sent again",
     503: "The server is stopping",
 }
 
 
-class Told(BaseModel):
+class Closed(BaseModel):
+    """A model that lists all its fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class Fault(Told):
+class Fault(Closed):
     message: str
     type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
     param: str | None
     code: str | None
 
 
-class Error(Told):
+class Error(Closed):
     error: Fault
 
 
-class Health(Told):
+class Health(Closed):
     status: str
 
 
-class ModelCard(Told):
+class ModelCard(Closed):
     id: str
     object: Literal["model"]
     created: int
@@ -42,20 +47,20 @@ class ModelCard(Told):
     max_model_len: int
 
 
-class ModelCards(Told):
+class ModelCards(Closed):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class PromptDetails(Told):
+class PromptDetails(Closed):
     cached_tokens: int
 
 
-class AnswerDetails(Told):
+class AnswerDetails(Closed):
     reasoning_tokens: int
 
 
-class Usage(Told):
+class Usage(Closed):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -63,7 +68,7 @@ class Usage(Told):
     completion_tokens_details: AnswerDetails
 
 
-class Alternative(Told):
+class Alternative(Closed):
     token: str
     logprob: float
     bytes: list[int]
@@ -73,22 +78,22 @@ class TokenLogprob(Alternative):
     top_logprobs: list[Alternative]
 
 
-class ChatLogprobs(Told):
+class ChatLogprobs(Closed):
     content: list[TokenLogprob]
 
 
-class CalledFunction(Told):
+class CalledFunction(Closed):
     name: str
     arguments: str
 
 
-class Call(Told):
+class Call(Closed):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class ChatMessage(Told):
+class ChatMessage(Closed):
     role: Literal["assistant"]
     content: str | None
     refusal: None
@@ -96,7 +101,7 @@ class ChatMessage(Told):
     tool_calls: list[Call] = []
 
 
-class Choice(Told):
+class Choice(Closed):
     index: int
     token_ids: list[int] = []
 
@@ -107,7 +112,7 @@ class ChatChoice(Choice):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
-class CompletionLogprobs(Told):
+class CompletionLogprobs(Closed):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -120,7 +125,7 @@ class CompletionChoice(Choice):
     finish_reason: Literal["stop", "length"]
 
 
-class Whole(Told):
+class Whole(Closed):
     id: str
     created: int
     model: str
@@ -138,7 +143,7 @@ class Completion(Whole):
     choices: list[CompletionChoice]
 
 
-class Layer(Told):
+class Layer(Closed):
     layer: int
     read: int
     selected: list[int]
@@ -148,7 +153,7 @@ class Layer(Told):
     kept: float
 
 
-class Lens(Told):
+class Lens(Closed):
     model: str
     text: str
     starts: list[int]
@@ -157,20 +162,20 @@ class Lens(Told):
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route may answer besides 200."""
-    told: dict[int | str, str] = {status: STATUSES[status] for status in sorted({401, *statuses})}
-    told["default"] = "Any other error"
-    return {status: {"model": Error, "description": said} for status, said in told.items()}
+    """The statuses of a route besides 200."""
+    texts: dict[int | str, str] = {status: STATUSES[status] for status in sorted({401, *statuses})}
+    texts["default"] = "Any other error"
+    return {status: {"model": Error, "description": text} for status, text in texts.items()}
 
 
-ASKED = errors(400, 404, 413, 429, 500, 503)  # what may come of a request to the engine
+ENGINE = errors(400, 404, 413, 429, 500, 503)  # of a route that sends requests to the engine
 METRICS = errors() | {
     200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "With stream: chunks as OpenAI has them, then [DONE]",
-        "content": {"text/event-stream": {"itemSchema": EVENT}},  # of OpenAPI 3.2
+        "description": "With `stream`: OpenAI's chunks, then [DONE]",
+        "content": {"text/event-stream": {"itemSchema": EVENT}},  # since OpenAPI 3.2
     }
 }

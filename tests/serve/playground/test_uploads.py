@@ -15,8 +15,8 @@ from pypdf import PdfReader, PdfWriter
 
 from tests.support import servers
 from tokensieve.engine import EngineConfig
-from tokensieve.serve import pdf, uploads
 from tokensieve.serve.errors import ApiError
+from tokensieve.serve.playground import pdf, uploads
 
 HELLO = b"BT /F1 12 Tf 72 700 Td (The code is 482913.) Tj ET"
 
@@ -89,8 +89,8 @@ def test_other_refusals(at: str, monkeypatch) -> None:
     assert send(at, made(HELLO), "text/plain").status_code == 400
     assert send(at, bytes(100_001)).status_code == 413
     assert httpx.get(at + "/documents").status_code == 405
-    monkeypatch.setattr(uploads, "TOGETHER", 0)
-    monkeypatch.setattr(uploads, "WAITING", 0)
+    monkeypatch.setattr(uploads, "MAX_READING", 0)
+    monkeypatch.setattr(uploads, "MAX_WAITING", 0)
     assert send(at, made(HELLO)).status_code == 429
     monkeypatch.undo()
     monkeypatch.setattr(uploads.importlib.util, "find_spec", lambda name: None)
@@ -108,10 +108,10 @@ def test_limits() -> None:
     """A PDF that unfolds to a hundred times its size, and one of endless work, end by themselves, and soon."""
     bomb = made(b"BT /F1 12 Tf " + b"(a) Tj " * 2_000_000 + b"ET")
     assert len(bomb) < 100_000
-    assert b"unfolds" in reads_with("pdf.MOST_MEMORY = 120 * 2**20", bomb).stdout
-    assert reads_with("pdf.MOST_SECONDS = 1", bomb).returncode < 0
-    assert b"has 3 pages" in reads_with("pdf.MOST_PAGES = 2", made(HELLO, HELLO, HELLO)).stdout
-    assert b"more than 9 characters" in reads_with("pdf.MOST_CHARACTERS = 9", made(HELLO)).stdout
+    assert b"unfolds" in reads_with("pdf.MAX_MEMORY = 120 * 2**20", bomb).stdout
+    assert reads_with("pdf.MAX_SECONDS = 1", bomb).returncode < 0
+    assert b"has 3 pages" in reads_with("pdf.MAX_PAGES = 2", made(HELLO, HELLO, HELLO)).stdout
+    assert b"more than 9 characters" in reads_with("pdf.MAX_CHARACTERS = 9", made(HELLO)).stdout
 
 
 def test_it_cannot_write(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_reader_that_hangs_is_ended(monkeypatch, tmp_path: Path) -> None:
     sleeper = tmp_path / "sleeper.py"
     sleeper.write_text("import time; time.sleep(60)")
     monkeypatch.setattr(uploads.pdf, "__file__", str(sleeper))
-    monkeypatch.setattr(uploads, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(uploads, "MAX_SECONDS", 0.5)
     begin = time.monotonic()
     with pytest.raises(ApiError, match="too long"):
         asyncio.run(uploads.text_of(b""))

@@ -1,4 +1,4 @@
-"""The page at `/`: a few files that are read once and served by name, so that no path from outside is ever opened."""
+"""The page at `/`. Its files are read once and served by name, so that no path from a request is ever opened."""
 
 from importlib import resources
 

@@ -1,4 +1,4 @@
-"""`POST /documents`: a PDF's bytes to its text, for the page. Nothing is kept, and nothing touches a disk."""
+"""`POST /documents`: the text of a PDF, for the page. Nothing is kept, and nothing is written to a disk."""
 
 import asyncio
 import importlib.util
@@ -9,14 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from tokensieve.engine import Busy
-from tokensieve.serve import pdf
 from tokensieve.serve.errors import ApiError
+from tokensieve.serve.playground import pdf
 from tokensieve.serve.streaming import unless_gone
 
 PDF = "application/pdf"
-TOGETHER = 2  # documents that are read at once
-WAITING = 16
-MOST_SECONDS = 60  # by the clock, where the processor is busy with other things
+MAX_READING = 2  # documents that are read at once
+MAX_WAITING = 16
+MAX_SECONDS = 60  # of wall-clock time, because the processor may be busy with other work
 TOO_LONG = "the PDF takes too long to read; send its text"
 
 
@@ -26,59 +26,65 @@ class Text(BaseModel):
 
 
 def router() -> APIRouter:
-    routes, reading, asked = APIRouter(), asyncio.Semaphore(TOGETHER), set[Request]()
+    routes = APIRouter()
+    routes.add_api_route("/documents", Uploads().documents, methods=["POST"], include_in_schema=False)
+    return routes
 
-    @routes.post("/documents", include_in_schema=False)
-    async def documents(request: Request) -> Text:
+
+class Uploads:
+    """Limits how many documents are read, and how many wait."""
+
+    def __init__(self) -> None:
+        self._reading = asyncio.Semaphore(MAX_READING)
+        self._open: set[Request] = set()
+
+    async def documents(self, request: Request) -> Text:
         """The text of a PDF, which is the request's body."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != PDF:
             raise ApiError(400, f"the body must be a PDF, its Content-Type {PDF}; text needs no reading")
         if importlib.util.find_spec("pypdf") is None:
             raise ApiError(501, "reading a PDF needs pypdf; pip install 'tokensieve[serve]'", code="not_installed")
-        if len(asked) >= TOGETHER + WAITING:
-            raise Busy(f"{len(asked)} documents are read or wait already; try again later")
-        asked.add(request)
+        if len(self._open) >= MAX_READING + MAX_WAITING:
+            raise Busy(f"{len(self._open)} documents are read or wait already; try again later")
+        self._open.add(request)
         try:
-            data = await _arrived(request)
-
-            async def wait_and_read() -> Text:
-                async with reading:
-                    return await text_of(data)
-
-            return await unless_gone(request.receive, wait_and_read())
+            data = await _body(request)
+            return await unless_gone(request.receive, self._read(data))
         finally:
-            asked.discard(request)
+            self._open.discard(request)
 
-    return routes
+    async def _read(self, data: bytes) -> Text:
+        async with self._reading:
+            return await text_of(data)
 
 
-async def _arrived(request: Request) -> bytes:
-    """The body. ApiError where it takes too long: who sends nothing would keep the place of others."""
+async def _body(request: Request) -> bytes:
+    """ApiError if it takes too long: a client that sends nothing would keep others from being read."""
     try:
-        return await asyncio.wait_for(request.body(), MOST_SECONDS)
+        return await asyncio.wait_for(request.body(), MAX_SECONDS)
     except TimeoutError:
         raise ApiError(408, "the document did not arrive in time; send it again") from None
 
 
 async def text_of(data: bytes) -> Text:
-    """ApiError where the PDF does not give them, within the limits of `pdf`."""
+    """ApiError if the PDF yields no text within the limits of `pdf`."""
     pipe = asyncio.subprocess.PIPE
     # -P: the files beside pdf.py must not stand in for modules of the same name
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-P", pdf.__file__, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        told, _ = await asyncio.wait_for(process.communicate(data), MOST_SECONDS)
+        printed, _ = await asyncio.wait_for(process.communicate(data), MAX_SECONDS)
     except TimeoutError:
         raise ApiError(400, TOO_LONG) from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    if process.returncode:  # the limit of memory or of time, where pypdf could not say so itself
+    if process.returncode:  # ended by the limit of memory or of time before pypdf could report it
         raise ApiError(400, TOO_LONG if process.returncode < 0 else "the PDF cannot be read; send its text")
-    result = json.loads(told)
+    result = json.loads(printed)
     if "error" in result:
         raise ApiError(400, result["error"])
     return Text(**result)

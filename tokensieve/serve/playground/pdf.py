@@ -1,7 +1,8 @@
 """The text of a PDF: bytes on standard input, JSON on standard output.
 
-`uploads` runs this file in a process of its own, because a PDF is a program that a stranger wrote: one that unfolds to gigabytes, or
-that keeps its reader busy for hours, ends here and nowhere else. Nothing of tokensieve is imported, so that it starts at once.
+`uploads` runs this file in a process of its own, because a PDF is a program written by a stranger. If one unfolds to
+gigabytes, or keeps its reader busy for hours, only this process ends. It imports nothing from tokensieve, so it starts
+at once.
 """
 
 import io
@@ -10,41 +11,41 @@ import resource
 import sys
 from typing import Any
 
-MOST_MEMORY = 768 * 2**20  # bytes
-MOST_SECONDS = 20  # of the processor
-MOST_PAGES = 5000
-MOST_CHARACTERS = 4_000_000  # more than a million tokens
+MAX_MEMORY = 768 * 2**20  # bytes
+MAX_SECONDS = 20  # of processor time
+MAX_PAGES = 5000
+MAX_CHARACTERS = 4_000_000  # more than a million tokens
 
 
 def confine() -> None:
-    """From now on: no more memory and time than this, and nothing written to a disk."""
-    for limit, most in (
-        (resource.RLIMIT_AS, MOST_MEMORY),
-        (resource.RLIMIT_CPU, MOST_SECONDS),
+    """Limit this process to so much memory and time, and let it write nothing to a disk."""
+    for limit, value in (
+        (resource.RLIMIT_AS, MAX_MEMORY),
+        (resource.RLIMIT_CPU, MAX_SECONDS),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(limit)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(limit, (most, most))
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
 
 
 def read(data: bytes) -> dict[str, Any]:
-    """{"text", "pages"}, or {"error"}: why there is no text, for whoever sent the PDF."""
+    """{"text", "pages"}, or {"error"}: why there is no text, in words for the sender of the PDF."""
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, FileNotDecryptedError, LimitReachedError, PyPdfError
 
     try:
         reader = PdfReader(io.BytesIO(data))
         pages = len(reader.pages)
-        if pages > MOST_PAGES:
-            return {"error": f"the PDF has {pages} pages and may have {MOST_PAGES}; send a part of it"}
+        if pages > MAX_PAGES:
+            return {"error": f"the PDF has {pages} pages and may have {MAX_PAGES}; send a part of it"}
         texts, length = [], 0
         for page in reader.pages:
             texts.append(page.extract_text())
             length += len(texts[-1])
-            if length > MOST_CHARACTERS:
-                return {"error": f"the PDF holds more than {MOST_CHARACTERS} characters of text; send a part of it"}
+            if length > MAX_CHARACTERS:
+                return {"error": f"the PDF holds more than {MAX_CHARACTERS} characters of text; send a part of it"}
     except (FileNotDecryptedError, DependencyError):
         return {"error": "the PDF is encrypted; save it without a password"}
     except (MemoryError, LimitReachedError):
@@ -61,7 +62,7 @@ def read(data: bytes) -> dict[str, Any]:
     ) as error:
         return {"error": f"the PDF is damaged ({type(error).__name__}); save it anew, or send its text"}
     text = "\n\n".join(text.strip() for text in texts)
-    # half a character is no text, and cannot be sent on
+    # half a surrogate pair is no text, and cannot be sent
     text = text.encode(errors="replace").decode()
     if not text.strip():
         return {"error": "the PDF holds no text, only pictures of it; send it as text"}

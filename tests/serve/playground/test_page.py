@@ -9,7 +9,7 @@ import httpx2 as httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.serve.test_documents import made
+from tests.serve.playground.test_uploads import made
 from tests.support import browser, servers
 from tests.support.browser import LIMITS, answered, answers, ask, attach, chunk, looks, restart, said
 from tokensieve.engine import EngineConfig

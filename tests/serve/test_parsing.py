@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import tokensieve
-from tokensieve.serve.chat import Answer, Chats, Piece
+from tokensieve.serve.chat_template import ChatTemplate
 from tokensieve.serve.errors import ApiError
-from tokensieve.serve.mirror import difference
+from tokensieve.serve.parsing import OutputParser, Piece
+from tokensieve.serve.playground.mirror import difference
 from tokensieve.serve.schema import ChatRequest
 
 CALL = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
@@ -37,7 +38,7 @@ TEMPLATE = (
 
 def read(parts: list[str], thinking: bool = False, tools: bool = True) -> list[tuple[str, str, str]]:
     """The pieces, neighbours of one kind joined."""
-    answer, joined = Answer(thinking, tools), []
+    answer, joined = OutputParser(thinking, tools), []
     for piece in [*(p for part in parts for p in answer.push(part)), *answer.finish()]:
         if piece.kind != "call" and joined and joined[-1][0] == piece.kind:
             joined[-1] = (piece.kind, joined[-1][1] + piece.text, "")
@@ -98,14 +99,14 @@ def test_without_tools_a_marker_is_text() -> None:
 
 
 def test_calls_that_are_not_parallel() -> None:
-    answer = Answer(False, True, most_calls=1)
+    answer = OutputParser(False, True, max_calls=1)
     both = V31.format(CALL.format("f", "{}") + CALL.format("g", "{}"))
     assert [*answer.push(both + "so"), *answer.finish()] == [Piece("call", "{}", "f"), Piece("content", "so")]
 
 
 def test_markers_that_the_engine_leaves_out() -> None:
     """A special token has no text: it is known by its number."""
-    answer = Answer(True, False, {6: "</think>"})
+    answer = OutputParser(True, False, {6: "</think>"})
     assert answer.push("hm", (9,)) == [Piece("reasoning", "hm")]
     assert answer.push("", (6,)) == [] and answer.state == "content"
     assert answer.push("yes", (9,)) == [Piece("content", "yes")]
@@ -121,25 +122,28 @@ def asked(**more) -> ChatRequest:
 
 
 def test_the_bundled_template(tokenizer) -> None:
-    chats = Chats(tokenizer)
-    assert chats.text(asked()).endswith("</think>") and chats.answer(asked(), chats.text(asked())).state == "content"
+    template = ChatTemplate(tokenizer)
+    assert (
+        template.render(asked()).endswith("</think>")
+        and template.parser(asked(), template.render(asked())).state == "content"
+    )
     thinks = asked(chat_template_kwargs={"thinking": True})
-    text = chats.text(thinks)
-    assert text.endswith("<think>") and chats.answer(thinks, text).state == "reasoning"
+    text = template.render(thinks)
+    assert text.endswith("<think>") and template.parser(thinks, text).state == "reasoning"
     end = tokenizer.convert_tokens_to_ids("</think>")
-    answer = chats.answer(thinks, text)
+    answer = template.parser(thinks, text)
     answer.push("", (end,))
     assert answer.state == "content"
     with pytest.raises(ApiError, match="knows no tools"):
-        chats.text(asked(tools=[TOOL]))
+        template.render(asked(tools=[TOOL]))
     said = [{"role": "developer", "content": "Be short."}, {"role": "user", "content": "hi"}]
-    assert "Be short." in chats.text(asked(messages=said))
+    assert "Be short." in template.render(asked(messages=said))
 
 
 def test_a_template_with_tools(tokenizer) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = TEMPLATE
-    chats = Chats(other)
+    template = ChatTemplate(other)
     calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
     messages = [
         {"role": "user", "content": "Rome?"},
@@ -147,20 +151,20 @@ def test_a_template_with_tools(tokenizer) -> None:
         {"role": "tool", "content": "sunny", "tool_call_id": "1"},
     ]
     body = asked(messages=messages, tools=[TOOL])
-    text = chats.text(body)
+    text = template.render(body)
     assert '"weather"' in text and 'A:weather{"city": "Rome"}' in text and text.endswith("T:sunnyA:")
-    pieces = chats.answer(body, text).push(V31.format(CALL.format("weather", "{}")))
+    pieces = template.parser(body, text).push(V31.format(CALL.format("weather", "{}")))
     assert pieces == [Piece("call", "{}", "weather")]
     silent = asked(messages=messages[:1], tools=[TOOL], tool_choice="none")
-    assert '"weather"' not in chats.text(silent)
-    assert chats.answer(silent, "").push(V31.format("x")) == [Piece("content", V31.format("x"))]
+    assert '"weather"' not in template.render(silent)
+    assert template.parser(silent, "").push(V31.format("x")) == [Piece("content", V31.format("x"))]
 
 
 def test_no_template(tokenizer) -> None:
     other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.chat_template = None
     with pytest.raises(ApiError, match="no chat template"):
-        Chats(other).text(asked())
+        ChatTemplate(other).render(asked())
 
 
 @pytest.mark.parametrize(
