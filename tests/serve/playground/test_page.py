@@ -83,7 +83,7 @@ def test_stop_and_retry(served, page: Page, by: str) -> None:
     expect(page.locator(".question")).to_have_count(1)
     again = said(page)
     assert again.startswith(partly[:4]) or partly.startswith(again[:4])  # of the same seed
-    expect(page.locator(".answer .failure")).to_have_text("Cut off: as long as an answer may be.")
+    expect(page.locator(".answer .failure")).to_have_text("Cut off: the answer reached its maximum length.")
 
 
 def test_keys_of_the_question(page: Page) -> None:
@@ -150,7 +150,7 @@ def test_documents_that_are_none(page: Page) -> None:
         (b"\xff\xfe\xfa", "strange.txt", "strange.txt is neither text in UTF-8 nor a PDF."),
         (b"  \n", "empty.txt", "empty.txt is empty."),
         (b"%PDF-1.4 broken", "broken.pdf", "broken.pdf: The PDF is damaged"),
-        (b"%PDF-" + bytes(2**20), "large.pdf", "large.pdf: That is more than the server takes"),
+        (b"%PDF-" + bytes(2**20), "large.pdf", "large.pdf: That is more than the server accepts"),
     ):
         attach(page, data, name)
         expect(page.locator("#notice")).to_contain_text(words)
@@ -172,10 +172,10 @@ def error(message: str, code: str | None = None) -> dict[str, Any]:
 ENDS: dict[str, tuple[Callable[[Page], None], str]] = {
     "busy": (lambda page: answers(page, error("8 wait"), status=429), "The server is busy: 8 wait."),
     "failed": (lambda page: answers(page, error("the engine failed"), status=500), "The engine failed."),
-    "key": (lambda page: answers(page, error("a key"), status=401), "The server asks for a key."),
+    "key": (lambda page: answers(page, error("a key"), status=401), "The server requires a key."),
     "proxy": (lambda page: answers(page, "<html>", status=502), "The server answered with status 502."),
     "gone": (lambda page: page.route("**/v1/chat/**", lambda route: route.abort()), "The server cannot be reached."),
-    "cut": (lambda page: answers(page, chunk(text="so far", ids=(5,))), "The answer broke off."),
+    "cut": (lambda page: answers(page, chunk(text="so far", ids=(5,))), "The answer was cut off."),
     "midway": (lambda page: answers(page, chunk(text="so far", ids=(5,)), error("it broke")), "It broke."),
 }
 

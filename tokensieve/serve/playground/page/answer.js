@@ -1,11 +1,11 @@
-// The text of an answer. Every token is an element of its own, so that each can be chosen.
+// The text of an answer. Every token is an element of its own, so that the reader can choose it.
 
 import { element } from "./elements.js";
 
 const FENCE = /^ {0,3}```/;
 const CLOSING = /^ {0,3}```\s*$/;
 
-/** Text that grows at its end. Lines between ``` stand in a <pre>; the marks stay, because they are tokens too. */
+/** Text that grows at its end. Lines between ``` go into a <pre>; the ``` stay, because they are tokens too. */
 export class AnswerText {
   constructor(root) {
     this.root = root;
@@ -13,7 +13,7 @@ export class AnswerText {
     this.line = [];
   }
 
-  /** at: how many of the answer's tokens come before the one that this text belongs to; null where nobody knows. */
+  /** at: number of the answer's tokens before the one that this text belongs to; null if it is unknown. */
   push(text, at) {
     for (const part of text.match(/[^\n]*\n|[^\n]+/g) ?? []) {
       const token = element("span", at === null ? {} : { className: "token", tabIndex: -1 }, part);
@@ -35,7 +35,7 @@ export class AnswerText {
     this.line = [];
   }
 
-  /** Nothing comes any more: a first token can be reached with Tab, the others from there with the arrow keys. */
+  /** The text is complete: Tab now reaches its first token, and the arrow keys the others from there. */
   finish() {
     this.endLine();
     const first = this.root.querySelector(".token");
@@ -43,7 +43,7 @@ export class AnswerText {
   }
 }
 
-/** Makes a token the one of its text that Tab leads to. */
+/** Makes a token the one of its text that Tab reaches. */
 export function reach(token) {
   const text = token.closest(".text");
   for (const other of text.querySelectorAll('.token[tabindex="0"]')) {
@@ -54,7 +54,7 @@ export function reach(token) {
   token.setAttribute("role", "button");
 }
 
-/** The token that an arrow key leads to, or null. */
+/** The token that an arrow key, Home or End leads to, or null. */
 export function beside(token, key) {
   const tokens = [...token.closest(".text").querySelectorAll(".token")];
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[key];

@@ -9,8 +9,8 @@ import { chosen } from "./store.js";
 
 const count = new Intl.NumberFormat("en");
 
-/** As the model was taught: the documents, and the question after them. */
-function asked({ documents, text }) {
+/** In the order that the model was trained on: the documents, then the question. */
+function prompt({ documents, text }) {
   return [...documents.map((document) => document.text), text].filter(Boolean).join("\n\n");
 }
 
@@ -18,12 +18,13 @@ class Answer {
   constructor(model, retry) {
     this.model = model;
     this.content = "";
-    this.promptIds = null; // until the server tells it
-    this.ids = []; // of the tokens that were shown
-    this.unshown = []; // of those whose text is still to come: half a character, or what may become a stop word
+    this.promptIds = null; // until the server sends them
+    this.ids = []; // of the tokens that are shown
+    this.unshown = []; // of tokens whose text is still to come: half a character, or the start of a stop word
     this.thought = element("div", { className: "text" });
     this.said = element("div", { className: "text" });
-    this.reasoning = element("details", { className: "reasoning", hidden: true }, element("summary", {}, "Reasoning"), this.thought);
+    const summary = element("summary", {}, "Reasoning");
+    this.reasoning = element("details", { className: "reasoning", hidden: true }, summary, this.thought);
     this.failure = element("p", { className: "failure", hidden: true });
     this.usage = element("span", { className: "usage" });
     this.retry = element("button", { type: "button", className: "quiet" }, "Retry");
@@ -52,17 +53,18 @@ class Answer {
     }
   }
 
-  /** problem: a line, where it ended before its time. */
+  /** problem: a line of text, if the answer ended early. */
   end(problem) {
     for (const text of Object.values(this.texts)) text.finish();
     this.root.ariaBusy = "false";
-    this.failure.textContent = problem ?? (this.finish === "length" ? "Cut off: as long as an answer may be." : "");
+    const cut = this.finish === "length" ? "Cut off: the answer reached its maximum length." : "";
+    this.failure.textContent = problem ?? cut;
     this.failure.hidden = !this.failure.textContent;
-    this.usage.textContent = this.told();
+    this.usage.textContent = this.usageText();
     this.foot.hidden = false;
   }
 
-  told() {
+  usageText() {
     if (!this.counts) return "";
     const { prompt_tokens: read, completion_tokens: written, prompt_tokens_details: details } = this.counts;
     const seconds = (performance.now() - this.begun) / 1000;
@@ -75,7 +77,7 @@ class Answer {
 }
 
 export class Chat {
-  /** log: where the turns stand. changed: called when an answer begins or ends. */
+  /** log: the element that holds the turns. changed: called when an answer begins or ends. */
   constructor(log, changed) {
     Object.assign(this, { log, changed, turns: [], stopping: null, welcome: [...log.children] });
   }
@@ -84,7 +86,7 @@ export class Chat {
     return this.stopping !== null;
   }
 
-  /** The answer that an element stands in. */
+  /** The answer that an element belongs to. */
   answerOf(node) {
     const root = node.closest("article.answer");
     return this.turns.map((turn) => turn.answer).find((answer) => answer?.root === root);
@@ -115,15 +117,15 @@ export class Chat {
     await this.answer(turn);
   }
 
-  /** All that was said so far. A question that got no answer is asked again only where it is the last one. */
+  /** The conversation so far. A question without an answer is left out, unless it is the last one. */
   messages() {
     const { system } = chosen();
-    const said = this.turns.flatMap((turn, i) => {
-      const question = { role: "user", content: asked(turn) };
+    const messages = this.turns.flatMap((turn, i) => {
+      const question = { role: "user", content: prompt(turn) };
       if (i === this.turns.length - 1) return [question];
       return turn.answer.content ? [question, { role: "assistant", content: turn.answer.content }] : [];
     });
-    return [...(system ? [{ role: "system", content: system }] : []), ...said];
+    return [...(system ? [{ role: "system", content: system }] : []), ...messages];
   }
 
   async answer(turn) {
@@ -158,7 +160,7 @@ export class Chat {
     return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 80;
   }
 
-  /** The newest line stays in sight, unless the reader has gone elsewhere. */
+  /** Keeps the newest line in sight, unless the reader has scrolled away. */
   follow(wanted) {
     if (wanted) this.log.scrollTop = this.log.scrollHeight;
   }

@@ -1,12 +1,16 @@
-// The whole context as text: one text node between two tokens that are marked, so that a hundred thousand characters scroll smoothly.
+// The whole context as text. There is one text node between two marked tokens, so that a hundred thousand characters
+// scroll smoothly.
 
 import { element } from "./elements.js";
 import { level } from "./shares.js";
 
-const MOST_MARKS = 6000; // of a dense model every token is read: the weakest are left unmarked
-const KINDS = ["", "extra", "missed"]; // by the kinds of shares.js
+const MAX_MARKS = 6000; // dense attention reads every token; the weakest are left unmarked
+const KINDS = ["", "extra", "missed"]; // class names, by the kinds of shares.js
 
-/** Where each token begins in a JavaScript string, whose units are half of some characters; and the end of the last one. */
+/**
+ * The index of each token's first unit in a JavaScript string, where some characters have two units; and the end of the
+ * last token.
+ */
 export function unitStarts(text, starts) {
   const units = new Array(starts.length + 1);
   let token = 0;
@@ -37,12 +41,12 @@ export class ContextText {
     return this.text.slice(this.units[position], this.units[position + 1]);
   }
 
-  /** How many tokens are marked. */
+  /** Marks tokens, and returns how many. */
   show({ values, kinds, ranked }) {
-    const marked = ranked.slice(0, MOST_MARKS).sort((a, b) => a - b);
+    const marked = ranked.slice(0, MAX_MARKS).sort((a, b) => a - b);
     const most = ranked.length ? values[ranked[0]] : 0;
     const made = document.createDocumentFragment();
-    this.nodes = []; // {from: unit, node}, in their order
+    this.nodes = []; // {from: unit, node}, in the text's order
     this.marks = new Map();
     let end = 0;
     const plain = (to) => {
@@ -51,8 +55,9 @@ export class ContextText {
     for (const position of marked) {
       plain(this.units[position]);
       const strength = level(values[position], most);
-      // a token that is a part of a character has no text of its own
-      const mark = element("mark", { className: `a${strength} ${KINDS[kinds[position]]}`, tabIndex: -1 }, this.token(position));
+      // a token that is only part of a character has no text of its own
+      const className = `a${strength} ${KINDS[kinds[position]]}`;
+      const mark = element("mark", { className, tabIndex: -1 }, this.token(position));
       mark.dataset.position = position;
       this.marks.set(position, mark);
       this.nodes.push({ from: this.units[position], node: made.appendChild(mark) });
@@ -70,20 +75,20 @@ export class ContextText {
     return this.order[this.order.indexOf(position) + step];
   }
 
-  /** Frames a token, where it is marked, and no other. */
+  /** Frames a token if it is marked, and no other. */
   point(position) {
     this.root.querySelector(".at")?.classList.remove("at");
     this.marks.get(position)?.classList.add("at");
   }
 
-  /** Brings a token to the middle. */
+  /** Scrolls a token to the middle. */
   centre(position) {
     const { top, bottom } = this.rangeAt(this.units[position]).getBoundingClientRect();
     const box = this.root.getBoundingClientRect();
     this.root.scrollTop += (top + bottom) / 2 - (box.top + box.bottom) / 2;
   }
 
-  /** And into focus, where it is marked. */
+  /** Scrolls a token to the middle, and focuses it if it is marked. */
   reveal(position) {
     this.centre(position);
     this.marks.get(position)?.focus({ preventScroll: true });
@@ -108,7 +113,7 @@ export class ContextText {
     return range;
   }
 
-  /** The tokens at the upper and at the lower edge of what can be seen. */
+  /** The tokens at the upper and the lower edge of the visible part. */
   visible() {
     const { top, bottom } = this.root.getBoundingClientRect();
     const firstBelow = (y) => {

@@ -1,4 +1,4 @@
-/** An element. Children that are strings become text nodes: nothing that a model or a document says is ever read as HTML. */
+/** A new element. Strings become text nodes, so text from a model or a document is never parsed as HTML. */
 export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);

@@ -1,4 +1,4 @@
-// The lens: what the model read when it wrote a token, on the context itself.
+// The lens: marks on the context what the model read when it wrote a token.
 
 import { ContextText } from "./context.js";
 import { element } from "./elements.js";
@@ -7,7 +7,7 @@ import { ONLY_DENSE, sharesAt, sharesOf } from "./shares.js";
 import { Strip } from "./strip.js";
 
 const VIEWS = { read: "Read", dense: "Dense would read", difference: "Difference" };
-const NEAR = 64; // tokens: every token looks at its neighbours, so that what lies further off says more
+const NEAR = 64; // tokens; every token attends to its neighbours, so tokens further away are more informative
 const count = new Intl.NumberFormat("en");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const exact = (share) => `${Number((100 * share).toPrecision(3))}%`;
@@ -33,7 +33,8 @@ export class Lens {
     this.summary = element("p", { className: "summary", role: "status" });
     this.choices = element("div", { className: "choices" });
     this.canvas = element("canvas", { className: "strip", ariaHidden: "true" });
-    this.body = element("div", { className: "context", tabIndex: 0, role: "region", ariaLabel: "The context that was read" });
+    const label = "The context that was read";
+    this.body = element("div", { className: "context", tabIndex: 0, role: "region", ariaLabel: label });
     this.detail = element("p", { className: "detail", role: "status" });
     this.stronger = element("button", { type: "button", className: "quiet" }, "Stronger");
     this.weaker = element("button", { type: "button", className: "quiet" }, "Weaker");
@@ -47,9 +48,10 @@ export class Lens {
     this.strongest.addEventListener("click", () => this.step(-Infinity));
     this.stronger.addEventListener("click", () => this.step(-1));
     this.weaker.addEventListener("click", () => this.step(1));
-    this.body.addEventListener("pointerover", ({ target }) => target.matches("mark") && this.tell(Number(target.dataset.position)));
+    const onMark = (act) => ({ target }) => target.matches("mark") && act(Number(target.dataset.position));
+    this.body.addEventListener("pointerover", onMark((position) => this.tell(position)));
     this.body.addEventListener("pointerleave", () => this.tell(this.at));
-    this.body.addEventListener("focusin", ({ target }) => target.matches("mark") && this.settle(Number(target.dataset.position)));
+    this.body.addEventListener("focusin", onMark((position) => this.settle(position)));
     this.body.addEventListener("keydown", (event) => this.walk(event));
     this.body.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()));
     new ResizeObserver(() => this.resized()).observe(this.body);
@@ -59,7 +61,7 @@ export class Lens {
     return !this.panel.hidden;
   }
 
-  /** asked: {model, ids: up to the token, token: its text}. */
+  /** model: its id. ids: prompt and answer up to the token. token: its text. */
   async open({ model, ids, token }) {
     this.asking?.abort();
     const asking = (this.asking = new AbortController());
@@ -68,7 +70,7 @@ export class Lens {
     this.panel.ariaBusy = "true";
     this.data = null;
     this.title.replaceChildren("What led to ", element("q", {}, token.replaceAll("\n", "↵")));
-    this.summary.textContent = `Reading ${count.format(ids.length)} tokens once more…`;
+    this.summary.textContent = `Reading ${count.format(ids.length)} tokens again…`;
     this.detail.textContent = "";
     this.choices.replaceChildren();
     this.body.replaceChildren();
@@ -124,14 +126,14 @@ export class Lens {
     const marked = this.text.show(this.shares);
     this.body.scrollTop = scrollTop;
     const rest = this.shares.ranked.length - marked;
-    this.summary.replaceChildren(...this.told(), rest ? ` The ${count.format(rest)} weakest are not marked.` : "");
+    this.summary.replaceChildren(...this.sentences(), rest ? ` The ${count.format(rest)} weakest are not marked.` : "");
     for (const button of [this.strongest, this.stronger, this.weaker]) button.disabled = !marked;
     this.settle(this.at);
     this.draw();
   }
 
-  /** The whole view in a sentence or two: texts and elements. */
-  told() {
+  /** The view in a sentence or two, as texts and elements. */
+  sentences() {
     const { context, layers } = this.data;
     const { ranked, kinds } = this.shares;
     const one = this.layer === null ? null : layers[this.layer];
@@ -157,14 +159,14 @@ export class Lens {
     return [`${who} read ${of}${each}, ${share}${stop} ${percent(kept)} of dense attention.`];
   }
 
-  /** From here the steps go on. position: null for none. */
+  /** Makes a token the current one, from which steps go on. position: null for none. */
   settle(position) {
     this.at = position;
     this.text.point(position);
     this.tell(position);
   }
 
-  /** Says what a token got. */
+  /** Shows what attention a token got. */
   tell(position) {
     this.detail.textContent = "";
     if (position === null || !this.data) return;
@@ -179,11 +181,11 @@ export class Lens {
     }
     const sum = (kind) => shares.reduce((all, one) => all + (one[kind] ?? 0), 0) / shares.length;
     const readers = shares.filter((one) => one.read !== null).length;
-    const told = `${exact(sum("read"))} of the attention, from ${readers} of ${shares.length} layers`;
-    this.detail.textContent = `${name}${told}; ${exact(sum("dense"))} of dense attention.`;
+    const share = `${exact(sum("read"))} of the attention, from ${readers} of ${shares.length} layers`;
+    this.detail.textContent = `${name}${share}; ${exact(sum("dense"))} of dense attention.`;
   }
 
-  /** To the token that is so many places weaker. */
+  /** Moves to the token that is so many places weaker; negative: stronger. */
   step(places) {
     const { ranked } = this.shares;
     if (!ranked.length) return;
@@ -201,14 +203,14 @@ export class Lens {
     if (position !== undefined) this.text.reveal(position);
   }
 
-  /** Lines are broken anew: what was looked at stays in the middle. */
+  /** After a new size, lines break elsewhere: the current token stays in the middle. */
   resized() {
     if (!this.isOpen || !this.data) return;
     if (this.at !== null) this.text.centre(this.at);
     this.draw();
   }
 
-  /** The strip anew: after another view, scrolling, another size or other colours. */
+  /** Redraws the strip, after another view, scrolling, another size or other colours. */
   draw() {
     if (this.isOpen && this.data) this.strip.draw(this.shares, this.text.visible());
   }

@@ -1,4 +1,4 @@
-// Brings the parts of the page together.
+// Connects the parts of the page.
 
 import { beside, reach } from "./answer.js";
 import { Chat } from "./chat.js";
@@ -10,7 +10,7 @@ import { installSettings } from "./settings.js";
 import { choose, chosen } from "./store.js";
 
 const [log, question, notice, model] = ["log", "question", "notice", "model"].map(find);
-let chosenToken = null; // the one that the lens was opened for
+let chosenToken = null; // the token that the lens shows
 
 function say(line) {
   notice.textContent = line;
@@ -72,7 +72,7 @@ find("new").addEventListener("click", () => {
 find("attach").addEventListener("click", () => find("files").click());
 find("files").addEventListener("change", async ({ target }) => {
   const files = [...target.files];
-  target.value = ""; // the same file may be chosen again
+  target.value = ""; // so that the same file can be chosen again
   say("");
   await documents.add(files);
 });

@@ -1,11 +1,11 @@
-// Every request that the page makes. Addresses are relative, so that the page also works below a path of a proxy.
+// All requests of the page. Their addresses are relative, so that the page also works below a path of a proxy.
 
-/** Why there is no answer, in a line for the reader. */
+/** Why there is no answer, as a line of text for the reader. */
 export class Failure extends Error {}
 
 const REASONS = {
-  401: () => "The server asks for a key. Reload the page and give it as the password, under any name.",
-  413: () => "That is more than the server takes in one request. Remove a document.",
+  401: () => "The server requires a key. Reload the page and enter the key as the password, with any name.",
+  413: () => "That is more than the server accepts in one request. Remove a document.",
   429: (said) => `The server is busy: ${said}.`,
 };
 
@@ -15,7 +15,7 @@ function reason(status, error) {
   return (REASONS[status] ?? ((text) => text[0].toUpperCase() + text.slice(1) + "."))(said);
 }
 
-/** Failure for anything but success; the AbortError of `signal` is let through. */
+/** The response. Failure unless it is a success; an AbortError of `signal` passes through. */
 async function ask(path, options) {
   const response = await guarded(() => fetch(path, options), "The server cannot be reached. Is it running?");
   if (response.ok) return response;
@@ -45,23 +45,24 @@ export async function models() {
 }
 
 export async function textOfPdf(file) {
-  return await (await ask("documents", { method: "POST", headers: { "Content-Type": "application/pdf" }, body: file })).json();
+  const headers = { "Content-Type": "application/pdf" };
+  return await (await ask("documents", { method: "POST", headers, body: file })).json();
 }
 
 export async function lens(model, tokenIds, signal) {
   const response = await ask("lens", posted({ model, token_ids: tokenIds }, signal));
-  return await guarded(() => response.json(), "The connection broke off.");
+  return await guarded(() => response.json(), "The connection was lost.");
 }
 
-/** The chunks of an answer as they come. */
+/** The chunks of an answer, as they come. */
 export async function* chat(body, signal) {
   const asked = { ...body, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   const response = await ask("v1/chat/completions", posted(asked, signal));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { done, value } = await guarded(() => reader.read(), "The connection broke off.");
-    if (done) throw new Failure("The answer broke off.");
+    const { done, value } = await guarded(() => reader.read(), "The connection was lost.");
+    if (done) throw new Failure("The answer was cut off.");
     const events = (held + value).split("\n\n");
     held = events.pop();
     for (const event of events.filter((text) => text.startsWith("data: "))) {

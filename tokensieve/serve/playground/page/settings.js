@@ -1,4 +1,4 @@
-// The settings' dialog: a change is kept at once, unless it is out of its range.
+// The settings dialog. A change is stored at once, unless it is out of range.
 
 import { find } from "./elements.js";
 import { choose, chosen, forget } from "./store.js";
@@ -43,9 +43,9 @@ export function installSettings(themed) {
   });
 }
 
-/** What the settings say of a request: what is not set is not said. */
+/** The settings as fields of a request; settings that are empty are left out. */
 export function sampling() {
   const { temperature, top_p, max_tokens, seed, thinking } = chosen();
-  const said = Object.entries({ temperature, top_p, max_tokens, seed }).filter(([, value]) => value !== null);
-  return { ...Object.fromEntries(said), ...(thinking ? { chat_template_kwargs: { thinking } } : {}) };
+  const fields = Object.entries({ temperature, top_p, max_tokens, seed }).filter(([, value]) => value !== null);
+  return { ...Object.fromEntries(fields), ...(thinking ? { chat_template_kwargs: { thinking } } : {}) };
 }

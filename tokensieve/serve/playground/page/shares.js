@@ -1,14 +1,15 @@
-// What each token of the context got: numbers only, nothing is drawn here.
+// Each token's share of the attention. Numbers only: nothing is drawn here.
 
-/** Kinds of a token in the view "difference". */
+/** Kinds of tokens in the view "difference". */
 export const BOTH = 0;
 export const ONLY_READ = 1;
 export const ONLY_DENSE = 2;
 
 /**
- * The shares of one view. layer: its place in the list, or null for the mean of all.
+ * The shares of one view. layer: its index in the list, or null for the mean of all layers.
  *
- * {values, kinds, ranked}: by position what it got, what kind it is, and the positions that got something, the strongest first.
+ * Returns {values, kinds, ranked}: the share and the kind of each position, and the positions that are listed, the
+ * strongest first.
  */
 export function sharesOf({ context, layers }, layer, view) {
   const chosen = layer === null ? layers : [layers[layer]];
@@ -44,12 +45,12 @@ export function sharesOf({ context, layers }, layer, view) {
   return { values, kinds, ranked };
 }
 
-/** How strongly a share is shown, 0 to 9: by its square root, as most of the attention goes to few tokens. */
+/** How strongly a share is shown, from 0 to 9. By its square root, because most of the attention goes to few tokens. */
 export function level(value, most) {
   return most > 0 ? Math.round(9 * Math.sqrt(value / most)) : 0;
 }
 
-/** What one token got: [{layer, read, dense}], each a share or null where it is not among the layer's. */
+/** One token's shares: [{layer, read, dense}]. Each is a share, or null if the layer's list lacks the token. */
 export function sharesAt({ layers }, position) {
   const at = (positions, shares) => {
     const i = positions.indexOf(position);

@@ -1,9 +1,18 @@
-// What the reader chose, kept by the browser. A value of the wrong type means the usual one; a browser that keeps nothing still does
-// what it is told until the page is closed.
+// The reader's settings, stored by the browser. A value of the wrong type is replaced by the default. If the browser
+// stores nothing, the settings last until the page is closed.
 
 const KEY = "tokensieve";
-const USUAL = { theme: "auto", model: "", system: "", temperature: 0.3, top_p: null, max_tokens: null, seed: null, thinking: false };
-const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"]; // or null: the server's
+const DEFAULTS = {
+  theme: "auto",
+  model: "",
+  system: "",
+  temperature: 0.3,
+  top_p: null,
+  max_tokens: null,
+  seed: null,
+  thinking: false,
+};
+const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"]; // or null: the server's default
 
 function kept() {
   try {
@@ -15,8 +24,9 @@ function kept() {
 
 function checked(values) {
   const fits = (name, value) =>
-    NUMBERS.includes(name) ? value === null || typeof value === "number" : typeof value === typeof USUAL[name];
-  return Object.fromEntries(Object.entries(USUAL).map(([name, usual]) => [name, fits(name, values[name]) ? values[name] : usual]));
+    NUMBERS.includes(name) ? value === null || typeof value === "number" : typeof value === typeof DEFAULTS[name];
+  const valid = ([name, value]) => [name, fits(name, values[name]) ? values[name] : value];
+  return Object.fromEntries(Object.entries(DEFAULTS).map(valid));
 }
 
 const now = checked(kept());
@@ -30,11 +40,11 @@ export function choose(changes) {
   try {
     localStorage.setItem(KEY, JSON.stringify(now));
   } catch {
-    // a private window may refuse
+    // a private window may refuse to store anything
   }
 }
 
-/** Back to the usual, but for the model. */
+/** Resets all settings but the model to the defaults. */
 export function forget() {
-  choose({ ...USUAL, model: now.model });
+  choose({ ...DEFAULTS, model: now.model });
 }

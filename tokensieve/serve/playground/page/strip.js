@@ -1,9 +1,9 @@
-// The context in one strip: where in it the attention went, and which part of it is in sight.
+// The context as a strip: where in it the attention went, and which part of it is in sight.
 
 import { ONLY_DENSE } from "./shares.js";
 
 export class Strip {
-  /** jump: called with the position that was pointed at. */
+  /** jump: called with the position that the reader points at. */
   constructor(canvas, jump) {
     this.canvas = canvas;
     const point = (event) => {
@@ -15,7 +15,8 @@ export class Strip {
       canvas.setPointerCapture(event.pointerId);
       point(event);
     });
-    canvas.addEventListener("mousedown", (event) => event.preventDefault()); // the focus is where it jumped to
+    // keeps the focus on the token that was jumped to
+    canvas.addEventListener("mousedown", (event) => event.preventDefault());
     canvas.addEventListener("pointermove", (event) => event.buttons && point(event));
   }
 
@@ -30,7 +31,7 @@ export class Strip {
     const width = (canvas.width = Math.round(canvas.clientWidth * scale));
     const height = (canvas.height = Math.round(canvas.clientHeight * scale));
     if (!width || !context) return;
-    const wide = 2 * scale; // of a column, in the canvas' own pixels
+    const wide = 2 * scale; // a column's width, in pixels of the canvas
     const columns = Math.ceil(width / wide);
     const sums = [new Float64Array(columns), new Float64Array(columns)];
     for (const position of ranked) {
@@ -40,7 +41,7 @@ export class Strip {
     const most = Math.max(...sums[0], ...sums[1]);
     const style = getComputedStyle(canvas);
     const pen = canvas.getContext("2d");
-    pen.fillStyle = style.getPropertyValue("outline-color"); // the frame of what is in sight
+    pen.fillStyle = style.getPropertyValue("outline-color"); // frames what is in sight
     const [from, to] = visible.map((position) => (position / context) * width);
     pen.fillRect(from, 0, Math.max(to - from, 3 * scale), height);
     [style.color, style.getPropertyValue("caret-color")].forEach((colour, kind) => {

@@ -1,4 +1,4 @@
-// Runs before the first paint, so that a page in the dark never flashes.
+// Runs before the first paint, so that a dark page does not flash.
 
 import { chosen } from "./store.js";
 
