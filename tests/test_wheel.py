@@ -51,7 +51,7 @@ def test_whoever_installs_it_can_read_every_file(wheel: Path) -> None:
         unreadable = [f.filename for f in archive.infolist() if (f.external_attr >> 16) & 0o444 != 0o444]
         names = archive.namelist()
     assert not unreadable
-    assert {f"tokensieve/serve/page/{name}" for name in ("index.html", "style.css", "main.js")} <= set(names)
+    assert {f"tokensieve/serve/playground/page/{name}" for name in ("index.html", "style.css", "main.js")} <= set(names)
 
 
 def test_it_loads_its_models_and_configs(installed: Path, tmp_path: Path) -> None:

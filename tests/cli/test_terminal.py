@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tokensieve
+from tokensieve.cli import terminal
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Sampling
-from tokensieve.serve import terminal
 
 
 @pytest.fixture(scope="module")

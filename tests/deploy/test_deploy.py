@@ -17,10 +17,12 @@ from tests.support import commands
 from tests.support.deployments import FP8, LINEAR, config, edit, make, make_home, no_tokenizer, reasons
 from tokensieve import checkpoint, cli, cost
 from tokensieve.config import UserError
+from tokensieve.deploy import Deployment, plan, planning
+from tokensieve.deploy.command import become
+from tokensieve.deploy.compose import compose_file, write_compose
+from tokensieve.deploy.hardware import HARDWARE
 from tokensieve.families import SparseConfig
 from tokensieve.model import model_path
-from tokensieve.serve import deploy as deployment
-from tokensieve.serve.deploy import HARDWARE, Deployment, compose_file, plan, write_compose
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def published(tmp_path: Path, monkeypatch) -> Callable[[str], Path]:
             file = folder / "model-00001-of-00163.safetensors"
             found[name] = checkpoint.Header(file, shape, dtype if linear else "BF16")
         mtp = checkpoint.Header(folder / "model-00163-of-00163.safetensors", (10**6, 10**6), "BF16")
-        monkeypatch.setattr(deployment, "tensor_headers", lambda *_: found | {"model.layers.61.eh_proj.weight": mtp})
+        monkeypatch.setattr(planning, "tensor_headers", lambda *_: found | {"model.layers.61.eh_proj.weight": mtp})
         return folder
 
     return headers
@@ -193,7 +195,7 @@ def test_links_are_not_mounted(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_offers_what_is_known() -> None:
-    assert [str(engine) for engine in cli.serving.Engine] == list(deployment.LABELS)
+    assert [str(engine) for engine in cli.serving.Engine] == list(planning.LABELS)
     assert [str(hardware) for hardware in cli.serving.Hardware] == list(HARDWARE)
 
 
@@ -230,10 +232,10 @@ def test_the_program_is_missing(run, home: Path, monkeypatch, tmp_path: Path) ->
 
 def test_the_environment_goes_along(home: Path, monkeypatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(deployment.shutil, "which", lambda name: name)
-    monkeypatch.setattr(deployment.os, "execvpe", lambda *arguments: asked.extend(arguments))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: asked.extend(arguments))
     found: Deployment = plan("sglang", str(home / "sparse"), hardware="mi350")
-    deployment.become(found)
+    become(found)
     program, words, environment = asked
     assert program == "python" and words == found.command()
     assert environment == os.environ | found.environment and environment["SGLANG_NSA_FUSE_TOPK"] == "false"

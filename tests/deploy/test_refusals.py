@@ -23,8 +23,8 @@ from tests.support.deployments import (
     quantize,
     reasons,
 )
+from tokensieve.deploy import plan
 from tokensieve.model import model_path
-from tokensieve.serve.deploy import plan
 
 BOTH = ("vllm", "sglang")
 

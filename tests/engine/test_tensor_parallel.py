@@ -139,7 +139,7 @@ def test_shares_of_the_queries(count: int, device: str, monkeypatch: pytest.Monk
         every = torch.arange(queries)
         for rank in range(count):
             heads = MeshHeads(Mesh(rank, count, torch.device(device)))
-            together = heads.select(queries, lambda rows: every if rows is None else every[rows])
+            together = heads.select(queries, lambda rows, every=every: every if rows is None else every[rows])
         assert torch.equal(together, every) and len({len(share) for share in shares}) == 1
         grain = 1 if device == "cuda" else 4
         assert len(shares[0]) < queries / count + grain

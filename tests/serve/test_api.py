@@ -16,7 +16,8 @@ import tokensieve
 from tests.support import servers
 from tests.support.servers import settled
 from tokensieve.engine import EngineConfig, Output, Service, TokenLogprob
-from tokensieve.serve.answers import CompletionAnswer, TokenTexts
+from tokensieve.serve.completion_format import CompletionChoice
+from tokensieve.serve.token_texts import TokenTexts
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 WHO = "I am the tokensieve base model"
@@ -104,7 +105,7 @@ def test_halves_of_a_character_have_names_of_their_own() -> None:
     """In a completion's logprobs, where alternatives are told by their text; and the token itself is among them."""
     tokenizer = tokensieve.load_tokenizer("sparse")
     ids = tokenizer("a🙂b", add_special_tokens=False).input_ids
-    answer = CompletionAnswer("id", "m", TokenTexts(tokenizer), True)
+    answer = CompletionChoice(TokenTexts(tokenizer), logprobs=True)
     told = [TokenLogprob(token, -1.0, ((ids[0], -0.5), (ids[1], -2.0))) for token in ids]
     answer.push(Output("id", "a🙂b", tuple(ids), tuple(told), "stop"))
     found = answer.whole()["logprobs"]

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.support import servers
 from tokensieve.engine import Engine, EngineConfig, Service
-from tokensieve.serve.api import create_app
+from tokensieve.serve.app import create_app
 from tokensieve.serve.settings import ServeConfig
 
 # Not `positive_data_acceptance`: a document cannot say that two fields exclude each other, and to JSON Schema 5.0 is an integer.

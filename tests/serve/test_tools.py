@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import tokensieve
 from tests.support import servers
 from tokensieve.engine import EngineConfig
-from tokensieve.serve.chat import BEGIN, CALL, CALL_END, END, SEPARATOR
+from tokensieve.serve.markers import CALL_BEGIN, CALL_END, CALL_SEPARATOR, CALLS_BEGIN, CALLS_END
 
 # What the template of DeepSeek-V3.1 does with tools and calls, as short as it may be.
 TEMPLATE = (
@@ -22,7 +22,13 @@ TEMPLATE = (
     "{{ CALL + c.function.name + SEPARATOR + c.function.arguments + CALL_END }}{% endfor %}{{ END }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"
 )
-MARKERS = {"BEGIN": BEGIN, "CALL": CALL, "SEPARATOR": SEPARATOR, "CALL_END": CALL_END, "END": END}
+MARKERS = {
+    "BEGIN": CALLS_BEGIN,
+    "CALL": CALL_BEGIN,
+    "SEPARATOR": CALL_SEPARATOR,
+    "CALL_END": CALL_END,
+    "END": CALLS_END,
+}
 CITY = {"city": {"enum": ["Rome", "Kyōto"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}}
 WEATHER = {
     "type": "function",

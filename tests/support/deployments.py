@@ -14,9 +14,9 @@ from transformers import DeepseekV3Config
 from tests.support import checkpoints
 from tokensieve import checkpoint
 from tokensieve.config import UserError
+from tokensieve.deploy import plan
 from tokensieve.families import SparseConfig
 from tokensieve.model import model_path
-from tokensieve.serve.deploy import plan
 
 # The attention widths of the 671B model; everything else is small.
 WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}

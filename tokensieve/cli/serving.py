@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Device, Model, app
+from tokensieve.cli.program import Device, Model, Selection, app
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
@@ -18,35 +18,43 @@ Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu
 def deploy(
     engine: Annotated[Engine, typer.Argument(help="vllm or sglang.")],
     model: Model,
-    options: Annotated[list[str] | None, typer.Argument(help="After --: handed to the engine as they are.")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices of one machine to spread the model over.")] = 8,
-    hardware: Annotated[Hardware, typer.Option(help="What they are.")] = Hardware.h200,
-    context: Annotated[int | None, typer.Option(min=1, help="Tokens of the longest sequence; the model's own.")] = None,
-    compose: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a compose file as well.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(help="After --: passed to the engine unchanged.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices of one machine to split the model over.")] = 8,
+    hardware: Annotated[Hardware, typer.Option(help="Kind of the devices.")] = Hardware.h200,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence, in tokens; by default the model's.")
+    ] = None,
+    compose: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a compose file.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Start the engine instead of printing its command.")] = False,
 ) -> None:
     """Check a checkpoint against what vLLM or SGLang read, and print the command that serves it.
 
     Example: tokensieve deploy sglang runs/adapt/step-000200 --gpus 8 --compose compose.yaml
     """
-    from tokensieve.serve import deploy as deployment
+    from tokensieve.deploy import deploy as deploy_checkpoint
 
-    deployment.deploy(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
+    deploy_checkpoint(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
 
 
 @app.command()
 def serve(
     model: Model = "sparse",
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
     api_key: Annotated[
-        list[str] | None, typer.Option(envvar=API_KEY, help="Ask for this key; may be repeated.")
+        list[str] | None, typer.Option(envvar=API_KEY, help="Require this key; may be repeated.")
     ] = None,
-    pages: Annotated[int, typer.Option(min=0, help="Of the cache, 64 tokens each; 0 measures the memory.")] = 0,
-    running: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=0, help="Of an answer, at most; 0: as there is room.")] = 0,
-    mirror: Annotated[float, typer.Option(help="Share of the answers to compare with the other attention's.")] = 0.0,
+    pages: Annotated[int, typer.Option(min=0, help="Pages of the cache, 64 tokens each; 0: by free memory.")] = 0,
+    running: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Longest answer in tokens; 0: as long as fits.")] = 0,
+    selection: Selection = None,
+    mirror: Annotated[
+        float, typer.Option(help="Share of the answers to repeat with the other attention, and compare.")
+    ] = 0.0,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Serve MODEL:dense beside a sparse model.")] = True,
+    playground: Annotated[
+        bool, typer.Option("--playground/--no-playground", help="Serve the page, /lens and /documents beside the API.")
+    ] = True,
     device: Device = "auto",
 ) -> None:
     """Answer HTTP requests in OpenAI's format, many at once, until a signal ends it.
@@ -56,7 +64,14 @@ def serve(
     from tokensieve.config import UserError
     from tokensieve.serve.command import serve as run
 
-    if not api_key and API_KEY in os.environ:  # a secret that is not there must not open the server to everyone
+    if not api_key and API_KEY in os.environ:  # a missing secret must not open the server to everyone
         raise UserError(f"{API_KEY} is set and empty; unset it, or give a key")
-    settings = {"dense": dense, "mirror": mirror, "keys": tuple(api_key or ()), "max_tokens": max_tokens}
+    settings = {
+        "dense": dense,
+        "selection": selection or "indexer",
+        "mirror": mirror,
+        "keys": tuple(api_key or ()),
+        "max_tokens": max_tokens,
+        "playground": playground,
+    }
     run(model, host, port, device, {"pages": pages, "running": running}, settings, typer.echo)

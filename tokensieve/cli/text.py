@@ -52,8 +52,8 @@ def generate(
             )
         tokenizer = tokenizer_of(model, loaded)
         if talk:
+            from tokensieve.cli import terminal
             from tokensieve.engine import EngineConfig, Sampling, engine_on
-            from tokensieve.serve import terminal
 
             prompts = terminal.prompts_in(text) if input_file else []
             # the cache has room for no more than is asked at once
@@ -113,7 +113,7 @@ def _write(
 
 def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selector: str) -> None:
     """The answers to prompts; without prompts a conversation."""
-    from tokensieve.serve import terminal
+    from tokensieve.cli import terminal
 
     if prompts:
         for asked, answer in terminal.answer_all(engine, prompts, sampling, selector):

@@ -32,9 +32,23 @@ class SparseConfig(DeepseekV32Config):
     topk_method: str = "noaux_tc"
 
 
+# vLLM and SGLang replace missing fields by the numbers of the 671B model, or take the router for V2's.
+READ = tuple(
+    (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
+        "rms_norm_eps q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts "
+        "n_shared_experts moe_intermediate_size num_experts_per_tok norm_topk_prob routed_scaling_factor n_group "
+        "topk_group first_k_dense_replace moe_layer_freq rope_theta"
+    ).split()
+)
+READ_OF_V3 = (*READ, "scoring_func", "topk_method")
+READ_OF_V32 = (*READ_OF_V3, "index_topk", "index_n_heads", "index_head_dim")
+
+
 @dataclass(frozen=True)
 class DeepSeek(Family):
     softmax_scores: bool = False  # the router of V2
+    engine_fields: tuple[str, ...] = READ
 
     attention = "latent"
     index_rope_field = "qk_rope_head_dim"
@@ -224,6 +238,6 @@ def _layer_kinds(layers: int, dense: int) -> list[str]:
 
 FAMILIES = (
     DeepSeek("deepseek_v2", "DeepseekV2ForCausalLM", DeepseekV2Config, "deepseek_v32", softmax_scores=True),
-    DeepSeek("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Config, "deepseek_v32"),
-    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None),
+    DeepSeek("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Config, "deepseek_v32", engine_fields=READ_OF_V3),
+    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, engine_fields=READ_OF_V32),
 )

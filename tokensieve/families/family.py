@@ -70,6 +70,9 @@ class Family:
     sizes: ClassVar[tuple[str, ...]]  # fields that must be at least 1 if they are given
     index_rope_field: ClassVar[str]  # field that says how many dims of an index head carry positions
     derived: ClassVar[tuple[str, ...]] = ()  # fields that other fields say already: they are not written
+    engine_fields: tuple[
+        str, ...
+    ] = ()  # fields of config.json that vLLM and SGLang need; none: `deploy` has no plan for it
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
 
     @property

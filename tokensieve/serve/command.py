@@ -1,4 +1,4 @@
-"""What `tokensieve serve` does, and what it needs to do it."""
+"""`tokensieve serve`: load a model, start an engine on it, and serve it until a signal."""
 
 import importlib.util
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 
 from tokensieve.config import UserError
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def serve(
@@ -21,8 +21,12 @@ def serve(
     settings: dict[str, Any],
     announce: Callable[[str], Any],
 ) -> None:
-    """options, settings: fields of EngineConfig and of ServeConfig. announce: gets one line once the server answers."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    """Serve `model` at host and port until a signal.
+
+    options, settings: fields of EngineConfig and of ServeConfig. announce: called with one line once the server answers.
+    Raises UserError for a missing package, a port in use, and settings that do not go together.
+    """
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}; pip install 'tokensieve[serve]'")
     from tokensieve.engine import EngineConfig, engine_on
@@ -37,7 +41,7 @@ def serve(
     engine_config = EngineConfig(**options)
     with ExitStack() as stack:
         ranks = stack.enter_context(join_mesh(device))
-        # before the model is read: a port in use is known at once
+        # before the model is read, so that a port in use is reported at once
         listening = stack.enter_context(server.listen(host, port)) if ranks.leads else None
         loaded = load_rank(model, ranks)
         if not loaded.is_sparse:

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them: a status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the form that OpenAI's clients expect: a status, and {"error": {"message", "type", "param", "code"}}."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,12 @@ from starlette.exceptions import HTTPException
 
 from tokensieve.config import UserError
 from tokensieve.engine import Busy, Stopping
+from tokensieve.serve.record import record_of
 from tokensieve.serve.settings import UnknownModel
 from tokensieve.serve.streaming import ClientGone
 
-CLIENT_GONE = 499  # no status of the standard; what web servers write where nobody was left to answer
-MOST_FAULTS = 3  # of one request's, that are told
+CLIENT_GONE = 499  # in no standard; web servers log it if the client left before there was a response
+MAX_FAULTS = 3  # faults of one request that its error lists
 
 
 class ApiError(Exception):
@@ -23,8 +24,14 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
+def prompt_too_long(length: str, limit: int, param: str | None = None) -> ApiError:
+    """In the words by which clients recognize this error and then shorten what they send."""
+    message = f"this model's maximum context length is {limit} tokens, and the prompt has {length}; shorten it"
+    return ApiError(400, message, param, "context_length_exceeded")
+
+
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    # a name that the client gave may hold half a character, which no answer can
+    # a name given by the client may hold half a surrogate pair, which no response can
     message = message.encode(errors="backslashreplace").decode()
     param = None if param is None else param.encode(errors="backslashreplace").decode()
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
@@ -45,66 +52,73 @@ def error_response(
 
 
 def install(app: FastAPI) -> None:
-    """Every error that a route may meet, by its kind. Others are defects: a 500 without details, and a traceback in the log."""
+    """A handler for every error that a route may raise.
 
-    async def asked_wrongly(_: Request, error: Any) -> JSONResponse:
-        return error_response(error.status, error.message, error.param, error.code)
-
-    async def refused(_: Request, error: Any) -> JSONResponse:
-        return error_response(400, str(error))
-
-    async def unknown(_: Request, error: Any) -> JSONResponse:
-        return error_response(404, str(error), "model", "model_not_found")
-
-    async def busy(_: Request, error: Any) -> JSONResponse:
-        return error_response(429, str(error), code="overloaded")
-
-    async def stopping(_: Request, error: Any) -> JSONResponse:
-        return error_response(503, str(error), code="unavailable")
-
-    async def malformed(request: Request, error: Any) -> JSONResponse:
-        faults = error.errors()
-        told = "; ".join(_fault(f) for f in faults[:MOST_FAULTS])
-        more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-        named = [part for part in faults[0]["loc"][1:2] if isinstance(part, str)]
-        param = faults[0].get("ctx", {}).get("param") or next(iter(named), None)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json" and not kind.endswith("+json"):
-            return error_response(400, "the body is read as JSON only with the header Content-Type: application/json")
-        return error_response(400, told + more, param)
-
-    async def http(_: Request, error: Any) -> JSONResponse:
-        message = f"{error.detail}: no such route" if error.status_code == 404 else str(error.detail)
-        code = "request_too_large" if error.status_code == 413 else None
-        return error_response(error.status_code, message, code=code, headers=error.headers)
-
-    async def left(_: Request, error: Any) -> Response:
-        return Response(status_code=CLIENT_GONE)
-
-    async def defect(request: Request, error: Any) -> JSONResponse:
-        # answered outside of the gate, which gives all others their id
-        headers = {"x-request-id": request.scope["state"]["record"].id}
-        return error_response(500, f"the server failed ({type(error).__name__}); its log says more", headers=headers)
-
-    app.add_exception_handler(ApiError, asked_wrongly)
-    app.add_exception_handler(UserError, refused)
-    app.add_exception_handler(UnknownModel, unknown)
-    app.add_exception_handler(Busy, busy)
-    app.add_exception_handler(Stopping, stopping)
-    app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientGone, left)
-    app.add_exception_handler(Exception, defect)
+    Any other exception is a defect: a 500 without details, and a traceback in the log.
+    """
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(UserError, _user_error)
+    app.add_exception_handler(UnknownModel, _unknown_model)
+    app.add_exception_handler(Busy, _busy)
+    app.add_exception_handler(Stopping, _stopping)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(ClientGone, _client_gone)
+    app.add_exception_handler(Exception, _defect)
 
 
-def _where(fault: Mapping[str, Any]) -> str:
-    return ".".join(str(part) for part in fault["loc"] if part != "body")
+async def _api_error(_: Request, error: Any) -> JSONResponse:
+    return error_response(error.status, error.message, error.param, error.code)
+
+
+async def _user_error(_: Request, error: Any) -> JSONResponse:
+    return error_response(400, str(error))
+
+
+async def _unknown_model(_: Request, error: Any) -> JSONResponse:
+    return error_response(404, str(error), "model", "model_not_found")
+
+
+async def _busy(_: Request, error: Any) -> JSONResponse:
+    return error_response(429, str(error), code="overloaded")
+
+
+async def _stopping(_: Request, error: Any) -> JSONResponse:
+    return error_response(503, str(error), code="unavailable")
+
+
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        return error_response(400, "the body is read as JSON only with the header Content-Type: application/json")
+    faults = error.errors()
+    message = "; ".join(_fault(fault) for fault in faults[:MAX_FAULTS])
+    more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+    named = [part for part in faults[0]["loc"][1:2] if isinstance(part, str)]
+    param = faults[0].get("ctx", {}).get("param") or next(iter(named), None)
+    return error_response(400, message + more, param)
+
+
+async def _http_exception(_: Request, error: Any) -> JSONResponse:
+    message = f"{error.detail}: no such route" if error.status_code == 404 else str(error.detail)
+    code = "request_too_large" if error.status_code == 413 else None
+    return error_response(error.status_code, message, code=code, headers=error.headers)
+
+
+async def _client_gone(_: Request, error: Any) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _defect(request: Request, error: Any) -> JSONResponse:
+    # this response is made outside of the gate, which adds the id to all others
+    headers = {"x-request-id": record_of(request).id}
+    return error_response(500, f"the server failed ({type(error).__name__}); its log says more", headers=headers)
 
 
 def _fault(fault: Mapping[str, Any]) -> str:
-    """Without the input itself, which may be long or private."""
+    """A fault without the input itself, which may be long or private."""
     if fault["type"] == "json_invalid":
         return f"the body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}"
-    where = _where(fault)
+    field = ".".join(str(part) for part in fault["loc"] if part != "body")
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return f"{field}: {message}" if field else message

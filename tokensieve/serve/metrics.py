@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in Prometheus' format. A registry per app: two apps in one process do not count together."""
+"""The figures at `/metrics`, in Prometheus' format. Each application has a registry of its own."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ from prometheus_client.registry import Collector
 
 from tokensieve.engine import Service
 
-FIRST = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
-NEXT = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 3)
+FIRST_TOKEN_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
+NEXT_TOKEN_BUCKETS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 3)
 
 
-class EngineLoad(Collector):
-    """What the engine holds, read when it is asked for."""
+class LoadCollector(Collector):
+    """The engine's load, read when the figures are asked for."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -30,29 +30,22 @@ class EngineLoad(Collector):
 class Metrics:
     def __init__(self, service: Service):
         self.registry = CollectorRegistry()
-        self.registry.register(EngineLoad(service))
+        self.registry.register(LoadCollector(service))
 
-        def count(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"tokensieve_{name}", what, labels, registry=self.registry)
+        def count(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"tokensieve_{name}", text, labels, registry=self.registry)
+
+        def seconds(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            name = f"tokensieve_{name}_seconds"
+            return Histogram(name, text, ("model",), buckets=buckets, registry=self.registry)
 
         self.requests = count("requests", "Requests answered.", "route", "status", "finish")
         self.prompt_tokens = count("prompt_tokens", "Tokens of prompts.", "model")
         self.cached_tokens = count("cached_tokens", "Tokens of prompts found in the cache.", "model")
         self.completion_tokens = count("completion_tokens", "Tokens of answers.", "model")
-        self.first_token = Histogram(
-            "tokensieve_first_token_seconds",
-            "From a tokenized prompt to its answer's first token.",
-            ("model",),
-            buckets=FIRST,
-            registry=self.registry,
-        )
-        self.next_token = Histogram(
-            "tokensieve_next_token_seconds",
-            "Between two tokens of an answer.",
-            ("model",),
-            buckets=NEXT,
-            registry=self.registry,
-        )
+        first = "From a tokenized prompt to its answer's first token."
+        self.first_token = seconds("first_token", first, FIRST_TOKEN_BUCKETS)
+        self.next_token = seconds("next_token", "Between two tokens of an answer.", NEXT_TOKEN_BUCKETS)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

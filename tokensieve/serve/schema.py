@@ -1,6 +1,7 @@
-"""What a request may say. Names and meanings are OpenAI's; what is not supported is refused, and not overlooked."""
+"""The fields of requests. Names and meanings are OpenAI's; a field that is not supported is refused, never ignored."""
 
-from typing import Annotated, Any, Literal, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -8,16 +9,24 @@ from pydantic_core import PydanticCustomError
 from tokensieve.engine import Sampling
 from tokensieve.engine.request import COLDEST, MOST_BIASES
 
-MOST_ANSWERS = 128  # to one request, as OpenAI has it
+MAX_CHOICES = 128  # of one response, as at OpenAI
 
-# What a request says of the draws, and Sampling by the same name.
-PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-# They change nothing of the answer here: OpenAI's, and vLLM's.
+# Fields that Sampling has by the same name.
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+# Fields of OpenAI and of vLLM that do not change an answer here.
 IGNORED = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("prediction", "verbosity", "priority", "request_id"),
 )
-# They would change it; their neutral values are harmless.
+# Fields that would change it, with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -34,8 +43,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def _fault(name: str, wrong: str) -> PydanticCustomError:
-    """An error that says which parameter it is about."""
-    name = name.encode(errors="backslashreplace").decode()  # it may hold half a character
+    """An error that names its parameter."""
+    name = name.encode(errors="backslashreplace").decode()  # it may hold half a surrogate pair
     return PydanticCustomError("parameter", "{param} {wrong}", {"param": name, "wrong": wrong})
 
 
@@ -44,36 +53,43 @@ def _is_number(token: str) -> bool:
 
 
 class Typed(BaseModel):
-    """Types as they are said: no number out of a string. What else it says is left to later versions of the interface."""
+    """Values are not converted, such as a string to a number. Unknown fields are ignored: later versions may add some."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Strict(BaseModel):
+    """Values are not converted, and unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _know(cls, given: Any) -> Any:
-        """The first unknown name says enough: a hundred thousand errors take a second."""
-        unknown = (
-            next((name for name in given if name not in cls.model_fields), None) if isinstance(given, dict) else None
-        )
+    def _refuse_unknown(cls, values: Any) -> Any:
+        """Only the first unknown name is reported: to make a hundred thousand errors takes a second."""
+        names = values if isinstance(values, dict) else ()
+        unknown = next((name for name in names if name not in cls.model_fields), None)
         if unknown is not None:
             raise _fault(unknown[:100], "is unknown; leave it out")
-        return given
+        return values
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool = True  # of the chunks' lengths: nothing is added to them either way
+    include_obfuscation: bool = True  # of chunk lengths; nothing is added to chunks either way
 
 
 class Common(Strict):
-    """Of both routes."""
+    """The fields that chat and text completions share.
+
+    PROMPT: the field that holds the prompt. DEFAULT_TOKENS: limit of an answer if the request gives none.
+    """
+
+    PROMPT: ClassVar[str]
+    DEFAULT_TOKENS: ClassVar[int]
 
     model: str
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -85,24 +101,24 @@ class Common(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    ignore_eos: bool = False  # as vLLM has it
+    ignore_eos: bool = False  # from vLLM
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
-    return_token_ids: bool = False  # as vLLM has it
+    return_token_ids: bool = False  # from vLLM
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _drop_ignored(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         for name, neutral in NEUTRAL.items():
-            if given.get(name) is not None and given[name] not in neutral:
+            if values.get(name) is not None and values[name] not in neutral:
                 raise _fault(name, "is not supported; leave it out")
-        biases = given.get("logit_bias")
+        biases = values.get("logit_bias")
         if isinstance(biases, dict) and (len(biases) > MOST_BIASES or not all(map(_is_number, biases))):
             raise _fault("logit_bias", f"names up to {MOST_BIASES} tokens, by their numbers")
-        left_out = {*IGNORED, *NEUTRAL}
-        return {key: value for key, value in given.items() if key not in left_out and value is not None}
+        ignored = {*IGNORED, *NEUTRAL}
+        return {key: value for key, value in values.items() if key not in ignored and value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "Common":
@@ -110,24 +126,42 @@ class Common(Strict):
             raise ValueError("stream_options are for stream: true")
         return self
 
-    def sampling(self, max_tokens: int, seed: int, logprobs: int | None, **obeys: Any) -> Sampling:
-        """UserError for values outside of their ranges. Where nothing is said, OpenAI's values: a temperature of 1, and no cut."""
+    @property
+    def limit(self) -> int | None:
+        """Tokens of an answer at most, if the request gives a limit."""
+        return self.max_tokens
+
+    @property
+    def limit_name(self) -> str:
+        """The field that gives the limit."""
+        return "max_tokens"
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report with each token's log probability. None: no log probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, seed: int, constraint: Mapping[str, Any]) -> Sampling:
+        """What the request asks of the engine's sampling. constraint: the `schema` or the `grammar` of Sampling.
+
+        OpenAI's defaults hold for what is not given: a temperature of 1, and no cut. UserError for values out of range.
+        """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        said = {name: value for name in PLAIN if (value := getattr(self, name)) is not None}
-        if 0 < said.get("temperature", 1) < COLDEST:
-            said["temperature"] = 0  # to which it makes no difference
-        if said.get("top_k") == -1:
-            said["top_k"] = 0  # all, as vLLM says it
+        values = {name: value for name in SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        if 0 < values.get("temperature", 1) < COLDEST:
+            values["temperature"] = 0  # which makes no difference
+        if values.get("top_k") == -1:
+            values["top_k"] = 0  # vLLM writes -1 for all
         biases = self.logit_bias or {}
         return Sampling(
             max_tokens=max_tokens,
             seed=seed,
             stop=tuple(stop),
-            logprobs=logprobs,
+            logprobs=self.alternatives,
             ignore_eos=self.ignore_eos,
             logit_bias=tuple((int(token), bias) for token, bias in biases.items()),
-            **obeys,
-            **{"temperature": 1.0} | said,
+            **constraint,
+            **{"temperature": 1.0} | values,
         )
 
 
@@ -164,8 +198,8 @@ class ToolFunction(Typed):
 
     @model_validator(mode="before")
     @classmethod
-    def _leave_out(cls, given: Any) -> Any:
-        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+    def _drop_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
 
 class Tool(Typed):
@@ -195,6 +229,7 @@ class ResponseFormat(Strict):
 
     @property
     def wanted(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for any text."""
         if self.type == "text":
             return None
         return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
@@ -211,6 +246,8 @@ class TemplateOptions(Strict):
 
 
 class ChatRequest(Common):
+    PROMPT, DEFAULT_TOKENS = "messages", 4096
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
@@ -223,8 +260,20 @@ class ChatRequest(Common):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
     @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_name(self) -> str:
+        return "max_tokens" if self.max_tokens == self.limit else "max_completion_tokens"
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def thinking(self) -> bool:
-        """The template's switch where it is given; otherwise any effort but none."""
+        """The template's switch if the request sets it; otherwise whether it asks for any effort but none."""
         switch = self.chat_template_kwargs.thinking if self.chat_template_kwargs else None
         return self.reasoning_effort not in (None, "none") if switch is None else switch
 
@@ -259,14 +308,19 @@ class ChatRequest(Common):
         return self
 
 
-Ids = Annotated[
-    list[int], Field(fail_fast=True)
-]  # a list's first wrong item says enough: a million of them take minutes
+# Only the first wrong item of a list is reported: to make a million errors takes minutes.
+Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(Common):
+    PROMPT, DEFAULT_TOKENS = "prompt", 16  # as at OpenAI
+
     prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -276,9 +330,9 @@ class CompletionRequest(Common):
     @model_validator(mode="after")
     def _check_prompts(self) -> "CompletionRequest":
         count = len(self.prompts)
-        if count * self.n > MOST_ANSWERS:
+        if count * self.n > MAX_CHOICES:
             raise ValueError(
-                f"{count} prompts with n = {self.n} are more than {MOST_ANSWERS} answers; send them in several requests"
+                f"{count} prompts with n = {self.n} are more than {MAX_CHOICES} answers; send them in several requests"
             )
         if count > 1 and self.return_token_ids:
             raise ValueError("return_token_ids is for one prompt; send the others on their own")

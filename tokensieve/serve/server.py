@@ -1,4 +1,4 @@
-"""Runs the application: a socket, signals, and an end without cutting anybody off."""
+"""Runs the application: the socket, signals, and a shutdown that cuts no answer off."""
 
 import logging
 import resource
@@ -12,14 +12,17 @@ import uvicorn
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Service
-from tokensieve.serve.api import create_app
+from tokensieve.serve.app import create_app
 from tokensieve.serve.settings import ServeConfig
 
-SLOWEST_CLIENT = 30  # seconds that the last bytes of an answer may take to be read when the server ends
+SLOWEST_CLIENT = 30  # seconds that clients have to read the end of their answers when the server stops
 
 
 class Server(uvicorn.Server):
-    """At the first signal new requests are refused, and /health answers 503, until the last request has ended; a second one ends all."""
+    """A server that drains at the first signal and stops at the second.
+
+    From the first signal on, new requests are refused and /health answers 503, until the last request has ended.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] = lambda: None):
         super().__init__(config)
@@ -68,7 +71,7 @@ def make(service: Service, tokenizer: Any, config: ServeConfig, on_start: Callab
         create_app(service, tokenizer, config),
         lifespan="on",
         log_config=None,
-        access_log=False,  # the gate writes a line of its own
+        access_log=False,  # the gate logs requests
         timeout_graceful_shutdown=SLOWEST_CLIENT,
         ws="none",
     )
@@ -81,7 +84,7 @@ def run(
     config: ServeConfig,
     on_start: Callable[[str], None],
 ) -> None:
-    """Until a signal ends it. KeyboardInterrupt where a second one did."""
+    """Serve until a signal ends it. KeyboardInterrupt if a second signal did."""
     log_lines_alone()
     allow_connections()
     server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
@@ -91,13 +94,13 @@ def run(
 
 
 def allow_connections() -> None:
-    """As many as the system lets: a connection is an open file, of which a process may first have 1024."""
+    """Raise the limit of open files to the system's: a connection is one, and a process may first have 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def log_lines_alone() -> None:
-    """The requests' lines are JSON for programs: they are written as they are, and not broken to fit a terminal."""
+    """Write the requests' lines unchanged: they are JSON for programs, and must not be wrapped to fit a terminal."""
     log = logging.getLogger("tokensieve.serve")
     log.handlers, log.propagate = [logging.StreamHandler(sys.stderr)], False
     log.setLevel(logging.INFO)

@@ -1,9 +1,10 @@
-"""What a server is told when it starts."""
+"""The settings of a server."""
 
 import math
 from dataclasses import dataclass
 
 from tokensieve.config import UserError
+from tokensieve.model.selection import resolve
 
 DENSE = ":dense"
 
@@ -14,20 +15,29 @@ class UnknownModel(Exception):
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """name: the model's id. dense: serve `NAME:dense` too, the same model with attention to every key. mirror: of the answers, the share
-    that is given once more with the other kind of attention, after the client has its own, and compared in the log. keys: API keys; none:
-    everyone may ask. max_tokens: of an answer; max_prompt_tokens: of a prompt; 0: as many as the engine has
-    room for. max_body: bytes of a request."""
+    """What is served, to whom, and within which limits.
+
+    name: the model's id. dense: whether the same model is also served as NAME:dense, with attention to every key.
+    selection: who selects keys under the model's own id: a name that `tokensieve.selecting` takes, module:function too.
+    mirror: share of the answers, between 0 and 1, that are repeated with the other kind of attention once the client
+    has its own, and compared in the log. keys: the API keys; without any, anyone may use the server. max_tokens,
+    max_prompt_tokens: limits of an answer and of a prompt in tokens; 0: as many as the engine has room for. max_body:
+    limit of a request in bytes. playground: whether the page, /lens and /documents are served beside the API.
+    Raises UserError for values outside of these ranges.
+    """
 
     name: str
     dense: bool = True
+    selection: str = "indexer"
     mirror: float = 0.0
     keys: tuple[str, ...] = ()
     max_tokens: int = 0
     max_prompt_tokens: int = 0
     max_body: int = 16 * 2**20
+    playground: bool = True
 
     def __post_init__(self) -> None:
+        resolve(self.selection)
         if not (0 <= self.mirror <= 1) or math.isnan(self.mirror):
             raise UserError(f"mirror is {self.mirror}; it is a share between 0 and 1")
         if self.max_tokens < 0 or self.max_prompt_tokens < 0 or self.max_body < 1:
@@ -39,8 +49,8 @@ class ServeConfig:
     def models(self) -> tuple[str, ...]:
         return (self.name, self.name + DENSE) if self.dense else (self.name,)
 
-    def selection_of(self, model: str) -> str:
-        """Who selects keys for a model of this id."""
+    def selector_of(self, model: str) -> str:
+        """Who selects keys for this model id. UnknownModel if it is not served."""
         if model not in self.models:
             raise UnknownModel(f"there is no model {model!r}; there is {' and '.join(self.models)}")
-        return "dense" if model == self.name + DENSE else "indexer"
+        return "dense" if model == self.name + DENSE else self.selection

@@ -1,4 +1,4 @@
-"""Events to a client that may leave at any time: whoever works for it then ends at once."""
+"""Server-sent events to a client that may leave at any time. The work for a client that left ends at once."""
 
 import asyncio
 import json
@@ -10,13 +10,18 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+DONE = b"data: [DONE]\n\n"
+
 
 class ClientGone(Exception):
-    """Nobody is left to answer."""
+    """The client left before the response began."""
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled and has ended when the client leaves; ClientGone then. The body must have been read."""
+    """The result of `work`. If the client leaves first, `work` is cancelled, has ended, and ClientGone is raised.
+
+    The request's body must have been read.
+    """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_gone(receive))
     try:
@@ -39,19 +44,29 @@ def event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+async def begin_stream(receive: Receive, events: AsyncGenerator[bytes, None]) -> "EventStream":
+    """A stream of `events`, once the first one is there: an error before it still gets a status of its own."""
+
+    async def first() -> bytes:
+        return await anext(events)
+
+    return EventStream(await unless_gone(receive, first()), events)
+
+
 class EventStream(Response):
-    """Server-sent events, each sent as soon as it is there. `events` is closed in any case."""
+    """Server-sent events, each sent as soon as it is there. `events`, which follow `first`, are closed in any case."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._first, self._events = first, events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
             async for chunk in self._events:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,109 @@
+"""A conversation with a model in a terminal, and answers to a file of prompts. Both use the engine without a server."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tokensieve.config import UserError
+from tokensieve.engine import Engine, Request, Sampling
+
+Message = dict[str, str]
+ID = "conversation"
+HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops an answer"
+
+
+def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
+    """The conversation in the model's chat format. UserError if the tokenizer has no chat template."""
+    if tokenizer.chat_template is None:
+        raise UserError("the model's tokenizer has no chat template; use --prompt, or add chat_template.jinja")
+    return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+
+
+def _request(engine: Engine, id: str, messages: Sequence[Message], sampling: Sampling, selector: str) -> Request:
+    return Request(id, prompt_of(engine.tokenizer, messages), sampling, selector)
+
+
+def converse(
+    engine: Engine,
+    sampling: Sampling,
+    selector: str,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    say: Callable[[str], None],
+) -> None:
+    """Read messages and write their answers as they come, until /exit or the end of the input.
+
+    Every prompt holds the whole conversation so far. read returns a line, or raises EOFError; write takes parts of an
+    answer; say takes whole lines that belong to no answer.
+    """
+    messages: list[Message] = []
+    say(HELP)
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line == "/clear":
+            messages.clear()
+            say("forgotten")
+        elif line.startswith("/"):
+            say(f"{line.split()[0]} is unknown; {HELP}")
+        elif line:
+            question = [*messages, {"role": "user", "content": line}]
+            try:
+                answer = "".join(_stream(engine, _request(engine, ID, question, sampling, selector), write))
+            except UserError as error:  # a conversation that is too long does not end the session
+                say(str(error))
+                continue
+            messages = [*question, {"role": "assistant", "content": answer}]
+
+
+def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> Iterator[str]:
+    """The parts of one answer, each written as it comes.
+
+    Ctrl-C ends the answer, and keeps its beginning. UserError if the engine fails.
+    """
+    engine.add(request)
+    try:
+        while engine.busy:
+            for output in engine.step():
+                if output.finish == "error":
+                    raise UserError(f"no answer: {output.error}")
+                write(output.text)
+                yield output.text
+    except KeyboardInterrupt:
+        last = engine.abort(request.id)
+        if last is not None:
+            write(last.text)
+            yield last.text
+    write("\n")
+
+
+def prompts_in(text: str) -> list[str]:
+    """The prompts in a text, separated by blank lines as in the official demo's files. UserError if there are none."""
+    groups = itertools.groupby(text.splitlines(), key=lambda line: bool(line.strip()))
+    prompts = ["\n".join(lines) for is_prompt, lines in groups if is_prompt]
+    if not prompts:
+        raise UserError("--input-file holds no prompt; write one or more, with blank lines between them")
+    return prompts
+
+
+def answer_all(engine: Engine, prompts: Sequence[str], sampling: Sampling, selector: str) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) in the order of the prompts, each as soon as its answer and all before it are complete.
+
+    All prompts run together. UserError if the engine fails at one.
+    """
+    for i, prompt in enumerate(prompts):
+        engine.add(_request(engine, str(i), [{"role": "user", "content": prompt}], sampling, selector))
+    texts, done, given = [""] * len(prompts), [False] * len(prompts), 0
+    while engine.busy:
+        for output in engine.step():
+            if output.finish == "error":
+                raise UserError(f"prompt {int(output.id) + 1} has no answer: {output.error}")
+            texts[int(output.id)] += output.text
+            done[int(output.id)] = output.finish is not None
+        while given < len(prompts) and done[given]:
+            yield prompts[given], texts[given]
+            given += 1

@@ -1,0 +1,217 @@
+// The lens: marks on the context what the model read when it wrote a token.
+
+import { ContextText } from "./context.js";
+import { element } from "./elements.js";
+import { Failure, lens } from "./server.js";
+import { ONLY_DENSE, sharesAt, sharesOf } from "./shares.js";
+import { Strip } from "./strip.js";
+
+const VIEWS = { read: "Read", dense: "Dense would read", difference: "Difference" };
+const NEAR = 64; // tokens; every token attends to its neighbours, so tokens further away are more informative
+const count = new Intl.NumberFormat("en");
+const percent = (share) => `${(100 * share).toFixed(1)}%`;
+const exact = (share) => `${Number((100 * share).toPrecision(3))}%`;
+const quoted = (text) => `“${text.replaceAll("\n", "↵").replaceAll("\t", "⇥")}”`;
+
+/** Radio buttons in a row; arrow keys move between them. */
+function choice(name, legend, options, change) {
+  const made = options.map(([value, label, ...more], i) => {
+    const input = element("input", { type: "radio", name, value, checked: i === 0 });
+    input.addEventListener("change", () => change(value));
+    return element("label", {}, input, element("span", {}, label, ...more));
+  });
+  return element("fieldset", { className: "choice" }, element("legend", {}, legend), ...made);
+}
+
+export class Lens {
+  /** panel: an empty element. closed: called when the reader closes it. */
+  constructor(panel, closed) {
+    Object.assign(this, { panel, closed, asking: null });
+    this.title = element("h2", {});
+    this.close_ = element("button", { type: "button", className: "quiet", ariaLabel: "Close the lens" }, "Close");
+    this.close_.addEventListener("click", () => this.close());
+    this.summary = element("p", { className: "summary", role: "status" });
+    this.choices = element("div", { className: "choices" });
+    this.canvas = element("canvas", { className: "strip", ariaHidden: "true" });
+    const label = "The context that was read";
+    this.body = element("div", { className: "context", tabIndex: 0, role: "region", ariaLabel: label });
+    this.detail = element("p", { className: "detail", role: "status" });
+    this.stronger = element("button", { type: "button", className: "quiet" }, "Stronger");
+    this.weaker = element("button", { type: "button", className: "quiet" }, "Weaker");
+    this.strongest = element("button", { type: "button", className: "quiet" }, "Strongest");
+    const steps = element("div", { className: "steps" }, this.strongest, this.stronger, this.weaker);
+    const foot = element("footer", {}, this.detail, steps);
+    const head = element("header", {}, this.title, element("span", { className: "space" }), this.close_);
+    panel.append(head, this.summary, this.choices, this.canvas, this.body, foot);
+    this.text = new ContextText(this.body);
+    this.strip = new Strip(this.canvas, (position) => this.text.reveal(position));
+    this.strongest.addEventListener("click", () => this.step(-Infinity));
+    this.stronger.addEventListener("click", () => this.step(-1));
+    this.weaker.addEventListener("click", () => this.step(1));
+    const onMark = (act) => ({ target }) => target.matches("mark") && act(Number(target.dataset.position));
+    this.body.addEventListener("pointerover", onMark((position) => this.tell(position)));
+    this.body.addEventListener("pointerleave", () => this.tell(this.at));
+    this.body.addEventListener("focusin", onMark((position) => this.settle(position)));
+    this.body.addEventListener("keydown", (event) => this.walk(event));
+    this.body.addEventListener("scroll", () => requestAnimationFrame(() => this.draw()));
+    new ResizeObserver(() => this.resized()).observe(this.body);
+  }
+
+  get isOpen() {
+    return !this.panel.hidden;
+  }
+
+  /** model: its id. ids: prompt and answer up to the token. token: its text. */
+  async open({ model, ids, token }) {
+    this.asking?.abort();
+    const asking = (this.asking = new AbortController());
+    this.panel.hidden = false;
+    this.panel.classList.add("waiting");
+    this.panel.ariaBusy = "true";
+    this.data = null;
+    this.title.replaceChildren("What led to ", element("q", {}, token.replaceAll("\n", "↵")));
+    this.summary.textContent = `Reading ${count.format(ids.length)} tokens again…`;
+    this.detail.textContent = "";
+    this.choices.replaceChildren();
+    this.body.replaceChildren();
+    this.close_.focus();
+    try {
+      const data = await lens(model, ids, asking.signal);
+      this.load(data, token);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      this.summary.textContent = error instanceof Failure ? error.message : "The server's answer cannot be shown.";
+      if (!(error instanceof Failure)) throw error;
+    } finally {
+      if (this.asking === asking) {
+        this.panel.classList.remove("waiting");
+        this.panel.ariaBusy = "false";
+      }
+    }
+  }
+
+  close() {
+    this.asking?.abort();
+    this.data = null;
+    this.panel.hidden = true;
+    this.closed();
+  }
+
+  load(data, token) {
+    Object.assign(this, { data, view: "read", layer: null, at: null });
+    this.text.load(data, token);
+    this.strip.load(data.context);
+    const bar = (kept) => {
+      const filled = element("i", {});
+      filled.style.height = percent(kept);
+      return element("span", { className: "kept", title: `holds ${percent(kept)} of dense attention` }, filled);
+    };
+    const layers = data.layers.map((one, i) => [i, `${one.layer}`, bar(one.kept)]);
+    this.choices.append(
+      choice("view", "Show", Object.entries(VIEWS), (view) => this.show({ view })),
+      choice("layer", "Layer", [[null, "All"], ...layers], (layer) => this.show({ layer })),
+    );
+    this.show({});
+    const { ranked } = this.shares;
+    const far = ranked.find((position) => position < data.context - NEAR && position > 0) ?? ranked[0];
+    this.text.reveal(far);
+    this.draw();
+  }
+
+  show(changes) {
+    Object.assign(this, changes);
+    this.canvas.classList.toggle("difference", this.view === "difference");
+    this.shares = sharesOf(this.data, this.layer, this.view);
+    const { scrollTop } = this.body;
+    const marked = this.text.show(this.shares);
+    this.body.scrollTop = scrollTop;
+    const rest = this.shares.ranked.length - marked;
+    this.summary.replaceChildren(...this.sentences(), rest ? ` The ${count.format(rest)} weakest are not marked.` : "");
+    for (const button of [this.strongest, this.stronger, this.weaker]) button.disabled = !marked;
+    this.settle(this.at);
+    this.draw();
+  }
+
+  /** The view in a sentence or two, as texts and elements. */
+  sentences() {
+    const { context, layers } = this.data;
+    const { ranked, kinds } = this.shares;
+    const one = this.layer === null ? null : layers[this.layer];
+    const who = one ? `Layer ${one.layer}` : `${layers.length} layers`;
+    const read = one ? one.read : Math.max(...layers.map((layer) => layer.read));
+    const of = `${count.format(read)} of ${count.format(context)} tokens`;
+    const share = percent(read / context);
+    if (this.view === "difference") {
+      const missed = ranked.filter((position) => kinds[position] === ONLY_DENSE).length;
+      if (!ranked.length) return [`${who} read exactly what dense attention would.`];
+      const key = (kind, number) => element("span", { className: `key ${kind}` }, `${count.format(number)} tokens`);
+      const extra = key("extra", ranked.length - missed);
+      return [`${who} read `, extra, " in place of ", key("missed", missed), " to which dense attention gives more."];
+    }
+    const kept = one ? one.kept : layers.reduce((sum, layer) => sum + layer.kept, 0) / layers.length;
+    const each = one ? "" : " each";
+    const together = one ? "" : ` (${count.format(ranked.length)} different ones together)`;
+    if (this.view === "dense") {
+      return [`${who}: the ${of}${each} that dense attention gives most to${together}.`];
+    }
+    const holds = one ? "which hold" : "On average they hold";
+    const stop = one ? `, ${holds}` : `${together}. ${holds}`;
+    return [`${who} read ${of}${each}, ${share}${stop} ${percent(kept)} of dense attention.`];
+  }
+
+  /** Makes a token the current one, from which steps go on. position: null for none. */
+  settle(position) {
+    this.at = position;
+    this.text.point(position);
+    this.tell(position);
+  }
+
+  /** Shows what attention a token got. */
+  tell(position) {
+    this.detail.textContent = "";
+    if (position === null || !this.data) return;
+    const shares = sharesAt(this.data, position);
+    const name = `Token ${count.format(position)} ${quoted(this.text.token(position))}: `;
+    if (this.layer !== null) {
+      const { layer, read, dense } = shares[this.layer];
+      const got = read === null ? `not read by layer ${layer}` : `${exact(read)} of layer ${layer}'s attention`;
+      const would = dense === null ? "not among dense attention's choice" : `${exact(dense)} of dense attention`;
+      this.detail.textContent = `${name}${got}; ${would}.`;
+      return;
+    }
+    const sum = (kind) => shares.reduce((all, one) => all + (one[kind] ?? 0), 0) / shares.length;
+    const readers = shares.filter((one) => one.read !== null).length;
+    const share = `${exact(sum("read"))} of the attention, from ${readers} of ${shares.length} layers`;
+    this.detail.textContent = `${name}${share}; ${exact(sum("dense"))} of dense attention.`;
+  }
+
+  /** Moves to the token that is so many places weaker; negative: stronger. */
+  step(places) {
+    const { ranked } = this.shares;
+    if (!ranked.length) return;
+    const rank = Math.min(Math.max(ranked.indexOf(this.at) + places, 0), this.text.order.length - 1);
+    this.text.reveal(ranked[rank]);
+    this.draw();
+  }
+
+  walk(event) {
+    const mark = event.target.closest("mark");
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!mark || !step) return;
+    event.preventDefault();
+    const position = this.text.beside(Number(mark.dataset.position), step);
+    if (position !== undefined) this.text.reveal(position);
+  }
+
+  /** After a new size, lines break elsewhere: the current token stays in the middle. */
+  resized() {
+    if (!this.isOpen || !this.data) return;
+    if (this.at !== null) this.text.centre(this.at);
+    this.draw();
+  }
+
+  /** Redraws the strip, after another view, scrolling, another size or other colours. */
+  draw() {
+    if (this.isOpen && this.data) this.strip.draw(this.shares, this.text.visible());
+  }
+}
