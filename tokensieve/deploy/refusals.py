@@ -19,9 +19,9 @@ FP8_BLOCK = 128  # rows and columns that share a scale: the only size that their
 # Both engines replace missing fields by the numbers of the 671B model, or take the router for V2's.
 READ = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
-    "rms_norm_eps q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
-    "moe_intermediate_size num_experts_per_tok norm_topk_prob routed_scaling_factor n_group topk_group "
-    "first_k_dense_replace moe_layer_freq rope_theta"
+    "rms_norm_eps q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts "
+    "n_shared_experts moe_intermediate_size num_experts_per_tok norm_topk_prob routed_scaling_factor n_group "
+    "topk_group first_k_dense_replace moe_layer_freq rope_theta"
 ).split()
 READ_OF_V3 = ["scoring_func", "topk_method"]
 READ_OF_V32 = ["index_topk", "index_n_heads", "index_head_dim"]
@@ -53,7 +53,7 @@ def config_reasons(raw: Mapping[str, Any]) -> list[str]:
 def tensor_reasons(
     folder: Path, raw: Mapping[str, Any], config: ModelConfig, headers: Mapping[str, Header]
 ) -> list[str]:
-    """Reasons in the tensors: some lie outside of the folder, or the engines expect FP8 and float32 scales elsewhere."""
+    """Reasons in the tensors: files outside of the folder, and FP8 or float32 scales not as engines expect them."""
     reasons = []
     outside = sorted({str(h.file) for h in headers.values() if h.file.parent != folder})
     if outside:
