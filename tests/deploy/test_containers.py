@@ -1,4 +1,4 @@
-"""The container files, without Docker: what they copy, install and start exists, and the two differ where they should."""
+"""The container files, without Docker: what they copy, install and start exists, and only intended lines differ."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""tokensieve deploy: exact commands, what they will take of memory, the compose file, and starting an engine."""
+"""`tokensieve deploy`: exact commands, the memory that they take, the compose file, and starting an engine."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_commands(home: Path) -> None:
 
 
 def test_what_else_is_served(home: Path, tmp_path: Path) -> None:
-    """Other k for vLLM, stored float32, DeepSeek-V2, and dense models of other widths: the bundled base."""
+    """Another k for vLLM, stored float32, DeepSeek-V2, and dense models of other widths, such as the bundled base."""
     folder = shutil.copytree(home / "sparse", tmp_path / "k")
     edit(index_topk=1024)(folder)
     assert plan("vllm", str(folder)).context == 4096
@@ -84,7 +84,7 @@ def test_scores_in_fp8_are_pointed_out(home: Path, caplog) -> None:
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch) -> Callable[[str], Path]:
-    """The folder of a checkpoint of 671B parameters of which nothing but the headers is there."""
+    """The folder of a checkpoint of 671B parameters that has only its tensors' headers."""
 
     def headers(dtype: str) -> Path:
         folder, full = tmp_path / dtype, SparseConfig(max_position_embeddings=163840)
@@ -178,7 +178,7 @@ def test_compose_of_other_hardware(home: Path) -> None:
             "/dev/hisi_hdc",
         ]
         assert "/usr/local/Ascend/driver" in [volume["target"] for volume in npu["volumes"]]
-        assert "--host" not in npu["entrypoint"]  # of the host's network, only the loopback
+        assert "--host" not in npu["entrypoint"]  # it shares the host's network, and listens on the loopback only
 
 
 def test_links_are_not_mounted(home: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_links_are_not_mounted(home: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for path in (home / "sparse").iterdir():
         (folder / path.name).symlink_to(path)
-    found = plan("vllm", str(folder))  # as a hub's cache has it: fine where no container is
+    found = plan("vllm", str(folder))  # as in a hub's cache; fine without a container
     with pytest.raises(UserError, match="links"):
         write_compose(found, tmp_path / "compose.yaml")
 
@@ -242,7 +242,7 @@ def test_the_environment_goes_along(home: Path, monkeypatch) -> None:
 
 
 def test_it_becomes_the_engine(home: Path, tmp_path: Path) -> None:
-    """In a process of its own, with a `vllm` on PATH that notes what it was asked and ends with status 7."""
+    """As a process, with a `vllm` on PATH that records its arguments and exits with status 7."""
     fake = tmp_path / "bin" / "vllm"
     fake.parent.mkdir()
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/asked\nexit 7\n')

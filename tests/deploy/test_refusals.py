@@ -165,7 +165,7 @@ def test_refused_splits(home: Path) -> None:
 
 
 def test_refused_together(home: Path, tmp_path: Path) -> None:
-    """What does not hang on a readable file is still looked at: three faults are three reasons."""
+    """If one file cannot be read, the others are still checked: three faults are three reasons."""
     folder = shutil.copytree(home / "sparse", tmp_path / "model")
     for hurt in (_no_weights, no_tokenizer, edit(index_topk=512)):
         hurt(folder)

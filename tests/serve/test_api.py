@@ -102,7 +102,7 @@ def test_completions(client) -> None:
 
 
 def test_halves_of_a_character_have_names_of_their_own() -> None:
-    """In a completion's logprobs, where alternatives are told by their text; and the token itself is among them."""
+    """A completion's logprobs name the alternatives by their text. The token itself is among them."""
     tokenizer = tokensieve.load_tokenizer("sparse")
     ids = tokenizer("a🙂b", add_special_tokens=False).input_ids
     answer = CompletionChoice(TokenTexts(tokenizer), logprobs=True)
@@ -166,7 +166,7 @@ def test_an_answer_obeys_its_schema(client) -> None:
     text = answer.choices[0].message.content
     told = json.loads(text)
     assert set(told) == {"age", "ok"} and 0 <= told["age"] <= 99
-    assert text == json.dumps(told)  # and no space more
+    assert text == json.dumps(told)  # and no other spaces
 
 
 def test_a_prompt_that_was_there_is_found(client) -> None:
@@ -260,7 +260,7 @@ def is_error(response, status: int, words: str = "") -> None:
     assert error["type"] == ("server_error" if status >= 500 else kind)
 
 
-# Options for streams are an error only where there is none.
+# Options for streams are an error only if the request is no stream.
 ASKED = [
     (*case, stream) for case in REFUSED for stream in (False, True) if not (stream and "stream_options" in case[1])
 ]
@@ -289,7 +289,7 @@ def test_other_routes_and_sizes(served, client) -> None:
     long = COMPLETION | {"prompt": "a " * 15_000}
     is_error(httpx.post(served[0] + "/v1/completions", json=long), 413, "20000 bytes")
 
-    def pieces() -> Iterator[bytes]:  # of a length that is not told before
+    def pieces() -> Iterator[bytes]:  # without a Content-Length
         for _ in range(50):
             yield b"x" * 1000
 
@@ -356,7 +356,7 @@ def test_a_failing_step_is_an_error_and_then_it_goes_on(served, client, monkeypa
     settled(service)
 
 
-# clients that leave, the log, the figures
+# clients that leave, the log, the metrics
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -365,8 +365,8 @@ def test_a_client_that_leaves_gives_its_pages_back(served, stream: bool) -> None
     body = json.dumps(COMPLETION | {"max_tokens": 200, "stream": stream, "temperature": 1.0, "seed": 3}).encode()
     host, port = at.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if stream:
             assert b"200 OK" in connection.recv(1000)
         while not service.engine.scheduler.running:

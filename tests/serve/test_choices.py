@@ -1,4 +1,4 @@
-"""Several answers to one request: `n` of them, to one prompt or to each of several, whole and as streams that are mixed."""
+"""Several answers to one request: `n` for one prompt or for each of several, whole and as interleaved streams."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def client(served: tuple[str, Service]) -> openai.OpenAI:
 
 
 def streamed(chunks: Any) -> tuple[dict[int, list[Any]], Any]:
-    """The choices of each number as they came, and the usage."""
+    """The choices by their number, in the order in which they came, and the usage."""
     found, usage = defaultdict(list), None
     for chunk in chunks:
         usage = chunk.usage or usage
@@ -68,7 +68,7 @@ def test_seeds_that_follow_each_other_share_no_answer(client: openai.OpenAI) -> 
 
 
 def test_several_prompts(client: openai.OpenAI) -> None:
-    """Each has the answers that it has alone, and their numbers go prompt by prompt."""
+    """Each prompt gets the answers that it gets alone, and they are numbered prompt by prompt."""
     prompts = ["import ", "def f(", "Ä"]
     for given in (prompts, [[0, 100, 200], [0, 300], [0, 400, 500, 600]]):
         alone = [client.completions.create(**COMPLETION | {"prompt": prompt}, n=2) for prompt in given]

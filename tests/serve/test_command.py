@@ -19,7 +19,7 @@ refuse = commands.refusal
 
 @pytest.fixture
 def process():
-    """The server in a process of its own, and its address."""
+    """A server process, and its address."""
     environment = os.environ | {"TOKENSIEVE_API_KEY": "a-key", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tokensieve", "serve", "sparse", "--port", "0", "--pages", "64", "--running", "2"]
     few_files = ["prlimit", "--nofile=100:", "--"]
@@ -69,7 +69,7 @@ def test_more_clients_than_a_process_may_first_have_files(process) -> None:
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(process) -> None:
     started, at = process
-    # so many that they are not through before the second signal, whenever each of them ends
+    # so many answers that some are still running at the second signal
     asked = {"model": "sparse", "prompt": ["def "] * 60, "max_tokens": 1000, "stream": True, "seed": 3}
     key = {"Authorization": "Bearer a-key"}
     with httpx.stream("POST", at + "/v1/completions", json=asked, headers=key, timeout=60) as answer:

@@ -27,7 +27,7 @@ def served() -> Iterator[tuple[str, Service]]:
 
 
 def bodies(count: int) -> list[dict[str, Any]]:
-    """Of all lengths; half of them begin alike, and half of them are streams."""
+    """Requests of all lengths. Half of them begin alike, and half of them are streams."""
     draw = random.Random(5)
     start = [draw.randrange(16, 4096) for _ in range(128)]
     return [
@@ -44,7 +44,7 @@ def bodies(count: int) -> list[dict[str, Any]]:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """The text. What is not an answer fails."""
+    """The answer's text. Anything else fails the test."""
     answer = await client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     if not body["stream"]:
@@ -55,7 +55,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
 
 
 async def at_once(at: str, asked: list[dict[str, Any]], together: int) -> list[str]:
-    """`together` clients, each with a connection of its own."""
+    """The texts of all answers, from `together` clients at once, each with a connection of its own."""
     limits = httpx.Limits(max_connections=together)
     async with httpx.AsyncClient(base_url=at, timeout=120, limits=limits, trust_env=False) as client:
         return await asyncio.gather(*(ask(client, body) for body in asked))
@@ -67,7 +67,7 @@ def tasks() -> int:
 
 @pytest.mark.parametrize("clients", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_crowd(served, clients: int) -> None:
-    """All are answered, as they are alone, with the service's own number of those that may wait."""
+    """All requests get the answers that they get alone, with the service's default limit of the queue."""
     at, service = served
     asked = bodies(clients // 5)
     alone = asyncio.run(at_once(at, asked, 1))
@@ -103,20 +103,20 @@ def test_the_mirror_leaves_the_engine_to_those_who_wait(caplog: pytest.LogCaptur
 
 
 def sent(at: str, body: dict[str, Any], room: int = 0) -> socket.socket:
-    """A connection over which this was asked. room: bytes that this side takes before they are read; 0 leaves it to the system."""
+    """A connection that has sent this request. room: bytes of its receive buffer; 0: the system's default."""
     host, port = at.removeprefix("http://").split(":")
     connection = socket.socket()
     if room:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
     connection.connect((host, int(port)))
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection.sendall(head.encode() + data)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
 
 def test_a_crowd_that_leaves(served) -> None:
-    """Some while they wait, some in their prompt, some in the answer: the pages are back, and the next one has its answer."""
+    """Clients leave while they wait, during prompts and during answers. Pages are freed, and later requests run."""
     at, service = served
     question = bodies(1)[0]
     alone = asyncio.run(at_once(at, [question], 1))
@@ -140,7 +140,10 @@ def test_a_crowd_that_leaves(served) -> None:
 
 
 def test_a_slow_reader_delays_nobody(served) -> None:
-    """It reads a byte now and then of an answer that no buffer on the way can hold. The others' answers come, and the rest of its own."""
+    """A client reads a byte now and then of an answer that is too large for all buffers.
+
+    The answers of others come at once, and at the end the rest of its own.
+    """
     at, service = served
     asked = {"model": "sparse", "prompt": [5], "n": 4, "max_tokens": 200, "logprobs": 20, "seed": 1, "stream": True}
     before, memory = tasks(), psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""Requests drawn from the server's own OpenAPI document, and broken on purpose: every answer is one that the document tells of."""
+"""Requests drawn from the server's own OpenAPI document, valid and invalid. The document describes every response."""
 
 import copy
 import json
@@ -28,7 +28,8 @@ from tokensieve.engine import Engine, EngineConfig, Service
 from tokensieve.serve.app import create_app
 from tokensieve.serve.settings import ServeConfig
 
-# Not `positive_data_acceptance`: a document cannot say that two fields exclude each other, and to JSON Schema 5.0 is an integer.
+# Not `positive_data_acceptance`: a document cannot express that two fields exclude each other, and JSON Schema takes
+# 5.0 for an integer.
 CHECKS = [
     not_a_server_error,
     content_type_conformance,
@@ -53,10 +54,10 @@ OPERATIONS = [
 
 WITHOUT_DATA = ("/health", "/metrics", "/v1/models")
 
-# What the engine and not the document says: without it nearly everything that is drawn would be refused.
+# Limits of the engine that are not in the document. Without them nearly every drawn request would be refused.
 MODELS = {"enum": ["sparse", "sparse:dense"]}
 IDS = {"type": "array", "items": {"enum": [*range(0, 4096, 37)]}, "maxItems": 80}
-# without a second field beside them, or by this model's template
+# refused without a second field beside them, or by this model's template
 REFUSED = ("stream_options", "top_logprobs", "tools", "response_format")
 RANGES = {
     "model": MODELS,
@@ -79,7 +80,7 @@ RANGES = {
 
 
 def told(document: dict[str, Any]) -> dict[str, Any]:
-    """Without its catch-all, so that every status has to be told by its number; and with the models that there are."""
+    """The document without its catch-all, so that it must list every status by number; and with the served models."""
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("default", None)
@@ -104,7 +105,7 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def api() -> Iterator[dict[GenerationMode, Any]]:
-    """The document from which right requests are drawn, and that from which wrong ones are."""
+    """The documents from which valid and from which invalid requests are drawn."""
     with servers.running(
         servers.tiny(), EngineConfig(pages=64, running=16), keys=("a-key",), max_tokens=3, max_body=2**20
     ) as (at, _):
@@ -130,7 +131,7 @@ def leaves(routes: list[Any]) -> Iterator[Any]:
 
 
 def test_without_the_key_nothing_is_served(api) -> None:
-    """Neither what the document tells of nor what it does not: pages, documents, the document itself."""
+    """That holds for routes in the document and for those that are not: pages, documents, the document itself."""
     model, tokenizer = servers.tiny()
     app = create_app(Service(Engine(model, tokenizer, EngineConfig(pages=4))), tokenizer, ServeConfig("sparse"))
     routes = list(leaves(app.routes))
@@ -174,7 +175,7 @@ def test_answers_are_as_documented_whatever_is_drawn(api, method: str, path: str
 @given(cuts=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 3), st.binary(max_size=3)), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_bytes_that_are_nearly_a_request(api, cuts: list[tuple[int, int, bytes]]) -> None:
-    """A body with some of its bytes replaced by others: half characters, broken strings, numbers that became others."""
+    """A body with some of its bytes replaced: parts of characters, broken strings, other numbers."""
     body = json.dumps({"model": "sparse", "prompt": "añ\u4f60", "stop": ["x"], "seed": 5, "max_tokens": 2}).encode()
     for at, length, new in cuts:
         body = body[:at] + new + body[at + length :]

@@ -1,4 +1,4 @@
-"""Answers taken apart as they come: thinking, content and tool calls, however the text is cut."""
+"""Answers parsed as they come, into thinking, content and tool calls, however the text is cut."""
 
 import json
 
@@ -26,7 +26,7 @@ DSML = (
     "</｜DSML｜function_calls>"
 )
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-# What a template that knows tools looks like, as short as it may be.
+# A minimal template that knows tools.
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
     "{% if m.role == 'assistant' %}A:{% if m.tool_calls %}{% for c in m.tool_calls %}"
@@ -37,7 +37,7 @@ TEMPLATE = (
 
 
 def read(parts: list[str], thinking: bool = False, tools: bool = True) -> list[tuple[str, str, str]]:
-    """The pieces, neighbours of one kind joined."""
+    """The pieces; neighbours of one kind are joined."""
     answer, joined = OutputParser(thinking, tools), []
     for piece in [*(p for part in parts for p in answer.push(part)), *answer.finish()]:
         if piece.kind != "call" and joined and joined[-1][0] == piece.kind:
@@ -63,7 +63,7 @@ CASES = [
         True,
         [("reasoning", "hm", ""), ("call", "{}", "f"), ("content", " done", "")],
     ),
-    # a call that is cut off is as much as there is of it; none at all is text
+    # a call that is cut off has as much of its arguments as arrived; a block without any call is text
     ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f", False, []),
     ('<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": 1<｜tool', False, [("call", '{"a": 1', "f")]),
     (
@@ -105,7 +105,7 @@ def test_calls_that_are_not_parallel() -> None:
 
 
 def test_markers_that_the_engine_leaves_out() -> None:
-    """A special token has no text: it is known by its number."""
+    """A special token has no text, so it is recognized by its id."""
     answer = OutputParser(True, False, {6: "</think>"})
     assert answer.push("hm", (9,)) == [Piece("reasoning", "hm")]
     assert answer.push("", (6,)) == [] and answer.state == "content"

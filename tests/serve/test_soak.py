@@ -1,4 +1,4 @@
-"""Ten thousand requests of every kind to one server process: what it holds afterwards is what it held before."""
+"""Ten thousand requests of every kind to one server process leave its memory, files and threads as they were."""
 
 import asyncio
 import os
@@ -21,7 +21,7 @@ from tests.support import servers
 CLIENTS = 32
 WARM_UP, REQUESTS = 2000, 10_000
 SAID = {"model": "sparse", "max_tokens": 4, "seed": 3}
-START = [0, *range(100, 700)]  # more than a chunk of 512, so that those that begin with it share pages
+START = [0, *range(100, 700)]  # longer than a chunk of 512, so that prompts that begin with it share pages
 SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
 
 
@@ -76,7 +76,7 @@ def process(tmp_path: Path) -> Iterator[tuple[psutil.Process, str]]:
 
 
 async def whole(client: httpx.AsyncClient, route: str, body: dict[str, Any]) -> tuple[int, list[Any]]:
-    """The status, and what of the answer is the same each time."""
+    """The status, and the parts of the answer that are the same each time."""
     answer = await client.post(route, json=body)
     if body.get("stream"):
         events = [line for line in answer.text.splitlines() if line]
@@ -87,7 +87,7 @@ async def whole(client: httpx.AsyncClient, route: str, body: dict[str, Any]) -> 
 
 
 async def leave(client: httpx.AsyncClient, route: str, body: dict[str, Any], draw: random.Random) -> None:
-    """In the middle of an answer, or before it."""
+    """Disconnect in the middle of an answer, or before it."""
     try:
         async with asyncio.timeout(draw.random() * 0.2):
             async with client.stream("POST", route, json=body | {"max_tokens": 200, "stream": True}) as answer:
@@ -119,7 +119,7 @@ async def load(at: str, count: int, known: dict[str, Any]) -> Counter[str]:
 
 
 def held(process: psutil.Process, at: str) -> dict[str, float]:
-    """What the server holds once it is idle, and connections that were kept are closed."""
+    """The server's resources once it is idle and kept-alive connections are closed."""
     time.sleep(6)
     found = {
         "MiB": process.memory_info().rss / 2**20,
@@ -129,7 +129,7 @@ def held(process: psutil.Process, at: str) -> dict[str, float]:
     page = httpx.get(at + "/metrics").text
     figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if line[0] != "#")
     assert [figures[f"tokensieve_{name}"] for name in ("running", "waiting", "pages_used")] == ["0.0"] * 3
-    return found  # before the question, whose own connection may take a moment to close
+    return found  # measured before the request for metrics, whose connection may take a moment to close
 
 
 @pytest.mark.slow
@@ -144,5 +144,5 @@ def test_ten_thousand_requests_leave_nothing_behind(process) -> None:
     assert done.total() == REQUESTS
     assert after["files"] <= before["files"]
     assert after["threads"] <= 50  # up to 40 of AnyIO's come and go
-    # A kilobyte in each request: more than allocators vary by (3 MiB were measured), less than a prompt or an answer.
+    # A kilobyte a request: more than allocators vary by (3 MiB were measured), less than a prompt or an answer.
     assert after["MiB"] - before["MiB"] < (REQUESTS - WARM_UP) / 1024

@@ -1,4 +1,4 @@
-"""Tool calls through OpenAI's own client: those that an answer has to make are made, by a model that knows nothing."""
+"""Tool calls through OpenAI's own client. Required calls are made even by a model with random weights."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ from tests.support import servers
 from tokensieve.engine import EngineConfig
 from tokensieve.serve.markers import CALL_BEGIN, CALL_END, CALL_SEPARATOR, CALLS_BEGIN, CALLS_END
 
-# What the template of DeepSeek-V3.1 does with tools and calls, as short as it may be.
+# A minimal template that writes tools and calls as that of DeepSeek-V3.1 does.
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
     "{{ '<｜User｜>' if m.role == 'user' else '<｜Assistant｜>' }}{{ m.content }}"
     "{% if m.tool_calls %}{{ BEGIN }}{% for c in m.tool_calls %}"
-    "{{ CALL + c.function.name + SEPARATOR + c.function.arguments + CALL_END }}{% endfor %}{{ END }}{% endif %}{% endfor %}"
+    "{{ CALL + c.function.name + SEPARATOR + c.function.arguments + CALL_END }}{% endfor %}{{ END }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"
 )
 MARKERS = {
@@ -55,7 +56,10 @@ ASKED: dict[str, Any] = {
 
 
 def tokenizer(template: str, markers: str = "text") -> Any:
-    """The bundled one with this template. markers: text, or added tokens, plain or special, as checkpoints have them."""
+    """The bundled tokenizer with this template.
+
+    markers: `text`, or added tokens that are `plain` or `special`, as checkpoints have them.
+    """
     made = AutoTokenizer.from_pretrained(tokensieve.load_tokenizer("sparse").name_or_path)
     made.chat_template = "".join(f"{{% set {name} = {text!r} %}}" for name, text in MARKERS.items()) + template
     if markers != "text":
@@ -109,7 +113,7 @@ def test_a_function_without_parameters_takes_none(client: openai.OpenAI) -> None
 
 
 def test_parallel_calls_as_a_stream(client: openai.OpenAI) -> None:
-    """As many as the model likes. Where they do not end before the tokens do, the answer is cut, and says so."""
+    """As many calls as the model makes. If the tokens run out first, the finish reason of the cut answer says so."""
     found: dict[int, list[Any]] = {}
     asked = ASKED | {"tool_choice": "required", "n": 8, "seed": 3, "stream": True}
     for chunk in client.chat.completions.create(**asked):
@@ -148,7 +152,7 @@ def test_refusals(client: openai.OpenAI, changes: dict[str, Any], words: str) ->
 
 
 def test_what_is_too_large_to_compile_is_refused_once(client: openai.OpenAI) -> None:
-    """And not by the engine, for each of 128 answers."""
+    """Before the engine would refuse it for each of 128 answers."""
     large = {"enum": ["x" * 999] * 17 * 2}
     shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": large}}
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": large}}}}

@@ -49,7 +49,7 @@ def make(folder: Path, made: Any, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 
 def edit(name: str = "config.json", **changes: Any) -> Damage:
-    """Fields set, or taken away where the value is `...`."""
+    """Set fields of a JSON file, or remove them if the value is `...`."""
 
     def damage(folder: Path) -> None:
         raw = json.loads((folder / name).read_text()) | changes
@@ -84,7 +84,7 @@ def no_tokenizer(folder: Path) -> None:
 
 
 def make_home(folder: Path) -> Path:
-    """sparse/, dense/ and sparse in FP8, all of the 671B model's attention widths."""
+    """A folder with sparse/, dense/ and fp8/ (sparse in FP8), all with the 671B model's attention widths."""
     make(folder / "sparse", config())
     make(folder / "dense", config(DeepseekV3Config, q_lora_rank=None))
     shutil.copytree(folder / "sparse", folder / "fp8")

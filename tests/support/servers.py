@@ -1,4 +1,4 @@
-"""A server on a socket of its own, in a thread; and a model so small that a thousand requests take seconds."""
+"""A server in a thread, on its own socket; and a model so small that a thousand requests take seconds."""
 
 import socket
 import threading
@@ -18,7 +18,7 @@ LIMITS = {"max_tokens": 200, "max_prompt_tokens": 600, "max_body": 20_000}
 
 
 def tiny(tokenizer: Any = None) -> tuple[DecoderForCausalLM, Any]:
-    """Random weights, the bundled tokenizer unless another one is given, and k = 24, so that selection selects."""
+    """Random weights, the bundled tokenizer by default, and k = 24, so that keys are really left out."""
     tokenizer = tokenizer or tokensieve.load_tokenizer("sparse")
     shape = {"vocab_size": len(tokenizer), "num_hidden_layers": 1, "first_k_dense_replace": 1, "hidden_size": 32}
     return models.ours(models.config("v32", **shape)), tokenizer
@@ -28,12 +28,14 @@ def tiny(tokenizer: Any = None) -> tuple[DecoderForCausalLM, Any]:
 def running(
     loaded: tuple[DecoderForCausalLM, Any], engine: EngineConfig, waiting: int | None = None, **settings: Any
 ) -> Iterator[tuple[str, Service]]:
-    """The server's address, and its service. Whatever was asked, at the end no page is in use."""
+    """The server's address, and its service. At the end no page of the cache may be in use."""
     model, tokenizer = loaded
     made = Engine(model, tokenizer, engine)
     service = Service(made) if waiting is None else Service(made, waiting)
     with server.listen("127.0.0.1", 0) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)  # a slow reader is soon felt
+        listening.setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16
+        )  # small, so that a slow reader soon blocks the server
         made = server.make(service, tokenizer, ServeConfig("sparse", **(LIMITS | settings)))
         thread = threading.Thread(target=made.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -48,7 +50,7 @@ def running(
 
 
 def settled(service: Service, seconds: float = 10) -> None:
-    """Nothing is open any more, and the pages are back."""
+    """Wait until no request is open and all pages are free."""
     end = time.monotonic() + seconds
     while service.open or service.engine.busy:
         assert time.monotonic() < end

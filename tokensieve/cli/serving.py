@@ -48,9 +48,7 @@ def serve(
     running: Annotated[int, typer.Option(min=1, help="Answers that are made at once.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=0, help="Longest answer in tokens; 0: as long as fits.")] = 0,
     selection: Selection = None,
-    mirror: Annotated[
-        float, typer.Option(help="Share of the answers to repeat with the other attention, and compare.")
-    ] = 0.0,
+    mirror: Annotated[float, typer.Option(help="Share of the answers to compare with the other attention.")] = 0.0,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Serve MODEL:dense beside a sparse model.")] = True,
     playground: Annotated[
         bool, typer.Option("--playground/--no-playground", help="Serve the page, /lens and /documents beside the API.")

@@ -104,8 +104,9 @@ def plan(
     context: int | None = None,
     options: Sequence[str] = (),
 ) -> Deployment:
-    """How `engine` serves the checkpoint `model` (a folder, a bundled name or a hub id) on `gpus` devices of one machine.
+    """How `engine` serves a checkpoint on `gpus` devices of one machine.
 
+    model: a folder, a bundled name or a hub id.
     context: tokens of the longest sequence; by default the model's own. options: passed to the engine unchanged.
     Raises UserError with every reason why the engine could not serve it, one reason an argument.
     """

@@ -43,7 +43,7 @@ def config_reasons(raw: Mapping[str, Any]) -> list[str]:
 def tensor_reasons(
     folder: Path, raw: Mapping[str, Any], config: ModelConfig, headers: Mapping[str, Header]
 ) -> list[str]:
-    """Reasons in the tensors: some lie outside of the folder, or the engines expect FP8 and float32 scales elsewhere."""
+    """Reasons in the tensors: files outside of the folder, and FP8 or float32 scales not as engines expect them."""
     reasons = []
     outside = sorted({str(h.file) for h in headers.values() if h.file.parent != folder})
     if outside:

@@ -42,7 +42,7 @@ class ChatFormat:
 
 
 class ChatChoice:
-    """A choice of a chat completion. id: of its request to the engine; the ids of its calls are made of it."""
+    """A choice of a chat completion. id: of its request to the engine; it becomes part of the ids of tool calls."""
 
     def __init__(self, id: str, parser: OutputParser, texts: TokenTexts, logprobs: bool):
         self._id, self._parser, self._texts = id, parser, texts

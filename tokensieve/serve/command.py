@@ -23,7 +23,8 @@ def serve(
 ) -> None:
     """Serve `model` at host and port until a signal.
 
-    options, settings: fields of EngineConfig and of ServeConfig. announce: called with one line once the server answers.
+    options, settings: fields of EngineConfig and of ServeConfig. announce: called with one line once the server
+    answers.
     Raises UserError for a missing package, a port in use, and settings that do not go together.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]

@@ -30,7 +30,7 @@ class ChoiceBuilder(Protocol):
 
 @dataclass(frozen=True)
 class Labels:
-    """How the responses of a format are labelled: the prefix of `id`, and `object` of a whole response and of a chunk."""
+    """How a format labels its responses: the prefix of `id`, and the `object` of a whole response and of a chunk."""
 
     prefix: str
     whole: str

@@ -53,7 +53,7 @@ def _is_number(token: str) -> bool:
 
 
 class Typed(BaseModel):
-    """Values are not converted, such as a string to a number. Unknown fields are ignored: later versions may add some."""
+    """Values are not converted, as a string to a number. Unknown fields are ignored: later clients may have more."""
 
     model_config = ConfigDict(strict=True)
 

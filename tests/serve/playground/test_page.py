@@ -1,4 +1,4 @@
-"""The page at `/` in Chromium, against the bundled sparse model: asking, stopping, documents, settings, and what goes wrong."""
+"""The page at `/` in Chromium, with the bundled sparse model: asking, stopping, documents, settings and failures."""
 
 import base64
 import re
@@ -22,7 +22,8 @@ pytest_plugins = ["tests.support.browser"]
 def test_an_answer_streams_and_is_counted(page: Page) -> None:
     grown = page.evaluate_handle(
         """() => { const seen = []; const log = document.getElementById("log");
-        new MutationObserver(() => seen.push(log.querySelectorAll(".token").length)).observe(log, {childList: true, subtree: true});
+        const count = () => seen.push(log.querySelectorAll(".token").length);
+        new MutationObserver(count).observe(log, {childList: true, subtree: true});
         return seen; }"""
     )
     ask(page, "Who are you?")
@@ -98,7 +99,7 @@ def test_keys_of_the_question(page: Page) -> None:
     expect(page.locator(".question")).to_have_count(0)
 
 
-# what it shows is text
+# everything is shown as text
 
 
 def test_nothing_is_read_as_html(page: Page) -> None:
@@ -162,7 +163,7 @@ def test_documents_that_are_none(page: Page) -> None:
     expect(page.locator(".chip")).to_have_count(0)
 
 
-# what goes wrong
+# failures
 
 
 def error(message: str, code: str | None = None) -> dict[str, Any]:
@@ -220,7 +221,7 @@ def test_a_server_that_is_down_at_first(served, context) -> None:
     expect(page.locator("#notice")).to_be_hidden()
 
 
-# settings and looks
+# settings and appearance
 
 
 def test_settings_are_sent_and_kept(page: Page) -> None:
@@ -290,7 +291,7 @@ def test_a_phone(page: Page) -> None:
 
     def overflows() -> list[str]:
         return page.evaluate(
-            """() => ["html", "body", "header", "main", ".log", ".composer", ".lens", ".context", "dialog"].filter((name) => {
+            """() => "html body header main .log .composer .lens .context dialog".split(" ").filter((name) => {
                 const e = document.querySelector(name);
                 return e.scrollWidth > e.clientWidth || e.getBoundingClientRect().right > 375.5;
             })"""
@@ -331,7 +332,7 @@ def test_whatever_can_be_done_has_a_name_and_shows_its_focus(page: Page) -> None
     assert names == 0
 
 
-# what is served
+# the files
 
 
 def test_its_files_and_no_others(served) -> None:

@@ -1,4 +1,4 @@
-"""The lens of the page in Chromium: that it shows what the server tells, and nothing else."""
+"""The page's lens in Chromium shows exactly what the server sends."""
 
 import json
 import time
@@ -12,7 +12,7 @@ pytest_plugins = ["tests.support.browser"]
 
 
 def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None:
-    """The whole of it: the digits of the answer were read where the document has them."""
+    """From the document to the lens: the answer's digits were read where the document has them."""
     drop(page, browser.document(6000), "textwrap.py")
     expect(page.locator(".chip")).to_contain_text("textwrap.py")
     ask(page, browser.QUESTION)
@@ -27,27 +27,27 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
     told = response.value.json()
     expect(page.locator(".lens mark")).not_to_have_count(0)
     whole = page.locator(".context").evaluate("e => e.textContent")
-    assert whole == told["text"] + "4"  # and at its end the token that was chosen
+    assert whole == told["text"] + "4"  # with the chosen token at its end
 
-    # at first all layers together, at the strongest token that lies far off: the code itself
+    # at first: all layers together, at the strongest distant token, which is the code itself
     read = len(told["layers"][0]["selected"])
     union = {p for layer in told["layers"] for p in layer["selected"]}
     kept = sum(layer["kept"] for layer in told["layers"]) / 8
     assert page.locator(".lens mark").count() == len(union)
     expect(page.locator(".summary")).to_have_text(
-        f"8 layers read {read} of {told['context']:,} tokens each, {100 * read / told['context']:.1f}% ({len(union):,} different ones "
-        f"together). On average they hold {100 * kept:.1f}% of dense attention."
+        f"8 layers read {read} of {told['context']:,} tokens each, {100 * read / told['context']:.1f}% "
+        f"({len(union):,} different ones together). On average they hold {100 * kept:.1f}% of dense attention."
     )
     code = told["text"].index("482913.")
     assert page.locator("mark.at").get_attribute("data-position") == str(told["starts"].index(code))
     assert page.evaluate("document.activeElement.matches('mark.at')")
 
-    # every number of a layer is the server's
+    # all numbers of a layer are the server's
     for layer in told["layers"][1::3]:
         page.locator(".lens fieldset").last.locator("label").nth(1 + layer["layer"]).click()
         expect(page.locator(".summary")).to_contain_text(
-            f"Layer {layer['layer']} read {read} of {told['context']:,} tokens, {100 * read / told['context']:.1f}%, which hold "
-            f"{100 * layer['kept']:.1f}% of dense attention."
+            f"Layer {layer['layer']} read {read} of {told['context']:,} tokens, "
+            f"{100 * read / told['context']:.1f}%, which hold {100 * layer['kept']:.1f}% of dense attention."
         )
         marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
         assert marks == layer["selected"]
@@ -150,7 +150,7 @@ def test_views_of_the_lens(page: Page) -> None:
 
 
 def test_a_long_context_stays_smooth(page: Page) -> None:
-    """A dense model reads everything: here 32768 tokens in each of four layers."""
+    """Dense attention reads everything: here 32768 tokens in each of four layers."""
     tokens = 32768
     weights = [1 / (i + 1) for i in range(tokens)]
     layer = {"read": tokens, "selected": list(range(tokens)), "attention": weights, "kept": 1.0}

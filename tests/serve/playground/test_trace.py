@@ -1,4 +1,4 @@
-"""The lens: what a token's attention read is what the model's own pass selects, and its shares those of a naive computation."""
+"""The attention trace. Its selections are those of the model's own pass, its shares those of a naive computation."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ TOKENIZER = tokensieve.load_tokenizer("base")
 
 
 def look(model, tokens: tuple[int, ...], selection: Any = "indexer", before: tuple[int, ...] = ()) -> Output:
-    """before: a prompt that was run already, of which pages may be found."""
+    """The first output. before: a prompt that ran already, whose pages may be reused."""
     engine = Engine(model, TOKENIZER, SMALL)
     if before:
         engine.add(Request("before", before, Sampling(max_tokens=1)))
@@ -34,7 +34,7 @@ def look(model, tokens: tuple[int, ...], selection: Any = "indexer", before: tup
 
 
 def shares(model, tokens: tuple[int, ...]) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """By layer, for the last token: what the model selects, and each head's attention (H, T) to every key, in float64."""
+    """For the last token, by layer: the selected keys, and each head's attention (H, T) to every key, in float64."""
     inputs: dict[int, torch.Tensor] = {}
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     hooks = [a.register_forward_pre_hook(lambda a, args: inputs.__setitem__(a.layer, args[0])) for a in attentions]

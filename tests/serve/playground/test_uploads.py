@@ -1,4 +1,4 @@
-"""`POST /documents`: the text of a PDF, and what must not come of one."""
+"""`POST /documents`: the text of a PDF, and the damage that a PDF must not do."""
 
 import asyncio
 import io
@@ -99,13 +99,13 @@ def test_other_refusals(at: str, monkeypatch) -> None:
 
 
 def reads_with(limits: str, data: bytes) -> subprocess.CompletedProcess[bytes]:
-    """As the server reads it, with other limits."""
+    """A document, read as the server reads it but with other limits."""
     code = f"import sys; sys.path.append({str(Path(pdf.__file__).parent)!r}); import pdf; {limits}; pdf.main()"
     return subprocess.run([sys.executable, "-P", "-c", code], input=data, capture_output=True, timeout=60)
 
 
 def test_limits() -> None:
-    """A PDF that unfolds to a hundred times its size, and one of endless work, end by themselves, and soon."""
+    """A PDF that unfolds to a hundred times its size, and one that takes endless work, are given up soon."""
     bomb = made(b"BT /F1 12 Tf " + b"(a) Tj " * 2_000_000 + b"ET")
     assert len(bomb) < 100_000
     assert b"unfolds" in reads_with("pdf.MAX_MEMORY = 120 * 2**20", bomb).stdout

@@ -1,1 +1,1 @@
-"""OpenAI's routes, and those for monitoring. Each file has a router; what it needs comes from the application's state."""
+"""OpenAI's routes, and those for monitoring. Each file has a router, whose routes use the application's state."""
