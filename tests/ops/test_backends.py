@@ -166,8 +166,9 @@ def test_auto_passes_over_what_is_slower(monkeypatch) -> None:
     for slow, chosen in ((None, "fused"), ("it is slower here", "reference")):
         both = dataclasses.replace(first, slower=lambda op, q, operands, why=slow: why), *rest
         monkeypatch.setattr(dispatch, "BACKENDS", both)
-        assert dispatch.pick("select_topk", torch.zeros(1)).__name__ == f"tokensieve.ops.{chosen}"
-        assert dispatch.pick("select_topk", torch.zeros(1), "fused").__name__ == "tokensieve.ops.fused"
+        monkeypatch.setattr(dispatch, "candidates", lambda op, device, both=both: both)
+        for backend, name in (("auto", chosen), ("fused", "fused")):
+            assert dispatch.pick("select_topk", torch.zeros(1), backend, {}).__name__ == f"tokensieve.ops.{name}"
 
 
 def test_backends_lists_every_op() -> None:

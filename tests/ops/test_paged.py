@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.support import oracle
 from tests.support.pages import KINDS, LENS, SCALE, P, Pool, empty_pools, make, new_tokens, raw
 from tokensieve import ops
-from tokensieve.ops import custom_paged, quant, reference
+from tokensieve.ops import quant, reference
 from tokensieve.ops.dispatch import PAGED_OPS
 
 # What the pages hold is exact in float32: the errors are float32's own, over up to 576 products, as in
@@ -298,7 +298,7 @@ def calls(x: Pool, kind: str) -> dict[str, tuple]:
 def test_opcheck(name: str, kind: str, dtype: str) -> None:
     """Schema (what is written to), fake implementation and tracing with symbolic sizes, against the real results."""
     _, tensors, rest = calls(make(kind, 2, lens=(70, 3), dtype=dtype), kind)[name]
-    torch.library.opcheck(getattr(custom_paged, name), (*tensors, *rest))
+    torch.library.opcheck(getattr(torch.ops.tokensieve, name).default, (*tensors, *rest))
 
 
 @pytest.mark.parametrize("name", PAGED_OPS)

@@ -12,7 +12,7 @@ from tokensieve import ops
 from tokensieve.config import SparseConfig, UserError
 from tokensieve.model.rope import Rotation, rotate_half_split
 from tokensieve.ops import quant
-from tokensieve.ops.custom import without_autocast
+from tokensieve.ops.eager import without_autocast
 
 
 class _RoundStraightThrough(torch.autograd.Function):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import ModelConfig, UserError
-from tokensieve.ops.custom import without_autocast
-from tokensieve.ops.single import alone
+from tokensieve.ops.eager import is_single_token, without_autocast
 
 # Matrix libraries treat a rest of rows otherwise than whole groups: with a multiple of this many, a row's bits do not depend on the others.
 ORDINARY_ROWS = 4
@@ -204,7 +203,7 @@ class MoE(nn.Module):
             some = x_ND[:real], chosen_NK[:real], weights_NK[:real]
             routed = self.experts.few_tokens(*some) if self.experts.first is None else self.experts(*some)[0]
             routed = F.pad(routed, (0, 0, 0, len(x_ND) - real))
-        elif alone(x_ND) and self.gate.load_E is None and self.experts.first is None:
+        elif is_single_token(x_ND) and self.gate.load_E is None and self.experts.first is None:
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
         else:
             routed, counts_E = self.experts(x_ND, chosen_NK, weights_NK)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokensieve.ops.single import alone
+from tokensieve.ops.eager import is_single_token
 
 
 class Rotation(NamedTuple):
@@ -84,7 +84,7 @@ def rotation(positions_N: Tensor, inverse_frequencies: Tensor, factor: float) ->
     cos, sin = angle.cos() * factor, angle.sin() * factor
     interleaved = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     r = Rotation(interleaved, (torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
-    if not alone(positions_N):
+    if not is_single_token(positions_N):
         return r
     identity = torch.eye(interleaved[0].shape[-1])  # its rows rotated are the matrix's
     return Rotation((rotate_interleaved(identity, r)[0],), (rotate_half_split(identity, r)[0],))

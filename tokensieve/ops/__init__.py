@@ -20,11 +20,10 @@ Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inferen
 import torch
 from torch import Tensor
 
-from tokensieve.ops import custom, custom_kl, reference
-from tokensieve.ops.dispatch import BACKENDS, OPS, pick
+from tokensieve.ops import reference, table
+from tokensieve.ops.dispatch import BACKENDS, OPS
 from tokensieve.ops.linear import block_linear
 from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
-from tokensieve.ops.single import alone, plain
 
 __all__ = [
     "backends",
@@ -174,7 +173,7 @@ def index_scores(
     """
     _check_index("index_scores", q_SHD, k_TD, w_SH, k_scale_T)
     _check_ranges("index_scores", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
-    return custom.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
+    return table.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
 
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, backend: str = "auto") -> Tensor:
@@ -187,9 +186,7 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, 
     if scores_ST.dim() != 2:
         raise ValueError(f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
     _check_ranges("select_topk", scores_ST.shape[0], scores_ST.shape[1], starts_S, ends_S)
-    if plain(scores_ST):
-        return pick("select_topk", scores_ST, backend).select_topk(scores_ST, k, starts_S, ends_S)
-    return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
+    return table.select_topk(scores_ST, k, starts_S, ends_S, backend)
 
 
 def index_topk(
@@ -210,10 +207,7 @@ def index_topk(
     _check_k("index_topk", k)
     _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
     _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
-    if alone(q_SHD):
-        module = pick("index_topk", q_SHD, backend, k=k_TD)
-        return module.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T)
-    return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
+    return table.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, backend)
 
 
 def dense_attention(
@@ -244,10 +238,7 @@ def dense_attention(
     if q_SHD.shape[1] % k_TGD.shape[1]:
         raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
     _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
-    if alone(q_SHD):
-        module = pick("dense_attention", q_SHD, backend, k=k_TGD, v=v_TGV, bounds=bounds)
-        return module.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale)
-    return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
+    return table.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
 
 
 @torch.no_grad()
@@ -276,7 +267,7 @@ def masked_attention(
     if q_SHD.shape[1:] != k_THD.shape[1:]:
         raise ValueError(f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)")
     _check_indices("masked_attention", q_SHD.shape[0], k_THD.shape[0], indices_SK)
-    return custom.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
+    return table.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
 
 
 def sparse_attention(
@@ -297,10 +288,7 @@ def sparse_attention(
     Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes.
     """
     _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
-    if alone(q_SHD):
-        module = pick("sparse_attention", q_SHD, backend, kv=kv_TGE, v_start=v_start, d_v=d_v)
-        return module.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
-    return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
+    return table.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
 
 
 def sparse_attention_kl(
@@ -325,7 +313,7 @@ def sparse_attention_kl(
     """
     _check_entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
     _check_scored("sparse_attention_kl", q_SHD, kv_TGE, q_I, k_I, w)
-    return custom_kl.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
+    return table.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
 
 
 def indexer_kl_dense(
@@ -349,9 +337,7 @@ def indexer_kl_dense(
     from elsewhere than from this attention over these keys. Memory is linear in T.
     """
     _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
-    return custom_kl.indexer_kl_dense(
-        q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
-    )
+    return table.indexer_kl_dense(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, backend)
 
 
 def indexer_kl_dense_sum(
@@ -377,16 +363,16 @@ def indexer_kl_dense_sum(
     _check_kl_dense("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     if weight_S.shape != q_SHD.shape[:1]:
         raise ValueError(f"indexer_kl_dense_sum: weight must be ({q_SHD.shape[0]},), got {tuple(weight_S.shape)}")
-    return custom_kl.indexer_kl_dense_sum(
-        q_SHD.detach(),
-        k_TGD.detach(),
-        lse_SH.detach(),
+    return table.indexer_kl_dense_sum(
+        q_SHD,
+        k_TGD,
+        lse_SH,
         scale,
         q_I,
         k_I,
         w,
         starts_S,
         ends_S,
-        weight_S.detach(),
+        weight_S,
         backend,
     )[0]

@@ -45,7 +45,7 @@ HALF = (torch.float16, torch.bfloat16)
 class Backend:
     """`limits(op, q, operands)` says in one clause why this backend cannot run a call on its devices, or None if it can.
 
-    `operands` are the op's other arguments that may decide it, by the names that they have in `custom.py` and its siblings.
+    `operands` are the op's arguments by the names that they have in `table.py`.
     `slower` says why `auto` passes over a backend that could run a call: one further down is as fast. Asked for by name it runs.
     """
 
@@ -152,7 +152,8 @@ def _hopper_slower(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str
 
 def _interpreter_limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     # pages come in every layout, weights in FP8
-    for x in (q,) if op in (*PAGED_OPS, "block_linear") else (q, *operands.values()):
+    products = () if op in (*PAGED_OPS, "block_linear") else ("k", "v", "kv", "q_I", "k_I")
+    for x in (q, *(operands.get(name) for name in products)):
         if isinstance(x, torch.Tensor) and (x.dtype != q.dtype or x.dtype not in (torch.float16, torch.float32)):
             return f"it is not used for {q.dtype} with {x.dtype}"
     return _no_triton() if os.environ.get("TRITON_INTERPRET") == "1" else "TRITON_INTERPRET=1 is not set"
@@ -170,12 +171,18 @@ BACKENDS: tuple[Backend, ...] = (
 )
 
 
+@cache
+def candidates(op: str, device: str) -> tuple[Backend, ...]:
+    """The backends that have `op` on this type of device, in the order in which `auto` tries them."""
+    return tuple(backend for backend in BACKENDS if backend.has(op, device))
+
+
 @lru_cache
 def _log_choice(op: str, name: str, device: str, passed_over: tuple[str, ...]) -> None:
     log.info("%s on %s: %s backend%s", op, device, name, f" ({'; '.join(passed_over)})" if passed_over else "")
 
 
-def pick(op: str, q: torch.Tensor, backend: str = "auto", **operands: Any) -> ModuleType:
+def pick(op: str, q: torch.Tensor, backend: str, operands: Mapping[str, Any]) -> ModuleType:
     """The module that runs `op` for arguments like these. Raises ValueError for an unknown or unable backend asked for by name."""
     if backend != "auto":
         for candidate in BACKENDS:
@@ -188,13 +195,10 @@ def pick(op: str, q: torch.Tensor, backend: str = "auto", **operands: Any) -> Mo
         raise ValueError(f"unknown backend {backend!r} for {op}; known: auto, {known}")
     device = "cpu" if q.is_cpu else q.device.type  # sooner known: a decode step asks for every layer
     passed_over: tuple[str, ...] = ()
-    for candidate in BACKENDS:
-        if not candidate.has(op, device):  # that is not worth a word
-            continue
+    for candidate in candidates(op, device):
         reason = candidate.limits(op, q, operands) or candidate.slower(op, q, operands)
         if reason is None:
-            if not torch.compiler.is_compiling():
-                _log_choice(op, candidate.name, device, passed_over)
+            _log_choice(op, candidate.name, device, passed_over)
             return _module(candidate.path)
         passed_over += (f"{candidate.name}: {reason}",)
     raise ValueError(f"no backend can run {op} on {device} with {q.dtype}")

@@ -107,7 +107,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[T
 
 
 def dense_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     starts, ends, bounds: Tensor, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if dlse is not None:

@@ -5,10 +5,8 @@ Legend: N rows, E weights, M outputs, K inputs.
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from tokensieve.ops.custom import empty, full_precision
-from tokensieve.ops.dispatch import pick
+from tokensieve.ops import table
 from tokensieve.ops.quant import SCALE_BLOCK
 
 
@@ -50,15 +48,4 @@ def block_linear(
         right = ends_E is not None and ends_E.shape == (E,) and ends_E.dtype == torch.int32
     if not right:
         raise ValueError(f"{op}: ends must be ({E},) int32, or None for one weight")
-    return _block_linear(x_NK.detach(), weight_EMK.detach(), scale.detach(), ends_E, gated, backend)
-
-
-@custom_op("tokensieve::block_linear", mutates_args=())
-@full_precision
-def _block_linear(x: Tensor, weight: Tensor, scale: Tensor, ends: Tensor | None, gated: bool, backend: str) -> Tensor:
-    return pick("block_linear", x, backend, weight=weight).block_linear(x, weight, scale, ends, gated)
-
-
-@_block_linear.register_fake
-def _(x, weight, scale, ends, gated, backend):
-    return empty(x, x.shape[0], weight.shape[1])
+    return table.block_linear(x_NK, weight_EMK, scale, ends_E, gated, backend)

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokensieve.ops import custom_paged
-from tokensieve.ops.dispatch import pick
+from tokensieve.ops import table
 from tokensieve.ops.quant import (
     INDEX_PAGE_BYTES,
     INDEX_WIDTH,
@@ -28,7 +27,6 @@ from tokensieve.ops.quant import (
     ROPE_WIDTH,
 )
 from tokensieve.ops.reference.paged import seen_tokens
-from tokensieve.ops.single import plain
 
 PLAIN_PAGES = (torch.bfloat16, torch.float16, torch.float32)
 QUERIES = (*PLAIN_PAGES, torch.float64)
@@ -131,11 +129,11 @@ def quantize_queries(
         raise ValueError(f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])} floating, got {tuple(w_SH.shape)}")
     if (cos is None) != (sin is None):
         raise ValueError(f"{op}: give both of cos and sin, or none")
-    for table in () if cos is None or sin is None else (cos, sin):
-        R = table.shape[-1]
-        if table.shape != (q_SHD.shape[0], 1, R) or R % 2 or R > INDEX_WIDTH or table.dtype != torch.float32:
-            raise ValueError(f"{op}: cos and sin must be ({q_SHD.shape[0]}, 1, R) float32, got {tuple(table.shape)}")
-    return custom_paged.quantize_queries(q_SHD.detach(), w_SH.detach(), cos, sin, backend)
+    for turn in () if cos is None or sin is None else (cos, sin):
+        R = turn.shape[-1]
+        if turn.shape != (q_SHD.shape[0], 1, R) or R % 2 or R > INDEX_WIDTH or turn.dtype != torch.float32:
+            raise ValueError(f"{op}: cos and sin must be ({q_SHD.shape[0]}, 1, R) float32, got {tuple(turn.shape)}")
+    return table.quantize_queries(q_SHD, w_SH, cos, sin, backend)
 
 
 def index_scores_paged(
@@ -158,11 +156,7 @@ def index_scores_paged(
             f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])} floating, got {tuple(w_SH.shape)} {w_SH.dtype}"
         )
     _check_table(op, q_SHD.shape[0], index_pages, page_table, lens)
-    if plain(q_SHD):
-        return pick(op, q_SHD, backend).index_scores_paged(q_SHD, index_pages, w_SH, page_table, lens)
-    return custom_paged.index_scores_paged(
-        q_SHD.detach(), index_pages.detach(), w_SH.detach(), page_table, lens, backend
-    )
+    return table.index_scores_paged(q_SHD, index_pages, w_SH, page_table, lens, backend)
 
 
 def sparse_attention_paged(
@@ -196,12 +190,7 @@ def sparse_attention_paged(
         raise ValueError(f"{op}: the value in quantized pages is the latent: d_v must be {LATENT_WIDTH}, got {d_v}")
     _check_table(op, q_SHD.shape[0], latent_pages, page_table, lens)
     _check_selection(op, q_SHD.shape[0], indices_SK, lens)
-    if plain(q_SHD):
-        module = pick(op, q_SHD, backend, latent_pages=latent_pages, indices=indices_SK)
-        return module.sparse_attention_paged(q_SHD, latent_pages, indices_SK, page_table, lens, scale, d_v)
-    return custom_paged.sparse_attention_paged(
-        q_SHD.detach(), latent_pages.detach(), indices_SK, page_table, lens, scale, d_v, backend
-    )
+    return table.sparse_attention_paged(q_SHD, latent_pages, indices_SK, page_table, lens, scale, d_v, backend)
 
 
 def write_caches(
@@ -252,9 +241,4 @@ def write_caches(
     places = latent_pages.shape[0] * PAGE_TOKENS
     if _readable(slots) and int(slots.max()) >= places:
         raise ValueError(f"{op}: slots must lie below {places} or be negative, got {int(slots.max())}")
-    if plain(latent):
-        module = pick(op, latent, backend)
-        return module.write_caches(latent, k_rope, k_I, latent_pages, index_pages, slots)
-    custom_paged.write_caches(
-        latent.detach(), k_rope.detach(), k_I.detach(), latent_pages.detach(), index_pages.detach(), slots, backend
-    )
+    table.write_caches(latent, k_rope, k_I, latent_pages, index_pages, slots, backend)

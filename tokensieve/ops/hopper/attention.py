@@ -87,11 +87,11 @@ def backward_by_strips(
 def sparse_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,
