@@ -84,7 +84,7 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     q = normal(B, HEADS, KEY)
     indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
 
-    from tokensieve.ops.hopper import beats_pieces  # here: a machine without a GPU may have no Triton
+    from tokensieve.ops.hopper.decode import beats_pieces  # here: a machine without a GPU may have no Triton
 
     ours = "hopper" if beats_pieces(B, HEADS, K) else "triton"
 

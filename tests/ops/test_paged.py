@@ -13,7 +13,7 @@ from tests.support import oracle
 from tests.support.pages import KINDS, LENS, SCALE, P, Pool, empty_pools, make, new_tokens, raw
 from tokensieve import ops
 from tokensieve.ops import quant, reference
-from tokensieve.ops.dispatch import PAGED_OPS
+from tokensieve.ops.reference import PAGED_OPS
 
 # What the pages hold is exact in float32: the errors are float32's own, over up to 576 products, as in
 # test_ops_attention.py and test_ops_index.py.

@@ -20,7 +20,7 @@ from tokensieve.ops import quant
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from tokensieve.ops import triton as kernels
+from tokensieve.ops.triton import backend as kernels
 from tokensieve.ops.triton import paged_attention, paged_places
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)

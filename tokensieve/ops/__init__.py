@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops import reference, table
-from tokensieve.ops.dispatch import BACKENDS, OPS
+from tokensieve.ops.dispatch import BACKENDS
 from tokensieve.ops.linear import block_linear
 from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
+from tokensieve.ops.reference import OPS, PAGED_OPS
 
 __all__ = [
+    "OPS",
+    "PAGED_OPS",
     "backends",
     "block_linear",
     "dense_attention",
