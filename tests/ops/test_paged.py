@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support import oracle
-from tests.support.pages import KINDS, LENS, SCALE, P, Pool, empty_pools, make, new_tokens, raw
+from tests.support.pages import KINDS, LENGTHS, SCALE, P, Pool, empty_pools, make, new_tokens, raw
 from tokensieve import ops
 from tokensieve.ops import quant, reference
 from tokensieve.ops.reference import PAGED_OPS
@@ -35,8 +35,8 @@ def test_equals_the_oracle(kind: str, n: int) -> None:
     """One query at a time, each on the tokens of its own sequence that it sees."""
     x = make(kind, n)
     scores, (out, lse) = x.scores(), x.attention()
-    assert scores.shape == (len(LENS) * n, 64 * P) and scores.dtype == torch.float32
-    assert out.shape == (len(LENS) * n, 3, x.d_v) and lse.shape == (len(LENS) * n, 3)
+    assert scores.shape == (len(LENGTHS) * n, 64 * P) and scores.dtype == torch.float32
+    assert out.shape == (len(LENGTHS) * n, 3, x.d_v) and lse.shape == (len(LENGTHS) * n, 3)
     for t, b, seen in x.queries():
         one, scale = slice(t, t + 1), x.scales[b]
         expected = oracle.index_scores(x.q_I[one], x.keys[b][:seen], x.w[one], None if scale is None else scale[:seen])
@@ -78,11 +78,13 @@ def test_pages_one_after_the_other_have_the_bits_of_scattered_ones(behind: int) 
     pages = torch.full((30, 64, 32), math.nan)
     at = 30 - behind - 20
     pages[at : at + 20] = torch.randn(20, 64, 32, generator=g)
-    lens, in_order = torch.tensor([20 * 64 - 7], dtype=torch.int32), torch.arange(at, at + 20, dtype=torch.int32)
+    lengths, in_order = torch.tensor([20 * 64 - 7], dtype=torch.int32), torch.arange(at, at + 20, dtype=torch.int32)
     back = torch.arange(29, -1, -1)
-    scores = [ops.index_scores_paged(q, pages, w, in_order[None], lens)]
-    scores += [ops.index_scores_paged(q, pages[back], w, 29 - in_order[None], lens)]
-    assert not scores[0][0, : lens[0]].isnan().any() and torch.equal(scores[0][0, : lens[0]], scores[1][0, : lens[0]])
+    scores = [ops.index_scores_paged(q, pages, w, in_order[None], lengths)]
+    scores += [ops.index_scores_paged(q, pages[back], w, 29 - in_order[None], lengths)]
+    assert not scores[0][0, : lengths[0]].isnan().any() and torch.equal(
+        scores[0][0, : lengths[0]], scores[1][0, : lengths[0]]
+    )
 
 
 @pytest.mark.parametrize("q_dtype", ["float32", "bfloat16", "float64"])
@@ -101,10 +103,12 @@ def test_attention_is_that_of_sparse_attention(kind: str, q_dtype: str) -> None:
 
 def test_a_draft_sees_what_its_tokens_alone_would_see() -> None:
     """n queries at once are n decode steps of one query, to the last bit of a score."""
-    x = make("fp8", 3, lens=(70, 3, 200))
+    x = make("fp8", 3, lengths=(70, 3, 200))
     together, (out, lse) = x.scores(), x.attention()
     for j in range(3):
-        step = replace(x, q=x.q[j::3], q_I=x.q_I[j::3], w=x.w[j::3], indices=x.indices[j::3], lens=x.lens - 2 + j, n=1)
+        step = replace(
+            x, q=x.q[j::3], q_I=x.q_I[j::3], w=x.w[j::3], indices=x.indices[j::3], lengths=x.lengths - 2 + j, n=1
+        )
         for t, _, seen in step.queries():
             assert torch.equal(step.scores()[t, :seen], together[3 * t + j, :seen])
         for a, e in zip(step.attention(), (out[j::3], lse[j::3]), strict=True):
@@ -207,25 +211,25 @@ def test_what_cannot_be_quantized_leaves_both_caches_as_they_were(bad: int) -> N
 def test_nothing_to_attend_to() -> None:
     """No sequence, no page in the table, no page at all, no place for an index."""
     x = make()
-    none = replace(x, **{name: getattr(x, name)[:0] for name in "q q_I w indices page_table lens".split()})
+    none = replace(x, **{name: getattr(x, name)[:0] for name in "q q_I w indices page_table lengths".split()})
     assert none.scores().shape == (0, 64 * P) and none.attention()[0].shape == (0, 3, 24)
-    lens = torch.zeros_like(x.lens)
+    lengths = torch.zeros_like(x.lengths)
     unused = torch.full_like(x.indices, -1)
     for bare in (
-        replace(x, lens=lens, indices=unused, page_table=x.page_table[:, :0]),
-        replace(x, lens=lens, indices=unused, latent_pages=x.latent_pages[:0], index_pages=x.index_pages[:0]),
+        replace(x, lengths=lengths, indices=unused, page_table=x.page_table[:, :0]),
+        replace(x, lengths=lengths, indices=unused, latent_pages=x.latent_pages[:0], index_pages=x.index_pages[:0]),
         replace(x, indices=unused[:, :0]),
     ):
         out, lse = bare.attention()
         assert not out.any() and (lse == -math.inf).all()
-        assert bare.scores().shape == (len(LENS), 64 * bare.page_table.shape[1])
+        assert bare.scores().shape == (len(LENGTHS), 64 * bare.page_table.shape[1])
 
 
 def test_a_position_past_what_a_query_sees_is_not_read() -> None:
     """On a GPU nobody looks at the indices beforehand."""
     x = make("fp8")
-    beyond = torch.where(x.indices < 0, x.lens[:, None] + torch.arange(6) * 64, x.indices).int()
-    found = reference.sparse_attention_paged(x.q, x.latent_pages, beyond, x.page_table, x.lens, SCALE, x.d_v)
+    beyond = torch.where(x.indices < 0, x.lengths[:, None] + torch.arange(6) * 64, x.indices).int()
+    found = reference.sparse_attention_paged(x.q, x.latent_pages, beyond, x.page_table, x.lengths, SCALE, x.d_v)
     for a, e in zip(found, x.attention(), strict=True):
         assert torch.equal(a, e)
 
@@ -252,12 +256,12 @@ class Largest(TorchDispatchMode):
 
 def test_nothing_of_size_heads_times_queries_times_keys() -> None:
     S, H, D, pages = 64, 64, 8, 16
-    q, w, lens = torch.randn(S, H, D), torch.randn(S, H), torch.full((S,), pages * 64, dtype=torch.int32)
+    q, w, lengths = torch.randn(S, H, D), torch.randn(S, H), torch.full((S,), pages * 64, dtype=torch.int32)
     pool, table = torch.randn(pages, 64, D), torch.arange(pages, dtype=torch.int32).expand(S, pages)
     every = torch.arange(pages * 64, dtype=torch.int32).expand(S, -1)
     for run in (
-        lambda: reference.index_scores_paged(q, pool, w, table, lens),
-        lambda: reference.sparse_attention_paged(q, pool, every, table, lens, SCALE, D),
+        lambda: reference.index_scores_paged(q, pool, w, table, lengths),
+        lambda: reference.sparse_attention_paged(q, pool, every, table, lengths, SCALE, D),
     ):
         with Largest() as seen:
             run()
@@ -280,7 +284,7 @@ def calls(x: Pool, kind: str) -> dict[str, tuple]:
 
     S = x.q.shape[0]
     asked = torch.randn(S, 3, 128).to(x.q.dtype), torch.randn(S, 3), torch.randn(S, 1, 64), torch.randn(S, 1, 64)
-    attention = x.q, x.latent_pages, x.indices, x.page_table, x.lens
+    attention = x.q, x.latent_pages, x.indices, x.page_table, x.lengths
     return {
         "quantize_queries": (queries, asked, ("auto",)),
         "index_scores_paged": (ops.index_scores_paged, x.index_arguments(), ("auto",)),
@@ -297,7 +301,7 @@ def calls(x: Pool, kind: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", PAGED_OPS)
 def test_opcheck(name: str, kind: str, dtype: str) -> None:
     """Schema (what is written to), fake implementation and tracing with symbolic sizes, against the real results."""
-    _, tensors, rest = calls(make(kind, 2, lens=(70, 3), dtype=dtype), kind)[name]
+    _, tensors, rest = calls(make(kind, 2, lengths=(70, 3), dtype=dtype), kind)[name]
     torch.library.opcheck(getattr(torch.ops.tokensieve, name).default, (*tensors, *rest))
 
 
@@ -305,7 +309,7 @@ def test_opcheck(name: str, kind: str, dtype: str) -> None:
 def test_compiled_is_eager(name: str) -> None:
     """One full graph with symbolic sizes, run at two sets of sizes."""
     torch.compiler.reset()
-    sets = [calls(make("fp8", n, lens), "fp8")[name] for n, lens in ((2, (70, 3)), (3, (0, 65, 130)))]
+    sets = [calls(make("fp8", n, lengths), "fp8")[name] for n, lengths in ((2, (70, 3)), (3, (0, 65, 130)))]
     compiled = torch.compile(sets[0][0], fullgraph=True, dynamic=True, backend="aot_eager")
     for function, tensors, _ in sets:
         actual, expected = compiled(*tensors), function(*tensors)
@@ -342,10 +346,10 @@ def test_bad_tables_are_refused() -> None:
         ({"page_table": x.page_table[:3]}, "page_table"),
         ({"page_table": x.page_table[0]}, "page_table"),
         ({"page_table": x.page_table.long()}, "int64"),
-        ({"lens": x.lens.long()}, "int64"),
-        ({"lens": x.lens[:3], "page_table": x.page_table[:3]}, "14 queries .* 3 sequences"),
-        ({"lens": with_value(x.lens, (0,), -1)}, "-1"),
-        ({"lens": with_value(x.lens, (0,), 64 * P + 1)}, r"\[0, 256\].*257"),
+        ({"lengths": x.lengths.long()}, "int64"),
+        ({"lengths": x.lengths[:3], "page_table": x.page_table[:3]}, "14 queries .* 3 sequences"),
+        ({"lengths": with_value(x.lengths, (0,), -1)}, "-1"),
+        ({"lengths": with_value(x.lengths, (0,), 64 * P + 1)}, r"\[0, 256\].*257"),
         ({"page_table": with_value(x.page_table, (1, 0), -1)}, "-1"),
         ({"page_table": with_value(x.page_table, (4, 1), 31)}, r"\[0, 31\).*31"),
     ):

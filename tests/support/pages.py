@@ -15,7 +15,7 @@ from torch import Tensor
 from tokensieve import ops
 from tokensieve.ops import quant
 
-LENS = (0, 1, 63, 64, 65, 150, 129)  # the last two begin alike
+LENGTHS = (0, 1, 63, 64, 65, 150, 129)  # the last two begin alike
 P = 4
 K = 6
 SCALE = 0.125
@@ -35,7 +35,7 @@ class Pool:
     index_pages: Tensor
     w: Tensor
     page_table: Tensor
-    lens: Tensor
+    lengths: Tensor
     d_v: int
     n: int
     entries: tuple[Tensor, ...]
@@ -43,13 +43,13 @@ class Pool:
     scales: tuple[Tensor | None, ...]
 
     def index_arguments(self) -> tuple[Tensor, ...]:
-        return self.q_I, self.index_pages, self.w, self.page_table, self.lens
+        return self.q_I, self.index_pages, self.w, self.page_table, self.lengths
 
     def scores(self, **how) -> Tensor:
         return ops.index_scores_paged(*self.index_arguments(), **how)
 
     def attention(self, **how) -> tuple[Tensor, Tensor]:
-        arguments = self.q, self.latent_pages, self.indices, self.page_table, self.lens, SCALE
+        arguments = self.q, self.latent_pages, self.indices, self.page_table, self.lengths, SCALE
         return ops.sparse_attention_paged(*arguments, d_v=self.d_v, **how)
 
     def to(self, device: str) -> "Pool":
@@ -60,8 +60,8 @@ class Pool:
 
     def queries(self) -> list[tuple[int, int, int]]:
         """(query, sequence, tokens that it sees), counted one by one."""
-        each = [(b, j) for b in range(len(self.lens)) for j in range(self.n)]
-        return [(t, b, max(0, int(self.lens[b]) - self.n + 1 + j)) for t, (b, j) in enumerate(each)]
+        each = [(b, j) for b in range(len(self.lengths)) for j in range(self.n)]
+        return [(t, b, max(0, int(self.lengths[b]) - self.n + 1 + j)) for t, (b, j) in enumerate(each)]
 
 
 def garbage(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -101,7 +101,7 @@ def fill_index(pool: Tensor, page: int, count: int, k_I: Tensor) -> tuple[Tensor
 def make(
     kind: str = "float32",
     n: int = 1,
-    lens: tuple[int, ...] = LENS,
+    lengths: tuple[int, ...] = LENGTHS,
     dtype: str = "float32",
     heads: int = 3,
     places: int = K,
@@ -109,17 +109,17 @@ def make(
 ) -> Pool:
     g = torch.Generator().manual_seed(len(kind) + n)
     widths = FP8 if kind == "fp8" else PLAIN
-    B, H, E = len(lens), heads, widths["latent"] + widths["rope"]
+    B, H, E = len(lengths), heads, widths["latent"] + widths["rope"]
     pages = B * P + 3
     latent_pages, index_pages = empty_pools(pages, kind)
     table = torch.full((B, P), 1 << 30, dtype=torch.int32)  # what no sequence reads names no page
     free = torch.randperm(pages, generator=g).tolist()
     entries, keys, scales = [], [], []
-    for b, length in enumerate(lens):
+    for b, length in enumerate(lengths):
         own: list[list] = [[], [], []]
         for i in range(math.ceil(length / 64)):
             count = min(64, length - 64 * i)
-            shared = b > 0 and i == 0 and length > 64 and lens[b - 1] > 64
+            shared = b > 0 and i == 0 and length > 64 and lengths[b - 1] > 64
             table[b, i] = table[b - 1, 0] if shared else free.pop()
             if shared:
                 parts = entries[b - 1][:64], keys[b - 1][:64], None if scales[b - 1] is None else scales[b - 1][:64]
@@ -142,7 +142,7 @@ def make(
         index_pages=index_pages,
         w=draw[..., -1] * 0.1,
         page_table=table,
-        lens=torch.tensor(lens, dtype=torch.int32),
+        lengths=torch.tensor(lengths, dtype=torch.int32),
         d_v=widths["latent"],
         n=n,
         entries=tuple(entries),

@@ -6,7 +6,7 @@ Legend: B rows, T cached tokens, E latent width (kv_lora_rank + rope dims), D in
 from torch import Tensor
 from transformers import Cache
 
-from tokensieve.ops.reference.index import KEY_PAD
+from tokensieve.ops import KEY_PAD
 
 STEP = 256  # capacity grows to multiples of this, in tokens
 

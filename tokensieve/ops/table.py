@@ -144,14 +144,14 @@ quantize_queries = Op(
 )
 
 index_scores_paged = Op(
-    "index_scores_paged(Tensor q, Tensor index_pages, Tensor w, Tensor page_table, Tensor lens) -> Tensor scores",
+    "index_scores_paged(Tensor q, Tensor index_pages, Tensor w, Tensor page_table, Tensor lengths) -> Tensor scores",
     lambda q, index_pages, w, page_table, *_: _scores(q, page_table.shape[1] * PAGE_TOKENS),
 )
 
 sparse_attention_paged = Op(
-    "sparse_attention_paged(Tensor q, Tensor latent_pages, Tensor indices, Tensor page_table, Tensor lens, float scale, SymInt d_v)"
+    "sparse_attention_paged(Tensor q, Tensor latent_pages, Tensor indices, Tensor page_table, Tensor lengths, float scale, SymInt d_v)"
     " -> (Tensor out, Tensor lse)",
-    lambda q, latent_pages, indices, page_table, lens, scale, d_v: _attention(q, d_v),
+    lambda q, latent_pages, indices, page_table, lengths, scale, d_v: _attention(q, d_v),
 )
 
 write_caches = Op(

@@ -184,14 +184,14 @@ def _plan(device: torch.device, S: int, H: int, K: int) -> Any:
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lengths: Tensor, scale: float, d_v: int
 ) -> tuple[Tensor, Tensor]:
     (S, H, _), pages = q_SHD.shape, latent_pages.shape[0]
     if 0 in (S, pages, page_table.shape[1], indices_SK.shape[1]):
         return q_SHD.new_zeros(S, H, d_v), q_SHD.new_full((S, H), float("-inf"), dtype=torch.float32)
     from tokensieve.ops.triton.paged_places import pool_places
 
-    places = pool_places(indices_SK, page_table, lens, pages, PAGED_PLACES)
+    places = pool_places(indices_SK, page_table, lengths, pages, PAGED_PLACES)
     plan = _plan(q_SHD.device, S, H, places.shape[1])
     out, lse = _attend_paged(q_SHD, latent_pages, places, scale, plan)
     # +inf becomes -inf in one launch: a decode step counts them

@@ -17,13 +17,13 @@ from tokensieve.ops.reference.index import KEY_PAD, index_scores
 from tokensieve.ops.reference.sparse import attend
 
 
-def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
+def seen_tokens(lengths_B: Tensor, S: int) -> Tensor:
     """The tokens (S) that each query sees: of n queries of a sequence, query j sees all but the last n - 1 - j."""
-    n = S // max(lens_B.shape[0], 1)
+    n = S // max(lengths_B.shape[0], 1)
     if n == 1:
-        return lens_B
-    behind = torch.arange(1 - n, 1, dtype=lens_B.dtype, device=lens_B.device)
-    return (lens_B[:, None] + behind).clamp_min_(0).flatten()
+        return lengths_B
+    behind = torch.arange(1 - n, 1, dtype=lengths_B.dtype, device=lengths_B.device)
+    return (lengths_B[:, None] + behind).clamp_min_(0).flatten()
 
 
 def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -40,13 +40,13 @@ def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | N
     return keys.flatten(0, 1), scales.flatten()
 
 
-def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lens: Tensor) -> Tensor:
+def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
     S, (B, P) = q_SHD.shape[0], page_table.shape
     n = S // max(B, 1)
     scores_ST = torch.full((S, P * PAGE_TOKENS), float("-inf"), dtype=compute_dtype(q_SHD), device=q_SHD.device)
-    ends_S = seen_tokens(lens, S)
+    ends_S = seen_tokens(lengths, S)
     starts_S = torch.zeros_like(ends_S)
-    for sequence, length in enumerate(lens.tolist()):
+    for sequence, length in enumerate(lengths.tolist()):
         if not length:
             continue
         keys, scales = index_keys(index_pages, page_table[sequence, : -(-length // PAGE_TOKENS)])
@@ -72,7 +72,7 @@ def token_rows(pages: Tensor, page_bK: Tensor, offset_bK: Tensor) -> Tensor:
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lengths: Tensor, scale: float, d_v: int
 ) -> tuple[Tensor, Tensor]:
     S, H, E = q_SHD.shape
     (B, P), K = page_table.shape, indices_SK.shape[1]
@@ -82,7 +82,7 @@ def sparse_attention_paged(
     lse_SH = torch.full((S, H), float("-inf"), dtype=dtype, device=q_SHD.device)
     if 0 in (K, P, latent_pages.shape[0]):
         return out_SHV, lse_SH
-    seen_S = seen_tokens(lens, S)
+    seen_S = seen_tokens(lengths, S)
     for a, b in row_blocks(S, K * max(E, H), q_SHD):
         indices = indices_SK[a:b].long()
         unused = (indices < 0) | (indices >= seen_S[a:b, None])

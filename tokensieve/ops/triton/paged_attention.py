@@ -72,7 +72,7 @@ def entry_pages(indices, place, end, table, seen, pages):
 
 @triton.jit
 def _split_kernel(
-    q, values, scales, tails, indices, page_table, lens, out, lse, K, n, P, pages, page_stride, chunk, splits, scale,
+    q, values, scales, tails, indices, page_table, lengths, out, lse, K, n, P, pages, page_stride, chunk, splits, scale,
     H: tl.constexpr, E: tl.constexpr, d_v: tl.constexpr, token_stride: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
@@ -86,7 +86,7 @@ def _split_kernel(
     q_main = load_part(q, row * E, mine, E if E < DM else DM, DM)
     q_tail = load_part(q, row * E + DM, mine, E - DM, DT) if DT > 0 else q_main
     b = t // n
-    seen = tl.minimum(tl.load(lens + b), P * PAGE) - n + 1 + (t - b * n)
+    seen = tl.minimum(tl.load(lengths + b), P * PAGE) - n + 1 + (t - b * n)
     page_table += b * P
     p_HN = tl.zeros((BH, BN), q_main.dtype)
     indices += t * K + split * chunk
@@ -183,7 +183,7 @@ def join(parts_SPHV: Tensor, lse_SPH: Tensor, out_SHV: Tensor, lse_SH: Tensor) -
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lengths: Tensor, scale: float, d_v: int
 ) -> tuple[Tensor, Tensor]:
     (S, H, E), (B, P), K = q_SHD.shape, page_table.shape, indices_SK.shape[1]
     out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
@@ -203,7 +203,7 @@ def sparse_attention_paged(
         parts = torch.empty(S, splits, H, d_v, dtype=torch.float32, device=q_SHD.device)
         part_lse = parts.new_empty(S, splits, H)
     _split_kernel[(S, blocks, splits)](
-        q_SHD.contiguous(), values, scales, tails, indices_SK.contiguous(), page_table.contiguous(), lens.contiguous(),
+        q_SHD.contiguous(), values, scales, tails, indices_SK.contiguous(), page_table.contiguous(), lengths.contiguous(),
         parts, part_lse, K, S // B, P, values.shape[0], values.stride(0), chunk, splits, scale,
         H=H, E=E, d_v=d_v, token_stride=values.shape[2], **widths(E, 0, d_v), KP=triton.next_power_of_2(chunk), BH=BH, BN=BN,
         WHOLE=splits == 1, QUANTIZED=quantized, PTX=quantized and q_SHD.dtype == torch.bfloat16 and torch.version.hip is None,
