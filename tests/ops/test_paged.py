@@ -119,17 +119,17 @@ def test_a_draft_sees_what_its_tokens_alone_would_see() -> None:
 def test_one_layer_of_a_pool_of_all_layers(kind: str) -> None:
     """Pages that do not lie one after the other are read and written where they are."""
     x = make(kind)
-    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.latent_pages, x.index_pages)]
+    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.entry_pages, x.index_pages)]
     assert not inside[0].is_contiguous() and not inside[1].is_contiguous()
-    strided = replace(x, latent_pages=inside[0], index_pages=inside[1])
+    strided = replace(x, entry_pages=inside[0], index_pages=inside[1])
     for t, _, seen in x.queries():
         assert torch.equal(strided.scores()[t, :seen], x.scores()[t, :seen])
     assert torch.equal(strided.attention()[0], x.attention()[0])
     tokens = new_tokens(5, kind)
     slots = torch.tensor([3, 64, 200, 201, 319])
-    for pages in ((x.latent_pages, x.index_pages), inside):
+    for pages in ((x.entry_pages, x.index_pages), inside):
         ops.write_caches(*tokens, *pages, slots)
-    for a, e in zip(inside, (x.latent_pages, x.index_pages), strict=True):
+    for a, e in zip(inside, (x.entry_pages, x.index_pages), strict=True):
         assert torch.equal(raw(a), raw(e))
 
 
@@ -143,20 +143,20 @@ def test_written_tokens_are_read_back(kind: str, slot_dtype: torch.dtype) -> Non
     latent, k_rope, k_I = new_tokens(len(SLOTS), kind)
     for x in (latent, k_rope, k_I):  # a skipped token may hold anything
         x[1], x[5] = math.nan, math.inf
-    latent_pages, index_pages = empty_pools(PAGES, kind)
-    before = raw(latent_pages).clone(), raw(index_pages).clone()
+    entry_pages, index_pages = empty_pools(PAGES, kind)
+    before = raw(entry_pages).clone(), raw(index_pages).clone()
     assert ops.write_caches(
-        latent, k_rope, k_I, latent_pages, index_pages, torch.tensor(SLOTS, dtype=slot_dtype)
+        latent, k_rope, k_I, entry_pages, index_pages, torch.tensor(SLOTS, dtype=slot_dtype)
     ) is None  # fmt: skip
     written = torch.zeros(PAGES, 64, dtype=torch.bool)
     for i, (page, place) in [(i, divmod(slot, 64)) for i, slot in enumerate(SLOTS) if slot >= 0]:
         written[page, place] = True
         if kind != "fp8":
             dtype = getattr(torch, kind)
-            assert torch.equal(latent_pages[page, place], torch.cat((latent[i], k_rope[i])).to(dtype))
+            assert torch.equal(entry_pages[page, place], torch.cat((latent[i], k_rope[i])).to(dtype))
             assert torch.equal(index_pages[page, place], k_I[i].to(dtype))
             continue
-        back, rope_back = quant.unpack_latent_page(latent_pages[page : page + 1], torch.float32)
+        back, rope_back = quant.unpack_latent_page(entry_pages[page : page + 1], torch.float32)
         values, scales = quant.unpack_index_page(index_pages[page : page + 1])
         assert torch.equal(rope_back[0, place], k_rope[i].bfloat16().float())
         assert torch.frexp(scales[0, place]).mantissa == 0.5, "the scale is no power of two"
@@ -165,11 +165,11 @@ def test_written_tokens_are_read_back(kind: str, slot_dtype: torch.dtype) -> Non
             assert (a - e).norm() < 0.04 * e.norm()
         # As whole pages are packed: to the byte.
         page_like = [x[i].expand(1, 64, -1).contiguous() for x in (latent, k_rope, quant.hadamard(k_I))]
-        assert torch.equal(latent_pages[page, place], quant.pack_latent_page(*page_like[:2])[0, place])
+        assert torch.equal(entry_pages[page, place], quant.pack_latent_page(*page_like[:2])[0, place])
         expected = quant.unpack_index_page(quant.pack_index_page(page_like[2], "ue8m0"))
         assert torch.equal(raw(values[0, place]), raw(expected[0][0, place]))
         assert scales[0, place] == expected[1][0, place]
-    by_token = raw(latent_pages).view(PAGES, 64, -1)
+    by_token = raw(entry_pages).view(PAGES, 64, -1)
     assert torch.equal(by_token[~written], before[0].view(PAGES, 64, -1)[~written])
     if kind == "fp8":
         parts, old = quant.index_page_tokens(index_pages), quant.index_page_tokens(before[1])
@@ -183,14 +183,14 @@ def test_pages_of_two_kinds_and_nothing_to_write() -> None:
     """FP8 for the one cache, plain numbers for the other; a step in which every token is skipped changes nothing."""
     latent, k_rope, _ = new_tokens(2, "float32")
     k_I = new_tokens(2, "fp8")[2]
-    latent_pages, index_pages = empty_pools(2, "float32")[0], empty_pools(2, "fp8")[1]
-    old = latent_pages.clone(), index_pages.clone()
-    ops.write_caches(latent, k_rope, k_I, latent_pages, index_pages, torch.tensor([-1, -1]))
+    entry_pages, index_pages = empty_pools(2, "float32")[0], empty_pools(2, "fp8")[1]
+    old = entry_pages.clone(), index_pages.clone()
+    ops.write_caches(latent, k_rope, k_I, entry_pages, index_pages, torch.tensor([-1, -1]))
     empty = latent[:0], k_rope[:0], k_I[:0]
-    ops.write_caches(*empty, latent_pages, index_pages, torch.tensor([], dtype=torch.int32))
-    assert torch.equal(raw(latent_pages), raw(old[0])) and torch.equal(index_pages, old[1])
-    ops.write_caches(latent, k_rope, k_I, latent_pages, index_pages, torch.tensor([-1, 70]))
-    assert torch.equal(latent_pages[1, 6], torch.cat((latent[1], k_rope[1])))
+    ops.write_caches(*empty, entry_pages, index_pages, torch.tensor([], dtype=torch.int32))
+    assert torch.equal(raw(entry_pages), raw(old[0])) and torch.equal(index_pages, old[1])
+    ops.write_caches(latent, k_rope, k_I, entry_pages, index_pages, torch.tensor([-1, 70]))
+    assert torch.equal(entry_pages[1, 6], torch.cat((latent[1], k_rope[1])))
     assert quant.unpack_index_page(index_pages)[1][1, 6] > 0
 
 
@@ -217,7 +217,7 @@ def test_nothing_to_attend_to() -> None:
     unused = torch.full_like(x.indices, -1)
     for bare in (
         replace(x, lengths=lengths, indices=unused, page_table=x.page_table[:, :0]),
-        replace(x, lengths=lengths, indices=unused, latent_pages=x.latent_pages[:0], index_pages=x.index_pages[:0]),
+        replace(x, lengths=lengths, indices=unused, entry_pages=x.entry_pages[:0], index_pages=x.index_pages[:0]),
         replace(x, indices=unused[:, :0]),
     ):
         out, lse = bare.attention()
@@ -229,15 +229,17 @@ def test_a_position_past_what_a_query_sees_is_not_read() -> None:
     """On a GPU nobody looks at the indices beforehand."""
     x = make("fp8")
     beyond = torch.where(x.indices < 0, x.lengths[:, None] + torch.arange(6) * 64, x.indices).int()
-    found = reference.sparse_attention_paged(x.q, x.latent_pages, beyond, x.page_table, x.lengths, SCALE, x.d_v)
+    found = reference.sparse_attention_paged(
+        x.q, x.entry_pages, beyond, x.page_table, x.lengths, SCALE, *x.split.values()
+    )
     for a, e in zip(found, x.attention(), strict=True):
         assert torch.equal(a, e)
 
 
 def test_no_gradient() -> None:
     x = make()
-    leaves = [t.clone().requires_grad_() for t in (x.q, x.q_I, x.w, x.latent_pages, x.index_pages)]
-    x = replace(x, **dict(zip("q q_I w latent_pages index_pages".split(), leaves, strict=True)))
+    leaves = [t.clone().requires_grad_() for t in (x.q, x.q_I, x.w, x.entry_pages, x.index_pages)]
+    x = replace(x, **dict(zip("q q_I w entry_pages index_pages".split(), leaves, strict=True)))
     assert not x.scores().requires_grad and not any(y.requires_grad for y in x.attention())
     ops.write_caches(*(t.requires_grad_() for t in new_tokens(1, "float32")), *leaves[3:], torch.tensor([0]))
 
@@ -261,7 +263,7 @@ def test_nothing_of_size_heads_times_queries_times_keys() -> None:
     every = torch.arange(pages * 64, dtype=torch.int32).expand(S, -1)
     for run in (
         lambda: reference.index_scores_paged(q, pool, w, table, lengths),
-        lambda: reference.sparse_attention_paged(q, pool, every, table, lengths, SCALE, D),
+        lambda: reference.sparse_attention_paged(q, pool, every, table, lengths, SCALE, D, 0, D),
     ):
         with Largest() as seen:
             run()
@@ -270,13 +272,13 @@ def test_nothing_of_size_heads_times_queries_times_keys() -> None:
 
 def calls(x: Pool, kind: str) -> dict[str, tuple]:
     """Each op as a function of tensors, and as it is registered, with the arguments that this one gets."""
-    tokens, pools = new_tokens(3, kind), (x.latent_pages, x.index_pages)
+    tokens, pools = new_tokens(3, kind), (x.entry_pages, x.index_pages)
     slots = torch.tensor([9, -1, 130])
 
-    def write(latent, k_rope, k_I, latent_pages, index_pages, slots) -> tuple[Tensor, Tensor]:
-        latent_pages, index_pages = latent_pages.clone(), index_pages.clone()
-        ops.write_caches(latent, k_rope, k_I, latent_pages, index_pages, slots)
-        return raw(latent_pages), raw(index_pages)
+    def write(latent, k_rope, k_I, entry_pages, index_pages, slots) -> tuple[Tensor, Tensor]:
+        entry_pages, index_pages = entry_pages.clone(), index_pages.clone()
+        ops.write_caches(latent, k_rope, k_I, entry_pages, index_pages, slots)
+        return raw(entry_pages), raw(index_pages)
 
     def queries(q, w, cos, sin) -> tuple[Tensor, Tensor]:
         values, weights = ops.quantize_queries(q, w, cos, sin)
@@ -284,14 +286,14 @@ def calls(x: Pool, kind: str) -> dict[str, tuple]:
 
     S = x.q.shape[0]
     asked = torch.randn(S, 3, 128).to(x.q.dtype), torch.randn(S, 3), torch.randn(S, 1, 64), torch.randn(S, 1, 64)
-    attention = x.q, x.latent_pages, x.indices, x.page_table, x.lengths
+    attention = x.q, x.entry_pages, x.indices, x.page_table, x.lengths
     return {
         "quantize_queries": (queries, asked, ("auto",)),
         "index_scores_paged": (ops.index_scores_paged, x.index_arguments(), ("auto",)),
         "sparse_attention_paged": (
-            lambda *t: ops.sparse_attention_paged(*t, SCALE, d_v=x.d_v),
+            lambda *t: ops.sparse_attention_paged(*t, SCALE, **x.split),
             attention,
-            (SCALE, x.d_v, "auto"),
+            (SCALE, *x.split.values(), "auto"),
         ),
         "write_caches": (write, (*tokens, *pools, slots), ("auto",)),
     }
@@ -378,17 +380,20 @@ def test_bad_attention_is_refused() -> None:
     for y, changes, named in (
         (x, {"q": x.q[..., :8]}, r"\(S, H, 32\)"),
         (x, {"q": x.q.to(torch.float8_e4m3fn)}, "float8"),
-        (x, {"d_v": 33}, "33"),
-        (x, {"d_v": 0}, "d_v"),
+        (x, {"split": {"d_v": 33}}, "33"),
+        (x, {"split": {"d_v": 0}}, "d_v"),
+        (x, {"split": {"v_start": 9, "d_v": 24}}, r"\[9, 33\)"),
+        (x, {"split": {"d_k": 24}}, r"\(S, H, 24\)"),
         (x, {"indices": x.indices[:3]}, "indices"),
         (x, {"indices": x.indices[0]}, "indices"),
         (x, {"indices": x.indices.float()}, "float32"),
         (x, {"indices": with_value(x.indices, (t, 0), -2)}, "-2"),
         (x, {"indices": with_value(x.indices, (t, 2), seen)}, f"query {t} sees 64 tokens.* 64"),
-        (x, {"latent_pages": x.latent_pages.int()}, "int32"),
-        (x, {"latent_pages": x.latent_pages[:, :63]}, "63"),
-        (fp8, {"latent_pages": fp8.latent_pages[..., :655]}, "655"),
-        (fp8, {"d_v": 256}, "d_v must be 512"),
+        (x, {"entry_pages": x.entry_pages.int()}, "int32"),
+        (x, {"entry_pages": x.entry_pages[:, :63]}, "63"),
+        (fp8, {"entry_pages": fp8.entry_pages[..., :655]}, "655"),
+        (fp8, {"split": {"d_v": 256}}, "d_v must be 512"),
+        (fp8, {"split": {"v_start": 64}}, "v_start must be 0"),
     ):
         with pytest.raises(ValueError, match=named):
             replace(y, **changes).attention()
@@ -401,15 +406,15 @@ def test_bad_writes_are_refused() -> None:
         pages, index_pages = empty_pools(2, kind)
         for arguments, named in (
             ((latent[:, :-1], k_rope, k_I, pages, index_pages, slots), "width"),
-            ((latent[0], k_rope, k_I, pages, index_pages, slots), "latent"),
-            ((latent, k_rope[:2], k_I, pages, index_pages, slots), "k_rope"),
+            ((latent[0], k_rope, k_I, pages, index_pages, slots), "first"),
+            ((latent, k_rope[:2], k_I, pages, index_pages, slots), "second"),
             ((latent, k_rope, k_I[:, :-1], pages, index_pages, slots), "k_I"),
             ((latent, k_rope, k_I.int(), pages, index_pages, slots), "int32"),
-            ((latent, k_rope, k_I, pages, index_pages[:1], slots), "2 latent_pages and 1 index_pages"),
+            ((latent, k_rope, k_I, pages, index_pages[:1], slots), "2 entry_pages and 1 index_pages"),
             ((latent, k_rope, k_I, pages, index_pages, slots[:2]), "slots"),
             ((latent, k_rope, k_I, pages, index_pages, slots.float()), "float32"),
             ((latent, k_rope, k_I, pages, index_pages, slots + 126), "128.*129"),
-            ((latent, k_rope, k_I, pages.int(), index_pages, slots), "latent_pages"),
+            ((latent, k_rope, k_I, pages.int(), index_pages, slots), "entry_pages"),
         ):
             with pytest.raises(ValueError, match=named):
                 ops.write_caches(*arguments)

@@ -61,7 +61,7 @@ def equals_the_reference(x: Pool, dtype: str, device: str, scores: bool = True, 
         oracle.assert_close(out.double(), out64, TOLERANCE[dtype], 1.0, "out")
         assert torch.equal(lse.isfinite(), lse64.isfinite()) and not (lse == math.inf).any()
         # entries are rounded to the queries' dtype
-        narrowed = x.latent_pages.dtype not in (torch.uint8, x.q.dtype)
+        narrowed = x.entry_pages.dtype not in (torch.uint8, x.q.dtype)
         oracle.assert_close(lse.double(), lse64, (TOLERANCE if narrowed else LSE_TOLERANCE)[dtype], 1.0, "lse")
 
 
@@ -184,12 +184,12 @@ def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None
         assert torch.equal(scores[b, : x.lengths[b]].nan_to_num(1e9), right[b, : x.lengths[b]].nan_to_num(1e9))
     chosen = torch.tensor([[3, 70, 199, 200, 5000], [0, 128, 129, 100, 1 << 30], [-5, 1, 63, 64, 65]]).to(device)
     left = torch.tensor([[3, -1, 199, -1, -1], [0, -1, -1, 100, -1], [-1, 1, 63, -1, -1]]).to(device)
-    found = kernels.sparse_attention_paged(x.q, x.latent_pages, chosen, table, x.lengths, SCALE, x.d_v)
+    found = kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, SCALE, *x.split.values())
     for a, e in zip(found, replace(x, indices=left).attention(backend=backend(device)), strict=True):
         assert torch.equal(a, e)
     too_long = torch.full_like(x.lengths, 5000)
     kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, too_long)
-    kernels.sparse_attention_paged(x.q, x.latent_pages, chosen, table, too_long, SCALE, x.d_v)
+    kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, too_long, SCALE, *x.split.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -218,21 +218,21 @@ def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, d
 @pytest.mark.parametrize("kind", ["float16", "fp8"])
 def test_one_layer_of_a_pool_of_all_layers(kind: str, device: str) -> None:
     x = make(kind, lengths=(0, 65, 130), dtype="float16").to(device)
-    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.latent_pages, x.index_pages)]
-    turned = [pages.clone().transpose(0, 1).contiguous().transpose(0, 1) for pages in (x.latent_pages, x.index_pages)]
+    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.entry_pages, x.index_pages)]
+    turned = [pages.clone().transpose(0, 1).contiguous().transpose(0, 1) for pages in (x.entry_pages, x.index_pages)]
     tokens = [t.to(device).half() for t in new_tokens(5, kind)]
     slots = torch.tensor([3, 64, 200, 201, 319], device=device)
     how = {"backend": backend(device)}
     scores, (out, _) = x.scores(**how), x.attention(**how)
     for pools in (inside, turned):
-        other = replace(x, latent_pages=pools[0], index_pages=pools[1])
+        other = replace(x, entry_pages=pools[0], index_pages=pools[1])
         again = other.scores(**how)
         assert all(torch.equal(again[t, :seen], scores[t, :seen]) for t, _, seen in x.queries())
         assert torch.equal(other.attention(**how)[0], out)
         ops.write_caches(*tokens, *pools, slots, **how)
-    ops.write_caches(*tokens, x.latent_pages, x.index_pages, slots, **how)
+    ops.write_caches(*tokens, x.entry_pages, x.index_pages, slots, **how)
     for pools in (inside, turned):
-        for a, e in zip(pools, (x.latent_pages, x.index_pages), strict=True):
+        for a, e in zip(pools, (x.entry_pages, x.index_pages), strict=True):
             assert torch.equal(raw(a), raw(e))
 
 
@@ -245,7 +245,7 @@ def test_nothing_to_do(device: str) -> None:
     lengths, unused = torch.zeros_like(x.lengths), torch.full_like(x.indices, -1)
     for bare in (
         replace(x, lengths=lengths, indices=unused, page_table=x.page_table[:, :0]),
-        replace(x, lengths=lengths, indices=unused, latent_pages=x.latent_pages[:0], index_pages=x.index_pages[:0]),
+        replace(x, lengths=lengths, indices=unused, entry_pages=x.entry_pages[:0], index_pages=x.index_pages[:0]),
         replace(x, indices=unused[:, :0]),
     ):
         out, lse = bare.attention(**how)
@@ -321,12 +321,12 @@ def test_every_rounding_to_e4m3(device: str) -> None:
         rows = rows[::9]
     latent = torch.cat((rows, torch.full((*rows.shape[:2], 1), 448.0)), 2).flatten(1)
     N = len(latent)
-    latent_pages, index_pages = empty_pools(-(-N // 64), "fp8")
+    entry_pages, index_pages = empty_pools(-(-N // 64), "fp8")
     others = torch.zeros(N, 64), torch.ones(N, 128)
     inputs = (x.to(device) for x in (latent, *others))
-    latent_pages, index_pages = latent_pages.to(device), index_pages.to(device)
-    ops.write_caches(*inputs, latent_pages, index_pages, torch.arange(N, device=device), backend=backend(device))
-    found = latent_pages.flatten(0, 1)[:N, :512].cpu()
+    entry_pages, index_pages = entry_pages.to(device), index_pages.to(device)
+    ops.write_caches(*inputs, entry_pages, index_pages, torch.arange(N, device=device), backend=backend(device))
+    found = entry_pages.flatten(0, 1)[:N, :512].cpu()
     assert torch.equal(found, latent.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
@@ -360,7 +360,7 @@ def test_a_cache_is_written_scored_selected_and_attended_to() -> None:
     starts = torch.zeros_like(x.lengths)
 
     def step() -> tuple[Tensor, Tensor]:
-        ops.write_caches(*tokens, x.latent_pages, x.index_pages, slots, backend="triton")
+        ops.write_caches(*tokens, x.entry_pages, x.index_pages, slots, backend="triton")
         scores = ops.index_scores_paged(q_I, x.index_pages, x.w.float(), x.page_table, x.lengths, backend="triton")
         indices = ops.select_topk(scores, 128, starts, x.lengths, backend="triton")
         return replace(x, indices=indices).attention(backend="triton")

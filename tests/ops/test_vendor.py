@@ -141,7 +141,7 @@ def test_what_they_do_not_take_on_pages(on_hopper: None) -> None:
     pool = torch.zeros(4, 64, 656, dtype=torch.uint8)
 
     def why_not(q=q, pages=pool, indices=indices) -> str:
-        return str(vendor.limits("sparse_attention_paged", q, {"latent_pages": pages, "indices": indices}))
+        return str(vendor.limits("sparse_attention_paged", q, {"entry_pages": pages, "indices": indices}))
 
     taken = str(vendor._missing("sparse_attention_paged") or no_triton())
     assert why_not() == why_not(pages=torch.zeros(4, 2, 64, 656, dtype=torch.uint8)[:, 1]) == taken

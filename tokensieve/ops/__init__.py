@@ -61,7 +61,7 @@ def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
     on a GPU; scores, and everything on the CPU, are float32.
     """
     narrow, wide = (torch.empty(1, 1, 1, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    names = ("k", "v", "kv", "q_I", "k_I", "bounds", "latent_pages", "indices", "weight")
+    names = ("q", "k", "v", "kv", "q_I", "k_I", "bounds", "entry_pages", "indices", "weight")
     kind, reasons = torch.device(device).type, {}
     for op in OPS:
         probe = wide if device == "cpu" or op == "select_topk" else narrow

@@ -1,13 +1,14 @@
 """What the public ops on pages demand of their arguments, as `checks.py` has it for the others.
 
-Legend: S query tokens, B sequences, P pages that a row of the page table names, H heads, K places for selected keys, N tokens to write.
+Legend: S query tokens, B sequences, P pages that a row of the page table names, H heads, G key-value groups, K places
+for selected keys, E entry width, V value width, N tokens to write, L and R widths of an entry's two parts, D index width.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokensieve.ops.checks import INDEX_DTYPES, has_values, indices_shape
+from tokensieve.ops.checks import INDEX_DTYPES, entry_parts, has_values, indices_shape, shared_heads
 from tokensieve.ops.quant import (
     INDEX_PAGE_BYTES,
     INDEX_WIDTH,
@@ -22,6 +23,9 @@ PLAIN_PAGES = (torch.bfloat16, torch.float16, torch.float32)
 QUERIES = (*PLAIN_PAGES, torch.float64)
 
 
+ENTRY_WIDTH = LATENT_WIDTH + ROPE_WIDTH  # on quantized pages
+
+
 def index_pages(op: str, pages: Tensor) -> int:
     """Returns the width of an index key."""
     if pages.dtype == torch.uint8:
@@ -30,27 +34,33 @@ def index_pages(op: str, pages: Tensor) -> int:
                 f"{op}: quantized index_pages must be (pages, {INDEX_PAGE_BYTES}), got {tuple(pages.shape)}"
             )
         return INDEX_WIDTH
-    return _plain_pages(op, "index_pages", pages)
+    _plain_dtype(op, "index_pages", pages)
+    if pages.dim() != 3 or pages.shape[1] != PAGE_TOKENS:
+        raise ValueError(f"{op}: index_pages must be (pages, {PAGE_TOKENS}, width), got {tuple(pages.shape)}")
+    return pages.shape[2]
 
 
-def latent_pages(op: str, pages: Tensor) -> int:
-    """Returns the width of an entry."""
+def entry_pages(op: str, pages: Tensor) -> tuple[int, int]:
+    """Returns the groups and the width of an entry."""
     if pages.dtype == torch.uint8:
         if pages.dim() != 3 or pages.shape[1:] != (PAGE_TOKENS, LATENT_TOKEN_BYTES):
             raise ValueError(
-                f"{op}: quantized latent_pages must be (pages, {PAGE_TOKENS}, {LATENT_TOKEN_BYTES}), "
+                f"{op}: quantized entry_pages must be (pages, {PAGE_TOKENS}, {LATENT_TOKEN_BYTES}), "
                 f"got {tuple(pages.shape)}"
             )
-        return LATENT_WIDTH + ROPE_WIDTH
-    return _plain_pages(op, "latent_pages", pages)
+        return 1, ENTRY_WIDTH
+    _plain_dtype(op, "entry_pages", pages)
+    if pages.dim() not in (3, 4) or pages.shape[1] != PAGE_TOKENS:
+        raise ValueError(
+            f"{op}: entry_pages must be (pages, {PAGE_TOKENS}, width) or (pages, {PAGE_TOKENS}, G, width), "
+            f"got {tuple(pages.shape)}"
+        )
+    return pages.shape[2] if pages.dim() == 4 else 1, pages.shape[-1]
 
 
-def _plain_pages(op: str, name: str, pages: Tensor) -> int:
+def _plain_dtype(op: str, name: str, pages: Tensor) -> None:
     if pages.dtype not in PLAIN_PAGES:
         raise ValueError(f"{op}: {name} must be uint8 (quantized), bfloat16, float16 or float32, got {pages.dtype}")
-    if pages.dim() != 3 or pages.shape[1] != PAGE_TOKENS:
-        raise ValueError(f"{op}: {name} must be (pages, {PAGE_TOKENS}, width), got {tuple(pages.shape)}")
-    return pages.shape[2]
 
 
 def queries(op: str, q_SHD: Tensor, width: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -58,6 +68,21 @@ def queries(op: str, q_SHD: Tensor, width: int, dtypes: tuple[torch.dtype, ...])
         raise ValueError(f"{op}: q must be (S, H, {width}), as wide as what the pages hold, got {tuple(q_SHD.shape)}")
     if q_SHD.dtype not in dtypes:
         raise ValueError(f"{op}: q cannot be {q_SHD.dtype}, only {', '.join(map(str, dtypes))}")
+
+
+def entries(op: str, q_SHD: Tensor, pages: Tensor, d_k: int | None, v_start: int, d_v: int) -> int:
+    """Returns the width of a key."""
+    G, E = entry_pages(op, pages)
+    d_k = E if d_k is None else d_k
+    queries(op, q_SHD, d_k, QUERIES)
+    entry_parts(op, q_SHD, E, d_k, v_start, d_v)
+    shared_heads(op, q_SHD, G)
+    if pages.dtype == torch.uint8 and (d_k, v_start, d_v) != (ENTRY_WIDTH, 0, LATENT_WIDTH):
+        raise ValueError(
+            f"{op}: on quantized pages the key is the entry and the value its latent: d_k must be {ENTRY_WIDTH}, "
+            f"v_start must be 0 and d_v must be {LATENT_WIDTH}, got {d_k}, {v_start} and {d_v}"
+        )
+    return d_k
 
 
 def head_weights(op: str, q_SHD: Tensor, w_SH: Tensor) -> None:
@@ -113,35 +138,26 @@ def indices(op: str, S: int, indices_SK: Tensor, lengths: Tensor) -> None:
 
 
 def writes(
-    op: str,
-    latent: Tensor,
-    k_rope: Tensor,
-    k_I: Tensor,
-    latent_pages_: Tensor,
-    index_pages_: Tensor,
-    slots: Tensor,
+    op: str, first: Tensor, second: Tensor, k_I: Tensor, entry_pool: Tensor, index_pool: Tensor, slots: Tensor
 ) -> None:
-    E, D = latent_pages(op, latent_pages_), index_pages(op, index_pages_)
-    if latent.dim() != 2 or k_rope.dim() != 2 or latent.shape[1] + k_rope.shape[1] != E:
+    (G, E), D, N = entry_pages(op, entry_pool), index_pages(op, index_pool), first.shape[0]
+    tokens = (N, G) if entry_pool.dim() == 4 else (N,)
+    if first.shape[:-1] != tokens or second.shape[:-1] != tokens or first.shape[-1] + second.shape[-1] != E:
         raise ValueError(
-            f"{op}: latent (N, L) and k_rope (N, R) must fill an entry of width {E}, "
-            f"got {tuple(latent.shape)}, {tuple(k_rope.shape)}"
+            f"{op}: first ({', '.join(map(str, tokens))}, L) and second ({', '.join(map(str, tokens))}, R) must fill "
+            f"entries of width {E}, got {tuple(first.shape)}, {tuple(second.shape)}"
         )
-    if latent_pages_.dtype == torch.uint8 and latent.shape[1] != LATENT_WIDTH:
-        raise ValueError(f"{op}: quantized pages hold a latent of width {LATENT_WIDTH}, got {latent.shape[1]}")
-    N = latent.shape[0]
-    if k_rope.shape[0] != N or k_I.shape != (N, D):
+    if entry_pool.dtype == torch.uint8 and first.shape[-1] != LATENT_WIDTH:
+        raise ValueError(f"{op}: quantized pages hold a latent of width {LATENT_WIDTH}, got {first.shape[-1]}")
+    if k_I.shape != (N, D):
+        raise ValueError(f"{op}: first has {N} tokens, so k_I must be ({N}, {D}), got {tuple(k_I.shape)}")
+    if not (first.dtype in QUERIES and second.dtype in QUERIES and k_I.dtype in QUERIES):
+        raise ValueError(f"{op}: tokens cannot be {first.dtype}, {second.dtype}, {k_I.dtype}, only floating, not FP8")
+    pages = entry_pool.shape[0]
+    if pages != index_pool.shape[0]:
         raise ValueError(
-            f"{op}: latent has {N} tokens, so k_rope must be ({N}, R) and k_I ({N}, {D}), "
-            f"got {tuple(k_rope.shape)}, {tuple(k_I.shape)}"
-        )
-    if not (latent.dtype in QUERIES and k_rope.dtype in QUERIES and k_I.dtype in QUERIES):
-        raise ValueError(f"{op}: tokens cannot be {latent.dtype}, {k_rope.dtype}, {k_I.dtype}, only floating, not FP8")
-    pages = latent_pages_.shape[0]
-    if pages != index_pages_.shape[0]:
-        raise ValueError(
-            f"{op}: a slot is the same place in both caches, but there are {pages} latent_pages "
-            f"and {index_pages_.shape[0]} index_pages"
+            f"{op}: a slot is the same place in both caches, but there are {pages} entry_pages "
+            f"and {index_pool.shape[0]} index_pages"
         )
     if slots.shape != (N,) or slots.dtype not in INDEX_DTYPES:
         raise ValueError(f"{op}: slots must be ({N},) int32 or int64, got {tuple(slots.shape)} {slots.dtype}")

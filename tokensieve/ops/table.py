@@ -149,12 +149,12 @@ index_scores_paged = Op(
 )
 
 sparse_attention_paged = Op(
-    "sparse_attention_paged(Tensor q, Tensor latent_pages, Tensor indices, Tensor page_table, Tensor lengths, float scale, SymInt d_v)"
-    " -> (Tensor out, Tensor lse)",
-    lambda q, latent_pages, indices, page_table, lengths, scale, d_v: _attention(q, d_v),
+    "sparse_attention_paged(Tensor q, Tensor entry_pages, Tensor indices, Tensor page_table, Tensor lengths, float scale,"
+    " SymInt d_k, SymInt v_start, SymInt d_v) -> (Tensor out, Tensor lse)",
+    lambda q, entry_pages, indices, page_table, lengths, scale, d_k, v_start, d_v: _attention(q, d_v),
 )
 
 write_caches = Op(
-    "write_caches(Tensor latent, Tensor k_rope, Tensor k_I, Tensor(a!) latent_pages, Tensor(b!) index_pages, Tensor slots) -> ()",
+    "write_caches(Tensor first, Tensor second, Tensor k_I, Tensor(a!) entry_pages, Tensor(b!) index_pages, Tensor slots) -> ()",
     lambda *_: None,
 )

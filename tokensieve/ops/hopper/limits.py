@@ -21,9 +21,9 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
         if q.dtype != torch.float8_e4m3fn or q.shape[2] != 128 or q.shape[1] not in (16, 32, 64, 128):
             return "its index scores are of E4M3 queries with 16, 32, 64 or 128 heads of 128"
     elif op == "sparse_attention_paged":
-        pages = operands["latent_pages"]
+        pages = operands["entry_pages"]
         if q.dtype != torch.bfloat16 or q.shape[-1] != 576 or pages.dtype != torch.uint8:
-            return "it decodes from quantized pages, with bfloat16 queries of 576"
+            return "it decodes from quantized pages: one group, MLA's widths, and bfloat16 queries of 576"
         if not in_lines(pages, LATENT_TOKEN_BYTES):
             return "it reads pages whose bytes lie together, at multiples of 16"
     elif operands["kv"].shape[1:] != (1, 576) or (q.shape[-1], operands["v_start"], operands["d_v"]) != (576, 0, 512):

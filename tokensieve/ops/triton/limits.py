@@ -51,12 +51,11 @@ def limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     key, value, index = (576, 256, 128) if is_hopper(q.device) else (128, 128, 64)
     if op in ("index_scores", "index_topk", "index_scores_paged"):  # pages come in every layout
         return _product_limits(q, operands.get("k", q), (*HALF, torch.float8_e4m3fn), index) or no_triton()
-    if op == "sparse_attention_paged":
-        return _product_limits(q, q, HALF, key) or no_triton()
     if op == "masked_attention":
         k, v = operands["k"], operands["v"]
         return _product_limits(q, k, HALF, value) or _product_limits(v, q, HALF, value) or no_triton()
-    reason = _product_limits(q, operands["k" if op == "indexer_kl_dense" else "kv"], HALF, key)
+    keys = {"indexer_kl_dense": "k", "sparse_attention_paged": "q"}.get(op, "kv")  # pages are converted
+    reason = _product_limits(q, operands[keys], HALF, key)
     if reason is None and "q_I" in operands:
         reason = _product_limits(operands["q_I"], operands["k_I"], HALF, index)
     if reason is None and "d_v" in operands:
