@@ -50,20 +50,20 @@ def few(B: int) -> Tensor:
 
 def paged_scores(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     (B, T), deep_gemm = size, peer("deep_gemm")
-    pages, table, lens = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
+    pages, table, lengths = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
     q, q_scale = quant.quantize_e4m3(normal(B, INDEX_HEADS, INDEX_DIM), INDEX_DIM, "ue8m0")
     w = torch.randn(B, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5 * q_scale.squeeze(-1)
 
     def own() -> Tensor:
-        return ops.index_scores_paged(q, pages, w, table, lens, backend="triton")
+        return ops.index_scores_paged(q, pages, w, table, lengths, backend="triton")
 
     row = Row("paged scores fp8", f"{B} x {T // 1024}K", replayed(own, quick))
     row.tflop, row.gb = B * T * INDEX_HEADS * INDEX_DIM * 2 / 1e12, B * T * (INDEX_DIM + 4 + 4) / 1e9
     some = few(B)
-    expected = ops.index_scores_paged(q[some].float(), pages, w[some], table[some], lens[some], backend="reference")
+    expected = ops.index_scores_paged(q[some].float(), pages, w[some], table[some], lengths[some], backend="reference")
     row.error = difference(own()[some], expected)
     if deep_gemm is not None:
-        cache, ends = pages.view(-1, quant.PAGE_TOKENS, 1, INDEX_DIM + 4), lens[:, None]
+        cache, ends = pages.view(-1, quant.PAGE_TOKENS, 1, INDEX_DIM + 4), lengths[:, None]
         plan = deep_gemm.get_paged_mqa_logits_metadata(ends, quant.PAGE_TOKENS, deep_gemm.get_num_sms())
         row.peer = "DeepGEMM"
         row.peer_ms = replayed(
@@ -80,23 +80,23 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
         parts = normal(n, quant.PAGE_TOKENS, KEY).split((VALUE, KEY - VALUE), -1)
         return quant.pack_latent_page(*parts)
 
-    pages, table, lens = pool(B, T, page)
+    pages, table, lengths = pool(B, T, page)
     q = normal(B, HEADS, KEY)
     indices = torch.stack([torch.randperm(T, device="cuda")[:K].sort().values for _ in range(B)]).to(torch.int32)
 
-    from tokensieve.ops.hopper import beats_pieces  # here: a machine without a GPU may have no Triton
+    from tokensieve.ops.hopper.decode import beats_pieces  # here: a machine without a GPU may have no Triton
 
     ours = "hopper" if beats_pieces(B, HEADS, K) else "triton"
 
     def own(how: str = ours) -> tuple[Tensor, Tensor]:
-        return ops.sparse_attention_paged(q, pages, indices, table, lens, SCALE, backend=how)
+        return ops.sparse_attention_paged(q, pages, indices, table, lengths, SCALE, backend=how)
 
     row = Row("sparse decode fp8", f"{B} x {T // 1024}K, k {K}, {HEADS} heads", replayed(own, quick))
     row.tflop = B * K * HEADS * (KEY + VALUE) * 2 / 1e12
     row.gb = B * (K * quant.LATENT_TOKEN_BYTES + HEADS * (KEY + VALUE) * 2) / 1e9
     some = few(B)
     expected = ops.sparse_attention_paged(
-        q[some], pages, indices[some], table[some], lens[some], SCALE, backend="reference"
+        q[some], pages, indices[some], table[some], lengths[some], SCALE, backend="reference"
     )
     row.error = difference(own()[0][some], expected[0])
     if flash_mla is not None:
@@ -130,33 +130,35 @@ def decode_step(size: tuple[int, int], quick: bool) -> Iterator[Row]:
     def page(n: int) -> Tensor:
         return quant.pack_latent_page(*normal(n, quant.PAGE_TOKENS, KEY).split((VALUE, KEY - VALUE), -1))
 
-    keys, table, lens = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
+    keys, table, lengths = pool(B, T, lambda n: quant.pack_index_page(normal(n, quant.PAGE_TOKENS, INDEX_DIM)))
     latent = pool(B, T, page)[0]
     q = normal(B, HEADS, KEY)
     q_I, scale = quant.quantize_e4m3(normal(B, INDEX_HEADS, INDEX_DIM), INDEX_DIM, "ue8m0")
     w = torch.randn(B, INDEX_HEADS, device="cuda") * (INDEX_HEADS * INDEX_DIM) ** -0.5 * scale.squeeze(-1)
-    starts = torch.zeros_like(lens)
+    starts = torch.zeros_like(lengths)
 
     def select() -> Tensor:
-        return ops.select_topk(ops.index_scores_paged(q_I, keys, w, table, lens), K, starts, lens)
+        return ops.select_topk(ops.index_scores_paged(q_I, keys, w, table, lengths), K, starts, lengths)
 
     def own() -> Tensor:
-        return ops.sparse_attention_paged(q, latent, select(), table, lens, SCALE)[0]
+        return ops.sparse_attention_paged(q, latent, select(), table, lengths, SCALE)[0]
 
     everything = torch.arange(T, dtype=torch.int32, device="cuda").expand(B, T).contiguous()
     row = Row("sparse decode step", f"{B} x {T // 1024}K, k {K}", replayed(own, quick), "every key, quantized")
     some = few(B)  # of what was selected: scores have rows of their own
-    where = select()[some], table[some], lens[some]
+    where = select()[some], table[some], lengths[some]
     expected = ops.sparse_attention_paged(q[some], latent, *where, SCALE, backend="reference")[0]
     row.error = difference(own()[some], expected)
-    row.peer_ms = replayed(lambda: ops.sparse_attention_paged(q, latent, everything, table, lens, SCALE), quick)
+    row.peer_ms = replayed(lambda: ops.sparse_attention_paged(q, latent, everything, table, lengths, SCALE), quick)
     yield row
     if flash_mla is not None:
         cache = pool(B, T, lambda n: normal(n, quant.PAGE_TOKENS, 1, KEY))[0]
         plan = flash_mla.get_mla_metadata()[0]
         again = Row(row.op, row.shape, row.own_ms, "FlashMLA's dense", error=row.error)
         again.peer_ms = replayed(
-            lambda: flash_mla.flash_mla_with_kvcache(q[:, None], cache, table, lens, VALUE, plan, softmax_scale=SCALE),
+            lambda: flash_mla.flash_mla_with_kvcache(
+                q[:, None], cache, table, lengths, VALUE, plan, softmax_scale=SCALE
+            ),
             quick,
         )
         yield again

@@ -9,6 +9,8 @@ from tests.support import oracle
 from tests.support.cases import CASES, Case, Inputs, causal, make
 from tokensieve import ops
 from tokensieve.ops import dispatch
+from tokensieve.ops.backend import Backend
+from tokensieve.ops.triton import limits
 
 # The cases that are a causal pack of whole documents, which is all that the fused kernels take.
 PACKS = [
@@ -160,14 +162,15 @@ def test_a_backend_that_cannot_run_says_why() -> None:
 def test_auto_passes_over_what_is_slower(monkeypatch) -> None:
     """Asked for by name it runs all the same."""
     first, *rest = (
-        dispatch.Backend(name, f"tokensieve.ops.{name}", ("select_topk",), (), lambda op, q, operands: None)
+        Backend(name, f"tokensieve.ops.{name}", ("select_topk",), (), lambda op, q, operands: None)
         for name in ("fused", "reference")
     )
     for slow, chosen in ((None, "fused"), ("it is slower here", "reference")):
         both = dataclasses.replace(first, slower=lambda op, q, operands, why=slow: why), *rest
         monkeypatch.setattr(dispatch, "BACKENDS", both)
-        assert dispatch.pick("select_topk", torch.zeros(1)).__name__ == f"tokensieve.ops.{chosen}"
-        assert dispatch.pick("select_topk", torch.zeros(1), "fused").__name__ == "tokensieve.ops.fused"
+        monkeypatch.setattr(dispatch, "candidates", lambda op, device, both=both: both)
+        for backend, name in (("auto", chosen), ("fused", "fused")):
+            assert dispatch.pick("select_topk", torch.zeros(1), backend, {}).__name__ == f"tokensieve.ops.{name}"
 
 
 def test_backends_lists_every_op() -> None:
@@ -195,8 +198,8 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
         return torch.empty(1, 1, width, dtype=dtype, device="meta")
 
     bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda device: True)
-    taken = str(dispatch._no_triton())
+    monkeypatch.setattr(limits, "is_hopper", lambda device: True)
+    taken = str(limits.no_triton())
     assert why_not("sparse_attention", 576, bf16, d_v=512) == taken
     assert why_not("sparse_attention", 256, bf16, v_start=256, d_v=256) == taken
     assert why_not("sparse_attention_kl", 576, bf16, d_v=512) == taken
@@ -221,7 +224,7 @@ def test_what_the_triton_kernels_do_not_take(monkeypatch) -> None:
     assert "wider than 256" in why_not("sparse_attention_kl", 300, bf16, d_v=300)
     assert "wider than 256" in why_not("masked_attention", 64, bf16, v=index(320, bf16))
     assert "float16 with torch.bfloat16" in why_not("masked_attention", 64, bf16, v=index(64, torch.float16))
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(limits, "is_hopper", lambda device: False)
     assert why_not("sparse_attention_kl", 80, bf16) == taken
     assert why_not("sparse_attention", 128, bf16, v_start=128, d_v=128) == taken
     assert "wider than 128" in why_not("sparse_attention", 576, bf16, d_v=512)

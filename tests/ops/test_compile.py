@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.cases import Case, Document, Inputs, causal, make
 from tokensieve import ops
-from tokensieve.ops.dispatch import PAGED_OPS
+from tokensieve.ops.reference import PAGED_OPS
 
 CASE = Case(
     "compiled",

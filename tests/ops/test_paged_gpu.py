@@ -53,8 +53,8 @@ def test_paged_attention_is_the_references(places: int, n: int, heads: int, back
 @pytest.mark.parametrize("n", [1, 2])
 def test_paged_attention_at_full_size(n: int, backend: str) -> None:
     """128 heads, k = 2048, rows shorter than that; the same call has the same bits."""
-    lens = (4096, 0, 1, 63, 2047, 2048, 3000)
-    x = pages.make("fp8", n, lens, "bfloat16", heads=128, places=2048, P=64).to("cuda")
+    lengths = (4096, 0, 1, 63, 2047, 2048, 3000)
+    x = pages.make("fp8", n, lengths, "bfloat16", heads=128, places=2048, P=64).to("cuda")
     for case in (x, with_holes(x)):
         equals_the_reference(case, backend)
     for a, b in zip(x.attention(backend=backend), x.attention(backend=backend), strict=True):
@@ -64,25 +64,25 @@ def test_paged_attention_at_full_size(n: int, backend: str) -> None:
 @pytest.mark.gpu
 def test_nothing_outside_of_the_pages_is_an_entry(backend: str) -> None:
     """Pages that are not there, positions that are not seen, lengths past the table: what nobody looks at beforehand on a GPU."""
-    x = pages.make("fp8", lens=(200, 130, 64), dtype="bfloat16", heads=64).to("cuda")
+    x = pages.make("fp8", lengths=(200, 130, 64), dtype="bfloat16", heads=64).to("cuda")
     table = x.page_table.clone()
     table[0, 1], table[1, 2] = -1, 1 << 30
     chosen = torch.tensor([[3, 70, 199, 200, 5000], [0, 128, 129, 100, 1 << 30], [-5, 1, 63, 64, 65]]).cuda()
     left = torch.tensor([[3, -1, 199, -1, -1], [0, -1, -1, 100, -1], [-1, 1, 63, -1, -1]]).cuda()
-    found = ops.sparse_attention_paged(x.q, x.latent_pages, chosen, table, x.lens, pages.SCALE, backend=backend)
+    found = ops.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, pages.SCALE, backend=backend)
     clean = replace(x, indices=left)
     for a, e in zip(found, clean.attention(backend=backend), strict=True):
         assert torch.equal(a, e)
     equals_the_reference(clean, backend)
-    too_long = torch.full_like(x.lens, 5000)
-    ops.sparse_attention_paged(x.q, x.latent_pages, chosen, table, too_long, pages.SCALE, backend=backend)
+    too_long = torch.full_like(x.lengths, 5000)
+    ops.sparse_attention_paged(x.q, x.entry_pages, chosen, table, too_long, pages.SCALE, backend=backend)
     torch.cuda.synchronize()
-    none = replace(x, **{name: getattr(x, name)[:0] for name in "q indices page_table lens".split()})
+    none = replace(x, **{name: getattr(x, name)[:0] for name in "q indices page_table lengths".split()})
     assert none.attention(backend=backend)[0].shape == (0, 64, 512)
     unused = torch.full_like(x.indices, -1)
     for bare in (
-        replace(x, lens=torch.zeros_like(x.lens), indices=unused, page_table=x.page_table[:, :0]),
-        replace(x, lens=torch.zeros_like(x.lens), indices=unused, latent_pages=x.latent_pages[:0]),
+        replace(x, lengths=torch.zeros_like(x.lengths), indices=unused, page_table=x.page_table[:, :0]),
+        replace(x, lengths=torch.zeros_like(x.lengths), indices=unused, entry_pages=x.entry_pages[:0]),
         replace(x, indices=unused[:, :0]),
     ):
         out, lse = bare.attention(backend=backend)
@@ -91,17 +91,17 @@ def test_nothing_outside_of_the_pages_is_an_entry(backend: str) -> None:
 
 @pytest.mark.gpu
 def test_one_layer_of_a_pool_of_all_layers(backend: str) -> None:
-    x = pages.make("fp8", lens=(0, 65, 130), dtype="bfloat16", heads=128).to("cuda")
-    other = torch.full_like(x.latent_pages, 0xFF)
-    for inside in (torch.stack((x.latent_pages, other), 1)[:, 0], torch.stack((other, x.latent_pages, other), 1)[:, 1]):
+    x = pages.make("fp8", lengths=(0, 65, 130), dtype="bfloat16", heads=128).to("cuda")
+    other = torch.full_like(x.entry_pages, 0xFF)
+    for inside in (torch.stack((x.entry_pages, other), 1)[:, 0], torch.stack((other, x.entry_pages, other), 1)[:, 1]):
         assert not inside.is_contiguous()
         for a, e in zip(
-            replace(x, latent_pages=inside).attention(backend=backend), x.attention(backend=backend), strict=True
+            replace(x, entry_pages=inside).attention(backend=backend), x.attention(backend=backend), strict=True
         ):
             assert torch.equal(a, e)
-    turned = x.latent_pages.transpose(1, 2).contiguous().transpose(1, 2)
+    turned = x.entry_pages.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match="bytes lie together"):
-        replace(x, latent_pages=turned).attention(backend=backend)
+        replace(x, entry_pages=turned).attention(backend=backend)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from tests.support import oracle, training
 from tests.support.cases import CASES, Case, Document, Inputs, causal, make
 from tests.support.op_results import SPARSE, leaves, results
 from tokensieve import ops
-from tokensieve.ops import dispatch
+from tokensieve.ops import checks, dispatch
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
@@ -208,8 +208,8 @@ def test_nan_among_the_inputs_is_not_hidden(where: str, device: str) -> None:
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
 def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
     """Nobody checks values on a GPU: an index past the keys counts as -1, a range is cut to them. Around them lies NaN."""
-    monkeypatch.setattr(ops, "_check_indices", lambda *given: None)
-    monkeypatch.setattr(ops, "_check_ranges", lambda *given: None)
+    monkeypatch.setattr(checks, "indices", lambda *given: None)
+    monkeypatch.setattr(checks, "ranges", lambda *given: None)
     lowest, highest = -(2**31), 2**31 - 1
     x = make(
         Case("strays", (Document(0, 40, 4), Document(40, 50, 3), Document(0, 0, 3)), keys=90, k=8, heads=2), device
@@ -405,11 +405,13 @@ def test_a_model_trains_through_the_kernels(objective: str, monkeypatch) -> None
     by_name = {b.name: b for b in dispatch.BACKENDS}
     both = []
     for names in (("reference",), ("interpreter", "reference")):
-        monkeypatch.setattr(dispatch, "BACKENDS", tuple(by_name[name] for name in names))
-        x = inputs["input_ids"].float()
-        assert dispatch.pick("index_topk", x, k=x).__name__.endswith(
-            "triton" if "interpreter" in names else "reference"
+        backends = [by_name[name] for name in names]
+        monkeypatch.setattr(
+            dispatch, "candidates", lambda op, device, those=backends: [b for b in those if b.has(op, device)]
         )
+        x = inputs["input_ids"].float()
+        module = dispatch.pick("index_topk", x, "auto", {"k": x})
+        assert module.__name__.endswith("triton.backend" if "interpreter" in names else "reference")
         model = training.model()
         model.train_for(objective)
         loss = model.train()(**inputs).loss

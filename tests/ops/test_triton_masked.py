@@ -15,6 +15,7 @@ from tests.support import oracle
 from tests.support.cases import Document, causal
 from tests.support.op_results import leaves
 from tokensieve import ops
+from tokensieve.ops import checks
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
@@ -106,7 +107,7 @@ def test_a_second_run_has_the_same_bits(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index past the keys, or before them, counts as -1; what lies around the keys is NaN."""
-    monkeypatch.setattr(ops, "_check_indices", lambda *given: None)
+    monkeypatch.setattr(checks, "indices", lambda *given: None)
     x = make(causal(20, 3), 6, 24, 16, 2, "bfloat16" if device == "cuda" else "float32", device)
     T, expected = len(x.k_THD), x.results()
 

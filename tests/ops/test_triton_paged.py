@@ -20,7 +20,7 @@ from tokensieve.ops import quant
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from tokensieve.ops import triton as kernels
+from tokensieve.ops.triton import backend as kernels
 from tokensieve.ops.triton import paged_attention, paged_places
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -61,7 +61,7 @@ def equals_the_reference(x: Pool, dtype: str, device: str, scores: bool = True, 
         oracle.assert_close(out.double(), out64, TOLERANCE[dtype], 1.0, "out")
         assert torch.equal(lse.isfinite(), lse64.isfinite()) and not (lse == math.inf).any()
         # entries are rounded to the queries' dtype
-        narrowed = x.latent_pages.dtype not in (torch.uint8, x.q.dtype)
+        narrowed = x.entry_pages.dtype not in (torch.uint8, x.q.dtype)
         oracle.assert_close(lse.double(), lse64, (TOLERANCE if narrowed else LSE_TOLERANCE)[dtype], 1.0, "lse")
 
 
@@ -89,7 +89,7 @@ def test_ragged_lengths(kind: str, n: int, dtype: str) -> None:
 def test_many_places(kind: str, heads: int, pieces: int, monkeypatch) -> None:
     """Several tiles, in one piece and in several, some of which have nothing to do."""
     monkeypatch.setattr(paged_attention, "pieces", lambda programs, tiles: min(pieces, tiles))
-    x = make(kind, lens=(0, 70, 256), heads=heads, places=300)
+    x = make(kind, lengths=(0, 70, 256), heads=heads, places=300)
     equals_the_reference(x, "float32", "cpu", scores=False)
     x.indices[1] = -1
     equals_the_reference(with_holes(x), "float32", "cpu", scores=False)
@@ -155,8 +155,8 @@ def test_every_number_of_the_latent_is_read_exactly(device: str) -> None:
     S = 8 if device == "cpu" else 64
     q = torch.zeros(S, 2, 576, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     indices = torch.arange(S, dtype=torch.int32)[:, None] * (64 // S)
-    table, lens = torch.zeros(S, 1, dtype=torch.int32), torch.full((S,), 64, dtype=torch.int32)
-    inputs = (y.to(device) for y in (q, tokens[None], indices, table, lens))
+    table, lengths = torch.zeros(S, 1, dtype=torch.int32), torch.full((S,), 64, dtype=torch.int32)
+    inputs = (y.to(device) for y in (q, tokens[None], indices, table, lengths))
     out, lse = ops.sparse_attention_paged(*inputs, SCALE, backend=backend(device))
     expected = quant.unpack_latent_page(tokens[None], q.dtype)[0][0, indices[:, 0]]
     assert torch.equal(out.cpu(), expected[:, None].expand(-1, 2, -1)) and not lse.any()
@@ -173,23 +173,23 @@ def test_pieces_fill_a_gpu() -> None:
 @pytest.mark.parametrize("kind", ["float16", "fp8"])
 def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None:
     """What nobody looks at beforehand on a GPU: pages that are not there, positions that are not seen, lengths past the table."""
-    x = make(kind, lens=(200, 130, 64), dtype="float16", heads=2).to(device)
+    x = make(kind, lengths=(200, 130, 64), dtype="float16", heads=2).to(device)
     table = x.page_table.clone()
     table[0, 1], table[1, 2] = -1, 1 << 30
     right = x.scores(backend=backend(device))
-    scores = kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, x.lens)
+    scores = kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, x.lengths)
     for b, missing in ((0, slice(64, 128)), (1, slice(128, 130)), (2, slice(0, 0))):
         assert scores[b, missing].isnan().all()
         right[b, missing] = math.nan
-        assert torch.equal(scores[b, : x.lens[b]].nan_to_num(1e9), right[b, : x.lens[b]].nan_to_num(1e9))
+        assert torch.equal(scores[b, : x.lengths[b]].nan_to_num(1e9), right[b, : x.lengths[b]].nan_to_num(1e9))
     chosen = torch.tensor([[3, 70, 199, 200, 5000], [0, 128, 129, 100, 1 << 30], [-5, 1, 63, 64, 65]]).to(device)
     left = torch.tensor([[3, -1, 199, -1, -1], [0, -1, -1, 100, -1], [-1, 1, 63, -1, -1]]).to(device)
-    found = kernels.sparse_attention_paged(x.q, x.latent_pages, chosen, table, x.lens, SCALE, x.d_v)
+    found = kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, SCALE, *x.split.values())
     for a, e in zip(found, replace(x, indices=left).attention(backend=backend(device)), strict=True):
         assert torch.equal(a, e)
-    too_long = torch.full_like(x.lens, 5000)
+    too_long = torch.full_like(x.lengths, 5000)
     kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, too_long)
-    kernels.sparse_attention_paged(x.q, x.latent_pages, chosen, table, too_long, SCALE, x.d_v)
+    kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, too_long, SCALE, *x.split.values())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -198,18 +198,18 @@ def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None
 def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, device: str) -> None:
     """Against one place after the other: pages that are not there, positions that are not seen, lengths past the table."""
     g = torch.Generator().manual_seed(n)
-    lens = torch.tensor([0, 1, 64, 130, 256, 5000], dtype=torch.int32)
+    lengths = torch.tensor([0, 1, 64, 130, 256, 5000], dtype=torch.int32)
     table = torch.randint(-2, 12, (6, 4), generator=g, dtype=torch.int32)
     table[3, 2] = 1 << 30
     indices = torch.randint(-5, 300, (6 * n, K), generator=g).to(dtype)
     indices[:, :1] = (1 << 31) - 1 if dtype == torch.int32 else 1 << 40
-    found = paged_places.pool_places(*(x.to(device) for x in (indices, table, lens)), 10, multiple)
+    found = paged_places.pool_places(*(x.to(device) for x in (indices, table, lengths)), 10, multiple)
     assert found.dtype == torch.int32 and found.shape == (6 * n, -(-K // multiple) * multiple)
     expected = torch.full(found.shape, -1, dtype=torch.int32)
     for t in range(6 * n):
         b, j = divmod(t, n)
         for i, index in enumerate(indices[t].tolist()):
-            if 0 <= index < min(int(lens[b]), 256) - n + 1 + j and 0 <= (page := int(table[b, index // 64])) < 10:
+            if 0 <= index < min(int(lengths[b]), 256) - n + 1 + j and 0 <= (page := int(table[b, index // 64])) < 10:
                 expected[t, i] = page * 64 + index % 64
     assert torch.equal(found.cpu(), expected) and (K == 0 or (expected >= 0).any())
 
@@ -217,22 +217,22 @@ def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, d
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["float16", "fp8"])
 def test_one_layer_of_a_pool_of_all_layers(kind: str, device: str) -> None:
-    x = make(kind, lens=(0, 65, 130), dtype="float16").to(device)
-    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.latent_pages, x.index_pages)]
-    turned = [pages.clone().transpose(0, 1).contiguous().transpose(0, 1) for pages in (x.latent_pages, x.index_pages)]
+    x = make(kind, lengths=(0, 65, 130), dtype="float16").to(device)
+    inside = [torch.stack((pages, pages.clone()), 1)[:, 0] for pages in (x.entry_pages, x.index_pages)]
+    turned = [pages.clone().transpose(0, 1).contiguous().transpose(0, 1) for pages in (x.entry_pages, x.index_pages)]
     tokens = [t.to(device).half() for t in new_tokens(5, kind)]
     slots = torch.tensor([3, 64, 200, 201, 319], device=device)
     how = {"backend": backend(device)}
     scores, (out, _) = x.scores(**how), x.attention(**how)
     for pools in (inside, turned):
-        other = replace(x, latent_pages=pools[0], index_pages=pools[1])
+        other = replace(x, entry_pages=pools[0], index_pages=pools[1])
         again = other.scores(**how)
         assert all(torch.equal(again[t, :seen], scores[t, :seen]) for t, _, seen in x.queries())
         assert torch.equal(other.attention(**how)[0], out)
         ops.write_caches(*tokens, *pools, slots, **how)
-    ops.write_caches(*tokens, x.latent_pages, x.index_pages, slots, **how)
+    ops.write_caches(*tokens, x.entry_pages, x.index_pages, slots, **how)
     for pools in (inside, turned):
-        for a, e in zip(pools, (x.latent_pages, x.index_pages), strict=True):
+        for a, e in zip(pools, (x.entry_pages, x.index_pages), strict=True):
             assert torch.equal(raw(a), raw(e))
 
 
@@ -240,12 +240,12 @@ def test_one_layer_of_a_pool_of_all_layers(kind: str, device: str) -> None:
 def test_nothing_to_do(device: str) -> None:
     x = make(dtype="float16", kind="float16").to(device)
     how = {"backend": backend(device)}
-    none = replace(x, **{name: getattr(x, name)[:0] for name in "q q_I w indices page_table lens".split()})
+    none = replace(x, **{name: getattr(x, name)[:0] for name in "q q_I w indices page_table lengths".split()})
     assert none.scores(**how).shape == (0, 256) and none.attention(**how)[0].shape == (0, 3, 24)
-    lens, unused = torch.zeros_like(x.lens), torch.full_like(x.indices, -1)
+    lengths, unused = torch.zeros_like(x.lengths), torch.full_like(x.indices, -1)
     for bare in (
-        replace(x, lens=lens, indices=unused, page_table=x.page_table[:, :0]),
-        replace(x, lens=lens, indices=unused, latent_pages=x.latent_pages[:0], index_pages=x.index_pages[:0]),
+        replace(x, lengths=lengths, indices=unused, page_table=x.page_table[:, :0]),
+        replace(x, lengths=lengths, indices=unused, entry_pages=x.entry_pages[:0], index_pages=x.index_pages[:0]),
         replace(x, indices=unused[:, :0]),
     ):
         out, lse = bare.attention(**how)
@@ -321,12 +321,12 @@ def test_every_rounding_to_e4m3(device: str) -> None:
         rows = rows[::9]
     latent = torch.cat((rows, torch.full((*rows.shape[:2], 1), 448.0)), 2).flatten(1)
     N = len(latent)
-    latent_pages, index_pages = empty_pools(-(-N // 64), "fp8")
+    entry_pages, index_pages = empty_pools(-(-N // 64), "fp8")
     others = torch.zeros(N, 64), torch.ones(N, 128)
     inputs = (x.to(device) for x in (latent, *others))
-    latent_pages, index_pages = latent_pages.to(device), index_pages.to(device)
-    ops.write_caches(*inputs, latent_pages, index_pages, torch.arange(N, device=device), backend=backend(device))
-    found = latent_pages.flatten(0, 1)[:N, :512].cpu()
+    entry_pages, index_pages = entry_pages.to(device), index_pages.to(device)
+    ops.write_caches(*inputs, entry_pages, index_pages, torch.arange(N, device=device), backend=backend(device))
+    found = entry_pages.flatten(0, 1)[:N, :512].cpu()
     assert torch.equal(found, latent.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
@@ -355,14 +355,14 @@ def test_a_cache_is_written_scored_selected_and_attended_to() -> None:
     x = make("fp8", 1, (600, 333, 64), "bfloat16", heads=64, places=128, P=10).to("cuda")
     q_I = x.q_I.to(torch.float8_e4m3fn)
     tokens = [t.cuda().bfloat16() for t in new_tokens(3, "fp8")]
-    last = (x.lens - 1).long()
+    last = (x.lengths - 1).long()
     slots = x.page_table.gather(1, (last // 64)[:, None])[:, 0].long() * 64 + last % 64
-    starts = torch.zeros_like(x.lens)
+    starts = torch.zeros_like(x.lengths)
 
     def step() -> tuple[Tensor, Tensor]:
-        ops.write_caches(*tokens, x.latent_pages, x.index_pages, slots, backend="triton")
-        scores = ops.index_scores_paged(q_I, x.index_pages, x.w.float(), x.page_table, x.lens, backend="triton")
-        indices = ops.select_topk(scores, 128, starts, x.lens, backend="triton")
+        ops.write_caches(*tokens, x.entry_pages, x.index_pages, slots, backend="triton")
+        scores = ops.index_scores_paged(q_I, x.index_pages, x.w.float(), x.page_table, x.lengths, backend="triton")
+        indices = ops.select_topk(scores, 128, starts, x.lengths, backend="triton")
         return replace(x, indices=indices).attention(backend="triton")
 
     expected = step()

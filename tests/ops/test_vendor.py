@@ -12,6 +12,7 @@ from tests.support.cases import Case, Document, causal, make
 from tests.support.op_results import SPARSE, results
 from tokensieve import ops
 from tokensieve.ops import quant, vendor
+from tokensieve.ops.triton.limits import no_triton
 
 MLA = {"entry": 576, "d_k": 576, "d_v": 512, "dtype": "bfloat16"}
 CASES = (
@@ -110,7 +111,13 @@ def test_auto_takes_our_own_kernel_for_few_queries(poisoned: None) -> None:
             assert torch.equal(a, e)
 
 
-def test_what_they_do_not_take() -> None:
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU pass for those of a Hopper GPU."""
+    monkeypatch.setattr(vendor, "is_hopper", lambda device: True)
+
+
+def test_what_they_do_not_take(on_hopper: None) -> None:
     q, kv = torch.zeros(2, 128, 576, dtype=torch.bfloat16), torch.zeros(5, 1, 576, dtype=torch.bfloat16)
     parts = {"v_start": 0, "d_v": 512}
     for bad_q, bad_kv in ((q[:, :3], kv), (q.half(), kv.half()), (q, kv.float()), (q[..., :80], kv[..., :80])):
@@ -129,14 +136,14 @@ def test_what_they_do_not_take() -> None:
         ops.sparse_attention(q, kv, torch.zeros(2, 4, dtype=torch.int32), 1.0, 576, 0, 512, backend="vendor")
 
 
-def test_what_they_do_not_take_on_pages() -> None:
+def test_what_they_do_not_take_on_pages(on_hopper: None) -> None:
     q, indices = torch.zeros(3, 64, 576, dtype=torch.bfloat16), torch.zeros(3, 70, dtype=torch.int32)
     pool = torch.zeros(4, 64, 656, dtype=torch.uint8)
 
     def why_not(q=q, pages=pool, indices=indices) -> str:
-        return str(vendor.limits("sparse_attention_paged", q, {"latent_pages": pages, "indices": indices}))
+        return str(vendor.limits("sparse_attention_paged", q, {"entry_pages": pages, "indices": indices}))
 
-    taken = str(vendor._missing("sparse_attention_paged"))
+    taken = str(vendor._missing("sparse_attention_paged") or no_triton())
     assert why_not() == why_not(pages=torch.zeros(4, 2, 64, 656, dtype=torch.uint8)[:, 1]) == taken
     for bad in (q.half(), q.float(), q[:, :3], q.repeat(1, 4, 1)):
         assert "64 or 128 heads in bfloat16" in why_not(q=bad)

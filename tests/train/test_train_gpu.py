@@ -10,7 +10,7 @@ import tokensieve
 from tests.support.training import VOCAB, Workplace, apart, batch, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model.indexer import Indexer
-from tokensieve.ops import custom, custom_kl
+from tokensieve.ops import registry, table
 from tokensieve.train import run
 
 STAGES = ("pretrain", "warmup", "adapt")
@@ -25,14 +25,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def picked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype, str]]:
     """(op, dtype of the queries, backend asked for) of every call of an op, backward passes too."""
     calls: list[tuple[str, torch.dtype, str]] = []
-    original = custom.pick
+    original = registry.pick
 
-    def pick(op: str, q: torch.Tensor, backend: str = "auto", **rest: Any) -> Any:
+    def pick(op: str, q: torch.Tensor, backend: str, operands: Any) -> Any:
         calls.append((op, q.dtype, backend))
-        return original(op, q, backend, **rest)
+        return original(op, q, backend, operands)
 
-    for module in (custom, custom_kl):
-        monkeypatch.setattr(module, "pick", pick)
+    monkeypatch.setattr(registry, "pick", pick)
+    monkeypatch.setattr(table, "pick", pick)
     return calls
 
 
@@ -72,8 +72,8 @@ def test_under_autocast_every_op_gets_what_the_kernels_take(
 
         return op
 
-    for module, op in ((custom, "index_topk"), (custom_kl, "sparse_attention_kl"), (custom_kl, "indexer_kl_dense_sum")):
-        monkeypatch.setattr(module, op, note(getattr(module, op)))
+    for op in ("index_topk", "sparse_attention_kl", "indexer_kl_dense_sum"):
+        monkeypatch.setattr(table, op, note(getattr(table, op)))
     with torch.autocast("cpu", torch.bfloat16), tokensieve.training(made, objective):
         made(**batch(2, 48, documents=True)).loss.backward()
     narrow, wide = torch.bfloat16, torch.float32

@@ -9,7 +9,7 @@ from transformers import Cache
 from tokensieve.families import Entry
 from tokensieve.model.entries import ContiguousKeys, IndexKeys
 from tokensieve.model.pack import Pack
-from tokensieve.ops.reference.index import KEY_PAD
+from tokensieve.ops import KEY_PAD
 
 STEP = 256  # capacity grows to multiples of this, in tokens
 

@@ -307,5 +307,5 @@ class PagedKeys:
     def _attend(self, q: Tensor, indices: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
         _, _, d_k, v_start, d_v = self.entry
         return ops.sparse_attention_paged(
-            q, self._entries, indices, table, lengths, scale, d_v=d_v, backend=self.backend
+            q, self._entries, indices, table, lengths, scale, d_k=d_k, v_start=v_start, d_v=d_v, backend=self.backend
         )[0]

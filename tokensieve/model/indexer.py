@@ -12,7 +12,7 @@ from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.rope import Rotation, Rows, Tables, rotate_half_split, taken
 from tokensieve.ops import quant
-from tokensieve.ops.custom import without_autocast
+from tokensieve.ops.eager import without_autocast
 
 
 class _RoundStraightThrough(torch.autograd.Function):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.families import ModelConfig, family_of
-from tokensieve.ops.custom import without_autocast
-from tokensieve.ops.single import alone
+from tokensieve.ops.eager import is_single_token, without_autocast
 
 # Matrix libraries treat a rest of rows otherwise than whole groups: with a multiple of this many, a row's bits do not depend on the others.
 ORDINARY_ROWS = 4
@@ -205,7 +204,7 @@ class MoE(nn.Module):
             rows = x_ND[:real], chosen_NK[:real], weights_NK[:real]
             routed = self.experts.few_tokens(*rows) if whole else self.experts(*rows)[0]
             routed = F.pad(routed, (0, 0, 0, len(x_ND) - real))
-        elif whole and alone(x_ND):
+        elif whole and is_single_token(x_ND):
             routed = self.experts.one_token(x_ND, chosen_NK, weights_NK)
         else:
             routed, load_E = self.experts(x_ND, chosen_NK, weights_NK)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokensieve.ops.single import alone
+from tokensieve.ops.eager import is_single_token
 
 Rows = slice | Tensor | None  # which of a pass's tokens: a slice, their numbers, or None for all
 
@@ -101,7 +101,7 @@ def tables(positions_N: Tensor, inverse_frequencies: Tensor, factor: float, inte
         made = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     else:
         made = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    if not alone(positions_N):
+    if not is_single_token(positions_N):
         return made
     identity = torch.eye(made[0].shape[-1])  # its rows, rotated, are the matrix's
     return ((rotate_interleaved if interleaved else rotate_half_split)(identity, made)[0],)

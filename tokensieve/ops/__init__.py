@@ -1,32 +1,40 @@
 """The mathematics of DeepSeek Sparse Attention as functions on tensors: no modules, no state.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups (head h reads group h // (H/G)), K places for selected keys, D key
-width, E entry width, V value width, H_I and d_I heads and width of the indexer.
+Legend: S query tokens, T key tokens, H heads, G key-value groups (head h reads group h // (H/G)), K places for selected
+keys, D key width, E entry width, V value width, H_I and d_I heads and width of the indexer.
 
-Everything is packed, without a batch axis. `starts_S`, `ends_S` (integers) give each query the keys [start, end) that it may see, so
-documents and batches are key ranges; start >= end is a query without keys. `indices_SK` (int32) are positions on the key axis: ascending
-and without duplicates, then -1 for unused places. A query without keys returns zeros, lse = -inf and KL 0. lse is the natural log.
-On the CPU a range outside [0, T] or an index outside [-1, T) raises ValueError. On a GPU looking at values would stop its queue: there a
-kernel cuts ranges to [0, T] and takes an index outside [0, T) for -1, so that nothing outside the keys is ever touched; the reference
-relies on PyTorch's own checks.
-Sums run in float32 (float64 for float64 inputs). `backend` is `auto` or a name from `backends()`; one that cannot run raises.
+Everything is packed, without a batch axis. `starts_S` and `ends_S` (integers) give each query the keys [start, end)
+that it may see, so documents and batches are key ranges; start >= end is a query without keys. `indices_SK` (int32) are
+positions on the key axis: ascending and without duplicates, then -1 for unused places. A query without keys returns
+zeros, lse = -inf and KL 0. lse is the natural log.
 
-Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against decode. The ops of `paged.py` do
-the same on caches in pages, for decoding.
+On the CPU a range outside [0, T] or an index outside [-1, T) raises ValueError. On a GPU looking at values would stop
+its queue: there a kernel cuts ranges to [0, T] and takes an index outside [0, T) for -1, so that nothing outside the
+keys is ever touched; the reference relies on PyTorch's own checks.
 
-Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inference/model.py` of its official demo for shapes and scales.
+Sums run in float32 (float64 for float64 inputs). `backend` is `auto` or a name from `backends()`; one that cannot run
+raises ValueError. Within a backend an index score has the same bits whatever the tiling, the batch, and prefill against
+decode. For that the reference reads up to KEY_PAD index keys past the last one that it needs: a buffer of keys with so
+many rows to spare, whatever they hold, is not copied.
+
+The ops of `paged.py` do the same on caches in pages, for decoding.
+
+Sources: DeepSeek-V3.2-Exp technical report, equations (1) to (4); file `inference/model.py` of its official demo for
+shapes and scales.
 """
 
 import torch
 from torch import Tensor
 
-from tokensieve.ops import custom, custom_kl, reference
-from tokensieve.ops.dispatch import BACKENDS, OPS, pick
-from tokensieve.ops.linear import block_linear
+from tokensieve.ops import checks, reference, table
+from tokensieve.ops.dispatch import BACKENDS
 from tokensieve.ops.paged import index_scores_paged, quantize_queries, sparse_attention_paged, write_caches
-from tokensieve.ops.single import alone, plain
+from tokensieve.ops.reference import OPS
+from tokensieve.ops.reference.index import KEY_PAD
 
 __all__ = [
+    "KEY_PAD",
+    "OPS",
     "backends",
     "block_linear",
     "dense_attention",
@@ -47,114 +55,19 @@ __all__ = [
 
 
 def backends(device: str = "cpu") -> dict[str, list[tuple[str, str | None]]]:
-    """For each op the backends that have it on `device`, in the order in which `auto` tries them, with the reason why one cannot run.
+    """For each op the backends that have it on `device`, in the order in which `auto` tries them.
 
-    The probe is a causal pack of documents, in bfloat16 on a GPU; scores, and everything on the CPU, are float32.
+    With each backend comes the reason why it cannot run, or None. The probe is a causal pack of documents, in bfloat16
+    on a GPU; scores, and everything on the CPU, are float32.
     """
     narrow, wide = (torch.empty(1, 1, 1, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    probes = {op: wide if device == "cpu" or op == "select_topk" else narrow for op in OPS}
-    kind, found = torch.device(device).type, {}
-    for op, probe in probes.items():
-        names = ("k", "v", "kv", "q_I", "k_I", "bounds", "latent_pages", "indices", "weight")
+    names = ("q", "k", "v", "kv", "q_I", "k_I", "bounds", "entry_pages", "indices", "weight")
+    kind, reasons = torch.device(device).type, {}
+    for op in OPS:
+        probe = wide if device == "cpu" or op == "select_topk" else narrow
         operands = dict.fromkeys(names, probe) | {"v_start": 0, "d_v": 1}
-        found[op] = [(b.name, b.why_not(op, probe, operands)) for b in BACKENDS if b.has(op, kind)]
-    return found
-
-
-def _check_ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
-    # Messages are built only when a check fails: torch.compile cannot format symbolic sizes, and decode calls this per layer.
-    if starts_S.shape != (S,) or ends_S.shape != (S,):
-        raise ValueError(f"{op}: starts and ends must have shape ({S},), one range per query")
-    if starts_S.device.type == "cpu" and S and not torch.compiler.is_compiling():
-        low, high = min(starts_S.tolist()), max(ends_S.tolist())  # for one query faster than reductions, never slow
-        if low < 0 or high > T:
-            raise ValueError(f"{op}: key ranges must lie in [0, {T}], got starts from {low} and ends to {high}")
-
-
-def _check_index(op: str, q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k_scale_T: Tensor | None = None) -> None:
-    if q_SHD.dim() != 3 or k_TD.dim() != 2:
-        raise ValueError(f"{op}: q must be (S, H_I, d_I) and k (T, d_I), got {tuple(q_SHD.shape)}, {tuple(k_TD.shape)}")
-    if q_SHD.shape[2] != k_TD.shape[1]:
-        raise ValueError(f"{op}: q is {q_SHD.shape[2]} wide but k {k_TD.shape[1]}")
-    if w_SH.shape != q_SHD.shape[:2]:
-        raise ValueError(f"{op}: w must be (S, H_I) = {tuple(q_SHD.shape[:2])}, got {tuple(w_SH.shape)}")
-    if k_scale_T is not None and k_scale_T.shape != k_TD.shape[:1]:
-        raise ValueError(f"{op}: k_scale must be (T) = {tuple(k_TD.shape[:1])}, got {tuple(k_scale_T.shape)}")
-
-
-def _check_scored(op: str, q_SHD: Tensor, k_TGD: Tensor, q_I: Tensor, k_I: Tensor, w: Tensor) -> None:
-    _check_index(op, q_I, k_I, w)
-    if q_I.shape[0] != q_SHD.shape[0] or k_I.shape[0] != k_TGD.shape[0]:
-        raise ValueError(
-            f"{op}: q_I and k_I have {q_I.shape[0]} queries and {k_I.shape[0]} keys, "
-            f"the attention {q_SHD.shape[0]} and {k_TGD.shape[0]}"
-        )
-
-
-def _check_k(op: str, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"{op}: k must be at least 1, got {k}")
-
-
-def _check_groups(op: str, q_SHD: Tensor, k_TGD: Tensor) -> None:
-    if q_SHD.dim() != 3 or k_TGD.dim() != 3:
-        raise ValueError(
-            f"{op}: q must be (S, H, D) and keys (kv) (T, G, D), got {tuple(q_SHD.shape)}, {tuple(k_TGD.shape)}"
-        )
-    if q_SHD.shape[1] % k_TGD.shape[1]:
-        raise ValueError(f"{op}: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} key-value groups")
-
-
-def _check_width(op: str, q_SHD: Tensor, k_TGD: Tensor) -> None:
-    if q_SHD.shape[2] != k_TGD.shape[2]:
-        raise ValueError(f"{op}: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
-
-
-def _check_entries(
-    op: str, q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, d_k: int, v_start: int, d_v: int
-) -> None:
-    _check_groups(op, q_SHD, kv_TGE)
-    D, E = q_SHD.shape[2], kv_TGE.shape[2]
-    if d_k != D or d_k > E:
-        raise ValueError(
-            f"{op}: q is {D} wide, d_k is {d_k}, an entry is {E} wide; d_k must equal q's width and fit in the entry"
-        )
-    if v_start < 0 or d_v < 1 or v_start + d_v > E:
-        raise ValueError(
-            f"{op}: the value [{v_start}, {v_start + d_v}) (d_v {d_v}) is empty or outside an entry of width {E}"
-        )
-    _check_indices(op, q_SHD.shape[0], kv_TGE.shape[0], indices_SK)
-
-
-def _check_indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
-    if indices_SK.dim() != 2 or indices_SK.shape[0] != S:
-        raise ValueError(f"{op}: indices must be ({S}, K), got {tuple(indices_SK.shape)}")
-    if indices_SK.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{op}: indices must be int32 or int64, got {indices_SK.dtype}")
-    # Looking at values costs a synchronization on a GPU and cannot be traced: there the caller answers for them (the top of this file).
-    if indices_SK.device.type == "cpu" and indices_SK.numel() and not torch.compiler.is_compiling():
-        low, high = indices_SK.aminmax()
-        if int(low) < -1 or int(high) >= T:
-            raise ValueError(f"{op}: indices must lie in [-1, {T}), got {int(low)} to {int(high)}")
-
-
-def _check_kl_dense(
-    op: str,
-    q_SHD: Tensor,
-    k_TGD: Tensor,
-    lse_SH: Tensor,
-    q_I: Tensor,
-    k_I: Tensor,
-    w: Tensor,
-    starts_S: Tensor,
-    ends_S: Tensor,
-) -> None:
-    _check_groups(op, q_SHD, k_TGD)
-    _check_width(op, q_SHD, k_TGD)
-    _check_scored(op, q_SHD, k_TGD, q_I, k_I, w)
-    if lse_SH.shape != q_SHD.shape[:2]:
-        raise ValueError(f"{op}: lse must be (S, H) = {tuple(q_SHD.shape[:2])}, got {tuple(lse_SH.shape)}")
-    _check_ranges(op, q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
+        reasons[op] = [(b.name, b.why_not(op, probe, operands)) for b in BACKENDS if b.has(op, kind)]
+    return reasons
 
 
 def index_scores(
@@ -169,27 +82,26 @@ def index_scores(
 ) -> Tensor:
     """I[t,s] = k_scale[s] * sum_j w[t,j] * relu(q[t,j] . k[s]): equation (1).
 
-    q (S, H_I, d_I), k (T, d_I), w (S, H_I) with every scale folded in, k_scale (T) float32 for quantized keys (no gradient).
-    Returns (S, T) float32; outside a query's range unspecified. Differentiable by q, k, w. ValueError on mismatched shapes.
+    q (S, H_I, d_I), k (T, d_I), w (S, H_I) with every scale folded in, k_scale (T) float32 for quantized keys.
+    Returns (S, T) float32, unspecified outside a query's range. Differentiable by q, k and w, not by k_scale.
+    ValueError on mismatched shapes.
     """
-    _check_index("index_scores", q_SHD, k_TD, w_SH, k_scale_T)
-    _check_ranges("index_scores", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
-    return custom.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
+    checks.scoring("index_scores", q_SHD, k_TD, w_SH, k_scale_T)
+    checks.ranges("index_scores", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
+    return table.index_scores(q_SHD, k_TD, w_SH, starts_S, ends_S, k_scale_T, backend)
 
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, *, backend: str = "auto") -> Tensor:
     """S_t = the min(k, end - start) keys with the largest score; ties go to the smaller position: equation (2).
 
     scores (S, T) floating. Returns (S, k) int32, ascending, then -1. -0.0 counts as 0.0. No gradient.
-    ValueError when k < 1, or when a score inside a range is NaN.
+    ValueError if k < 1, or if a score inside a range is NaN.
     """
-    _check_k("select_topk", k)
+    checks.selected_count("select_topk", k)
     if scores_ST.dim() != 2:
         raise ValueError(f"select_topk: scores must be (S, T), got {tuple(scores_ST.shape)}")
-    _check_ranges("select_topk", scores_ST.shape[0], scores_ST.shape[1], starts_S, ends_S)
-    if plain(scores_ST):
-        return pick("select_topk", scores_ST, backend).select_topk(scores_ST, k, starts_S, ends_S)
-    return custom.select_topk(scores_ST.detach(), k, starts_S, ends_S, backend)
+    checks.ranges("select_topk", scores_ST.shape[0], scores_ST.shape[1], starts_S, ends_S)
+    return table.select_topk(scores_ST, k, starts_S, ends_S, backend)
 
 
 def index_topk(
@@ -203,17 +115,14 @@ def index_topk(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Equations (1) and (2) in one pass: the same answer as `select_topk(index_scores(...))` without the (S, T) scores in memory.
+    """Equations (1) and (2) in one pass: `select_topk(index_scores(...))` without the (S, T) scores in memory.
 
-    Shapes as in `index_scores`; returns (S, k) int32, ascending, then -1. No gradient. Errors as in both.
+    Shapes as in `index_scores`. Returns (S, k) int32, ascending, then -1. No gradient. Errors as in both.
     """
-    _check_k("index_topk", k)
-    _check_index("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
-    _check_ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
-    if alone(q_SHD):
-        module = pick("index_topk", q_SHD, backend, k=k_TD)
-        return module.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T)
-    return custom.index_topk(q_SHD.detach(), k_TD.detach(), w_SH.detach(), k, starts_S, ends_S, k_scale_T, backend)
+    checks.selected_count("index_topk", k)
+    checks.scoring("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
+    checks.ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
+    return table.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, backend)
 
 
 def dense_attention(
@@ -230,53 +139,46 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q . k) v over each query's whole range: the attention that DSA replaces and warm-up watches.
 
-    q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by q, k, v.
-    `bounds` (documents + 1) int32 cumulative lengths and `longest` (tokens) may be given when S = T, documents follow one another and
-    each is causal, or when the queries are the last S tokens of one document of T: they say the same as the ranges and let fused kernels
-    run, whose lse carries no gradient (and the latter none at all).
+    q (S, H, D), k (T, G, D), v (T, G, V). Returns out (S, H, V) in q's dtype and lse (S, H) float32. Differentiable by
+    q, k and v.
+
+    `bounds` (documents + 1) int32, cumulative lengths, and `longest` (tokens) may be given in two cases: if S = T,
+    documents follow one another and each is causal; or if the queries are the last S tokens of one document of T. They
+    say the same as the ranges and let fused kernels run. The lse of those carries no gradient, and in the second case
+    nothing does.
+
     ValueError on mismatched shapes.
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report, section 2.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report,
+    section 2.
     """
-    if k_TGD.shape[:2] != v_TGV.shape[:2]:
-        raise ValueError(f"dense_attention: k {tuple(k_TGD.shape)} and v {tuple(v_TGV.shape)} differ in (T, G)")
-    if q_SHD.shape[2] != k_TGD.shape[2]:
-        raise ValueError(f"dense_attention: q is {q_SHD.shape[2]} wide but k {k_TGD.shape[2]}")
-    if q_SHD.shape[1] % k_TGD.shape[1]:
-        raise ValueError(f"dense_attention: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
-    _check_ranges("dense_attention", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
-    if alone(q_SHD):
-        module = pick("dense_attention", q_SHD, backend, k=k_TGD, v=v_TGV, bounds=bounds)
-        return module.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale)
-    return custom.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
+    checks.dense("dense_attention", q_SHD, k_TGD, v_TGV, starts_S, ends_S)
+    return table.dense_attention(q_SHD, k_TGD, v_TGV, starts_S, ends_S, bounds, longest, scale, backend)
 
 
 @torch.no_grad()
 def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, scale: float) -> Tensor:
-    """p (S, T): the mean over heads of the attention's probabilities, the target of equations (3) and (4); 0 outside a query's range.
+    """p (S, T): the mean over heads of the attention's probabilities, the target of equations (3) and (4).
 
-    q (S, H, D), k (T, G, D). It is what evaluation reads to judge a selection: of size S x T, so the caller passes a slice of the queries.
-    No gradient; the reference computes it on every device.
+    q (S, H, D), k (T, G, D). 0 outside a query's range. Evaluation judges a selection by it. It is as large as S x T,
+    so the caller passes a slice of the queries. No gradient; the reference computes it on every device. ValueError on
+    mismatched shapes.
     """
-    if q_SHD.shape[1] % k_TGD.shape[1]:
-        raise ValueError(f"head_mass: {q_SHD.shape[1]} heads cannot share {k_TGD.shape[1]} groups")
-    _check_ranges("head_mass", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
+    checks.queries_and_keys("head_mass", q_SHD, k_TGD)
+    checks.ranges("head_mass", q_SHD.shape[0], k_TGD.shape[0], starts_S, ends_S)
     return reference.head_mass(q_SHD, k_TGD, starts_S, ends_S, scale)
 
 
 def masked_attention(
     q_SHD: Tensor, k_THD: Tensor, v_THV: Tensor, indices_SK: Tensor, scale: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q . k) v over the selected keys, computed densely with everything else masked: the form for short contexts.
+    """softmax(scale * q . k) v over the selected keys, computed densely with everything else masked.
 
-    q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V), lse (S, H). Differentiable by q, k, v.
-    Source: report, section 2.1, "masked MHA mode". ValueError on mismatched shapes.
+    The form for short contexts. q (S, H, D), k (T, H, D), v (T, H, V), indices (S, K). Returns out (S, H, V) and lse
+    (S, H). Differentiable by q, k and v. ValueError on mismatched shapes.
+    Source: report, section 2.1, "masked MHA mode".
     """
-    if k_THD.shape[:2] != v_THV.shape[:2]:
-        raise ValueError(f"masked_attention: k {tuple(k_THD.shape)} and v {tuple(v_THV.shape)} differ in (T, H)")
-    if q_SHD.shape[1:] != k_THD.shape[1:]:
-        raise ValueError(f"masked_attention: q {tuple(q_SHD.shape)} and k {tuple(k_THD.shape)} differ in (H, D)")
-    _check_indices("masked_attention", q_SHD.shape[0], k_THD.shape[0], indices_SK)
-    return custom.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
+    checks.masked("masked_attention", q_SHD, k_THD, v_THV, indices_SK)
+    return table.masked_attention(q_SHD, k_THD, v_THV, indices_SK, scale, backend)
 
 
 def sparse_attention(
@@ -292,15 +194,13 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """u_t = Attention(h_t, {c_s : s in S_t}), the second half of equation (2): only selected entries are read.
 
-    One entry of width E per token and group: key = [0:d_k], value = [v_start:v_start+d_v]. q (S, H, d_k), kv (T, G, E), indices (S, K).
-    MLA in MQA mode: G = 1, E = 576, d_k = 576, v_start = 0, d_v = 512. GQA: E = 2d, d_k = d, v_start = d, d_v = d.
-    Returns out (S, H, d_v), lse (S, H). Differentiable by q, kv. ValueError on mismatched shapes.
+    One entry of width E per token and group: key = [0:d_k], value = [v_start:v_start+d_v]. q (S, H, d_k), kv (T, G, E),
+    indices (S, K). MLA in MQA mode: G = 1, E = 576, d_k = 576, v_start = 0, d_v = 512. Grouped-query attention: E = 2d,
+    d_k = d, v_start = d, d_v = d. Returns out (S, H, d_v) and lse (S, H). Differentiable by q and kv. ValueError on
+    mismatched shapes.
     """
-    _check_entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
-    if alone(q_SHD):
-        module = pick("sparse_attention", q_SHD, backend, kv=kv_TGE, v_start=v_start, d_v=d_v)
-        return module.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
-    return custom.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
+    checks.entries("sparse_attention", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
+    return table.sparse_attention(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, backend)
 
 
 def sparse_attention_kl(
@@ -320,12 +220,13 @@ def sparse_attention_kl(
     """`sparse_attention`, and the indexer's loss of sparse training over the selected set: equation (4).
 
     kl[t] = KL( p[t,S_t] || softmax(I[t,S_t]) ), p = mean over heads of this attention's own probabilities, detached.
-    q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I). Returns out (S, H, d_v), lse (S, H), kl (S) float32 in nats.
-    Gradients of out and lse reach q and kv only, those of kl reach q_I, k_I and w only. Errors as in `sparse_attention`.
+    q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I). Returns out (S, H, d_v), lse (S, H) and kl (S) float32 in nats.
+    Gradients of out and lse reach q and kv only, those of kl reach q_I, k_I and w only. Errors as in
+    `sparse_attention`.
     """
-    _check_entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
-    _check_scored("sparse_attention_kl", q_SHD, kv_TGE, q_I, k_I, w)
-    return custom_kl.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
+    checks.entries("sparse_attention_kl", q_SHD, kv_TGE, indices_SK, d_k, v_start, d_v)
+    checks.scoring_beside("sparse_attention_kl", q_SHD, kv_TGE, q_I, k_I, w)
+    return table.sparse_attention_kl(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, q_I, k_I, w, backend)
 
 
 def indexer_kl_dense(
@@ -343,15 +244,15 @@ def indexer_kl_dense(
 ) -> Tensor:
     """The indexer's loss of dense warm-up over ALL visible keys: equation (3).
 
-    kl[t] = KL( p[t,:] || softmax(I[t,:]) ), p = mean over heads of exp(scale * q . k - lse), the main attention's probabilities.
-    q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I (T, d_I), w (S, H_I).
-    Returns kl (S) float32 in nats. Differentiable by q_I, k_I, w only: d kl / d I = softmax(I) * sum(p) - p; sum(p) is 1 unless lse comes
-    from elsewhere than from this attention over these keys. Memory is linear in T.
+    kl[t] = KL( p[t,:] || softmax(I[t,:]) ), p = mean over heads of exp(scale * q . k - lse), the main attention's
+    probabilities. q (S, H, D), k (T, G, D), lse (S, H) of the main attention (natural log), q_I (S, H_I, d_I), k_I
+    (T, d_I), w (S, H_I). Returns kl (S) float32 in nats. Memory is linear in T.
+
+    Differentiable by q_I, k_I and w only: d kl / d I = softmax(I) * sum(p) - p. sum(p) is 1 unless lse is that of
+    another attention or of other keys. ValueError on mismatched shapes.
     """
-    _check_kl_dense("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
-    return custom_kl.indexer_kl_dense(
-        q_SHD.detach(), k_TGD.detach(), lse_SH.detach(), scale, q_I, k_I, w, starts_S, ends_S, backend
-    )
+    checks.warmup("indexer_kl_dense", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
+    return table.indexer_kl_dense(q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, backend)
 
 
 def indexer_kl_dense_sum(
@@ -368,25 +269,43 @@ def indexer_kl_dense_sum(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """sum(weight * `indexer_kl_dense`) (): equation (3) as a training step wants it, its gradient computed in the same pass.
+    """sum(weight * `indexer_kl_dense`) (): equation (3) as a training step wants it, its gradient from the same pass.
 
-    Target and scores cost most of the loss; with the weights known beforehand they are computed once instead of once in each direction.
-    weight (S) float32 is not differentiated; everything else, shapes, errors and source, as in `indexer_kl_dense`. The gradient can be
-    taken once (RuntimeError otherwise): it is kept from the forward pass and scaled in place.
+    Target and scores cost most of the loss. As the weights are known beforehand, they are computed once instead of
+    once in each direction. weight (S) float32 is not differentiated. All else, shapes, errors and source, is as in
+    `indexer_kl_dense`. The gradient can be taken once (RuntimeError otherwise): it is kept from the forward pass and
+    scaled in place.
     """
-    _check_kl_dense("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
+    checks.warmup("indexer_kl_dense_sum", q_SHD, k_TGD, lse_SH, q_I, k_I, w, starts_S, ends_S)
     if weight_S.shape != q_SHD.shape[:1]:
         raise ValueError(f"indexer_kl_dense_sum: weight must be ({q_SHD.shape[0]},), got {tuple(weight_S.shape)}")
-    return custom_kl.indexer_kl_dense_sum(
-        q_SHD.detach(),
-        k_TGD.detach(),
-        lse_SH.detach(),
-        scale,
-        q_I,
-        k_I,
-        w,
-        starts_S,
-        ends_S,
-        weight_S.detach(),
-        backend,
-    )[0]
+    return table.indexer_kl_dense_sum(
+        q_SHD, k_TGD, lse_SH, scale, q_I, k_I, w, starts_S, ends_S, weight_S, backend
+    )[0]  # fmt: skip
+
+
+def block_linear(
+    x_NK: Tensor,
+    weight_EMK: Tensor,
+    scale: Tensor,
+    ends_E: Tensor | None = None,
+    *,
+    gated: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """y[n,m] = sum_b s_x[n,b] s_w[e,m,b] sum_{k in b} e4m3(x)[n,k] w[e,m,k]: a linear layer with FP8 weights.
+
+    Legend: N rows, E weights (experts), M outputs, K inputs. The weights stay as an FP8 checkpoint stores them.
+
+    x (N, K) floating, rounded to E4M3 in blocks of 128 values with power-of-two scales s_x. If gated, x is (N, 2K), and
+    silu of its first half times its second is multiplied. weight (E, M, K) float8_e4m3fn, K a multiple of 128. scale
+    (E, ceil(M / 128), K / 128) float32, s_w of blocks of 128 x 128. ends (E) int32, ascending: rows [ends[e-1],
+    ends[e]) meet weight e; results of rows behind the last are unspecified. None if E = 1.
+    Returns (N, M) in x's dtype, summed in float32. No gradient.
+
+    ValueError on mismatched shapes and dtypes. For a NaN or an infinity in x the reference raises ValueError, while the
+    Triton kernel turns that row into NaN.
+    Sources: the weights of DeepSeek-V3.2-Exp and `fp8_gemm` of its official demo; DeepSeek-V3 report, section 3.3.
+    """
+    checks.block_linear("block_linear", x_NK, weight_EMK, scale, ends_E, gated)
+    return table.block_linear(x_NK, weight_EMK, scale, ends_E, gated, backend)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OPS = ("dense_attention",)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
+    """Why PyTorch's kernels cannot take this call, in one clause, or None if they can."""
     if operands["bounds"] is None:
         return "the keys are not a causal pack of whole documents"
     k, v = operands["k"], operands["v"]
@@ -107,7 +109,7 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[T
 
 
 def dense_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     starts, ends, bounds: Tensor, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if dlse is not None:

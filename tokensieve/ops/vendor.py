@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.ops.aligned import aligned, pages_in_lines
+from tokensieve.ops.hopper.limits import aligned, in_lines
 from tokensieve.ops.quant import LATENT_TOKEN_BYTES, LATENT_WIDTH, PAGE_TOKENS, ROPE_WIDTH
+from tokensieve.ops.triton.limits import is_hopper, no_triton
 
 PLACES, PAGED_PLACES = 128, 64  # of a row, a multiple for FlashMLA
 # Of a call on pages: its plan is made in a multiprocessor's shared memory, and its offsets have 32 bits.
@@ -70,7 +71,13 @@ def _missing(op: str) -> str | None:
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
-    """Why the vendors' kernels cannot take this call on a Hopper GPU, in one clause, or None if they can."""
+    """Why the vendors' kernels cannot take this call, in one clause, or None if they can."""
+    if not is_hopper(q.device):
+        return "it is for Hopper GPUs"
+    return _call_limits(op, q, operands) or _missing(op) or no_triton()
+
+
+def _call_limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     if op in INDEX:
         if not q.dtype == operands["k"].dtype == torch.float8_e4m3fn or q.shape[1] not in (32, 64) or q.shape[2] != 128:
             return "DeepGEMM takes 32 or 64 index heads of 128 in E4M3"
@@ -80,20 +87,20 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     elif q.dtype != torch.bfloat16 or q.shape[1] not in (64, 128):
         return "FlashMLA takes 64 or 128 heads in bfloat16"
     elif op in PAGED:
-        return _paged_limits(q, operands["latent_pages"], operands["indices"]) or _missing(op)
+        return _paged_limits(q, operands["entry_pages"], operands["indices"])
     else:
         kv = operands["kv"]
         wide = kv.shape[1:] == (1, 576) and q.shape[-1] == 576 and kv.dtype == q.dtype
         if not wide or (operands["v_start"], operands["d_v"]) != (0, 512):
             return "FlashMLA takes entries of 576 in bfloat16, of which the first 512 are the value"
-    return _missing(op)
+    return None
 
 
 def _paged_limits(q: Tensor, pages: Tensor, indices: Tensor) -> str | None:
     if pages.dtype != torch.uint8:
-        return "FlashMLA takes quantized pages"
+        return "FlashMLA takes quantized pages: one group, MLA's widths"
     # Pages may lie apart, but it loads 16 bytes at a time; to copy a pool would cost more than any kernel gains.
-    if not pages_in_lines(pages, LATENT_TOKEN_BYTES) or pages.stride(0) >= 1 << 31:
+    if not in_lines(pages, LATENT_TOKEN_BYTES) or pages.stride(0) >= 1 << 31:
         return "FlashMLA takes pages whose bytes lie together, at multiples of 16"
     if q.shape[0] > MOST_QUERIES or indices.shape[1] > MOST_PLACES:
         return f"FlashMLA takes at most {MOST_QUERIES} queries with {MOST_PLACES} places each"
@@ -126,18 +133,18 @@ def sparse_attention(
 
 
 def sparse_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from tokensieve.ops.hopper import sparse_attention_backward
+    from tokensieve.ops.hopper.attention import sparse_attention_backward
 
     return sparse_attention_backward(*arguments)
 
 
 def _attend_paged(
-    q_SHD: Tensor, latent_pages: Tensor, places_SK: Tensor, scale: float, plan: Any
+    q_SHD: Tensor, entry_pages: Tensor, places_SK: Tensor, scale: float, plan: Any
 ) -> tuple[Tensor, Tensor]:
     """Every query as a sequence of its own; fills in the plan where it is empty."""
     out, lse = _package("flash_mla").flash_mla_with_kvcache(
         aligned(q_SHD)[:, None],
-        latent_pages.view(torch.float8_e4m3fn).unsqueeze(2),
+        entry_pages.view(torch.float8_e4m3fn).unsqueeze(2),
         None,
         None,
         LATENT_WIDTH,
@@ -177,16 +184,24 @@ def _plan(device: torch.device, S: int, H: int, K: int) -> Any:
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor,
+    entry_pages: Tensor,
+    indices_SK: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
 ) -> tuple[Tensor, Tensor]:
-    (S, H, _), pages = q_SHD.shape, latent_pages.shape[0]
+    (S, H, _), pages = q_SHD.shape, entry_pages.shape[0]
     if 0 in (S, pages, page_table.shape[1], indices_SK.shape[1]):
         return q_SHD.new_zeros(S, H, d_v), q_SHD.new_full((S, H), float("-inf"), dtype=torch.float32)
     from tokensieve.ops.triton.paged_places import pool_places
 
-    places = pool_places(indices_SK, page_table, lens, pages, PAGED_PLACES)
+    places = pool_places(indices_SK, page_table, lengths, pages, PAGED_PLACES)
     plan = _plan(q_SHD.device, S, H, places.shape[1])
-    out, lse = _attend_paged(q_SHD, latent_pages, places, scale, plan)
+    out, lse = _attend_paged(q_SHD, entry_pages, places, scale, plan)
     # +inf becomes -inf in one launch: a decode step counts them
     return out, lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
 
@@ -227,7 +242,7 @@ def index_scores(
 
 
 def index_scores_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from tokensieve.ops.triton import index_scores_backward
+    from tokensieve.ops.triton.index import index_scores_backward
 
     return index_scores_backward(*arguments)
 

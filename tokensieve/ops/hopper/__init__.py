@@ -1,27 +1,10 @@
 """Kernels for Hopper in Gluon: what plain Triton cannot say is which warps do what, and when a buffer is free.
 
-The shapes are the 671B model's. Attention over selected entries: one entry of 576 a token, of which the first 512 are the value, shared by
-any number of heads, in memory or on quantized pages. Index scores: E4M3 queries and keys of 128, a power of two of heads. All else runs on
-the portable kernels of `tokensieve.ops.triton`. docs/kernels.md has the measurements that earned these their place.
+The shapes are the 671B model's. Attention over selected entries: one entry of 576 a token, of which the first 512 are the value, shared
+by any number of heads, in memory or on quantized pages. Index scores: E4M3 queries and keys of 128, a power of two of heads. All else
+runs on the portable kernels of `tokensieve.ops.triton`. docs/kernels.md has the measurements that earned these their place.
 
 `warps` holds what the kernels share, `forward`, `dq` and `dkv` one kernel each, `attention` and `attention_kl` the ops made of them,
-`index` the scores and the ops on them, `decode` the op on pages.
+`index` the scores and the ops on them, `decode` the op on pages. `backend` is the module that dispatch imports, and `limits` says what
+it can run. Neither this file nor `limits` imports Triton: it is not on every machine.
 """
-
-from tokensieve.ops.hopper.attention import sparse_attention, sparse_attention_backward
-from tokensieve.ops.hopper.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
-from tokensieve.ops.hopper.decode import beats_pieces, sparse_attention_paged
-from tokensieve.ops.hopper.index import index_scores, index_topk
-from tokensieve.ops.triton import index_scores_backward
-
-__all__ = [
-    "beats_pieces",
-    "index_scores",
-    "index_scores_backward",
-    "index_topk",
-    "sparse_attention",
-    "sparse_attention_backward",
-    "sparse_attention_kl",
-    "sparse_attention_kl_backward",
-    "sparse_attention_paged",
-]

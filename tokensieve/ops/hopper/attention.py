@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensieve.ops.aligned import aligned
 from tokensieve.ops.hopper.dkv import HEADS, add_dkv
 from tokensieve.ops.hopper.dq import probabilities_and_dq
 from tokensieve.ops.hopper.forward import forward
+from tokensieve.ops.hopper.limits import aligned
 from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
 from tokensieve.ops.triton.in_order import add_in_order, strip_length, strips, wanted_in_order
 
@@ -87,11 +87,11 @@ def backward_by_strips(
 def sparse_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokensieve.ops.aligned import aligned
 from tokensieve.ops.hopper.attention import backward_by_strips, pitch_of
 from tokensieve.ops.hopper.forward import forward
+from tokensieve.ops.hopper.limits import aligned
 from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
 from tokensieve.ops.triton.attention import LOG2E, load_index
 from tokensieve.ops.triton.in_order import strip_length, strips
@@ -87,11 +87,11 @@ def sparse_attention_kl_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
     dkl_S: Tensor,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,

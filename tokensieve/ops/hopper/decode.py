@@ -163,17 +163,25 @@ def decode_kernel(
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor,
+    entry_pages: Tensor,
+    indices_SK: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
 ) -> tuple[Tensor, Tensor]:
-    (S, H, E), pages = q_SHD.shape, latent_pages.shape[0]
+    (S, H, E), pages = q_SHD.shape, entry_pages.shape[0]
     out, lse = q_SHD.new_empty(S, H, VALUE), q_SHD.new_empty(S, H, dtype=torch.float32)
     if 0 in (S, pages, page_table.shape[1], indices_SK.shape[1]):
         return out.zero_(), lse.fill_(float("-inf"))
-    places = pool_places(indices_SK, page_table, lens, pages, BLOCK)
+    places = pool_places(indices_SK, page_table, lengths, pages, BLOCK)
     K = places.shape[1]
     decode_kernel[(cdiv(H, BLOCK) * S,)](
-        q_SHD.contiguous(), *latent_parts(latent_pages, E - VALUE), places, out, lse,
-        H, pages * PAGE_TOKENS, K, latent_pages.stride(0), scale, KP=padded(K), num_warps=8,
+        q_SHD.contiguous(), *latent_parts(entry_pages, E - VALUE), places, out, lse,
+        H, pages * PAGE_TOKENS, K, entry_pages.stride(0), scale, KP=padded(K), num_warps=8,
     )  # fmt: skip
     return out, lse
 

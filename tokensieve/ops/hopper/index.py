@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tokensieve.ops.aligned import aligned
+from tokensieve.ops.hopper.limits import aligned
 from tokensieve.ops.hopper.warps import allocate_barriers, barrier, columns, copy_box
 from tokensieve.ops.triton import topk
 from tokensieve.ops.triton.index import ROWS, chunks, ranges

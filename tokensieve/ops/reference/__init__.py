@@ -23,7 +23,23 @@ from tokensieve.ops.reference.sparse import (
     sparse_attention_kl_backward,
 )
 
+PAGED_OPS = ("quantize_queries", "index_scores_paged", "sparse_attention_paged", "write_caches")
+OPS = (
+    "index_scores",
+    "select_topk",
+    "index_topk",
+    "dense_attention",
+    "masked_attention",
+    "sparse_attention",
+    "sparse_attention_kl",
+    "indexer_kl_dense",
+    "block_linear",
+    *PAGED_OPS,
+)
+
 __all__ = [
+    "OPS",
+    "PAGED_OPS",
     "block_linear",
     "dense_attention",
     "dense_attention_backward",

@@ -60,11 +60,11 @@ def block_attention(
 def block_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     k_TGD: Tensor,
     v_TGV: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     blocks: Iterator[Block],
     excluded: Excluded,
@@ -116,10 +116,10 @@ def dense_attention(
 
 
 def dense_attention_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     starts_S: Tensor, ends_S: Tensor, bounds: Tensor | None, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return block_attention_backward(dout, dlse, q, k, v, out, lse, scale, *dense_blocks(q, starts_S, ends_S))
+    return block_attention_backward(dout, dlse, out, lse, q, k, v, scale, *dense_blocks(q, starts_S, ends_S))
 
 
 def selection_blocks(q_SHD: Tensor, indices_SK: Tensor) -> tuple[Iterator[Block], Excluded]:
@@ -164,15 +164,15 @@ def masked_attention(
 def masked_attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
     indices_SK: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return block_attention_backward(dout, dlse, q, k, v, out, lse, scale, *selection_blocks(q, indices_SK))
+    return block_attention_backward(dout, dlse, out, lse, q, k, v, scale, *selection_blocks(q, indices_SK))
 
 
 def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, scale: float) -> Tensor:

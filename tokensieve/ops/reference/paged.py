@@ -14,16 +14,16 @@ from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.ops.reference.blocks import compute_dtype, row_blocks
 from tokensieve.ops.reference.index import KEY_PAD, index_scores
-from tokensieve.ops.reference.sparse import attend
+from tokensieve.ops.reference.sparse import attend, by_group
 
 
-def seen_tokens(lens_B: Tensor, S: int) -> Tensor:
+def seen_tokens(lengths_B: Tensor, S: int) -> Tensor:
     """The tokens (S) that each query sees: of n queries of a sequence, query j sees all but the last n - 1 - j."""
-    n = S // max(lens_B.shape[0], 1)
+    n = S // max(lengths_B.shape[0], 1)
     if n == 1:
-        return lens_B
-    behind = torch.arange(1 - n, 1, dtype=lens_B.dtype, device=lens_B.device)
-    return (lens_B[:, None] + behind).clamp_min_(0).flatten()
+        return lengths_B
+    behind = torch.arange(1 - n, 1, dtype=lengths_B.dtype, device=lengths_B.device)
+    return (lengths_B[:, None] + behind).clamp_min_(0).flatten()
 
 
 def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -40,13 +40,13 @@ def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | N
     return keys.flatten(0, 1), scales.flatten()
 
 
-def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lens: Tensor) -> Tensor:
+def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
     S, (B, P) = q_SHD.shape[0], page_table.shape
     n = S // max(B, 1)
     scores_ST = torch.full((S, P * PAGE_TOKENS), float("-inf"), dtype=compute_dtype(q_SHD), device=q_SHD.device)
-    ends_S = seen_tokens(lens, S)
+    ends_S = seen_tokens(lengths, S)
     starts_S = torch.zeros_like(ends_S)
-    for sequence, length in enumerate(lens.tolist()):
+    for sequence, length in enumerate(lengths.tolist()):
         if not length:
             continue
         keys, scales = index_keys(index_pages, page_table[sequence, : -(-length // PAGE_TOKENS)])
@@ -63,7 +63,7 @@ def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_ta
 
 
 def token_rows(pages: Tensor, page_bK: Tensor, offset_bK: Tensor) -> Tensor:
-    """Rows (b, K, X) of single tokens of pages (pages, 64, X)."""
+    """Rows (b, K, ...) of single tokens of pages (pages, 64, ...)."""
     if not pages.is_contiguous():  # one layer of a pool of all layers, say: to flatten it would be to copy it
         return pages[page_bK, offset_bK]
     # Copies whole rows, which is several times faster than indexing by two tensors.
@@ -72,30 +72,39 @@ def token_rows(pages: Tensor, page_bK: Tensor, offset_bK: Tensor) -> Tensor:
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor,
+    entry_pages: Tensor,
+    indices_SK: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
 ) -> tuple[Tensor, Tensor]:
-    S, H, E = q_SHD.shape
+    S, H, _ = q_SHD.shape
     (B, P), K = page_table.shape, indices_SK.shape[1]
+    quantized, G = entry_pages.dtype == torch.uint8, entry_pages.shape[2] if entry_pages.dim() == 4 else 1
+    numbers = d_k if quantized else G * entry_pages.shape[-1]  # of a token
     n = S // max(B, 1)
     dtype = compute_dtype(q_SHD)
     out_SHV = q_SHD.new_zeros(S, H, d_v)
     lse_SH = torch.full((S, H), float("-inf"), dtype=dtype, device=q_SHD.device)
-    if 0 in (K, P, latent_pages.shape[0]):
+    if 0 in (K, P, entry_pages.shape[0]):
         return out_SHV, lse_SH
-    seen_S = seen_tokens(lens, S)
-    for a, b in row_blocks(S, K * max(E, H), q_SHD):
+    seen_S = seen_tokens(lengths, S)
+    for a, b in row_blocks(S, K * max(numbers, H), q_SHD):
         indices = indices_SK[a:b].long()
         unused = (indices < 0) | (indices >= seen_S[a:b, None])
         position = indices.masked_fill(unused, 0)
         sequence = torch.arange(a, b, device=q_SHD.device)[:, None] // n
         # A sequence without tokens has nothing valid in the table: unused places read page 0 of the pool instead, as zeros.
         page = page_table[sequence, position // PAGE_TOKENS].long().masked_fill_(unused, 0)
-        rows = token_rows(latent_pages, page, position % PAGE_TOKENS).masked_fill_(unused[..., None], 0)
-        if rows.dtype == torch.uint8:
-            entries = torch.cat(quant.unpack_latent_tokens(rows, torch.float32), -1).to(dtype)
-        else:
-            entries = rows.to(dtype)
-        out_SHV[a:b], lse_SH[a:b], _ = attend(q_SHD[a:b].to(dtype) * scale, entries, unused, 0, d_v)
+        rows = token_rows(entry_pages, page, position % PAGE_TOKENS).flatten(2).masked_fill_(unused[..., None], 0)
+        if quantized:
+            rows = torch.cat(quant.unpack_latent_tokens(rows, torch.float32), -1)
+        entries = rows.to(dtype) if G == 1 else by_group(rows.to(dtype), G)
+        out_SHV[a:b], lse_SH[a:b], _ = attend(q_SHD[a:b].to(dtype) * scale, entries, unused, v_start, d_v)
     return out_SHV, lse_SH
 
 
@@ -111,20 +120,20 @@ def quantize_queries(q_SHD: Tensor, w_SH: Tensor, cos: Tensor | None, sin: Tenso
 
 
 def write_caches(
-    latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
+    first: Tensor, second: Tensor, k_I: Tensor, entry_pages: Tensor, index_pages: Tensor, slots: Tensor
 ) -> None:
-    kept = slots >= 0
-    if not bool(kept.all()):
-        latent, k_rope, k_I, slots = latent[kept], k_rope[kept], k_I[kept], slots[kept]
+    wanted = slots >= 0
+    if not bool(wanted.all()):
+        first, second, k_I, slots = first[wanted], second[wanted], k_I[wanted], slots[wanted]
     page, offset = slots.long() // PAGE_TOKENS, slots.long() % PAGE_TOKENS
     quantized_index = index_pages.dtype == torch.uint8
     # Quantizing refuses NaN: it comes before the first write, so that a refused call leaves both caches as they were.
     if quantized_index:
         values, scales = quant.quantize_e4m3(quant.hadamard(k_I), quant.INDEX_WIDTH, "ue8m0")
-    if latent_pages.dtype == torch.uint8:
-        latent_pages[page, offset] = quant.pack_latent_tokens(latent, k_rope)
+    if entry_pages.dtype == torch.uint8:
+        entry_pages[page, offset] = quant.pack_latent_tokens(first, second)
     else:
-        latent_pages[page, offset] = torch.cat([x.to(latent_pages.dtype) for x in (latent, k_rope)], -1)
+        entry_pages[page, offset] = torch.cat([x.to(entry_pages.dtype) for x in (first, second)], -1)
     if quantized_index:
         value_bytes, scale_bytes = quant.index_page_tokens(index_pages)
         value_bytes[page, offset], scale_bytes[page, offset] = values.view(torch.uint8), scales.view(torch.uint8)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokensieve.ops.eager import is_single_token
 from tokensieve.ops.reference.blocks import compute_dtype, row_blocks, softmax_with_lse
 from tokensieve.ops.reference.kl import open_gradient, weighted_gradients
-from tokensieve.ops.single import alone
 
 
 def selected_rows(x_TX: Tensor, indices_bK: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def sparse_attention(
     S, H, _ = q_SHD.shape
     G, K = kv_TGE.shape[1], indices_SK.shape[1]
     dtype = compute_dtype(q_SHD)
-    if K and alone(q_SHD) and int(indices_SK.min()) >= 0:
+    if K and is_single_token(q_SHD) and int(indices_SK.min()) >= 0:
         return attend_alone(q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v)
     out_SHV, lse_SH = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=dtype)
     for a, b in row_blocks(S, K * max(kv_TGE[:1].numel(), H), q_SHD):
@@ -124,18 +124,18 @@ def sparse_attention_kl(
 def sparse_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,
     d_v: int,
 ) -> tuple[Tensor, Tensor]:
     dq, dkv, *_ = sparse_attention_kl_backward(
-        dout_SHV, dlse_SH, None, q_SHD, kv_TGE, indices_SK, out_SHV, lse_SH, scale, d_k, v_start, d_v, None, None, None
+        dout_SHV, dlse_SH, None, out_SHV, lse_SH, q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, None, None, None
     )
     return dq, dkv
 
@@ -144,11 +144,11 @@ def sparse_attention_kl_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
     dkl_S: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,

@@ -1,40 +1,8 @@
-"""Portable Triton kernels: the ops on GPUs, and on the CPU in Triton's interpreter, which checks them where there is no GPU.
+"""Portable Triton kernels: the ops on GPUs, and on the CPU in Triton's interpreter, which checks them if there is no GPU.
 
 A file holds one family: `index` (scores, equation (1), and their gradients), `topk` (the selection, equation (2)), `attention` (over
-selected entries), `attention_kl` (the same with the KL of equation (4)), `masked` (over all keys, everything but the selection masked),
-`loss` (the warm-up's KL, equation (3)), `linear` (products with FP8 weights); on caches in pages `queries`, `paged_index`,
-`paged_attention`, `paged_write` and, for FlashMLA and the Hopper kernel, `paged_places`.
+selected entries), `attention_kl` (the same with the KL of equation (4)), `masked` (over all keys, everything but the selection
+masked), `loss` (the warm-up's KL, equation (3)), `linear` (products with FP8 weights); on caches in pages `queries`, `paged_index`,
+`paged_attention`, `paged_write` and, for FlashMLA and the Hopper kernel, `paged_places`. `backend` is the module that dispatch
+imports, and `limits` says what it can run. Neither this file nor `limits` imports Triton: it is not on every machine.
 """
-
-from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
-from tokensieve.ops.triton.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
-from tokensieve.ops.triton.index import index_scores, index_scores_backward
-from tokensieve.ops.triton.linear import block_linear
-from tokensieve.ops.triton.loss import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
-from tokensieve.ops.triton.masked import masked_attention, masked_attention_backward
-from tokensieve.ops.triton.paged_attention import sparse_attention_paged
-from tokensieve.ops.triton.paged_index import index_scores_paged
-from tokensieve.ops.triton.paged_write import write_caches
-from tokensieve.ops.triton.queries import quantize_queries
-from tokensieve.ops.triton.topk import index_topk, select_topk
-
-__all__ = [
-    "block_linear",
-    "index_scores",
-    "index_scores_backward",
-    "index_scores_paged",
-    "index_topk",
-    "indexer_kl_dense",
-    "indexer_kl_dense_backward",
-    "indexer_kl_dense_step",
-    "masked_attention",
-    "masked_attention_backward",
-    "quantize_queries",
-    "select_topk",
-    "sparse_attention",
-    "sparse_attention_backward",
-    "sparse_attention_kl",
-    "sparse_attention_kl_backward",
-    "sparse_attention_paged",
-    "write_caches",
-]

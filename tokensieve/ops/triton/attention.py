@@ -251,11 +251,11 @@ def _dkv_kernel(
 def backward_with_mass(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,
@@ -295,17 +295,17 @@ def backward_with_mass(
 def sparse_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,
     d_v: int,
 ) -> tuple[Tensor, Tensor]:
     dq, dkv, _ = backward_with_mass(
-        dout_SHV, dlse_SH, q_SHD, kv_TGE, indices_SK, out_SHV, lse_SH, scale, d_k, v_start, d_v, with_mass=False
+        dout_SHV, dlse_SH, out_SHV, lse_SH, q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, with_mass=False
     )
     return dq, dkv

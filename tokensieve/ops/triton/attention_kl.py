@@ -86,11 +86,11 @@ def sparse_attention_kl_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
     dkl_S: Tensor,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     kv_TGE: Tensor,
     indices_SK: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     scale: float,
     d_k: int,
     v_start: int,
@@ -100,7 +100,7 @@ def sparse_attention_kl_backward(
     w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dkv, mass = backward_with_mass(
-        dout_SHV, dlse_SH, q_SHD, kv_TGE, indices_SK, out_SHV, lse_SH, scale, d_k, v_start, d_v, with_mass=True
+        dout_SHV, dlse_SH, out_SHV, lse_SH, q_SHD, kv_TGE, indices_SK, scale, d_k, v_start, d_v, with_mass=True
     )
     if q_SHD.shape[0] == 0:
         return dq, dkv, torch.zeros_like(q_I), torch.zeros_like(k_I), torch.zeros_like(w)

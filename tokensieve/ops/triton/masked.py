@@ -321,11 +321,11 @@ def _dkv_kernel(
 def masked_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
     q_SHD: Tensor,
     k_THD: Tensor,
     v_THV: Tensor,
-    out_SHV: Tensor,
-    lse_SH: Tensor,
     indices_SK: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,21 +72,28 @@ def entry_pages(indices, place, end, table, seen, pages):
 
 @triton.jit
 def _split_kernel(
-    q, values, scales, tails, indices, page_table, lens, out, lse, K, n, P, pages, page_stride, chunk, splits, scale,
-    H: tl.constexpr, E: tl.constexpr, d_v: tl.constexpr, token_stride: tl.constexpr,
+    q, values, scales, tails, indices, page_table, lengths, out, lse, K, n, P, pages, page_stride, chunk, splits, scale,
+    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
+    token_stride: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
     KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr,
     QUANTIZED: tl.constexpr, PTX: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Attention over places [split * chunk, (split + 1) * chunk) of a query's selection; lse to base 2, natural where that is the WHOLE."""
     t, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    head, at = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BN)
-    mine = head < H
+    M: tl.constexpr = H // G
+    blocks: tl.constexpr = (M + BH - 1) // BH
+    if G > 1:
+        g, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    else:  # known while compiling: one group costs nothing
+        g, block = 0, tl.program_id(1)
+    head, at = block * BH + tl.arange(0, BH), tl.arange(0, BN)
+    mine, head = head < M, g * M + head
     row = t * H + head
-    q_main = load_part(q, row * E, mine, E if E < DM else DM, DM)
-    q_tail = load_part(q, row * E + DM, mine, E - DM, DT) if DT > 0 else q_main
+    q_main = load_part(q, row * d_k, mine, d_k if d_k < DM else DM, DM)
+    q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT) if DT > 0 else q_main
     b = t // n
-    seen = tl.minimum(tl.load(lens + b), P * PAGE) - n + 1 + (t - b * n)
+    seen = tl.minimum(tl.load(lengths + b), P * PAGE) - n + 1 + (t - b * n)
     page_table += b * P
     p_HN = tl.zeros((BH, BN), q_main.dtype)
     indices += t * K + split * chunk
@@ -99,7 +106,7 @@ def _split_kernel(
         # Two loads, one after the other, find the next tile's entries: they have the time of this tile's products.
         next_page, next_inside = entry_pages(indices, first + BN + at, end, page_table, seen, pages)
         live = page >= 0
-        entry = page.to(tl.int64) * page_stride + inside * token_stride
+        entry = page.to(tl.int64) * page_stride + (inside * token_stride + g * E)
         if QUANTIZED:
             bytes_ND = load_part(values, entry, live, DM, DM)
             at_scale = page.to(tl.int64) * (page_stride // 4) + inside * (token_stride // 4)
@@ -107,9 +114,9 @@ def _split_kernel(
             main = dequantized(bytes_ND, scale_NG, q_main.dtype, PTX)
             value = main
         else:
-            main = load_part(values, entry, live, E if E < DM else DM, DM).to(q_main.dtype)
-            tail = load_part(values, entry + DM, live, E - DM, DT).to(q_main.dtype) if DT > 0 else main
-            value = main if SHARED else load_part(values, entry, live, d_v, VP).to(q_main.dtype)
+            main = load_part(values, entry, live, d_k if d_k < DM else DM, DM).to(q_main.dtype)
+            tail = load_part(values, entry + DM, live, d_k - DM, DT).to(q_main.dtype) if DT > 0 else main
+            value = main if SHARED else load_part(values, entry + v_start, live, d_v, VP).to(q_main.dtype)
         shrink = tl.zeros((BH,), tl.float32)
         # Always true. Where Triton sees that a product goes into another one, it gives the same rows to several warps, and half of
         # the work is done twice; past the branch it does not see that. The two products are summed after scaling for the same reason.
@@ -183,19 +190,28 @@ def join(parts_SPHV: Tensor, lse_SPH: Tensor, out_SHV: Tensor, lse_SH: Tensor) -
 
 
 def sparse_attention_paged(
-    q_SHD: Tensor, latent_pages: Tensor, indices_SK: Tensor, page_table: Tensor, lens: Tensor, scale: float, d_v: int
+    q_SHD: Tensor,
+    entry_pages: Tensor,
+    indices_SK: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
 ) -> tuple[Tensor, Tensor]:
-    (S, H, E), (B, P), K = q_SHD.shape, page_table.shape, indices_SK.shape[1]
+    (S, H, _), (B, P), K = q_SHD.shape, page_table.shape, indices_SK.shape[1]
+    G = entry_pages.shape[2] if entry_pages.dim() == 4 else 1
     out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
     if S == 0:
         return out, lse
-    if 0 in (K, P, latent_pages.shape[0]):
+    if 0 in (K, P, entry_pages.shape[0]):
         return out.zero_(), lse.fill_(float("-inf"))
-    quantized = latent_pages.dtype == torch.uint8
-    values, scales, tails = latent_parts(inner_contiguous(latent_pages), E - LATENT_WIDTH)
+    quantized = entry_pages.dtype == torch.uint8
+    values, scales, tails = latent_parts(inner_contiguous(entry_pages), d_k - LATENT_WIDTH)
     # wide products of fewer than 64 rows miss Hopper's fast path, and registers
-    BH, tiles = 64 if d_v > 128 else head_block(H), triton.cdiv(K, BN)
-    blocks = triton.cdiv(H, BH)
+    BH, tiles = 64 if d_v > 128 else head_block(H // G), triton.cdiv(K, BN)
+    blocks = G * triton.cdiv(H // G, BH)
     chunk = triton.cdiv(tiles, pieces(S * blocks, tiles)) * BN
     splits = triton.cdiv(K, chunk)
     parts, part_lse = out, lse
@@ -203,9 +219,10 @@ def sparse_attention_paged(
         parts = torch.empty(S, splits, H, d_v, dtype=torch.float32, device=q_SHD.device)
         part_lse = parts.new_empty(S, splits, H)
     _split_kernel[(S, blocks, splits)](
-        q_SHD.contiguous(), values, scales, tails, indices_SK.contiguous(), page_table.contiguous(), lens.contiguous(),
+        q_SHD.contiguous(), values, scales, tails, indices_SK.contiguous(), page_table.contiguous(), lengths.contiguous(),
         parts, part_lse, K, S // B, P, values.shape[0], values.stride(0), chunk, splits, scale,
-        H=H, E=E, d_v=d_v, token_stride=values.shape[2], **widths(E, 0, d_v), KP=triton.next_power_of_2(chunk), BH=BH, BN=BN,
+        H=H, G=G, E=entry_pages.shape[-1], d_k=d_k, v_start=v_start, d_v=d_v, token_stride=values[0, 0].numel(),
+        **widths(d_k, v_start, d_v), KP=triton.next_power_of_2(chunk), BH=BH, BN=BN,
         WHOLE=splits == 1, QUANTIZED=quantized, PTX=quantized and q_SHD.dtype == torch.bfloat16 and torch.version.hip is None,
         EXACT=exact(q_SHD), num_warps=8 if d_v > 128 else 4, num_stages=3 if quantized else 2,
     )  # fmt: skip

@@ -30,13 +30,13 @@ def inner_contiguous(pages: Tensor) -> Tensor:
 
 @triton.jit
 def _scores_kernel(
-    q, keys, scales, w, page_table, lens, out, n, P, pages, stride, scale_stride, chunk,
+    q, keys, scales, w, page_table, lengths, out, n, P, pages, stride, scale_stride, chunk,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr,
     SCALED: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     blocks, s, d = (n + BQ - 1) // BQ, tl.arange(0, PAGE), tl.arange(0, DP)
     b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    length = tl.minimum(tl.load(lens + b), P * PAGE)
+    length = tl.minimum(tl.load(lengths + b), P * PAGE)
     begin = tl.program_id(1) * chunk
     end = tl.minimum(begin + chunk, (length + PAGE - 1) // PAGE)
     row, j = tl.arange(0, BQ * HP), block * BQ + tl.arange(0, BQ)
@@ -76,7 +76,7 @@ def _as_pages(q: Tensor, keys: Tensor) -> Tensor:
     return q.to(keys.dtype) if q.dtype == torch.float8_e4m3fn else q.float()
 
 
-def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lens: Tensor) -> Tensor:
+def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
     (S, H, D), (B, P) = q_SHD.shape, page_table.shape
     scores_ST = torch.empty(S, P * PAGE_TOKENS, dtype=torch.float32, device=q_SHD.device)
     if 0 in (S, P, index_pages.shape[0]):
@@ -89,7 +89,7 @@ def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_ta
     keys, scales = index_parts(index_pages)
     q_SHD = _as_pages(q_SHD, keys)
     _scores_kernel[(rows, triton.cdiv(P, chunk))](
-        q_SHD.contiguous(), keys, scales, w_SH.contiguous(), page_table.contiguous(), lens.contiguous(), scores_ST,
+        q_SHD.contiguous(), keys, scales, w_SH.contiguous(), page_table.contiguous(), lengths.contiguous(), scores_ST,
         n, P, keys.shape[0], keys.stride(0), scales.stride(0) if scales is not None else 0, chunk,
         H=H, D=D, HP=HP, DP=DP, BQ=BQ, SCALED=scales is not None, EXACT=exact(q_SHD), STAGES=4, num_warps=4,
     )  # fmt: skip

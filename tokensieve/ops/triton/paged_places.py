@@ -16,15 +16,15 @@ BLOCK = 512  # places of a program
 
 
 @triton.jit
-def _places_kernel(indices, page_table, lens, out, K, width, n, P, pages, BLOCK: tl.constexpr):
+def _places_kernel(indices, page_table, lengths, out, K, width, n, P, pages, BLOCK: tl.constexpr):
     t, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     b = t // n
-    seen = tl.minimum(tl.load(lens + b), P * PAGE) - n + 1 + (t - b * n)
+    seen = tl.minimum(tl.load(lengths + b), P * PAGE) - n + 1 + (t - b * n)
     page, inside = entry_pages(indices + t * K, at, K, page_table + b * P, seen, pages)
     tl.store(out + t * width + at, tl.where(page >= 0, page * PAGE + inside, -1), mask=at < width)
 
 
-def pool_places(indices_SK: Tensor, page_table: Tensor, lens: Tensor, pages: int, multiple: int) -> Tensor:
+def pool_places(indices_SK: Tensor, page_table: Tensor, lengths: Tensor, pages: int, multiple: int) -> Tensor:
     """page * 64 + place in the page of each index, in a pool of `pages` pages: (S, K rounded up to `multiple`) int32.
 
     -1 where no entry is named that may be read: past K, at an index that is below 0 or past what its query sees, on a page outside of
@@ -35,7 +35,7 @@ def pool_places(indices_SK: Tensor, page_table: Tensor, lens: Tensor, pages: int
     out = torch.empty(S, width, dtype=torch.int32, device=indices_SK.device)
     if out.numel():
         _places_kernel[(S, triton.cdiv(width, BLOCK))](
-            indices_SK.contiguous(), page_table.contiguous(), lens.contiguous(), out,
+            indices_SK.contiguous(), page_table.contiguous(), lengths.contiguous(), out,
             K, width, S // B, P, pages, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return out

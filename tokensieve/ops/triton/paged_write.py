@@ -1,7 +1,8 @@
 """New tokens into both caches in Triton: what `quant.py` packs, to the bit, in one launch.
 
-Legend: N tokens, L latent width, R rope width, D index width; a program writes one token. Rounding to E4M3 is done on bits: it is the
-same on every GPU, those without FP8 and the interpreter included.
+Legend: N tokens, G key-value groups, L and R widths of an entry's first and second part, D index width; a program writes one token's
+entry of one group, the first group's the index key too. Rounding to E4M3 is done on bits: it is the same on every GPU, those without
+FP8 and the interpreter included.
 
 A NaN or an infinity where numbers are quantized makes the scale NaN, and so every score and every logit of that token: to look at the
 tokens first would stop the queue. The selection refuses such scores.
@@ -61,56 +62,73 @@ def rotated(x, D: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _write_key(
+    k_I, keys, key_scales, page, token, index_stride,
+    D: tl.constexpr, DP: tl.constexpr, LEVELS: tl.constexpr, INDEX_FP8: tl.constexpr,
+):  # fmt: skip
+    """One index key to its place in a page, whose keys begin at `keys`."""
+    d = tl.arange(0, DP)
+    key = tl.load(k_I + d, mask=d < D)
+    if INDEX_FP8:
+        # rounded as the rotation returns it
+        key = rotated(key.to(tl.float32), D, LEVELS).to(k_I.dtype.element_ty).to(tl.float32)
+        code, scale = quantized(key[None, :])
+        tl.store(keys + token * D + d[None, :], code)
+        tl.store(key_scales + page * (index_stride // 4) + token + tl.arange(0, 1), scale)
+    else:
+        tl.store(keys + token * D + d, key.to(keys.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def _write_kernel(
-    latent, k_rope, k_I, slots, values, scales, tails, keys, key_scales, places, page_stride, index_stride,
-    L: tl.constexpr, R: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr,
+    first, second, k_I, slots, values, scales, tails, keys, key_scales, places, page_stride, index_stride,
+    G: tl.constexpr, L: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    LP: tl.constexpr, RP: tl.constexpr, DP: tl.constexpr,
     LEVELS: tl.constexpr, token_stride: tl.constexpr, LATENT_FP8: tl.constexpr, INDEX_FP8: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
+    i, g = tl.program_id(0).to(tl.int64), tl.program_id(1) if G > 1 else 0
     slot = tl.load(slots + i).to(tl.int64)
     if (slot >= 0) & (slot < places):
         page, token = slot // PAGE, slot % PAGE
-        x, r, d = tl.arange(0, LP), tl.arange(0, RP), tl.arange(0, DP)
-        rope = tl.load(k_rope + i * R + r, mask=r < R)
+        x, r = tl.arange(0, LP), tl.arange(0, RP)
+        first += (i * G + g) * L
+        tail = tl.load(second + (i * G + g) * R + r, mask=r < R)
         if LATENT_FP8:
-            g, x = tl.arange(0, L // GROUP), tl.arange(0, GROUP)
-            at = g[:, None] * GROUP + x[None, :]
-            code, scale = quantized(tl.load(latent + i * L + at).to(tl.float32))
+            part, x = tl.arange(0, L // GROUP), tl.arange(0, GROUP)
+            at = part[:, None] * GROUP + x[None, :]
+            code, scale = quantized(tl.load(first + at).to(tl.float32))
             tl.store(values + page * page_stride + token * token_stride + at, code)
-            tl.store(scales + page * (page_stride // 4) + token * (token_stride // 4) + g, scale)
+            tl.store(scales + page * (page_stride // 4) + token * (token_stride // 4) + part, scale)
             tails += page * (page_stride // 2) + token * (token_stride // 2)
         else:
-            row = page * page_stride + token * token_stride
-            tl.store(values + row + x, tl.load(latent + i * L + x, mask=x < L).to(values.dtype.element_ty), mask=x < L)
+            row = page * page_stride + token * token_stride + g * (L + R)
+            tl.store(values + row + x, tl.load(first + x, mask=x < L).to(values.dtype.element_ty), mask=x < L)
             tails += row + L
-        tl.store(tails + r, rope.to(tails.dtype.element_ty), mask=r < R)
-        key = tl.load(k_I + i * D + d, mask=d < D)
-        if INDEX_FP8:
-            # rounded as the rotation returns it
-            key = rotated(key.to(tl.float32), D, LEVELS).to(k_I.dtype.element_ty).to(tl.float32)
-            code, scale = quantized(key[None, :])
-            tl.store(keys + page * index_stride + token * D + d[None, :], code)
-            tl.store(key_scales + page * (index_stride // 4) + token + tl.arange(0, 1), scale)
-        else:
-            tl.store(keys + page * index_stride + token * D + d, key.to(keys.dtype.element_ty), mask=d < D)
+        tl.store(tails + r, tail.to(tails.dtype.element_ty), mask=r < R)
+        if g == 0:
+            _write_key(
+                k_I + i * D, keys + page * index_stride, key_scales, page, token, index_stride, D, DP, LEVELS, INDEX_FP8
+            )
 
 
 def write_caches(
-    latent: Tensor, k_rope: Tensor, k_I: Tensor, latent_pages: Tensor, index_pages: Tensor, slots: Tensor
+    first: Tensor, second: Tensor, k_I: Tensor, entry_pages: Tensor, index_pages: Tensor, slots: Tensor
 ) -> None:
-    (N, L), R, D = latent.shape, k_rope.shape[1], k_I.shape[1]
-    if 0 in (N, latent_pages.shape[0]):
+    (N, D), L, R = k_I.shape, first.shape[-1], second.shape[-1]
+    G = first.shape[1] if first.dim() == 3 else 1
+    if 0 in (N, entry_pages.shape[0]):
         return
-    whole, index = inner_contiguous(latent_pages), inner_contiguous(index_pages)
+    whole, index = inner_contiguous(entry_pages), inner_contiguous(index_pages)
     values, scales, tails = latent_parts(whole, R)
     keys, key_scales = index_parts(index)
-    _write_kernel[(N,)](
-        latent.contiguous(), k_rope.contiguous(), k_I.contiguous(), slots.contiguous(), values, scales, tails,
+    _write_kernel[(N, G)](
+        first.contiguous(), second.contiguous(), k_I.contiguous(), slots.contiguous(), values, scales, tails,
         keys.view(torch.uint8) if key_scales is not None else keys, key_scales,
         whole.shape[0] * PAGE.value, values.stride(0), keys.stride(0),
-        L=L, R=R, D=D, LP=padded(L), RP=padded(R), DP=padded(D), LEVELS=D.bit_length() - 1, token_stride=values.shape[2],
+        G=G, L=L, R=R, D=D, LP=padded(L), RP=padded(R), DP=padded(D), LEVELS=D.bit_length() - 1,
+        token_stride=values[0, 0].numel(),
         LATENT_FP8=whole.dtype == torch.uint8, INDEX_FP8=index.dtype == torch.uint8, num_warps=1,
     )  # fmt: skip
-    for pages, written in ((latent_pages, whole), (index_pages, index)):
+    for pages, written in ((entry_pages, whole), (index_pages, index)):
         if written is not pages:
             pages.copy_(written)

@@ -1,0 +1,32 @@
+"""What decides how an op or a layer runs outside of torch.compile: autocast, and shortcuts for the decode step of a CPU.
+
+In decode on the CPU a layer is a hundred small operators, each of which costs more to call than to compute.
+
+Legend: N tokens, X any further axes.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which autocast is off on the device of `x`. If it is off already nothing is entered: decode can afford that."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def can_skip_registry(x: Tensor) -> bool:
+    """Whether an op on `x` may be called without PyTorch's registry: on the CPU, neither traced nor differentiated nor under autocast."""
+    if not x.is_cpu or type(x) is not Tensor:
+        return False
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+
+
+def is_single_token(x_NX: Tensor) -> bool:
+    """Whether `x` belongs to one token and `can_skip_registry`.
+
+    Then a path with fewer operators is worth having, and looking at a value costs nothing.
+    """
+    return x_NX.shape[0] == 1 and can_skip_registry(x_NX)

@@ -1,0 +1,52 @@
+"""What the kernels for Hopper take: one shape, the 671B model's. The portable kernels take the rest. Imports no Triton."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokensieve.ops.quant import LATENT_TOKEN_BYTES
+from tokensieve.ops.triton import limits as portable
+from tokensieve.ops.triton.limits import is_hopper
+
+OPS = ("index_scores", "index_topk", "sparse_attention", "sparse_attention_kl", "sparse_attention_paged")
+
+
+def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
+    """Why the kernels cannot take this call, in one clause, or None if they can."""
+    if not is_hopper(q.device):
+        return "it is for Hopper GPUs"
+    if op in ("index_scores", "index_topk"):
+        if q.dtype != torch.float8_e4m3fn or q.shape[2] != 128 or q.shape[1] not in (16, 32, 64, 128):
+            return "its index scores are of E4M3 queries with 16, 32, 64 or 128 heads of 128"
+    elif op == "sparse_attention_paged":
+        pages = operands["entry_pages"]
+        if q.dtype != torch.bfloat16 or q.shape[-1] != 576 or pages.dtype != torch.uint8:
+            return "it decodes from quantized pages: one group, MLA's widths, and bfloat16 queries of 576"
+        if not in_lines(pages, LATENT_TOKEN_BYTES):
+            return "it reads pages whose bytes lie together, at multiples of 16"
+    elif operands["kv"].shape[1:] != (1, 576) or (q.shape[-1], operands["v_start"], operands["d_v"]) != (576, 0, 512):
+        return "its entries are 576 wide, one a token, and their value is the first 512"
+    return portable.limits(op, q, operands)
+
+
+def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
+    """Why `auto` prefers the portable kernel for a call that both can run, in one clause, or None."""
+    if op != "sparse_attention_paged":
+        return None
+    from tokensieve.ops.hopper.decode import beats_pieces
+
+    S, H, _ = q.shape
+    return None if beats_pieces(S, H, operands["indices"].shape[1]) else "it does not share out so few queries"
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, any shape and dtype, contiguous and at an address that is a multiple of 16 bytes; copied only if it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def in_lines(pages: Tensor, token_bytes: int) -> bool:
+    """Whether pages of bytes can be read in place, 16 bytes at a time: tokens one after the other, pages anywhere at multiples of 16."""
+    return pages.stride()[1:] == (token_bytes, 1) and pages.stride(0) % 16 == 0 and pages.data_ptr() % 16 == 0
