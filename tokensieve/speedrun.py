@@ -296,8 +296,8 @@ def _settings(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> dict[str,
     digest, digests = hashlib.blake2b(digest_size=8), {}
     indexer = [config.top_k, config.index_heads, config.index_dim]
     evaluate = {f.name: _without_defaults(getattr(config.evaluate, f.name)) for f in fields(config.evaluate)}
-    own = {part: [decisive(to_dict(run))] + (indexer if part == "warmup" else []) for part, run in runs.items()}
-    for part, settings in (own | {"evaluate": [evaluate]}).items():
+    settings_of = {part: [decisive(to_dict(run))] + (indexer if part == "warmup" else []) for part, run in runs.items()}
+    for part, settings in (settings_of | {"evaluate": [evaluate]}).items():
         digest.update(json.dumps(settings, sort_keys=True).encode())
         digests[part] = digest.hexdigest()
     return digests

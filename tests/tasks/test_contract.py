@@ -1,4 +1,4 @@
-"""What every task promises: examples that depend on their arguments alone, splits that share nothing, scores in [0, 1]."""
+"""The promises of every task: examples depend on their arguments alone, splits share nothing, scores are in [0, 1]."""
 
 import importlib.util
 import random

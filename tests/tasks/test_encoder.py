@@ -1,4 +1,4 @@
-"""Tokenizers of other families than DeepSeek's: plain text, packing, needles and chat, with a template and without one."""
+"""Tokenizers of other families than DeepSeek's: plain text, packing, needles and chat, with and without a template."""
 
 import dataclasses
 import importlib.util
@@ -48,7 +48,7 @@ def corpus() -> list[Document]:
     return texts
 
 
-# Of Llama 3 and Qwen: a run of line ends is the end of its token. GPT-2's tokens go on over the next line's indentation.
+# Of Llama 3 and Qwen: a run of line ends is the end of its token. GPT-2's go on over the next line's indentation.
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -251,7 +251,8 @@ BAD = {
     "changes": ("{% for m in messages %}{{ m['content'].upper() }}{% endfor %}", "changes"),
     "never ends": ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}", "no special token"),
     "ends otherwise": (
-        "{% for m in messages %}{{ m['content'] }}{% if loop.last %}<|im_end|>{% else %}<|im_start|>{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% if loop.last %}<|im_end|>{% else %}<|im_start|>{% endif %}"
+        "{% endfor %}",
         "otherwise",
     ),
 }

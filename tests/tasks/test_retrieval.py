@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tokensieve.config import UserError
 from tokensieve.evals import evaluate, evaluation
-from tokensieve.evals.longcontext import depths
+from tokensieve.evals.longcontext import depths, needle_results
 from tokensieve.tasks import Answer, Document, Documents, phrasing, retrieval
 from tokensieve.tasks.retrieval import Needles
 
@@ -237,7 +237,7 @@ def test_evaluation_reads_a_context_once_and_asks_from_its_cache(encode, corpus,
     assert model.prefilled == len(examples[0].context) + len(examples[8].context)  # once each, in chunks
     assert model.together == [3, 3, 2] * 2  # as many as fit
     assert seen == [("needles", 1, 2), ("needles", 2, 2)]
-    table = depths(result.records)
+    table = depths(needle_results(result))
     assert all(share in (None, float(right)) for share in table.by_depth) and sum(table.counts) == 16
     with pytest.raises(UserError, match="no examples of needles"):
         evaluate(model, encode, task, [])
@@ -258,8 +258,9 @@ def test_scores_by_depth(encode, corpus):
     for depth, text in ((0.05, ask.value), (0.07, "")):
         placed = replace(ask, depth=depth)
         records.append(evaluation.Record(placed, Answer(text), task.score(placed, Answer(text))))
-    assert depths(records) == depths(reversed(records))
-    assert depths(records).by_depth == (0.5, *[None] * 9) and depths(records).counts == (2, *[0] * 9)
+    results = needle_results(evaluation.Evaluation(tuple(records)))
+    assert results == [(0.05, 1.0), (0.07, 0.0)]
+    assert depths(results).by_depth == (0.5, *[None] * 9) and depths(results).counts == (2, *[0] * 9)
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,12 @@ def _distributions() -> list[tuple[importlib.metadata.Distribution, str]]:
     """The permissively licensed packages beside this interpreter, each once, sorted by name."""
     paths = sysconfig.get_paths()
     folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
-    found: dict[str, tuple[importlib.metadata.Distribution, str]] = {}
+    packages: dict[str, tuple[importlib.metadata.Distribution, str]] = {}
     for distribution in importlib.metadata.distributions(path=list(dict.fromkeys(folders))):
         licence = _permissive(distribution.metadata)
         if licence and distribution.files:
-            found.setdefault(distribution.metadata["Name"].lower(), (distribution, licence))
-    return [found[name] for name in sorted(found)]
+            packages.setdefault(distribution.metadata["Name"].lower(), (distribution, licence))
+    return [packages[name] for name in sorted(packages)]
 
 
 def licences() -> dict[str, str]:
@@ -220,7 +220,7 @@ def _hugging_face(source: str) -> Iterator[Document]:
 
 
 def telling_lines(text: str) -> set[str]:
-    """The stripped lines of a text that say something of their own: 20 characters or more, and no comment."""
+    """The stripped lines of a text that tell texts apart: 20 characters or more, and no comment."""
     lines = (line.strip() for line in text.split("\n"))
     return {line for line in lines if len(line) >= 20 and not line.startswith("#")}
 
@@ -288,8 +288,8 @@ def _from_files(
     alone = len(files) == 1 and bool(plain)
     held_out = [] if alone else [file for file in plain if is_held_out(file.name, share)]
     if split != "all":
-        kept = set(held_out)
-        plain = held_out if split == "test" else [file for file in plain if file not in kept]
+        excluded = set(held_out)
+        plain = held_out if split == "test" else [file for file in plain if file not in excluded]
     known: set[str] = set()
     if split == "train":
         for file in held_out:

@@ -103,10 +103,10 @@ def evaluate(
     with evaluating(model), torch.inference_mode():
         for done, places in enumerate([*shared, *batches], 1):
             if done <= len(shared):
-                found = _check_targets(model, encode, [examples[place] for place in places])
+                batch = _check_targets(model, encode, [examples[place] for place in places])
             else:
-                found = _generate(model, encode, [prompts[place] for place in places], max_new_tokens)
-            answers.update(zip(places, found, strict=True))
+                batch = _generate(model, encode, [prompts[place] for place in places], max_new_tokens)
+            answers.update(zip(places, batch, strict=True))
             if on_progress is not None:
                 on_progress(task.name, done, len(shared) + len(batches))
     pairs = [(example, answers[place]) for place, example in enumerate(examples)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.criteria import acceptance_criteria
-from tokensieve.evals.evaluation import Evaluation, Record, evaluate
+from tokensieve.evals.evaluation import Evaluation, evaluate
 from tokensieve.evals.losses import text_sequences, token_losses
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM
@@ -35,12 +35,17 @@ class Depths:
     counts: tuple[int, ...]
 
 
-def depths(records: Iterable[Record]) -> Depths:
-    """`records`: of needles."""
+def depths(results: Iterable[tuple[float, float]]) -> Depths:
+    """`results`: (depth, score) of every needle."""
     tenths: list[list[float]] = [[] for _ in range(10)]
-    for record in records:
-        tenths[min(int(record.example.depth * 10), 9)].append(record.score.value)
+    for depth, score in results:
+        tenths[min(int(depth * 10), 9)].append(score)
     return Depths(tuple(sum(tenth) / len(tenth) if tenth else None for tenth in tenths), tuple(map(len, tenths)))
+
+
+def needle_results(evaluation: Evaluation) -> list[tuple[float, float]]:
+    """(depth, score) of every needle, without its long context."""
+    return [(record.example.depth, record.score.value) for record in evaluation.records]
 
 
 def needle_heat(
@@ -67,7 +72,7 @@ def needle_heat(
         scores[length] = evaluate(model, encode, task, examples)
         if on_progress is not None:
             on_progress(f"needles in {length:,} tokens", done, len(new))
-    rows = {length: depths(scores[length].records) for length in sorted(scores)}
+    rows = {length: depths(needle_results(scores[length])) for length in sorted(scores)}
     return {
         "lengths": list(rows),
         "accuracy": [list(row.by_depth) for row in rows.values()],
@@ -92,27 +97,27 @@ def needles_by_decile(
     """
     encode, test = encoder(tokenizer), Documents(test=documents)
     what = f"{needles} needles in {context:,} tokens" if needles > 1 else f"one needle in {context:,} tokens"
-    records: list[Record] = []
+    results: list[tuple[float, float]] = []
     if needles == 1:
         for depth in range(10):
             task = Needles(encode, test, 1, depth=depth)
             examples = task.examples("test", prompts_per_decile, context, seed)
-            told = part(on_progress, what, depth * prompts_per_decile, 10 * prompts_per_decile)
-            records += evaluate(model, encode, task, examples, on_progress=told).records
+            callback = part(on_progress, what, depth * prompts_per_decile, 10 * prompts_per_decile)
+            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
     else:
         task = Needles(encode, test, needles)
-        contexts = math.ceil(10 * prompts_per_decile / needles)
-        asked, planned = 0, contexts
-        while not records or min(depths(records).counts) < prompts_per_decile:
+        contexts = planned = math.ceil(10 * prompts_per_decile / needles)
+        done = 0
+        while not results or min(depths(results).counts) < prompts_per_decile:
             examples = task.examples("test", contexts * needles, context, seed)
-            told = part(on_progress, what, asked, max(planned, asked + contexts))
-            records += evaluate(model, encode, task, examples, on_progress=told).records
-            asked, contexts, seed = asked + contexts, max(1, contexts // 10), seed + 1
-    total = depths(records)
+            callback = part(on_progress, what, done, max(planned, done + contexts))
+            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
+            done, contexts, seed = done + contexts, max(1, contexts // 10), seed + 1
+    total = depths(results)
     return {
         "context": context,
         "needles": needles,
-        "accuracy": Evaluation(tuple(records)).value,
+        "accuracy": sum(score for _, score in results) / len(results),
         "by_depth": list(total.by_depth),
         "counts": list(total.counts),
     }

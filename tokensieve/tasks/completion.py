@@ -108,13 +108,13 @@ def prompt_ids(encode: PlainEncoder, example: CompletionExample, prompt_tokens: 
     before = example.before[-8 * prompt_tokens :]  # no token of ours is that long on average
     if len(before) < len(example.before):
         before = before[before.find("\n") + 1 :]
-    kept: list[list[int]] = []
+    whole_lines: list[list[int]] = []
     for line in reversed(encode.batch(before.splitlines(keepends=True))):
         room -= len(line)
         if room < 0:
             break
-        kept.append(line)
-    return [*encode.begin, *(token for line in reversed(kept) for token in line), *head]
+        whole_lines.append(line)
+    return [*encode.begin, *(token for line in reversed(whole_lines) for token in line), *head]
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class PlainEncoder:
             raise UserError(f"{type(tokenizer).__name__} has no `tokenizers` backend; use one with a tokenizer.json")
         self.serialized: str = raw.to_str()
         self._load()
-        found = ((marker, self.raw.token_to_id(marker)) for marker in DEEPSEEK)
-        markers = {marker: number for marker, number in found if number is not None}
+        ids = ((marker, self.raw.token_to_id(marker)) for marker in DEEPSEEK)
+        markers = {marker: number for marker, number in ids if number is not None}
         self.markers = markers if len(markers) == len(DEEPSEEK) else None
         self.tokenizer = None if self.markers else tokenizer
         self.bos: int | None

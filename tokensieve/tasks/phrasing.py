@@ -219,10 +219,10 @@ PREFIXES = ("# ",) * 10 + (
 )
 GENERIC_NOUNS = ("number", "value", "code", "figure", "entry", "digits")
 
-# A fixed set of phrasings can be learned by heart. Then an unseen one hides the key, or hides the value behind words that
-# never stood before one. So much of training's text is word salad: as a whole line around the key (and the value), or in
-# place of one part of a phrasing. Half of the salad's words do not exist. Then only the context tells which words are the
-# key, and that the digits belong to it.
+# A fixed set of phrasings can be learned by heart. Then an unseen one hides the key, or hides the value behind words
+# that never stood before one. So much of training's text is word salad: as a whole line around the key (and the value),
+# or in place of one part of a phrasing. Half of the salad's words do not exist. Then only the context tells which words
+# are the key, and that the digits belong to it.
 SALAD_SHARE = 0.3  # of training's lines and questions that are salad, and of the parts of the others
 
 

@@ -152,9 +152,8 @@ def training_sequence(
     pieces, _ = _splice(text, lines, positions)
     ids = np.concatenate([np.array(around.open), *pieces, np.array(tail)]).astype(np.int64)
     answers = np.zeros(context, dtype=bool)
-    answers[context - len(tail) :] = [
-        told for turn, value in turns for told in [False] * len(turn) + [True] * len(value)
-    ]
+    in_value = [is_value for turn, value in turns for is_value in [False] * len(turn) + [True] * len(value)]
+    answers[context - len(tail) :] = in_value
     return ids, answers
 
 
@@ -288,7 +287,7 @@ class Filler:
 
 
 def _spread(rng: random.Random, depths: np.ndarray, needles: int, tenth: int | None) -> list[int]:
-    """The lines (their numbers) before which the needles go: one in each `needles`th of the depths, or all in one tenth."""
+    """The lines (numbers) before which the needles go: one in each `needles`th of the depths, or all in one tenth."""
     chosen = []
     for slot in rng.sample(range(needles), needles):
         share = (tenth + rng.random()) / 10 if tenth is not None else (slot + rng.random()) / needles

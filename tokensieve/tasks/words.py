@@ -31,7 +31,8 @@ THINGS = tuple(
     plateau plum pond poplar poppy prairie prism puffin puma quail quartz quilt rabbit raccoon radish raven reef
     ridge river robin rocket rose sail salmon sandal sapphire saturn seal shark shell shore shrike sparrow spider
     spruce squid stag star stone stork storm stream summit swallow swan tiger timber toad tower trail trout tulip
-    tunnel turtle valley violin viper walnut walrus warbler water whale wheat willow wind wolf wren yacht zebra""".split()
+    tunnel turtle valley violin viper walnut walrus warbler water whale wheat willow wind wolf wren yacht
+    zebra""".split()
 )
 
 # Everyday words, and the pieces of words that do not exist.
