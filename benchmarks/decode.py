@@ -35,7 +35,7 @@ REQUESTS = (1, 8)
 
 def text(tokens: int) -> list[int]:
     tokenizer, ids = tokensieve.load_tokenizer("sparse"), []
-    for document in read_documents("python", "held_out", limit_bytes=20 * tokens):
+    for document in read_documents("python", "test", limit_bytes=20 * tokens):
         ids += tokenizer(document.text, add_special_tokens=False).input_ids
         if len(ids) >= tokens:
             return ids[:tokens]

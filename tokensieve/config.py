@@ -110,12 +110,15 @@ class DemoConfig:
     ppl_sequences: int  # held-out sequences of `context` tokens
     decode_contexts: tuple[int, ...]  # tokens in the cache when decoding is timed
     heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
+    recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last
+    recall_sequences: int = 2  # held-out sequences in which recall is measured
+    recall_queries: int = 128  # queries measured in each layer of each of these sequences
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class AcceptanceSizes:
-    """How much a base model is asked."""
+    """How much a base model is asked. Without completions or answers these parts are left out."""
 
     contexts: tuple[int, ...]  # tokens of the needle contexts
     needles: tuple[int, ...]  # in a context
@@ -135,11 +138,20 @@ class ParitySizes:
     contexts: tuple[int, ...]  # tokens of a prompt, all more than k
     texts: int  # held-out sequences whose perplexity is measured
     needle_contexts: int  # each holds 16 needles, every one asked for
+    times_k: int = 0  # a context is lengthened to at least so many times the model's k tokens; 0: none is
+    recall_sequences: int = 2  # held-out sequences in which the indexer's recall is measured
+    recall_queries: int = 128  # queries measured in each layer of each of these sequences
+
+    def lengths(self, top_k: int) -> tuple[int, ...]:
+        """The contexts for a model that selects `top_k` keys."""
+        return tuple(max(context, self.times_k * top_k) for context in self.contexts)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    base: AcceptanceSizes
+    """`tokensieve eval`, and the last part of a speedrun."""
+
+    base: AcceptanceSizes  # of a dense model
     sparse: ParitySizes
 
 
@@ -172,7 +184,10 @@ def config_path(name: str) -> Path:
 
 
 def load_config(kind: type[T], name: str, overrides: tuple[str, ...] = ()) -> T:
-    """The run configuration `kind` from a TOML file, changed by `a.b=value` overrides (values in TOML syntax; bare words are strings)."""
+    """The run configuration `kind` from a TOML file, changed by `a.b=value` overrides.
+
+    Values are in TOML syntax; bare words are strings.
+    """
     path = config_path(name)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """The main job as a script: a dense long-context model becomes a sparse one, and a page shows what was lost and gained.
 
 From the base model: sparsify, warm the indexers up, adapt everything, and train the dense model on the same further
-tokens, to have something fair to compare with. Then every arm answers the same prompts, one more token is timed, and
-the report is written.
+tokens, for a fair comparison. Then every arm answers the same prompts, one more token is timed, and the report is
+written.
 """
 
 import shutil
@@ -19,51 +19,48 @@ import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
 from tokensieve.data import read_documents, text_source
-from tokensieve.evals.judge import RECALL_QUERIES, RECALL_SEQUENCES
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, write_run
-from tokensieve.tasks import Document, PlainEncoder, retrieval
+from tokensieve.tasks import Document, Documents, PlainEncoder
+from tokensieve.tasks.retrieval import MAX_NEEDLES, NeedleExample, Needles
 from tokensieve.train.schedule import total_steps
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
-PROBES = (10, 50, 200, 500)  # steps after which recall is measured, beside the last one
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What every arm is asked: held-out texts, and needle contexts with a question for each of their needles."""
+    """What every arm is asked: held-out texts, and a question for each needle of the needle contexts."""
 
+    config: DemoConfig
     encode: PlainEncoder
     documents: list[Document]
     texts: list[Tensor]
-    needles: list[retrieval.NeedleContext]
+    task: Needles
+    needles: list[NeedleExample]
 
     @classmethod
     def of(cls, config: DemoConfig) -> "Prompts":
         encode, data = PlainEncoder(tokensieve.load_tokenizer(config.model)), config.adapt.data
-        documents = list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
+        documents = list(read_documents(text_source(data), "test", data.held_out_share, data.limit_bytes))
         texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
-        needles = retrieval.needle_contexts(
-            encode, documents, config.context, count=config.needle_contexts, seed=config.seed
-        )
-        return cls(encode, documents, texts, needles)
-
-    @property
-    def questions(self) -> int:
-        return sum(len(context.questions) for context in self.needles)
+        task = Needles(encode, Documents(test=documents), context=config.context)
+        needles = task.examples("test", config.needle_contexts * MAX_NEEDLES, seed=config.seed)
+        return cls(config, encode, documents, texts, task, needles)
 
     def recall(self, model: DecoderForCausalLM) -> evals.Recall:
-        return evals.recall(model, self.texts[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
+        return evals.recall(model, self.texts[: self.config.recall_sequences], queries=self.config.recall_queries)
 
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     """Does all of it in the folder `config.out`: sparse/ (the checkpoint), metrics.json, details.json, report.html.
 
-    Returns the metrics. What an earlier demo left there is replaced. Raises UserError on bad configs and data, and
-    train.Interrupted after Ctrl-C.
+    Returns the metrics. The results of an earlier demo there are replaced. Raises UserError on bad configs and data,
+    and train.Interrupted after Ctrl-C.
     """
     begin = time.perf_counter()
     console = console or Console()
@@ -76,7 +73,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     size = sum(p.numel() for p in base.parameters())
     say(f"{config.model}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
     prompts = Prompts.of(config)
-    say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts, {prompts.questions} questions")
+    say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts, {len(prompts.needles)} questions")
 
     say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
     sparse, untrained = (
@@ -117,7 +114,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     details = {
         "base": config.model,
         "parameters": size,
-        "questions": prompts.questions,
+        "questions": len(prompts.needles),
         "loss_by_position": evals.loss_by_position(scores),
         "heat": heat,
         "kv_entries": evals.kv_entries(config.decode_contexts, config.top_k),
@@ -139,12 +136,16 @@ def _compare(
     pair: dict[str, DecoderForCausalLM],
     prompts: Prompts,
     console: Console,
-) -> tuple[dict[str, evals.Score], Row]:
+) -> tuple[dict[str, evals.ArmScores], Row]:
     """The scores of every arm, and for both models of `pair` the needles by depth and length."""
     with _progress(console) as bar:
-        task = bar.add_task("", total=len(arms) * (len(prompts.texts) + len(prompts.needles)))
+        line = bar.add_task("")
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            bar.update(line, description=what, completed=done, total=total)
+
         scores = evals.compare(
-            arms, prompts.texts, prompts.needles, config.top_k, lambda arm: bar.update(task, advance=1, description=arm)
+            arms, prompts.encode, prompts.texts, prompts.task, prompts.needles, config.top_k, on_progress
         )
         heat = {
             name: evals.needle_heat(
@@ -161,16 +162,14 @@ def _compare(
 
 
 def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
-    """What would otherwise only come out after minutes."""
+    """Refuses settings that would otherwise fail only after minutes."""
     if base.is_sparse:
         raise UserError(f"model {config.model} is sparse already; the demo starts from a dense one, for example base")
     if config.context <= config.top_k:
         raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
-    longest, limit = max(config.context, *config.decode_contexts, *config.heat_lengths), base.config
-    if longest + 1 > limit.max_position_embeddings:
-        raise UserError(
-            f"a context of {longest} tokens is past the model's {limit.max_position_embeddings} positions; shorten it"
-        )
+    longest = max(config.context, *config.decode_contexts, *config.heat_lengths)
+    limit, what = base.config.max_position_embeddings, f"a context of {longest} tokens is"
+    check_positions(limit, longest + 1, what, "shorten it")
 
 
 def _clear(out: Path) -> None:
@@ -187,7 +186,7 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> 
 
     def on_step(step: int, figures: dict[str, float]) -> None:
         # The last step is always measured; a probe in the last third would cost as much and show nearly the same.
-        if step == steps or (step in PROBES and 3 * step <= 2 * steps):
+        if step == steps or (step in prompts.config.recall_steps and 3 * step <= 2 * steps):
             measured[step] = prompts.recall(model).overall
 
     train.run(config, model, on_step=on_step)

@@ -1,4 +1,4 @@
-"""What this machine has and what tokensieve will use on it."""
+"""The facts about this machine, and what tokensieve will use on it."""
 
 import importlib.util
 import json
@@ -27,10 +27,10 @@ NOT_INSTALLED = "not installed"
 
 
 def report() -> dict[str, Any]:
-    """Everything that `doctor` prints, as plain data.
+    """All that `doctor` prints, as plain data.
 
-    Sizes are bytes. A version is None where the package is missing. A reason (`why_not`) is None where the thing works.
-    `uses` is what commands take when nothing else is asked for: device, dtype, and for each op the first able backend.
+    Sizes are bytes. A version is None if the package is missing, a reason (`why_not`) is None if the thing works.
+    `uses` is what commands take by default: device, dtype, and for each op the first backend that can run.
     """
     devices = accelerators()
     device = choose_device()
@@ -67,7 +67,7 @@ def report() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes. `limit_bytes` is the container's limit where one is set: psutil shows the whole machine."""
+    """Bytes. `limit_bytes` is the container's limit, if one is set: psutil shows the whole machine."""
     now = psutil.virtual_memory()
     group = Path("/sys/fs/cgroup/memory.max")
     limit = group.read_text().strip() if group.is_file() else "max"
@@ -79,11 +79,11 @@ def memory() -> dict[str, int | None]:
 
 
 def accelerators() -> list[dict[str, Any]]:
-    """CUDA devices (ROCm's too, which torch calls cuda), the one that is used first."""
-    found = []
+    """CUDA devices (ROCm's too, which torch calls cuda); the first is the default."""
+    devices = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        found.append(
+        devices.append(
             {
                 "device": f"cuda:{index}",
                 "name": torch.cuda.get_device_name(index),
@@ -92,7 +92,7 @@ def accelerators() -> list[dict[str, Any]]:
                 "free_bytes": free,
             }
         )
-    return found
+    return devices
 
 
 def no_accelerator() -> str:
@@ -102,7 +102,10 @@ def no_accelerator() -> str:
 
 
 def vendor_why_not(module: str) -> str | None:
-    """Why a vendor's kernels cannot be used, or None. It is imported in its own process: a wrong build may abort."""
+    """The reason why a vendor's kernels cannot be used, or None.
+
+    They are imported in a process of their own, because a wrong build may abort it.
+    """
     if importlib.util.find_spec(module) is None:
         return NOT_INSTALLED
     command = [sys.executable, "-c", f"import {module}"]
@@ -117,7 +120,7 @@ def vendor_why_not(module: str) -> str | None:
 
 
 def bundled_bytes(name: str) -> int | None:
-    """Bytes of a bundled model's safetensors files, or None where the package was built without it."""
+    """Bytes of a bundled model's safetensors files, or None if the package was built without it."""
     folder = files("tokensieve") / "bundled" / name
     if not folder.is_dir():
         return None
@@ -129,47 +132,47 @@ def gib(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 2**30:.1f} GiB"
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The report as (thing, what is known) pairs, in the order of the table; `--json` has what is left out here."""
-    cpu, ram, disk, uses = found["cpu"], found["memory"], found["disk"], found["uses"]
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report as (thing, facts) pairs, in the order of the table; `--json` has more."""
+    cpu, ram, disk, uses = facts["cpu"], facts["memory"], facts["disk"], facts["uses"]
     limit = f", this container may use {gib(ram['limit_bytes'])}" if ram["limit_bytes"] else ""
     usable = f", {cpu['usable']} of {cpu['threads']} threads usable" if cpu["usable"] != cpu["threads"] else ""
     table = [
         (
             "tokensieve",
-            f"{found['tokensieve']} on Python {found['python']['version']}, {' '.join(found['os'].values())}",
+            f"{facts['tokensieve']} on Python {facts['python']['version']}, {' '.join(facts['os'].values())}",
         ),
         ("CPU", f"{cpu['model']}, {cpu['cores']} cores{usable}"),
         ("memory", f"{gib(ram['available_bytes'])} free of {gib(ram['total_bytes'])}{limit}"),
         ("disk", f"{gib(disk['free_bytes'])} free at {disk['path']}"),
     ]
-    for device in found["devices"]:
+    for device in facts["devices"]:
         capability = f", capability {device['capability']}" if device["capability"] else ""
         size = f", {gib(device['free_bytes'])} free of {gib(device['total_bytes'])}" if device["total_bytes"] else ""
         table.append(("GPU", f"{device['device']}: {device['name']}{capability}{size}"))
-    if not found["devices"]:
+    if not facts["devices"]:
         table.append(("GPU", f"none: {no_accelerator()}"))
-    present = [f"{name} {number}" for name, number in found["packages"].items() if number]
-    absent = [name for name, number in found["packages"].items() if not number]
-    absent += [module for module, why_not in found["vendor"].items() if why_not == NOT_INSTALLED]
-    table.append(("packages", ", ".join([*present, *(m for m, why_not in found["vendor"].items() if why_not is None)])))
+    present = [f"{name} {number}" for name, number in facts["packages"].items() if number]
+    absent = [name for name, number in facts["packages"].items() if not number]
+    absent += [module for module, why_not in facts["vendor"].items() if why_not == NOT_INSTALLED]
+    table.append(("packages", ", ".join([*present, *(m for m, why_not in facts["vendor"].items() if why_not is None)])))
     if absent:
         table.append(("", f"not installed, all optional: {', '.join(absent)}"))
     table += [
-        ("", f"{m} does not work: {why}") for m, why in found["vendor"].items() if why not in (None, NOT_INSTALLED)
+        ("", f"{m} does not work: {why}") for m, why in facts["vendor"].items() if why not in (None, NOT_INSTALLED)
     ]
-    sizes = [f"{n} {size / 2**20:.1f} MiB" if size else f"{n} is missing here" for n, size in found["bundled"].items()]
+    sizes = [f"{n} {size / 2**20:.1f} MiB" if size else f"{n} is missing here" for n, size in facts["bundled"].items()]
     table += [("models", ", ".join(sizes)), ("", "")]
     table.append(("will be used", f"{uses['device']}, {uses['dtype']}, {cpu['torch_threads']} CPU threads"))
-    return table + operators(found)
+    return table + operators(facts)
 
 
-def operators(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Which backend runs which operators, the one with the most at the end, and why those before it do not run them."""
+def operators(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The operators of each backend, the one with the most last, and why earlier backends do not run them."""
     runs: dict[str, list[str]] = {}
     refused: dict[tuple[str, str], list[str]] = {}
-    for op, choices in found["backends"].items():
-        runs.setdefault(found["uses"]["backends"][op] or "nothing", []).append(op)
+    for op, choices in facts["backends"].items():
+        runs.setdefault(facts["uses"]["backends"][op] or "nothing", []).append(op)
         for choice in choices:
             if choice["why_not"] is not None:
                 refused.setdefault((choice["name"], choice["why_not"]), []).append(op)
@@ -190,13 +193,13 @@ def doctor(
 
     Example: tokensieve doctor --json
     """
-    found = report()
+    facts = report()
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(facts, indent=2))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for thing, known in rows(found):
+    for thing, known in rows(facts):
         table.add_row(thing, known)
     Console().print(table, markup=False)

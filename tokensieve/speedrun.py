@@ -1,8 +1,8 @@
-"""The whole road as a script: a base model from nothing, its indexers, its adaptation, and what each of them can do.
+"""The whole road as a script: a base model from nothing, its indexers, its adaptation, and the figures of each of them.
 
-Four parts, each of which leaves something that the next one starts from: base/ (dense), sparse/ (the same trunk with
-warmed-up indexers beside it), adapted/ (everything trained with selection on), and the figures. metrics.json says which
-parts are done, so the same command goes on where it was stopped: by Ctrl-C, by a kill, or with `until`.
+It has four parts, and each starts from what the one before left: base/ (dense), sparse/ (the same trunk with warmed-up
+indexers beside it), adapted/ (everything trained with selection on), and the figures. metrics.json says which parts are
+done, so the same command continues where it was stopped: by Ctrl-C, by a kill, or with `until`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import SpeedrunConfig, TrainConfig, UserError, to_dict
 from tokensieve.data import read_documents, text_source
+from tokensieve.evals import OnProgress
+from tokensieve.files import is_free, write_json
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import save_indexers
+from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, show_criteria
-from tokensieve.tasks import Document
-from tokensieve.train.figures import summary, write_figures
+from tokensieve.tasks import Document, encoder
+from tokensieve.train.figures import summary
 from tokensieve.train.pretrain import new_model
 from tokensieve.train.schedule import check_phases
 from tokensieve.train.state import decisive
@@ -40,10 +43,9 @@ PARTS = {
     "evaluate": "Evaluate: the base model's use of its context, and both sparse models against it",
 }
 MADE = {"pretrain": "base", "warmup": "sparse", "adapt": "adapted"}  # the folder of a part's model
-NOTED = 10  # seconds between two notes of the time spent: what a kill can lose of it
+NOTED = 10  # seconds of a part's time that a kill can lose, at most
 
-OnStep = Callable[[int, dict[str, float]], None]
-Note = Callable[..., None]  # called now and then, with anything
+OnStep = Callable[[int, dict[str, float]], None]  # of train.run: the step, and its figures
 
 
 def run(
@@ -58,7 +60,7 @@ def run(
     begin = time.perf_counter()
     console = console or Console()
     out, runs = Path(config.out), _runs(config)
-    record = Record.of(out, resume)
+    record = RunRecord.of(out, resume)
     _check(config, runs)
     record.match(_settings(config, runs))
     if until == "evaluate":
@@ -70,11 +72,11 @@ def run(
             console.print(
                 f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{PARTS[part]}[/bold]", highlight=False
             )
-            with record.timing(part) as note:
+            with record.timing(part) as clock:
                 if part == "evaluate":
-                    _evaluate(config, record.figures.setdefault(part, {}), note, console)
+                    _evaluate(config, record.figures.setdefault(part, {}), clock, console)
                 else:
-                    TRAIN[part](config, runs[part], note)
+                    TRAIN[part](config, runs[part], clock.on_step)
                     record.figures[part] = summary(runs[part]) | {"bytes": _size(out / MADE[part])}
     except KeyboardInterrupt as error:
         raise train.Interrupted(f"what was done is kept in {out}; continue with --resume") from error
@@ -110,8 +112,8 @@ TRAIN: dict[str, Callable[[SpeedrunConfig, TrainConfig, OnStep], None]] = {
 }
 
 
-def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, console: Console) -> None:
-    """Measures what `figures` does not hold yet, and prints all of it. On a GPU in bfloat16, as the models are stored."""
+def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], clock: "Clock", console: Console) -> None:
+    """Measures what `figures` lacks, and prints all of it. On a GPU in bfloat16, as the models are stored."""
     device = choose_device(config.adapt.device)
     out, sizes = Path(config.out), config.evaluate
     tokenizer, documents = tokensieve.load_tokenizer(out / "base"), _held_out(config)
@@ -120,47 +122,76 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], note: Note, conso
     def model(name: str) -> DecoderForCausalLM:
         return tokensieve.load(out / name, device=device)
 
-    def judged(name: str, context: int, what: str) -> dict[str, Any]:
-        counts = sizes.sparse.texts, sizes.sparse.needle_contexts
-        with console.status(what) as status:
-            return evals.judge_sparse(
-                model(name),
-                tokenizer,
-                documents,
-                context,
-                *counts,
-                dense=model("base"),
-                on_step=lambda arm: status.update(f"{what}: {arm}"),
-            )
+    @contextmanager
+    def watched(title: str) -> Iterator[OnProgress]:
+        with console.status(title) as status:
+
+            def on_progress(what: str, done: int, total: int) -> None:
+                status.update(f"{title}: {what}, {done} of {total}")
+                clock.tick()
+
+            yield on_progress
+        clock.note()
 
     if "base" not in figures:
-        with console.status("base: needles, text, completions and answers"):
-            figures["base"] = evals.acceptance(model("base"), tokenizer, documents, sizes.base)
-        note(now=True)
+        with watched("base") as on_progress:
+            figures["base"] = evals.acceptance(model("base"), tokenizer, documents, sizes.base, on_progress)
     console.print("\n[bold]base[/bold]", highlight=False)
     show_criteria(console, evals.acceptance_criteria(figures["base"]))
     for name in ("sparse", "adapted"):
         known = figures.setdefault(name, {})
-        for context in sizes.sparse.contexts:
-            what = f"{name}, prompts of {context:,} tokens"
+        for context in sizes.sparse.lengths(config.top_k):
+            title = f"{name}, prompts of {context:,} tokens"
             if str(context) not in known:
-                known[str(context)] = judged(name, context, what)
-                note(now=True)
-            console.print(f"\n[bold]{what}[/bold]", highlight=False)
+                with watched(title) as on_progress:
+                    known[str(context)] = evals.judge_sparse(
+                        model(name),
+                        tokenizer,
+                        documents,
+                        context,
+                        sizes.sparse,
+                        dense=model("base"),
+                        on_progress=on_progress,
+                    )
+            console.print(f"\n[bold]{title}[/bold]", highlight=False)
             show(console, known[str(context)])
 
 
-class Record:
-    """metrics.json: the figures of what is done, and the seconds of every part. It is there before anything else is."""
+class Clock:
+    """The time of one part in metrics.json. `tick` brings it up to date now and then, lest a kill lose all of it."""
+
+    def __init__(self, record: "RunRecord", part: str):
+        self.record, self.part = record, part
+        self.before, self.begin = record.figures["seconds"].get(part, 0.0), time.perf_counter()
+        self.note()
+
+    def note(self) -> None:
+        """Writes the time so far, and whatever else the figures now hold."""
+        self.noted = time.perf_counter()
+        self.record.figures["seconds"][self.part] = self.before + self.noted - self.begin
+        self.record.write()
+
+    def on_step(self, step: int, figures: dict[str, float]) -> None:
+        """What a training run calls after every step."""
+        self.tick()
+
+    def tick(self) -> None:
+        """`note`, if `NOTED` seconds have passed since the last one."""
+        if time.perf_counter() - self.noted > NOTED:
+            self.note()
+
+
+class RunRecord:
+    """metrics.json: the figures of the parts that are done, and the seconds of every part. Written first of all."""
 
     def __init__(self, path: Path, figures: dict[str, Any]):
         self.path, self.figures = path, figures
 
     @classmethod
-    def of(cls, out: Path, resume: bool) -> "Record":
-        """UserError for a folder of something else, and without `resume` for one that holds a run."""
+    def of(cls, out: Path, resume: bool) -> "RunRecord":
+        """UserError if the folder holds something else, or without `resume` a run."""
         path = out / "metrics.json"
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if is_free(out):
             return cls(path, {"settings": {}, "seconds": {}})
         try:
             figures = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +207,7 @@ class Record:
         return cls(path, figures)
 
     def match(self, settings: dict[str, str]) -> None:
-        """Takes these settings. Forgets what is gone or was measured by others; UserError where others trained."""
+        """Takes these settings. Forgets what is gone or was measured by others; UserError if others trained."""
         then, out = self.figures["settings"], self.path.parent
         for number, part in enumerate(PARTS):
             if part not in then:
@@ -194,31 +225,21 @@ class Record:
         self.figures["settings"] = settings
 
     def _folders(self, parts: list[str]) -> list[str]:
-        """Those that the parts have left: of their training runs and of their models."""
+        """The folders that the parts have left: those of their training runs and of their models."""
         names = [name for part in parts if part in MADE for name in (part, MADE[part])]
         return [name for name in names if (self.path.parent / name).exists()]
 
     @contextmanager
-    def timing(self, part: str) -> Iterator[Note]:
-        """Adds the block's time to that of the part; what it gives notes the time so far, lest a kill lose it all."""
-        before, begin = self.figures["seconds"].get(part, 0.0), time.perf_counter()
-        noted = begin
-
-        def note(*_: object, now: bool = False) -> None:
-            nonlocal noted
-            if now or time.perf_counter() - noted > NOTED:
-                noted = time.perf_counter()
-                self.figures["seconds"][part] = before + noted - begin
-                self.write()
-
-        note(now=True)
+    def timing(self, part: str) -> Iterator[Clock]:
+        """Adds the block's time to that of the part."""
+        clock = Clock(self, part)
         try:
-            yield note
+            yield clock
         finally:
-            note(now=True)
+            clock.note()
 
     def write(self) -> None:
-        write_figures(self.path, self.figures)
+        write_json(self.path, self.figures)
 
 
 def _runs(config: SpeedrunConfig) -> dict[str, TrainConfig]:
@@ -232,7 +253,7 @@ def _runs(config: SpeedrunConfig) -> dict[str, TrainConfig]:
 
 
 def _check(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> None:
-    """What would otherwise only come out after minutes."""
+    """Refuses settings that would otherwise fail only after minutes."""
     for part, run in runs.items():
         if run.stage != part:
             raise UserError(f'config {part}: its stage is {run.stage}; write stage = "{part}"')
@@ -240,39 +261,50 @@ def _check(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> None:
     model = tokensieve.sparsify(new_model(runs["pretrain"]), config.top_k, config.index_heads, config.index_dim)
     base, sparse = config.evaluate.base, config.evaluate.sparse
     trained = [phase.context for run in runs.values() for phase in run.phases]
-    longest, room = max(*trained, *base.contexts, base.long, *sparse.contexts), model.config.max_position_embeddings
-    if longest > room:
-        raise UserError(f"a context of {longest} tokens is past the {room} positions of pretrain.shape; shorten it")
-    if sparse.contexts and min(sparse.contexts) <= config.top_k:
+    contexts = sparse.lengths(config.top_k)
+    longest, limit = max(*trained, *base.contexts, base.long, *contexts), model.config.max_position_embeddings
+    remedy = "shorten it, or raise max_position_embeddings in pretrain.shape"
+    check_positions(limit, longest, f"a context of {longest} tokens is", remedy)
+    if contexts and min(contexts) <= config.top_k:
         raise UserError(
-            f"evaluate.sparse.contexts: {min(sparse.contexts)} tokens are not longer than top_k {config.top_k}, and "
+            f"evaluate.sparse.contexts: {min(contexts)} tokens are not longer than top_k {config.top_k}, and "
             "nothing would be selected; set longer ones"
         )
 
 
 def _held_out(config: SpeedrunConfig) -> list[Document]:
     data = config.pretrain.data
-    return list(read_documents(text_source(data), "held_out", data.held_out_share, data.limit_bytes))
+    return list(read_documents(text_source(data), "test", data.held_out_share, data.limit_bytes))
 
 
 def _check_texts(config: SpeedrunConfig) -> None:
-    """That the held-out text is enough for what will be measured on it: UserError now rather than after the training."""
+    """UserError now, rather than after the training, if the text or the tokenizer do not suffice to measure."""
     base, sparse = config.evaluate.base, config.evaluate.sparse
-    tokenizer, documents = tokensieve.load_tokenizer(config.pretrain.data.tokenizer), _held_out(config)
-    evals.text_sequences(tokenizer, documents, base.long, base.sequences)
+    encode, documents = encoder(tokensieve.load_tokenizer(config.pretrain.data.tokenizer)), _held_out(config)
+    if base.answers:
+        encode.chat()
+    evals.text_sequences(encode, documents, base.long, base.sequences)
     if sparse.contexts:
-        evals.text_sequences(tokenizer, documents, max(sparse.contexts), sparse.texts)
+        evals.text_sequences(encode, documents, max(sparse.lengths(config.top_k)), sparse.texts)
 
 
 def _settings(config: SpeedrunConfig, runs: dict[str, TrainConfig]) -> dict[str, str]:
-    """A digest for each part of what decides its result: its own settings, and those of every part before it."""
-    digest, found = hashlib.blake2b(digest_size=8), {}
+    """A digest for each part of all that decides its result: its own settings, and those of every part before it.
+
+    Sizes of the evaluation that have their default value are left out: new ones do not make older runs others.
+    """
+    digest, digests = hashlib.blake2b(digest_size=8), {}
     indexer = [config.top_k, config.index_heads, config.index_dim]
-    own = {part: [decisive(to_dict(run))] + (indexer if part == "warmup" else []) for part, run in runs.items()}
-    for part, settings in (own | {"evaluate": [to_dict(config.evaluate)]}).items():
+    evaluate = {f.name: _without_defaults(getattr(config.evaluate, f.name)) for f in fields(config.evaluate)}
+    settings_of = {part: [decisive(to_dict(run))] + (indexer if part == "warmup" else []) for part, run in runs.items()}
+    for part, settings in (settings_of | {"evaluate": [evaluate]}).items():
         digest.update(json.dumps(settings, sort_keys=True).encode())
-        found[part] = digest.hexdigest()
-    return found
+        digests[part] = digest.hexdigest()
+    return digests
+
+
+def _without_defaults(config: Any) -> dict[str, Any]:
+    return {f.name: value for f in fields(config) if (value := getattr(config, f.name)) != f.default}
 
 
 def _size(folder: Path) -> int:
@@ -285,7 +317,7 @@ def _show(config: SpeedrunConfig, figures: dict[str, Any], console: Console) -> 
     for column in ("part", "seconds", "MiB", "loss", ""):
         table.add_column(column, justify="right" if column in ("seconds", "MiB") else "left", no_wrap=True)
     for part in (part for part in PARTS if part in figures):
-        # the KL where there is one: one batch's own loss says little in an adaptation of a few steps
+        # the KL if there is one: one batch's own loss says little in an adaptation of a few steps
         name = next((name for name in ("kl", "lm") if name in figures[part]), None)
         loss = f"{name} {figures[part][name]['first']:.3f} -> {figures[part][name]['last']:.3f}" if name else ""
         size = f"{figures[part]['bytes'] / 2**20:.1f}" if part in MADE else ""

@@ -11,10 +11,10 @@ import torch
 import tokensieve
 from tests.support import commands
 from tests.support.models import config, ours
+from tokensieve.bench import Workload, random_model, random_prompts, serve_load
+from tokensieve.bench.load import fill_with_noise
 from tokensieve.engine import Engine, EngineConfig
 from tokensieve.engine.runner import Runner
-from tokensieve.evals import serving
-from tokensieve.evals.serving import Load
 
 SMALL = {
     "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
@@ -87,21 +87,21 @@ def test_what_is_filled_is_decoded_at_its_length(model, monkeypatch: pytest.Monk
         return plain(self, tokens, lens, *rest)
 
     monkeypatch.setattr(Runner, "step", step)
-    prompts = serving.random_prompts(40, 100, 4096)
-    found = serving.serve_load(model, tokensieve.load_tokenizer("base"), Load(40, 100, 4, filled=True), prompts)
+    prompts = random_prompts(40, 100, 4096)
+    found = serve_load(model, tokensieve.load_tokenizer("base"), Workload(40, 100, 4, filled=True), prompts)
     assert seen == [[101] * 40, [102] * 40, [103] * 40]
     assert found.pages == 80 and found.tokens_per_second > 0
 
 
 def test_noise_is_in_every_place(model) -> None:
     engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=3))
-    serving.fill_with_noise(engine)
+    fill_with_noise(engine)
     for pages in (*engine.runner.pools.latent, *engine.runner.pools.index):
         assert (pages != 0).any(-1).all() and 0.9 < float(pages.float().std()) < 1.1
 
 
 def test_random_weights_are_drawn_and_norms_are_one() -> None:
-    model = serving.random_model(config("v32"), "cpu", torch.bfloat16)
+    model = random_model(config("v32"), "cpu", torch.bfloat16)
     for name, x in model.state_dict().items():
         wide = name.endswith(("weights_proj.weight", "e_score_correction_bias"))
         assert x.dtype == (torch.float32 if wide else torch.bfloat16), name

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 import tokensieve
 from tests.support import commands
 from tests.support.commands import tiny
-from tokensieve import evals
 
 COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve bench".split()
 BENCHES = ["bench serve"]
@@ -85,20 +83,19 @@ def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) ->
     ended = run(*tiny(home, "adapt", Path("a"), "--model", "w/step-000003", "--set", "phases.0.steps=2"))
     assert ended.status == 0 and set(json.loads(Path("a/metrics.json").read_text())) >= {"lm", "kl"}
 
-    monkeypatch.setattr(
-        evals,
-        "QUICK",
-        replace(evals.QUICK, needles=(16,), prompts_per_decile=1, sequences=1, completions=1, answers=1, new_tokens=8),
-    )
+    few = {"needles": [16], "prompts_per_decile": 1, "sequences": 1, "completions": 1, "answers": 1, "new_tokens": 8}
+    sizes = [word for key, value in few.items() for word in ("--set", f"base.{key}={value}")]
     data = ("--data", home / "text" / "*.py", "--context", "1500")
     monkeypatch.setattr("tokensieve.data.sources.is_held_out", lambda name, share: name < "p")
-    ended = run("eval", "a/step-000002", "--quick", *data)
+    ended = run("eval", "a/step-000002", "--quick", *data, "--arm", "last=window")
     assert ended.status == 0, ended
     assert "oracle" in ended.out and "runs/eval-a-step-000002/metrics.json" in ended.out
+    assert "as sparse, but window selects" in ended.out
     figures = json.loads(Path("runs/eval-a-step-000002/metrics.json").read_text())
     assert set(figures) >= {"dense", "sparse", "window", "oracle", "recall", "top_k", "context", "seconds"}
+    assert figures["last"] == figures["window"]
 
-    ended = run("eval", home / "dense", "--quick", "--out", "e", *data)
+    ended = run("eval", home / "dense", "--quick", "--out", "e", *data, *sizes)
     assert ended.status == 0 and set(json.loads(Path("e/metrics.json").read_text())) >= {"needles", "criteria", "chat"}
 
 

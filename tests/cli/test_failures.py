@@ -105,6 +105,13 @@ def test_bad_arguments(refused, home: Path, tmp_path: Path) -> None:
     refused(("latin.txt", "not UTF-8"), "generate", home / "dense", "--input-file", home / "latin.txt")
     refused(("device tpu",), "generate", home / "dense", "--prompt", "x", "--device", "tpu")
     refused(("1600 positions", "--context"), "eval", home / "dense", "--data", home / "text")
+    refused(("--arm", "dense"), "eval", home / "dense", "--arm", "a=window")
+    for arm, word in (("a", "NAME=SELECTION"), ("=window", "NAME=SELECTION"), ("dense=window", "called dense")):
+        refused((word,), "eval", home / "sparse", "--data", home / "text" / "*.py", "--context", "500", "--arm", arm)
+    refused(("already",), "eval", home / "sparse", "--arm", "a=window", "--arm", "a=oracle")
+    refused(("--quick",), "eval", home / "dense", "--quick", "--config", "evaluate-quick")
+    several = ("--set", "sparse.contexts=[64, 96]", "--set", "sparse.times_k=0")
+    refused(("one context",), "eval", home / "sparse", "--data", home / "text" / "*.py", *several)
     refused(("not longer than k",), "eval", home / "sparse", "--data", home / "text" / "*.py", "--context", "20")
     for bad in (("--top-k", "0"), ("--index-heads", "0"), ("--index-dim", "4")):
         refused((), "sparsify", home / "dense", tmp_path / "new", *bad)

@@ -22,7 +22,7 @@ from tokensieve.data import (
     text_source,
     train_tokenizer,
 )
-from tokensieve.data.packing import TextStream
+from tokensieve.data.packing import PackedTextStream
 from tokensieve.tasks import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, PlainEncoder
 
 MODULES = ("argparse", "ast", "inspect", "json.decoder", "textwrap", "typing", "random", "shutil")
@@ -114,17 +114,16 @@ def test_markers_in_text_stay_text(encode, tokenizer):
 
 
 def test_chat_template_is_our_format(encode, tokenizer):
-    from tokensieve.tasks.chat import encode_prompt
-
     turns = [{"role": "user", "content": " a <b>\n"}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert ids == encode_prompt(encode, " a <b>\n")
+    assert ids == encode.prompt(turns)
     turns = [{"role": "system", "content": "S"}, *turns]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert ids == encode_prompt(encode, " a <b>\n", system="S")
+    assert ids == encode.prompt(turns)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     assert text == f"{BOS}{USER}a{ASSISTANT}{END_THINK}b{EOS}{USER}c"
+    assert encode.prompt(turns) == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     thinking = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, thinking=True)
     assert thinking == text + ASSISTANT + THINK
 
@@ -144,8 +143,8 @@ def test_the_tokenizer_stays_itself_beside_a_model(folder, tokenizer, tmp_path, 
 def test_tokenizers_that_cannot_serve(tmp_path):
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(UserError, match="lacks the marker"):
-        PlainEncoder(Tokenizer(models.BPE()))
+    with pytest.raises(UserError, match="no chat template"):
+        PlainEncoder(Tokenizer(models.BPE())).chat()
     with pytest.raises(UserError, match="backend"):
         PlainEncoder("text")
     with pytest.raises(UserError, match="no text"):
@@ -208,7 +207,7 @@ def test_a_truncated_store_is_refused(corpus, encode, tmp_path):
 
 def test_text_stream_loses_no_token_and_repeats_none(corpus, encode, tmp_path):
     store = TokenStore.build(corpus, encode, tmp_path / "store")
-    stream = TextStream(store, encode, context=512, seed=3, framed=False)
+    stream = PackedTextStream(store, encode, context=512, seed=3, framed=False)
     count = stream.total // 512
     ids = np.concatenate([stream.sequence(n)[0] for n in range(count + 1)])
     documents = [[0, *store[i].tolist(), 1] for i in range(len(store))]
@@ -300,7 +299,7 @@ def test_too_little_text_for_the_context(source, tokenizer, tmp_path):
     with pytest.raises(UserError, match="larger source"):
         build_dataset(config(source, tmp_path, "retrieval"), tokenizer, 2**20, sequences=4, seed=0)
     with pytest.raises(UserError, match="held_out"):
-        build_dataset(config(source, tmp_path), tokenizer, 512, sequences=4, seed=0, split="held_out")
+        build_dataset(config(source, tmp_path), tokenizer, 512, sequences=4, seed=0, split="test")
 
 
 def test_sequences_come_fast_enough(source, tokenizer, tmp_path):

@@ -30,7 +30,7 @@ def test_the_split_depends_on_the_module_name_alone(tmp_path):
     modules = {f"package{i % 7}.module{i}": unlike(i) for i in range(60)}
     here = write_tree(tmp_path / "lib" / "python3.11", modules)
     there = write_tree(tmp_path / "elsewhere" / "python3.12", modules | {"package1.added": unlike(999)})
-    first, second = (names(str(root), split="held_out", held_out_share=0.3) for root in (here, there))
+    first, second = (names(str(root), split="test", held_out_share=0.3) for root in (here, there))
     assert 5 < len(first) < 40
     assert set(first) == set(second) - {"package1.added"}
     train = names(str(here), split="train", held_out_share=0.3)
@@ -76,7 +76,7 @@ def test_training_drops_near_duplicates_of_held_out_files(tmp_path):
 
 
 def test_the_default_source_is_the_python_around_us():
-    documents = list(read_documents("python", split="held_out", held_out_share=0.002))
+    documents = list(read_documents("python", split="test", held_out_share=0.002))
     assert documents == sorted(documents, key=lambda d: d.name) and documents
     for document in documents:
         assert is_held_out(document.name, 0.002) and 400 <= len(document.text) <= 400_000

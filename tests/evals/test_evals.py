@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 import tokensieve
 from tests.support import models
 from tokensieve import evals, ops
-from tokensieve.config import UserError
+from tokensieve.config import AcceptanceSizes, ParitySizes, UserError
 from tokensieve.data import train_tokenizer
-from tokensieve.evals import longcontext, mass, timing
-from tokensieve.evals.text import evaluating
-from tokensieve.tasks import Document, PlainEncoder, retrieval
+from tokensieve.evals import evaluation, longcontext, mass, timing
+from tokensieve.evals.evaluation import evaluating
+from tokensieve.tasks import Answer, Document, Documents, PlainEncoder, Score
+from tokensieve.tasks.retrieval import NeedleExample, Needles
 
 MODULES = ("argparse", "inspect", "typing", "random", "textwrap")
 K, CONTEXT = 16, 320
@@ -56,8 +58,13 @@ def texts(encode, documents):
 
 
 @pytest.fixture(scope="module")
-def contexts(encode, documents):
-    return retrieval.needle_contexts(encode, documents, 1024, needles=4, count=1)
+def task(encode, documents):
+    return Needles(encode, Documents(test=documents), needles=4, context=1024)
+
+
+@pytest.fixture(scope="module")
+def questions(task):
+    return task.examples("test", 8)
 
 
 # held-out text
@@ -67,7 +74,7 @@ def test_sequences_are_stretches_of_single_documents(encode, documents, texts):
     assert [len(t) for t in texts] == [CONTEXT] * 3
     bodies = [encode(d.text) for d in documents]
     for text in texts:
-        assert text[0] == encode.markers.bos
+        assert text[0] == encode.bos
         assert text[1:].tolist() in [body[: CONTEXT - 1] for body in bodies]
     assert len({tuple(t.tolist()) for t in texts}) == 3
 
@@ -82,7 +89,7 @@ def test_later_stretches_come_when_documents_run_out(encode, documents):
 
 
 def test_token_losses_are_the_cross_entropy(dense, texts, monkeypatch):
-    monkeypatch.setattr("tokensieve.evals.text.HEAD_ROWS", 50)
+    monkeypatch.setattr("tokensieve.evals.losses.HEAD_ROWS", 50)
     ids = texts[0]
     with torch.no_grad():
         logits = dense(ids[None]).logits[0]
@@ -119,12 +126,15 @@ def test_perplexity_refuses(dense, sequences, message):
 
 
 def test_evaluating_puts_everything_back(sparse):
-    sparse.train_for("warmup")
-    sparse.train()
-    with evaluating(sparse):
-        assert not sparse.training and sparse.model.objective == "none" and not torch.is_grad_enabled()
-    assert sparse.training and sparse.model.objective == "warmup" and torch.is_grad_enabled()
-    sparse.train_for("none")
+    ids = torch.arange(1, 40)[None]
+    with tokensieve.training(sparse, "warmup"):
+        sparse.train()
+        with evaluating(sparse):
+            assert not sparse.training and not torch.is_grad_enabled()
+            out = sparse(ids)
+            assert out.kl is None and out.logits is not None
+        assert sparse.training and torch.is_grad_enabled()
+        assert sparse(ids).loss.requires_grad  # the warm-up's
     sparse.eval()
 
 
@@ -182,17 +192,19 @@ def test_recall_needs_an_indexer_and_long_sequences(dense, sparse, texts):
 # parity
 
 
-def test_compare_scores_every_arm_on_the_same_prompts(dense, sparse, texts, contexts):
+def test_compare_scores_every_arm_on_the_same_prompts(encode, dense, sparse, texts, task, questions):
     told = []
-    scores = evals.compare(evals.demo_arms(dense, dense, sparse, sparse), texts, contexts, K, told.append)
+    arms = evals.demo_arms(dense, dense, sparse, sparse)
+    scores = evals.compare(arms, encode, texts, task, questions, K, lambda *progress: told.append(progress))
     assert set(scores) == set(evals.ARMS)
-    assert told == [arm for arm in scores for _ in range(len(texts) + len(contexts))]
+    each = len(texts) + 2  # needle contexts
+    names = [arm for arm in scores for _ in range(each)]
+    assert told == [(name, done, 6 * each) for done, name in enumerate(names, 1)]
     assert scores["dense"].text == scores["dense_adapted"].text
     assert scores["sparse"].text == scores["untrained_indexer"].text  # here the indexer is the untrained one
     assert len({scores[arm].text.ppl for arm in ("dense", "sparse", "window", "oracle")}) == 4
-    questions = [[r.key for r in s.needles.records] for s in scores.values()]
-    assert all(q == questions[0] for q in questions)
-    assert sparse.selection is tokensieve.model.selection.indexer and sparse.top_k == K
+    assert all([r.example for r in s.needles.records] == questions for s in scores.values())
+    assert sparse.top_k == K and not sparse.model._forward_pre_hooks
     metrics = evals.metrics_of(scores)
     assert list(metrics) == list(evals.ARMS) and set(metrics["window"]) == {"ppl", "needle"}
     curves = evals.loss_by_position(scores)
@@ -209,9 +221,37 @@ def test_controls_share_the_adapted_trunk(dense, sparse):
     assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
 
 
-def test_compare_refuses_prompts_that_test_nothing(dense, texts, contexts):
+def test_compare_refuses_prompts_that_test_nothing(encode, dense, texts, task, questions):
     with pytest.raises(UserError, match="not longer than k = 4096"):
-        evals.compare({"dense": evals.Arm(dense, "dense")}, texts, contexts, 4096)
+        evals.compare({"dense": evals.Arm(dense, "dense")}, encode, texts, task, questions, 4096)
+
+
+def test_further_selections_are_arms_beside_the_others(encode, documents, sparse):
+    sizes = ParitySizes((1500,), texts=1, needle_contexts=1, recall_sequences=1, recall_queries=8)
+    told = []
+    figures = evals.judge_sparse(
+        sparse, encode, documents, 1500, sizes, selections={"last": "window"}, on_progress=lambda *p: told.append(p)
+    )
+    assert list(figures)[:5] == ["dense", "sparse", "window", "oracle", "last"]
+    assert figures["last"] == figures["window"] != figures["sparse"] and figures["selections"] == {"last": "window"}
+    assert told[0] == ("dense", 1, 10) and told[-1] == ("recall", 1, 1) and ("last", 10, 10) in told
+    assert "selections" not in evals.judge_sparse(sparse, encode, documents, 1500, sizes)
+    for name, selection, message in (("oracle", "window", "called oracle"), ("mine", "nobody", "'nobody' is unknown")):
+        with pytest.raises(UserError, match=message):
+            evals.judge_sparse(
+                sparse,
+                encode,
+                documents,
+                1500,
+                sizes,
+                selections={name: selection},
+                on_progress=lambda *_: pytest.fail("it measured"),
+            )
+
+
+def test_sizes_follow_k():
+    assert ParitySizes((2048, 4096), 1, 1).lengths(2048) == (2048, 4096)
+    assert ParitySizes((2048, 16384), 1, 1, times_k=4).lengths(2048) == (8192, 16384)
 
 
 def metrics(**changes):
@@ -269,29 +309,39 @@ def test_every_decile_gets_its_questions(dense, encode, documents, needles):
 
 
 def test_questions_that_share_a_context_get_the_answers_they_get_alone(sparse, encode, documents, monkeypatch):
-    contexts = retrieval.needle_contexts(encode, documents, 1024, 8)
-    together = retrieval.evaluate(sparse, contexts)
-    monkeypatch.setattr(retrieval, "TOGETHER", 1)
-    alone = retrieval.evaluate(sparse, contexts)
-    assert together.records == alone.records and len({record.answered for record in alone.records}) > 1
+    task = Needles(encode, Documents(test=documents), needles=8)
+    examples = task.examples("test", 8, 1024)
+    together = evals.evaluate(sparse, encode, task, examples)
+    monkeypatch.setattr(evaluation, "TOGETHER", 1)
+    alone = evals.evaluate(sparse, encode, task, examples)
+    assert together.records == alone.records and len({record.answer for record in alone.records}) > 1
 
 
 def test_heat_asks_only_what_is_not_known(dense, encode, documents):
-    known = retrieval.score([retrieval.NeedleRecord(0, "key", 0.35, "1", "1", True)])
+    asked = NeedleExample(name="n", prompt=(1,), depth=0.35, key="key", value="1")
+    known = evals.Evaluation((evals.Record(asked, Answer("1"), Score(1.0)),))
     told = []
     found = evals.needle_heat(
-        dense, encode, documents, (1024, 512), needles=4, known={1024: known}, done=lambda: told.append(1)
+        dense,
+        encode,
+        documents,
+        (1024, 512),
+        needles=4,
+        known={1024: known},
+        on_progress=lambda *progress: told.append(progress),
     )
-    assert found["lengths"] == [512, 1024] and len(told) == 1
-    assert found["accuracy"][1] == list(known.by_depth) and sum(found["counts"][0]) == 4
+    assert found["lengths"] == [512, 1024] and told == [("needles in 512 tokens", 1, 1)]
+    assert found["accuracy"][1] == [None] * 3 + [1.0] + [None] * 6 and sum(found["counts"][0]) == 4
 
 
 def test_acceptance_runs_small(dense, encode, documents):
-    sizes = evals.AcceptanceSizes((512,), (1,), 1, 400, 64, 1, 2, 2, 4)
+    sizes = AcceptanceSizes((512,), (1,), 1, 400, 64, 1, 2, 2, 4)
     figures = evals.acceptance(dense, encode, documents, sizes)
     criteria = evals.acceptance_criteria(figures)
     assert [c.relation for c in criteria] == [">="] * 4
     assert not criteria[0].holds and figures["completions"]["count"] == figures["chat"]["count"] == 2
+    few = evals.acceptance(dense, encode, documents, replace(sizes, completions=0, answers=0))
+    assert few["needles"] == figures["needles"] and not {"completions", "chat"} & set(few)
 
 
 # time
@@ -319,7 +369,7 @@ def test_decode_is_timed_for_each_model_and_context(dense, sparse, texts):
     found = evals.decode_ms({"dense": dense, "sparse": sparse}, texts[0], (64, 400), rounds=1, burst=1)
     assert list(found) == ["dense", "sparse"] and all(list(x) == ["64", "400"] for x in found.values())
     assert all(ms > 0 for x in found.values() for ms in x.values())
-    with pytest.raises(UserError, match="2048 positions of dense"):
+    with pytest.raises(UserError, match="dense: decoding after 2048 tokens is past the model's 2048 positions"):
         evals.decode_ms({"dense": dense}, texts[0], (2048,))
 
 

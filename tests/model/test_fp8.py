@@ -13,9 +13,9 @@ from tests.ops.test_triton_paged import DEVICES, backend
 from tests.support import oracle
 from tests.support.models import config, ours
 from tokensieve import ops
+from tokensieve.bench import random_model
 from tokensieve.config import UserError
 from tokensieve.engine.runner import Runner
-from tokensieve.evals import serving
 from tokensieve.families import family_of
 from tokensieve.model import ForwardOptions, fp8
 from tokensieve.model.context import ForwardContext
@@ -201,7 +201,7 @@ def test_a_checkpoint_without_blocks_is_loaded_as_it_is() -> None:
 
 
 def test_random_blocks() -> None:
-    model = serving.random_model(config("v32", **SHAPE), "cpu", torch.float32, in_fp8=True)
+    model = random_model(config("v32", **SHAPE), "cpu", torch.float32, in_fp8=True)
     module = model.model.layers[1].mlp.experts
     assert isinstance(module, fp8.BlockExperts)
     back = quant.dequantize_weight(module.down_proj[2], module.down_proj_scale_inv[2], dtype=torch.float32)

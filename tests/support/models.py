@@ -138,6 +138,12 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+class TakesOptions(torch.nn.Module):
+    """What a stand-in for a model has among its modules: something that `with_options` can be opened around."""
+
+    takes_forward_options = True
+
+
 def index_of(c: SelectionContext) -> tuple[Tensor, Tensor, Tensor]:
     """q_I, k_I and w of equation (1), on contiguous keys."""
     q, w = c.index_queries

@@ -50,6 +50,7 @@ from tokensieve.checkpoint.reading import (
 from tokensieve.checkpoint.writing import ShardWriter, require_space
 from tokensieve.config import UserError
 from tokensieve.families import model_config
+from tokensieve.files import check_free
 
 log = logging.getLogger("tokensieve")
 
@@ -78,7 +79,7 @@ def write_shards(
     source, out = Path(source), Path(out)
     raw = read_config(source)
     config = model_config(raw)
-    _check_new(out)
+    check_free(out)
     _check_experts(source, config, n_experts)
     shards = open_shards(source)
     check_tensors(source, expected_tensors(config), config, shards)
@@ -140,7 +141,7 @@ def join_shards(
     source, out = Path(source), Path(out)
     raw = read_config(source)
     config = model_config(raw)
-    _check_new(out)
+    check_free(out)
     _check_experts(source, config, n_experts)
     ranks = _find_ranks(source, ranks)
     opened = [_open_rank(source, config, rank, ranks) for rank in range(ranks)]
@@ -272,11 +273,6 @@ def _copy_beside(source: Path, folder: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; name a new folder, or remove it first")
 
 
 def _check_experts(folder: Path, config: Any, n_experts: int | None) -> None:

@@ -3,14 +3,14 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokensieve.cli.program import Device, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
-    from tokensieve.evals.serving import Load
+    from tokensieve.bench import Workload
     from tokensieve.families import ModelConfig
     from tokensieve.model import DecoderForCausalLM
 
@@ -46,20 +46,20 @@ def serve(
     Example: tokensieve bench serve sparse --requests 1,8 --prompt 512,2048 --selection indexer,dense
     """
     import tokensieve
+    from tokensieve.bench import Workload, random_model, serve_load
     from tokensieve.engine.tensor_parallel import load_rank
-    from tokensieve.evals import serving
+    from tokensieve.files import write_json
     from tokensieve.mesh import join_mesh
+    from tokensieve.model.selection import resolve
     from tokensieve.report import environment
-    from tokensieve.train.figures import write_figures
 
-    known: dict[str, Literal["indexer", "dense"]] = {"indexer": "indexer", "dense": "dense"}
-    if not set(selection.split(",")) <= set(known):
-        raise tokensieve.UserError(f"--selection {selection}: use indexer, dense or indexer,dense")
-    who = [known[name] for name in selection.split(",")]
+    who = selection.split(",")
+    for name in who:
+        resolve(name)
     if shape is None and (experts or set_ or fp8):
         raise tokensieve.UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
     loads = [
-        serving.Load(count, length, new, by, filled, chunk)
+        Workload(count, length, new, by, filled, chunk)
         for length in _numbers("--prompt", prompt)
         for count in _numbers("--requests", requests)
         for by in who
@@ -73,8 +73,8 @@ def serve(
             if shape is None:
                 served = load_rank(model, mesh)
             else:
-                made, dtype = _config(shape, set_ or [], count), _dtype(mesh.device)
-                served = serving.random_model(made, mesh.device, dtype, in_fp8=fp8, ranks=mesh)
+                shaped, dtype = _config(shape, set_ or [], count), _dtype(mesh.device)
+                served = random_model(shaped, mesh.device, dtype, in_fp8=fp8, ranks=mesh)
             if "indexer" in who and not served.is_sparse:
                 raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
             tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
@@ -82,11 +82,11 @@ def serve(
             for k in _numbers("--top-k", top_k) or [served.top_k]:
                 for load in (replace(load, top_k=k) for load in loads):
                     with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
-                        found = serving.serve_load(served, tokenizer, load, prompts[load.prompt], mesh)
-                    sizes = {"ranks": mesh.size, "top_k": k, "experts": served.config.n_routed_experts}
-                    rows.append(asdict(load) | sizes | asdict(found))
+                        result = serve_load(served, tokenizer, load, prompts[load.prompt], mesh)
+                    sizes = {"ranks": mesh.size, "top_k": k, "experts": getattr(served.config, "n_routed_experts", 0)}
+                    rows.append(asdict(load) | sizes | asdict(result))
                     if mesh.leads:  # at once: the next load may be one too many
-                        file = write_figures(out / "metrics.json", figures)
+                        file = write_json(out / "metrics.json", figures)
             del served
         if not mesh.leads:
             return
@@ -131,24 +131,21 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
 
 
 def _prompts(
-    model: "DecoderForCausalLM", tokenizer: Any, loads: "list[Load]", real: bool
+    model: "DecoderForCausalLM", tokenizer: Any, loads: "list[Workload]", real: bool
 ) -> dict[int, list[tuple[int, ...]]]:
-    """By their length: Python sources that share no beginning, or drawn tokens."""
-    from tokensieve.config import UserError
+    """Prompts by their length: Python sources that share no beginning, or drawn tokens."""
+    from tokensieve.bench import random_prompts
     from tokensieve.data import read_documents
-    from tokensieve.evals.serving import random_prompts
+    from tokensieve.model.positions import check_positions
 
     count, longest = max(load.requests for load in loads), max(load.prompt for load in loads)
     lengths = {load.prompt for load in loads}
-    if longest + loads[0].new > model.config.max_position_embeddings:
-        raise UserError(
-            f"{longest} prompt tokens and {loads[0].new} new ones are past the model's "
-            f"{model.config.max_position_embeddings} positions; shorten one"
-        )
+    what = f"{longest} prompt tokens and {loads[0].new} new ones are"
+    check_positions(model.config.max_position_embeddings, longest + loads[0].new, what, "shorten one")
     if not real:
         return {length: random_prompts(count, length, model.config.vocab_size) for length in lengths}
     ids: list[int] = []
-    for document in read_documents("python", "held_out", limit_bytes=100 * count * longest):
+    for document in read_documents("python", "test", limit_bytes=100 * count * longest):
         ids += tokenizer(document.text, add_special_tokens=False).input_ids
         if len(ids) >= count * longest:
             break

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, Model, app, stderr, tokenizer_of
+from tokensieve.cli.program import Config, Device, Model, Set, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
 
+    from tokensieve.config import EvaluateConfig
     from tokensieve.model import DecoderForCausalLM
-
-SELECT_FROM = 4  # a sparse model is compared in contexts of at least so many times k tokens
 
 
 class IndexDtype(StrEnum):
@@ -49,9 +48,9 @@ def sparsify(
     Example: tokensieve sparsify base runs/untrained --top-k 128 --index-heads 8 --index-dim 32
     """
     import tokensieve
+    from tokensieve.files import check_free
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise tokensieve.UserError(f"{out} exists already; name a new folder, or remove it first")
+    check_free(out)
     dense = tokensieve.load(model, dtype=_stored_dtype(model))
     sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed)
     tokensieve.save(sparse, out)
@@ -67,28 +66,49 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME unless given.")] = None,
     data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompts.")] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            metavar="NAME=SELECTION",
+            help="Of a sparse model: one more arm. SELECTION is indexer, window, oracle, dense or module:function, a "
+            "function that selects; may be repeated.",
+        ),
+    ] = None,
+    config: Config = "evaluate",
+    set_: Set = None,
     device: Device = "auto",
 ) -> None:
     """Measure a model: a dense one's use of its context, a sparse one against its own dense attention.
 
+    A sparse model is measured as it is (sparse), attending to every key (dense), to the last k (window) and to the k
+    that attention itself weighs most (oracle). --arm puts further selections beside these.
+
     Example: tokensieve eval base --quick
     """
     import tokensieve
+    from tokensieve.config import EvaluateConfig, load_config
     from tokensieve.data import read_documents
+    from tokensieve.files import write_json
     from tokensieve.machine import choose_device
     from tokensieve.report import environment
-    from tokensieve.train.figures import write_figures
 
     begin = time.perf_counter()
+    if quick and config != "evaluate":
+        raise tokensieve.UserError("--quick is --config evaluate-quick; give one of the two")
+    sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
+    selections = _selections(arm or [])
     loaded = tokensieve.load(model, device=choose_device(device))
+    if selections and not loaded.is_sparse:
+        raise tokensieve.UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
-    documents = list(read_documents(data, "held_out"))
-    metrics = _measure(loaded, tokenizer, documents, quick, context)
+    documents = list(read_documents(data, "test"))
+    metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
     path = Path(model)
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
     folder = out or Path("runs") / f"eval-{name}"
-    typer.echo(f"\nFigures: {write_figures(folder / 'metrics.json', metrics)}")
+    typer.echo(f"\nFigures: {write_json(folder / 'metrics.json', metrics)}")
 
 
 @app.command()
@@ -122,36 +142,61 @@ def convert(
     typer.echo(f"{out}: {model_parallel} shards, {checkpoint.rank_file(0, model_parallel)} the first")
 
 
+def _selections(arms: list[str]) -> dict[str, str]:
+    from tokensieve.config import UserError
+
+    selections: dict[str, str] = {}
+    for arm in arms:
+        name, equals, selection = arm.partition("=")
+        if not (equals and name.strip() and selection.strip()):
+            raise UserError(f"--arm {arm}: write it as NAME=SELECTION, for example --arm mine=package.module:select")
+        if name.strip() in selections:
+            raise UserError(f"--arm {arm}: there is an arm {name.strip()} already; give each its own name")
+        selections[name.strip()] = selection.strip()
+    return selections
+
+
 def _measure(
-    model: "DecoderForCausalLM", tokenizer: Any, documents: list, quick: bool, context: int | None
+    model: "DecoderForCausalLM",
+    tokenizer: Any,
+    documents: list,
+    sizes: "EvaluateConfig",
+    context: int | None,
+    selections: dict[str, str],
 ) -> dict[str, Any]:
-    """A sparse model's arms, or what a dense one has to show, in the usual contexts or in the one asked for; printed."""
+    """A sparse model's arms or a dense one's use of its context, in the config's contexts or the one given; printed."""
     from rich.console import Console
 
     from tokensieve import evals
+    from tokensieve.config import UserError
     from tokensieve.report import show, show_criteria
 
-    sizes, console = evals.QUICK if quick else evals.FULL, Console()
-    status = stderr().status("Needles, text, completions and answers")
+    console, status = Console(), stderr().status("Measuring")
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        status.update(f"Measuring: {what}, {done} of {total}")
+
     if model.is_sparse:
-        context = context or max(sizes.contexts[0], SELECT_FROM * model.top_k)
-        texts, needle_contexts = (2, 1) if quick else (16, 8)
+        lengths = sizes.sparse.lengths(model.top_k) if context is None else (context,)
+        if len(lengths) != 1:
+            raise UserError("eval compares in one context; set sparse.contexts to one, or give --context")
         with status:
             figures = evals.judge_sparse(
                 model,
                 tokenizer,
                 documents,
-                context,
-                texts,
-                needle_contexts,
-                on_step=lambda what: status.update(f"Measuring: {what}"),
+                lengths[0],
+                sizes.sparse,
+                selections=selections,
+                on_progress=on_progress,
             )
         show(console, figures)
         return figures
+    base = sizes.base
     if context is not None:
-        sizes = replace(sizes, contexts=(context,), long=context, short=min(sizes.short, context // 4))
+        base = replace(base, contexts=(context,), long=context, short=min(base.short, context // 4))
     with status:
-        figures = evals.acceptance(model, tokenizer, documents, sizes)
+        figures = evals.acceptance(model, tokenizer, documents, base, on_progress)
     show_criteria(console, evals.acceptance_criteria(figures))
     return figures
 

@@ -92,12 +92,10 @@ def _write(
     from transformers import TextStreamer
 
     import tokensieve
+    from tokensieve.model.positions import check_positions
 
-    room = model.config.max_position_embeddings
-    if len(ids) + tokens > room:
-        raise tokensieve.UserError(
-            f"{len(ids)} prompt tokens and {tokens} new ones are past the model's {room} positions; shorten one"
-        )
+    what = f"{len(ids)} prompt tokens and {tokens} new ones are"
+    check_positions(model.config.max_position_embeddings, len(ids) + tokens, what, "shorten one")
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}

@@ -22,34 +22,35 @@ from torch.utils.data import Dataset
 from tokensieve.config import DataConfig, UserError
 from tokensieve.data.sources import SplitName, read_documents, source_fingerprint
 from tokensieve.data.store import TokenStore
-from tokensieve.tasks import Document, PlainEncoder, chat, retrieval
+from tokensieve.tasks import Document, PlainEncoder, dialogue, encoder, retrieval
 
 GENERATED = ("retrieval", "chat")
 CHAT_BYTES = 24_000_000  # of source text to take functions from
 SHORTEST_RETRIEVAL = 512  # tokens of a needle document
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     ids: np.ndarray  # (context,) tokens
     starts: np.ndarray  # positions at which documents begin, 0 first
     answers: np.ndarray | None = None  # (context,) bool: tokens that only the context can tell
 
 
 class Stream(Protocol):
-    def sequence(self, number: int) -> Row:
+    def sequence(self, number: int) -> PackedRow:
         """The stream's `number`-th sequence: a function of the number alone."""
 
 
-class TextStream:
+class PackedTextStream:
     """Documents in an order drawn anew for every epoch, joined and cut into sequences: no token is lost or padded.
 
-    A document that is cut continues in the next sequence, there as a document of its own.
+    A document that is cut continues in the next sequence as a document of its own.
+
+    framed: the stored documents have their first and last tokens already; others get `PlainEncoder.frame`'s.
     """
 
     def __init__(self, store: TokenStore, encode: PlainEncoder, context: int, seed: int, framed: bool):
         self.store, self.context, self.seed = store, context, seed
-        self.before = [] if framed else [encode.markers.bos]
-        self.after = [] if framed else [encode.markers.eos]
+        self.before, self.after = ([], []) if framed else encode.frame()
         self.lengths = np.diff(store.offsets) + len(self.before) + len(self.after)
         self.total = int(self.lengths.sum())
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
@@ -62,7 +63,7 @@ class TextStream:
             self._epoch = (epoch, order, begins)
         return self._epoch[1], self._epoch[2]
 
-    def sequence(self, number: int) -> Row:
+    def sequence(self, number: int) -> PackedRow:
         ids = np.empty(self.context, dtype=np.int64)
         starts = []
         filled = 0
@@ -79,14 +80,14 @@ class TextStream:
                 position += len(piece)
                 place += 1
             epoch, position = epoch + 1, 0
-        return Row(ids, np.array(starts))
+        return PackedRow(ids, np.array(starts))
 
 
 class RetrievalStream:
     """Needle documents in slices of the stored text (modules of one package lie side by side).
 
-    Half of the sequences are one document, the others two, four, ... equal ones: the short ones hold more answers per token, which is
-    what teaches to match a key, the long ones teach the distance.
+    Half of the sequences are one document, the others two, four, ... equal ones. Short documents hold more answers per
+    token, which teaches the model to match a key; long ones teach the distance.
     """
 
     def __init__(self, store: TokenStore, encode: PlainEncoder, context: int, seed: int):
@@ -99,7 +100,7 @@ class RetrievalStream:
         self.bounds = retrieval.LineBounds(encode)
 
     def _take(self, rng: random.Random, length: int) -> np.ndarray:
-        """A slice of the text that ends with a line, so that the question follows a whole one."""
+        """A slice of the text that ends at the end of a line, so that the question follows a whole one."""
         end = rng.randrange(length, len(self.store.tokens) + 1)
         reach = self.store.tokens[max(length, end - 256) : end]
         ends = np.flatnonzero(self.bounds.ends[reach])
@@ -107,7 +108,7 @@ class RetrievalStream:
             end -= len(reach) - 1 - int(ends[-1])
         return self.store.tokens[end - length : end]
 
-    def sequence(self, number: int) -> Row:
+    def sequence(self, number: int) -> PackedRow:
         digest = hashlib.blake2b(f"retrieval {self.seed} {number}".encode(), digest_size=8).digest()
         rng = random.Random(int.from_bytes(digest, "big"))
         halvings = max(0, (self.context // SHORTEST_RETRIEVAL).bit_length() - 1)
@@ -116,14 +117,15 @@ class RetrievalStream:
         lengths = [length] * (pieces - 1) + [self.context - length * (pieces - 1)]
         drawn = [retrieval.training_sequence(rng, self.encode, self.bounds, self._take, n) for n in lengths]
         ids = np.concatenate([ids for ids, _ in drawn])
-        return Row(ids, np.arange(pieces) * length, np.concatenate([answers for _, answers in drawn]))
+        return PackedRow(ids, np.arange(pieces) * length, np.concatenate([answers for _, answers in drawn]))
 
 
 class PackedDataset(Dataset):
-    """Map-style: item i is a dict of tensors of shape (context,): input_ids, labels, position_ids (int64), and with an
-    `answer_weight` other than 1 loss_weights (float32), which are that number at answers that only the context can tell, 1 elsewhere.
+    """Map-style: item i is a dict of tensors of shape (context,): input_ids, labels and position_ids, all int64.
 
-    `fingerprint` changes whenever the items would: a resumed run can check that it still reads the same data.
+    With an `answer_weight` other than 1 there are loss_weights (float32) too: that number at answers that only the
+    context can tell, and 1 elsewhere. `fingerprint` changes whenever the items would, so a resumed run can check that
+    it still reads the same data.
     """
 
     def __init__(
@@ -177,12 +179,12 @@ def packed_item(ids: np.ndarray, starts: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def text_source(config: DataConfig) -> str:
-    """The first plain source of the mixture, "python" without one: what examples are made from and evaluations read."""
+    """The first plain source of the mixture, or "python": examples are made from it, and evaluations read it."""
     return next((entry.source for entry in config.sources if entry.source not in GENERATED), "python")
 
 
 def user_cache() -> Path:
-    """Where tokenized text goes when the config names no folder."""
+    """The folder of tokenized text if the config names none."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokensieve"
 
 
@@ -200,7 +202,7 @@ def _store(
         yield from read_documents(source, split, config.held_out_share, limit)
 
     if kind == "chat":
-        store = TokenStore.build_from_ids(chat.encoded_examples(documents(), encode), encode, folder)
+        store = TokenStore.build_from_ids(dialogue.encoded_examples(documents(), encode), encode, folder)
     else:
         store = TokenStore.build(documents(), encode, folder)
     return store, key
@@ -216,18 +218,19 @@ def build_dataset(
     Args:
         context: tokens per sequence.
         sequences: length of the dataset; the first n items do not depend on it.
-        split: "train", "held_out" or "all".
+        split: "train", "test" or "all".
 
     Raises:
-        UserError: a source is missing, unreadable or empty; the tokenizer lacks the chat markers.
+        UserError: a source is missing, unreadable or empty; the tokenizer has neither bos nor eos; or "chat" is a
+            source and the tokenizer has no chat format.
     """
-    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+    encode = encoder(tokenizer)
     text = text_source(config)
     streams: list[Stream] = []
     listings: dict[str, str] = {}
     keys = [repr((context, seed, [entry.weight for entry in config.sources], config.answer_weight))]
-    for place, entry in enumerate(config.sources):
-        own = seed * 1009 + place
+    for number, entry in enumerate(config.sources):
+        stream_seed = seed * 1009 + number
         kind = entry.source if entry.source in GENERATED else "text"
         source = text if kind in GENERATED else entry.source
         if source not in listings:
@@ -236,9 +239,9 @@ def build_dataset(
         store, key = _store(config, source, listings[source], encode, split, stored)
         keys.append(kind + key)
         if kind == "retrieval":
-            streams.append(RetrievalStream(store, encode, context, own))
+            streams.append(RetrievalStream(store, encode, context, stream_seed))
         else:
-            streams.append(TextStream(store, encode, context, own, framed=kind == "chat"))
+            streams.append(PackedTextStream(store, encode, context, stream_seed, framed=kind == "chat"))
     fingerprint = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
     weights = [entry.weight for entry in config.sources]
     return PackedDataset(streams, weights, sequences, seed, fingerprint, config.answer_weight)

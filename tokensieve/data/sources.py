@@ -1,8 +1,8 @@
-"""Where text comes from: the Python around us, a folder, a file, a glob, JSONL, or a Hugging Face dataset.
+"""The sources of text: the Python around us, a folder, a file, a glob, JSONL, or a Hugging Face dataset.
 
-Documents are split into training and held-out ones by a hash of their name. For Python that is the module's name, so a
-module stays held out under another Python version or prefix, and a vendored copy goes where its original goes. Training
-text that mostly repeats held-out text is dropped.
+Documents are split into training and held-out ones by a hash of their name (`tasks.documents`). For Python that is the
+module's name, so a module stays held out under another Python version or prefix. Training text that mostly repeats
+held-out text is dropped.
 """
 
 import functools
@@ -22,16 +22,12 @@ from pathlib import Path
 from typing import Literal
 
 from tokensieve.config import UserError
-from tokensieve.tasks import Document, stable_fraction
+from tokensieve.tasks.documents import VENDORED, Document, Split, is_held_out, stable_fraction
 
-SplitName = Literal["train", "held_out", "all"]
+SplitName = Split | Literal["all"]
 
 MIN_CHARS, MAX_BYTES, MAX_LINE = 400, 400_000, 1000  # of a Python module worth reading; longer lines look generated
 NEAR_DUPLICATE = 0.5  # share of a file's lines that also occur in held-out files
-VENDORED = frozenset(
-    """vendor _vendor vendored _vendored vendored_packages _vendored_packages third_party _third_party extern _extern
-    externals""".split()
-)
 PERMISSIVE_SPDX = frozenset(
     """MIT MIT-0 MIT-CMU HPND BSD-2-Clause BSD-3-Clause 0BSD Apache-2.0 ISC PSF-2.0 Python-2.0 Unlicense Zlib CC0-1.0
     BSL-1.0 CNRI-Python NCSA""".lower().split()
@@ -47,20 +43,8 @@ class SourceFile:
     size: int  # bytes
 
 
-def canonical_name(name: str) -> str:
-    """The module's name without what vendoring put before it: pip._vendor.requests.sessions -> requests.sessions."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts) if part in VENDORED), default=-1)
-    return ".".join(parts[last + 1 :]) or name
-
-
-def is_held_out(name: str, share: float) -> bool:
-    """Whether the module belongs to the held-out share (0 to 1): a function of its name alone."""
-    return stable_fraction(canonical_name(name)) < share
-
-
 def _permissive(metadata: importlib.metadata.PackageMetadata) -> str | None:
-    """The licence's name when the metadata says, in one way or another, that it is permissive."""
+    """The licence's name if the metadata says, in one way or another, that it is permissive."""
 
     def first(field: str) -> str:
         return (metadata.get_all(field) or [""])[0].strip()
@@ -87,12 +71,12 @@ def _distributions() -> list[tuple[importlib.metadata.Distribution, str]]:
     """The permissively licensed packages beside this interpreter, each once, sorted by name."""
     paths = sysconfig.get_paths()
     folders = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
-    found: dict[str, tuple[importlib.metadata.Distribution, str]] = {}
+    packages: dict[str, tuple[importlib.metadata.Distribution, str]] = {}
     for distribution in importlib.metadata.distributions(path=list(dict.fromkeys(folders))):
         licence = _permissive(distribution.metadata)
         if licence and distribution.files:
-            found.setdefault(distribution.metadata["Name"].lower(), (distribution, licence))
-    return [found[name] for name in sorted(found)]
+            packages.setdefault(distribution.metadata["Name"].lower(), (distribution, licence))
+    return [packages[name] for name in sorted(packages)]
 
 
 def licences() -> dict[str, str]:
@@ -236,7 +220,7 @@ def _hugging_face(source: str) -> Iterator[Document]:
 
 
 def telling_lines(text: str) -> set[str]:
-    """The stripped lines of a text that say something of their own: 20 characters or more, and no comment."""
+    """The stripped lines of a text that tell texts apart: 20 characters or more, and no comment."""
     lines = (line.strip() for line in text.split("\n"))
     return {line for line in lines if len(line) >= 20 and not line.startswith("#")}
 
@@ -262,7 +246,7 @@ def read_documents(
     Args:
         source: "python" (the standard library and the permissively licensed packages beside it), a folder, a file, a
             glob, a .jsonl file with a "text" field, or "hf:NAME[:config][:split]" (streamed).
-        split: "train", "held_out" or "all". A single text file is all training text.
+        split: "train", "test" (held out of training) or "all". A single text file is all training text.
         held_out_share: share of the documents held out, 0 to 1.
         limit_bytes: about how much to read; a sample of the files, or the first documents of a stream.
 
@@ -289,7 +273,7 @@ def _streamed(
 ) -> Iterator[Document]:
     total = 0
     for document in documents:
-        if split == "all" or is_held_out(document.name, share) == (split == "held_out"):
+        if split == "all" or is_held_out(document.name, share) == (split == "test"):
             yield document
             total += len(document.text.encode())
             if limit_bytes is not None and total >= limit_bytes:
@@ -304,8 +288,8 @@ def _from_files(
     alone = len(files) == 1 and bool(plain)
     held_out = [] if alone else [file for file in plain if is_held_out(file.name, share)]
     if split != "all":
-        kept = set(held_out)
-        plain = held_out if split == "held_out" else [file for file in plain if file not in kept]
+        excluded = set(held_out)
+        plain = held_out if split == "test" else [file for file in plain if file not in excluded]
     known: set[str] = set()
     if split == "train":
         for file in held_out:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tokensieve.config import UserError
-from tokensieve.tasks import Document, PlainEncoder
+from tokensieve.tasks import Document, PlainEncoder, encoder
 
 BATCH = 128  # documents encoded at a time
 
@@ -54,7 +54,7 @@ class TokenStore:
         Raises:
             UserError: no documents, a folder that cannot be written, a full disk.
         """
-        encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+        encode = encoder(tokenizer)
         pairs = (
             pair
             for batch in _batches(documents)

@@ -1,15 +1,15 @@
-"""A byte-level BPE tokenizer for code, with the chat markers and the chat template in it.
+"""A byte-level BPE tokenizer for code, with chat markers and a chat template.
 
 Digits are always single tokens (numbers can be copied digit by digit), runs of spaces stay together (indentation is
 one token), and a token never reaches past the end of a line (so a line can be inserted between tokens).
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokensieve.config import UserError
+from tokensieve.files import write_text
 from tokensieve.tasks import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER
 
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, *(f"<｜reserved_{i}｜>" for i in range(7, 16)))
@@ -78,7 +78,6 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 40
     if not characters:
         raise UserError("no text to train the tokenizer on; name a source that is not empty")
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -89,12 +88,6 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 40
         "model_max_length": 32768,
         "chat_template": CHAT_TEMPLATE,
     }
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return folder
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,28 +1,29 @@
 """What was lost and what was gained: parity of dense and sparse, long contexts, decode time. Functions from models
 and data to figures.
 
-Losses are in nats a token, shares in [0, 1], times in milliseconds where the name says ms.
+Losses are in nats per token, shares in [0, 1], times in milliseconds if the name says ms.
 """
 
-from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
+from tokensieve.evals.evaluation import Evaluation, Record, evaluate
 from tokensieve.evals.judge import judge_sparse
-from tokensieve.evals.longcontext import FULL, QUICK, acceptance, context_gain, needle_heat
+from tokensieve.evals.longcontext import acceptance, context_gain, needle_heat
+from tokensieve.evals.losses import Perplexity, perplexity, text_sequences, token_losses
 from tokensieve.evals.mass import Recall, recall
-from tokensieve.evals.parity import ARMS, Arm, Score, arms_of, compare, demo_arms, loss_by_position, metrics_of
-from tokensieve.evals.text import Perplexity, perplexity, text_sequences, token_losses
+from tokensieve.evals.parity import ARMS, Arm, ArmScores, arms_of, compare, demo_arms, loss_by_position, metrics_of
+from tokensieve.evals.progress import OnProgress
 from tokensieve.evals.timing import decode_ms, kv_entries
 
 __all__ = [
     "ARMS",
-    "FULL",
-    "QUICK",
-    "AcceptanceSizes",
     "Arm",
+    "ArmScores",
     "Criterion",
+    "Evaluation",
+    "OnProgress",
     "Perplexity",
     "Recall",
-    "Score",
+    "Record",
     "acceptance",
     "acceptance_criteria",
     "arms_of",
@@ -30,6 +31,7 @@ __all__ = [
     "context_gain",
     "decode_ms",
     "demo_arms",
+    "evaluate",
     "judge_sparse",
     "kv_entries",
     "loss_by_position",

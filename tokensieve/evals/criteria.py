@@ -1,4 +1,4 @@
-"""What has to hold, as data: each criterion with the figure it judges, its bound, and whether it holds."""
+"""The criteria, as data: each with the figure that it judges, its bound, and whether it holds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,44 +28,41 @@ class Criterion:
 
 
 def parity_criteria(metrics: Mapping[str, Any]) -> list[Criterion]:
-    """The criteria of the demo, from its metrics: {arm: {"ppl", "needle"}, "recall": {"last"}}. Arms that were not
-    run are not judged.
+    """The criteria of the demo, from its metrics: {arm: {"ppl", "needle"}, "recall": {"last"}}.
+
+    Arms that were not run are not judged.
     """
     dense, sparse = metrics["dense"], metrics["sparse"]
     better = min(metrics[arm]["ppl"] for arm in ("dense", "dense_adapted") if arm in metrics)
-    found = [
+    criteria = [
         Criterion("sparse perplexity / the better dense one", sparse["ppl"] / better, "<=", PPL_RATIO),
         # Shares are quotients of small counts: 0.95 - 0.98 must not fail on the last bit.
         Criterion("sparse needles - dense needles", round(sparse["needle"] - dense["needle"], 9), ">=", -NEEDLE_LOSS),
     ]
     if "recall" in metrics:
-        found.append(Criterion("recall of the indexer", metrics["recall"]["last"], ">=", RECALL))
+        criteria.append(Criterion("recall of the indexer", metrics["recall"]["last"], ">=", RECALL))
     for arm in ("untrained_indexer", "window"):
         if arm in metrics:
             gap = round(dense["needle"] - metrics[arm]["needle"], 9)
-            found.append(Criterion(f"dense needles - {arm} needles", gap, ">=", CONTROL_GAP))
-    return found
+            criteria.append(Criterion(f"dense needles - {arm} needles", gap, ">=", CONTROL_GAP))
+    return criteria
 
 
 def acceptance_criteria(figures: Mapping[str, Any]) -> list[Criterion]:
-    """The criteria of a base model that really uses its context, from what `longcontext.acceptance` returns."""
-    found = []
+    """The criteria of a base model that really uses its context, from the figures of `longcontext.acceptance`."""
+    criteria = []
     for row in figures["needles"]:
         bound = NEEDLES_TO_8K if row["context"] <= 8192 else NEEDLES_BEYOND
         worst = min(x for x in row["by_depth"] if x is not None)
-        found.append(
-            Criterion(f"needles, {row['needles']} in {row['context']} tokens, worst depth decile", worst, ">=", bound)
-        )
+        name = f"needles, {row['needles']} in {row['context']} tokens, worst depth decile"
+        criteria.append(Criterion(name, worst, ">=", bound))
     gain = figures["context_gain"]
-    found.append(
-        Criterion(
-            f"loss with {gain['short']} tokens of context - with {gain['long']}, nats", gain["gain"], ">=", CONTEXT_GAIN
-        )
-    )
-    found.append(
-        Criterion(
-            "completions of held-out functions that parse", figures["completions"]["parsed"], ">=", COMPLETIONS_PARSE
-        )
-    )
-    found.append(Criterion("chat answers that end with the end marker", figures["chat"]["ended"], ">=", CHAT_ENDS))
-    return found
+    name = f"loss with {gain['short']} tokens of context - with {gain['long']}, nats"
+    criteria.append(Criterion(name, gain["gain"], ">=", CONTEXT_GAIN))
+    if "completions" in figures:
+        parsed = figures["completions"]["parsed"]
+        criteria.append(Criterion("completions of held-out functions that parse", parsed, ">=", COMPLETIONS_PARSE))
+    if "chat" in figures:
+        ended = figures["chat"]["ended"]
+        criteria.append(Criterion("chat answers that end with the end marker", ended, ">=", CHAT_ENDS))
+    return criteria

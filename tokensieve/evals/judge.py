@@ -1,17 +1,21 @@
-"""A sparse model, judged: what `tokensieve eval` and the speedrun measure of it."""
+"""A sparse model beside its controls: the figures that `tokensieve eval` and the speedrun take of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokensieve import cost
-from tokensieve.config import UserError
+from tokensieve.config import ParitySizes, UserError
+from tokensieve.evals.losses import text_sequences
 from tokensieve.evals.mass import recall
-from tokensieve.evals.parity import Arm, OnStep, arms_of, compare, metrics_of
-from tokensieve.evals.text import check_room, text_sequences
-from tokensieve.model import DecoderForCausalLM
-from tokensieve.tasks import Document, PlainEncoder, retrieval
+from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, metrics_of
+from tokensieve.evals.progress import OnProgress
+from tokensieve.model import DecoderForCausalLM, selecting
+from tokensieve.model.positions import check_positions
+from tokensieve.tasks import Document, Documents, encoder
+from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 
-RECALL_SEQUENCES, RECALL_QUERIES = 2, 128  # held-out sequences, and queries measured in each layer of each
+# Keys of a metrics.json beside its arms.
+FIGURES = ("recall", "kv_read_fraction", "top_k", "context", "selections", "model", "seconds", "run")
 
 
 def judge_sparse(
@@ -19,32 +23,49 @@ def judge_sparse(
     tokenizer: Any,
     documents: Sequence[Document],
     context: int,
-    texts: int = 16,
-    needle_contexts: int = 8,
+    sizes: ParitySizes,
     dense: DecoderForCausalLM | None = None,
-    on_step: OnStep | None = None,
+    selections: Mapping[str, str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """The arms of a sparse model on the same prompts of `context` tokens, all longer than k.
 
-    `dense`: the model to compare with; None: the sparse model's own trunk, attending densely. Returns {arm: {"ppl",
-    "needle"}, "recall": {"last"}, "kv_read_fraction", "top_k", "context"}, which `criteria.parity_criteria` judges.
+    Args:
+        documents: held-out ones.
+        sizes: how many texts, needle contexts and measured queries.
+        dense: the model to compare with; None: the sparse model's own trunk, attending densely.
+        selections: further arms, {name: selection}, beside those of `arms_of`.
+
+    Returns {arm: {"ppl", "needle"}, "recall": {"last"}, "kv_read_fraction", "top_k", "context"}, which
+    `criteria.parity_criteria` judges, and "selections" if there are any.
 
     Raises:
-        UserError: prompts past the model's positions, or not longer than k.
+        UserError: prompts past the model's positions or not longer than k, or an arm of a name that is taken or of a
+            selection that is unknown.
     """
-    k = model.top_k
-    check_room(model, context)
+    k, more = model.top_k, dict(selections or {})
+    limit, what = model.config.max_position_embeddings, f"prompts of {context} tokens are"
+    check_positions(limit, context, what, "shorten them with --context")
     if context <= k:
         raise UserError(f"prompts of {context} tokens are not longer than k = {k}: nothing is selected; see --context")
-    encode = PlainEncoder(tokenizer)
-    sequences = text_sequences(encode, documents, context, texts)
-    needles = retrieval.needle_contexts(encode, documents, context, count=needle_contexts)
-    arms = arms_of(model)
+    for name, selection in more.items():
+        if name in (*ARMS, *FIGURES):
+            raise UserError(f"an arm cannot be called {name}, which names something else in metrics.json; rename it")
+        with selecting(model, selection):  # an unknown one is refused now rather than after the other arms
+            pass
+    encode = encoder(tokenizer)
+    sequences = text_sequences(encode, documents, context, sizes.texts)
+    task = Needles(encode, Documents(test=documents), context=context)
+    needles = task.examples("test", sizes.needle_contexts * MAX_NEEDLES)
+    arms = arms_of(model) | {name: Arm(model, selection) for name, selection in more.items()}
     if dense is not None:
         arms["dense"] = Arm(dense, "dense")
-    scores = compare(arms, sequences, needles, k, on_step)
-    if on_step is not None:
-        on_step("recall")
-    held = recall(model, sequences[:RECALL_SEQUENCES], queries=RECALL_QUERIES)
+    scores = compare(arms, encode, sequences, task, needles, k, on_progress)
+    if on_progress is not None:
+        on_progress("recall", 0, 1)
+    held = recall(model, sequences[: sizes.recall_sequences], queries=sizes.recall_queries)
+    if on_progress is not None:
+        on_progress("recall", 1, 1)
     figures = {"recall": {"last": held.overall}, "kv_read_fraction": cost.kv_read_fraction(context, k)}
-    return {**metrics_of(scores), **figures, "top_k": k, "context": context}
+    figures |= {"top_k": k, "context": context} | ({"selections": more} if more else {})
+    return {**metrics_of(scores), **figures}

@@ -3,9 +3,8 @@ still writes and talks.
 """
 
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,35 +12,40 @@ from torch import Tensor
 
 from tokensieve.config import AcceptanceSizes
 from tokensieve.evals.criteria import acceptance_criteria
-from tokensieve.evals.text import Progress, check_room, evaluating, text_sequences, token_losses
+from tokensieve.evals.evaluation import Evaluation, evaluate
+from tokensieve.evals.losses import text_sequences, token_losses
+from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.tasks import Document, chat, completion, retrieval
+from tokensieve.model.positions import check_positions
+from tokensieve.tasks import Document, Documents, encoder
+from tokensieve.tasks.completion import Completion
+from tokensieve.tasks.dialogue import Chat
+from tokensieve.tasks.retrieval import Needles
 
 SCORED = 1024  # tokens at the end of a long sequence whose losses are compared
-SPAN = 256  # of these, how many a short sequence scores: its context is `short` to `short + SPAN` tokens
+SPAN = 256  # of these, as many as one short sequence scores: its context is `short` to `short + SPAN` tokens
+COMPLETED_TOGETHER = 16  # completions in a batch
 
-FULL = AcceptanceSizes(
-    contexts=(8192, 32768),
-    needles=(1, 16),
-    prompts_per_decile=100,
-    long=8192,
-    short=1024,
-    sequences=64,
-    completions=200,
-    answers=48,
-    new_tokens=160,
-)
-QUICK = AcceptanceSizes(
-    contexts=(2048,),
-    needles=(1, 16),
-    prompts_per_decile=2,
-    long=2048,
-    short=512,
-    sequences=4,
-    completions=12,
-    answers=6,
-    new_tokens=96,
-)
+
+@dataclass(frozen=True)
+class Depths:
+    """Needles by the tenth of the context in which they lay: the share found (None: none lay there), and the count."""
+
+    by_depth: tuple[float | None, ...]
+    counts: tuple[int, ...]
+
+
+def depths(results: Iterable[tuple[float, float]]) -> Depths:
+    """`results`: (depth, score) of every needle."""
+    tenths: list[list[float]] = [[] for _ in range(10)]
+    for depth, score in results:
+        tenths[min(int(depth * 10), 9)].append(score)
+    return Depths(tuple(sum(tenth) / len(tenth) if tenth else None for tenth in tenths), tuple(map(len, tenths)))
+
+
+def needle_results(evaluation: Evaluation) -> list[tuple[float, float]]:
+    """(depth, score) of every needle, without its long context."""
+    return [(record.example.depth, record.score.value) for record in evaluation.records]
 
 
 def needle_heat(
@@ -52,29 +56,27 @@ def needle_heat(
     count: int = 1,
     needles: int = 16,
     seed: int = 0,
-    known: Mapping[int, retrieval.NeedleScore] | None = None,
-    done: Progress | None = None,
+    known: Mapping[int, Evaluation] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Needle accuracy by length and depth, `count` contexts of `needles` needles per length; lengths in `known` are
-    not asked again.
+    """Needle accuracy by length and depth: `count` contexts of `needles` needles per length, in tokens.
 
-    Returns {"lengths": tokens, ascending, "accuracy": one row of ten shares (None: no needle lay there) per length,
-    "counts": questions}.
+    Lengths in `known` are not asked again. Returns {"lengths": tokens, ascending; "accuracy": one row of ten shares
+    (None: no needle lay there) per length; "counts": questions}.
     """
-    scores = dict(known or {})
-    for length in lengths:
-        if length in scores:
-            continue
-        contexts = retrieval.needle_contexts(tokenizer, documents, length, needles, count, seed)
-        with evaluating(model):
-            scores[length] = retrieval.evaluate(model, contexts)
-        if done is not None:
-            done()
-    rows = sorted(scores)
+    encode, scores = encoder(tokenizer), dict(known or {})
+    task = Needles(encode, Documents(test=documents), needles)
+    new = [length for length in dict.fromkeys(lengths) if length not in scores]
+    for done, length in enumerate(new, 1):
+        examples = task.examples("test", count * needles, length, seed)
+        scores[length] = evaluate(model, encode, task, examples)
+        if on_progress is not None:
+            on_progress(f"needles in {length:,} tokens", done, len(new))
+    rows = {length: depths(needle_results(scores[length])) for length in sorted(scores)}
     return {
-        "lengths": rows,
-        "accuracy": [list(scores[length].by_depth) for length in rows],
-        "counts": [list(scores[length].counts) for length in rows],
+        "lengths": list(rows),
+        "accuracy": [list(row.by_depth) for row in rows.values()],
+        "counts": [list(row.counts) for row in rows.values()],
     }
 
 
@@ -86,55 +88,59 @@ def needles_by_decile(
     needles: int,
     prompts_per_decile: int,
     seed: int = 0,
-    done: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Accuracy in each tenth of the context, over at least `prompts_per_decile` questions there.
 
-    One needle is placed in a chosen tenth of its own context; several are spread over all of it, and contexts are
+    A single needle is placed in a chosen tenth of its own context. Several are spread over all of it, and contexts are
     added until every tenth has its questions. Returns {"context", "needles", "accuracy", "by_depth", "counts"}.
     """
-    records: list[retrieval.NeedleRecord] = []
-    with evaluating(model):
-        if needles == 1:
-            for depth in range(10):
-                drawn = retrieval.needle_contexts(tokenizer, documents, context, 1, prompts_per_decile, seed, depth)
-                records += retrieval.evaluate(model, drawn).records
-                if done is not None:
-                    done()
-        else:
-            count = math.ceil(10 * prompts_per_decile / needles)
-            while not records or min(retrieval.score(records).counts) < prompts_per_decile:
-                drawn = retrieval.needle_contexts(tokenizer, documents, context, needles, count, seed)
-                records += retrieval.evaluate(model, drawn).records
-                count, seed = max(1, count // 10), seed + 1
-                if done is not None:
-                    done()
-    total = retrieval.score(records)
+    encode, test = encoder(tokenizer), Documents(test=documents)
+    what = f"{needles} needles in {context:,} tokens" if needles > 1 else f"one needle in {context:,} tokens"
+    results: list[tuple[float, float]] = []
+    if needles == 1:
+        for depth in range(10):
+            task = Needles(encode, test, 1, depth=depth)
+            examples = task.examples("test", prompts_per_decile, context, seed)
+            callback = part(on_progress, what, depth * prompts_per_decile, 10 * prompts_per_decile)
+            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
+    else:
+        task = Needles(encode, test, needles)
+        contexts = planned = math.ceil(10 * prompts_per_decile / needles)
+        done = 0
+        while not results or min(depths(results).counts) < prompts_per_decile:
+            examples = task.examples("test", contexts * needles, context, seed)
+            callback = part(on_progress, what, done, max(planned, done + contexts))
+            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
+            done, contexts, seed = done + contexts, max(1, contexts // 10), seed + 1
+    total = depths(results)
     return {
         "context": context,
         "needles": needles,
-        "accuracy": total.accuracy,
+        "accuracy": sum(score for _, score in results) / len(results),
         "by_depth": list(total.by_depth),
         "counts": list(total.counts),
     }
 
 
-def context_gain(model: DecoderForCausalLM, sequences: Sequence[Tensor], short: int = 1024) -> dict[str, Any]:
-    """Loss of the same tokens, the last `SCORED` of each sequence, with the whole sequence before them and with about
-    `short` tokens.
+def context_gain(
+    model: DecoderForCausalLM, sequences: Sequence[Tensor], short: int = 1024, begin: int = 1
+) -> dict[str, Any]:
+    """Loss of the same tokens, the last `SCORED` of each sequence, once with the whole sequence before them and once
+    with about `short` tokens.
 
-    A short sequence begins with bos like a long one and scores `SPAN` tokens, so it gives them `short` tokens of
-    context or a little more. Returns {"long", "short": tokens; "loss_long", "loss_short", "gain": nats; "tokens": how
-    many were scored}.
+    A short sequence begins with the first `begin` tokens of the long one (its bos) and scores `SPAN` tokens, so it
+    gives them `short` tokens of context or a little more. Returns {"long", "short": tokens; "loss_long", "loss_short",
+    "gain": nats; "tokens": scored ones}.
     """
     losses_long, losses_short = [], []
     for ids in sequences:
         scored = min(SCORED, len(ids) - short - 1)
         losses_long.append(token_losses(model, ids)[-scored:])
-        for begin in range(len(ids) - scored, len(ids), SPAN):
-            end = min(begin + SPAN, len(ids))
-            clipped = torch.cat((ids[:1], ids[begin - short + 1 : end]))
-            losses_short.append(token_losses(model, clipped)[begin - end :])
+        for first in range(len(ids) - scored, len(ids), SPAN):
+            end = min(first + SPAN, len(ids))
+            clipped = torch.cat((ids[:begin], ids[first - short + begin : end]))
+            losses_short.append(token_losses(model, clipped)[first - end :])
     long, brief = torch.cat(losses_long), torch.cat(losses_short)
     return {
         "long": len(sequences[0]),
@@ -149,62 +155,75 @@ def context_gain(model: DecoderForCausalLM, sequences: Sequence[Tensor], short: 
 def completions(
     model: DecoderForCausalLM,
     tokenizer: Any,
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     count: int,
     new_tokens: int = 160,
     seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Share of `count` held-out functions whose greedy completion parses: {"parsed", "count"}."""
-    cases = list(completion.examples(documents))
-    cases = random.Random(seed).sample(cases, min(count, len(cases)))
-    with evaluating(model):
-        score = completion.evaluate(model, tokenizer, cases, new_tokens)
-    return {"parsed": score.parsed, "count": len(cases)}
+    encode = encoder(tokenizer)
+    task = Completion(encode, Documents(test=documents))
+    examples = task.examples("test", count, seed=seed)
+    answers = evaluate(model, encode, task, examples, new_tokens, COMPLETED_TOGETHER, on_progress)
+    return {"parsed": answers.value, "count": len(examples)}
 
 
 def chat_answers(
     model: DecoderForCausalLM,
     tokenizer: Any,
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     count: int,
     new_tokens: int = 160,
     seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Greedy answers to `count` held-out prompts in chat format: {"ended", "good", "parsed": shares, "count"}."""
-    prompts = list(chat.examples(documents))
-    prompts = random.Random(seed).sample(prompts, min(count, len(prompts)))
-    with evaluating(model):
-        score = chat.evaluate(model, tokenizer, prompts, new_tokens)
-    return {"ended": score.ended, "good": score.good, "parsed": score.parsed, "count": len(prompts)}
+    task = Chat(Documents(test=documents), talk=True)
+    examples = task.examples("test", count, seed=seed)
+    answers = evaluate(model, tokenizer, task, examples, new_tokens, on_progress=on_progress)
+    shares = {"ended": answers.part("ended"), "good": answers.value, "parsed": answers.part("parsed")}
+    return {**shares, "count": len(examples)}
 
 
 def acceptance(
     model: DecoderForCausalLM,
     tokenizer: Any,
     documents: Sequence[Document],
-    sizes: AcceptanceSizes = FULL,
-    done: Progress | None = None,
+    sizes: AcceptanceSizes,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Everything that a base model has to show, on held-out documents; `criteria.acceptance_criteria` judges it.
 
+    `on_progress` counts the units of each of its parts by themselves.
+
     Returns {"needles": [`needles_by_decile`, ...], "context_gain", "completions", "chat", "sizes", "criteria": {name:
-    whether it holds}}.
+    whether it holds}}; no "completions" and no "chat" if the sizes ask for none.
 
     Raises:
-        UserError: prompts past the model's positions.
+        UserError: prompts past the model's positions, or chat answers asked for and no chat format to ask in.
     """
-    check_room(model, max(*sizes.contexts, sizes.long))
+    encode, longest = encoder(tokenizer), max(*sizes.contexts, sizes.long)
+    limit, what = model.config.max_position_embeddings, f"prompts of {longest} tokens are"
+    check_positions(limit, longest, what, "shorten them with --context")
+    if sizes.answers:
+        encode.chat()  # refuses at once, not after the needles
     needles = [
-        needles_by_decile(model, tokenizer, documents, context, count, sizes.prompts_per_decile, done=done)
+        needles_by_decile(model, encode, documents, context, count, sizes.prompts_per_decile, on_progress=on_progress)
         for context in sizes.contexts
         for count in sizes.needles
     ]
-    sequences = text_sequences(tokenizer, documents, sizes.long, sizes.sequences)
-    figures = {
+    sequences = text_sequences(encode, documents, sizes.long, sizes.sequences)
+    tokens = sizes.new_tokens
+    figures: dict[str, Any] = {
         "needles": needles,
-        "context_gain": context_gain(model, sequences, sizes.short),
-        "completions": completions(model, tokenizer, documents, sizes.completions, sizes.new_tokens),
-        "chat": chat_answers(model, tokenizer, documents, sizes.answers, sizes.new_tokens),
-        "sizes": asdict(sizes),
+        "context_gain": context_gain(model, sequences, sizes.short, len(encode.begin)),
     }
+    if sizes.completions:
+        figures["completions"] = completions(
+            model, encode, documents, sizes.completions, tokens, on_progress=on_progress
+        )
+    if sizes.answers:
+        figures["chat"] = chat_answers(model, encode, documents, sizes.answers, tokens, on_progress=on_progress)
+    figures["sizes"] = asdict(sizes)
     return figures | {"criteria": {c.name: c.holds for c in acceptance_criteria(figures)}}

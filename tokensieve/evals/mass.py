@@ -1,4 +1,4 @@
-"""How much of what dense attention looks at would be selected.
+"""The share of what dense attention looks at that would be selected.
 
 Legend: N queries, T keys, r the measured queries among them, K selected keys.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.evals.text import evaluating
+from tokensieve.evals.evaluation import evaluating
 from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
 
 ROWS = 128  # queries whose probabilities over all keys are held at a time
@@ -33,10 +33,10 @@ class Recall:
 
 @dataclass
 class Recorder:
-    """A selection that only watches: it measures what the indexer would select and returns None, which leaves
+    """A selection that only watches: it measures what the indexer would select, and returns None, which leaves
     attention dense.
 
-    So every layer sees the hidden states of the dense model, and the indexer is judged on those same hidden states.
+    So every layer sees the hidden states of the dense model, and the indexer is judged on them.
     """
 
     queries: int | None  # measured per sequence and layer, evenly spaced; None: all

@@ -1,20 +1,22 @@
-"""Dense against sparse on the same prompts: the arms, and what each scores.
+"""Dense against sparse on the same prompts: the arms, and the scores of each.
 
 All prompts are longer than k: up to there sparse attention is dense attention, and nothing would be tested.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.evals.text import Perplexity, evaluating, perplexity
+from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
+from tokensieve.evals.losses import Perplexity, perplexity
+from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.selection import Selector
-from tokensieve.tasks import retrieval
+from tokensieve.tasks.retrieval import NeedleExample, Needles
 
 # True of the demo, whose dense arm is the base model, and of `eval`, whose arms are one model.
 ARMS = {
@@ -26,21 +28,19 @@ ARMS = {
     "oracle": "as sparse, but the true attention's own top k are selected",
 }
 
-OnStep = Callable[[str], None]  # told the arm's name after each sequence and each context
-
 
 @dataclass(frozen=True)
 class Arm:
-    """A model and who selects in it: a name (indexer, window, oracle, dense) or a function."""
+    """A model and its selection, which `selecting` takes: indexer, window, oracle, dense, or a function."""
 
     model: DecoderForCausalLM
     selection: str | Selector
 
 
 @dataclass(frozen=True)
-class Score:
+class ArmScores:
     text: Perplexity
-    needles: retrieval.NeedleScore
+    needles: Evaluation
 
 
 def arms_of(model: DecoderForCausalLM) -> dict[str, Arm]:
@@ -74,39 +74,44 @@ def demo_arms(
 
 def compare(
     arms: Mapping[str, Arm],
+    tokenizer: Any,
     sequences: Sequence[Tensor],
-    contexts: Sequence[retrieval.NeedleContext],
+    task: Needles,
+    needles: Sequence[NeedleExample],
     top_k: int,
-    on_step: OnStep | None = None,
-) -> dict[str, Score]:
-    """Perplexity and needle accuracy of every arm on the same held-out sequences and the same needle contexts.
+    on_progress: OnProgress | None = None,
+) -> dict[str, ArmScores]:
+    """Perplexity and needle accuracy of every arm on the same held-out sequences and the same questions of `task`.
 
     Each arm reads a needle context once, by its own selection, and answers every question from that cache.
+    `on_progress` is called with the arm's name after each sequence and each context.
 
     Raises:
         UserError: a prompt of at most k tokens, or no prompts.
     """
-    shortest = min((len(c.context_ids) for c in contexts), default=0)
+    shortest = min((len(example.context) for example in needles), default=0)
     if shortest <= top_k:
         raise UserError(
             f"needle contexts of {shortest} tokens are not longer than k = {top_k} and test nothing; use longer ones"
         )
     scores = {}
-    for name, arm in arms.items():
-        told = (lambda *_, name=name: on_step(name)) if on_step is not None else None
+    each = len(sequences) + len(by_context(needles))
+    for number, (name, arm) in enumerate(arms.items()):
+        texts = part(on_progress, name, number * each, len(arms) * each)
+        questions = part(on_progress, name, number * each + len(sequences), len(arms) * each)
         with evaluating(arm.model), selecting(arm.model, arm.selection, top_k):
-            text = perplexity(arm.model, sequences, top_k, done=told)
-            scores[name] = Score(text, retrieval.evaluate(arm.model, contexts, on_context=told))
+            text = perplexity(arm.model, sequences, top_k, on_progress=texts)
+            scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, needles, on_progress=questions))
     return scores
 
 
-def metrics_of(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
-    """{arm: {"ppl", "needle"}} in the order of `ARMS`; ppl where more than k tokens are seen, needle as a share."""
+def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, float]]:
+    """{arm: {"ppl", "needle"}} in the order of `ARMS`: perplexity where more than k tokens are seen, and a share."""
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
-    return {a: {"ppl": scores[a].text.ppl, "needle": scores[a].needles.accuracy} for a in order}
+    return {a: {"ppl": scores[a].text.ppl, "needle": scores[a].needles.value} for a in order}
 
 
-def loss_by_position(scores: Mapping[str, Score]) -> dict[str, Any]:
-    """What the report plots: {"edges": tokens, "loss": {arm: nats per stretch}}."""
+def loss_by_position(scores: Mapping[str, ArmScores]) -> dict[str, Any]:
+    """The report's curves: {"edges": tokens, "loss": {arm: nats per stretch}}."""
     edges = next(iter(scores.values())).text.edges
     return {"edges": list(edges), "loss": {name: list(s.text.loss) for name, s in scores.items()}}

@@ -1,4 +1,4 @@
-"""What one more token costs, against the length of the context.
+"""The time that one more token takes, by the length of the context.
 
 Legend: B rows (1), T cached tokens, X width of a cache entry.
 """
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tokensieve import cost
-from tokensieve.config import UserError
-from tokensieve.evals.text import Progress, evaluating
+from tokensieve.evals.evaluation import evaluating
+from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM, LatentCache
+from tokensieve.model.positions import check_positions
 
 CHUNK = 2048  # tokens of one prefill pass
 NOISE = 0.01  # of a repeated entry, relative to the entries' spread
@@ -32,9 +33,9 @@ def prefilled(model: DecoderForCausalLM, prompt_S: Tensor) -> LatentCache:
 def stretched(real: LatentCache, tokens: int, seed: int = 0) -> LatentCache:
     """A cache of exactly `tokens` tokens: the entries of a real one (or its first ones), then the same again and again.
 
-    What a decode step costs depends on how many entries there are, and through the selection a little on what they hold
-    (equal scores are told apart by position, which takes longer). So the entries are real ones, and repeated ones get
-    1% of noise: exact copies would tie.
+    The cost of a decode step depends on the number of entries, and through the selection a little on their values:
+    equal scores are told apart by position, which takes longer. So the entries are real ones, and repeated ones get 1%
+    of noise, because exact copies would tie.
     """
     cache = LatentCache(reserve=tokens + SPARE)
     cache.room_for(tokens)
@@ -61,29 +62,26 @@ def decode_ms(
     contexts: Sequence[int],
     rounds: int = 7,
     burst: int = 3,
-    done: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, dict[str, float]]:
     """{model's name: {str(context): milliseconds to decode one token after `context` cached ones}}, batch 1.
 
-    The models take turns, `burst` tokens each, so that a machine that slows down slows all of them; the figure is the
-    median over `rounds` of a turn's mean. Every step starts from the same cache: what it appends is cropped.
+    The models take turns, `burst` tokens each, so that a machine that slows down slows all of them. The figure is the
+    median over `rounds` of a turn's mean. Every step starts from the same cache: what a step appends is cropped.
     `prompt_S`: tokens to fill the caches with (`stretched`).
 
     Raises:
         UserError: a context past a model's positions.
     """
     for name, model in models.items():
-        limit = model.config.max_position_embeddings
-        if max(contexts) + 1 > limit:
-            raise UserError(
-                f"decoding after {max(contexts)} tokens is past the {limit} positions of {name}; time shorter contexts"
-            )
+        what = f"{name}: decoding after {max(contexts)} tokens is"
+        check_positions(model.config.max_position_embeddings, max(contexts) + 1, what, "time shorter contexts")
     results: dict[str, dict[str, float]] = {name: {} for name in models}
     real = {}
     for name, model in models.items():
         with evaluating(model):
             real[name] = prefilled(model, prompt_S[: max(contexts)])
-    for tokens in contexts:
+    for done, tokens in enumerate(contexts, 1):
         caches = {name: stretched(cache, tokens) for name, cache in real.items()}
         turns: dict[str, list[float]] = {name: [] for name in models}
         for number in range(rounds + 1):
@@ -94,8 +92,8 @@ def decode_ms(
                     turns[name].append(taken)
         for name, seconds in turns.items():
             results[name][str(tokens)] = 1000 * statistics.median(seconds)
-        if done is not None:
-            done()
+        if on_progress is not None:
+            on_progress(f"decoding after {tokens:,} tokens", done, len(contexts))
     return results
 
 
@@ -119,8 +117,8 @@ def _finish(on: Tensor) -> None:
 def kv_entries(contexts: Sequence[int], top_k: int) -> dict[str, dict[str, int]]:
     """KV entries that attention reads for one token, per layer: {"dense", "sparse": {str(context): count}}.
 
-    `index_keys` are the sparse model's other reads, one small key per token of the context (none while the context is
-    at most k).
+    "index_keys" are the sparse model's other reads: one small key per token of the context, and none as long as the
+    context is at most k.
     """
     return {
         "dense": {str(c): c for c in contexts},

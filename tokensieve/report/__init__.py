@@ -1,6 +1,5 @@
 """One page that shows what a run lost and gained: self-contained HTML, figures inline, light and dark."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokensieve import cost
-from tokensieve.config import UserError
 from tokensieve.evals.criteria import RECALL, Criterion, parity_criteria
 from tokensieve.evals.parity import ARMS
+from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
+from tokensieve.report.origin import environment
 from tokensieve.report.table import show, show_criteria
-from tokensieve.report.where import environment
 
 __all__ = ["environment", "show", "show_criteria", "write_report", "write_run"]
 
@@ -32,8 +31,8 @@ def write_run(
     Arguments and errors as in `write_report`.
     """
     folder = Path(folder)
-    _write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _write(folder / "details.json", json.dumps({**details, "history": history}, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "details.json", {**details, "history": history})
     return write_report(metrics, history, folder / "report.html", details)
 
 
@@ -47,7 +46,7 @@ def write_report(
 
     Args:
         metrics: a demo's metrics.json.
-        history: rows {"stage", "step", "kl"?, "recall"?}, in order; within a stage steps count from 1 (0: before it).
+        history: rows {"stage", "step", "kl"?, "recall"?}, in order; steps count from 1 within a stage (0: before it).
         details: {"base": name, "parameters", "questions": counts, "run": `environment()`, "heat": {arm: {"lengths",
             "accuracy", "counts"}}, "loss_by_position": {"edges", "loss": {arm: nats}}, "kv_entries": {"dense",
             "sparse", "index_keys": {context: count}}, "recall": {"by_layer", "held", "best": one share per layer}}.
@@ -84,9 +83,7 @@ def write_report(
         figures={name: Markup(figure) for name, figure in drawn.items()},
         maps=[Markup(plots.heat_plot(heat, arm)) for arm, heat in details["heat"].items()],
     )
-    path = Path(path)
-    _write(path, text)
-    return path
+    return write_text(path, text)
 
 
 def _arm(name: str, figures: Mapping[str, float]) -> dict[str, Any]:
@@ -103,7 +100,7 @@ def _row(c: Criterion) -> dict[str, Any]:
 
 
 def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures that the page's paragraphs speak of beside those in the metrics."""
+    """The figures in the page's paragraphs beside those in the metrics."""
     by_layer = details["recall"]["by_layer"]
     worst = min(range(len(by_layer)), key=by_layer.__getitem__)
     better = min((a for a in ("dense", "dense_adapted") if a in metrics), key=lambda a: metrics[a]["ppl"])
@@ -125,14 +122,3 @@ def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, A
         if faster < 0.95
         else "level with dense",
     }
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        remedy = "free some space or choose another folder"
-        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy}") from error

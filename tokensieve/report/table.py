@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tokensieve.evals.criteria import Criterion, parity_criteria
@@ -11,14 +12,15 @@ from tokensieve.evals.parity import ARMS
 
 
 def show(console: Console, metrics: Mapping[str, Any]) -> None:
-    """Prints the arms, the time of one more token where it was measured, and which criteria hold."""
+    """Prints the arms, the time of one more token if it was measured, and which criteria hold."""
     arms = _table("arm", "perplexity", "needles", "")
-    for name, what in ARMS.items():
+    more = {name: f"as sparse, but {selection} selects" for name, selection in metrics.get("selections", {}).items()}
+    for name, what in (ARMS | more).items():
         if name in metrics:
             figures = metrics[name]
             style = "bold" if name == "sparse" else None
             accuracy = f"{100 * figures['needle']:.1f}%"
-            arms.add_row(name, f"{figures['ppl']:.3f}", accuracy, f"[dim]{what}[/dim]", style=style)
+            arms.add_row(name, f"{figures['ppl']:.3f}", accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
     if "decode_ms" in metrics:
         contexts = next(iter(metrics["decode_ms"].values()))

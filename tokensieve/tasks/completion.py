@@ -1,37 +1,38 @@
 """Completing held-out functions: does what the model writes after a signature parse?"""
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokensieve.config import UserError
-from tokensieve.tasks import Document, PlainEncoder, parse_python
+from tokensieve.tasks.contract import Answer, Example, Score
+from tokensieve.tasks.documents import Document, Documents, Split, parse_python
+from tokensieve.tasks.encoder import PlainEncoder, encoder
 
 
-@dataclass(frozen=True)
-class CompletionExample:
-    """`before` is the module up to the function, `head` its signature and docstring, ending in a newline each."""
+@dataclass(frozen=True, kw_only=True)
+class CompletionExample(Example):
+    """`before` is the module up to the function, `head` its signature and docstring; both end in a newline.
 
-    name: str
+    `lines`: of the body that really stands there.
+    """
+
     before: str
     head: str
+    lines: int
 
     @property
     def indent(self) -> int:
         return len(self.head) - len(self.head.lstrip())
 
 
-@dataclass(frozen=True)
-class CompletionScore:
-    """`parsed`: share of examples whose completion, as `finish` cuts it, parses and has at least one statement."""
+def functions(documents: Iterable[Document]) -> Iterator[CompletionExample]:
+    """Functions that have a docstring or at least three lines of body, from documents that are Python.
 
-    parsed: float
-    completions: tuple[str, ...]
-
-
-def examples(documents: Iterable[Document]) -> Iterator[CompletionExample]:
-    """Functions that have a docstring or at least three lines of body, from documents that are Python."""
+    Their prompts are the whole text up to the body, whatever its length.
+    """
     for document in documents:
         tree = parse_python(document.text)
         lines = document.text.split("\n")
@@ -47,11 +48,17 @@ def examples(documents: Iterable[Document]) -> Iterator[CompletionExample]:
                 continue
             head = "\n".join(lines[node.lineno - 1 : end]) + "\n"
             before = "".join(line + "\n" for line in lines[: node.lineno - 1])
-            yield CompletionExample(f"{document.name}.{node.name}", before, head)
+            yield CompletionExample(
+                name=f"{document.name}.{node.name}",
+                prompt=before + head,
+                before=before,
+                head=head,
+                lines=(node.end_lineno or 0) - end,
+            )
 
 
 def _signature_end(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """The line (from 1) on which the signature ends, 0 if the body begins on it."""
+    """The line (counted from 1) on which the signature ends; 0 if the body begins on it."""
     for end in range(node.lineno, node.body[0].lineno):
         head = "\n".join(lines[node.lineno - 1 : end]) + "\n"
         if parses(head, " " * (len(head) - len(head.lstrip()) + 1) + "pass"):
@@ -60,13 +67,13 @@ def _signature_end(lines: list[str], node: ast.FunctionDef | ast.AsyncFunctionDe
 
 
 def finish(example: CompletionExample, completion: str, complete: bool) -> str:
-    """The part of a completion that is judged: what belongs to the function, and of that what the model had time for.
+    """The part of a completion that is judged: what belongs to the function, up to where the tokens ran out.
 
-    What belongs to it ends before the first line that is indented no more than the `def`. A model that wrote such a
-    line, or the end marker (`complete`), ended the function itself: all that it wrote is judged. Where the budget of
-    tokens cut it off instead, it is judged on its last whole statement: on the longest prefix of whole lines that parses
-    as the function with at least one statement beside the docstring. Where no prefix does, nothing is left, which does
-    not parse: a loop inside the brackets of the very first statement still fails.
+    The function ends before the first line that is indented no more than its `def`. A model that wrote such a line, or
+    the end marker (`complete`), ended the function itself, and all that it wrote is judged. If the budget of tokens cut
+    it off instead, it is judged up to its last whole statement: on the longest prefix of whole lines that parses as the
+    function with at least one statement beside the docstring. If no prefix does, nothing is left, which does not parse:
+    a loop inside the brackets of the very first statement still fails.
     """
     lines = completion.split("\n")
     for number, line in enumerate(lines):
@@ -81,7 +88,7 @@ def finish(example: CompletionExample, completion: str, complete: bool) -> str:
 def parses(head: str, body: str) -> bool:
     """Whether head + body is one function with at least one statement beside its docstring.
 
-    Nothing is forgiven here: what a cut-off completion is judged on, `finish` decides.
+    Nothing is forgiven here: `finish` decides what a completion that was cut off is judged on.
     """
     # A block around a method makes its indentation legal and leaves multi-line strings as they are.
     tree = parse_python(("if True:\n" if head[:1].isspace() else "") + head + body)
@@ -97,59 +104,51 @@ def parses(head: str, body: str) -> bool:
 def prompt_ids(encode: PlainEncoder, example: CompletionExample, prompt_tokens: int) -> list[int]:
     """bos, as much of the module before the function as fits (whole lines), and the function's head."""
     head = encode(example.head)
-    room = prompt_tokens - 1 - len(head)
+    room = prompt_tokens - len(encode.begin) - len(head)
     before = example.before[-8 * prompt_tokens :]  # no token of ours is that long on average
     if len(before) < len(example.before):
         before = before[before.find("\n") + 1 :]
-    kept: list[list[int]] = []
+    whole_lines: list[list[int]] = []
     for line in reversed(encode.batch(before.splitlines(keepends=True))):
         room -= len(line)
         if room < 0:
             break
-        kept.append(line)
-    return [encode.markers.bos, *(token for line in reversed(kept) for token in line), *head]
+        whole_lines.append(line)
+    return [*encode.begin, *(token for line in reversed(whole_lines) for token in line), *head]
 
 
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    cases: Sequence[CompletionExample],
-    max_new_tokens: int = 160,
-    prompt_tokens: int = 1024,
-    batch_size: int = 16,
-) -> CompletionScore:
-    """Greedy completions of held-out functions; rows of a batch are padded on the left and masked.
+@dataclass(frozen=True)
+class Completion:
+    """Bodies of functions after their module up to there (a `Task`): does what the model writes parse?
 
-    Raises:
-        UserError: no examples.
+    Difficulty: lines of the body that really stands there, at most; None takes functions of any length.
+
+    tokenizer: or an encoder.
+    prompt_tokens: of a prompt, at most, unless the function's head alone is longer.
     """
-    import torch
 
-    if not cases:
-        raise UserError("no functions to complete; the held-out documents have none with a docstring or three lines")
-    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-    marks = encode.markers
-    device = next(model.parameters()).device
-    prompts = [prompt_ids(encode, case, prompt_tokens) for case in cases]
-    order = sorted(range(len(cases)), key=lambda i: len(prompts[i]))
-    completions = [""] * len(cases)
-    with torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            width = max(len(prompts[i]) for i in rows)
-            ids = torch.tensor([[marks.pad] * (width - len(prompts[i])) + prompts[i] for i in rows], device=device)
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows], device=device)
-            output = model.generate(
-                ids,
-                attention_mask=mask if len(rows) > 1 else None,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=marks.eos,
-                pad_token_id=marks.pad,
+    tokenizer: Any
+    documents: Documents
+    prompt_tokens: int = 1024
+    name: str = "completion"
+
+    def examples(
+        self, split: Split, count: int, difficulty: int | None = None, seed: int = 0
+    ) -> list[CompletionExample]:
+        encode = encoder(self.tokenizer)
+        cases = [c for c in functions(self.documents.of(split)) if difficulty is None or c.lines <= difficulty]
+        if not cases or not count:
+            which = "held-out" if split == "test" else "training"
+            raise UserError(
+                f"no functions to complete; the {which} documents have none with a docstring or three lines"
             )
-            for i, row in zip(rows, output[:, width:].tolist(), strict=True):
-                complete = marks.eos in row
-                text = encode.decode(row[: row.index(marks.eos)] if complete else row)
-                completions[i] = finish(cases[i], text, complete)
-    good = sum(parses(case.head, text) for case, text in zip(cases, completions, strict=True))
-    return CompletionScore(good / len(cases), tuple(completions))
+        drawn = random.Random(seed).sample(cases, min(count, len(cases)))
+        return [replace(case, prompt=prompt_ids(encode, case, self.prompt_tokens)) for case in drawn]
+
+    def score(self, example: CompletionExample, answer: Answer) -> Score:
+        """1 if the completion, as `finish` cuts it, parses and has at least one statement, else 0."""
+        return Score(float(parses(example.head, finish(example, answer.text, answer.ended))))
+
+    def reward(self, example: CompletionExample, answer: Answer) -> float:
+        """The score's value."""
+        return self.score(example, answer).value

@@ -2,21 +2,21 @@
 
 A statement is opening + clause + ending, a question is opening + form + closing; each clause is filled with a noun
 ("access code"), a connective ("for"), a verb ("is"), a key ("amber-falcon") and a value ("493817"). Every pool is a
-`Split`: evaluation draws from `held_out` only and training never does, so a score measures use of the context and
+`Pool`: evaluation draws from `held_out` only and training never does, so a score measures use of the context and
 not memory of a phrasing. Keys and values are split by a hash that is the same on every machine.
 """
 
 import random
 from dataclasses import dataclass
 
-from tokensieve.tasks import stable_fraction
+from tokensieve.tasks.documents import stable_fraction
 from tokensieve.tasks.words import ADJECTIVES, SALAD, SYLLABLES, THINGS
 
 HELD_OUT_SHARE = 0.1  # of keys and of values
 
 
 @dataclass(frozen=True)
-class Split:
+class Pool:
     train: tuple[str, ...]
     held_out: tuple[str, ...]
 
@@ -32,7 +32,7 @@ def _items(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.replace("\n", " ").split(",") if item.strip())
 
 
-NOUNS = Split(
+NOUNS = Pool(
     _items("""access code, secret number, locker combination, badge id, door code, pin, pin code, passcode,
     vault number, ticket number, serial number, account number, order number, room number, flight number,
     licence number, phone extension, reference number, magic number, security code, activation code, unlock code,
@@ -45,7 +45,7 @@ NOUNS = Split(
     parcel number, keypad combination, inventory number, approval code, contract number, meter reading, folder id,
     dial code"""),
 )
-OPENINGS = Split(
+OPENINGS = Pool(
     tuple(
         _items("""Note: , Remember: , Remember that, For the record: , Please note that, Important: , By the way: ,
     Keep in mind that, FYI: , Reminder: , Do not forget: , Attention: , Hint: , One more thing: , As agreed: ,
@@ -59,18 +59,18 @@ OPENINGS = Split(
     The team confirmed that, Just so you know: , Mark this: , It should be known that""")
     ),
 )
-CONNECTIVES = Split(
+CONNECTIVES = Pool(
     _items("""for, for, for, for, of, of, of, belonging to, assigned to, used by, given to, registered to,
     associated with, linked to, that goes with, chosen for, connected with, meant for, used for, stored for,
     known for, set for"""),
     _items("held by, issued to, tied to, reserved for, kept for, attached to"),
 )
-VERBS = Split(
+VERBS = Pool(
     _items("""is, is, is, is, is set to, equals, was changed to, is now, has been set to, reads, is recorded as,
     is still, will be, must be, turned out to be, is exactly, was, should be, has become, is defined as"""),
     _items("was fixed at, comes to, has to be, is given as, stands at, is known to be"),
 )
-CLAUSES = Split(
+CLAUSES = Pool(
     _lines("""the {n} {of} {k} {is} {v}
     the {n} {of} {k} {is} {v}
     the {n} {of} {k} {is} {v}
@@ -118,13 +118,13 @@ CLAUSES = Split(
     as for {k}, its {n} {is} {v}
     it says here that the {n} {of} {k} {is} {v}"""),
 )
-ENDINGS = Split(
+ENDINGS = Pool(
     (".",) * 5
     + ("", "", "!", ";", " (checked).", ", as agreed.", " since Monday.", ", do not share it.")
     + (" until further notice.", ", please keep it.", " from now on.", ", no more and no less.", " as of today."),
     (", as noted.", " for the time being.", ", keep it safe.", " this week."),
 )
-FORMS = Split(
+FORMS = Pool(
     _lines("""What is the {n} {of} {k}?
     What is the {n} {of} {k}?
     What is the {n} {of} {k}?
@@ -167,7 +167,7 @@ FORMS = Split(
     I am looking for the {n} {of} {k}.
     What does it say is the {n} {of} {k}?"""),
 )
-QUESTION_OPENINGS = Split(
+QUESTION_OPENINGS = Pool(
     ("",) * 10
     + tuple(
         _items("""Question: , Now: , According to the text above: , From the document above: , Q: , Quick question: ,
@@ -176,14 +176,14 @@ QUESTION_OPENINGS = Split(
     ),
     ("", "", "", "Based on the listing above: ", "One question: ", "Going by the file: ", "As stated above: "),
 )
-CLOSINGS = Split(
+CLOSINGS = Pool(
     ("",) * 8
     + (" Answer with the number only.", " Reply with digits only.", " Just the number.", " Only the value, please.")
     + (" Be brief.", " Thanks!", " It is in the text.", " Answer:", " Write the number.", " No explanation."),
     ("", "", "", " Return only the number.", " Nothing but the digits, please.", " It was mentioned above."),
 )
 # What surrounds a key, in the statement and in the question alike.
-FRAMES = Split(
+FRAMES = Pool(
     ("{}",) * 40
     + ("project {}", "the {} team", "server {}", "customer {}", "agent {}", "the {} account", "user {}", "box {}")
     + ("the {} door", "the {} lab", "station {}", "service {}", "ship {}", "the {} file", "city {}"),
@@ -219,9 +219,10 @@ PREFIXES = ("# ",) * 10 + (
 )
 GENERIC_NOUNS = ("number", "value", "code", "figure", "entry", "digits")
 
-# A fixed set of phrasings can be learned by heart, and then an unseen one hides the key, or the value behind words that never stood before
-# one. So much of what training sees is word salad, as a whole line around the key (and the value) or in place of one part of a phrasing;
-# half of the salad's words do not exist. Only the context tells then which words are the key, and that the digits belong to it.
+# A fixed set of phrasings can be learned by heart. Then an unseen one hides the key, or hides the value behind words
+# that never stood before one. So much of training's text is word salad: as a whole line around the key (and the value),
+# or in place of one part of a phrasing. Half of the salad's words do not exist. Then only the context tells which words
+# are the key, and that the digits belong to it.
 SALAD_SHARE = 0.3  # of training's lines and questions that are salad, and of the parts of the others
 
 
@@ -234,7 +235,7 @@ def salad(rng: random.Random, low: int, high: int) -> str:
     return " ".join(word() for _ in range(rng.randint(low, high)))
 
 
-def part(rng: random.Random, split: Split, held_out: bool, most: int) -> str:
+def part(rng: random.Random, split: Pool, held_out: bool, most: int) -> str:
     """One of `split`, or in training sometimes up to `most` words of salad in its place."""
     if not held_out and rng.random() < SALAD_SHARE:
         return salad(rng, 1, most)
@@ -270,7 +271,7 @@ def is_held_out_value(value: str) -> bool:
 
 
 def draw_keys(rng: random.Random, count: int, held_out: bool) -> list[Key]:
-    """`count` keys of distinct words; one training draw in eight makes them share words, so that all of a key counts."""
+    """`count` keys of distinct words; in one training draw of eight they share words, so that all of a key counts."""
     crowded = not held_out and count > 1 and rng.random() < 0.125
     adjectives = rng.sample(ADJECTIVES, 3 + count // 2) if crowded else ADJECTIVES
     things = rng.sample(THINGS, 3 + count // 2) if crowded else THINGS

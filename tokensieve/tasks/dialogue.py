@@ -1,18 +1,20 @@
 """Short turns about real functions, sums, and who is speaking: enough to teach a base model its chat format.
 
-bos <User> question <Assistant></think> answer eos
+With DeepSeek's markers: bos <User> question <Assistant></think> answer eos
 """
 
 import ast
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, get_args
 
 from tokensieve.config import UserError
-from tokensieve.tasks import Document, PlainEncoder, parse_python, stable_fraction
+from tokensieve.tasks.contract import Answer, Example, Score
+from tokensieve.tasks.documents import Document, Documents, Split, parse_python, stable_fraction
+from tokensieve.tasks.encoder import PlainEncoder
 
-Kind = Literal["explain", "write", "talk"]
+Kind = Literal["talk", "explain", "write"]  # from the easiest to the hardest
 
 EXPLAIN = ("What does `{}` do?", "What is `{}` for?", "Explain `{}` in one line.", "Describe the function `{}`.")
 WRITE = (
@@ -43,16 +45,22 @@ TALK = (
     ("Bye", "Goodbye!"),
 )
 SUMS = ("What is {} + {}?", "{} + {}?", "Add {} and {}.", "How much is {} plus {}?")
-MAX_SOURCE = 800  # characters of a function that is asked for
-TALK_EVERY = 12  # one example of small talk or a sum to so many about functions
+MAX_SOURCE = 800  # characters of a function that has to be written
+TALK_EVERY = 12  # examples about functions to one of small talk or a sum
 
 
-@dataclass(frozen=True)
-class ChatExample:
-    name: str
+@dataclass(frozen=True, kw_only=True)
+class ChatExample(Example):
+    """A question (`prompt` is the one message) and an answer of the training data."""
+
     kind: Kind
-    prompt: str
+    question: str
     answer: str
+
+
+def _example(name: str, kind: Kind, question: str, answer: str) -> ChatExample:
+    prompt = ({"role": "user", "content": question},)
+    return ChatExample(name=name, prompt=prompt, kind=kind, question=question, answer=answer)
 
 
 def _first_line(docstring: str) -> str:
@@ -60,7 +68,7 @@ def _first_line(docstring: str) -> str:
 
 
 def function_examples(document: Document) -> Iterator[ChatExample]:
-    """One example a documented function; none from a text that is not Python."""
+    """One example for each documented function; none from a text that is not Python."""
     tree = parse_python(document.text)
     lines = document.text.split("\n")
     for node in ast.walk(tree) if tree else ():
@@ -78,23 +86,23 @@ def function_examples(document: Document) -> Iterator[ChatExample]:
         if not method and not node.decorator_list and length <= MAX_SOURCE and len(node.body) > 1 and draw < 0.6:
             signature = f"{node.name}({ast.unparse(node.args)})"
             if len(signature) <= 120:
-                prompt = WRITE[int(draw * 1e6) % len(WRITE)].format(sig=signature, doc=line)
-                yield ChatExample(name, "write", prompt, ast.unparse(node))
+                question = WRITE[int(draw * 1e6) % len(WRITE)].format(sig=signature, doc=line)
+                yield _example(name, "write", question, ast.unparse(node))
                 continue
-        yield ChatExample(name, "explain", EXPLAIN[int(draw * 1e6) % len(EXPLAIN)].format(node.name), line)
+        yield _example(name, "explain", EXPLAIN[int(draw * 1e6) % len(EXPLAIN)].format(node.name), line)
 
 
 def talk_example(number: int) -> ChatExample:
     """The `number`-th example of small talk: half about itself, half sums of numbers up to 99."""
     rng = random.Random(number)
     if number % 2:
-        prompt, answer = rng.choice(TALK)
-        return ChatExample(f"talk.{number}", "talk", prompt, answer)
+        question, answer = rng.choice(TALK)
+        return _example(f"talk.{number}", "talk", question, answer)
     first, second = rng.randint(0, 99), rng.randint(0, 99)
-    return ChatExample(f"sum.{number}", "talk", rng.choice(SUMS).format(first, second), str(first + second))
+    return _example(f"sum.{number}", "talk", rng.choice(SUMS).format(first, second), str(first + second))
 
 
-def examples(documents: Iterable[Document]) -> Iterator[ChatExample]:
+def conversations(documents: Iterable[Document]) -> Iterator[ChatExample]:
     """Examples from documents, with small talk in between (a few dozen of it at least)."""
     count = 0
     for document in documents:
@@ -107,77 +115,54 @@ def examples(documents: Iterable[Document]) -> Iterator[ChatExample]:
         yield talk_example(number)
 
 
-def encode_prompt(encode: PlainEncoder, prompt: str, system: str = "") -> list[int]:
-    """Token ids up to where the answer begins, bos included; the same as the tokenizer's chat template gives."""
-    marks = encode.markers
-    return [
-        marks.bos,
-        *(encode(system) if system else []),
-        marks.user,
-        *encode(prompt),
-        marks.assistant,
-        marks.end_think,
-    ]
-
-
 def encoded_examples(documents: Iterable[Document], encode: PlainEncoder) -> Iterator[tuple[str, list[int]]]:
-    """(name, ids) of every example as a whole document, bos and eos included."""
-    for example in examples(documents):
-        yield example.name, [*encode_prompt(encode, example.prompt), *encode(example.answer), encode.markers.eos]
+    """(name, ids) of every example as a whole document, bos and the end of the answer included.
+
+    Raises:
+        UserError: the tokenizer has no chat format.
+    """
+    turns = encode.chat()
+    for example in conversations(documents):
+        question, answer = encode(example.question), encode(example.answer)
+        yield example.name, [*turns.open, *question, *turns.reply, *answer, *turns.close]
 
 
 @dataclass(frozen=True)
-class ChatScore:
-    """Shares of prompts: `good` answers are not empty, end with eos in time and, where a function is asked for, parse.
+class Chat:
+    """Questions about documented functions (a `Task`).
 
-    `ended`: with eos in time; `parsed`: of the functions alone, None if none was asked for.
+    Difficulty: 0 is small talk and sums alone, 1 adds functions to explain, 2 functions to write; None is 2.
+
+    talk: with small talk and sums, which are the same in both splits: a model knows who it is from training alone.
     """
 
-    good: float
-    ended: float
-    parsed: float | None
-    answers: tuple[str, ...]
+    documents: Documents
+    talk: bool = False
+    name: str = "chat"
+
+    def examples(self, split: Split, count: int, difficulty: int | None = None, seed: int = 0) -> list[ChatExample]:
+        kinds = get_args(Kind)[0 if self.talk else 1 : 3 if difficulty is None else difficulty + 1]
+        cases = [example for example in conversations(self.documents.of(split)) if example.kind in kinds]
+        if not cases or not count:
+            which = "held-out" if split == "test" else "training"
+            raise UserError(f"no chat prompts to score; the {which} documents have no documented functions")
+        return random.Random(seed).sample(cases, min(count, len(cases)))
+
+    def score(self, example: ChatExample, answer: Answer) -> Score:
+        """1 if the answer is not empty, ended in time, and parses if a function was asked for.
+
+        Parts: "ended"; and "parsed" of functions, which is 1 if the score is.
+        """
+        good = answer.ended and bool(answer.text.strip()) and (example.kind != "write" or parses(answer.text))
+        parts = {"ended": float(answer.ended)} | ({"parsed": float(good)} if example.kind == "write" else {})
+        return Score(float(good), parts)
+
+    def reward(self, example: ChatExample, answer: Answer) -> float:
+        """The score's value."""
+        return self.score(example, answer).value
 
 
 def parses(text: str) -> bool:
     """Whether the text is Python with at least one statement."""
     tree = parse_python(text)
     return tree is not None and bool(tree.body)
-
-
-def evaluate(model: Any, tokenizer: Any, prompts: Sequence[ChatExample], max_new_tokens: int = 256) -> ChatScore:
-    """Greedy answers to held-out prompts.
-
-    Raises:
-        UserError: no prompts.
-    """
-    import torch
-
-    if not prompts:
-        raise UserError("no chat prompts to score; the held-out documents have no documented functions")
-    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-    marks = encode.markers
-    device = next(model.parameters()).device
-    good, ended, parsed, answers = 0, 0, [], []
-    with torch.inference_mode():
-        for example in prompts:
-            ids = torch.tensor([encode_prompt(encode, example.prompt)], device=device)
-            output = model.generate(
-                ids,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=marks.eos,
-                pad_token_id=marks.pad,
-            )
-            new = output[0, ids.shape[1] :].tolist()
-            finished = marks.eos in new
-            answer = encode.decode(new[: new.index(marks.eos)] if finished else new)
-            whole = finished and bool(answer.strip())
-            if example.kind == "write":
-                whole = whole and parses(answer)
-                parsed.append(whole)
-            ended += finished
-            good += whole
-            answers.append(answer)
-    share = sum(parsed) / len(parsed) if parsed else None
-    return ChatScore(good / len(prompts), ended / len(prompts), share, tuple(answers))

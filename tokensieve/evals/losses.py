@@ -4,8 +4,7 @@ Legend: S tokens of one sequence, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,40 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.model import DecoderForCausalLM, ForwardOptions, Objective, with_options
-from tokensieve.tasks import Document, PlainEncoder, stable_fraction
+from tokensieve.evals.evaluation import evaluating
+from tokensieve.evals.progress import OnProgress
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.tasks import Document, encoder, stable_fraction
 
 HEAD_ROWS = 1024  # positions whose logits are held at a time
 ENCODED = 32  # documents tokenized at a time
-
-Progress = Callable[[], None]
-
-
-@contextmanager
-def evaluating(model: DecoderForCausalLM) -> Iterator[None]:
-    """Within the block: evaluation mode, no indexer objective, no gradients. For models that are in the middle of
-    training.
-    """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), with_options(model, ForwardOptions(objective=Objective())):
-            yield
-    finally:
-        model.train(training)
 
 
 def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> list[Tensor]:
     """`count` int64 sequences of exactly `context` tokens: bos, then consecutive tokens of a single document each.
 
-    A document gives its first stretch; only when there are too few documents, later ones too. Their order is drawn by
-    a hash of the names.
+    A tokenizer without bos begins with the document's first token. A document gives its first stretch; later ones too
+    only if there are too few documents. Their order is drawn by a hash of the names.
 
     Raises:
         UserError: the documents do not hold so much text.
     """
-    encode = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-    bos, length = encode.markers.bos, context - 1
+    encode = encoder(tokenizer)
+    length = context - len(encode.begin)
     drawn = sorted(documents, key=lambda d: stable_fraction("sequence " + d.name))
     long: list[list[int]] = []
     for begin in range(0, len(drawn), ENCODED):
@@ -59,7 +44,7 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
     stretch = 0
     while len(sequences) < count:
         pieces = [ids[stretch * length : (stretch + 1) * length] for ids in long]
-        whole = [torch.tensor([bos, *piece]) for piece in pieces if len(piece) == length]
+        whole = [torch.tensor([*encode.begin, *piece]) for piece in pieces if len(piece) == length]
         if not whole:
             raise UserError(
                 f"the held-out documents hold {len(sequences)} stretches of {context} tokens, not {count}; "
@@ -71,8 +56,8 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
 
 
 def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
-    """Cross-entropy in nats (S - 1,) float32 on the CPU: entry i is of token i + 1, predicted from the i + 1 tokens
-    before it.
+    """Cross-entropy in nats (S - 1,), float32 on the CPU: entry i is that of token i + 1, predicted from the i + 1
+    tokens before it.
 
     The logits of `HEAD_ROWS` positions exist at a time.
     """
@@ -87,11 +72,11 @@ def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`ppl`: exp of the mean loss at positions that see more than k tokens, where a selection selects; `ppl_all`: at
-    all positions.
+    """`ppl`: exp of the mean loss at positions that see more than k tokens, where there is something to select;
+    `ppl_all`: at all positions.
 
-    `loss[i]`: mean in nats where edges[i] < tokens seen <= edges[i + 1]; `tokens`: how many losses `ppl` is the mean
-    of.
+    `loss[i]`: mean in nats of the positions with edges[i] < tokens seen <= edges[i + 1]. `tokens`: number of losses
+    that `ppl` is the mean of.
     """
 
     ppl: float
@@ -102,7 +87,11 @@ class Perplexity:
 
 
 def perplexity(
-    model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int, buckets: int = 16, done: Progress | None = None
+    model: DecoderForCausalLM,
+    sequences: Sequence[Tensor],
+    top_k: int,
+    buckets: int = 16,
+    on_progress: OnProgress | None = None,
 ) -> Perplexity:
     """Perplexity of held-out sequences (equally long, one document each), and the loss by position in `buckets` equal
     stretches.
@@ -118,10 +107,10 @@ def perplexity(
             f"sequences of {context} tokens never see more than k = {top_k} keys: nothing is selected; use longer ones"
         )
     rows = []
-    for ids in sequences:
+    for done, ids in enumerate(sequences, 1):
         rows.append(token_losses(model, ids))
-        if done is not None:
-            done()
+        if on_progress is not None:
+            on_progress("text", done, len(sequences))
     losses = torch.stack(rows).double()
     buckets = min(buckets, context - 1)
     edges = [round(i * (context - 1) / buckets) for i in range(buckets + 1)]
@@ -133,12 +122,3 @@ def perplexity(
         loss=tuple(float(losses[:, a:b].mean()) for a, b in pairwise(edges)),
         tokens=selected.numel(),
     )
-
-
-def check_room(model: DecoderForCausalLM, context: int) -> None:
-    """UserError for prompts past the model's positions."""
-    room = model.config.max_position_embeddings
-    if context > room:
-        raise UserError(
-            f"prompts of {context} tokens are past the model's {room} positions; shorten them with --context"
-        )

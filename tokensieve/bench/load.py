@@ -1,11 +1,7 @@
-"""The engine under load: many requests at once, and how long each waits.
-
-Legend: E entry width, D index width.
-"""
+"""The engine under load: many requests at once, and the time that each of them waits."""
 
 import gc
 import itertools
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,23 +12,26 @@ import psutil
 import torch
 
 from tokensieve.config import UserError
+
+# What this takes from the engine and the model, the scheduler's own lists included: a filled cache has no other way in.
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.engine.distributed import OneOfRanks
-from tokensieve.engine.tensor_parallel import shard
-from tokensieve.families import ModelConfig
 from tokensieve.mesh import Mesh
-from tokensieve.model import DecoderForCausalLM, fp8
+from tokensieve.model import DecoderForCausalLM
 from tokensieve.ops.quant import PAGE_TOKENS
 
 NOISE_TOKENS = 1 << 15  # entries that are made at once
 
 
 @dataclass(frozen=True)
-class Load:
-    """requests: all at once. prompt, new: tokens of each. selection: "indexer" or "dense". chunk, top_k: as in EngineConfig; 0: its own.
+class Workload:
+    """Requests that all arrive at once.
 
-    filled: the cache is filled with noise and prompts are not run, but for their last token: what is wanted is the decode rate at a
-    context that would take long to read.
+    requests: their number. prompt, new: tokens of each. selection: "indexer" or "dense". chunk, top_k: as in
+    EngineConfig; 0 takes the engine's own.
+
+    filled: the cache is filled with noise, and of the prompts only the last token is run. This measures the decode rate
+    at a context that would take long to read.
     """
 
     requests: int
@@ -46,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Served:
-    """Of one load. Seconds of requests: the median and the 99th percentile. last_chunk: of a single prompt, where it is run."""
+    """The figures of one workload. Times are in seconds; p50 and p99 are the median and the 99th percentile."""
 
     seconds: float
     tokens_per_second: float  # generated, over all requests
@@ -55,7 +54,7 @@ class Served:
     first_p99: float
     next_p50: float  # between two tokens of a request
     next_p99: float
-    last_chunk: float
+    last_chunk: float  # of a prompt: the last step that read one
     pages: int
     memory_bytes: int  # at the peak on a GPU; of the process on a CPU
 
@@ -64,55 +63,8 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def random_model(
-    config: ModelConfig,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    seed: int = 0,
-    in_fp8: bool = False,
-    ranks: Mesh | None = None,
-) -> Any:
-    """A model of this shape with drawn weights, made on the device: no checkpoint of it need exist. in_fp8: with weights in FP8 blocks.
-
-    With ranks this one's part of it. All of them draw the same numbers, so that what should be the same on all is.
-    """
-    with torch.device("meta"):
-        model = DecoderForCausalLM(config).to(dtype)
-        if in_fp8:
-            fp8.hold(model, fp8.holdable(model, set(model.state_dict())))
-    if ranks is not None:
-        shard(model, ranks)
-    for name, part in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(("weights_proj.weight", "e_score_correction_bias")):
-            part.data = part.data.float()
-    model = model.to_empty(device=device)
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, fp8.BlockLinear | fp8.BlockExperts):
-            for name, x in module.named_parameters():
-                _draw_blocks(x.data, name.endswith("_scale_inv"), config.initializer_range)
-        else:
-            model._init_weights(module)
-    for buffer in model.buffers():
-        buffer.zero_()
-    return model.eval()
-
-
-def _draw_blocks(x: torch.Tensor, is_scale: bool, std: float) -> None:
-    if is_scale:
-        x.fill_(std)
-        return
-    for matrix in x.flatten(0, -3) if x.dim() > 2 else x[None]:  # all at once they are four times as large for a moment
-        matrix.copy_(torch.randn(matrix.shape, device=x.device))
-
-
-def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> list[tuple[int, ...]]:
-    draw = random.Random(seed)
-    return [tuple(draw.choices(range(vocabulary // 4, vocabulary), k=length)) for _ in range(count)]
-
-
 def fill_with_noise(engine: Engine) -> None:
-    """Every place of every page gets an entry and a key, as spread as normalized ones are."""
+    """Writes an entry and a key into every slot of every page, with the spread of normalized ones."""
     pools, model = engine.runner.pools, engine.model
     places = pools.entries[0].shape[0] * PAGE_TOKENS
     entry = engine.runner.entry
@@ -127,13 +79,16 @@ def fill_with_noise(engine: Engine) -> None:
 def serve_load(
     model: DecoderForCausalLM,
     tokenizer: Any,
-    load: Load,
+    load: Workload,
     prompts: Sequence[tuple[int, ...]],
     ranks: Mesh | None = None,
 ) -> Served:
-    """The load on an engine of its own, after a short one that compiles and records what runs once. UserError for what cannot be served.
+    """Runs the workload on an engine of its own, after a short one that compiles and records what happens only once.
 
-    Where there are ranks, all of them call this with the same load, and none leads.
+    ranks: of a model that is spread over several; all of them call this with the same workload, and none leads.
+
+    Raises:
+        UserError: the engine failed.
     """
     on_gpu = model.device.type == "cuda"
     pages = load.requests * (-(-(load.prompt + load.new + 1) // PAGE_TOKENS) + 1)
@@ -162,7 +117,7 @@ def serve_load(
             torch.cuda.empty_cache()
 
 
-def _run(engine: Engine, load: Load, prompts: Sequence[tuple[int, ...]], new: int) -> Served:
+def _run(engine: Engine, load: Workload, prompts: Sequence[tuple[int, ...]], new: int) -> Served:
     device = engine.model.device
     for i, prompt in enumerate(prompts[: load.requests]):
         sampling = Sampling(max_tokens=new, ignore_eos=True)
@@ -175,11 +130,11 @@ def _run(engine: Engine, load: Load, prompts: Sequence[tuple[int, ...]], new: in
         assert not scheduler.waiting  # the cache was made for them
         for running in scheduler.running:
             running.cached = running.prompt - 1
-    said: dict[str, list[float]] = {str(i): [] for i in range(load.requests)}
+    times: dict[str, list[float]] = {str(i): [] for i in range(load.requests)}
     used, last_chunk = 0, 0.0
     begin = last = time.perf_counter()
     while engine.busy:
-        in_prompt = any(r.in_prompt for r in engine.scheduler.running) or not said["0"]
+        in_prompt = any(r.in_prompt for r in engine.scheduler.running) or not times["0"]
         outputs = engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -189,14 +144,14 @@ def _run(engine: Engine, load: Load, prompts: Sequence[tuple[int, ...]], new: in
         for output in outputs:
             if output.finish == "error":
                 raise UserError(f"the engine failed: {output.error}")
-            said[output.id].append(now - begin)
+            times[output.id].append(now - begin)
     seconds = time.perf_counter() - begin
-    first = [times[0] for times in said.values()]
-    between = [b - a for times in said.values() for a, b in itertools.pairwise(times)] or [0.0]
+    first = [arrivals[0] for arrivals in times.values()]
+    between = [b - a for arrivals in times.values() for a, b in itertools.pairwise(arrivals)] or [0.0]
     on_gpu = device.type == "cuda"
     return Served(
         seconds,
-        tokens_per_second=sum(map(len, said.values())) / seconds,
+        tokens_per_second=sum(map(len, times.values())) / seconds,
         prompt_tokens_per_second=0.0 if load.filled else load.requests * load.prompt / max(first),
         first_p50=statistics.median(first),
         first_p99=percentile(first, 0.99),

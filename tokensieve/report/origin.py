@@ -1,4 +1,4 @@
-"""Where a run's figures come from: command, date, machine, versions."""
+"""The origin of a run's figures: command, date, machine, versions."""
 
 import datetime
 import platform
@@ -15,7 +15,7 @@ FROM_SOURCE = "(from its source tree)"  # which pip does not know
 
 
 def environment(command: str | None = None) -> dict[str, str]:
-    """What figures depend on beside the code: {"command", "date", "machine", "versions"}.
+    """The things beside the code that figures depend on: {"command", "date", "machine", "versions"}.
 
     `command`: this process's own unless given.
     """

@@ -1,0 +1,162 @@
+"""How a model is asked the examples of any task."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from tokensieve.config import UserError
+from tokensieve.evals.progress import OnProgress
+from tokensieve.model import ForwardOptions, LatentCache, Objective, with_options
+from tokensieve.tasks import Answer, Example, PlainEncoder, Score, Task, encoder
+
+PREFILL_CHUNK = 32768  # tokens: a first chunk runs on fused kernels, and attention's memory is linear in it
+TOGETHER = 65536  # cached tokens, over all the copies of a context whose questions go through the model together
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within the block: evaluation mode, no indexer objective, no gradients. For a model in the middle of training."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), with_options(model, ForwardOptions(objective=Objective())):
+            yield
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class Record:
+    example: Any  # of the task's own kind
+    answer: Answer
+    score: Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answered, in the order of the examples."""
+
+    records: tuple[Record, ...]
+
+    @property
+    def value(self) -> float:
+        """The mean score."""
+        return sum(record.score.value for record in self.records) / len(self.records)
+
+    def part(self, name: str) -> float | None:
+        """The mean of a part over the examples whose scores have it; None if none has."""
+        shares = [record.score.parts[name] for record in self.records if name in record.score.parts]
+        return sum(shares) / len(shares) if shares else None
+
+
+def by_context(examples: Sequence[Example]) -> list[list[int]]:
+    """The places of the examples that have a target, one list for each stretch of them that shares a context."""
+    targeted = [place for place, example in enumerate(examples) if example.target]
+    return [list(places) for _, places in groupby(targeted, key=lambda place: id(examples[place].context))]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task[Any],
+    examples: Sequence[Example],
+    max_new_tokens: int = 256,
+    batch_size: int = 1,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Greedy answers to all examples, scored by the task.
+
+    An example with a target costs no decoding: greedy decoding gives the target exactly if, with the target fed in, the
+    best token at each of its positions is the target's. So its answer is the best token at each position. Neighbours
+    that share a context read it once and go through the model together, as rows after its one cache.
+
+    All other answers are generated, `batch_size` at a time from the shortest prompt to the longest; the rows of a batch
+    are padded on the left and masked.
+
+    Args:
+        tokenizer: the model's, or an encoder.
+        max_new_tokens: of a generated answer.
+        on_progress: told after each context and each batch.
+
+    Raises:
+        UserError: no examples; messages, and the tokenizer has no chat format.
+    """
+    if not examples:
+        raise UserError(f"no examples of {task.name} to score; ask for at least one")
+    encode = encoder(tokenizer)
+    shared = by_context(examples)
+    prompts = {
+        place: [*example.context, *encode.prompt(example.prompt)]
+        for place, example in enumerate(examples)
+        if not example.target
+    }
+    order = sorted(prompts, key=lambda place: len(prompts[place]))
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    answers: dict[int, Answer] = {}
+    with evaluating(model), torch.inference_mode():
+        for done, places in enumerate([*shared, *batches], 1):
+            if done <= len(shared):
+                batch = _check_targets(model, encode, [examples[place] for place in places])
+            else:
+                batch = _generate(model, encode, [prompts[place] for place in places], max_new_tokens)
+            answers.update(zip(places, batch, strict=True))
+            if on_progress is not None:
+                on_progress(task.name, done, len(shared) + len(batches))
+    pairs = [(example, answers[place]) for place, example in enumerate(examples)]
+    return Evaluation(tuple(Record(example, answer, task.score(example, answer)) for example, answer in pairs))
+
+
+def _check_targets(model: Any, encode: PlainEncoder, examples: Sequence[Example]) -> list[Answer]:
+    """What greedy decoding gives, as far as the target; all examples share their context, which is read once."""
+    context = list(examples[0].context)
+    longest = max(len(context), *(len(example.prompt) + len(example.target) for example in examples))
+    cache = LatentCache()
+    ids = torch.tensor([context], device=next(model.parameters()).device)
+    for begin in range(0, ids.shape[1], PREFILL_CHUNK):
+        model(ids[:, begin : begin + PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    together = max(1, TOGETHER // longest)
+    answers = []
+    for first in range(0, len(examples), together):
+        asked = examples[first : first + together]
+        for example, best in zip(asked, _best_tokens(model, cache, asked), strict=True):
+            answers.append(Answer(encode.decode(best[:-1]), ended=best[-1] == example.target[-1]))
+    return answers
+
+
+def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[Any]) -> list[list[int]]:
+    """The best token at each position of each target; every example is a row after the one cached context."""
+    rows = copy(cache)  # its buffers are made anew for the rows
+    rows.batch_repeat_interleave(len(asked))
+    turns = [[*example.prompt, *example.target[:-1]] for example in asked]
+    # Shorter rows are filled up at the end, which nothing before it sees.
+    width = max(map(len, turns))
+    ids = [turn + turn[-1:] * (width - len(turn)) for turn in turns]
+    output = model(torch.tensor(ids, device=next(model.parameters()).device), past_key_values=rows, use_cache=True)
+    best = output.logits.argmax(-1).tolist()
+    pairs = zip(asked, turns, best, strict=True)
+    return [row[len(turn) - len(example.target) : len(turn)] for example, turn, row in pairs]
+
+
+def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+    device = next(model.parameters()).device
+    width, pad = max(map(len, prompts)), 0 if encode.pad is None else encode.pad
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    output = model.generate(
+        ids,
+        attention_mask=mask if len(prompts) > 1 else None,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=encode.ends or None,
+        pad_token_id=pad,
+    )
+    answers = []
+    for row in output[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in encode.ends), None)
+        answers.append(Answer(encode.decode(row[:end]), ended=end is not None))
+    return answers
