@@ -144,6 +144,7 @@ def convert(
 
 def _selections(arms: list[str]) -> dict[str, str]:
     from tokensieve.config import UserError
+    from tokensieve.model.selection import resolve
 
     selections: dict[str, str] = {}
     for arm in arms:
@@ -152,6 +153,7 @@ def _selections(arms: list[str]) -> dict[str, str]:
             raise UserError(f"--arm {arm}: write it as NAME=SELECTION, for example --arm mine=package.module:select")
         if name.strip() in selections:
             raise UserError(f"--arm {arm}: there is an arm {name.strip()} already; give each its own name")
+        resolve(selection.strip())
         selections[name.strip()] = selection.strip()
     return selections
 

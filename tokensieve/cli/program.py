@@ -127,9 +127,11 @@ def _fail(status: int, *messages: str) -> None:
     sys.exit(status)
 
 
-def overrides(set_: list[str] | None, model: str | None = None, out: str | None = None) -> tuple[str, ...]:
+def overrides(
+    set_: list[str] | None, model: str | None = None, out: str | None = None, selection: str | None = None
+) -> tuple[str, ...]:
     """What the options change in the config, as `--set` would; a `--set` comes later and wins. JSON strings are TOML strings."""
-    given = {"model": model, "data.tokenizer": model, "out": out}
+    given = {"model": model, "data.tokenizer": model, "out": out, "selection": selection}
     return (*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(set_ or ()))
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Config, Out, Resume, Set, Start, app, overrides
+from tokensieve.cli.program import Config, Out, Resume, Selection, Set, Start, app, overrides
 
 
 class Until(StrEnum):
@@ -71,7 +71,12 @@ def warmup(
 
 @app.command()
 def adapt(
-    config: Config = "adapt", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
+    config: Config = "adapt",
+    model: Start = None,
+    set_: Set = None,
+    out: Out = None,
+    selection: Selection = None,
+    resume: Resume = False,
 ) -> None:
     """Sparse training, stage 2: selection is on and everything trains.
 
@@ -79,7 +84,7 @@ def adapt(
 
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """
-    run = _train("adapt", config, overrides(set_, model, out), resume)
+    run = _train("adapt", config, overrides(set_, model, out, selection), resume)
     typer.echo(f"Next: tokensieve eval {_newest(run)}")
 
 

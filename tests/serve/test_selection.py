@@ -1,0 +1,40 @@
+"""A selector of one's own on the server: its answers are those of `generate`, beside the same model with dense attention."""
+
+import httpx2 as httpx
+import pytest
+import torch
+
+import tokensieve
+from tests.support import servers
+from tokensieve.config import UserError
+from tokensieve.engine import EngineConfig
+from tokensieve.model.selection import indexer, join, window
+from tokensieve.serve.settings import ServeConfig
+
+NAME = "tests.serve.test_selection:with_recent"
+
+
+def with_recent(c):
+    return join(indexer(c), window(c, 10))
+
+
+def test_the_server_answers_as_generate_does() -> None:
+    model, tokenizer = servers.tiny()
+    ids = torch.randint(20, 4000, (1, 150), generator=torch.Generator().manual_seed(0))
+    expected = {}
+    for name, selector in (("sparse", with_recent), ("sparse:dense", "dense"), ("indexer", "indexer")):
+        with torch.no_grad(), tokensieve.selecting(model, selector):
+            out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        expected[name] = out[0, 150:].tolist()
+    assert len({tuple(answer) for answer in expected.values()}) == 3
+    with servers.running((model, tokenizer), EngineConfig(pages=16, running=2, chunk=64), selection=NAME) as (at, _):
+        for name in ("sparse", "sparse:dense"):
+            body = {"model": name, "prompt": ids[0].tolist(), "max_tokens": 8, "ignore_eos": True}
+            body |= {"return_token_ids": True, "temperature": 0}
+            answer = httpx.post(at + "/v1/completions", json=body, timeout=60).json()
+            assert answer["choices"][0]["token_ids"] == expected[name], name
+
+
+def test_an_unknown_one_is_refused_before_anything_is_served() -> None:
+    with pytest.raises(UserError, match="there is no module nowhere"):
+        ServeConfig("sparse", selection="nowhere:f")
