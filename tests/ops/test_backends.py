@@ -20,7 +20,7 @@ PACKS = [
     and case.documents == causal(*(document.keys for document in case.documents))
     and case.content != "none_selected"
 ]
-# As in test_ops_attention.py; in bf16 the fused kernel rounds the probabilities before they meet V, and its backward
+# As in test_attention.py; in bf16 the fused kernel rounds the probabilities before they meet V, and its backward
 # rounds more.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 

@@ -100,7 +100,7 @@ def run(function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def test_every_op_is_called_here() -> None:
-    """Those that have no gradient are compiled elsewhere: the ops on pages in test_ops_paged.py, block_linear in test_fp8.py."""
+    """Others are compiled elsewhere: the ops on pages in test_paged.py, block_linear in test_fp8.py."""
     assert set(NAMES) == set(ops.OPS) - set(PAGED_OPS) - {"block_linear"}
 
 

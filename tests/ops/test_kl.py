@@ -11,7 +11,7 @@ from tests.support import oracle
 from tests.support.cases import CASES, Case, Document, Inputs, causal, make
 from tokensieve import ops
 
-# As in test_ops_attention.py. A divergence subtracts a score from the scores' logsumexp, so its error is that of a
+# As in test_attention.py. A divergence subtracts a score from the scores' logsumexp, so its error is that of a
 # score; bf16 inputs are exact in float32, where the whole loss is computed: only the gradients are rounded to 8 bits
 # at the end.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1.5e-2}

@@ -16,7 +16,7 @@ from tokensieve.ops import quant, reference
 from tokensieve.ops.reference import PAGED_OPS
 
 # What the pages hold is exact in float32: the errors are float32's own, over up to 576 products, as in
-# test_ops_attention.py and test_ops_index.py.
+# test_attention.py and test_index.py.
 TOLERANCE = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Attention on quantized pages where more than one backend has a kernel for the 671B model's shape: ours for Hopper, and FlashMLA's."""
+"""Attention on quantized pages at the 671B model's shape, by the kernels of several backends: Hopper and FlashMLA."""
 
 import math
 from collections.abc import Iterator
@@ -43,7 +43,10 @@ def equals_the_reference(x: pages.Pool, backend: str) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("places", [5, 64, 70])
 def test_paged_attention_is_the_references(places: int, n: int, heads: int, backend: str) -> None:
-    """Lengths of 0, 1, 63, 64, 65 and more, so empty rows too; every byte that no token owns is NaN, the place read for an unused one."""
+    """Lengths of 0, 1, 63, 64, 65 and more, so empty rows too.
+
+    Every byte that no token owns is NaN, and so is what is read for an unused place.
+    """
     x = pages.make("fp8", n, dtype="bfloat16", heads=heads, places=places).to("cuda")
     for case in (x, with_holes(x), replace(x, indices=torch.full_like(x.indices, -1))):
         equals_the_reference(case, backend)
@@ -63,7 +66,10 @@ def test_paged_attention_at_full_size(n: int, backend: str) -> None:
 
 @pytest.mark.gpu
 def test_nothing_outside_of_the_pages_is_an_entry(backend: str) -> None:
-    """Pages that are not there, positions that are not seen, lengths past the table: what nobody looks at beforehand on a GPU."""
+    """Missing pages, positions that are not seen, lengths past the table.
+
+    Nothing looks at those beforehand on a GPU.
+    """
     x = pages.make("fp8", lengths=(200, 130, 64), dtype="bfloat16", heads=64).to("cuda")
     table = x.page_table.clone()
     table[0, 1], table[1, 2] = -1, 1 << 30

@@ -1,6 +1,6 @@
 """Grouped keys and values on pages: against the float64 oracle, and against the ops on the same entries in one piece.
 
-Every backend that has them is tested here: the reference, and the portable Triton kernels in the interpreter or on a GPU.
+Every backend that has them is tested: the reference, and the portable Triton kernels in the interpreter or on a GPU.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Index queries for quantized pages: rotated, rounded, their scales in w; the kernel and the reference against a plain computation."""
+"""Index queries for quantized pages: rotated, rounded, their scales in w.
+
+The kernel and the reference are compared with a plain computation.
+"""
 
 import math
 

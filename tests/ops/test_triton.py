@@ -1,6 +1,7 @@
 """The Triton kernels against the float64 reference: in Triton's interpreter where there is no GPU, else on it.
 
-Outputs are poisoned first: under deterministic algorithms PyTorch fills what `empty` returns with NaN, integers with their largest value.
+Outputs are poisoned first: under deterministic algorithms PyTorch fills what `empty` returns with NaN, integers with
+their largest value.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from tokensieve.ops import checks, dispatch
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-# float32 in the interpreter: as the reference's own float32 (test_ops_attention.py). On a GPU the products take bf16 or half inputs
-# and add up in float32; probabilities and their derivatives are rounded (2**-9, 2**-11) before they meet the next product.
+# float32 in the interpreter: as the reference's own float32 (test_attention.py). On a GPU the products take bf16 or
+# half inputs and add up in float32; probabilities and their derivatives are rounded (2**-9, 2**-11) before they meet
+# the next product.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 1.5e-2}
 LSE_TOLERANCE = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-4}
 # In any order, so that they differ in the last bits from run to run; in the order of queries in the deterministic mode.
@@ -43,7 +45,7 @@ LONG_GRADIENTS = ("zero scores", "prefill chunks of a batch", "empty rows")  # o
 
 
 def places(quick: tuple[str, ...] = QUICK) -> list:
-    """(case, device, dtype): the interpreter runs float32, `quick` cases in `make test` and all in `make test-all`; a GPU runs all."""
+    """(case, device, dtype). A GPU runs all; the interpreter float32, in `make test` the `quick` cases alone."""
     found = []
     for case in CASES:
         marks = [] if case.name in quick else [pytest.mark.slow]
@@ -84,7 +86,10 @@ def test_values_and_gradients(case: Case, device: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("case", "device", "dtype"), places(("T < k",)))
 def test_sums_in_any_order(case: Case, device: str, dtype: str) -> None:
-    """The default adds atomically what the deterministic mode, which poisoning needs, adds in order; all else has the same bits."""
+    """The default adds atomically what the deterministic mode, which poisoning needs, adds in order.
+
+    All else has the same bits.
+    """
     x = make(dataclasses.replace(case, dtype=dtype), device)
     ordered = results(x, backend(device), SPARSE)
     torch.use_deterministic_algorithms(False)
@@ -103,7 +108,8 @@ def test_the_selection_is_the_oracles(case: Case, device: str, dtype: str) -> No
     assert torch.equal(found.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
     if case.content != "normal" or device == "cpu":  # scores are the same to the last bit, or nearly so
         fused = ops.index_topk(
-            *(t.to(getattr(torch, dtype)) for t in (x.q_SID, x.k_TD)), x.w_SI, x.k, x.starts_S, x.ends_S, backend=backend(device)
+            *(t.to(getattr(torch, dtype)) for t in (x.q_SID, x.k_TD)), x.w_SI, x.k, x.starts_S, x.ends_S,
+            backend=backend(device),
         )  # fmt: skip
         assert torch.equal(fused.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
 
@@ -207,7 +213,7 @@ def test_nan_among_the_inputs_is_not_hidden(where: str, device: str) -> None:
 
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
 def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
-    """Nobody checks values on a GPU: an index past the keys counts as -1, a range is cut to them. Around them lies NaN."""
+    """On a GPU an index past the keys counts as -1, and a range is cut to them. Around them lies NaN."""
     monkeypatch.setattr(checks, "indices", lambda *given: None)
     monkeypatch.setattr(checks, "ranges", lambda *given: None)
     lowest, highest = -(2**31), 2**31 - 1
@@ -229,7 +235,8 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
     clean = torch.full((S, 5), -1, device=device).int()
     strays = torch.tensor([T, T + 1, highest, -2, lowest], device=device).int().expand(S, -1)
     given = dataclasses.replace(
-        x, kv_TGE=among_nan(x.kv_TGE), k_TD=among_nan(x.k_TD), starts_S=starts, ends_S=ends, indices_SK=torch.cat((strays, x.indices_SK), 1)
+        x, kv_TGE=among_nan(x.kv_TGE), k_TD=among_nan(x.k_TD), starts_S=starts, ends_S=ends,
+        indices_SK=torch.cat((strays, x.indices_SK), 1),
     )  # fmt: skip
     meant = dataclasses.replace(
         x, starts_S=starts.clamp(0, T), ends_S=ends.clamp(0, T), indices_SK=torch.cat((clean, x.indices_SK), 1)
@@ -253,8 +260,8 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
 def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> None:
     """One document, and the keys that nobody sees, hold NaN: the other's results are those without any.
 
-    But for what docs/kernels.md says: gradients of index scores by a block of queries that both have, here of 4, or by a tile of 128
-    keys that both see.
+    But for what docs/kernels.md says: gradients of index scores by a block of queries that both have, here of 4, or by
+    a tile of 128 keys that both see.
     """
     x = make(Case("broken document", (Document(0, 100, 7), Document(second, 40, 6)), keys=170, k=8, heads=2), device)
     x = x.to(torch.bfloat16) if device == "cuda" else x
@@ -301,7 +308,7 @@ def test_a_target_that_does_not_sum_to_one(device: str) -> None:
 
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
 def test_a_second_run_has_the_same_bits(device: str) -> None:
-    """Every op and every gradient, in the deterministic mode; the memory that outputs get is poisoned before each run."""
+    """Every op and every gradient, in the deterministic mode; the outputs' memory is poisoned before each run."""
     if device == "cuda":  # enough programs to meet in another order
         documents, sizes = (
             causal(700, 1, 1500, 66),

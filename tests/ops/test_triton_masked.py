@@ -1,4 +1,4 @@
-"""Masked attention in Triton where test_triton.py, which compares it on every case, does not look: widths, bits, addresses, NaN.
+"""Masked attention in Triton beyond the cases of test_triton.py: widths, bits, addresses, NaN.
 
 In Triton's interpreter where there is no GPU, else on it; outputs are poisoned first, as in test_triton.py.
 """
@@ -129,7 +129,9 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["q_SHD", "k_THD", "v_THV", "dout_SHV"])
 def test_nan_stays_where_it_is_selected(where: str, broken: float, device: str) -> None:
-    """All queries and keys share a tile; a key reaches those that selected it, and through them their own keys' gradients."""
+    """All queries and keys share a tile. A key reaches those that selected it, and through them the gradients of
+    theirs.
+    """
     x = make(causal(12), 4, 24, 16, 1, "bfloat16" if device == "cuda" else "float32", device)
     t = torch.arange(12, device=device)
     indices = torch.stack(
@@ -155,7 +157,7 @@ def test_nan_stays_where_it_is_selected(where: str, broken: float, device: str) 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_indices_and_addresses(device: str) -> None:
-    """Indices of 64 bits, no places at all, values cut out of something wider, keys between two multiples of 16 bytes."""
+    """Indices of 64 bits, no places at all, values cut out of wider ones, keys between two multiples of 16 bytes."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     x = make(causal(11, 3), 6, 24, 16, 2, dtype, device)
     expected = x.results()

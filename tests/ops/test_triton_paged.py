@@ -1,7 +1,8 @@
 """The Triton kernels of the paged ops against the reference: in Triton's interpreter where there is no GPU, else on it.
 
-Outputs are poisoned, as in test_triton.py, and so is every byte of a page that no token of a sequence owns (pages.py). The interpreter
-rounds neither to bfloat16 nor to FP8 as a GPU does, so what it is to round here, to bfloat16, is exact in it already.
+Outputs are poisoned, as in test_triton.py, and so is every byte of a page that no token of a sequence owns (pages.py).
+The interpreter rounds neither to bfloat16 nor to FP8 as a GPU does, so what it is to round here, to bfloat16, is exact
+in it already.
 """
 
 import dataclasses
@@ -145,7 +146,10 @@ def test_scores_have_the_bits_of_prefill(kind: str, n: int, heads: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_number_of_the_latent_is_read_exactly(device: str) -> None:
-    """A query that selects one token returns its latent: all of E4M3 but NaN, times scales from one end of bfloat16 to the other."""
+    """A query that selects one token returns its latent.
+
+    The latents have all of E4M3 but NaN, times scales from one end of bfloat16 to the other.
+    """
     codes = torch.arange(256, dtype=torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]
     powers = torch.tensor([-22, -8, 0, 1, 8, 40, 110, -110])
@@ -172,7 +176,10 @@ def test_pieces_fill_a_gpu() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", ["float16", "fp8"])
 def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None:
-    """What nobody looks at beforehand on a GPU: pages that are not there, positions that are not seen, lengths past the table."""
+    """Missing pages, positions that are not seen, lengths past the table.
+
+    Nothing looks at those beforehand on a GPU.
+    """
     x = make(kind, lengths=(200, 130, 64), dtype="float16", heads=2).to(device)
     table = x.page_table.clone()
     table[0, 1], table[1, 2] = -1, 1 << 30
@@ -196,7 +203,7 @@ def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("n", "K", "multiple"), [(1, 70, 64), (1, 64, 64), (2, 1100, 64), (3, 5, 128), (2, 0, 64)])
 def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, device: str) -> None:
-    """Against one place after the other: pages that are not there, positions that are not seen, lengths past the table."""
+    """Against one place after the other: missing pages, positions that are not seen, lengths past the table."""
     g = torch.Generator().manual_seed(n)
     lengths = torch.tensor([0, 1, 64, 130, 256, 5000], dtype=torch.int32)
     table = torch.randint(-2, 12, (6, 4), generator=g, dtype=torch.int32)
@@ -273,7 +280,7 @@ def hard_tokens(kind: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 def writes() -> list:
-    """(device, kind of pages, dtype of tokens); bfloat16 on a GPU alone: the interpreter rounds to it in another way."""
+    """(device, kind of pages, dtype of tokens); bfloat16 on a GPU alone, because the interpreter rounds otherwise."""
     found = []
     for kind in ("fp8", "float16", "float32", "bfloat16"):
         for dtype in ("float32", "float16", "bfloat16"):

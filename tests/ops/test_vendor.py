@@ -1,4 +1,7 @@
-"""FlashMLA's and DeepGEMM's kernels behind our contracts, where there are a Hopper GPU and their packages; what they refuse, anywhere."""
+"""FlashMLA's and DeepGEMM's kernels behind our contracts, on a Hopper GPU with their packages.
+
+What they refuse is tested everywhere.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -80,7 +83,7 @@ def poisoned() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("known", [False, True])
 def test_paged_attention_in_a_cuda_graph(known: bool) -> None:
-    """With a plan that an earlier call made, and with none: what a graph makes is its own, and no later call may read it."""
+    """With and without a plan that an earlier call made: a graph's plan is its own, and no later call may read it."""
     pytest.importorskip("flash_mla", reason="FlashMLA is not installed")
     places, sizes = (192, 256) if known else (320, 384), (torch.device("cuda", torch.cuda.current_device()), 5, 64)
     x = pages.make("fp8", 1, (300, 129, 1, 0, 256), "bfloat16", heads=64, places=places[0], P=5).to("cuda")

@@ -1,4 +1,4 @@
-"""What a backend is: a module with one function per op (and `<op>_backward` if the op has a gradient), and what it cannot run."""
+"""What a backend is: a module with a function per op (and `<op>_backward` if it has a gradient), and its limits."""
 
 import importlib
 from collections.abc import Callable, Mapping

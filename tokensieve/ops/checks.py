@@ -1,10 +1,10 @@
-"""What the public ops demand of their arguments. Every check raises ValueError with the op, the argument and what it must be.
+"""What the public ops demand of their arguments. Every check raises ValueError with the op, the argument and the rule.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups, K places for selected keys, D key width, E entry width, V value width,
-N rows. `paged_checks.py` has those of the ops on pages.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, K places for selected keys, D key width, E entry
+width, V value width, N rows. `paged_checks.py` has those of the ops on pages.
 
-Messages are built only if a check fails: torch.compile cannot format symbolic sizes, and decode checks every call of every layer. Values
-are looked at on the CPU only: on a GPU that would stop its queue, and while tracing there are none.
+Messages are built only if a check fails: torch.compile cannot format symbolic sizes, and decode checks every call of
+every layer. Values are looked at on the CPU only: on a GPU that would stop its queue, and a tracer has none.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Which backend runs an op: the one place where kernels are picked.
 
-`BACKENDS` is ordered, fastest first. `auto` takes the first that has no reason against this call and logs the choice once per op. A
-backend asked for by name that cannot run raises with its reason: there is no silent fallback.
+`BACKENDS` is ordered, fastest first. `auto` takes the first that has no reason against this call and logs the choice
+once per op. A backend asked for by name that cannot run raises with its reason: there is no silent fallback.
 """
 
 import logging
@@ -19,7 +19,8 @@ from tokensieve.ops.triton import limits as triton
 
 log = logging.getLogger("tokensieve.ops")
 
-# The interpreter runs the same kernels slowly, without a GPU. The reference before it runs everything: `auto` never gets to it.
+# The interpreter runs the same kernels slowly, without a GPU. The reference before it runs everything: `auto` never
+# gets to it.
 BACKENDS: tuple[Backend, ...] = (
     Backend("fused", "tokensieve.ops.fused", fused.OPS, ("cpu", "cuda"), fused.limits),
     Backend("vendor", "tokensieve.ops.vendor", vendor.OPS, ("cuda",), vendor.limits, vendor.slower),
@@ -52,9 +53,10 @@ def _named(op: str, q: Tensor, name: str, operands: Mapping[str, Any]) -> Module
 
 
 def pick(op: str, q: Tensor, backend: str, operands: Mapping[str, Any]) -> ModuleType:
-    """The module that runs `op` for arguments like these. Raises ValueError for an unknown or unable backend asked for by name.
+    """The module that runs `op` for arguments like these.
 
-    q: the op's first argument. operands: all of its arguments, by the names that `table.py` gives them.
+    q: the op's first argument. operands: all of its arguments, by the names that `table.py` gives them. Raises
+    ValueError for an unknown or unable backend asked for by name.
     """
     if backend != "auto":
         return _named(op, q, backend, operands)

@@ -1,6 +1,6 @@
-"""What decides how an op or a layer runs outside of torch.compile: autocast, and shortcuts for the decode step of a CPU.
+"""How ops and layers run without torch.compile: with autocast off, and on shortcuts for one-token decode on the CPU.
 
-In decode on the CPU a layer is a hundred small operators, each of which costs more to call than to compute.
+In that decode a layer is a hundred small operators, and calling them dominates.
 
 Legend: N tokens, X any further axes.
 """
@@ -12,13 +12,19 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the device of `x`. If it is off already nothing is entered: decode can afford that."""
+    """A context in which autocast is off on the device of `x`.
+
+    Nothing is entered if it is off already, which is what decode can afford.
+    """
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def can_skip_registry(x: Tensor) -> bool:
-    """Whether an op on `x` may be called without PyTorch's registry: on the CPU, neither traced nor differentiated nor under autocast."""
+    """Whether an op on `x` may be called without PyTorch's registry.
+
+    `x` is on the CPU then, neither traced nor differentiated, nor under autocast.
+    """
     if not x.is_cpu or type(x) is not Tensor:
         return False
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))

@@ -1,9 +1,9 @@
-"""Dense attention through PyTorch's own fused kernels: flash on the CPU, variable-length flash on CUDA, cuDNN's for chunks on Hopper.
+"""Dense attention through PyTorch's fused kernels: flash attention on the CPU, its variable-length form on CUDA, and
+cuDNN's for chunks on Hopper. No other op runs here.
 
-Legend: S query tokens, T key tokens, H heads, D key width, V value width. Either S = T, a causal pack (query i is key i, documents one
-after another), or S < T, a chunk: the queries are the last S tokens of one document of T.
-`bounds` (documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` the longest document in tokens.
-Only `dense_attention` of these runs here; everything else is the reference's.
+Legend: S query tokens, T key tokens, H heads, D key width, V value width. Either S = T, a causal pack (query i is key
+i, documents one after another), or S < T, a chunk: the queries are the last S tokens of one document of T. `bounds`
+(documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` is the longest document in tokens.
 """
 
 import itertools
@@ -52,7 +52,7 @@ def dense_attention(
     if q.shape[0] < k.shape[0]:
         return _chunk(q, k, v, bounds, longest, scale)
     H, V = q.shape[1], v.shape[2]
-    # Both kernels want one width for keys and values; zeros beside a value stay zeros in the output.
+    # Both kernels take one width for keys and values; zeros beside a value stay zeros in the output.
     width = max(q.shape[2], V)
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
     if q.is_cuda:
@@ -71,25 +71,27 @@ def dense_attention(
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
-    """What came before is seen by every query, and the chunk itself causally: two calls, merged by their logsumexps.
+    """Two calls, merged by their logsumexps: every query sees all of the past, and the chunk itself causally.
 
-    Flash on CUDA aligns its mask to the last key and needs only one. On Hopper cuDNN takes its place, at 584 TFLOP/s (docs/kernels.md).
+    Flash attention on CUDA aligns its mask to the last key and needs only one call. On Hopper cuDNN takes its place, at
+    584 TFLOP/s (docs/kernels.md).
     """
     (S, H, D), V = q.shape, v.shape[2]
     past = k.shape[0] - S
     k, v = _per_query_head(k, H), _per_query_head(v, H)
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
         width = max(D, V)
-        own = torch.tensor([0, S], dtype=torch.int32, device=q.device)
+        query_bounds = torch.tensor([0, S], dtype=torch.int32, device=q.device)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            _wide(q, width), _wide(k, width), _wide(v, width), own, bounds, S, longest, 0.0, True, False, scale=scale
-        )
+            _wide(q, width), _wide(k, width), _wide(v, width), query_bounds, bounds, S, longest, 0.0, True, False,
+            scale=scale,
+        )  # fmt: skip
         return out[..., :V].contiguous(), lse.transpose(0, 1).contiguous()
     attend = _cudnn if q.is_cuda else _cpu
-    before, lse_before = attend(q, k[:past], v[:past], False, scale)
-    own, lse_own = attend(q, k[past:], v[past:], True, scale)
-    lse = torch.logaddexp(lse_before, lse_own)
-    out = before * (lse_before - lse).exp()[..., None] + own * (lse_own - lse).exp()[..., None]
+    out_past, lse_past = attend(q, k[:past], v[:past], False, scale)
+    out_chunk, lse_chunk = attend(q, k[past:], v[past:], True, scale)
+    lse = torch.logaddexp(lse_past, lse_chunk)
+    out = out_past * (lse_past - lse).exp()[..., None] + out_chunk * (lse_chunk - lse).exp()[..., None]
     return out.to(q.dtype), lse
 
 
@@ -121,12 +123,11 @@ def dense_attention_backward(
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
     out, dout = _wide(out, width), _wide(dout, width)
     if q.is_cuda:
-        seed = torch.zeros(
-            2, dtype=torch.uint64, device=q.device
-        )  # dropout is off: the kernel's random state is never read
+        # dropout is off: the kernel's random state is never read
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(), bounds, bounds, longest, longest, 0.0, True,
-            seed, seed[:0], scale=scale,
+            dout.contiguous(), q, k, v, out.contiguous(), lse.transpose(0, 1).contiguous(),
+            bounds, bounds, longest, longest, 0.0, True, seed, seed[:0], scale=scale,
         )  # fmt: skip
     else:
         parts = []

@@ -1,7 +1,8 @@
 """What the public ops on pages demand of their arguments, as `checks.py` has it for the others.
 
 Legend: S query tokens, B sequences, P pages that a row of the page table names, H heads, G key-value groups, K places
-for selected keys, E entry width, V value width, N tokens to write, L and R widths of an entry's two parts, D index width.
+for selected keys, E entry width, V value width, N tokens to write, L and R widths of an entry's two parts, D index
+width.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """FP8 blocks, the Hadamard rotation and the bytes of a cache page: functions on tensors, no state.
 
-Shapes: P pages, N rows, K columns, D width; a page holds 64 tokens. Everything here defines what the kernels must
-reproduce, so it favors exactness over speed.
+Shapes: P pages, N rows, K columns, D width; a page holds 64 tokens. The kernels must reproduce what is defined here, so
+it favors exactness over speed.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-E4M3_MAX = 448.0  # the largest finite float8_e4m3fn; the format has no infinity, above 464 it turns NaN
+E4M3_MAX = 448.0  # the largest finite float8_e4m3fn; the format has no infinity, numbers above 464 become NaN
 SCALE_BLOCK = 128
 PAGE_TOKENS = 64
 LATENT_WIDTH, ROPE_WIDTH, INDEX_WIDTH = 512, 64, 128
@@ -54,7 +54,7 @@ def quantize_e4m3(
     if not bool(torch.isfinite(amax).all()):
         raise ValueError("cannot quantize a NaN or an infinity; look for the step that produced it")
     scales = _scale_of(amax.clamp_min(amax_floor), scale_format)
-    # The quotient can round to just above 448, and what is above 464 would become NaN: hence the clamp.
+    # The quotient can round to just above 448, and a number above 464 would become NaN: hence the clamp.
     values = (blocks / scales).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.flatten(-2)[..., :width].contiguous(), scales.squeeze(-1)
 
@@ -77,7 +77,7 @@ def quantize_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix in 2-D blocks, as the published FP8 checkpoints store it.
 
-        W[b] ~ q[b] * scale_inv[b],   scale_inv[b] = max |W[b]| / 448     (1 where the block is all zero)
+        W[b] ~ q[b] * scale_inv[b],   scale_inv[b] = max |W[b]| / 448     (1 if the block is all zero)
 
     weight_NK (N, K) -> values (N, K) float8_e4m3fn and ``weight_scale_inv`` (ceil(N / bn), ceil(K / bk)) float32; edge
     blocks may be smaller. The name says "inv", yet one multiplies by it. Raises ValueError for a NaN or an infinity.
@@ -144,7 +144,9 @@ def _check(name: str, x: torch.Tensor, tail: tuple[int, ...], dtype: torch.dtype
 
 
 def pack_latent_tokens(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """The bytes of single tokens of a latent page: latent (..., 512) and k_rope (..., 64), floating -> (..., 656) uint8.
+    """The bytes of single tokens of a latent page.
+
+    latent (..., 512) and k_rope (..., 64), floating -> (..., 656) uint8:
 
         0..511 512 E4M3 | 512..527 4 float32 scales, powers of two, one per 128 values | 528..655 64 bfloat16 rope dims
 
@@ -158,7 +160,10 @@ def pack_latent_tokens(latent: torch.Tensor, k_rope: torch.Tensor) -> torch.Tens
 def unpack_latent_tokens(
     tokens: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read bytes of :func:`pack_latent_tokens`: (..., 656) uint8 -> latent (..., 512) and k_rope (..., 64) in ``dtype``."""
+    """Read bytes of :func:`pack_latent_tokens`.
+
+    (..., 656) uint8 -> latent (..., 512) and k_rope (..., 64) in ``dtype``.
+    """
     values, scales, rope = tokens.split((LATENT_WIDTH, LATENT_WIDTH // SCALE_BLOCK * 4, ROPE_WIDTH * 2), -1)
     latent = dequantize_e4m3(
         values.contiguous().view(torch.float8_e4m3fn), scales.contiguous().view(torch.float32), SCALE_BLOCK, dtype
@@ -189,7 +194,7 @@ def unpack_latent_page(page: torch.Tensor, dtype: torch.dtype = torch.bfloat16) 
 
 
 def index_page_tokens(page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An index page's bytes by token, views of it: (P, 8448) uint8 -> values (P, 64, 128) and scales (P, 64, 4) uint8."""
+    """An index page's bytes by token, as views: (P, 8448) uint8 -> values (P, 64, 128) and scales (P, 64, 4) uint8."""
     values, scales = page.split((PAGE_TOKENS * INDEX_WIDTH, PAGE_TOKENS * 4), -1)
     return values.unflatten(-1, (PAGE_TOKENS, INDEX_WIDTH)), scales.unflatten(-1, (PAGE_TOKENS, 4))
 

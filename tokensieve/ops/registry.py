@@ -1,7 +1,9 @@
-"""Registers ops with PyTorch. An `Op` is up to four registrations: the op, its fake implementation, its backward and that one's fake.
+"""Registers ops with PyTorch. An `Op` is up to four registrations: the op, its fake implementation, its backward, and
+the backward's fake implementation.
 
-The bodies pick a backend and call it. The mathematics is in `reference/` and its faster siblings, the rows are in `table.py`, the public
-signatures and their meaning in `__init__.py` and `paged.py`. A backward is an op of its own, so that torch.compile sees through it too.
+The bodies pick a backend and call it. The mathematics is in `reference/` and its faster siblings, the rows are in
+`table.py`, the public signatures and their meaning in `__init__.py` and `paged.py`. A backward is an op too, so that
+torch.compile sees through it.
 """
 
 import re
@@ -37,16 +39,18 @@ def _as_tuple(results: Any) -> tuple[Any, ...]:
 
 
 class Op:
-    """The op `tokensieve::NAME`, called as `op(*arguments, backend)`. All tensors of a call are on the device of the first one.
+    """The op `tokensieve::NAME`, called as `op(*arguments, backend)`, all tensors on the device of the first one.
 
-    schema: name, arguments and results in PyTorch's notation, without `str backend`, which every op takes last. Integers are SymInt.
+    schema: name, arguments and results in PyTorch's notation, without `str backend`, which every op takes last.
+        Integers are SymInt.
     outputs: takes the arguments and returns empty results of the right shapes and dtypes.
     gradients: names of the arguments that have a gradient. All other tensors are detached.
     saved: names of the results that the backward reads.
-    optional: names of the results whose gradient the backward takes as None if nothing depends on them. For others it is zeros then.
+    optional: names of the results whose gradient the backward takes as None if nothing depends on them. For the others
+        it is zeros then.
 
-    A backend has a function NAME(*arguments). If there are `gradients`, it also has NAME_backward(*gradients of the results,
-    *saved results, *arguments), which returns them.
+    A backend has a function NAME(*arguments). If there are `gradients`, it also has NAME_backward(*gradients of the
+    results, *saved results, *arguments), which returns them.
     """
 
     def __init__(
@@ -75,7 +79,7 @@ class Op:
         self.registered = getattr(torch.ops.tokensieve, self.name).default
 
     def __call__(self, *inputs: Any) -> Any:
-        """The results. Calls the backend itself if it can: decode on the CPU cannot afford the registry's share of every call."""
+        """The results, straight from the backend if possible: decode on the CPU cannot afford the registry."""
         if can_skip_registry(inputs[0]):
             return self.compute(inputs)
         for i in self.detached:
@@ -89,19 +93,20 @@ class Op:
 
     def differentiate(self, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """The gradients, from the results' gradients, the saved results, and what the op itself takes."""
-        own = inputs[len(self.results) + len(self.saved) :]
-        backend = pick(self.name, own[0], own[-1], dict(zip(self.names, own)))
+        forward = inputs[len(self.results) + len(self.saved) :]
+        backend = pick(self.name, forward[0], forward[-1], dict(zip(self.names, forward)))
         return getattr(backend, f"{self.name}_backward")(*inputs[:-1])
 
     def register_backward(self, arguments: str) -> None:
         received = [f"Tensor{'?' if i in self.optional else ''} d_{name}" for i, name in enumerate(self.results)]
         received += [f"Tensor {self.results[i]}" for i in self.saved]
+        returned = ", ".join(["Tensor"] * len(self.gradients))
         begin = len(received)  # of what the op itself takes
         definition = custom_op(
             f"tokensieve::{self.name}_backward",
             _full_precision(self.differentiate),
             mutates_args=(),
-            schema=f"({', '.join(received)}, {arguments}, str backend) -> ({', '.join(['Tensor'] * len(self.gradients))})",
+            schema=f"({', '.join(received)}, {arguments}, str backend) -> ({returned})",
         )
         definition.register_fake(
             lambda *inputs: tuple(inputs[begin + i].new_empty(inputs[begin + i].shape) for i in self.gradients)
@@ -112,7 +117,9 @@ class Op:
         ctx.set_materialize_grads(False)
         results = _as_tuple(output)
         ctx.save_for_backward(*(inputs[i] for i in self.tensors), *(results[i] for i in self.saved))
-        ctx.inputs = [None if i in self.tensors else x for i, x in enumerate(inputs)]  # the rest of them
+        ctx.inputs = [
+            None if i in self.tensors else x for i, x in enumerate(inputs)
+        ]  # `backward` puts the tensors back
 
     def backward(self, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, saved = list(ctx.inputs), ctx.saved_tensors
@@ -123,7 +130,7 @@ class Op:
             results = _as_tuple(self.outputs(*inputs[:-1]))
             gradients = tuple(results[i].zero_() if i in missing else gradient for i, gradient in enumerate(gradients))
         computed = self.registered_backward(*gradients, *saved[len(self.tensors) :], *inputs)
-        answer: list[Tensor | None] = [None] * len(inputs)
+        returned: list[Tensor | None] = [None] * len(inputs)
         for i, gradient in zip(self.gradients, computed, strict=True):
-            answer[i] = gradient
-        return tuple(answer)
+            returned[i] = gradient
+        return tuple(returned)

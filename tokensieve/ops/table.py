@@ -1,6 +1,8 @@
-"""The ops that are registered, a row each. `registry.Op` says what a row means, `__init__.py` and `paged.py` what an op computes.
+"""The ops that are registered, a row each. `registry.Op` says what a row means, `__init__.py` and `paged.py` what an op
+computes.
 
-Legend: S query tokens, T key tokens, H heads, K places for selected keys, V value width, P pages that a row of the page table names.
+Legend: S query tokens, T key tokens, H heads, K places for selected keys, V value width, P pages that a row of the page
+table names.
 """
 
 from typing import Any
@@ -57,12 +59,12 @@ class _SummedKL(Op):
             )
         d_sum = gradients[0]  # nobody differentiates the other results
         ctx.spent = d_sum is not None
-        answer: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        returned: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if d_sum is not None:
             for i, gradient in zip(self.gradients, ctx.saved_tensors, strict=True):
                 # As large as q_I and needed once, it is scaled in place: at 128K tokens a copy would be 2 GiB.
-                answer[i] = gradient.mul_(d_sum.to(gradient.dtype))
-        return tuple(answer)
+                returned[i] = gradient.mul_(d_sum.to(gradient.dtype))
+        return tuple(returned)
 
 
 index_scores = Op(
@@ -82,8 +84,8 @@ index_topk = Op(
 )
 
 dense_attention = Op(
-    "dense_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor ends, Tensor? bounds, SymInt longest, float scale)"
-    " -> (Tensor out, Tensor lse)",
+    "dense_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor ends, Tensor? bounds, SymInt longest,"
+    " float scale) -> (Tensor out, Tensor lse)",
     lambda q, k, v, *_: _attention(q, v.shape[2]),
     gradients="q k v",
     saved="out lse",
@@ -149,12 +151,13 @@ index_scores_paged = Op(
 )
 
 sparse_attention_paged = Op(
-    "sparse_attention_paged(Tensor q, Tensor entry_pages, Tensor indices, Tensor page_table, Tensor lengths, float scale,"
-    " SymInt d_k, SymInt v_start, SymInt d_v) -> (Tensor out, Tensor lse)",
+    "sparse_attention_paged(Tensor q, Tensor entry_pages, Tensor indices, Tensor page_table, Tensor lengths,"
+    " float scale, SymInt d_k, SymInt v_start, SymInt d_v) -> (Tensor out, Tensor lse)",
     lambda q, entry_pages, indices, page_table, lengths, scale, d_k, v_start, d_v: _attention(q, d_v),
 )
 
 write_caches = Op(
-    "write_caches(Tensor first, Tensor second, Tensor k_I, Tensor(a!) entry_pages, Tensor(b!) index_pages, Tensor slots) -> ()",
+    "write_caches(Tensor first, Tensor second, Tensor k_I, Tensor(a!) entry_pages, Tensor(b!) index_pages,"
+    " Tensor slots) -> ()",
     lambda *_: None,
 )

@@ -1,15 +1,17 @@
-"""FlashMLA's and DeepGEMM's kernels as a backend, where their packages are installed: their conventions turned into ours.
+"""The kernels of FlashMLA and DeepGEMM as a backend, if their packages are installed, with our conventions.
 
 Legend: S queries, B sequences, T keys, P pages that a row of the page table names, H heads, I index heads, K selected.
 
-FlashMLA (`flash_mla`): the forward of sparse attention; entries of 576 whose first 512 are the value, 64 or 128 heads, bfloat16. It wants
-the places of a row to be a multiple of 128, and says +inf for the logsumexp of a query without keys. Gradients are our own.
-On quantized pages, the layout of which is its own, it wants a multiple of 64, and places in the pool instead of positions: a kernel of
-ours finds them. There it computes unused places too: a row that is mostly unused takes as long as a full one.
+FlashMLA (`flash_mla`) has the forward of sparse attention, with entries of 576 whose first 512 are the value, 64 or 128
+heads, in bfloat16. The places of a row must be a multiple of 128, and the logsumexp of a query without keys is +inf.
+Gradients are our own. On quantized pages, whose layout is FlashMLA's, the places must be a multiple of 64 and name
+places in the pool instead of positions: a kernel of ours finds them. There it computes unused places too: a row that is
+mostly unused takes as long as a full one.
 
-DeepGEMM (`deep_gemm`): index scores of E4M3 queries and keys, 32 or 64 heads of 128; products with one weight in FP8 blocks, of which our
-own kernel rounds the activations. It compiles its kernels with nvcc when they first run. The selection is always our own: theirs breaks
-ties in any order; and so are scores from pages (docs/kernels.md says why).
+DeepGEMM (`deep_gemm`) has index scores of E4M3 queries and keys, with 32 or 64 heads of 128, and products with one
+weight in FP8 blocks, for which our own kernel rounds the activations. It compiles its kernels with nvcc when they first
+run. The selection is always our own, because theirs breaks ties in any order; so are scores from pages (docs/kernels.md
+says why).
 """
 
 import importlib
@@ -30,14 +32,13 @@ from tokensieve.ops.hopper.limits import aligned, in_lines
 from tokensieve.ops.quant import LATENT_TOKEN_BYTES, LATENT_WIDTH, PAGE_TOKENS, ROPE_WIDTH
 from tokensieve.ops.triton.limits import is_hopper, no_triton
 
-PLACES, PAGED_PLACES = 128, 64  # of a row, a multiple for FlashMLA
-# Of a call on pages: its plan is made in a multiprocessor's shared memory, and its offsets have 32 bits.
+PLACES, PAGED_PLACES = 128, 64  # FlashMLA's rows have a multiple of these
+# Limits of a call on pages: its plan is made in a multiprocessor's shared memory, and its offsets have 32 bits.
 MOST_QUERIES, MOST_PLACES = 1 << 13, 1 << 17
-# Queries x heads x places, here two queries of the 671B model: with the two launches that FlashMLA needs besides, our own kernel was faster
-# at one query, and slower at four (docs/kernels.md).
+# Queries x heads x places, here two queries of the 671B model. FlashMLA needs two more launches: our own kernel was
+# faster at one query, and slower at four (docs/kernels.md).
 FEW_LOGITS = 2 * 128 * 2048
-
-FEW_ROWS = 64  # of a product: up to so many our own kernel is about as fast, and needs no compiler
+FEW_ROWS = 64  # of a product: up to this many our own kernel is about as fast, and needs no compiler
 
 ATTENTION, INDEX, PAGED = ("sparse_attention",), ("index_scores", "index_topk"), ("sparse_attention_paged",)
 LINEAR = ("block_linear",)
@@ -51,9 +52,9 @@ def _package(name: str) -> ModuleType:
 
 @cache
 def _missing(op: str) -> str | None:
-    """What is not installed, or not for this machine, in one clause."""
+    """What is not installed, or not built for this machine, in one clause; None if nothing is missing."""
     module, kernel = ("flash_mla", "flash_mla_sparse_fwd") if op in ATTENTION else ("deep_gemm", "fp8_mqa_logits")
-    if op in PAGED:  # older versions have a function of the same name that wants other arguments
+    if op in PAGED:  # older versions have a function of the same name with other arguments
         module, kernel = "flash_mla.flash_mla_interface", "FlashMLASchedMeta"
     if op in LINEAR:
         kernel = "fp8_gemm_nt"
@@ -64,10 +65,10 @@ def _missing(op: str) -> str | None:
     if op in (*INDEX, *LINEAR) and not compiler:
         return "deep_gemm needs nvcc"
     try:
-        found = hasattr(_package(module), kernel)
+        has_kernel = hasattr(_package(module), kernel)
     except (ImportError, OSError, AssertionError) as error:  # built for another torch or CUDA, or no toolkit
         return f"the package {name} does not load: {error}"
-    return None if found else f"this version of {name} has no {kernel}"
+    return None if has_kernel else f"this version of {name} has no {kernel}"
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
@@ -99,7 +100,7 @@ def _call_limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
 def _paged_limits(q: Tensor, pages: Tensor, indices: Tensor) -> str | None:
     if pages.dtype != torch.uint8:
         return "FlashMLA takes quantized pages: one group, MLA's widths"
-    # Pages may lie apart, but it loads 16 bytes at a time; to copy a pool would cost more than any kernel gains.
+    # Pages may lie apart, but it loads 16 bytes at a time. Copying a pool would cost more than any kernel gains.
     if not in_lines(pages, LATENT_TOKEN_BYTES) or pages.stride(0) >= 1 << 31:
         return "FlashMLA takes pages whose bytes lie together, at multiples of 16"
     if q.shape[0] > MOST_QUERIES or indices.shape[1] > MOST_PLACES:
@@ -122,7 +123,7 @@ def sparse_attention(
     S, H, _ = q_SHD.shape
     if S == 0 or 0 in (kv_TGE.shape[0], indices_SK.shape[1]):
         return q_SHD.new_zeros(S, H, d_v), q_SHD.new_full((S, H), float("-inf"), dtype=torch.float32)
-    # a number below 0, or one past the keys, names no key here either
+    # a number below 0, or past the keys, names no key here either
     indices = torch.nn.functional.pad(
         indices_SK.clamp(-1, kv_TGE.shape[0]), (0, -indices_SK.shape[1] % PLACES), value=-1
     )
@@ -141,7 +142,7 @@ def sparse_attention_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _attend_paged(
     q_SHD: Tensor, entry_pages: Tensor, places_SK: Tensor, scale: float, plan: Any
 ) -> tuple[Tensor, Tensor]:
-    """Every query as a sequence of its own; fills in the plan where it is empty."""
+    """Every query as a sequence of its own; fills in the plan if it is empty."""
     out, lse = _package("flash_mla").flash_mla_with_kvcache(
         aligned(q_SHD)[:, None],
         entry_pages.view(torch.float8_e4m3fn).unsqueeze(2),
@@ -158,7 +159,10 @@ def _attend_paged(
 
 @cache
 def _kept_plan(device: torch.device, S: int, H: int, K: int) -> Any:
-    """How calls of these sizes are shared out among multiprocessors, which nothing else decides. Never dropped: CUDA graphs read it."""
+    """How calls of these sizes are shared out among multiprocessors; only the sizes decide.
+
+    It is never dropped: CUDA graphs read it.
+    """
     return _package("flash_mla").get_mla_metadata()[0]
 
 
@@ -167,19 +171,23 @@ def _fill(plan: Any, device: torch.device, S: int, H: int, K: int) -> None:
         q = torch.zeros(S, H, LATENT_WIDTH + ROPE_WIDTH, dtype=torch.bfloat16, device=device)
         page = torch.zeros(1, PAGE_TOKENS, LATENT_TOKEN_BYTES, dtype=torch.uint8, device=device)
         _attend_paged(q, page, torch.full((S, K), -1, dtype=torch.int32, device=device), 1.0, plan)
-        torch.cuda.synchronize(device)  # whatever stream reads it next
+        torch.cuda.synchronize(device)  # any stream may read it next
 
 
 def _plan(device: torch.device, S: int, H: int, K: int) -> Any:
-    """A plan that was filled in by an earlier call, or now; for a call that a CUDA graph records, an empty one of its own."""
+    """The plan of these sizes, filled in now unless an earlier call did it.
+
+    A call that a CUDA graph records before that gets an empty plan, which then belongs to the graph.
+    """
     plan = _kept_plan(device, S, H, K)
     if plan.tile_scheduler_metadata is None:
         if torch.cuda.is_current_stream_capturing():
             # Nothing runs yet, and what is allocated belongs to the graph.
             return _package("flash_mla").get_mla_metadata()[0]
-        # In a thread of its own: torch.compile, before it records a graph, lends this one memory of which nothing may be kept.
-        with ThreadPoolExecutor(1) as apart:
-            apart.submit(_fill, plan, device, S, H, K).result()
+        # In another thread: before torch.compile records a graph, it lends this thread memory of which nothing may be
+        # kept.
+        with ThreadPoolExecutor(1) as other_thread:
+            other_thread.submit(_fill, plan, device, S, H, K).result()
     return plan
 
 
@@ -202,7 +210,7 @@ def sparse_attention_paged(
     places = pool_places(indices_SK, page_table, lengths, pages, PAGED_PLACES)
     plan = _plan(q_SHD.device, S, H, places.shape[1])
     out, lse = _attend_paged(q_SHD, entry_pages, places, scale, plan)
-    # +inf becomes -inf in one launch: a decode step counts them
+    # +inf becomes -inf in one launch, because launches are what a decode step is short of
     return out, lse.nan_to_num_(nan=float("nan"), posinf=float("-inf"), neginf=float("-inf"))
 
 
@@ -219,7 +227,7 @@ def block_linear(x_NK: Tensor, weight_1MK: Tensor, scale: Tensor, ends: None, ga
 def _scores(
     q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, starts_S: Tensor, ends_S: Tensor, k_scale_T: Tensor | None
 ) -> Tensor:
-    """(S, T) in rows that are longer than T."""
+    """(S, T), a view of rows that are longer than T."""
     (S, _, _), T = q_SHD.shape, k_TD.shape[0]
     if S == 0 or T == 0:
         return q_SHD.new_empty(S, T, dtype=torch.float32)

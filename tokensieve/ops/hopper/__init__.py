@@ -1,10 +1,11 @@
-"""Kernels for Hopper in Gluon: what plain Triton cannot say is which warps do what, and when a buffer is free.
+"""Kernels for Hopper in Gluon: in plain Triton one cannot say which warps do what, and when a buffer is free.
 
-The shapes are the 671B model's. Attention over selected entries: one entry of 576 a token, of which the first 512 are the value, shared
-by any number of heads, in memory or on quantized pages. Index scores: E4M3 queries and keys of 128, a power of two of heads. All else
-runs on the portable kernels of `tokensieve.ops.triton`. docs/kernels.md has the measurements that earned these their place.
+The shapes are the 671B model's. Attention over selected entries: one entry of 576 a token, of which the first 512 are
+the value, shared by any number of heads, in memory or on quantized pages. Index scores: E4M3 queries and keys of 128, a
+power of two of heads. All else runs on the portable kernels of `tokensieve.ops.triton`. docs/kernels.md has the
+measurements that earned these their place.
 
-`warps` holds what the kernels share, `forward`, `dq` and `dkv` one kernel each, `attention` and `attention_kl` the ops made of them,
-`index` the scores and the ops on them, `decode` the op on pages. `backend` is the module that dispatch imports, and `limits` says what
-it can run. Neither this file nor `limits` imports Triton: it is not on every machine.
+`warps` holds what the kernels share, `forward`, `dq` and `dkv` one kernel each, `attention` and `attention_kl` the ops
+made of them, `index` the scores and the ops on them, `decode` the op on pages. `backend` is the module that dispatch
+imports, and `limits` says what it can run. Neither this file nor `limits` imports Triton: it is not on every machine.
 """

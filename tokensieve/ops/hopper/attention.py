@@ -2,8 +2,8 @@
 
 Legend: S queries, T key tokens, H heads, K selected.
 
-Backward goes through the queries in strips: the probabilities and slopes that its two halves hand over are as large as S x H x K, and a
-strip of them is held at a time.
+Backward goes through the queries in strips. The probabilities and slopes that its first half hands to the second are as
+large as S x H x K, so those of only one strip are held at a time.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tokensieve.ops.triton.in_order import add_in_order, strip_length, strips, w
 
 @triton.jit
 def _delta_kernel(dout, out, dlse, delta, rows, V: tl.constexpr, BR: tl.constexpr, HAS_DLSE: tl.constexpr):
-    """delta = dout . out - dlse of BR rows."""
+    """delta = dout . out - dlse, of BR rows."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     mine, at = row < rows, row[:, None] * V + tl.arange(0, V)[None, :]
     a, b = tl.load(dout + at, mask=mine[:, None], other=0.0), tl.load(out + at, mask=mine[:, None], other=0.0)
@@ -34,7 +34,7 @@ def _delta_kernel(dout, out, dlse, delta, rows, V: tl.constexpr, BR: tl.constexp
 
 
 def pitch_of(K: int) -> int:
-    """Places of a row of probabilities: whole tiles."""
+    """How many places a row of probabilities has: whole tiles."""
     return max(1, triton.cdiv(K, BLOCK)) * BLOCK
 
 
@@ -60,8 +60,11 @@ def backward_by_strips(
     dq: Tensor,
     dkv: Tensor,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Runs backward strip by strip: writes dq, adds to dkv (T, 576) float32, and hands over each strip's probabilities (s, H, pitch),
-    which are unspecified past a query's last used tile. q, kv, indices, dq and dkv contiguous, S > 0."""
+    """Runs backward strip by strip: writes dq, adds to dkv (T, 576) float32, and yields each strip's probabilities.
+
+    Those are (s, H, pitch), unspecified past a query's last used tile. q, kv, indices, dq and dkv are contiguous,
+    S > 0.
+    """
     (S, H, _), T, K = q.shape, kv.shape[0], indices.shape[1]
     dout, out, lse = dout_SHV.to(q.dtype).contiguous(), out_SHV.contiguous(), lse_SH.contiguous()
     dlse = dlse_SH.contiguous() if dlse_SH is not None else None
@@ -69,9 +72,9 @@ def backward_by_strips(
     _delta_kernel[(triton.cdiv(S * H, 16),)](dout, out, dlse, delta, S * H, V=VALUE, BR=16, HAS_DLSE=dlse is not None)
     in_order = wanted_in_order()
     row_bytes = 2 * H * pitch_of(K) * q.element_size() + (triton.cdiv(H, HEADS) * K * KEY * 4 if in_order else 0)
-    held = q.new_empty(2, strip_length(S, row_bytes), H, pitch_of(K))  # by one strip after the other
+    buffer = q.new_empty(2, strip_length(S, row_bytes), H, pitch_of(K))  # every strip uses it
     for queries in strips(S, row_bytes):
-        p, ds = held[:, : queries.stop - queries.start]
+        p, ds = buffer[:, : queries.stop - queries.start]
         part = (dout[queries], q[queries], kv, indices[queries], lse[queries], delta[queries])
         probabilities_and_dq(*part, scale, dq[queries], p, ds)
         if in_order:

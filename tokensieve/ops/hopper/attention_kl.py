@@ -1,10 +1,12 @@
-"""The op `sparse_attention_kl` and its backward on Hopper: attention over selected entries, and the indexer's KL, equation (4).
+"""The op `sparse_attention_kl` and its backward on Hopper: attention over selected entries, and the indexer's KL,
+equation (4).
 
 Legend: S queries, T key tokens, H heads, K selected.
 
-The target wants the probabilities summed over heads. Forward knows them only up to a factor until a row's logsumexp is known, so it leaves
-them, with their tile's largest logit so far, and a second kernel puts the factor right as it sums; in backward they are there anyway.
-Both go through the queries in strips. What is done with the sum is in `tokensieve.ops.triton.index_kl`.
+The target needs the probabilities summed over heads. Forward knows them only up to a factor until a row's logsumexp is
+known. So it stores them with their tile's largest logit so far, and a second kernel corrects the factor while it sums;
+backward has them anyway. Both go through the queries in strips. `tokensieve.ops.triton.index_kl` has what is done with
+the sum.
 """
 
 import torch
@@ -26,7 +28,7 @@ def _mass_kernel(
     p, top, lse, indices, mass, T, K, pitch,
     H: tl.constexpr, HP: tl.constexpr, BN: tl.constexpr, UNSCALED: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities of one tile of a query's entries, summed over all heads; zeros where a place names no key."""
+    """The probabilities of one tile of a query's entries, summed over all heads; zeros if a place names no key."""
     tiles, n, head = pitch // BN, tl.arange(0, BN), tl.arange(0, HP)
     t, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     index = load_index(indices + t * K, tile * BN + n, K, T)
@@ -74,10 +76,10 @@ def sparse_attention_kl(
     mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
     pitch = pitch_of(K)
     row_bytes = H * pitch * q.element_size()
-    held_p = q.new_empty(strip_length(S, row_bytes), H, pitch)  # by one strip after the other
-    held_top = q.new_empty(held_p.shape[0], H, pitch // BLOCK, dtype=torch.float32)
+    buffer_p = q.new_empty(strip_length(S, row_bytes), H, pitch)  # every strip uses it
+    buffer_top = q.new_empty(buffer_p.shape[0], H, pitch // BLOCK, dtype=torch.float32)
     for part in strips(S, row_bytes):
-        p, top = held_p[: part.stop - part.start], held_top[: part.stop - part.start]
+        p, top = buffer_p[: part.stop - part.start], buffer_top[: part.stop - part.start]
         forward(q[part], kv, indices[part], scale, out[part], lse[part], (p, top))
         mass[part] = _summed_over_heads(p, indices[part], T, top, lse[part])
     return out, lse, selected_kl(mass, H, q_I, k_I, w, indices)

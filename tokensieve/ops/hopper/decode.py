@@ -2,9 +2,9 @@
 
 Legend: S queries, H heads, K selected.
 
-The bytes of a tile's part are copied to where its bfloat16 numbers will be, each row of 128 bytes into the 256 that it becomes, as soon as
-the part's place is free. Then the four warps that load take them into registers and write the numbers over them: there is no
-room for bytes beside two tiles and the queries.
+The bytes of a tile's part are copied to where its bfloat16 numbers will be, each row of 128 bytes into the 256 bytes
+that it becomes, as soon as that place is free. Then the four warps that load take them into registers and write the
+numbers over them: beside two tiles and the queries there is no room for bytes.
 """
 
 import torch
@@ -43,7 +43,10 @@ TOKEN: gl.constexpr = gl.constexpr(LATENT_TOKEN_BYTES)
 
 @gluon.jit
 def _begin_part(values, scales, at, live, part: gl.constexpr, bytes, empty, parity, layout: gl.constexpr):
-    """Starts the copy of 128 bytes of each entry to `bytes`, once their place is free; zeros where not `live`. Returns their scales."""
+    """Starts the copy of 128 bytes of each entry to `bytes`, once that place is free; zeros if not `live`.
+
+    Returns their scales.
+    """
     mbarrier.wait(empty, parity)
     copy_async(bytes, values + (at[:, None] + (128 * part + columns(layout, 128))[None, :]), mask=live[:, None])
     async_copy.commit_group()
@@ -52,12 +55,11 @@ def _begin_part(values, scales, at, live, part: gl.constexpr, bytes, empty, pari
 
 @gluon.jit
 def _entries(places, tile, T, K, page_stride, layout: gl.constexpr):
-    """Where in the pool a tile's entries begin, in bytes, 0 for those that are none; and which are some."""
+    """Where in the pool a tile's entries begin, in bytes, 0 for a place that names none; and which places name one."""
     place = load_tile_index(places, tile, T, K, layout)
     live = place >= 0
-    place = gl.where(
-        live, place, 0
-    )  # not the bytes: of a choice with -1 nobody knows any more that it is a multiple of 16
+    # The place is chosen, not the byte: the compiler would not know that a choice between bytes is a multiple of 16.
+    place = gl.where(live, place, 0)
     return (place // PAGE).to(gl.int64) * page_stride + place % PAGE * TOKEN, live
 
 
@@ -87,7 +89,7 @@ def _numbers(bytes, scale, layout: gl.constexpr):
 def _finish(
     raw, r, scale_a, scale_b, main, begin: gl.constexpr, full_a, full_b, after: gl.constexpr, layout: gl.constexpr
 ):
-    """bytes x scale, exact in bfloat16, of two parts, to where the bytes are; `after` copies may still be under way."""
+    """Replaces the bytes of two parts by bytes x scale, exact in bfloat16; `after` copies may still be under way."""
     async_copy.wait_group(after)
     a, b = raw.index(r).load(layout), raw.index(r + 2).load(layout)
     barrier()  # all have read their bytes
@@ -102,7 +104,7 @@ def _finish(
 def _load(values, scales, ropes, places, T, K, page_stride, tiles, mains, tails, full, empty):
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    # a part of a tile, 64 x 128 bfloat16, has room for its bytes twice
+    # a part of a tile, 64 x 128 bfloat16, has room for twice its bytes
     lines: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     if VIEWS:
         raw = mains.reinterpret(gl.uint8, [16, 64, 128], lines)
@@ -119,9 +121,9 @@ def _load(values, scales, ropes, places, T, K, page_stride, tiles, mains, tails,
         async_copy.wait_group(0)
         fence_async_shared()
         release(full.index(b + 4))
-        # of nothing after the last tile: zeros, to where the tile before it was
+        # after the last tile these are copies of zeros, to where the tile before it was
         s0, s1, s2, s3 = _begin(values, scales, ropes, at, live, tile + 1, raw, tails, empty, layout, wide)
-        at, live = _entries(places, tile + 2, T, K, page_stride, layout)  # early: the next copies wait for nothing then
+        at, live = _entries(places, tile + 2, T, K, page_stride, layout)  # early, so that the next copies need not wait
     async_copy.wait_group(0)
 
 
@@ -187,7 +189,10 @@ def sparse_attention_paged(
 
 
 def beats_pieces(queries: int, heads: int, places: int) -> bool:
-    """Whether whole selections, one program for each query and 64 heads, are done sooner here than in the pieces into which
-    `tokensieve.ops.triton.paged_attention` cuts them where programs are few; a tile takes three quarters of the time here."""
+    """Whether this kernel finishes whole selections sooner than the portable kernel finishes them in pieces.
+
+    Here a program has one query and 64 heads. `tokensieve.ops.triton.paged_attention` cuts selections into pieces if
+    programs are few. A tile takes three quarters of the time here.
+    """
     programs, tiles = queries * cdiv(heads, BLOCK), cdiv(places, BLOCK)
     return 3 * steps(programs, tiles, 1) <= 4 * steps(programs, tiles, pieces(programs, tiles))

@@ -1,11 +1,14 @@
-"""The second half of backward: dkv, from the probabilities P and the slopes dS that the first half (`dq`) kept.
+"""The second half of backward: dkv, from the probabilities P and the slopes dS that the first half (`dq`) stored.
 
 Legend: S queries, T key tokens, H heads, K selected.
 
-    dkv[s, :576] += dS[:, s]^T q,   dkv[s, :512] += P[:, s]^T dout        summed over heads, for every s that the query selected
+    dkv[s, :576] += dS[:, s]^T q,   dkv[s, :512] += P[:, s]^T dout
 
-A program holds W (twice W) columns of one query's q and dout, of all heads up to 128: they are summed in the product, before anything
-is added to memory, since adding is what is dear. While one tile's products run, the sums of the tile before are added atomically.
+summed over heads, for every s that the query selected.
+
+A program holds W (twice W) columns of one query's q and dout, of all heads up to 128: the product sums over them before
+anything is added to memory, because atomic adds are what is expensive. While one tile's products run, the sums of the
+tile before are added atomically.
 """
 
 from torch import Tensor
@@ -38,8 +41,11 @@ def _product(ds, p, q, dout, W: gl.constexpr, WITH_VALUE: gl.constexpr, layout: 
 
 @gluon.jit
 def _add(dkv, index, value, staging, IN_ORDER: gl.constexpr, layout: gl.constexpr):
-    """Adds (64, W) to the rows that `index` names; IN_ORDER: puts them there. By way of shared memory: a warp then adds to whole lines,
-    1.7 times as fast as to the pieces of 32 bytes that it holds."""
+    """Adds (64, W) to the rows that `index` names; if IN_ORDER, stores them there.
+
+    It goes through shared memory: a warp then adds to whole lines, 1.7 times as fast as to the pieces of 32 bytes that
+    it holds.
+    """
     barrier()
     staging.store(value)
     barrier()
@@ -54,7 +60,8 @@ def _add(dkv, index, value, staging, IN_ORDER: gl.constexpr, layout: gl.constexp
 @gluon.jit(do_not_specialize=["T"])
 def dkv_kernel(
     p, ds, dout, q, indices, dkv, H, T, K, pitch, begin,
-    KP: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, TWICE: gl.constexpr, WITH_VALUE: gl.constexpr, IN_ORDER: gl.constexpr,
+    KP: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, TWICE: gl.constexpr, WITH_VALUE: gl.constexpr,
+    IN_ORDER: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q.dtype.element_ty
     parts: gl.constexpr = 2 if TWICE else 1
@@ -105,7 +112,7 @@ def dkv_kernel(
         at = tile * 64 + place
         index_now = gl.load(indices + at, mask=at < K, other=-1)
         index_now = gl.where(index_now < T, index_now, -1).to(gl.int32)
-        if IN_ORDER:  # a row of its own for every place, of the blocks of heads one after the other
+        if IN_ORDER:  # every place has its own row, one block of heads after the other
             queries = gl.num_programs(0) // BLOCKS // head_blocks
             first_row = ((program % head_blocks) * queries + program // head_blocks) * K
             index_now = gl.where(index_now >= 0, first_row + at, -1)
@@ -125,11 +132,15 @@ def dkv_kernel(
 def add_dkv(
     p: Tensor, ds: Tensor, dout: Tensor, q: Tensor, indices: Tensor, dkv: Tensor, T: int, in_order: bool = False
 ) -> None:
-    """Adds to dkv (T, 576) float32, atomically. `in_order`: dkv has a row for every place of `indices` instead, (H / 128, S K, 576),
-    and what belongs to that place is written there (nothing where it names no key). All contiguous, S > 0."""
+    """Adds to dkv (T, 576) float32, atomically.
+
+    If `in_order`, dkv has a row for every place of `indices` instead, (H / 128, S K, 576), and each place's share is
+    stored there (nothing if it names no key). All contiguous, S > 0.
+    """
     (S, H, pitch), K = p.shape, indices.shape[1]
     for begin, width, blocks, with_value in ((0, 128, VALUE // 256, True), (VALUE, 64, 1, False)):
         dkv_kernel[(blocks * cdiv(H, HEADS) * S,)](
             p, ds, dout, q, indices, dkv, H, T, K, pitch, begin,
-            KP=padded(K), W=width, BLOCKS=blocks, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order, num_warps=8,
+            KP=padded(K), W=width, BLOCKS=blocks, TWICE=with_value, WITH_VALUE=with_value, IN_ORDER=in_order,
+            num_warps=8,
         )  # fmt: skip

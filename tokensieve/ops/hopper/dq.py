@@ -1,12 +1,13 @@
-"""The first half of backward: dq of one query and 64 heads, and what dkv is made of, the probabilities and the slopes of the logits.
+"""The first half of backward: dq of one query and 64 heads, and what dkv is made of, the probabilities and the slopes
+of the logits.
 
 Legend: S queries, T key tokens, H heads, K selected.
 
     P = exp(scale q . k - lse),   dS = scale P (dout . v - delta),   dq = dS k,   delta = dout . out - dlse
 
-Three groups of four warps: one loads, one computes q . k, one dout . v. The first group hands its probabilities to the second, which makes
-the slopes; then each multiplies them with its half of the entries' columns. P and dS are kept, in the dtype in which they are multiplied,
-so that the second half (`dkv`) recomputes nothing.
+Three groups of four warps: one loads, one computes q . k, one dout . v. The second hands its probabilities to the
+third, which makes the slopes. Then each of the two multiplies them with its half of the entries' columns. P and dS are
+stored in the dtype in which they are multiplied, so that the second half (`dkv`) recomputes nothing.
 """
 
 from torch import Tensor
@@ -43,7 +44,10 @@ from tokensieve.ops.triton.index import padded
 
 @gluon.jit
 def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
-    """Parts in the order in which they come free: the two groups release the first halves of their columns at the same time."""
+    """Loads parts in the order in which they become free.
+
+    The two groups release the first halves of their columns at the same time.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     index = load_tile_index(indices, 0, T, K, layout)
     main, tail = mains.index(0), tails.index(0)
@@ -63,7 +67,7 @@ def _probabilities(
     q_mains, q_tails, mains, tails, p_shared, ds_shared, full, empty, p_ready, ds_ready,
     indices, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale,
 ):  # fmt: skip
-    """P, and columns 0 to 255 and 512 to 543 of dq."""
+    """Computes P, and columns 0 to 255 and 512 to 543 of dq."""
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -77,7 +81,8 @@ def _probabilities(
     dq1 = gl.zeros([64, 128], gl.float32, wide)
     dq2 = gl.zeros([64, 32], gl.float32, narrow)
     for tile in range(tiles):
-        # always 0, but the compiler does not know: else it keeps the address of every operand in registers, and has to spill
+        # `zero` is always 0, but the compiler does not know that: else it would keep the address of every operand in
+        # registers, and spill.
         parity, zero = tile & 1, tile >> 30
         q_main, q_tail, main, tail = q_mains.index(zero), q_tails.index(zero), mains.index(zero), tails.index(zero)
         live = live_columns(indices, tile, T, K, logits)
@@ -114,7 +119,7 @@ def _slopes(
     douts, mains, tails, p_shared, ds_shared, full, empty, p_ready, ds_ready,
     delta, dq, ds_out, first_row, heads, pitch, tiles, scale,
 ):  # fmt: skip
-    """dS, and columns 256 to 511 and 544 to 575 of dq."""
+    """Computes dS, and columns 256 to 511 and 544 to 575 of dq."""
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16])
@@ -203,23 +208,11 @@ def probabilities_and_dq(
     dout: Tensor, q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, scale: float,
     dq: Tensor, p: Tensor, ds: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dq (S, H, 576), and P and dS (S, H, pitch) up to the end of a query's last used tile. All contiguous, S > 0."""
+    """Writes dq (S, H, 576), and P and dS (S, H, pitch) up to the end of a query's last used tile.
+
+    All contiguous, S > 0.
+    """
     (S, H, _), K = q.shape, indices.shape[1]
     dq_kernel[(cdiv(H, BLOCK) * S,)](
-        dout,
-        q,
-        kv,
-        indices,
-        lse,
-        delta,
-        dq,
-        p,
-        ds,
-        H,
-        kv.shape[0],
-        K,
-        p.shape[2],
-        scale,
-        KP=padded(K),
-        num_warps=4,
-    )
+        dout, q, kv, indices, lse, delta, dq, p, ds, H, kv.shape[0], K, p.shape[2], scale, KP=padded(K), num_warps=4
+    )  # fmt: skip

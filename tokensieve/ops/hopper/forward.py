@@ -2,9 +2,9 @@
 
 Legend: S queries, T key tokens, H heads, K selected.
 
-Four warps load, eight compute. The eight share a tile: each half takes 32 entries of the logits and 64 of every 128 columns of the
-value. While a tile's logits are computed, the products of the tile before still run, and its buffer fills again part by part behind
-them. The softmax is not overlapped with a product.
+Four warps load, eight compute. The eight share a tile: each half takes 32 entries of the logits and 64 of every 128
+columns of the value. While a tile's logits are computed, the products of the tile before still run, and its buffer
+fills again part by part behind them. No product runs during the softmax.
 """
 
 from torch import Tensor
@@ -57,10 +57,13 @@ def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
 
 @gluon.jit
 def _softmax_step(logit, live, scale, largest):
-    """Online softmax to base 2: probabilities over exp2(largest logit so far), what the sums so far shrink by, and that logit."""
+    """Online softmax to base 2.
+
+    Returns probabilities over exp2(largest logit so far), the factor by which earlier sums shrink, and that logit.
+    """
     logit = gl.where(live, logit * (scale * LOG2E), float("-inf"))
     now = gl.maximum(largest, gl.max(logit, 1))
-    base = gl.where(now == float("-inf"), 0.0, now)
+    base = gl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
     return gl.exp2(logit - base[:, None]), gl.exp2(largest - base), now
 
 
@@ -99,6 +102,8 @@ def attend(
     o2 = gl.zeros([64, 128], gl.float32, values)
     o3 = gl.zeros([64, 128], gl.float32, values)
     for tile in range(1, tiles):
+        # Each product of the logits is followed by the release of a part of the tile before, as soon as that part's
+        # product with the probabilities is done: its buffer fills again meanwhile.
         buffer, parity = tile & 1, (tile >> 1) & 1
         main, tail, b = mains.index(buffer), tails.index(buffer), buffer * PARTS
         before, e = mains.index(1 - buffer), (1 - buffer) * PARTS
@@ -112,7 +117,7 @@ def attend(
         if KEEP:
             gl.store(top_out + top_row + (tile - 1), largest, mask=top_mine)
             gl.store(p_out + pair + (tile - 1) * 64, p_shared.load(lines), mask=mine[:, None])
-        # a wait of 4: all but the last four of the products that were started are done
+        # A wait of 4 ends when all but the last four of the started products are done.
         x = gl.zeros([64, 64], gl.float32, logits)
         x = multiply_part(q_main, main, 0, x, full.index(b), parity)
         o0 = warpgroup_mma_wait(4, (o0,))
@@ -150,10 +155,12 @@ def attend(
         gl.store(top_out + top_row + (tiles - 1), largest, mask=top_mine)
         gl.store(p_out + pair + (tiles - 1) * 64, p_shared.load(lines), mask=mine[:, None])
     o0, o1, o2, o3 = warpgroup_mma_wait(0, (o0, o1, o2, o3))
-    some = gl.where(total == 0, 1.0, total)  # NaN stays
-    share = (1 / gl.convert_layout(some, gl.SliceLayout(1, values)))[:, None]
+    divisor = gl.where(total == 0, 1.0, total)  # a query without keys divides by 1; NaN stays
+    share = (1 / gl.convert_layout(divisor, gl.SliceLayout(1, values)))[:, None]
     gl.store(
-        lse + first_row + top_head, gl.where(total == 0, float("-inf"), (largest + gl.log2(some)) * LN2), mask=top_mine
+        lse + first_row + top_head,
+        gl.where(total == 0, float("-inf"), (largest + gl.log2(divisor)) * LN2),
+        mask=top_mine,
     )
     q_main.slice(0, 128, 1).store((o0 * share).to(dtype))
     q_main.slice(128, 128, 1).store((o1 * share).to(dtype))
@@ -208,13 +215,16 @@ def forward(
     scale: float,
     out: Tensor,
     lse: Tensor,
-    kept: tuple[Tensor, Tensor] | None = None,
+    unscaled: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Writes out (S, H, 512) and lse (S, H). `kept`: also the probabilities (S, H, pitch) over exp2 of their tile's largest logit so
-    far, and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0."""
+    """Writes out (S, H, 512) and lse (S, H).
+
+    If `unscaled` is given, it also gets the probabilities (S, H, pitch) over exp2 of their tile's largest logit so far,
+    and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0.
+    """
     (S, H, _), K = q.shape, indices.shape[1]
-    p, top = kept if kept is not None else (out, lse)  # not touched
+    p, top = unscaled if unscaled is not None else (out, lse)  # not touched
     forward_kernel[(cdiv(H, BLOCK) * S,)](
         q, kv, indices, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
-        KP=padded(K), KEEP=kept is not None, num_warps=8,
+        KP=padded(K), KEEP=unscaled is not None, num_warps=8,
     )  # fmt: skip

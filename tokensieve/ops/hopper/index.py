@@ -2,9 +2,10 @@
 
 Legend: S query tokens, T key tokens, H index heads, N = 256 query heads of a program, BQ = N / H its queries.
 
-Eight warps in two groups: keys are the rows of a product, each group has half of the query heads as columns. Keys arrive in tiles of
-512 by the tensor memory accelerator, two buffers deep, and are multiplied 64 at a time, two products under way: one runs while the sum
-over heads of the other is taken. Product and sum have the order of the portable kernel, and so a score has its bits.
+Eight warps form two groups. Keys are the rows of a product; each group has half of the query heads as columns. The
+tensor memory accelerator brings keys in tiles of 512, two buffers deep. They are multiplied 64 at a time, two products
+under way: one runs while the sum over heads of the other is taken. Product and sum have the order of the portable
+kernel, and so a score has its bits.
 """
 
 import torch
@@ -34,7 +35,7 @@ NAN_STAYS: gl.constexpr = gl.constexpr(tl.PropagateNan.ALL)
 
 @gluon.jit
 def _block_range(starts, ends, first, S, T, BQ: gl.constexpr):
-    """The keys [lo, hi) that any of BQ queries sees; lo >= hi where none sees any."""
+    """The keys [lo, hi) that any of BQ queries sees; lo >= hi if none sees any."""
     lo, hi = T, 0
     for i in gl.static_range(BQ):
         mine = first + i < S
@@ -46,14 +47,17 @@ def _block_range(starts, ends, first, S, T, BQ: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(keys, buffer, full, key, wanted):
-    mbarrier.expect(full, TILE * WIDTH, wanted)
-    copy_box(keys, [key, 0], full, buffer, wanted)
+def _fetch(keys, buffer, full, key, exists):
+    mbarrier.expect(full, TILE * WIDTH, exists)
+    copy_box(keys, [key, 0], full, buffer, exists)
 
 
 @gluon.jit
 def _write(dots, w, k_scale, out, first, key, S, T, H: gl.constexpr):
-    """sum_j w[j] relu(dots[j]) times the key's scale, of 64 keys and all queries, from the registers where the sums are."""
+    """Stores sum_j w[j] relu(dots[j]) times the key's scale, of 64 keys and all queries.
+
+    It stores from the registers in which the sums are.
+    """
     opened = gl.maximum(dots, 0.0, propagate_nan=NAN_STAYS) * w[None, :]
     score = gl.sum(gl.reshape(opened, (64, dots.shape[1] // H, H)), 2)
     layout: gl.constexpr = score.type.layout
@@ -68,7 +72,7 @@ def scores_kernel(queries, keys, w, k_scale, starts, ends, out, S, T, chunk, H: 
     N: gl.constexpr = queries.block_shape[0]
     BQ: gl.constexpr = N // H
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, N // 2, 32])
-    # the last queries, which see most, first: the programs that end alone are then short
+    # The last queries, which see most, come first: the programs that end alone are then short.
     first = (gl.num_programs(0) - 1 - gl.program_id(0)) * BQ
     q = gl.allocate_shared_memory(queries.dtype, [N, WIDTH], SWIZZLED)
     tiles_shared = gl.allocate_shared_memory(queries.dtype, [STAGES, TILE, WIDTH], SWIZZLED)

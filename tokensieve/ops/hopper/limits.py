@@ -1,4 +1,4 @@
-"""What the kernels for Hopper take: one shape, the 671B model's. The portable kernels take the rest. Imports no Triton."""
+"""What the kernels for Hopper take: one shape, the 671B model's. The portable ones take the rest. Imports no Triton."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,11 +42,14 @@ def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """`x`, any shape and dtype, contiguous and at an address that is a multiple of 16 bytes; copied only if it is not."""
+    """`x`, any shape and dtype, contiguous and at an address that is a multiple of 16 bytes; a copy if it was not."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def in_lines(pages: Tensor, token_bytes: int) -> bool:
-    """Whether pages of bytes can be read in place, 16 bytes at a time: tokens one after the other, pages anywhere at multiples of 16."""
+    """Whether pages of bytes can be read in place, 16 bytes at a time.
+
+    Tokens lie one after the other then, and pages anywhere at multiples of 16 bytes.
+    """
     return pages.stride()[1:] == (token_bytes, 1) and pages.stride(0) % 16 == 0 and pages.data_ptr() % 16 == 0

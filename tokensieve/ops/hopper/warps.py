@@ -1,8 +1,9 @@
-"""What the Hopper kernels share: the shape of an entry, the loading of entries by warps of their own, and products with a part of them.
+"""What the Hopper kernels share: an entry's shape, the loading of entries by separate warps, products with their parts.
 
-A tile is 64 selected entries: `main`, their 512 value columns, and `tail`, the 64 that are key only, both in shared memory as the
-tensor cores want them. It is loaded and released in parts of 128 columns. Every part has two barriers: `full` (its bytes have arrived)
-and `empty` (nobody reads it any more), both waited on by the parity of how often the part has been used.
+A tile is 64 selected entries: `main`, their 512 value columns, and `tail`, the 64 that are key only, both in shared
+memory in the tensor cores' layout. It is loaded and released in parts of 128 columns. Every part has two barriers:
+`full` (its bytes have arrived) and `empty` (nothing reads it any more). One waits on them by the parity of how often
+the part has been used.
 """
 
 import math
@@ -14,11 +15,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
-KEY, VALUE = 576, 512  # widths of an entry: its key, and the first part of that, which is the value too
+KEY, VALUE = 576, 512  # widths of an entry's key and of the key's first part, which is the value
 BLOCK = 64  # heads of a program, and entries of a tile
 PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 
-# Gluon renames things: these names are those of Triton 3.9, and those of 3.6 and 3.7.
+# Gluon renames things: the first name is Triton 3.9's, the second that of 3.6 and 3.7.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,14 +38,14 @@ def columns(layout: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def query_and_head(H):
-    """This program's query and first head. One axis: a grid's other axes end at 65535 programs."""
+    """This program's query and first head. The grid has one axis: its other axes end at 65535 programs."""
     blocks = gl.cdiv(H, 64)
     return (gl.program_id(0) // blocks).to(gl.int64), gl.program_id(0) % blocks * 64
 
 
 @gluon.jit
 def used_tiles(indices, K, KP: gl.constexpr, WARPS: gl.constexpr):
-    """How many tiles of 64 places it takes to come past the last one that names a key."""
+    """How many tiles of 64 places there are up to the last place that names a key."""
     at = gl.arange(0, KP, gl.BlockedLayout([8], [32], [WARPS], [0]))
     index = gl.load(indices + at, mask=at < K, other=-1)
     return gl.cdiv(gl.max(gl.where(index >= 0, at + 1, 0), 0), 64)
@@ -54,7 +55,7 @@ def used_tiles(indices, K, KP: gl.constexpr, WARPS: gl.constexpr):
 def allocate_barriers(
     N: gl.constexpr, COUNT: gl.constexpr, SPECIAL: gl.constexpr = -1, SPECIAL_COUNT: gl.constexpr = 0
 ):
-    """N barriers that COUNT arrivals complete; the one at SPECIAL, SPECIAL_COUNT."""
+    """N barriers, each completed by COUNT arrivals, the one at SPECIAL by SPECIAL_COUNT."""
     barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
         mbarrier.init(barriers.index(i), count=SPECIAL_COUNT if i == SPECIAL else COUNT)
@@ -63,14 +64,14 @@ def allocate_barriers(
 
 @gluon.jit
 def load_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, buffer, layout: gl.constexpr):
-    """Columns begin to begin + W of the rows that start at `row`, into shared memory; zeros where not `mine`."""
+    """Columns begin to begin + W of the rows that start at `row`, into shared memory; zeros if not `mine`."""
     at = row[:, None] + (begin + columns(layout, W))[None, :]
     buffer.store(gl.load(x + at, mask=mine[:, None], other=0.0))
 
 
 @gluon.jit
 def store_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, value, buffer, layout: gl.constexpr):
-    """The way back, from registers: by way of `buffer`, so that a warp writes whole lines."""
+    """The way back, from registers; through `buffer`, so that a warp writes whole lines."""
     buffer.store(value.to(buffer.dtype))
     barrier()
     at = row[:, None] + (begin + columns(layout, W))[None, :]
@@ -79,7 +80,7 @@ def store_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, value, buffe
 
 @gluon.jit
 def load_tile_index(indices, tile, T, K, layout: gl.constexpr):
-    """What the places of a tile name: the key, or -1 where they name none of the T keys."""
+    """The keys that the places of a tile name, -1 for none of the T keys."""
     at = tile * 64 + rows(layout, 64)
     index = gl.load(indices + at, mask=at < K, other=-1)
     return gl.where(index < T, index, -1)
@@ -87,7 +88,7 @@ def load_tile_index(indices, tile, T, K, layout: gl.constexpr):
 
 @gluon.jit
 def live_columns(indices, tile, T, K, layout: gl.constexpr):
-    """The same as a mask over the columns of the logits."""
+    """Which places of a tile name a key, as a mask over the columns of the logits."""
     at = tile * 64 + columns(layout, 64)
     index = gl.load(indices + at, mask=at < K, other=-1)
     return ((index >= 0) & (index < T))[None, :]
@@ -95,7 +96,7 @@ def live_columns(indices, tile, T, K, layout: gl.constexpr):
 
 @gluon.jit
 def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
-    """Starts the copy of W columns of the entries that `index` names, once their place is free; zeros where it names none."""
+    """Starts the copy of W columns of the entries that `index` names, once `buffer` is free; zeros if it names none."""
     mbarrier.wait(empty, parity)
     live = index >= 0
     row = gl.where(live, index, 0).to(gl.int64) * 576
@@ -105,7 +106,7 @@ def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, fu
 
 @gluon.jit
 def release(x):
-    """Tells whoever waits that all warps of this group are past this line."""
+    """Signals that all warps of this group are past this line."""
     barrier()
     mbarrier.arrive(x, count=1)
 

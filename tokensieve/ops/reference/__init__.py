@@ -1,4 +1,4 @@
-"""The reference backend: plain PyTorch, forward and backward, the definition of every op. Runs on any device and dtype."""
+"""The reference backend: plain PyTorch, forward and backward, the definition of every op, on any device and dtype."""
 
 from tokensieve.ops.reference.dense import (
     dense_attention,

@@ -1,7 +1,7 @@
 """How the reference walks over a packed batch: blocks of queries, tiles of keys, nothing of size heads x S x T.
 
-Legend: S query tokens, T key tokens, H heads; b queries in a block, n keys in its range. Everything in this package is computed in
-float32 (float64 for float64 inputs) whatever the inputs' dtype.
+Legend: S query tokens, T key tokens, H heads; b queries in a block, n keys in its range. Everything in this package is
+computed in float32 (float64 for float64 inputs) whatever the inputs' dtype.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,10 @@ def block_elements(x: Tensor) -> int:
 
 
 def query_blocks(starts_S: Tensor, ends_S: Tensor, elements_per_query: Callable[[int], int]) -> Iterator[Block]:
-    """Blocks of consecutive queries with the same `start`, so that one key range serves the block; queries without keys are left out.
+    """Blocks of consecutive queries with the same `start`, so that one key range serves the block.
 
-    `elements_per_query(n)` is the size of the caller's largest temporary for one query that sees n keys.
+    Queries without keys are left out. `elements_per_query(n)` is the size of the caller's largest temporary for one
+    query that sees n keys.
     """
     limit = block_elements(starts_S)
     starts, ends = starts_S.tolist(), ends_S.tolist()
@@ -54,14 +55,14 @@ def query_blocks(starts_S: Tensor, ends_S: Tensor, elements_per_query: Callable[
 
 
 def row_blocks(S: int, elements_per_row: int, like: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges [a, b) of rows that hold at most a block's elements; `like` tells the device."""
+    """Ranges [a, b) of rows that hold at most a block's elements on the device of `like`."""
     rows = max(1, block_elements(like) // max(1, elements_per_row))
     for a in range(0, S, rows):
         yield a, min(a + rows, S)
 
 
 def out_of_range(block: Block, starts_S: Tensor, ends_S: Tensor) -> Tensor | None:
-    """Mask (b, hi-lo), True where a key is outside a query's own range; None for one query, whose block is exactly its range."""
+    """Mask (b, hi-lo), True for a key outside a query's own range; None for one query, whose block is its range."""
     if block.b - block.a == 1:
         return None
     starts, ends = starts_S[block.a : block.b, None], ends_S[block.a : block.b, None]
@@ -70,7 +71,10 @@ def out_of_range(block: Block, starts_S: Tensor, ends_S: Tensor) -> Tensor | Non
 
 
 def softmax_with_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax over the last axis, in the logits' place, and logsumexp; zeros and -inf for a query without keys, whose logits are -inf."""
+    """softmax over the last axis, in the logits' place, and logsumexp.
+
+    A query without keys, whose logits are -inf, gets zeros and -inf.
+    """
     # Not exp(logits - lse): at logits of 1e4 lse has too few digits left.
     largest = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)
     p = logits.sub_(largest).exp_()
@@ -80,5 +84,5 @@ def softmax_with_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalized(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse) over the last axis, zeros where lse is -inf (a query without keys)."""
+    """exp(logits - lse) over the last axis; zeros if lse is -inf (a query without keys)."""
     return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))

@@ -1,6 +1,7 @@
 """Dense attention and attention masked to a selection, forward and backward.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width, V value width; b queries in a block, n keys in its range.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width, V value width; b queries in a block,
+n keys in its range.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tokensieve.ops.reference.blocks import (
     softmax_with_lse,
 )
 
-Excluded = Callable[[Block], Tensor | None]  # a block's mask (b, n), True where a key does not take part
+Excluded = Callable[[Block], Tensor | None]  # a block's mask (b, n), True for a key that does not take part
 
 
 def block_logits(q_SHD: Tensor, k_TGD: Tensor, block: Block, scale: float) -> Tensor:
@@ -26,7 +27,7 @@ def block_logits(q_SHD: Tensor, k_TGD: Tensor, block: Block, scale: float) -> Te
     a, b, lo, hi = block
     G = k_TGD.shape[1]
     dtype = compute_dtype(q_SHD)
-    q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, q_SHD.shape[2]) * scale  # here it is one pass over q only
+    q = q_SHD[a:b].to(dtype).transpose(0, 1).reshape(G, -1, q_SHD.shape[2]) * scale  # scaling q is one pass over q only
     k = k_TGD[lo:hi].to(dtype).permute(1, 2, 0)
     return torch.bmm(q, k).view(q_SHD.shape[1], b - a, hi - lo)
 
@@ -123,7 +124,7 @@ def dense_attention_backward(
 
 
 def selection_blocks(q_SHD: Tensor, indices_SK: Tensor) -> tuple[Iterator[Block], Excluded]:
-    """Blocks over the span of keys that the queries selected, and the mask of everything that they did not."""
+    """Blocks over the span of keys that the queries selected, and the mask of the keys that they did not."""
 
     def blocks() -> Iterator[Block]:
         valid = indices_SK >= 0
@@ -135,7 +136,7 @@ def selection_blocks(q_SHD: Tensor, indices_SK: Tensor) -> tuple[Iterator[Block]
             if hi <= 0:
                 a += 1
                 continue
-            # A block grows while the keys it spans stay mostly shared; a query of another document begins a new one.
+            # A block grows while its queries share keys; a query of another document begins a new one.
             while b < S and last[b] >= 0 and first[b] < hi:
                 low, high = min(lo, first[b]), max(hi, last[b] + 1)
                 if (b + 1 - a) * (high - low) * H > block_elements(q_SHD):
@@ -147,7 +148,7 @@ def selection_blocks(q_SHD: Tensor, indices_SK: Tensor) -> tuple[Iterator[Block]
     def excluded(block: Block) -> Tensor:
         a, b, lo, hi = block
         chosen = indices_SK[a:b]
-        # One column past the range collects the -1s.
+        # An extra column past the range collects the -1s.
         column = torch.where(chosen < 0, hi - lo, chosen - lo).long()
         mask = torch.ones(b - a, hi - lo + 1, dtype=torch.bool, device=q_SHD.device)
         return mask.scatter_(1, column, False)[:, : hi - lo]

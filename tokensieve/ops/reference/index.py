@@ -2,9 +2,10 @@
 
 Legend: S query tokens, T key tokens, H index heads, D index width; b queries in a block, n keys in its range.
 
-An index score has the same bits whatever the blocking, the batch, and prefill or decode. A matrix product gives each output element the
-same sum over the width in the same order as long as the library takes its ordinary kernel, and the library leaves that kernel for very
-few rows or columns. So every score is computed as one product per query, of heads padded to HEAD_PAD x keys padded to KEY_PAD.
+An index score has the same bits whatever the blocking, the batch, and prefill or decode. A matrix product gives each
+output element the same sum over the width in the same order as long as the library takes its ordinary kernel, and the
+library leaves that kernel for very few rows or columns. So every score is computed as one product per query, of heads
+padded to HEAD_PAD x keys padded to KEY_PAD.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from tokensieve.ops.reference.blocks import Block, compute_dtype, out_of_range, query_blocks
 
 KEY_TILE = 1920  # keys scored at a time
-TILE_PRODUCTS = 1 << 18  # heads x keys: in decode a tile may be longer, up to so many products (a MiB in float32)
+TILE_PRODUCTS = 1 << 18  # heads x keys: in decode a tile may be longer, up to this many products (1 MiB in float32)
 KEY_PAD = 192  # keys per product are padded to a multiple of this
 HEAD_PAD = 4  # heads likewise
 
@@ -39,8 +40,8 @@ def pad_index_inputs(
     heads = -q.shape[1] % HEAD_PAD
     if heads:
         q, w = F.pad(q, (0, 0, 0, heads)), F.pad(w, (0, heads))
-    # A tile may start at any key and is padded at its end: it needs KEY_PAD - 1 rows past the last key that is read. A cache
-    # buffer usually has them as unused capacity; only otherwise are the keys copied.
+    # A tile may start at any key and is padded at its end: it needs KEY_PAD - 1 rows past the last key that is read. A
+    # cache buffer usually has them as unused capacity; otherwise the keys are copied.
     last = max(ends_S.tolist(), default=0)
     missing = last + KEY_PAD - k.shape[0]
     if missing > 0:
@@ -101,7 +102,7 @@ def accumulate_index_gradient(
         if x.k_scale_T is not None:
             g_bn = g_bn * x.k_scale_T[first:last]
         dw_SH[a:b] += torch.bmm(dots, g_bn.unsqueeze(-1)).squeeze(-1)
-        # From here on `dots` holds d(q.k) = g * w where the product was positive: reused, since it is the largest temporary.
+        # From here on `dots`, the largest temporary, holds d(q.k): g * w if the product was positive, else 0.
         d_bHn = dots.sign_().mul_(g_bn.unsqueeze(1)).mul_(x.w_SH[a:b].unsqueeze(-1))
         dq_SHD[a:b] += torch.matmul(d_bHn, x.k_TD[first:last])
         dk_TD[first:last] += d_bHn.flatten(0, 1).t() @ x.q_SHD[a:b].flatten(0, 1)
@@ -164,16 +165,16 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
 
 
 def first_of_ties(strip_bn: Tensor, last_b1: Tensor, k: int) -> Tensor:
-    """Mask (b, n) of the k largest where the k-th, `last`, is known: of the keys that equal it the first ones, as many as are wanted."""
+    """Mask (b, n) of the k largest, given the k-th, `last`: of those that equal it the first ones, up to k in all."""
     larger, equal = strip_bn > last_b1, strip_bn == last_b1
     return larger | (equal & (equal.cumsum(1, dtype=torch.int32) <= k - larger.sum(1, keepdim=True)))
 
 
 def reject_nan(strip_bn: Tensor, first_query: int) -> None:
-    wrong = strip_bn.isnan().any(dim=1)
-    if bool(wrong.any()):
+    broken = strip_bn.isnan().any(dim=1)
+    if bool(broken.any()):
         raise ValueError(
-            f"index scores of query {first_query + int(wrong.nonzero()[0])} contain NaN: nothing can be selected; "
+            f"index scores of query {first_query + int(broken.nonzero()[0])} contain NaN: nothing can be selected; "
             "check the indexer's inputs and weights"
         )
 

@@ -1,10 +1,11 @@
 """The warm-up's KL over all visible keys, equation (3): value, gradient, and both in one pass.
 
-Legend: S query tokens, T key tokens, H heads (of the indexer where D is its width), G key-value groups, D width; b queries in a block, n
-keys in its range.
+Legend: S query tokens, T key tokens, H heads (of the indexer if D is its width), G key-value groups, D width; b queries
+in a block, n keys in its range.
 
-A strip of queries x keys of the target and of the scores is all that exists at a time: memory is linear in T. A loss needs no score with
-the same bits whatever the blocking, as selection does (`index.py`), so scores are plain products of all the block's queries and heads.
+Only a strip of queries x keys of the target and of the scores exists at a time: memory is linear in T. Selection needs
+scores with the same bits whatever the blocking (`index.py`); a loss does not, so scores are plain products of all the
+block's queries and heads.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from tokensieve.ops.reference.dense import block_logits
 def target_strip(
     q_SHD: Tensor, k_TGD: Tensor, lse_SH: Tensor, scale: float, block: Block, outside: Tensor | None
 ) -> Tensor:
-    """p (b, n): the mean over heads of the attention's probabilities, from its logsumexp; heads in slices of bounded size."""
+    """p (b, n): the mean over heads of the attention's probabilities, from its logsumexp.
+
+    Heads are taken in slices of bounded size.
+    """
     a, b, lo, hi = block
     G, H, n = k_TGD.shape[1], q_SHD.shape[1], hi - lo
     lse = lse_SH[a:b].to(compute_dtype(q_SHD)).t()
@@ -42,26 +46,35 @@ def score_strip(q_bHD: Tensor, k_nD: Tensor, w_bH: Tensor) -> tuple[Tensor, Tens
 
 
 def open_gradient(dots_bHn: Tensor, dscore_bn: Tensor) -> Tensor:
-    """d(score) where the relu let a product through, else 0 (b, H, n), in the place of the products: the largest temporary."""
+    """d(score) if the relu let a product through, else 0 (b, H, n).
+
+    It takes the place of the products, which are the largest temporary.
+    """
     dscore_bHn = dscore_bn.unsqueeze(1).expand_as(dots_bHn)
     return torch.ops.aten.threshold_backward.grad_input(dscore_bHn, dots_bHn, 0, grad_input=dots_bHn)
 
 
 def weighted_gradients(moved_bHD: Tensor, q_bHD: Tensor, w_bH: Tensor) -> tuple[Tensor, Tensor]:
-    """dq (b, H, D) and dw (b, H) from the product of `open_gradient` with the keys: relu(q . k) is q . k where it is not 0."""
+    """dq (b, H, D) and dw (b, H) from the product of `open_gradient` with the keys.
+
+    relu(q . k) is q . k or 0, so dw is that product times q.
+    """
     return moved_bHD * w_bH.unsqueeze(-1), (moved_bHD * q_bHD).sum(-1)
 
 
 def kl_blocks(q_SHD: Tensor, q_I: Tensor, starts_S: Tensor, ends_S: Tensor) -> Iterator[Block]:
-    # A block holds the products of all index heads; of the attention's one slice at a time, but eight heads at least.
+    # A block holds the products of all index heads, and one slice of the attention's, eight heads at least.
     heads = max(q_I.shape[1], min(q_SHD.shape[1], 8))
     return query_blocks(starts_S, ends_S, lambda n: heads * n)
 
 
 def kl_strip(p_bn: Tensor, score_bn: Tensor, outside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """KL(p || softmax(score)) (b), and its gradient by the scores, softmax(score) * sum(p) - p (b, n), which takes the scores' place."""
+    """KL(p || softmax(score)) (b), and its gradient by the scores, softmax(score) * sum(p) - p (b, n).
+
+    The gradient takes the scores' place.
+    """
     mass = p_bn.sum(1)
-    # Sums of p log p as a clamped logarithm: several times faster than xlogy, and 0 where p is 0 all the same.
+    # p log p by a clamped logarithm: several times faster than xlogy, and also 0 if p is 0.
     entropy = p_bn.clamp_min(torch.finfo(p_bn.dtype).tiny).log_().mul_(p_bn).sum(1)
     cross = (p_bn * score_bn).sum(1)  # p is 0 outside the range, where scores are finite but mean nothing
     if outside is not None:
@@ -105,7 +118,10 @@ def indexer_kl_dense_step(
     ends_S: Tensor,
     weight_S: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """kl (S) and the gradients of sum(weight * kl) by q_I, k_I and w: target and scores are computed once for all four."""
+    """kl (S) and the gradients of sum(weight * kl) by q_I, k_I and w.
+
+    Target and scores are computed once for all four.
+    """
     dtype = compute_dtype(q_I)
     q, k, w32 = (x.to(dtype).contiguous() for x in (q_I, k_I, w))
     kl_S = torch.zeros(q_SHD.shape[0], dtype=dtype, device=q_SHD.device)

@@ -1,4 +1,4 @@
-"""Products with weights in FP8 blocks: both sides rounded to E4M3 in blocks of 128, multiplied, and added up in float32.
+"""Products with weights in FP8 blocks: both sides rounded to E4M3 in blocks of 128, multiplied, and summed in float32.
 
 Legend: N rows, E weights, M outputs, K inputs.
 """

@@ -1,10 +1,12 @@
 """Decoding from caches in pages, and writing them: equations (1) and (2) on keys that a page table finds.
 
-Legend: S query tokens, B sequences, n queries of a sequence (S = B * n), P pages that a row of the page table names, T = 64 * P tokens,
-H heads, K selected, D index width, E entry width, V value width, N tokens to write; b queries in a block.
+Legend: S query tokens, B sequences, n queries of a sequence (S = B * n), P pages that a row of the page table names,
+T = 64 * P tokens, H heads, G key-value groups, K selected, D index width, E entry width, V value width, N tokens to
+write; b queries in a block.
 
-The mathematics is that of `index.py` and `sparse.py`, on what was gathered: prefill and decode agree because they run the same code.
-Pages are a pool that sequences share, and what no sequence has written yet is garbage, NaN too: it must not even be multiplied by zero.
+The mathematics is that of `index.py` and `sparse.py`, on what was gathered: prefill and decode agree because they run
+the same code. Pages are a pool that sequences share. Bytes that no sequence has written are garbage, possibly NaN,
+which must not even be multiplied by zero.
 """
 
 import torch
@@ -18,7 +20,7 @@ from tokensieve.ops.reference.sparse import attend, by_group
 
 
 def seen_tokens(lengths_B: Tensor, S: int) -> Tensor:
-    """The tokens (S) that each query sees: of n queries of a sequence, query j sees all but the last n - 1 - j."""
+    """How many tokens each query sees (S): of n queries of a sequence, query j sees all but the last n - 1 - j."""
     n = S // max(lengths_B.shape[0], 1)
     if n == 1:
         return lengths_B
@@ -27,10 +29,13 @@ def seen_tokens(lengths_B: Tensor, S: int) -> Tensor:
 
 
 def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys (64p, D) of the named pages as they are stored, and their scales (64p) where they are quantized."""
-    # and three pages more than are read, whatever they hold: products of keys have room at their end
+    """Keys (64p, D) of the named pages as they are stored, and their scales (64p) if they are quantized.
+
+    Three pages follow them, whatever those hold: products of keys need room at their end.
+    """
     room = KEY_PAD // PAGE_TOKENS
-    if pages_p.is_cpu and bool((pages_p.diff() == 1).all()):  # so a long sequence finds them in a pool that few share
+    # Consecutive pages are read in place: a long sequence gets them from a pool that few share.
+    if pages_p.is_cpu and bool((pages_p.diff() == 1).all()):
         pages = index_pages[int(pages_p[0]) : int(pages_p[-1]) + 1 + room]
     else:
         pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, room)))
@@ -50,21 +55,15 @@ def index_scores_paged(q_SHD: Tensor, index_pages: Tensor, w_SH: Tensor, page_ta
         if not length:
             continue
         keys, scales = index_keys(index_pages, page_table[sequence, : -(-length // PAGE_TOKENS)])
-        own = slice(sequence * n, (sequence + 1) * n)
-        scores_ST[own, :length] = index_scores(
-            q_SHD[own],
-            keys,
-            w_SH[own],
-            starts_S[own],
-            ends_S[own],
-            scales,
-        )[:, :length]
+        rows = slice(sequence * n, (sequence + 1) * n)
+        scores = index_scores(q_SHD[rows], keys, w_SH[rows], starts_S[rows], ends_S[rows], scales)
+        scores_ST[rows, :length] = scores[:, :length]
     return scores_ST
 
 
 def token_rows(pages: Tensor, page_bK: Tensor, offset_bK: Tensor) -> Tensor:
     """Rows (b, K, ...) of single tokens of pages (pages, 64, ...)."""
-    if not pages.is_contiguous():  # one layer of a pool of all layers, say: to flatten it would be to copy it
+    if not pages.is_contiguous():  # say, one layer of a pool of all layers: flattening would copy it
         return pages[page_bK, offset_bK]
     # Copies whole rows, which is several times faster than indexing by two tensors.
     rows = pages.flatten(0, 1).index_select(0, (page_bK * PAGE_TOKENS + offset_bK).flatten())
@@ -98,7 +97,7 @@ def sparse_attention_paged(
         unused = (indices < 0) | (indices >= seen_S[a:b, None])
         position = indices.masked_fill(unused, 0)
         sequence = torch.arange(a, b, device=q_SHD.device)[:, None] // n
-        # A sequence without tokens has nothing valid in the table: unused places read page 0 of the pool instead, as zeros.
+        # The table has nothing valid for a sequence without tokens: unused places read page 0 instead, as zeros.
         page = page_table[sequence, position // PAGE_TOKENS].long().masked_fill_(unused, 0)
         rows = token_rows(entry_pages, page, position % PAGE_TOKENS).flatten(2).masked_fill_(unused[..., None], 0)
         if quantized:

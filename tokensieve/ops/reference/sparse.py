@@ -1,9 +1,10 @@
-"""Attention over selected entries, forward and backward, with the KL of equation (4) that its probabilities give for free.
+"""Attention over selected entries, forward and backward, and the KL of equation (4), cheap beside its probabilities.
 
-Legend: S query tokens, T key tokens, H heads, G key-value groups, M heads of a group, K selected, D key width, E entry width, V value
-width; b queries in a block.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, M heads of a group, K selected, D key width, E entry
+width, V value width; b queries in a block.
 
-Each entry is gathered once per query and direction and read from there by few, wide products: reading is what this costs.
+Each entry is gathered once per query and direction, and few, wide products read it from there: reading is what this
+costs.
 """
 
 import torch
@@ -17,7 +18,7 @@ from tokensieve.ops.reference.kl import open_gradient, weighted_gradients
 
 def selected_rows(x_TX: Tensor, indices_bK: Tensor) -> Tensor:
     """Rows (b, K, X) of the selected tokens; an unused place reads token 0, which every caller masks."""
-    if x_TX.shape[0] == 0:  # no key at all: every place is unused and points at one made up here
+    if x_TX.shape[0] == 0:  # no key at all: every place is unused and points at a row of zeros
         x_TX = x_TX.new_zeros(1, x_TX.shape[1])
     return x_TX.index_select(0, indices_bK.clamp_min(0).flatten()).view(*indices_bK.shape, x_TX.shape[1])
 
@@ -49,7 +50,10 @@ def attend(
 def attend_alone(
     q_1HD: Tensor, kv_TGE: Tensor, indices_1K: Tensor, scale: float, d_k: int, v_start: int, d_v: int
 ) -> tuple[Tensor, Tensor]:
-    """`sparse_attention` of one query whose places are all used, as in decode: a third of the operators, which are what it costs."""
+    """`sparse_attention` of one query whose places are all used, as in decode.
+
+    It takes a third of the operators, and those are what it costs.
+    """
     G, dtype = kv_TGE.shape[1], compute_dtype(q_1HD)
     entries_KGE = kv_TGE.index_select(0, indices_1K[0]).to(dtype)
     q_GMD = (q_1HD.to(dtype) * scale).view(G, -1, d_k)
@@ -67,7 +71,10 @@ def selected_scores(q_bHD: Tensor, w_bH: Tensor, keys_bKD: Tensor) -> tuple[Tens
 
 
 def selected_kl(p_bHK: Tensor, score_bK: Tensor, unused_bK: Tensor) -> tuple[Tensor, Tensor]:
-    """Equation (4) of one block: KL(p || softmax(score)) (b), and its gradient by the scores, softmax * sum(p) - p (b, K)."""
+    """Equation (4) of one block: KL(p || softmax(score)) (b), and its gradient by the scores (b, K).
+
+    That gradient is softmax(score) * sum(p) - p.
+    """
     target = p_bHK.mean(dim=1)
     cross = (target * score_bK.masked_fill(unused_bK, 0.0)).sum(-1)
     score_bK = score_bK.masked_fill(unused_bK, float("-inf"))
@@ -157,7 +164,10 @@ def sparse_attention_kl_backward(
     k_I: Tensor | None,
     w: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """dq, dkv of the attention, and with `dkl_S` also dq_I, dk_I, dw of equation (4), from one recomputation of the probabilities."""
+    """dq and dkv of the attention; with `dkl_S` also dq_I, dk_I and dw of equation (4).
+
+    The probabilities are recomputed once for all of them.
+    """
     S, H, _ = q_SHD.shape
     T, G, E = kv_TGE.shape
     K, M = indices_SK.shape[1], H // G
@@ -172,7 +182,7 @@ def sparse_attention_kl_backward(
         indices = indices_SK[a:b]
         unused, index = indices < 0, indices.clamp_min(0).flatten().long()
         entries = by_group(selected_rows(kv_TGE.flatten(1), indices).to(dtype), G)
-        # As wide as an entry, queries and output gradients go through one product each way.
+        # Padded to an entry's width, queries and output gradients share one product each way.
         q = grouped(F.pad(q_SHD[a:b].to(dtype) * scale, (0, E - d_k)), G)
         dout = grouped(F.pad(dout_SHV[a:b].to(dtype), (v_start, E - v_start - d_v)), G)
         both = torch.bmm(torch.cat((q, dout), dim=1), entries.transpose(1, 2))

@@ -1,11 +1,12 @@
 """Attention over selected entries in Triton, forward and backward.
 
-Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group, K selected, E entry width, V value width. A program
-holds one query: BH of a group's heads x tiles of BN selected entries. An entry's key is cut into a main part, a power of two wide
-(DM), and a tail (DT): 576 = 512 + 64; under MLA the main part is the value too and is loaded once.
+Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group, K selected, E entry width, V value
+width. A program holds one query: BH of a group's heads x tiles of BN selected entries. An entry's key is cut into a
+main part, a power of two wide (DM), and a tail (DT): 576 = 512 + 64. Under MLA the main part is the value too and is
+loaded once.
 
-Logits are taken to base 2, so that exp2 needs no further product. Places beyond the last used one are never read. T is only compared:
-kernels are not compiled anew when it grows.
+Logits are taken to base 2, so that exp2 needs no further product. Places beyond the last used one are never read. T is
+only compared: kernels are not compiled again when it grows.
 """
 
 import math
@@ -23,7 +24,7 @@ LN2: tl.constexpr = tl.constexpr(math.log(2))
 
 
 def key_parts(d_k: int) -> dict[str, int]:
-    """DM, DT: a key's main part, the largest power of two that fits, and its tail (0: none), both padded."""
+    """DM, DT: widths of a key's main part, the largest power of two that fits, and of its tail (0: none), padded."""
     DM = max(16, triton.next_power_of_2(d_k + 1) // 2)
     return {"DM": DM, "DT": padded(d_k - DM) if d_k > DM else 0}
 
@@ -40,7 +41,7 @@ def head_block(M: int) -> int:
 
 @triton.jit
 def load_index(indices, place, K, T):
-    """The keys that places of a row name; -1 for none, and for what is past the T keys: nobody else looks at indices on a GPU."""
+    """The keys that places of a row name, -1 for none or one past the T keys: nothing else checks that on a GPU."""
     index = tl.load(indices + place, mask=place < K, other=-1)
     return tl.where(index < T, index, -1)
 
@@ -55,7 +56,7 @@ def used_places(indices, K, KP: tl.constexpr):
 
 @triton.jit
 def load_part(x, row, mask, width: tl.constexpr, W: tl.constexpr):
-    """The first `width` values after each pointer offset `row`, padded with zeros to W; zeros where `mask` is off."""
+    """The first `width` values from each offset `row` on, padded with zeros to W; zeros if `mask` is off."""
     w = tl.arange(0, W)
     return tl.load(x + row[:, None] + w[None, :], mask=mask[:, None] & (w < width)[None, :], other=0.0)
 
@@ -77,7 +78,7 @@ def load_entry(
     kv, index, g, G: tl.constexpr, E: tl.constexpr, d_k: tl.constexpr, v_start: tl.constexpr, d_v: tl.constexpr,
     DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Main part, tail and value of the entries that `index` names, group g; zeros where it names none."""
+    """Main part, tail and value of the entries that `index` names, of group g; zeros if it names none."""
     live = index >= 0
     row = (index.to(tl.int64) * G + g) * E
     main = load_part(kv, row, live, d_k if d_k < DM else DM, DM)
@@ -113,16 +114,16 @@ def _forward_kernel(
             logit_HN = tl.dot(q_tail, tl.trans(tail), logit_HN, input_precision=EXACT)
         logit_HN = tl.where((index >= 0)[None, :], logit_HN * (scale * LOG2E), float("-inf"))
         now = tl.maximum(largest, tl.max(logit_HN, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
+        base = tl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
         p_HN = tl.exp2(logit_HN - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p_HN, 1)
         acc_HV = tl.dot(p_HN.to(value.dtype), value, acc_HV * shrink[:, None], input_precision=EXACT)
         largest = now
-    some = tl.where(total == 0, 1.0, total)  # NaN stays
-    out_HV = acc_HV / some[:, None]
+    divisor = tl.where(total == 0, 1.0, total)  # a query without keys divides by 1; NaN stays
+    out_HV = acc_HV / divisor[:, None]
     store_part(out, row * d_v, mine, out_HV, d_v, VP)
-    tl.store(lse + row, tl.where(total == 0, float("-inf"), largest * LN2 + tl.log(some)), mask=mine)
+    tl.store(lse + row, tl.where(total == 0, float("-inf"), largest * LN2 + tl.log(divisor)), mask=mine)
 
 
 def sparse_attention(
@@ -149,7 +150,7 @@ def _dq_kernel(
     KP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     HAS_DLSE: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = sum(dout * out) - dlse, and (MASS) the probabilities summed over this block's heads, for the target of (4)."""
+    """dq, delta = sum(dout * out) - dlse, and if MASS the probabilities summed over this block's heads, for (4)."""
     M: tl.constexpr = H // G
     blocks: tl.constexpr = (M + BH - 1) // BH
     t, g = tl.program_id(0).to(tl.int64), tl.program_id(1) // blocks
@@ -160,14 +161,14 @@ def _dq_kernel(
     q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT) if DT > 0 else q_main
     delta_H = tl.zeros((BH,), tl.float32)
     for begin in tl.static_range(0, VP, 16):  # narrow pieces: registers are what this kernel is short of
-        some = row * d_v + begin
-        a, b = load_part(dout, some, mine, d_v - begin, 16), load_part(out, some, mine, d_v - begin, 16)
+        piece = row * d_v + begin
+        a, b = load_part(dout, piece, mine, d_v - begin, 16), load_part(out, piece, mine, d_v - begin, 16)
         delta_H += tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     dout_HV = load_part(dout, row * d_v, mine, d_v, VP)
     if HAS_DLSE:
         delta_H -= tl.load(dlse + row, mask=mine, other=0.0).to(tl.float32)
     tl.store(delta + row, delta_H, mask=mine)
-    # a row past the last head, or without keys, has probability 0 everywhere
+    # a row past the last head, or without keys, gets probability 0 everywhere
     lse_H = tl.load(lse + row, mask=mine, other=float("inf"))
     lse_H = tl.where(lse_H == float("-inf"), float("inf"), lse_H) * LOG2E
     dmain_HD = tl.zeros((BH, DM), tl.float32)
@@ -202,7 +203,10 @@ def _dkv_kernel(
     BH: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr,
     IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Adds one query's part of the gradient of one tile of its entries: summed over all heads first, since adding is what is dear."""
+    """Adds one query's part of the gradient of one tile of its entries.
+
+    It is summed over all heads first: atomic adds are what is expensive.
+    """
     M: tl.constexpr = H // G
     tiles, n = (K + BN - 1) // BN, tl.arange(0, BN)
     t = (tl.program_id(0) // tiles).to(tl.int64)
@@ -224,6 +228,7 @@ def _dkv_kernel(
             if DT > 0:
                 q_tail = load_part(q, row * d_k + DM, mine, d_k - DM, DT)
                 logit_HN = tl.dot(q_tail, tl.trans(tail), logit_HN, input_precision=EXACT)
+            # a row past the last head, or without keys, gets probability 0 everywhere
             lse_H = tl.load(lse + row, mask=mine, other=float("inf"))
             lse_H = tl.where(lse_H == float("-inf"), float("inf"), lse_H) * LOG2E
             p_HN = tl.where(live[None, :], tl.exp2(logit_HN * (scale * LOG2E) - lse_H[:, None]), 0.0)
@@ -239,7 +244,7 @@ def _dkv_kernel(
             if DT > 0:
                 dtail_ND = tl.dot(ds_NH, q_tail, dtail_ND, input_precision=EXACT)
         row_N = (index.to(tl.int64) * G + g) * E
-        if IN_ORDER:  # a row of its own for every place
+        if IN_ORDER:  # every place has its own row
             row_N = ((t * K + first + n) * G + g) * E
         add_part(dkv, row_N, live, dmain_ND, d_k if d_k < DM else DM, DM)
         if DT > 0:
@@ -262,7 +267,10 @@ def backward_with_mass(
     d_v: int,
     with_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dq, dkv, and with `with_mass` the probabilities summed over heads (S, K), unspecified past a row's last used place."""
+    """dq, dkv, and with `with_mass` the probabilities summed over heads (S, K).
+
+    Those are unspecified past a row's last used place.
+    """
     (S, H, _), (T, G, E), K = q_SHD.shape, kv_TGE.shape, indices_SK.shape[1]
     dq = q_SHD.new_empty(q_SHD.shape)
     dkv = torch.zeros(kv_TGE.shape, dtype=torch.float32, device=q_SHD.device)

@@ -2,8 +2,8 @@
 
 Legend: S queries, T key tokens, H heads, G key-value groups, K selected. A program holds one query.
 
-Forward needs the head-summed probabilities once more after the logsumexp is known; in backward they fall out of dq. Only rows of K
-are ever stored, in backward one (S, K) per block of heads. What is done with them is in `index_kl`.
+Forward needs the probabilities summed over heads once more after the logsumexp is known; in backward they come with dq.
+Only rows of K are ever stored, in backward one (S, K) per block of heads. `index_kl` has what is done with them.
 """
 
 import torch
@@ -40,7 +40,7 @@ def _mass_kernel(
     mass_N = tl.zeros((BN,), tl.float32)
     if tl.max(index) >= 0:
         for g in range(G):
-            # the value is not read: a value that is the main part is that part once more
+            # SHARED, so that no value is loaded: it would be the main part, which is here already
             main, tail, _ = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, True)
             for begin in range(0, M, BH):
                 head = begin + tl.arange(0, BH)
@@ -76,7 +76,8 @@ def sparse_attention_kl(
     q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
     mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
     _mass_kernel[(S * triton.cdiv(K, 64),)](
-        q, kv, indices, lse, mass, T, K, scale, H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
+        q, kv, indices, lse, mass, T, K, scale,
+        H=H, G=G, E=E, d_k=d_k, v_start=v_start, d_v=d_v, **widths(d_k, v_start, d_v),
         BH=min(32, head_block(H // G)), BN=64, EXACT=exact(q), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out, lse, selected_kl(mass, H, q_I, k_I, w, indices)

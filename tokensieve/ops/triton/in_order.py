@@ -1,8 +1,9 @@
-"""Sums in a fixed order, where atomic adds would come in any: the deterministic mode of backward.
+"""Sums in a fixed order, the deterministic mode of backward.
 
-Several queries select the same key, and each has its part of that key's gradient. Added atomically, the parts come in whatever order
-the programs run, and float32 sums differ in their last bits from run to run. With `torch.use_deterministic_algorithms(True)` every part
-is written to a row of its own instead, and rows of one key are added in the order of their queries.
+Several queries select the same key, and each contributes to that key's gradient. Added atomically, the contributions
+come in whatever order the programs run, and float32 sums differ in their last bits from run to run. With
+`torch.use_deterministic_algorithms(True)` every contribution is written to its own row instead, and rows of one key are
+added in the order of their queries.
 """
 
 from collections.abc import Iterator
@@ -20,12 +21,12 @@ def wanted_in_order() -> bool:
 
 
 def strip_length(S: int, row_bytes: int) -> int:
-    """Queries of a strip: as many as STRIP_BYTES hold when one needs `row_bytes`."""
+    """Queries of a strip: as many as STRIP_BYTES hold if one needs `row_bytes`."""
     return max(1, min(S, STRIP_BYTES // max(1, row_bytes)))
 
 
 def strips(S: int, row_bytes: int) -> Iterator[slice]:
-    """All queries, of which one needs `row_bytes`, as many at a time as STRIP_BYTES hold."""
+    """All queries, as many at a time as STRIP_BYTES hold if one needs `row_bytes`."""
     step = strip_length(S, row_bytes)
     for first in range(0, S, step):
         yield slice(first, min(first + step, S))
@@ -43,8 +44,10 @@ def _sum_kernel(rows, order, ends, sums, W: tl.constexpr, WP: tl.constexpr):
 
 
 def add_in_order(sums_TW: Tensor, indices_SK: Tensor, rows_NW: Tensor) -> None:
-    """Adds to sums (T, W) float32, in place, the row of every place (N = S K rows, float32); places that name none of the T keys have
-    none. Contiguous."""
+    """Adds the row of every place (N = S * K rows, float32) to its key's row of sums (T, W) float32, in place.
+
+    Places that name none of the T keys add nothing. All contiguous.
+    """
     T, W = sums_TW.shape
     if T == 0:
         return

@@ -1,10 +1,10 @@
 """Index scores, equation (1), and their gradients, in Triton.
 
-Legend: S query tokens, T key tokens, H index heads (HP padded to a power of two), D index width (DP padded); a program holds BQ
-queries x HP heads as one side of a matrix product (R) and walks over tiles of BK keys, the other side (N).
+Legend: S query tokens, T key tokens, H index heads (HP padded to a power of two), D index width (DP padded). A program
+holds BQ queries x HP heads as one side of a matrix product (R) and walks over tiles of BK keys, the other side (N).
 
-A score has the same bits whatever the tiling, the batch, and prefill or decode: it is one product over the whole width and one sum over
-the heads, in an order that depends on (H, D, dtype) alone, because BQ and BK do.
+A score has the same bits whatever the tiling, the batch, and prefill or decode: it is one product over the whole width
+and one sum over the heads, in an order that depends on (H, D, dtype) alone, because BQ and BK do.
 """
 
 import torch
@@ -18,19 +18,19 @@ PROGRAMS = 1024  # about how many programs fill a large GPU several times
 
 
 def padded(n: int, least: int = 16) -> int:
-    """The power of two that a matrix product wants for a width or a number of heads."""
+    """The power of two to which a width or a number of heads is padded for a matrix product."""
     return max(least, triton.next_power_of_2(n))
 
 
 def exact(x: Tensor) -> str:
-    """float32 products are not to be rounded to TF32; for narrower types the word means nothing."""
+    """The precision of a product: float32 is not rounded to TF32. For narrower types it makes no difference."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def chunks(S: int, T: int, BQ: int, BK: int, least: int) -> tuple[tuple[int, int], int]:
-    """The grid of blocks of BQ queries x chunks of keys, and the keys of a chunk: `least` tiles of BK or more.
+    """The grid of blocks of BQ queries x chunks of keys, and the keys of a chunk: at least `least` tiles of BK.
 
-    Few queries: the keys are shared out as well, so that a large GPU is full.
+    With few queries the keys are shared out as well, so that a large GPU is full.
     """
     blocks = triton.cdiv(S, BQ)
     tiles = triton.cdiv(triton.cdiv(T, triton.cdiv(PROGRAMS, blocks)), BK)
@@ -39,7 +39,7 @@ def chunks(S: int, T: int, BQ: int, BK: int, least: int) -> tuple[tuple[int, int
 
 
 def ranges(starts_S: Tensor, ends_S: Tensor) -> tuple[Tensor, Tensor]:
-    """As the kernels read them."""
+    """Key ranges as the kernels read them: int32, contiguous."""
     return starts_S.to(torch.int32).contiguous(), ends_S.to(torch.int32).contiguous()
 
 
@@ -50,7 +50,7 @@ def relu(x):
 
 @triton.jit
 def key_range(starts, ends, t, S, T):
-    """The keys [start, end) of the queries `t`, cut to the T that there are: nobody else looks at ranges on a GPU."""
+    """The keys [start, end) of the queries `t`, cut to the T keys: nothing else checks ranges on a GPU."""
     start = tl.load(starts + t, mask=t < S, other=0)
     end = tl.load(ends + t, mask=t < S, other=0)
     return tl.minimum(tl.maximum(start, 0), T), tl.minimum(tl.maximum(end, 0), T)
@@ -58,23 +58,23 @@ def key_range(starts, ends, t, S, T):
 
 @triton.jit
 def block_range(starts, ends, t, S, T):
-    """The keys that each of the queries `t` sees, and those that any sees: [lo, hi); lo >= hi where none sees any."""
+    """The keys that each of the queries `t` sees, and those that any of them sees: [lo, hi), lo >= hi if none does."""
     start, end = key_range(starts, ends, t, S, T)
     seen = end > start
     hi = tl.max(tl.where(seen, end, 0))
-    # never far above hi: a pipelined loop looks a few steps ahead, and past the largest integer it would see negative keys
+    # never far above hi: a pipelined loop looks a few steps ahead, and past the largest integer keys would be negative
     lo = tl.min(tl.where(seen, start, hi))
     return start, end, lo, hi
 
 
 @triton.jit
 def load_rows(x, row, mask, d, D):
-    """Rows (R, D) of a matrix of width D, zeros past it and where `mask` is off."""
+    """Rows (R, D) of a matrix of width D; zeros past that width and if `mask` is off."""
     return tl.load(x + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 def queries_of_tiles(starts_S: Tensor, ends_S: Tensor, T: int, tile: int) -> tuple[Tensor, Tensor]:
-    """For each tile of keys the queries [first, last) among which all are that see any of it; ranges in any order."""
+    """For each tile of keys a range [first, last) that has all queries that see any of it. Key ranges in any order."""
     sees = ends_S > starts_S
     ends = torch.where(sees, ends_S, 0).cummax(0).values  # the first query whose range ends past the tile's first key
     starts = torch.where(sees, starts_S, T).flip(0).cummin(0).values.flip(0)  # the last one that starts before its end
@@ -90,7 +90,7 @@ def _scores_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SCALED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    # the last queries, which see most, first: the programs that end alone are then short
+    # The last queries, which see most, come first: the programs that end alone are then short.
     first, d = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
     _, _, lo, hi = block_range(starts, ends, t, S, T)
@@ -104,7 +104,7 @@ def _scores_kernel(
     out_NQ = out + t.to(tl.int64)[None, :] * T + n[:, None]
     for s in range(lo, hi, BK):
         k_ND = load_rows(k, s + n, s + n < T, d, D)
-        # keys are the rows: the sum over heads then stays within a thread, but for its last steps
+        # Keys are the rows: the sum over heads then stays within a thread, except for its last steps.
         dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
         score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (BK, BQ, HP)), 2)
         if SCALED:
@@ -123,7 +123,8 @@ def index_scores(
     BQ = max(1, ROWS // HP)
     grid, chunk = chunks(S, T, BQ, BK, least=16)
     _scores_kernel[grid](
-        q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, *ranges(starts_S, ends_S), scores_ST, S, T, chunk,
+        q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T, *ranges(starts_S, ends_S), scores_ST,
+        S, T, chunk,
         H=H, D=D, HP=HP, DP=DP, BQ=BQ, BK=BK, SCALED=k_scale_T is not None, EXACT=exact(q_SHD),
         num_warps=4, num_stages=3,
     )  # fmt: skip
@@ -136,7 +137,10 @@ def _dq_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SCALED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dq = w * sum_s g[s] 1[q.k > 0] k[s], with g the score's gradient; dw is the same sum times q, since relu(q.k) is q.k or 0."""
+    """dq = w * sum_s g[s] 1[q.k > 0] k[s], with g the score's gradient.
+
+    dw is the same sum times q, because relu(q.k) is q.k or 0.
+    """
     first, d = tl.program_id(0) * BQ, tl.arange(0, DP)
     t, n = first + tl.arange(0, BQ), tl.arange(0, BK)
     start, end, lo, hi = block_range(starts, ends, t, S, T)
@@ -148,7 +152,7 @@ def _dq_kernel(
     for s in range(lo // BK * BK, hi, BK):
         key = (s + n)[None, :]
         seen = (key >= start[:, None]) & (key < end[:, None])
-        used = tl.max(seen.to(tl.int32), 0) > 0  # what nobody here sees may be NaN, of which even zero times is NaN
+        used = tl.max(seen.to(tl.int32), 0) > 0  # unseen keys may be NaN, and zero times NaN is NaN
         k_ND = load_rows(k, s + n, used, d, D)
         dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         g_QN = tl.load(dscore + t.to(tl.int64)[:, None] * T + key, mask=seen, other=0.0).to(tl.float32)
@@ -169,7 +173,7 @@ def _dk_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     SCALED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """dk[s] = sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j]: one tile of keys, all queries that see any of it."""
+    """dk[s] = sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j]: one tile of keys, and all queries that see any of it."""
     s, d = tl.program_id(0) * BK, tl.arange(0, DP)
     n, row = s + tl.arange(0, BK), tl.arange(0, BQ * HP)
     k_ND = load_rows(k, n, n < T, d, D)

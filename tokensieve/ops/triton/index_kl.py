@@ -1,8 +1,10 @@
-"""The indexer's half of equation (4) in Triton: the KL between a target over the selected keys and softmax(I) there, and its gradients.
+"""The indexer's half of equation (4) in Triton: the KL between a target over the selected keys and softmax(I) there,
+and its gradients.
 
-Legend: S queries, T key tokens, K selected; H index heads (HP padded), D index width (DP padded). A program holds one query.
+Legend: S queries, T key tokens, K selected; H index heads (HP padded), D index width (DP padded). A program holds one
+query.
 
-The target is given as the attention's probabilities summed over heads (S, K): how they are summed is the attention kernel's affair.
+The target is given as the attention's probabilities summed over heads (S, K); the attention's kernel sums them.
 """
 
 import torch
@@ -41,7 +43,7 @@ def _selected_scores_kernel(
 def _kl_kernel(
     mass, scores, indices, weight, kl, H, T, K, KP: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
-    """One row: kl = KL(p || softmax(score)); WEIGHTED: weight * d kl / d score instead, in the scores' place."""
+    """One row: kl = KL(p || softmax(score)). If WEIGHTED, weight * d kl / d score instead, in the scores' place."""
     t, n = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
     live = load_index(indices + t * K, n, K, T) >= 0
     p = tl.load(mass + t * K + n, mask=live, other=0.0) / H
@@ -65,7 +67,7 @@ def _index_gradient_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, KP: tl.constexpr,
     EXACT: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of q_I and w of one query, and its part of those of the keys that it selected."""
+    """The gradients of q_I and w of one query, and its contribution to those of the keys that it selected."""
     t, n = tl.program_id(0).to(tl.int64), tl.arange(0, BN)
     head, d = tl.arange(0, HP), tl.arange(0, DP)
     q_HD = load_rows(q, t * H + head, head < H, d, D)
@@ -82,7 +84,7 @@ def _index_gradient_kernel(
         moved_HD = tl.dot(opened_HN, k_ND, moved_HD, input_precision=EXACT)
         dk_ND = tl.dot(tl.trans(opened_HN), weighted_HD, input_precision=EXACT)
         row = index.to(tl.int64)
-        if IN_ORDER:  # a row of its own for every place
+        if IN_ORDER:  # every place has its own row
             row = t * K + first + n
         tl.atomic_add(dk + row[:, None] * D + d[None, :], dk_ND, mask=live[:, None] & (d < D)[None, :], sem="relaxed")
     place = dq + (t * H + head)[:, None] * D + d[None, :]

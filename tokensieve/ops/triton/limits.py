@@ -1,4 +1,4 @@
-"""What the portable Triton kernels take, on a GPU and in the interpreter. Imports no Triton: it is not on every machine."""
+"""What the Triton kernels take, on a GPU and in the interpreter. Imports no Triton: it is not on every machine."""
 
 import importlib.util
 import os
@@ -40,7 +40,8 @@ def _product_limits(q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype,
 def limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     """Why the kernels cannot take this call, in one clause, or None if they can.
 
-    The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU (docs/kernels.md).
+    The widths are those whose tiles fit into a program's shared memory: on Hopper, and on every other GPU
+    (docs/kernels.md).
     """
     if op == "select_topk":  # scores are float32 whatever the model's dtype is
         return no_triton() if q.dtype == torch.float32 else f"no kernel takes {q.dtype}"
@@ -65,7 +66,7 @@ def limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
         if apart and max(d_k, d_v) > value:
             reason = (
                 f"no kernel for this GPU takes keys or values wider than {value} "
-                "where the value is not the key's first part"
+                "unless the value is the key's first part"
             )
     return reason or no_triton()
 

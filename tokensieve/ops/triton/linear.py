@@ -1,10 +1,10 @@
-"""Products with weights in FP8 blocks, in Triton: activations are rounded in one launch and multiplied in a second.
+"""Products with weights in FP8 blocks, in Triton: one launch rounds the activations, a second multiplies them.
 
 Legend: N rows, E weights, M outputs, K inputs, in blocks of 128; BM outputs and BN rows of a program.
 
-The weight's rows are the rows of the product and the tokens its columns: tensor cores want 64 rows at least, and in decode there are fewer
-tokens than that. A block's product is added to the sum in float32 by ordinary cores, times both scales: Hopper's own accumulators have
-fewer bits for FP8.
+The weight's rows are the rows of the product and the tokens its columns: tensor cores take 64 rows at least, and decode
+has fewer tokens than that. A block's product is added to the sum in float32 by ordinary cores, times both scales:
+Hopper's own accumulators have fewer bits for FP8.
 """
 
 import torch
@@ -24,14 +24,14 @@ def _round_kernel(x, values, scales, blocks, stride, GB: tl.constexpr, GATED: tl
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * GB + tl.arange(0, GB)
     at = g[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    there = g[:, None] < blocks
-    part = tl.load(x + row * stride + at, mask=there, other=0.0).to(tl.float32)
+    inside = g[:, None] < blocks
+    part = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     if GATED:
-        up = tl.load(x + row * stride + blocks * BLOCK + at, mask=there, other=0.0)
+        up = tl.load(x + row * stride + blocks * BLOCK + at, mask=inside, other=0.0)
         gate = (part / (1 + tl.exp(-part))).to(x.dtype.element_ty)  # rounded as F.silu gives it
         part = (gate * up).to(x.dtype.element_ty).to(tl.float32)
     code, scale = quantized(part)
-    tl.store(values + row * blocks * BLOCK + at, code, mask=there)
+    tl.store(values + row * blocks * BLOCK + at, code, mask=inside)
     tl.store(scales + row * blocks + g, scale, mask=g < blocks)
 
 
@@ -40,14 +40,15 @@ def _product_kernel(
     values, scales, weight, weight_scales, ends, out, rows, M, K, row_tiles,
     E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # some tiles of rows with all of the weight, then the next: what programs read at the same time stays in the L2 cache
+    # Programs go through TOGETHER tiles of rows with all of the weight, then the next TOGETHER: what they read at the
+    # same time stays in the L2 cache.
     group = TOGETHER * tl.cdiv(M, BM)
     first = tl.program_id(0) // group * TOGETHER
     together = tl.minimum(row_tiles - first, TOGETHER)
     m_tile = tl.program_id(0) % group // together
     tile, expert, begin, end = first + tl.program_id(0) % group % together, 0, 0, rows
     if E > 1:
-        # which weight a tile of rows belongs to: each has as many tiles as its rows fill
+        # Which weight a tile of rows belongs to: each weight has as many tiles as its rows fill.
         e = tl.arange(0, EP)
         upper = tl.load(ends + e, mask=e < E, other=0)
         lower = tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0)
@@ -64,7 +65,7 @@ def _product_kernel(
         k = tl.arange(0, BLOCK)
         inside = n < end
         row = tl.where(inside, n, 0)
-        # outputs past the last are computed from row 0 and not stored
+        # Outputs past the last are computed from row 0 and not stored.
         from_weight = (
             weight + tl.cast(expert, tl.int64) * M * K + tl.where(m < M, m, 0).to(tl.int64)[:, None] * K + k[None, :]
         )
@@ -81,7 +82,7 @@ def _product_kernel(
 
 
 def tile_of(rows: int, weights: int) -> tuple[int, int, int, int]:
-    """Outputs and rows of a program, its warps and stages, by the rows that a weight gets on average."""
+    """Outputs and rows of a program, its warps and its stages, by the rows that a weight has on average."""
     each = -(-rows // weights)
     if each <= 16:
         return 64, 16, 4, 6
@@ -93,7 +94,7 @@ def tile_of(rows: int, weights: int) -> tuple[int, int, int, int]:
 
 
 def rounded(x_NK: Tensor, K: int, gated: bool) -> tuple[Tensor, Tensor]:
-    """What is multiplied: values (N, K) E4M3 and scales (N, K / 128)."""
+    """The operands of the product: values (N, K) E4M3 and scales (N, K / 128)."""
     x, N, blocks = x_NK.contiguous(), x_NK.shape[0], K // BLOCK.value
     values = torch.empty(N, K, dtype=torch.uint8, device=x.device)
     scales = torch.empty(N, blocks, dtype=torch.float32, device=x.device)
@@ -109,7 +110,7 @@ def block_linear(x_NK: Tensor, weight_EMK: Tensor, scale: Tensor, ends_E: Tensor
         return out
     values, scales = rounded(x_NK, K, gated)
     BM, BN, warps, stages = tile_of(N, E)
-    # as many tiles of rows as there may be, where each weight's last is not full
+    # The most tiles of rows there can be: the last one of each weight may not be full.
     tiles = triton.cdiv(N, BN) if E == 1 else min(N, triton.cdiv(N, BN) + E)
     _product_kernel[(triton.cdiv(M, BM) * tiles,)](
         values, scales, weight_EMK, scale, ends_E, out, N, M, K, tiles,

@@ -1,12 +1,17 @@
 """The warm-up's KL over all visible keys, equation (3), in Triton: value and gradients in memory linear in T.
 
-Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT); a program holds a tile of BQ queries and walks
-over tiles of BK keys, a chunk of them.
+Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT). A program holds a tile of
+BQ queries and walks over tiles of BK keys, a chunk of them.
 
-Passes over the keys: the heads' probabilities, summed on the chip; the scores, as `index.py` has them; a row of both at a time the KL and
-its derivative softmax(I) - p, which takes the place of p; and from it dq_I and dw by queries and dk_I by keys, since adding dq_I up from
-programs that hold keys would cost more than the products that it saves. Two strips of queries x T are the only things of that length; p and
-the scores are passes of their own because the tiles that suit them differ, and together they do not fit into a program's registers.
+Passes over the keys:
+1. the heads' probabilities, summed on the chip: p;
+2. the scores, as `index.py` has them;
+3. from a row of both, one row at a time, the KL and its derivative softmax(I) - p, which takes the place of p;
+4. from that derivative dq_I and dw by queries, and dk_I by keys: adding up dq_I from programs that hold keys would cost
+   more than the products that it saves.
+
+Only two strips of queries x T have that length. p and the scores have passes of their own because the tiles that suit
+them differ, and both together do not fit into a program's registers.
 """
 
 import torch
@@ -34,7 +39,7 @@ def _target_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """p, the mean over heads of the attention's probabilities, where a query sees a key."""
+    """p, the mean over heads of the attention's probabilities, of the keys that a query sees."""
     t, n, part = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.program_id(1)
     start, end, lo, hi = block_range(starts, ends, t, S, T)
     for s in range(tl.maximum(lo // BK * BK, part * chunk), tl.minimum(hi, part * chunk + chunk), BK):
@@ -58,7 +63,10 @@ def _target_kernel(
 
 @triton.jit
 def _kl_kernel(target, scores, weight, starts, ends, kl, T, TILE: tl.constexpr, GRADIENT: tl.constexpr):
-    """The KL of one query; GRADIENT: its weighted derivative by the scores, softmax(I) * sum(p) - p, in the place of p."""
+    """The KL of one query. If GRADIENT, its weighted derivative by the scores takes the place of p.
+
+    That derivative is softmax(I) * sum(p) - p.
+    """
     t, n = tl.program_id(0), tl.arange(0, TILE)
     start, end = key_range(starts, ends, t, tl.num_programs(0), T)
     target += t.to(tl.int64) * T
@@ -72,7 +80,7 @@ def _kl_kernel(target, scores, weight, starts, ends, kl, T, TILE: tl.constexpr, 
         seen = (s + n >= start) & (s + n < end)
         score_N = tl.load(scores + s + n, mask=seen, other=float("-inf"))
         now_N = tl.maximum(largest_N, score_N, propagate_nan=tl.PropagateNan.ALL)
-        base_N = tl.where(now_N == float("-inf"), 0.0, now_N)
+        base_N = tl.where(now_N == float("-inf"), 0.0, now_N)  # -inf minus -inf would be NaN
         total_N = total_N * tl.exp(largest_N - base_N) + tl.exp(score_N - base_N)
         largest_N = now_N
         mass_N += tl.load(target + s + n, mask=seen, other=0.0)
@@ -99,7 +107,10 @@ def _strip(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor,
     starts: Tensor, ends: Tensor, weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """kl of some queries, and with `weight` the weighted derivative by their scores (queries, T), unspecified outside ranges."""
+    """kl of a strip of queries, and with `weight` the weighted derivative by their scores (queries, T).
+
+    The derivative is unspecified outside of the queries' ranges.
+    """
     (S, H, D), (T, G, _) = q.shape, k.shape
     target = torch.empty(S, T, dtype=torch.float32, device=q.device)
     BQ, BK, warps, stages = (128, 64, 8, 3 if D <= 192 else 2) if q.element_size() == 2 and D <= 256 else (32, 32, 4, 1)
@@ -118,7 +129,10 @@ def _by_strips(
     q: Tensor, k: Tensor, lse: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor,
     starts: Tensor, ends: Tensor, weight: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """kl (S), and with `weight` the gradients of sum(weight * kl) by q_I, k_I and w, else zeros; a strip of queries at a time."""
+    """kl (S), and the gradients of sum(weight * kl) by q_I, k_I and w, zeros without `weight`.
+
+    It takes a strip of queries at a time.
+    """
     S, T = q.shape[0], k.shape[0]
     kl = torch.zeros(S, dtype=torch.float32, device=q.device)
     dq, dw = q_I.new_zeros(q_I.shape), w.new_zeros(w.shape)
@@ -128,8 +142,8 @@ def _by_strips(
     rows = max(1, STRIP // max(T, 1)) if T else S
     for a in range(0, S if T else 0, max(rows, 1)):
         b = slice(a, a + rows)
-        given = None if weight is None else weight[b].contiguous()
-        kl[b], dscore = _strip(q[b], k, lse[b], scale, q_I[b], k_I, w[b], starts[b], ends[b], given)
+        weight_b = None if weight is None else weight[b].contiguous()
+        kl[b], dscore = _strip(q[b], k, lse[b], scale, q_I[b], k_I, w[b], starts[b], ends[b], weight_b)
         if weight is not None:
             dq[b], part, dw[b] = gradients_of_scores(dscore, q_I[b], k_I, w[b], starts[b], ends[b], None)
             dk += part

@@ -1,15 +1,16 @@
-"""Attention over all keys with everything but the selection masked, forward and backward, in Triton: the form for short contexts.
+"""Attention over all keys with everything but the selection masked, forward and backward, in Triton: the form for short
+contexts.
 
-Legend: S queries, T keys, H heads, K places for selected keys, D key width (main part DM, tail DT), V value width (VP padded). A program
-has one head: it holds a tile of BQ queries and walks over tiles of BK keys, or the other way round for dk and dv, so that nothing but
-bits is added atomically.
+Legend: S queries, T keys, H heads, K places for selected keys, D key width (main part DM, tail DT), V value width (VP
+padded). A program has one head. It holds a tile of BQ queries and walks over tiles of BK keys, or the other way round
+for dk and dv, so that only bits are added atomically.
 
-The selection becomes bits: a word has 32 keys of a query (or 32 queries of a key, for programs that hold keys), and words of neighbours
-lie side by side. Tiles between the first and the last selected key are computed whole and masked.
+The selection becomes bits: a word has 32 keys of a query (or 32 queries of a key, for programs that hold keys), and
+words of neighbours lie side by side. Tiles between the first and the last selected key are computed whole and masked.
 
-Zero times NaN is NaN: by way of a product a broken row reaches every row of its tile, selected or not. To keep it out costs more than
-healthy rows should pay, so a program whose sums come out broken walks once more, guarded: there broken numbers are zeros in the products,
-and whoever did select them becomes NaN apart from these.
+Zero times NaN is NaN: through a product a broken row reaches every row of its tile, selected or not. Keeping it out
+costs more than healthy rows should pay. So a program whose sums come out broken walks once more, guarded: broken
+numbers then count as zeros in the products, and the rows that did select them are set to NaN separately.
 """
 
 from dataclasses import asdict, dataclass
@@ -36,7 +37,10 @@ class Tiles:
 
 
 def tiles(D: int, V: int) -> tuple[Tiles, Tiles, Tiles]:
-    """Of forward, dq, and dk with dv: what a program's registers hold. Up to 128 wide they fit into 99 KB of shared memory."""
+    """The tiles of forward, of dq, and of dk with dv, as a program's registers hold them.
+
+    Up to a width of 128 they fit into 99 KB of shared memory.
+    """
     if max(D, V) <= 128:
         return Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2)
     if D <= 192 and V <= 128:
@@ -46,7 +50,7 @@ def tiles(D: int, V: int) -> tuple[Tiles, Tiles, Tiles]:
 
 @triton.jit
 def finite(x):
-    return tl.abs(x.to(tl.float32)) < float("inf")  # of NaN nothing is less
+    return tl.abs(x.to(tl.float32)) < float("inf")  # false for NaN
 
 
 @triton.jit
@@ -56,7 +60,7 @@ def any_broken(x):
 
 @triton.jit(do_not_specialize=["S", "T"])
 def _bits_kernel(indices, bits, firsts, ends, S, T, K, BY_KEY: tl.constexpr, BN: tl.constexpr):
-    """Sets the bits of one query's keys; the first of them and one past the last (none: 0, 0)."""
+    """Sets the bits of one query's keys, and stores the first of them and one past the last (0 and 0 if none)."""
     t, n = tl.program_id(0), tl.arange(0, BN)
     first_N, end_N = tl.zeros((BN,), tl.int32) + T, tl.zeros((BN,), tl.int32)
     for place in range(0, K, BN):
@@ -74,7 +78,7 @@ def _bits_kernel(indices, bits, firsts, ends, S, T, K, BY_KEY: tl.constexpr, BN:
 
 
 def selection_bits(indices_SK: Tensor, T: int, by_key: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Words (T / 32, S), or with `by_key` (S / 32, T); the keys [first, end) among which all of a query's are."""
+    """Words (T / 32, S), or with `by_key` (S / 32, T), and the range [first, end) of each query's selected keys."""
     S, K = indices_SK.shape
     shape = (triton.cdiv(S, 32), T) if by_key else (triton.cdiv(T, 32), S)
     bits = torch.zeros(shape, dtype=torch.int32, device=indices_SK.device)
@@ -86,7 +90,8 @@ def selection_bits(indices_SK: Tensor, T: int, by_key: bool) -> tuple[Tensor, Te
 
 @triton.jit
 def load_bits(bits, row, rows, begin, end, n):
-    """Whether each of the rows has the bits begin + n, of `end` bits in all; begin is a multiple of 32."""
+    """Whether each row has the bits begin + n, of `end` bits in all. begin is a multiple of 32."""
+    # One load for each word of the tile, whose 32 columns then share it.
     word_RN = tl.zeros((row.shape[0], n.shape[0]), tl.int32)
     for i in tl.static_range(n.shape[0] // WORD):
         word = begin // WORD + i
@@ -114,7 +119,7 @@ def product(a_main, a_tail, b_main, b_tail, DT: tl.constexpr, EXACT: tl.constexp
 
 @triton.jit
 def load_lse(lse, row, mask):
-    """To base 2; infinite for a query without keys, or past the last, which has probability 0 everywhere."""
+    """lse to base 2; infinite for a query without keys or past the last: its probabilities are 0 then."""
     lse_R = tl.load(lse + row, mask=mask, other=float("inf"))
     return tl.where(lse_R == float("-inf"), float("inf"), lse_R) * LOG2E
 
@@ -125,7 +130,10 @@ def _attend(
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit, the sum of the others relative to it, the weighted values. GUARD: NaN where a selected value is broken."""
+    """The largest logit, the sum of the others relative to it, and the weighted values.
+
+    If GUARD, a query that selected a broken value gets NaN, and no other query does.
+    """
     n = tl.arange(0, BK)
     largest, total = tl.zeros((BQ,), tl.float32) + float("-inf"), tl.zeros((BQ,), tl.float32)
     acc_QV = tl.zeros((BQ, VP), tl.float32)
@@ -136,7 +144,7 @@ def _attend(
         logit_QK = product(q_main, q_tail, k_main, k_tail, DT, EXACT)
         logit_QK = tl.where(seen, logit_QK * (scale * LOG2E), float("-inf"))
         now = tl.maximum(largest, tl.max(logit_QK, 1))
-        base = tl.where(now == float("-inf"), 0.0, now)
+        base = tl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
         p_QK = tl.exp2(logit_QK - base[:, None])
         shrink = tl.exp2(largest - base)
         total = total * shrink + tl.sum(p_QK, 1)
@@ -158,7 +166,8 @@ def _forward_kernel(
     H: tl.constexpr, D: tl.constexpr, V: tl.constexpr, DM: tl.constexpr, DT: tl.constexpr, VP: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    # the last queries, which see most, first: the programs that end alone are then short; one head's keys at a time in the cache
+    # The last queries, which see most, come first: the programs that end alone are then short. Heads come one after
+    # the other, so that only one head's keys are in the cache.
     t, h = (tl.num_programs(0) - 1 - tl.program_id(0)) * BQ + tl.arange(0, BQ), tl.program_id(1)
     _, _, lo, hi = block_range(firsts, ends, t, S, T)
     lo = lo // BK * BK
@@ -171,9 +180,9 @@ def _forward_kernel(
         largest, total, acc_QV = _attend(
             q_main, q_tail, k, v, bits, t, h, lo, hi, S, T, scale, H, D, V, DM, DT, VP, BQ, BK, EXACT, True
         )
-    some = tl.where(total == 0, 1.0, total)  # NaN stays
-    store_part(out, row * V, t < S, acc_QV / some[:, None], V, VP)
-    tl.store(lse + row, tl.where(total == 0, float("-inf"), largest * LN2 + tl.log(some)), mask=t < S)
+    divisor = tl.where(total == 0, 1.0, total)  # a query without keys divides by 1; NaN stays
+    store_part(out, row * V, t < S, acc_QV / divisor[:, None], V, VP)
+    tl.store(lse + row, tl.where(total == 0, float("-inf"), largest * LN2 + tl.log(divisor)), mask=t < S)
 
 
 def masked_attention(
@@ -196,7 +205,7 @@ def masked_attention(
 def _delta_kernel(
     dout, dlse, out, delta, rows, V: tl.constexpr, VP: tl.constexpr, BR: tl.constexpr, HAS_DLSE: tl.constexpr
 ):
-    """sum(dout * out) - dlse, one row a query and head."""
+    """delta = sum(dout * out) - dlse, a row for each query and head."""
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     a, b = load_part(dout, row * V, row < rows, V, VP), load_part(out, row * V, row < rows, V, VP)
     delta_R = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
@@ -222,7 +231,7 @@ def _sum_dq(
         p_QK = tl.where(seen, tl.exp2(logit_QK * (scale * LOG2E) - lse_Q[:, None]), 0.0)
         dp_QK = tl.dot(dout_QV, tl.trans(v_KV), input_precision=EXACT)
         ds_QK = p_QK * (dp_QK - delta_Q[:, None])
-        if GUARD:  # a query that selected what is broken has NaN in ds itself
+        if GUARD:  # a query that selected a broken key or value has NaN in ds itself
             ds_QK = tl.where(seen, ds_QK, 0.0)
             k_main, k_tail = tl.where(finite(k_main), k_main, 0.0), tl.where(finite(k_tail), k_tail, 0.0)
         ds_QK = ds_QK.to(k_main.dtype)
@@ -278,7 +287,7 @@ def _sum_dkv(
         p_KQ = tl.where(seen, tl.exp2(logit_KQ * (scale * LOG2E) - lse_Q[None, :]), 0.0)
         dp_KQ = tl.dot(v_KV, tl.trans(dout_QV), input_precision=EXACT)
         ds_KQ = p_KQ * (dp_KQ - delta_Q[None, :])
-        if GUARD:  # keys that a broken query selected have NaN in ds itself; of a broken dout its delta tells
+        if GUARD:  # a key that a broken query selected has NaN in ds itself; a broken dout shows in its delta
             ds_KQ = tl.where(seen, ds_KQ, 0.0)
             p_KQ = tl.where(seen & ~finite(delta_Q)[None, :], float("nan"), p_KQ)
             q_main, q_tail = tl.where(finite(q_main), q_main, 0.0), tl.where(finite(q_tail), q_tail, 0.0)

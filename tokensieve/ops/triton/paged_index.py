@@ -1,11 +1,12 @@
 """Index scores from cache pages, equation (1), in Triton.
 
-Legend: B sequences, n queries of each, P pages that a row of the page table names, H index heads (HP padded to a power of two), D index
-width (DP padded). A program holds BQ queries x HP heads of one sequence as one side of a matrix product (R) and walks over some of the
-sequence's pages, whose 64 keys are the other side (N).
+Legend: B sequences, n queries of each, P pages that a row of the page table names, H index heads (HP padded to a power
+of two), D index width (DP padded). A program holds BQ queries x HP heads of one sequence as one side of a matrix
+product (R) and walks over some of the sequence's pages, whose 64 keys are the other side (N).
 
-Product, sum and scale are those of `index.py`, in the same order: a score has the bits that prefill gave it, however many queries it is
-computed with. Keys past a sequence's last token are computed too, whatever they hold, since no score depends on another key.
+Product, sum and scale are those of `index.py`, in the same order: a score has the bits that prefill gave it, however
+many queries it is computed with. Keys past a sequence's last token are computed too, whatever they hold, because no
+score depends on another key.
 """
 
 import torch
@@ -17,10 +18,9 @@ from tokensieve.ops.quant import INDEX_WIDTH, PAGE_TOKENS
 from tokensieve.ops.triton.index import ROWS, exact, load_rows, padded, relu
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_TOKENS)
-PROGRAMS = (
-    2048  # three for each that runs at a time on a large GPU, so that sequences of different lengths fill it evenly
-)
-MOST_PAGES = 16  # of a program: more would save little of the loading of queries, and end less evenly
+# Three programs for each that runs at a time on a large GPU, so that sequences of different lengths fill it evenly.
+PROGRAMS = 2048
+MOST_PAGES = 16  # of a program: more would hardly save loads of queries, and programs would end less evenly
 
 
 def inner_contiguous(pages: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _scores_kernel(
     page_table += b * P
     page = tl.load(page_table + begin, mask=begin < end, other=0)
     for i in tl.range(begin, end, num_stages=STAGES):
-        after = tl.load(page_table + i + 1, mask=i + 1 < end, other=0)  # early: its keys wait for nothing then
+        after = tl.load(page_table + i + 1, mask=i + 1 < end, other=0)  # early, so that its keys need not wait
         known = (page >= 0) & (page < pages)
         place = tl.where(known, page, 0).to(tl.int64)
         k_ND = tl.load(keys + place * stride + s[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
@@ -55,14 +55,14 @@ def _scores_kernel(
         score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (PAGE, BQ, HP)), 2)
         if SCALED:
             score_NQ *= tl.load(scales + place * scale_stride + s)[:, None]
-        score_NQ = tl.where(known, score_NQ, float("nan"))  # a page that is not there must not go unnoticed
+        score_NQ = tl.where(known, score_NQ, float("nan"))  # a missing page must not go unnoticed
         at = out + (b * n + j)[None, :] * P * PAGE + (s + i * PAGE)[:, None]
         tl.store(at, score_NQ, mask=(j < n)[None, :])
         page = after
 
 
 def index_parts(index_pages: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Keys as they are stored, from a page's first byte on, and the scales in float32, from their first."""
+    """Views of the pages: keys as they are stored, and float32 scales from a page's first scale on, if quantized."""
     if index_pages.dtype != torch.uint8:
         return index_pages, None
     scales = index_pages.view(torch.float32)[:, PAGE_TOKENS * INDEX_WIDTH // 4 :]
@@ -70,7 +70,7 @@ def index_parts(index_pages: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _as_pages(q: Tensor, keys: Tensor) -> Tensor:
-    """q in the dtype of the product: its own if every key is exact in it."""
+    """q in the dtype of the product, which is its own dtype if every key is exact in it."""
     if q.dtype == keys.dtype or keys.dtype == torch.float8_e4m3fn:
         return q
     return q.to(keys.dtype) if q.dtype == torch.float8_e4m3fn else q.float()

@@ -1,7 +1,7 @@
-"""Where in a pool of pages selected entries lie, in Triton: for kernels that know the pool but not the page table.
+"""Where selected entries lie in a pool of pages, in Triton: for kernels that know the pool but not the page table.
 
 Legend: S queries (n of each sequence), P pages that a row of the page table names, K places for selected positions.
-One launch: in PyTorch's own operations it would be ten, more than a small decode step itself takes.
+It is one launch: ten of PyTorch's operations would take longer than a small decode step.
 """
 
 import torch
@@ -27,8 +27,8 @@ def _places_kernel(indices, page_table, lengths, out, K, width, n, P, pages, BLO
 def pool_places(indices_SK: Tensor, page_table: Tensor, lengths: Tensor, pages: int, multiple: int) -> Tensor:
     """page * 64 + place in the page of each index, in a pool of `pages` pages: (S, K rounded up to `multiple`) int32.
 
-    -1 where no entry is named that may be read: past K, at an index that is below 0 or past what its query sees, on a page outside of
-    the pool.
+    -1 if there is no entry that may be read: past K, at an index that is below 0 or past what its query sees, on a page
+    outside of the pool.
     """
     (S, K), (B, P) = indices_SK.shape, page_table.shape
     width = triton.cdiv(K, multiple) * multiple

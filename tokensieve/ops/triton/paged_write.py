@@ -1,11 +1,11 @@
 """New tokens into both caches in Triton: what `quant.py` packs, to the bit, in one launch.
 
-Legend: N tokens, G key-value groups, L and R widths of an entry's first and second part, D index width; a program writes one token's
-entry of one group, the first group's the index key too. Rounding to E4M3 is done on bits: it is the same on every GPU, those without
-FP8 and the interpreter included.
+Legend: N tokens, G key-value groups, L and R widths of an entry's first and second part, D index width. A program
+writes one token's entry of one group, the first group's program the index key too. Rounding to E4M3 works on bits, so
+it is the same on every GPU, including those without FP8, and in the interpreter.
 
-A NaN or an infinity where numbers are quantized makes the scale NaN, and so every score and every logit of that token: to look at the
-tokens first would stop the queue. The selection refuses such scores.
+A NaN or an infinity that has to be quantized makes the scale NaN, and so every score and every logit of that token:
+checking the tokens first would stop the queue. The selection refuses such scores.
 """
 
 import torch
@@ -23,8 +23,9 @@ def e4m3(x):
     """float32 of at most 448, or NaN, to the bytes of E4M3, ties to even."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
+    # Of 23 bits of the mantissa 3 stay, rounded to even, and the exponent's bias of 127 becomes 7.
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (127 - 7) * 8
-    # Below 2^-6 E4M3 is a multiple of 2^-9, which is the last place of numbers from 2^14 on: the addition rounds.
+    # Below 2^-6 E4M3 numbers are multiples of 2^-9, the last place of float32 from 2^14 on: the addition rounds.
     small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     code = tl.where(size < 0x3C800000, small, normal)
     code = tl.where(size > 0x7F800000, 0x7F, code)
@@ -33,13 +34,13 @@ def e4m3(x):
 
 @triton.jit
 def quantized(x_GD):
-    """Rows of float32 to E4M3 bytes, and for each row the smallest power of two by which it had to be divided."""
+    """Rows of float32 as E4M3 bytes, and for each row its scale, the smallest power of two that makes it fit."""
     size = x_GD.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(size, 1)  # as integers: NaN is the largest then
+    largest = tl.max(size, 1)  # compared as integers, so that NaN is the largest
     floor = tl.full(largest.shape, 1e-4, tl.float32).to(tl.int32, bitcast=True)
     broken = largest >= 0x7F800000
     largest = tl.maximum(largest, floor)
-    # 448 = 1.75 * 2^8: the exponent is eight less, and one more where the mantissa is larger than 1.75
+    # 448 = 1.75 * 2^8: the exponent is eight less, and one more if the mantissa is larger than 1.75
     exponent = (largest >> 23) - 8 + ((largest & 0x7FFFFF) > 0x600000).to(tl.int32)
     scale = tl.where(broken, float("nan"), (exponent << 23).to(tl.float32, bitcast=True))
     inverse = tl.where(broken, float("nan"), ((254 - exponent) << 23).to(tl.float32, bitcast=True))
@@ -70,7 +71,7 @@ def _write_key(
     d = tl.arange(0, DP)
     key = tl.load(k_I + d, mask=d < D)
     if INDEX_FP8:
-        # rounded as the rotation returns it
+        # rounded to the dtype in which `quant.hadamard` returns it
         key = rotated(key.to(tl.float32), D, LEVELS).to(k_I.dtype.element_ty).to(tl.float32)
         code, scale = quantized(key[None, :])
         tl.store(keys + token * D + d[None, :], code)

@@ -1,9 +1,10 @@
-"""Index queries for quantized pages in Triton: rotated by position and by Hadamard's matrix, rounded to E4M3, in one launch.
+"""Index queries for quantized pages in Triton: rotated by position and by Hadamard's matrix, rounded to E4M3, in one
+launch.
 
 Legend: S query tokens, H index heads, D index width, R rope width; a program takes HP heads of one query.
 
-Bits are those of `quant.hadamard` and `quant.quantize_e4m3`. As in `paged_write`, a NaN or an infinity makes the scale NaN instead of
-raising.
+Bits are those of `quant.hadamard` and `quant.quantize_e4m3`. As in `paged_write`, a NaN or an infinity makes the scale
+NaN instead of raising.
 """
 
 import torch
