@@ -238,6 +238,7 @@ def test_the_environment_goes_along(home: Path, monkeypatch) -> None:
     assert environment == os.environ | found.environment and environment["SGLANG_NSA_FUSE_TOPK"] == "false"
 
 
+@pytest.mark.slow
 def test_it_becomes_the_engine(home: Path, tmp_path: Path) -> None:
     """In a process of its own, with a `vllm` on PATH that notes what it was asked and ends with status 7."""
     fake = tmp_path / "bin" / "vllm"

@@ -101,7 +101,7 @@ def prepared(objective: Any) -> DecoderForCausalLM:
     return made
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("trainer", ["loop", "transformers", "trl"])
 def test_equal_gradients(trainer: str, objective: str, n: int, ours: dict, tokenizer: Path, tmp_path: Path) -> None:
