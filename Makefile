@@ -32,10 +32,10 @@ demo: $(RUNTIME)
 
 # One thread per worker: two workers with two threads each are slower on two cores than with one.
 test: check $(BROWSER)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "not slow and not gpu" --ignore tests/test_house.py $(OPTIONS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow and not gpu" --ignore tests/test_house.py $(OPTIONS)
 
 test-all: check $(BROWSER)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 $(OPTIONS)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal $(OPTIONS)
 
 check: $(DEV)
 	$(PY) -m ruff check .

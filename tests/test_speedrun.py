@@ -187,6 +187,7 @@ def test_stopped_and_continued(home: Path, whole: Path, capsys, monkeypatch) -> 
     assert [r["loss"] for r in train.history(out / "warmup")] == [r["loss"] for r in train.history(whole / "warmup")]
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_or_measured_anew(config, whole: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -51,14 +51,17 @@ def test_whoever_installs_it_can_read_every_file(wheel: Path) -> None:
         unreadable = [f.filename for f in archive.infolist() if (f.external_attr >> 16) & 0o444 != 0o444]
         names = archive.namelist()
     assert not unreadable
-    assert {f"tokensieve/serve/playground/page/{name}" for name in ("index.html", "style.css", "main.js")} <= set(names)
+    files = [path for path in (ROOT / "tokensieve").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= set(names)  # models, configs and the page as well
 
 
+@pytest.mark.slow
 def test_it_loads_its_models_and_configs(installed: Path, tmp_path: Path) -> None:
     where, sparse, base = run("-c", LOADS, cwd=tmp_path, PYTHONPATH=str(installed)).split()
     assert Path(where).is_relative_to(installed) and sparse == "True" and base == "base"
 
 
+@pytest.mark.slow
 def test_its_commands_run(installed: Path, tmp_path: Path) -> None:
     shown = run("-m", "tokensieve", "doctor", "--json", cwd=tmp_path, PYTHONPATH=str(installed))
     assert all(json.loads(shown)["bundled"].values())

@@ -35,6 +35,7 @@ print(json.dumps([after - before for after in there_and_back(sys.argv[2], int(sy
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory(tmp_path: Path) -> None:
     for name, shape in (("small", SMALL), ("large", SMALL | SHAPE)):

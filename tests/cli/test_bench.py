@@ -59,6 +59,7 @@ def test_training_is_not_measured_without_a_gpu(tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_without_a_gpu() -> None:
     """Nor Triton, which machines without a GPU may lack: a package that cannot be imported stands in its place."""
     run = (

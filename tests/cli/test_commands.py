@@ -121,6 +121,7 @@ def test_generate_writes_to_standard_output(run, home: Path) -> None:
 # a process of its own
 
 
+@pytest.mark.slow
 def test_as_a_process() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tokensieve", "generate", "nowhere", "--prompt", "x"], capture_output=True, text=True

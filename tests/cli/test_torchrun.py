@@ -45,6 +45,7 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     return sorted(psutil.Process(process.pid).children(), key=lambda p: int(p.environ()["RANK"]))
 
 
+@pytest.mark.slow
 def test_a_conversation(run: Any, shards: Path) -> None:
     """The answers are those of one process that has the whole checkpoint."""
     question = "Who are you?"

@@ -241,6 +241,7 @@ def test_the_environment_goes_along(home: Path, monkeypatch) -> None:
     assert environment == os.environ | found.environment and environment["SGLANG_NSA_FUSE_TOPK"] == "false"
 
 
+@pytest.mark.slow
 def test_it_becomes_the_engine(home: Path, tmp_path: Path) -> None:
     """As a process, with a `vllm` on PATH that records its arguments and exits with status 7."""
     fake = tmp_path / "bin" / "vllm"

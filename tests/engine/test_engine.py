@@ -26,7 +26,10 @@ LENGTHS = (1, 5, 63, 64, 65, 130, 200)
 SMALL = EngineConfig(pages=64, running=16, chunk=64, chunks=2)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+RARE = pytest.param("sparse without a latent", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[RARE if kind in RARE.values else kind for kind in KINDS])
 def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
     return ours(KINDS[request.param], seed=1)
 

@@ -209,6 +209,7 @@ for name, kernel, arguments, options in (
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile(tmp_path) -> None:
     """For sm_90, within a program's shared memory, with products that overlap: the assembler gives that up silently."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -84,7 +84,7 @@ def kinds() -> list:
         often = [] if (D, V) in ((192, 128), (48, 32)) else [pytest.mark.slow]
         found.append(pytest.param(D, V, "float32", "cpu", marks=often))
         found += [pytest.param(D, V, dtype, "cuda", marks=pytest.mark.gpu) for dtype in ("float16", "bfloat16")]
-    return [*found, pytest.param(48, 32, "float16", "cpu")]
+    return [*found, pytest.param(48, 32, "float16", "cpu", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("D", "V", "dtype", "device"), kinds())

@@ -85,7 +85,13 @@ def test_ragged_lengths(kind: str, n: int, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "heads", "pieces"),
-    [("float32", 3, 1), ("float32", 3, 5), ("float32", 128, 2), ("fp8", 3, 1), ("fp8", 3, 3)],
+    [
+        ("float32", 3, 1),
+        ("float32", 3, 5),
+        pytest.param("float32", 128, 2, marks=pytest.mark.slow),
+        ("fp8", 3, 1),
+        ("fp8", 3, 3),
+    ],
 )
 def test_many_places(kind: str, heads: int, pieces: int, monkeypatch) -> None:
     """Several tiles, in one piece and in several, some of which have nothing to do."""

@@ -1,7 +1,6 @@
 """The time that a request takes over a connection that is used again."""
 
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -24,13 +23,13 @@ def at() -> Iterator[str]:
 
 def test_a_connection_that_is_used_again_waits_for_nothing(at: str) -> None:
     """Head and body of an answer are written apart; with Nagle's algorithm the body would wait for the client's acknowledgement."""
-    taken = []
+    taken = []  # of which the least counts: on a busy machine each may take long, and none but the first would be spared the delay
     with httpx.Client(base_url=at, trust_env=False) as client:
         for _ in range(15):
             begin = time.perf_counter()
             assert client.get("/health").status_code == 200
             taken.append(time.perf_counter() - begin)
-    assert statistics.median(taken) < BOUND
+    assert min(taken[1:]) < BOUND
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

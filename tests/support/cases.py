@@ -159,7 +159,7 @@ ODD_RAGGED = causal(1, 37, 2, 64, 1, 1, 25)
 CASES = (
     Case("plain causal", causal(48), keys=48, k=8),
     Case("ragged pack, T a multiple of nothing", ODD_RAGGED, keys=131, k=7),
-    Case("ragged pack, keys nobody sees", (Document(5, 30, 30), Document(51, 20, 20)), keys=83, k=7),
+    Case("ragged pack, keys nobody sees", (Document(5, 13, 13), Document(29, 7, 7)), keys=43, k=5),
     Case("one-token documents", causal(*[1] * 19), keys=19, k=4),
     Case("T < k", causal(13), keys=13, k=32),
     Case("k = 1", causal(9, 31), keys=40, k=1),
@@ -188,6 +188,6 @@ CASES = (
         "grouped-query entries", causal(21, 30), keys=51, k=8, heads=6, groups=2, entry=32, d_k=16, v_start=16, d_v=16
     ),
     Case("value apart from key", causal(29), keys=29, k=8, heads=4, groups=4, entry=40, d_k=12, v_start=20, d_v=7),
-    Case("MLA widths", (Document(0, 67, 10),), keys=67, k=16, heads=16, entry=576, d_k=576, d_v=512),
+    Case("MLA widths", (Document(0, 67, 5),), keys=67, k=16, heads=16, entry=576, d_k=576, d_v=512),
     Case("past one block of queries and keys", (Document(0, 300, 70), Document(300, 333, 75)), keys=633, k=40, heads=2),
 )

@@ -194,6 +194,7 @@ def test_labels_play_no_part_and_no_logits_are_made(warming: DecoderForCausalLM)
     assert torch.equal(warming.eval()(input_ids=inputs["input_ids"]).loss, out.loss.detach())
 
 
+@pytest.mark.slow
 def test_warmup_goes_on_past_8192_keys() -> None:
     """What the last queries of a long document add to the loss and to its gradients, against equation (3) in float64.
 

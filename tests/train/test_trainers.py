@@ -119,7 +119,7 @@ def by_queries(objective: Any, per_query: float) -> ForwardOptions:
     return ForwardOptions(objective=Objective(objective, KLScale(per_query=per_query)))
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("trainer", ["loop", "transformers", "trl"])
 def test_equal_gradients(
