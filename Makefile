@@ -30,12 +30,22 @@ export PYTHONPATH := $(CURDIR)
 demo: $(RUNTIME)
 	$(PY) -m tokensieve demo
 
+# Otherwise every process of the tests would compile the package and the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One thread per worker: two workers with two threads each are slower on two cores than with one.
+WORKERS := -n 2 --dist worksteal
+
 test: check $(BROWSER)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow and not gpu" --ignore tests/test_house.py $(OPTIONS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -m "not slow and not gpu" --ignore tests/test_house.py $(OPTIONS)
+
+# All tests get 45 minutes. Then they are interrupted, which prints what failed so far, and a minute later killed.
+LIMIT := 45m
 
 test-all: check $(BROWSER)
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal $(OPTIONS)
+	@OMP_NUM_THREADS=1 timeout --foreground -s INT -k 1m $(LIMIT) $(PYTEST) $(WORKERS) $(OPTIONS) || { status=$$?; \
+	  case $$status in 124 | 137) echo "test-all: stopped, for it took more than $(LIMIT), the most that it may" >&2; esac; \
+	  exit $$status; }
 
 check: $(DEV)
 	$(PY) -m ruff check .
