@@ -26,7 +26,7 @@ import tokensieve
 from tokensieve.data import read_documents
 from tokensieve.engine.runner import Runner
 from tokensieve.model import LatentCache
-from tokensieve.report.where import environment
+from tokensieve.report.origin import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK, IN_A_ROW, TOKEN = 512, 5, 300

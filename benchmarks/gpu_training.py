@@ -41,13 +41,13 @@ from tokensieve.config import (
     OptimizerConfig,
     PhaseConfig,
     SourceConfig,
-    SparseConfig,
     TrainConfig,
     load_config,
 )
 from tokensieve.data import read_documents
+from tokensieve.families import SparseConfig
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.report.where import environment
+from tokensieve.report.origin import environment
 from tokensieve.train import loop
 from tokensieve.train.learning import learning
 
