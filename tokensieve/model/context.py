@@ -40,9 +40,7 @@ class ForwardOptions:
     backend: str | None = None  # auto, of the ops
     objective: Objective | None = None  # none
     yarn: bool | None = None  # True; False: plain frequencies, as a model trains before its context is extended
-    check_selection: bool | None = (
-        None  # on the CPU only; True: on a GPU too, where it waits for the queue; False: never
-    )
+    check_selection: bool | None = None  # on the CPU only; True: on a GPU too, waiting for its queue; False: never
 
     def over(self, outer: "ForwardOptions | None") -> "ForwardOptions":
         """These options, and `outer`'s for each field that is None here."""

@@ -215,10 +215,10 @@ def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> N
     before, after = indices_NK[:, :-1], indices_NK[:, 1:]
     disorder = (after <= before) & used[:, 1:]  # -1 in front of a position is disorder too
     disorder |= used[:, 1:] & ~used[:, :-1]
-    for wrong, what in (
+    for wrong, reason in (
         ((indices_NK < -1).any(1), "a negative position other than -1"),
         (unseen.any(1), "a key that its query may not see: outside of [starts, ends)"),
         (disorder.any(1), "positions that do not ascend, or a key twice; join() puts sets in order"),
     ):
         if bool(wrong.any()):
-            raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {what}")
+            raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {reason}")

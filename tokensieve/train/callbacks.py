@@ -86,7 +86,7 @@ class KLCallback(TrainerCallback):
         if model is not None and all(module is not self._trunk for module in model.modules()):
             raise UserError("KLCallback: the trainer's model is another one; give training() the same")
         parallelism = getattr(args, "parallelism_config", None)
-        for wrong, what in (
+        for wrong, reason in (
             (not indexers, "every indexer is frozen; let its parameters require gradients"),
             (args.n_gpu > 1, "several GPUs in one process are not supported; start one process per GPU with torchrun"),
             (args.fp16, "float16 scales the loss and would not scale the KL; use bf16=True"),
@@ -97,7 +97,7 @@ class KLCallback(TrainerCallback):
             (args.label_smoothing_factor > 0, "labels would be smoothed unshifted; set label_smoothing_factor to 0"),
         ):
             if wrong:
-                raise UserError(f"KLCallback: {what}")
+                raise UserError(f"KLCallback: {reason}")
         self.close()
         self._indexers = indexers
         self._kl, self._queries, self._seen, self._waiting = 0.0, 0.0, 0.0, False

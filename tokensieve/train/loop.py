@@ -245,10 +245,10 @@ def run(
                 on_step(done, figures)
             advance(figures)
             due = config.save_every and done % config.save_every == 0
-            if due or stop.asked or done == this.last:
-                where = this.save(done)
-            if stop.asked:
-                raise Interrupted(f"saved {where} after step {done} of {this.last}; continue with --resume")
+            if due or stop.requested or done == this.last:
+                folder = this.save(done)
+            if stop.requested:
+                raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     return this.model.eval()
 
 
@@ -336,7 +336,7 @@ class _StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.before: dict[int, Any] = {}  # handlers, as signal.signal gives them
 
     def __enter__(self) -> "_StopSignal":
@@ -346,9 +346,9 @@ class _StopSignal:
         return self
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():
