@@ -32,7 +32,7 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
 
 @app.command()
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
-    """Train a new dense model, as the bundled base was made. The config holds its shape.
+    """Train a new dense model, with the shape in the config, as the bundled base was made.
 
     Example: tokensieve pretrain --config base --set optimizer.lr=2e-3 --out runs/mine
     """

@@ -1,4 +1,4 @@
-"""Attention of one layer: project, append, select, attend. `mla.py` and `grouped.py` hold what each kind adds.
+"""Attention of one layer: project, append, select, attend. The two kinds of it are in `mla.py` and `grouped.py`.
 
 Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's entry, V value width, K selected keys.
 """
@@ -107,8 +107,8 @@ class Attention(nn.Module):
         if ctx.replay is not None:
             return ctx.replay[self.layer]
         selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
-        wanted = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
-        if not wanted and is_own(selector) and keys.all_within(ctx.top_k):
+        needed = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
+        if not needed and is_own(selector) and keys.all_within(ctx.top_k):
             return None  # the built-in selectors would select every key; a user's function may not
         if selector is dense and ctx.trace is None:
             return None
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         index: tuple[Tensor, Tensor, Tensor],
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        """Sparse attention and the KL. The indexer learns equation (4) from the attention's probabilities.
+        """Sparse attention, whose probabilities teach the indexer equation (4). Returns its output and the KL.
 
         The model learns from the selected entries only.
         """

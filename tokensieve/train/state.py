@@ -73,7 +73,7 @@ def save_state(
 
 
 def _leave(model: DecoderForCausalLM, old: Path, new: Path) -> None:
-    """Makes a resumed model take tokenizer and carried tensors from `new`, if it takes them from `old`, now removed."""
+    """Points a resumed model to `new` for its tokenizer and carried tensors, if they are in `old`, soon removed."""
     if getattr(model, "folder", None) is not None and Path(model.folder).resolve() == old.resolve():
         model.folder = new
     if model.extras is not None and model.extras.folder == old.resolve():
