@@ -1,4 +1,4 @@
-"""This machine: the device that a command takes, the processes that share the work, the processor, and what is installed."""
+"""This machine: the device of a command, the processes that share the work, the processor, installed versions."""
 
 import importlib.metadata
 import os
@@ -12,23 +12,23 @@ import torch
 from tokensieve.config import UserError
 
 
-def choose_device(asked: str = "auto") -> str:
-    """`asked`, checked; for "auto" "cuda" where torch sees a CUDA device and "cpu" elsewhere.
+def choose_device(device: str = "auto") -> str:
+    """The checked `device`; for "auto", "cuda" if torch sees a CUDA device, else "cpu".
 
-    Raises UserError for another kind of device, and for CUDA where there is none.
+    Raises UserError for another kind of device, and for CUDA if there is none.
     """
-    if asked == "auto":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {asked}: use auto, cpu or cuda")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {asked}: torch sees no CUDA device here; see tokensieve doctor")
-    return asked
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {device}: use auto, cpu or cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device}: torch sees no CUDA device here; see tokensieve doctor")
+    return device
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of how many processes this one is; `local` counts those on this machine."""
+    """This process's rank among all processes, and their number; `local_` counts those on this machine only."""
 
     rank: int = 0
     size: int = 1
@@ -37,13 +37,13 @@ class RankInfo:
 
 
 def rank_info() -> RankInfo:
-    """As torchrun says it in the environment; without torchrun, the only process."""
+    """The rank and the number of processes, from torchrun's environment variables; without torchrun, 0 of 1."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return RankInfo(*(int(os.environ[name]) for name in names)) if all(n in os.environ for n in names) else RankInfo()
 
 
 def processor() -> str:
-    """The processor's name as the system gives it, or its architecture."""
+    """The processor's name from the system, or its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -57,12 +57,12 @@ def processor() -> str:
 
 
 def usable_cores() -> int | None:
-    """Threads of the machine that this process may run on."""
+    """Number of the machine's hardware threads that this process may run on; None if unknown."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def version(package: str) -> str | None:
-    """The installed version, or None."""
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

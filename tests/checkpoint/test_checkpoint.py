@@ -88,7 +88,7 @@ CONFIGS = [
     sparse_config(n_shared_experts=2, tie_word_embeddings=True, mlp_layer_types=["sparse", "dense", "sparse"]),
     DeepseekV3Config(**SMALL),
     DeepseekV3Config(**(SMALL | {"q_lora_rank": None, "attention_bias": True, "rope_parameters": YARN})),
-    DeepseekV2Config(**(SMALL | {"attention_bias": True, "mlp_bias": True, "n_shared_experts": 2})),
+    DeepseekV2Config(**(SMALL | {"attention_bias": True, "n_shared_experts": 2})),
     DeepseekV2Config(**(SMALL | {"q_lora_rank": None, "topk_method": "greedy"})),
 ]
 

@@ -1,14 +1,15 @@
 """Checkpoints on disk: tensor names as data, safetensors streamed in and out, folders replaced all at once.
 
-names.py says what a checkpoint holds, export.py what other programs read, reading.py streams it in, writing.py out, and
-folder.py replaces one folder by another. ranks.py and shards.py do for the shards of the official inference demo what
-names.py, reading.py and writing.py do for a checkpoint.
+names.py lists the tensors of a checkpoint, export.py writes the config that other programs read, reading.py streams a
+checkpoint in, writing.py streams it out, and folder.py replaces one folder by another. demo_names.py and demo_shards.py
+do for the shards of the official inference demo what names.py, reading.py and writing.py do for a checkpoint.
 """
 
+from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
+from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, expected_tensors, memory_layout
-from tokensieve.checkpoint.ranks import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.reading import (
     Extras,
     Header,
@@ -20,7 +21,6 @@ from tokensieve.checkpoint.reading import (
     read_config,
     tensor_headers,
 )
-from tokensieve.checkpoint.shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [

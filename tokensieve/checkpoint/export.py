@@ -1,4 +1,4 @@
-"""What transformers, vLLM and SGLang read of a checkpoint's config, and which models they cannot run."""
+"""The config.json that transformers, vLLM and SGLang read, and the models that they cannot run."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ def export_config(config: dict[str, Any], dtype: torch.dtype, mtp: bool) -> dict
     """Return the ``config.json`` that transformers, vLLM and SGLang all read: the fields of the published checkpoint.
 
     config: a dict of config fields; dtype: that of the tensors; mtp: whether the multi-token-prediction layer is there.
-    RoPE goes back from transformers 5's ``rope_parameters`` to ``rope_theta`` and ``rope_scaling``: every one of the
-    three still reads those, older ones nothing else. Derived fields go, because older readers refuse values that they
-    do not know (``layer_types``); ``quantization_config`` goes, because the tensors are no longer quantized, and
+    RoPE is written as ``rope_theta`` and ``rope_scaling``, not as transformers 5's ``rope_parameters``: all three still
+    read those, and older versions read nothing else. Derived fields are dropped, because older readers refuse values
+    that they do not know (``layer_types``); ``quantization_config``, because the tensors are no longer quantized; and
     ``auto_map``, because the code that it names is not copied.
     """
     family = family_of(config)
@@ -40,8 +40,8 @@ def export_config(config: dict[str, Any], dtype: torch.dtype, mtp: bool) -> dict
 
 
 def exportable(config: Any) -> list[str]:
-    """Return why transformers, vLLM or SGLang cannot run a checkpoint of ``config``; an empty list when all can.
+    """Return the reasons why transformers, vLLM or SGLang cannot run a checkpoint of ``config``; none if all can.
 
-    Each reason begins with the programs it holds for.
+    Each reason begins with the programs that it applies to.
     """
     return family_of(config).refusals(config)

@@ -1,4 +1,4 @@
-"""Replace a folder by another at once, so that a full disk or a kill never damages what stood there."""
+"""Replace a folder by another at once, so that a full disk or a kill never damages the old one."""
 
 import ctypes
 import errno
@@ -19,7 +19,7 @@ _CHECKPOINT_FILE = re.compile(
 
 
 def previous_of(folder: Path) -> Path:
-    """Return where the old folder waits while two renames, on systems without an exchange, put the new one in place."""
+    """Return the path of the old folder between the two renames that replace it on systems without an exchange."""
     return _sibling(folder, "previous")
 
 
@@ -29,21 +29,21 @@ def _sibling(folder: Path, role: str) -> Path:
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder to fill; when the block ends without an error, it takes the place of ``folder`` at once.
+    """Yield an empty folder to fill; when the block ends without an error, it takes the place of ``folder`` at once.
 
     Until then ``folder`` is untouched, and a kill at any moment leaves either the old or the new one whole. Files of
-    the old folder that are no part of a checkpoint are carried over. Raises UserError when the disk is full, or when
+    the old folder that do not belong to a checkpoint are carried over. Raises UserError if the disk is full, or if
     ``folder`` is a file or holds folders.
     """
-    folder = Path(folder).resolve()  # of a symbolic link, the target is replaced, not the link
+    folder = Path(folder).resolve()  # a symbolic link stays: its target is replaced
     new = _sibling(folder, "saving")
     try:
         if folder.exists() and (not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
             raise UserError(f"{folder}: is a file or holds folders, so it is no checkpoint to replace; save elsewhere")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(new, ignore_errors=True)  # what a killed save left behind
+        shutil.rmtree(new, ignore_errors=True)  # left behind by a save that was killed
         new.mkdir()
-        mode = new.stat().st_mode & 0o666  # what the umask leaves of a new file's
+        mode = new.stat().st_mode & 0o666  # a new file's mode under the umask
         yield new
         for path in new.rglob("*.safetensors"):
             path.chmod(mode)  # safetensors makes files that only their owner may read
@@ -84,7 +84,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one step, where the system can (Linux); Python has no call for it."""
+    """Exchange two folders in one step and return True, if the system can (Linux). Python has no call for it."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, exchange = -100, 2
     return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0

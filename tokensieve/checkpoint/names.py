@@ -10,7 +10,7 @@ from typing import Any
 
 from tokensieve.families import family_of
 
-RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")  # one rank of the official inference demo, of how many
+RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")  # the official inference demo's: rank, number of ranks
 FLOAT32_SUFFIXES = (".mlp.gate.e_score_correction_bias", ".indexer.weights_proj.weight")
 
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight")
@@ -19,9 +19,9 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts)\.\d+\.(gate|up|down)_proj\.weight")
 def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
     """Return every tensor that a checkpoint of ``config`` holds on disk, name -> shape, in the order of the model.
 
-    config: a config of a family that `tokensieve.families` has. A tied ``lm_head`` and the
-    multi-token-prediction layers are not listed. Shapes are (out, in), as nn.Linear stores them. Source: the index of
-    the published DeepSeek-V3.2-Exp checkpoint.
+    config: a config of a family in `tokensieve.families`. A tied ``lm_head`` and the multi-token-prediction layers are
+    not listed. Shapes are (out, in), as nn.Linear stores them. Source: the index of the published DeepSeek-V3.2-Exp
+    checkpoint.
     """
     hidden, vocab, family = config.hidden_size, config.vocab_size, family_of(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
@@ -61,7 +61,7 @@ def _feed_forward(config: Any, layer: int) -> dict[str, tuple[int, ...]]:
 
 
 def memory_layout(config: Any) -> dict[str, list[str]]:
-    """Return, for each in-memory name, the names on disk whose rows, stacked in this order, make it."""
+    """Return, for each in-memory name, the names on disk whose rows it stacks, in this order."""
     layout: dict[str, list[str]] = {}
     for name in expected_tensors(config):
         if expert := _EXPERT.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Stream a checkpoint folder in: safetensors only, headers checked first, pickle never."""
+"""Stream a checkpoint folder in: only safetensors, with the headers checked first, and never a pickle."""
 
 import json
 import math
@@ -21,13 +21,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FP8, _SCALE = "F8_E4M3", "_scale_inv"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}  # of one value; no other dtype is read
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}  # bytes of one value; no other dtype is read
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the ``config.json`` of a checkpoint folder as it stands.
+    """Return the ``config.json`` of a checkpoint folder, unchanged.
 
-    Raises UserError when the folder or the file is missing, is not a JSON object, or is of another architecture.
+    Raises UserError if the folder or the file is missing, is not a JSON object, or is of another architecture.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
@@ -52,9 +52,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 class Shards:
-    """Tensors in safetensors files: only headers are read until a tensor is asked for.
+    """Tensors in safetensors files. Only headers are read until a tensor is read.
 
-    stored: for each name, the file and the tensor's name there; block: rows and columns of an FP8 block.
+    stored: for each name, the file and the tensor's name there. block: rows and columns of an FP8 block.
     """
 
     def __init__(self, stored: dict[str, tuple[Path, str]], block: tuple[int, int]) -> None:
@@ -62,9 +62,9 @@ class Shards:
         self.file_of = {name: path for name, (path, _) in stored.items()}
         self._inside = {name: inside for name, (_, inside) in stored.items()}
         self.reopen()
-        held = {path: set(handle.keys()) for path, handle in self._handles.items()}
+        names = {path: set(handle.keys()) for path, handle in self._handles.items()}
         for path, inside in stored.values():
-            if inside not in held[path]:
+            if inside not in names[path]:
                 raise UserError(f"{path}: lacks {inside}, which {INDEX} promises; copy or download it again")
         views = {name: self._handles[path].get_slice(inside) for name, (path, inside) in stored.items()}
         self.shape = {name: tuple(view.get_shape()) for name, view in views.items()}
@@ -74,29 +74,29 @@ class Shards:
                 self._check_scale(name)
 
     def reopen(self) -> None:
-        """Open the files anew: what was read of them so far is mapped no longer, unless a tensor still aliases it."""
+        """Open the files anew, so that parts read so far are no longer mapped, unless a tensor still aliases them."""
         self._handles = {path: open_file(path) for path in dict.fromkeys(self.file_of.values())}
 
     def _check_scale(self, name: str) -> None:
-        want = tuple(math.ceil(size / step) for size, step in zip(self.shape[name], self.block, strict=False))
-        if len(self.shape[name]) != 2 or self.shape.get(name + _SCALE) != want:
+        blocks = tuple(math.ceil(size / step) for size, step in zip(self.shape[name], self.block, strict=False))
+        if len(self.shape[name]) != 2 or self.shape.get(name + _SCALE) != blocks:
             raise UserError(
                 f"{self.file_of[name]}: {name} is FP8 {self.shape[name]}, but {name + _SCALE} is "
-                f"{self.shape.get(name + _SCALE, 'missing')} instead of {want}; weight_block_size in config.json "
+                f"{self.shape.get(name + _SCALE, 'missing')} instead of {blocks}; weight_block_size in config.json "
                 f"must be the one it was quantized with, now {list(self.block)}"
             )
 
     def names(self) -> list[str]:
-        """Return the tensors that are not merely the scales of another."""
+        """Return the names of the tensors, without those that are the scales of another."""
         scales = {name + _SCALE for name, dtype in self.dtype.items() if dtype == FP8}
         return [name for name in self.shape if name not in scales]
 
     def with_scale(self, name: str) -> list[str]:
-        """Return a tensor's name, and after it that of its scales where it is FP8."""
+        """Return a tensor's name, followed by that of its scales if it is FP8."""
         return [name, name + _SCALE] if self.dtype[name] == FP8 else [name]
 
     def size(self, name: str) -> int:
-        """Return the bytes of a tensor as stored."""
+        """Return the size of a stored tensor in bytes."""
         return math.prod(self.shape[name]) * _BYTES[self.dtype[name]]
 
     def read(self, name: str, fp8_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Shards:
 
 
 def open_file(path: Path) -> Any:
-    """Open a safetensors file and read its header. Raises UserError when it is missing or damaged."""
+    """Open a safetensors file and read its header. Raises UserError if it is missing or damaged."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
@@ -140,11 +140,11 @@ def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
 
 def rank_files(folder: Path) -> dict[int, set[str]]:
     """Return the names of the inference demo's shards in a folder, by the number of ranks that they are for."""
-    found: dict[int, set[str]] = {}
+    by_ranks: dict[int, set[str]] = {}
     for path in folder.iterdir():
         if file := RANK_FILE.fullmatch(path.name):
-            found.setdefault(int(file[2]), set()).add(path.name)
-    return found
+            by_ranks.setdefault(int(file[2]), set()).add(path.name)
+    return by_ranks
 
 
 def _find_single(folder: Path) -> Path:
@@ -154,18 +154,18 @@ def _find_single(folder: Path) -> Path:
         count = max(by_ranks)
         raise UserError(
             f"{folder}: holds the shards of the inference demo for {count} ranks; torchrun --nproc-per-node {count} -m "
-            f"tokensieve generate {folder} --interactive runs them, tokensieve convert {folder} NEW_FOLDER --reverse makes a "
-            "checkpoint of them"
+            f"tokensieve generate {folder} --interactive runs them, tokensieve convert {folder} NEW_FOLDER --reverse "
+            "makes a checkpoint of them"
         )
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{folder}: {len(found)} safetensors files and no {INDEX}; copy the index beside them")
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"{folder}: {len(files)} safetensors files and no {INDEX}; copy the index beside them")
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
     if pickles:
         raise UserError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code and is never loaded; where you trust it, convert "
+            f"{folder}: {pickles[0]} is a pickle, which can run code and is never loaded; if you trust it, convert "
             "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise UserError(f"{folder}: no safetensors file; a checkpoint needs {SINGLE}, or shards and {INDEX}")
@@ -178,8 +178,8 @@ def open_shards(folder: str | Path) -> Shards:
 
 
 def fp8_block(folder: str | Path) -> tuple[int, int]:
-    """Return rows and columns of the FP8 blocks that config.json tells of; where it tells of none, the published ones."""
-    # From the file, not from a config object: that describes the model in memory, which is never quantized.
+    """Return rows and columns of the FP8 blocks, from config.json; if it names none, those of the published weights."""
+    # Read from the file, since a config object describes the model in memory, which is never quantized.
     quantization = read_config(folder).get("quantization_config") or {}
     method = quantization.get("quant_method", "fp8")
     if method != "fp8":
@@ -187,21 +187,21 @@ def fp8_block(folder: str | Path) -> tuple[int, int]:
     block = quantization.get("weight_block_size") or [128, 128]
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
         raise UserError(
-            f"{folder}: weight_block_size is {block}, not the rows and columns of an FP8 block; correct it in config.json, "
-            "[128, 128] for the published weights"
+            f"{folder}: weight_block_size is {block}, not the rows and columns of an FP8 block; correct it in "
+            "config.json, [128, 128] for the published weights"
         )
     return block[0], block[1]
 
 
 def mtp_names(shards: Shards, config: Any) -> list[str]:
-    """Return the tensors of the layers past the last, as many as the config counts, without their scales."""
+    """Return the tensors of the layers past the last, as many layers as the config counts, without their scales."""
     first = config.num_hidden_layers
     layers = range(first, first + (getattr(config, "num_nextn_predict_layers", None) or 0))
     return [name for name in shards.names() if (at := _LAYER.match(name)) and int(at[1]) in layers]
 
 
 def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], config: Any, shards: Shards) -> None:
-    """Raise UserError, naming tensor and remedy, unless ``shards`` holds the tensors ``expected`` and no unknown one."""
+    """Raise UserError, naming tensor and remedy, unless ``shards`` holds all ``expected`` tensors and no other."""
     for name, shape in expected.items():
         if name in shards.shape and shards.shape[name] != shape:
             raise UserError(
@@ -214,9 +214,9 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
                     f"{shards.file_of[part]}: {part} is stored as {shards.dtype[part]}; use bf16 or FP8 weights"
                 )
     ignored = set(mtp_names(shards, config)) | {"lm_head.weight"}  # a tied lm_head is compared instead
-    found = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
+    present = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in shards.shape]
-    surplus = [name for name in found if name not in expected and name not in ignored]
+    surplus = [name for name in present if name not in expected and name not in ignored]
     for names, complaint, remedy in (
         (missing, "missing", "complete the download, or use the config.json that belongs to these weights"),
         (surplus, "unknown", "use the config.json that belongs to these weights (its layer, expert and MTP counts)"),
@@ -229,7 +229,7 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
 
 @dataclass(frozen=True)
 class Header:
-    """Where a tensor lies and what is stored: its shape, and its dtype as safetensors writes it ("BF16", "F8_E4M3")."""
+    """Description of a stored tensor: its file, shape, and dtype as safetensors writes it ("BF16", "F8_E4M3")."""
 
     file: Path
     shape: tuple[int, ...]
@@ -239,7 +239,7 @@ class Header:
 def tensor_headers(folder: str | Path, config: Any) -> dict[str, Header]:
     """Return name -> :class:`Header` of every tensor in a checkpoint folder, scales and MTP layers included.
 
-    Nothing but headers is read. Raises UserError as :func:`load_tensors` does.
+    Only headers are read. Raises UserError as :func:`load_tensors` does.
     """
     shards = open_shards(folder)
     check_tensors(folder, expected_tensors(config), config, shards)
@@ -248,12 +248,15 @@ def tensor_headers(folder: str | Path, config: Any) -> dict[str, Header]:
 
 
 def block_tensors(folder: str | Path, config: Any) -> set[str]:
-    """Return the in-memory names whose tensors a checkpoint folder stores in FP8 blocks of 128 x 128, cut into whole ones."""
+    """Return the in-memory names whose tensors a checkpoint folder stores in FP8 blocks of 128 x 128.
+
+    The parts of a fused tensor must consist of whole blocks.
+    """
     return blocks_in(open_shards(folder), memory_layout(config))
 
 
 def blocks_in(shards: Shards, layout: dict[str, list[str]]) -> set[str]:
-    """Return :func:`block_tensors` of opened files that hold what ``layout`` names."""
+    """Return :func:`block_tensors` of opened files that hold the tensors of ``layout``."""
     if shards.block != (SCALE_BLOCK, SCALE_BLOCK):
         return set()
     return {
@@ -269,11 +272,11 @@ def load_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream the tensors of a checkpoint folder: (in-memory name, tensor), in the order of the model.
 
-    folder: a ``model.safetensors``, or shards and their index, and the ``config.json`` that says how they are
-    quantized; config: the transformers config made from it. Tensors come on the CPU in ``dtype``, owning their memory;
-    the router's correction bias and the indexer's ``weights_proj`` stay float32. FP8 blocks are multiplied out by
-    ``weight_scale_inv``; those of names in ``kept``, some of :func:`block_tensors`, come as they are, and after each its
-    scales, as NAME_scale_inv. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
+    folder: a ``model.safetensors``, or shards and their index, and the ``config.json`` that describes their
+    quantization. config: the transformers config made from it. Tensors come on the CPU in ``dtype``, owning their
+    memory; the router's correction bias and the indexer's ``weights_proj`` stay float32. FP8 blocks are multiplied out
+    by ``weight_scale_inv``. Names in ``kept``, a subset of :func:`block_tensors`, come as stored, each followed by its
+    scales as NAME_scale_inv. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
     ``lm_head`` is not yielded.
     Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
     corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
@@ -285,11 +288,11 @@ def load_tensors(
 
 
 def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
-    """Raise UserError when an ``lm_head`` is stored that is said to be the embedding and is not."""
+    """Raise UserError if the config ties ``lm_head`` to the embedding and the stored ``lm_head`` differs from it."""
     tied_twice = config.tie_word_embeddings and "lm_head.weight" in shards.shape
     if tied_twice and not torch.equal(shards.read("lm_head.weight"), shards.read("model.embed_tokens.weight")):
         raise UserError(
-            f"{folder}: lm_head.weight differs from the embedding it is said to share; "
+            f"{folder}: lm_head.weight differs from the embedding to which config.json ties it; "
             "set tie_word_embeddings to false in config.json"
         )
 
@@ -297,16 +300,16 @@ def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
 def stream(
     shards: Shards, layout: dict[str, list[str]], dtype: torch.dtype, kept: Collection[str] = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (in-memory name, tensor) for a layout as :func:`memory_layout` gives it; the rest as :func:`load_tensors`."""
+    """Yield (in-memory name, tensor) for the ``layout`` of :func:`memory_layout`; the rest as :func:`load_tensors`."""
     for name, parts in layout.items():
         if name in kept:
             for tail in ("", _SCALE):
-                held = [shards.piece(part + tail) for part in parts]
+                pieces = [shards.piece(part + tail) for part in parts]
                 if parts == [name]:
-                    yield name + tail, held[0].clone()
+                    yield name + tail, pieces[0].clone()
                     continue
                 experts = len(parts) // (2 if name.endswith("gate_up_proj") else 1)
-                yield name + tail, torch.cat(held).unflatten(0, (experts, -1))
+                yield name + tail, torch.cat(pieces).unflatten(0, (experts, -1))
             continue
         kind = torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype
         if parts == [name]:
@@ -322,13 +325,13 @@ def stream(
 
 @dataclass(frozen=True)
 class Extras:
-    """Tensors that the model does not use and a save must not lose: they stay in ``folder`` and are read again then."""
+    """Tensors that the model does not use and a save must not lose: they stay in ``folder``, and a save reads them."""
 
     folder: Path
     names: tuple[str, ...]
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors bit for bit, FP8 blocks multiplied out to bfloat16. Raises UserError when they are gone."""
+        """Yield the tensors bit for bit, FP8 blocks multiplied out to bfloat16. Raises UserError if they are gone."""
         if not self.folder.is_dir():
             raise UserError(
                 f"{self.folder}: gone, and with it the multi-token-prediction layer to be saved; put it back, or set "
@@ -344,8 +347,8 @@ class Extras:
 def mtp_tensors(folder: str | Path, config: Any) -> Extras | None:
     """Return the multi-token-prediction tensors of a checkpoint (published: ``model.layers.61.*``), or None.
 
-    Nothing is read but headers. They are the layers from ``num_hidden_layers`` on, ``num_nextn_predict_layers`` of
-    them; a config that counts such a layer while the folder has none is fine. Raises UserError for an unreadable file.
+    They belong to the ``num_nextn_predict_layers`` layers from ``num_hidden_layers`` on. Only headers are read. A
+    config that counts such a layer while the folder has none is fine. Raises UserError for an unreadable file.
     """
     names = mtp_names(open_shards(folder), config)
     return Extras(Path(folder).resolve(), tuple(names)) if names else None

@@ -25,13 +25,13 @@ def save_tensors(
     extras: Extras | None = None,
     shard_bytes: float = 5e9,
 ) -> None:
-    """Write a checkpoint folder in the published layout; what stood there before stays whole until all is on disk.
+    """Write a checkpoint folder in the published layout; the old one stays whole until all is on disk.
 
-    config: a dict of config fields, rewritten by :func:`export_config`; tensors: (in-memory name, tensor) in any order,
-    on any device, written in their own dtype, experts split up again, a tied ``lm_head`` left out; extras: what
-    :func:`mtp_tensors` kept. Shards of at most ``shard_bytes`` (a larger tensor gets one of its own) and an index, or a
-    single file. Other files of the folder (tokenizer, README) stay. Raises UserError for a full disk or a folder that
-    cannot be replaced, ValueError for tensors that do not make up ``config``'s model.
+    config: a dict of config fields, rewritten by :func:`export_config`. tensors: (in-memory name, tensor) in any order,
+    on any device; they are written in their own dtype, experts split up again, a tied ``lm_head`` left out. extras: the
+    result of :func:`mtp_tensors`. The folder gets shards of at most ``shard_bytes`` (a larger tensor gets one of its
+    own) and an index, or a single file. Other files of the folder (tokenizer, README) stay. Raises UserError for a full
+    disk or a folder that cannot be replaced, ValueError for tensors that do not make up ``config``'s model.
     """
     model = SimpleNamespace(**config)
     shapes, layout = expected_tensors(model), memory_layout(model)
@@ -49,7 +49,7 @@ def save_tensors(
                 raise ValueError(
                     f"{name} is {tuple(tensor.shape)}, which does not make up {parts[0]} {shapes[parts[0]]}"
                 )
-            if dtype is None:  # all but a sliver is of one dtype, so the first tensor tells the size of the whole
+            if dtype is None:  # nearly all tensors have one dtype, so the first one is enough to know the total size
                 require_space(new, sum(math.prod(shape) for shape in shapes.values()) * tensor.element_size())
             if dtype is None or name == "model.embed_tokens.weight":
                 dtype = tensor.dtype
@@ -101,6 +101,6 @@ class ShardWriter:
         for i, name in enumerate(names):
             (self.folder / f"{i}.part").rename(self.folder / name)
         if count > 1:
-            where = {tensor: name for name, tensors in zip(names, self.shards, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(where.items()))}
+            file_of = {tensor: name for name, tensors in zip(names, self.shards, strict=True) for tensor in tensors}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(file_of.items()))}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

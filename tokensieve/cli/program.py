@@ -1,4 +1,4 @@
-"""What the commands share: the program itself, its options, how it ends, and how it says that the input was bad."""
+"""The parts that all commands share: the program, common options, exit statuses, and messages for bad input."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tokensieve.model import DecoderForCausalLM
 
-# Of the system, not of the program: no space, no permission, not a folder, a read-only disk.
+# Failures of the system, not of the program: no space, no permission, not a folder, a read-only disk.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.EEXIST}
 
@@ -35,14 +35,14 @@ Selection = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Who selects keys: indexer (unless given), window, oracle, dense, or module:function for your own.",
+        help="Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         import tokensieve
 
         typer.echo(f"tokensieve {tokensieve.__version__}")
@@ -66,12 +66,12 @@ def setup(
     log.setLevel(logging.INFO)
 
 
-# The commands whose processes torchrun may start: the ranks hold one model together.
+# Commands that torchrun may start in several processes: the ranks hold one model together.
 ON_SEVERAL_RANKS = ("generate", "serve", "bench")
 
 
 def _refuse_several_processes(command: str | None) -> None:
-    """UserError, before anything heavy is imported, for a command that every process would do by itself."""
+    """UserError, before anything heavy is imported, for a command that would run separately in every process."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size != "1" and command not in ON_SEVERAL_RANKS:
         raise _bad_input()(
@@ -80,10 +80,10 @@ def _refuse_several_processes(command: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits. Raises only what is a defect: bad input and interruptions end in one line."""
+    """Runs the command line and exits. Bad input and interruptions end in one line; only defects raise."""
     try:
         app(arguments)
-    except SystemExit:  # how every command ends; first, so that `--help` does not import what the next line needs
+    except SystemExit:  # every command ends so; it is first so that `--help` skips the imports of the next line
         raise
     except _bad_input() as error:
         _fail(2, *(f"error: {reason}" for reason in error.args))
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @cache
 def stderr() -> "Console":
-    """One for the log and for what moves: two would write into each other's lines."""
+    """The console for the log and for progress bars. There is one, since two would write into each other's lines."""
     from rich.console import Console
 
     return Console(stderr=True)
@@ -120,7 +120,7 @@ def _interruptions() -> tuple[type[BaseException], ...]:
 def _fail(status: int, *messages: str) -> None:
     from tokensieve.machine import rank_info
 
-    if rank_info().rank:  # the first rank says it; a status of the others could end that before it has
+    if rank_info().rank:  # rank 0 prints; a failing status of another rank could end rank 0 before it has printed
         sys.exit(0)
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
@@ -130,9 +130,12 @@ def _fail(status: int, *messages: str) -> None:
 def overrides(
     set_: list[str] | None, model: str | None = None, out: str | None = None, selection: str | None = None
 ) -> tuple[str, ...]:
-    """What the options change in the config, as `--set` would; a `--set` comes later and wins. JSON strings are TOML strings."""
-    given = {"model": model, "data.tokenizer": model, "out": out, "selection": selection}
-    return (*(f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None), *(set_ or ()))
+    """The options' changes to the config, in the form of `--set`; a `--set` comes later and wins.
+
+    A JSON string is a TOML string too.
+    """
+    options = {"model": model, "data.tokenizer": model, "out": out, "selection": selection}
+    return (*(f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None), *(set_ or ()))
 
 
 def tokenizer_of(name: str, model: "DecoderForCausalLM") -> Any:

@@ -1,4 +1,4 @@
-"""Commands that train: the demo, the four stages, the whole road."""
+"""Commands that train: the demo, the three stages, and the speedrun through all of them."""
 
 import time
 from dataclasses import replace
@@ -32,7 +32,7 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
 
 @app.command()
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
-    """Train a new dense model of the shape that the config gives, as the bundled base was made.
+    """Train a new dense model, with the shape in the config, as the bundled base was made.
 
     Example: tokensieve pretrain --config base --set optimizer.lr=2e-3 --out runs/mine
     """
@@ -45,16 +45,16 @@ def speedrun(
     set_: Set = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what the run folder holds.")] = False,
-    until: Annotated[Until, typer.Option(help="The last part to do now; --resume does the rest.")] = Until.evaluate,
+    until: Annotated[Until, typer.Option(help="Last part to run now; --resume runs the rest.")] = Until.evaluate,
 ) -> None:
     """Pretrain a base model, warm its indexers up, adapt it and measure all three, as the bundled ones were made.
 
     Example: tokensieve speedrun --out runs/speedrun --until pretrain
     """
-    from tokensieve import speedrun as whole_road
+    from tokensieve import speedrun as all_stages
     from tokensieve.config import SpeedrunConfig, load_config
 
-    whole_road.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
+    all_stages.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
 
 
 @app.command()
@@ -80,7 +80,7 @@ def adapt(
 ) -> None:
     """Sparse training, stage 2: selection is on and everything trains.
 
-    With --set selection=false the dense model trains on the same tokens, to compare with.
+    With --set selection=false the dense model trains on the same tokens, for comparison.
 
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """
@@ -98,7 +98,7 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
     if config.stage != stage:
         raise UserError(f"config {name} is for stage {config.stage}: run it with tokensieve {config.stage}")
     if not config.model and not config.shape:
-        raise UserError(f"config {name} names no model to start from; say it with --model FOLDER")
+        raise UserError(f"config {name} names no model to start from; give one with --model FOLDER")
     if not config.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=config.model))
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""What a model costs: parameters, floating-point operations, bytes, memory and time, as pure functions of its config.
+"""Costs of a model: parameters, floating-point operations, bytes, memory and time, as pure functions of its config.
 
-Nothing here computes with tensors or touches a device. Bytes are bytes (whoever prints them makes
-GiB of them), time is seconds.
+Nothing here computes with tensors or touches a device. Sizes are in bytes (the caller converts to GiB to print them),
+times in seconds.
 """
 
 from tokensieve.cost.forward import (

@@ -1,7 +1,7 @@
 """FLOPs of a forward pass and bytes that decoding reads.
 
-A multiplication and an addition are two FLOPs. Norms, RoPE, softmax and the router's sigmoid are left out: below one
-percent at every published size.
+A multiplication and an addition are two FLOPs. Norms, RoPE, softmax and the router's sigmoid are not counted: they are
+below one percent at every published size.
 
 Legend: c context (the keys that a query sees, itself included), k selected keys, H query heads.
 """
@@ -20,7 +20,7 @@ ROPE_BYTES = 2  # the rotated part of a key stays in bf16 beside FP8 latents
 
 
 def visible_keys(tokens: int, start: int = 0, top_k: int = 0) -> int:
-    """Keys attended to by all queries at positions start ... start + tokens - 1: min(c, k) each, or c if k = 0."""
+    """Keys read by all queries at positions start ... start + tokens - 1 together: min(c, k) each, or c if k = 0."""
 
     def total(n: int) -> int:
         if not top_k or n <= top_k:
@@ -33,8 +33,8 @@ def visible_keys(tokens: int, start: int = 0, top_k: int = 0) -> int:
 def attention_flops_per_key(shape: Shape, mode: Mode) -> int:
     """FLOPs of one query token and one key over all heads of one layer: the score and the weighted value.
 
-    mha: keys and values up-projected, width nope + rope and value. mqa: up-projections absorbed into query and output,
-    key [latent, rope], value the latent.
+    Under MLA, mha up-projects keys (width nope + rope) and values; mqa absorbs the up-projections into query and
+    output, so that the key is [latent, rope] and the value the latent.
     """
     if mode == "mha":
         return 2 * shape.attention.heads * shape.attention.masked
@@ -57,26 +57,26 @@ def forward_flops(
 ) -> float:
     """FLOPs of a forward pass over `tokens` queries of one sequence after `start` cached tokens; decode is tokens=1.
 
-    sparse: None takes what the model is; False computes the same model with dense attention, without its indexer.
-    mode: how attention is computed. None takes what is run: dense prefill in MHA, one token in MQA, and sparse prefill
-    in the cheaper of MQA over the selected keys and masked MHA over all of them.
-    logits: how many positions go through the output head (None: all).
+    sparse: None for the model as it is; False for the same model with dense attention, without its indexer.
+    mode: how attention is computed. None for the form that runs: MHA for dense prefill, MQA for one token, and for
+    sparse prefill the cheaper of MQA over the selected keys and masked MHA over all of them.
+    logits: number of positions that go through the output head (None: all).
     """
     sparse = shape.sparse if sparse is None else sparse
     counts = parameters(shape)
     linear = 2 * counts.matmul * tokens + 2 * counts.head * (tokens if logits is None else logits)
-    every = visible_keys(tokens, start)
-    chosen = visible_keys(tokens, start, shape.top_k) if sparse else every
-    mha, mqa = every * attention_flops_per_key(shape, "mha"), chosen * attention_flops_per_key(shape, "mqa")
+    visible = visible_keys(tokens, start)
+    selected = visible_keys(tokens, start, shape.top_k) if sparse else visible
+    mha, mqa = visible * attention_flops_per_key(shape, "mha"), selected * attention_flops_per_key(shape, "mqa")
     if mode is None:
         mode = "mqa" if tokens == 1 or (sparse and mqa < mha) else "mha"
     attention = shape.layers * (mha if mode == "mha" else mqa)
-    index = 2 * counts.indexer_matmul * tokens + shape.layers * every * index_flops_per_key(shape) if sparse else 0
+    index = 2 * counts.indexer_matmul * tokens + shape.layers * visible * index_flops_per_key(shape) if sparse else 0
     return float(linear + attention + index)
 
 
 def latent_bytes(shape: Shape, layout: Layout) -> int:
-    """Bytes of one token's entry in the latent cache of one layer: 656 in FP8 and 1152 in bf16 for the 671B model."""
+    """Bytes of one token's entry in the cache of one layer: 656 in FP8 and 1152 in bf16 for the 671B model."""
     if layout == "fp8":
         plain = shape.attention.cached - shape.attention.rotated
         return plain + 4 * -(-plain // FP8_BLOCK) + ROPE_BYTES * shape.attention.rotated
@@ -98,7 +98,7 @@ def cache_bytes_per_token(shape: Shape, layout: Layout) -> int:
 def kv_read_fraction(context: int, top_k: int) -> float:
     """Share of the KV entries visible at `context` that sparse attention reads: min(k, c) / c.
 
-    Raises UserError where either is below 1.
+    Raises UserError if either is below 1.
     """
     if context < 1 or top_k < 1:
         raise UserError(f"context ({context}) and k ({top_k}) must be at least 1")
@@ -108,8 +108,8 @@ def kv_read_fraction(context: int, top_k: int) -> float:
 def decode_cache_bytes(shape: Shape, context: int, layout: Layout, *, sparse: bool | None = None) -> int:
     """Bytes of cache that one decoded token reads in all layers.
 
-    Dense: every latent entry. Sparse: k latent entries and every index key; while c <= k the selection is everything
-    and no index key is read.
+    Dense attention reads every entry. Sparse attention reads k entries and every index key; as long as c <= k it
+    selects everything and reads no index key.
     """
     sparse = shape.sparse if sparse is None else sparse
     latent = latent_bytes(shape, layout)
@@ -119,13 +119,13 @@ def decode_cache_bytes(shape: Shape, context: int, layout: Layout, *, sparse: bo
 
 
 def decode_weight_bytes(shape: Shape, batch: int, bytes_per_weight: float) -> float:
-    """Bytes of weights that one decode step of `batch` tokens reads, the expected number of distinct experts included.
+    """Bytes of weights that one decode step of `batch` tokens reads, with the expected number of distinct experts.
 
-    Routing is taken as uniform and independent: E (1 - (1 - e / E)^batch) experts of E are touched with e per token.
+    Routing is assumed uniform and independent: E (1 - (1 - e / E)^batch) of E experts are read, with e per token.
     """
     counts = parameters(shape)
-    touched = shape.experts_per_token * 1.0
+    experts = shape.experts_per_token * 1.0
     if shape.experts:
-        touched = shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** batch)
-    more = shape.moe_layers * (touched - shape.experts_per_token) * 3 * shape.hidden * shape.expert_ffn
-    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + more)
+        experts = shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** batch)
+    extra = shape.moe_layers * (experts - shape.experts_per_token) * 3 * shape.hidden * shape.expert_ffn
+    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + extra)

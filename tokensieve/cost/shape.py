@@ -1,4 +1,4 @@
-"""The numbers of a model that its cost depends on, and its parameter counts.
+"""The numbers of a model that determine its cost, and its parameter counts.
 
 Source: the official demo's model.py for the shapes; sections 1 and 2 of the technical report for the indexer.
 """
@@ -13,7 +13,7 @@ from tokensieve.families.family import required
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model that cost depends on. 0 stands for "has none"."""
+    """The numbers of a model that determine its cost. 0 means that the model has none."""
 
     hidden: int
     layers: int
@@ -39,14 +39,14 @@ class Shape:
 def shape_of(config: Any) -> Shape:
     """The Shape of a config object, or of a config.json read as a mapping.
 
-    Raises UserError for a family that tokensieve does not know, and for a field that is missing.
+    Raises UserError for a family that tokensieve does not know, and for a missing field.
     """
     family = family_of(config)
     fields = config if isinstance(config, Mapping) else vars(config) | {"model_type": family.model_type}
     moe_layers = family.moe_layers(fields)
 
-    def read(name: str, here: bool = True) -> int:
-        return required(fields, name) if here else 0
+    def read(name: str, present: bool = True) -> int:
+        return required(fields, name) if present else 0
 
     return Shape(
         hidden=read("hidden_size"),
@@ -69,7 +69,7 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters. `matmul` are those that multiply one token: 2 FLOPs each, the output head apart."""
+    """Counts of parameters. `matmul`: those that multiply one token, 2 FLOPs each, without the output head."""
 
     total: int
     active: int
@@ -80,10 +80,10 @@ class Parameters:
 
 
 def parameters(shape: Shape) -> Parameters:
-    """Exact counts, without the multi-token-prediction layer; the router's correction bias counts.
+    """Exact counts, with the router's correction bias and without the multi-token-prediction layer.
 
-    `active` is what one token uses: the embedding's and the head's whole tables, and the experts it is routed to, as in
-    the "37B active" of the published model.
+    `active` counts the parameters that one token uses: the whole tables of the embedding and the head, and the experts
+    that it is routed to, as in the "37B active" of the published model.
     """
     hidden, attention = shape.hidden, shape.attention.weights
     norms = shape.attention.norms + 2 * hidden

@@ -13,16 +13,16 @@ from tokensieve.cost.shape import Shape, parameters, shape_of
 
 Stage = Literal["pretrain", "warmup", "adapt"]
 
-# A fused attention backward recomputes the probabilities: five products where the forward has two.
+# A fused attention backward recomputes the probabilities, so it has five products and the forward has two.
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
-INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: its projections have no gradient but their weights'
-LOGITS = 1 << 29  # of the output head, held at a time: 2 GiB in float32
+INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: of its projections only the weights have gradients
+LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 2 GiB in float32
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a training run will need: bytes in one process that holds the whole model, FLOPs of all steps, seconds."""
+    """Needs of a training run: bytes in one process that holds the whole model, FLOPs of all steps, seconds."""
 
     tokens: int
     flops: float
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: '45 s', '3 min 20 s', '5 h 12 min', '9 d 4 h'."""
+    """Seconds in readable units: '45 s', '3 min 20 s', '5 h 12 min', '9 d 4 h'."""
     whole = round(seconds)
     if whole < 60:
         return f"{max(1, whole)} s"
@@ -54,40 +54,45 @@ def duration(seconds: float) -> str:
 def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     """FLOPs of one training sequence of `context` tokens, forward and backward, without recomputation of whole layers.
 
-    pretrain: all parameters, dense attention (dense adaptation costs the same): the linear layers three times,
-    attention three and a half times.
-    warmup: the trunk forward, without the output head; its probabilities once more for the target; the indexer's
-    projections forward and their weights' gradients; index scores and both their gradients once, in one pass.
-    adapt: as pretrain with attention over the selected keys, always in MQA form, whatever the context; index scores of
-    every key once to select, and of the selected ones for the loss, again in its backward pass, and both gradients.
+    pretrain: all parameters train, attention is dense (dense adaptation costs the same). The linear layers count three
+    times, attention three and a half times.
+    warmup: the trunk runs forward, without the output head, and its probabilities are computed once more for the
+    target. The indexer's projections run forward and get their weights' gradients. Index scores and both their
+    gradients are computed once, in one pass.
+    adapt: as pretrain, but attention reads the selected keys, always in MQA form, whatever the context. Index scores of
+    every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
+    both gradients.
     """
     counts = parameters(shape)
-    every = visible_keys(context)
+    visible = visible_keys(context)
     index_linear = 2 * counts.indexer_matmul * context
     if stage == "warmup":
         trunk = forward_flops(shape, context, sparse=False, logits=0)
-        target = shape.layers * every * 2 * shape.attention.heads * shape.attention.score
-        scored = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * every * scored
+        target = shape.layers * visible * 2 * shape.attention.heads * shape.attention.score
+        scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
+        index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * visible * scoring
         return trunk + target + index
     linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
     if stage == "pretrain":
-        attention = every * attention_flops_per_key(shape, "mha")
+        attention = visible * attention_flops_per_key(shape, "mha")
         return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
-    chosen = visible_keys(context, top_k=shape.top_k)
-    attention = chosen * attention_flops_per_key(shape, "mqa")
-    scored = (every + 2 * chosen) * index_flops_per_key(shape) + chosen * index_gradient_flops_per_key(shape)
-    index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * scored
+    selected = visible_keys(context, top_k=shape.top_k)
+    attention = selected * attention_flops_per_key(shape, "mqa")
+    scoring = (visible + 2 * selected) * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
+    index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * scoring
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 
 def index_gradient_flops_per_key(shape: Shape) -> int:
-    """FLOPs of the gradients of one index score of one layer by its query and by its key: a product of width d_I a head each."""
+    """FLOPs of the gradients of one index score of one layer by its query and by its key.
+
+    Each is a product of width d_I per head.
+    """
     return 2 * 2 * shape.index_heads * shape.index_dim
 
 
 def layer_values(shape: Shape, moe: bool) -> int:
-    """Numbers per token that one layer keeps for its backward: inputs of norms and products, heads around RoPE."""
+    """Numbers per token that one layer keeps for its backward pass: inputs of norms and products, heads around RoPE."""
     ffn = 4 * shape.dense_ffn
     if moe:
         ffn = 4 * shape.expert_ffn * (shape.experts_per_token + shape.shared_experts)
@@ -97,15 +102,15 @@ def layer_values(shape: Shape, moe: bool) -> int:
 
 
 def head_rows(vocabulary: int) -> int:
-    """Tokens whose logits training holds at a time: of 128K tokens and a vocabulary of 100K they would be 54 GB."""
+    """Tokens whose logits training holds at a time. For 128K tokens and a vocabulary of 100K all would be 54 GB."""
     return max(1, LOGITS // vocabulary)
 
 
 def activation_bytes(shape: Shape, stage: Stage, tokens: int, value_bytes: int, *, checkpointing: bool) -> int:
-    """Bytes that the activations of a micro-batch of `tokens` tokens occupy at the peak; blocks of attention apart.
+    """Peak bytes of the activations of a micro-batch of `tokens` tokens, without the blocks of attention.
 
     warmup keeps one layer, whatever the depth. Checkpointing keeps every layer's input and one whole layer. The logits
-    and their gradient are float32, of `head_rows` tokens at most; the selected indices are int32.
+    and their gradient are float32, for at most `head_rows` tokens; the selected indices are int32.
     """
     moe_values, dense_values = layer_values(shape, True), layer_values(shape, False)
     dense_layers = shape.layers - shape.moe_layers
@@ -134,12 +139,12 @@ def train_estimate(
 ) -> Estimate:
     """Memory and time of a training run, before it starts.
 
-    context: length in tokens of a packed row; documents inside it are taken to fill it, so this is the upper end.
-    flops_per_second: what the device reaches on such work, as the caller measured it (nothing here touches a device).
-    micro_batch_tokens: tokens of one forward and backward (None: the whole step). weight_bytes: of a stored parameter
-    and of its gradient; value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the weights).
-    The optimizer is Adam with two float32 moments for each trainable parameter: in warmup the indexer's alone.
-    Raises UserError where a number is below 1 or a stage that trains the indexer meets a model without one.
+    context: length in tokens of a packed row. One document is assumed to fill it, so the estimate is an upper bound.
+    flops_per_second: speed of the device on such work, as measured by the caller (nothing here touches a device).
+    micro_batch_tokens: tokens of one forward and backward pass (None: the whole step). weight_bytes: of a stored
+    parameter and of its gradient. value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the
+    weights). The optimizer is Adam with two float32 moments for each trainable parameter; in warmup only the indexer's
+    are trainable. Raises UserError if a number is below 1, or if the stage trains the indexer and the model has none.
     """
     numbers = {
         "tokens_per_step": tokens_per_step,
@@ -154,8 +159,8 @@ def train_estimate(
     if stage != "pretrain" and not shape.sparse:
         raise UserError(f"{stage} needs a model with an indexer: run `tokensieve sparsify` on this one first")
     counts = parameters(shape)
-    held = counts.total - (counts.indexer if stage == "pretrain" else 0)
-    trainable = counts.indexer if stage == "warmup" else held
+    weights = counts.total - (counts.indexer if stage == "pretrain" else 0)
+    trainable = counts.indexer if stage == "warmup" else weights
     copies = value_bytes if value_bytes < weight_bytes else 0
     sequence = train_flops(shape, stage, context)
     if checkpointing and stage != "warmup":
@@ -166,7 +171,7 @@ def train_estimate(
         tokens=tokens_per_step * steps,
         flops=flops,
         seconds=flops / flops_per_second,
-        weight_bytes=held * (weight_bytes + copies),
+        weight_bytes=weights * (weight_bytes + copies),
         gradient_bytes=trainable * weight_bytes,
         optimizer_bytes=trainable * 8,
         activation_bytes=activation_bytes(
@@ -178,7 +183,7 @@ def train_estimate(
 def run_estimate(model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4) -> Estimate:
     """Memory and time of a configured run: the sum of its phases' times, the peak of their memory.
 
-    model_config: of the model that is trained. An adaptation without selection costs what pretraining costs.
+    model_config: the config of the model to train. Adaptation without selection costs as much as pretraining.
     flops_per_second and value_bytes as in train_estimate. Raises UserError as train_estimate does.
     """
     phases = [

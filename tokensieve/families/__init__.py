@@ -1,7 +1,7 @@
-"""The families of models that tokensieve knows: a table of rows, and how to find one's own.
+"""The families of models that tokensieve knows: a table of rows, and the look-up of a config's row.
 
-To add a family, write its row here or in one file beside `llama.py`: its config class, what is checked, its tensors' names, its entries.
-If no class of `tokensieve.model` attends as it does, that is the second file.
+To add a family, write its row here or in one file beside `llama.py`: its config class, its checks, its tensors' names,
+its entries. If no class of `tokensieve.model` attends as it does, that class is a second file.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 
 
 def family_of(config: Any, where: str = "config.json") -> Family:
-    """The row of a config object, or of the fields of a config.json. UserError for a model_type that no row has."""
+    """The row of a config object, or of the fields of a config.json. UserError for a model_type without a row."""
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise UserError(
@@ -53,9 +53,10 @@ def is_sparse(config: Any) -> bool:
 
 
 def model_config(raw: dict[str, Any]) -> Any:
-    """A config object from the contents of a config.json, published (rope_scaling) or written by transformers 5 (rope_parameters).
+    """A config object from the contents of a config.json.
 
-    UserError for a family that is not known, and for a field whose value does not fit.
+    Both forms are read, the published one (rope_scaling) and that of transformers 5 (rope_parameters). UserError for an
+    unknown family, and for a field with an unsuitable value.
     """
     family = family_of(raw)
     try:
@@ -66,7 +67,8 @@ def model_config(raw: dict[str, Any]) -> Any:
         ) from error
     if getattr(config, "mlp_bias", False) and not family.mlp_bias(config):
         raise UserError(
-            "config.json: mlp_bias is not supported; no published model of this family has biases in its feed-forward layers"
+            "config.json: mlp_bias is not supported; "
+            "no published model of this family has biases in its feed-forward layers"
         )
     topk = getattr(config, "index_topk", 1)
     if topk < 1:

@@ -1,7 +1,7 @@
 """DeepSeek-V2, V3 and V3.2: multi-head latent attention, experts with a shared one.
 
-Sources: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 report, section 2.1; DeepSeek-V3.2-Exp report, section 2; the
-official demo's model.py for the indexer's names.
+Sources: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 report, section 2.1; DeepSeek-V3.2-Exp report, section
+2; the official demo's model.py for the indexer's names.
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,12 @@ from tokensieve.families.family import AttentionCost, Entry, Family, Shapes, req
 
 @strict
 class SparseConfig(DeepseekV32Config):
-    """`deepseek_v32` as published, plus what a sparsified model of another family needs.
+    """`deepseek_v32` as published, and fields that a sparsified model of another family needs.
 
-    `index_dtype`: arithmetic of the index scores in training, evaluation and serving alike: "bf16" scores in the model's own dtype,
-    "fp8" rotates by a Hadamard matrix and rounds to E4M3 blocks first. `scoring_func`: the router's, "sigmoid" (V3) or "softmax" (V2).
-    `q_lora_rank` may be None: then the indexer reads the layer's normalized input instead of the query latent.
+    `index_dtype`: arithmetic of the index scores in training, evaluation and serving alike. "bf16" scores in the
+    model's own dtype; "fp8" rotates by a Hadamard matrix and rounds to E4M3 blocks first. `scoring_func`: the router's,
+    "sigmoid" (V3) or "softmax" (V2). `q_lora_rank` may be None: then the indexer reads the layer's normalized input
+    instead of the query latent.
     """
 
     model_type = "deepseek_v32"
@@ -32,7 +33,7 @@ class SparseConfig(DeepseekV32Config):
     topk_method: str = "noaux_tc"
 
 
-# vLLM and SGLang replace missing fields by the numbers of the 671B model, or take the router for V2's.
+# Fields that vLLM and SGLang need: they replace missing ones by the 671B model's numbers, or assume V2's router.
 READ = tuple(
     (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
@@ -74,7 +75,8 @@ class DeepSeek(Family):
         experts, groups, best = config.n_routed_experts, config.n_group or 1, config.topk_group or 1
         if experts % groups or best > groups:
             raise UserError(
-                f"config.json: {experts} experts cannot form {groups} groups of which {best} are chosen; correct n_group"
+                f"config.json: {experts} experts cannot form {groups} groups of which {best} are chosen; "
+                "correct n_group"
             )
         reachable = experts if getattr(config, "topk_method", None) == "greedy" else experts // groups * best
         chosen = config.num_experts_per_tok
@@ -84,7 +86,8 @@ class DeepSeek(Family):
             )
         if self.softmax_router(config) and config.norm_topk_prob:
             raise UserError(
-                "config.json: norm_topk_prob with a softmax router is not supported; no published DeepSeek-V2 model uses it"
+                "config.json: norm_topk_prob with a softmax router is not supported; "
+                "no published DeepSeek-V2 model uses it"
             )
 
     def sparse_fields(self, config: Any) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class DeepSeek(Family):
         return shapes
 
     def entry(self, config: Any) -> Entry:
-        """[c_KV, k_R]: shared by all heads, the value is c_KV."""
+        """[c_KV, k_R], shared by all heads; the value is c_KV."""
         width = config.kv_lora_rank + config.qk_rope_head_dim
         return Entry(1, width, width, 0, config.kv_lora_rank)
 
@@ -176,34 +179,35 @@ class DeepSeek(Family):
             fields = {k: v for k, v in fields.items() if k != "mlp_layer_types"}
         fields = {"moe_layer_freq": 1} | fields  # SGLang has no default for it
         if not self.softmax_scores:
-            # vLLM and SGLang build the correction bias only for "noaux_tc", and route by softmax unless told otherwise.
+            # vLLM and SGLang build the correction bias only for "noaux_tc", and route by softmax by default.
             defaults: dict[str, Any] = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
             fields = defaults | fields
             fields["num_nextn_predict_layers"] = (fields.get("num_nextn_predict_layers") or 0) if mtp else 0
         return fields
 
     def refusals(self, config: Any) -> list[str]:
-        """Widths are those that the sparse kernels of vLLM and SGLang are built for: FlashMLA (keys of 512 + 64; prefill takes
-        selected keys 128 at a time), DeepGEMM (32 or 64 index heads of 128), sgl-kernel's top-k (2048 alone).
+        """Reasons as in `Family.refusals`.
 
-        Source: their model files for DeepSeek V2 to V3.2 and the assertions of these kernels, read in 2026.
+        Required widths are those that the sparse kernels of vLLM and SGLang are built for: FlashMLA (keys of 512 + 64;
+        prefill takes selected keys 128 at a time), DeepGEMM (32 or 64 index heads of 128), sgl-kernel's top-k (2048
+        alone). Source: their model files for DeepSeek V2 to V3.2 and the assertions of these kernels, read in 2026.
         """
         reasons: list[str] = []
-        engines, everyone = "vLLM, SGLang: ", "transformers, vLLM, SGLang: "
+        engines, everything = "vLLM, SGLang: ", "transformers, vLLM, SGLang: "
         if self.sparse and config.q_lora_rank is None:
             reasons.append(
-                everyone + "the indexer reads the query latent, and this model has none (q_lora_rank is null)"
+                everything + "the indexer reads the query latent, and this model has none (q_lora_rank is null)"
             )
         if not self.softmax_scores and self.softmax_router(config):
-            reasons.append(everyone + f"the router is sigmoid there, here it is {config.scoring_func}")
+            reasons.append(everything + f"the router is sigmoid there, here it is {config.scoring_func}")
         if config.tie_word_embeddings:
             reasons.append(engines + "lm_head is a tensor of its own there, here it is tied to the embedding")
         if config.attention_bias:
             reasons.append(engines + "attention projections have no bias there (attention_bias is true)")
         if not getattr(config, "rope_interleave", True):
-            who = everyone if self.sparse else engines
+            programs = everything if self.sparse else engines
             reasons.append(
-                who + "MLA rotates interleaved pairs there, here halves of the vector (rope_interleave is false)"
+                programs + "MLA rotates interleaved pairs there, here halves of the vector (rope_interleave is false)"
             )
         kinds = getattr(config, "mlp_layer_types", None)
         if kinds is not None and kinds != _layer_kinds(config.num_hidden_layers, config.first_k_dense_replace):
@@ -216,13 +220,13 @@ class DeepSeek(Family):
             "kv_lora_rank": (512,),
             "qk_rope_head_dim": (64,),
         }
-        other = [
-            f"{field} {' or '.join(map(str, built))} (here {getattr(config, field)})"
-            for field, built in widths.items()
-            if getattr(config, field) not in built
+        mismatches = [
+            f"{field} {' or '.join(map(str, supported))} (here {getattr(config, field)})"
+            for field, supported in widths.items()
+            if getattr(config, field) not in supported
         ]
-        if other:
-            reasons.append(engines + f"the sparse kernels need {', '.join(other)}")
+        if mismatches:
+            reasons.append(engines + f"the sparse kernels need {', '.join(mismatches)}")
         if config.index_topk % 128:
             reasons.append(
                 f"vLLM: the sparse kernels need an index_topk that is a multiple of 128 (here {config.index_topk})"

@@ -1,6 +1,7 @@
-"""What a family of models is, to configs, costs, checkpoints, the model and the engine: one row of one class.
+"""A family of models, one row of one class, for configs, costs, checkpoints, the model and the engine.
 
-Whatever depends on the architecture is asked here; nobody else compares `model_type` or reads a field that only some families have.
+Everything that depends on the architecture is here. No other place compares `model_type`, or reads a field that only
+some families have.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 
 
 class Entry(NamedTuple):
-    """Layout of what attention reads of one token: `groups` entries of `width` numbers.
+    """Layout of the numbers that attention reads of one token: `groups` entries of `width` numbers.
 
-    The key is the first `d_k` numbers of an entry, the value the `d_v` numbers from `v_start` on. They may overlap, as under MLA.
+    The key is the first `d_k` numbers of an entry, the value the `d_v` numbers from `v_start` on. They may overlap, as
+    in MLA.
     """
 
     groups: int
@@ -28,12 +30,12 @@ class Entry(NamedTuple):
 
     @property
     def numbers(self) -> int:
-        """Numbers that a token occupies, all groups together."""
+        """Numbers per token, all groups together."""
         return self.groups * self.width
 
 
 class AttentionCost(NamedTuple):
-    """What the attention of one layer costs, in numbers. `tokensieve.cost` makes FLOPs and bytes of them.
+    """Costs of the attention of one layer, in numbers; `tokensieve.cost` converts them to FLOPs and bytes.
 
     heads: query heads. weights: parameters that multiply each token. norms: parameters of norms inside the attention.
     masked: multiplications per head, query and key, score and value, if keys and values are read per head.
@@ -56,7 +58,7 @@ class AttentionCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """One family. Methods take the family's config object, or its fields if a mapping is said.
+    """One family. Methods take the family's config object; those with a `fields` parameter take its fields.
 
     sparse_form: model_type of the same model with indexers; None for a family that has them.
     """
@@ -68,11 +70,9 @@ class Family:
 
     attention: ClassVar[Literal["latent", "grouped"]]  # the class of `tokensieve.model` that attends
     sizes: ClassVar[tuple[str, ...]]  # fields that must be at least 1 if they are given
-    index_rope_field: ClassVar[str]  # field that says how many dims of an index head carry positions
-    derived: ClassVar[tuple[str, ...]] = ()  # fields that other fields say already: they are not written
-    engine_fields: tuple[
-        str, ...
-    ] = ()  # fields of config.json that vLLM and SGLang need; none: `deploy` has no plan for it
+    index_rope_field: ClassVar[str]  # field with the number of dims of an index head that carry positions
+    derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
+    engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
 
     @property
@@ -81,7 +81,7 @@ class Family:
         return self.sparse_form is None
 
     def check(self, config: Any) -> None:
-        """UserError naming the field of config.json that the model does not implement, or that contradicts another."""
+        """Raises UserError, naming the field, if config.json has an unsupported value or contradicts itself."""
         for field in (*COMMON_SIZES, *self.sizes):
             value = getattr(config, field, None)
             if value is not None and value < 1:
@@ -99,7 +99,7 @@ class Family:
         dropped = ("model_type", "architectures", "layer_types")
         return {k: v for k, v in config.to_dict().items() if k not in dropped} | {"model_type": self.sparse_form}
 
-    # what a layer is made of
+    # parts of a layer
 
     def dense_layer(self, config: Any, layer: int) -> bool:
         """Whether this layer's feed-forward part is one MLP, without experts."""
@@ -120,7 +120,7 @@ class Family:
         raise NotImplementedError
 
     def rope(self, config: Any) -> tuple[int, bool]:
-        """Dims of queries and keys that carry positions, and whether neighbours form the rotated pairs (else halves do)."""
+        """Dims of queries and keys that carry positions, and whether neighbours form the rotated pairs (or halves)."""
         raise NotImplementedError
 
     def index_rope(self, config: Any) -> int:
@@ -128,7 +128,7 @@ class Family:
         raise NotImplementedError
 
     def index_source(self, config: Any) -> int:
-        """Width of what the index queries are made of: the normalized query latent, or the layer's normalized input."""
+        """Width of the input of the index queries: the normalized query latent, or the layer's normalized input."""
         return config.hidden_size
 
     def indexer_tensors(self, config: Any) -> Shapes:
@@ -144,10 +144,10 @@ class Family:
             "indexer.weights_proj.weight": (heads, hidden),
         }
 
-    # what it costs, and who else can run it
+    # costs, and programs that can run it
 
     def attention_cost(self, fields: Mapping[str, Any]) -> AttentionCost:
-        """fields: those of config.json. UserError for one that is missing."""
+        """Costs of one layer's attention, from the fields of config.json. UserError for a missing field."""
         raise NotImplementedError
 
     def moe_layers(self, fields: Mapping[str, Any]) -> int:
@@ -159,11 +159,14 @@ class Family:
         return False
 
     def tidy(self, fields: dict[str, Any], mtp: bool) -> dict[str, Any]:
-        """The fields of a config.json as it is written. mtp: the multi-token-prediction layer is written too."""
+        """The fields of a config.json as they are written. mtp: the multi-token-prediction layer is written too."""
         return fields
 
     def refusals(self, config: Any) -> list[str]:
-        """Why transformers, vLLM or SGLang cannot run such a checkpoint; each reason begins with the programs it holds for."""
+        """Reasons why transformers, vLLM or SGLang cannot run such a checkpoint.
+
+        Each begins with the programs that it applies to.
+        """
         raise NotImplementedError
 
 
@@ -174,7 +177,7 @@ COMMON_SIZES = (
 
 
 def required(fields: Mapping[str, Any], name: str) -> int:
-    """A number of config.json. UserError if it is missing."""
+    """The number `name` of config.json. UserError if it is missing."""
     value = fields.get(name)
     if value is None:
         raise UserError(f"a config of type {fields.get('model_type')!r} has no {name}; complete its config.json")

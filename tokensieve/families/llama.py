@@ -1,7 +1,8 @@
-"""Llama: grouped keys and values, one MLP a layer.
+"""Llama: grouped keys and values, one MLP per layer.
 
-All groups share the selected keys. The indexer reads the layer's normalized input, since there is no query latent. Source: Grattafiori et
-al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.2; grouped-query attention, arXiv 2305.13245.
+All groups share the selected keys. The indexer reads the layer's normalized input, since there is no query latent.
+Source: Grattafiori et al., The Llama 3 Herd of Models, arXiv 2407.21783, section 3.2; grouped-query attention, arXiv
+2305.13245.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,10 @@ from tokensieve.families.family import AttentionCost, Entry, Family, Shapes, req
 
 @strict
 class SparseLlamaConfig(LlamaConfig):
-    """`llama` with a lightning indexer in every layer: index_topk keys per query, index_n_heads index heads of index_head_dim.
+    """`llama` with a lightning indexer in every layer.
 
-    `index_rope_head_dim`: the first dims of an index head carry positions. `index_dtype` as in `SparseConfig`.
+    `index_topk`: keys per query. `index_n_heads`, `index_head_dim`: number and width of the index heads.
+    `index_rope_head_dim`: the first dims of an index head, which carry positions. `index_dtype`: as in `SparseConfig`.
     """
 
     model_type = "llama_dsa"
@@ -90,7 +92,7 @@ class Grouped(Family):
     def refusals(self, config: Any) -> list[str]:
         if not self.sparse:
             return []
-        return ["transformers, vLLM, SGLang: they have no grouped-query attention with an indexer; tokensieve opens it"]
+        return ["transformers, vLLM, SGLang: they have no grouped-query attention with an indexer; tokensieve runs it"]
 
 
 FAMILIES = (

@@ -1,4 +1,4 @@
-"""Attention of one layer: project, append, select, attend. What a family's attention adds is in `mla.py` and `grouped.py`.
+"""Attention of one layer: project, append, select, attend. The two kinds of it are in `mla.py` and `grouped.py`.
 
 Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's entry, V value width, K selected keys.
 """
@@ -28,18 +28,18 @@ from tokensieve.model.selection import (
     is_own,
 )
 
-# Sparse prefill: up to so many times k keys the masked form runs.
+# Sparse prefill takes the masked form up to this many times k keys per query.
 # Measured on a GPU (docs/kernels.md), a guess on the CPU (docs/results.md).
 MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 
-Queries = Any  # what a family's `project` makes and its other methods read
+Queries = Any  # whatever a family's `project` returns and its other methods read
 
 
 class Attention(nn.Module):
-    """Parameter names are the published checkpoint's. `indexer` exists in sparse models only.
+    """Attention of one layer. Parameter names are the published checkpoint's; `indexer` exists in sparse models only.
 
-    A family's attention implements the methods that raise NotImplementedError here: how tokens are projected, and the two forms in which
-    keys are read (`tokensieve.model.context.Form`).
+    A family's attention implements the methods that raise NotImplementedError here: the projection of tokens, and the
+    two forms in which keys are read (`tokensieve.model.context.Form`).
     """
 
     o_proj: nn.Linear
@@ -52,32 +52,35 @@ class Attention(nn.Module):
         self.head_group: HeadGroup = ONE_GROUP
         self.indexer = Indexer(config) if family.sparse else None
 
-    # what a family's attention is
+    # implemented by each kind of attention
 
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Queries, Tensor, Tensor]:
-        """Queries, entries (N, W), and what the indexer's queries are made of (N, index_source)."""
+        """Queries, entries (N, W), and the input of the index queries (N, index_source)."""
         raise NotImplementedError
 
     def gathered_queries(self, queries: Queries) -> Tensor:
-        """(N, H, d_k): queries in the form that reads entries as they are cached."""
+        """Queries (N, H, d_k) in the form that reads entries as they are cached."""
         raise NotImplementedError
 
     def gathered_output(self, out_NHV: Tensor) -> Tensor:
-        """(N, H, value width): what attention over entries gave, in the width that o_proj reads."""
+        """(N, H, value width): the output of attention over entries, in the width that o_proj reads."""
         raise NotImplementedError
 
     def per_head(self, queries: Queries, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """q (N, H, D), k (T, G, D), v (T, G, V) of the masked form; repeat: with one key-value group per head, G = H."""
+        """q (N, H, D), k (T, G, D), v (T, G, V) of the masked form. repeat: one key-value group per head, so G = H."""
         raise NotImplementedError
 
     def softmax_scale(self, rotation: Rotation) -> float:
         raise NotImplementedError
 
     def expansion_pays(self, pack: Pack) -> bool:
-        """Whether making keys and values per head, once per key, costs less than the gathered form costs more per query and key."""
+        """Whether the masked form is cheaper than the gathered one.
+
+        The masked form makes keys and values per head, once per key; the gathered form costs more per query and key.
+        """
         raise NotImplementedError
 
-    # the road that all share
+    # common to all
 
     def forward(self, h_ND: Tensor, ctx: ForwardContext) -> tuple[Tensor, LayerResult]:
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
@@ -87,23 +90,26 @@ class Attention(nn.Module):
         if ctx.objective == "warmup":
             out, kl = self._warm_up(queries, keys, index, ctx)
         else:
-            # Where the indexer learns, the choice and the loss read the same tensors, made once and outside of no_grad.
-            held = index.hold() if index is not None and ctx.objective == "adapt" else None
+            # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad.
+            index_tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
             indices = self._select(queries, keys, index, ctx)
-            if held is not None and indices is not None:
-                out, kl = self._adapt(queries, keys, indices, held, ctx)
+            if index_tensors is not None and indices is not None:
+                out, kl = self._adapt(queries, keys, indices, index_tensors, ctx)
             else:
                 out = self._attend(queries, keys, indices, ctx)
         return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices else None)
 
     def _select(self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext) -> Tensor | None:
-        """(N, K) indices, or None for dense attention: asked for, or the same thing because no query sees more than k keys."""
+        """(N, K) indices, or None for dense attention.
+
+        Attention is dense if the selector is, or if no query sees more than k keys, which comes to the same.
+        """
         if ctx.replay is not None:
             return ctx.replay[self.layer]
         selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
-        wanted = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
-        if not wanted and is_own(selector) and keys.all_within(ctx.top_k):
-            return None  # ours select everything then; a function of the user's may not
+        needed = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
+        if not needed and is_own(selector) and keys.all_within(ctx.top_k):
+            return None  # the built-in selectors would select every key; a user's function may not
         if selector is dense and ctx.trace is None:
             return None
 
@@ -121,7 +127,7 @@ class Attention(nn.Module):
         return indices
 
     def _attend(self, queries: Queries, keys: Keys, indices: Tensor | None, ctx: ForwardContext) -> Tensor:
-        """(N, H, value width), in whichever form costs less: here, and nowhere else, it is decided."""
+        """Attention (N, H, value width), in whichever form costs less. Nothing else chooses the form."""
         scale = self.softmax_scale(ctx.rotation)
         if not isinstance(keys, ContiguousKeys) or not self._masked(keys, indices, ctx):
             return self.gathered_output(keys.gather(self.gathered_queries(queries), indices, scale))
@@ -131,18 +137,18 @@ class Attention(nn.Module):
         return self._dense(queries, keys, scale, ctx)[0]
 
     def _masked(self, keys: ContiguousKeys, indices: Tensor | None, ctx: ForwardContext) -> bool:
-        """Whether keys are read in the masked form. On pages they never are: every decode step would make them anew."""
+        """Whether to read keys in the masked form. Keys on pages never are: every decode step would make them anew."""
         if ctx.form != "auto":
             return ctx.form == "masked"
         if indices is None:
             return ctx.pack.bounds is not None or self.expansion_pays(ctx.pack)
-        few = MASKED_FORM_KEYS["cuda" if keys.entries_TW.is_cuda else "cpu"] * indices.shape[1]
-        return ctx.pack.max_keys <= few and self.expansion_pays(ctx.pack)
+        limit = MASKED_FORM_KEYS["cuda" if keys.entries_TW.is_cuda else "cpu"] * indices.shape[1]
+        return ctx.pack.max_keys <= limit and self.expansion_pays(ctx.pack)
 
     def _dense(
         self, queries: Queries, keys: ContiguousKeys, scale: float, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Attention to every visible key, in the masked form: out, logsumexp, and the q and k that made them."""
+        """Attention to every visible key, in the masked form. Returns out, logsumexp, and the q and k behind them."""
         q, k, v = self.per_head(queries, keys, repeat=False)
         pack = ctx.pack
         out, lse = ops.dense_attention(
@@ -153,7 +159,7 @@ class Attention(nn.Module):
     def _warm_up(
         self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        """Dense attention; the indexer learns equation (3) from it, layer by layer. Returns its output and the KL."""
+        """Dense attention, from which the indexer learns equation (3) layer by layer. Returns its output and the KL."""
         assert self.indexer is not None and index is not None and isinstance(keys, ContiguousKeys)
         scale, weight, pack = self.softmax_scale(ctx.rotation), ctx.kl_weight, ctx.pack
         assert weight is not None
@@ -178,7 +184,10 @@ class Attention(nn.Module):
         index: tuple[Tensor, Tensor, Tensor],
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        """Sparse attention; the indexer learns equation (4) from its probabilities, the model only from what is read."""
+        """Sparse attention, whose probabilities teach the indexer equation (4). Returns its output and the KL.
+
+        The model learns from the selected entries only.
+        """
         assert ctx.kl_weight is not None and isinstance(keys, ContiguousKeys)
         q, scale = self.gathered_queries(queries), self.softmax_scale(ctx.rotation)
         _, _, d_k, v_start, d_v = self.entry

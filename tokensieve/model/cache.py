@@ -1,4 +1,6 @@
-"""The cache of a generating model: per token its entry (of MLA the latent and the rope dims, nothing per head) and one index key.
+"""The cache of a generating model: per token one entry and one index key in every layer.
+
+The entry of MLA is the latent and the rope dims, nothing per head.
 
 Legend: B rows, S new tokens a row, N = B * S, T cached tokens, W numbers of a token's entry, D index width.
 """
@@ -15,9 +17,10 @@ STEP = 256  # capacity grows to multiples of this, in tokens
 
 
 class LatentCache(Cache):
-    """Contiguous buffers that double when full. Layers append in order; `get_seq_length` counts tokens of whole forward passes.
+    """Contiguous buffers that double when full.
 
-    A stored entry is final: rotated, normalized and in the model's dtype. `reserve` tokens may be set aside at once for a known length.
+    Layers append in order; `get_seq_length` counts the tokens of whole forward passes. A stored entry is final:
+    rotated, normalized and in the model's dtype. `reserve`: tokens to allocate at once if the length is known.
     """
 
     def __init__(self, reserve: int = 0):
@@ -32,7 +35,7 @@ class LatentCache(Cache):
     # what the model calls
 
     def room_for(self, tokens: int) -> int:
-        """Capacity in tokens once `tokens` more are to be stored, and as many beyond them as index products read and drop."""
+        """Capacity in tokens after growing for `tokens` more, and for those past the end that index products read."""
         needed = max(self._length + tokens, self.reserve) + KEY_PAD
         if needed > self._capacity:
             self._capacity = -(-max(needed, 2 * self._capacity) // STEP) * STEP
@@ -41,26 +44,32 @@ class LatentCache(Cache):
     def append(
         self, layer: int, pack: Pack, entry: Entry, entries_NW: Tensor, index_keys: IndexKeys | None, backend: str
     ) -> ContiguousKeys:
-        """Stores this pass's entries of one layer, index keys as the indexer gives them; the keys are the whole buffers."""
+        """Stores one layer's entries of this pass, and index keys as the indexer rounds them.
+
+        Returns the keys of the whole buffers.
+        """
         rows = pack.batch, pack.length
         index_BSD = None if index_keys is None else index_keys(True).detach().unflatten(0, rows)
         entries, index = self.store(layer, entries_NW.unflatten(0, rows), index_BSD)
         entries_TW = entries.flatten(0, 1)
-        if pack.batch == 1:  # keys and values per head are not to be made of the room that is still empty
+        if pack.batch == 1:  # without the empty room, of which keys and values per head would be made too
             entries_TW = entries_TW[: self._length + pack.length]
         keys = None if index is None else lambda: (index.flatten(0, 1), None)
         return ContiguousKeys(pack, entry, entries_TW, keys, backend)
 
     def store(self, layer: int, entries_BSW: Tensor, index_BSD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Stores S tokens a row of one layer; returns the whole buffers (B, capacity, W) and (B, capacity, D). ValueError for another B."""
+        """Stores S tokens a row of one layer. Returns the whole buffers (B, capacity, W) and (B, capacity, D).
+
+        ValueError if B is not the cache's.
+        """
         a, b = self._length, self._length + entries_BSW.shape[1]
         if layer == len(self.entries_BTW):
             self.entries_BTW.append(self._buffer(entries_BSW))
             self.index_BTD.append(None if index_BSD is None else self._buffer(index_BSD))
         if self.entries_BTW[layer].shape[1] < self._capacity:
             self.entries_BTW[layer] = self._grown(self.entries_BTW[layer])
-            held = self.index_BTD[layer]
-            self.index_BTD[layer] = None if held is None else self._grown(held)
+            old_index = self.index_BTD[layer]
+            self.index_BTD[layer] = None if old_index is None else self._grown(old_index)
         entries, index = self.entries_BTW[layer], self.index_BTD[layer]
         if entries.shape[0] != entries_BSW.shape[0]:
             raise ValueError(
@@ -72,16 +81,16 @@ class LatentCache(Cache):
         return entries, index
 
     def advance(self, tokens: int) -> None:
-        """Called once after all layers of a pass have appended."""
+        """Counts the new tokens. The model calls it once, after all layers of a pass have appended."""
         self._length += tokens
 
     def _buffer(self, like_BSX: Tensor) -> Tensor:
         return like_BSX.new_zeros(like_BSX.shape[0], self._capacity, like_BSX.shape[2])
 
-    def _grown(self, held_BTX: Tensor) -> Tensor:
-        grown = self._buffer(held_BTX)
-        grown[:, : self._length] = held_BTX[:, : self._length]
-        return grown
+    def _grown(self, old_BTX: Tensor) -> Tensor:
+        buffer = self._buffer(old_BTX)
+        buffer[:, : self._length] = old_BTX[:, : self._length]
+        return buffer
 
     # what transformers' generation calls
 
@@ -94,8 +103,8 @@ class LatentCache(Cache):
     def crop(self, max_length: int) -> None:
         """Forgets everything after the first `max_length` tokens; a negative number drops that many, and 0 drops none.
 
-        (transformers' assisted generation drops -n tokens where n may be 0; `reset` is what forgets everything.)
-        ValueError where that ends before the beginning of a row's last document (or in its padding).
+        (transformers' assisted generation drops -n tokens, and n may be 0; `reset` forgets everything.)
+        ValueError if the new end is before the beginning of a row's last document, or in its padding.
         """
         length = max(0, self._length + max_length) if max_length <= 0 else min(self._length, max_length)
         if length == 0:
@@ -145,7 +154,7 @@ class LatentCache(Cache):
 
 
 class Cached:
-    """One pass's entries on a `LatentCache`."""
+    """Entries of one pass on a `LatentCache`."""
 
     def __init__(self, cache: LatentCache, pack: Pack, entry: Entry, backend: str):
         self._cache, self._pack, self._entry, self._backend = cache, pack, entry, backend

@@ -1,4 +1,4 @@
-"""The decoder with its vocabulary head, as Hugging Face's classes and trainers call it.
+"""The decoder with its vocabulary head, behind the interface of Hugging Face's classes and trainers.
 
 Legend: B rows, S tokens a row, K selected keys, V vocabulary.
 """
@@ -24,8 +24,11 @@ from tokensieve.model.transformer import DecoderPreTrainedModel, Trunk
 
 @dataclass
 class CausalOutput(ModelOutput):
-    """loss (); logits (B, S or kept, V); selection: per layer (B, S, K) int32 positions in the row, then -1; kl (): the indexers' loss in
-    nats per query and layer, detached."""
+    """Output of `DecoderForCausalLM`.
+
+    loss (). logits (B, S, V), or (B, positions, V) of those that `logits_to_keep` names. selection: per layer (B, S, K)
+    int32 positions in the row, then -1. kl (): the indexers' loss in nats per query and layer, detached.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -76,8 +79,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> CausalOutput | tuple:
         """Logits, and a loss if `labels` (B, S) are given (unshifted; -100 is ignored). In warm-up the loss is the KL.
 
-        `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` gave them; None for a layer whose
-        attention is dense. `options`: how the pass runs; an enclosing `selecting` or `training` block fills in what it leaves open.
+        `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` returned
+        them; None for a layer whose attention is dense. `options`: how the pass runs; an enclosing `selecting` or
+        `training` block fills in whatever they leave open.
         """
         out = self.model(
             input_ids=input_ids,
@@ -98,20 +102,20 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
                 f"{objective.kind} under a Hugging Face trainer needs the scale of the KL; "
                 "add what tokensieve.training() gives to its callbacks"
             )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss, logits = None, None
         if objective.kind == "warmup":
-            # The head is not part of the loss, and in warm-up nobody reads logits: they would cost more than the indexers.
+            # No logits in warm-up: the head is not part of the loss, and they would cost more than the indexers.
             loss = warmup_loss(out.kl, objective.scale, counted)
         else:
-            logits = self.lm_head(hidden[:, kept])
+            logits = self.lm_head(hidden[:, positions])
             if labels is not None or kwargs.get("shift_labels") is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         kl = None if out.kl is None else reported(out.kl, objective.scale)
         result = CausalOutput(loss, logits, out.past_key_values, out.hidden_states, out.selection, kl)
         return result.to_tuple() if return_dict is False else result
 
-    # what transformers and its trainers call to load and save
+    # loading and saving, as transformers and its trainers call them
 
     @classmethod
     def from_pretrained(
@@ -122,12 +126,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         dtype: torch.dtype | str | None = None,
         device_map: str | torch.device | None = None,
     ) -> "DecoderForCausalLM":
-        """`tokensieve.load`, under the name that transformers has for it. UserError if that raises it, or for a dtype torch lacks."""
-        named = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if named is not None and not isinstance(named, torch.dtype):
+        """`tokensieve.load` under transformers' name. Raises UserError as `load` does, and for an unknown dtype."""
+        torch_dtype = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
             raise UserError(f"dtype {dtype!r} is not one of torch's; use for instance 'bfloat16'")
         device = "cpu" if device_map in (None, "auto") else device_map
-        return files.read(cls, pretrained_model_name_or_path, named, device, config)
+        return files.read(cls, pretrained_model_name_or_path, torch_dtype, device, config)
 
     def save_pretrained(
         self,
@@ -137,7 +141,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         max_shard_size: int | float = 5e9,
         **kwargs: Any,
     ) -> None:
-        """As `tokensieve.save`, in the published layout, but into a folder that may hold other things, as a trainer's does."""
+        """Saves in the published layout, as `tokensieve.save` does.
+
+        The folder may hold other things, as a trainer's does.
+        """
         if kwargs.get("push_to_hub"):
             raise UserError(
                 "save_pretrained: push_to_hub is not supported; save, then upload the folder with: hf upload"

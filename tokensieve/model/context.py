@@ -1,7 +1,7 @@
-"""What one forward pass is told, and what its layers answer.
+"""Options of one forward pass, the context that its layers read, and the results that they return.
 
-Nothing about a pass is kept on the model. A caller gives `ForwardOptions` with the call, or, for code that calls the model itself (generation,
-trainers), opens a `with_options` block around it.
+Nothing about a pass is kept on the model. A caller passes `ForwardOptions` with the call. For code that calls the model
+by itself (generation, trainers), the caller opens a `with_options` block around it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,16 +20,19 @@ from tokensieve.model.rope import Rotation
 from tokensieve.model.selection import SelectionContext, Selector, resolve
 
 Form = Literal["auto", "masked", "gathered"]
-"""How attention reads its keys. masked: keys and values of every head over the whole range, what is not selected is masked. gathered: the
-entries of the selected keys alone. auto: whichever costs less."""
+"""How attention reads its keys. masked: makes keys and values of every head over the whole range and masks those that
+are not selected. gathered: reads the entries of the selected keys alone. auto: whichever costs less."""
 
 Trace = Callable[[SelectionContext, Tensor | None], None]
-"""Sees every layer's selection: its context and the indices, None if attention is dense."""
+"""Called with every layer's selection: its context, and the indices or None if attention is dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOptions:
-    """How a forward pass runs. None: as an enclosing `with_options` block says, else the default that stands behind each field."""
+    """How a forward pass runs. None takes the option of an enclosing `with_options` block, else the default.
+
+    The comment behind each field names its default first.
+    """
 
     selector: Selector | None = None  # indexer
     top_k: int | None = None  # index_topk of the config
@@ -37,19 +40,19 @@ class ForwardOptions:
     backend: str | None = None  # auto, of the ops
     objective: Objective | None = None  # none
     yarn: bool | None = None  # True; False: plain frequencies, as a model trains before its context is extended
-    check_selection: bool | None = None  # on the CPU; True: also on a GPU, where it waits for the queue; False: nowhere
+    check_selection: bool | None = None  # on the CPU only; True: on a GPU too, waiting for its queue; False: never
 
     def over(self, outer: "ForwardOptions | None") -> "ForwardOptions":
-        """These options, with `outer`'s where these say nothing."""
+        """These options, and `outer`'s for each field that is None here."""
         if outer is None:
             return self
-        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(outer, **given)
+        values = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(outer, **values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardContext:
-    """What every layer of one pass reads."""
+    """Inputs of a pass that all of its layers share."""
 
     pack: Pack
     rotation: Rotation
@@ -64,13 +67,16 @@ class ForwardContext:
     keep_indices: bool = False
     check_selection: bool = False
     trace: Trace | None = None
-    real: int | None = None  # the first `real` rows are tokens and the others padding, which no expert sees
+    real: int | None = None  # the first `real` rows are tokens; the others are padding, which no expert sees
 
 
 class LayerResult(NamedTuple):
-    """What a layer hands back beside its hidden states. (A tuple, so that hooks on outputs, as FSDP2's, see the tensors in it.)
+    """Results of a layer beside its hidden states.
 
-    kl (): sum over queries of weight * KL, from which gradients flow in warm-up; indices (N, K); load_E: tokens sent to each expert.
+    It is a tuple, so that hooks on outputs, such as FSDP2's, see its tensors.
+
+    kl (): sum over queries of weight * KL, which carries gradients in warm-up. indices (N, K). load_E: tokens sent to
+    each expert.
     """
 
     kl: Tensor | None = None
@@ -80,9 +86,10 @@ class LayerResult(NamedTuple):
 
 @contextmanager
 def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
-    """Within the block every pass of `model` (or of what wraps it) runs with these options, unless the call or an inner block says otherwise.
+    """Within the block every pass of `model` (or of a wrapper around it) runs with these options.
 
-    Works for whoever calls the model, and leaves nothing behind. UserError for a model that is not tokensieve's.
+    Options of the call and of an inner block come first. This works for whatever code calls the model, and leaves
+    nothing behind. UserError for a model that is not tokensieve's.
     """
     trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
     if not trunks:
@@ -91,10 +98,10 @@ def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
     def fill(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = kwargs.get("options") or ForwardOptions()
-        return args, kwargs | {"options": given.over(options)}
+        from_call = kwargs.get("options") or ForwardOptions()
+        return args, kwargs | {"options": from_call.over(options)}
 
-    # The innermost block comes first, and outer ones fill in what it leaves open.
+    # The hook of the innermost block runs first; those of outer blocks fill in what it leaves open.
     hooks = [trunk.register_forward_pre_hook(fill, prepend=True, with_kwargs=True) for trunk in trunks]
     try:
         yield
@@ -107,10 +114,11 @@ def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
 def selecting(
     model: nn.Module, selector: str | Selector, top_k: int | None = None, check: bool | None = None
 ) -> Iterator[None]:
-    """Within the block `model` selects by `selector` (a function, its `module:function`, or a name), `top_k` keys per query if given.
+    """Within the block `model` selects keys by `selector`: a function, its `module:function`, or a name.
 
-    What a function of yours returns is checked on the CPU; check=True does so on a GPU too, check=False nowhere. UserError for a name
-    that names no selector, and for top_k < 1.
+    `top_k`: keys per query, the model's own number unless given. The indices that your own function returns are checked
+    on the CPU; check=True checks them on a GPU too, check=False nowhere. UserError for an unknown name, and for
+    top_k < 1.
     """
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; the number of selected keys must be at least 1")

@@ -1,18 +1,18 @@
-"""What attention reads: ONE contract for the entries of a pass, and its implementations.
+"""Entries, which attention reads: ONE contract for those of a pass, and its implementations.
 
-A layer appends what its new tokens leave behind, their entries and index keys, and gets the keys that they may see. Where both lie is an
-implementation's business:
+A layer appends the entries and index keys of its new tokens, and gets the keys that they may see. Each implementation
+decides where both lie:
 
-- `Fresh`: nothing was there before and nothing is kept; training, and whole prompts without a cache.
+- `Fresh`: no key is there before the pass and none is kept; for training, and for whole prompts without a cache.
 - `LatentCache` (cache.py): contiguous buffers of a generating model.
 - `PagedChunk`: a chunk of one prompt, on the engine's pages.
 - `PagedStep`: one new token of every sequence, on the engine's pages.
 
-The first three give `ContiguousKeys`, the last gives `PagedKeys`. Both answer the same questions: index scores, selection, attention mass,
-attention to selected keys.
+The first three return `ContiguousKeys`, the last returns `PagedKeys`. Both compute the same things: index scores, a
+selection, attention mass, and attention to selected keys.
 
-Legend: N query tokens, T keys, B sequences, S tokens a sequence, P pages that a row of the page table names, G key-value groups, E entry
-width, W = G * E numbers of a token, D index width, H heads, K selected keys.
+Legend: N query tokens, T keys, B sequences, S tokens a sequence, P pages that a row of the page table names, G
+key-value groups, E entry width, W = G * E numbers of a token, D index width, H heads, K selected keys.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,19 @@ from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 
 IndexKeys = Callable[[bool], Tensor]
-"""Makes the new tokens' index keys (N, D). Argument: whether they are to be rounded as `index_dtype` says; not if the store rounds."""
+"""Makes the new tokens' index keys (N, D). Argument: whether to round them to `index_dtype`, unless the store does."""
 
 
 class Keys(Protocol):
-    """The keys of one layer that a pass may see. `rows` names some of its queries; indices are positions that `starts` and `ends` bound."""
+    """The keys of one layer that a pass may see.
+
+    `rows` picks some of its queries, or all (None). Indices are positions within [starts, ends).
+    """
 
     starts_N: Tensor  # int32, first key of each query
     ends_N: Tensor  # int32, one past the last
     entry: Entry
-    quantized_index: bool  # index keys are E4M3, so index queries have to be
+    quantized_index: bool  # index keys are E4M3, so index queries have to be E4M3 too
 
     def places(self, k: int) -> int:
         """Columns of a selection of at most k keys per query."""
@@ -49,26 +52,29 @@ class Keys(Protocol):
         """Whether no query sees more than k keys, so that selecting k of them is attending to all."""
 
     def index_scores(self, q_NHD: Tensor, w_NH: Tensor, rows: Rows) -> Tensor:
-        """Equation (1) for `rows`, to which q and w belong: (rows, T) float32; unspecified outside a query's range."""
+        """Equation (1): (rows, T) float32, unspecified outside a query's range. q and w belong to `rows`."""
 
     def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
-        """Equations (1) and (2) for `rows`: (rows, k) int32, ascending, then -1."""
+        """Equations (1) and (2): (rows, k) int32, ascending, then -1. q and w belong to `rows`."""
 
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
-        """The k keys with the largest scores for `rows`, to which the scores belong: (rows, k) int32, ascending, then -1."""
+        """The k keys with the largest scores: (rows, k) int32, ascending, then -1. The scores belong to `rows`."""
 
     def head_mass(self, q_NHD: Tensor, scale: float, rows: Rows) -> Tensor:
-        """Mean over heads of dense attention's probabilities for `rows`, to which q belongs: (rows, T), 0 outside of a range."""
+        """Mean over heads of dense attention's probabilities: (rows, T), 0 outside a range. q belongs to `rows`."""
 
     def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
-        """(N, H, d_v): attention of queries in the entries' form to the selected entries, or to all that are visible."""
+        """Attention (N, H, d_v) of queries in the entries' form to the selected entries. None: to all visible ones."""
 
 
 class Entries(Protocol):
-    """Where the tokens of a pass leave their entries."""
+    """A store for the entries of a pass."""
 
     def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> Keys:
-        """Takes the new tokens in and returns what they may see, themselves included. index_keys: None without an indexer."""
+        """Stores the new tokens' entries. Returns the keys that they may see, their own included.
+
+        index_keys: None without an indexer.
+        """
 
 
 class ContiguousKeys:
@@ -83,7 +89,10 @@ class ContiguousKeys:
         backend: str,
         quantized_index: bool = False,
     ):
-        """index_keys: gives keys (T, D) and, if they are E4M3 (`quantized_index`), their scales (T); called when first needed."""
+        """index_keys: returns keys (T, D) and, if they are E4M3 (`quantized_index`), their scales (T).
+
+        It is called when the keys are first needed.
+        """
         self.pack, self.entry, self.backend, self.quantized_index = pack, entry, backend, quantized_index
         self.starts_N, self.ends_N = pack.starts_N, pack.ends_N
         self.entries_TW, self._index_keys = entries_TW, index_keys
@@ -141,7 +150,7 @@ class ContiguousKeys:
 
 @dataclass(frozen=True)
 class Fresh:
-    """No keys but the pass's own, and none of them is kept."""
+    """Entries of a pass that sees no earlier keys and keeps none of its own."""
 
     pack: Pack
     entry: Entry
@@ -167,20 +176,20 @@ class Pools:
         return sum(x.nbytes for x in (*self.entries, *self.index))
 
     def write(self, layer: int, entry: Entry, entries_NW: Tensor, k_ND: Tensor | None, slots_N: Tensor) -> None:
-        """Stores the new tokens of one layer. For quantized pages the index keys are given before their rotation."""
+        """Stores the new tokens of one layer. Quantized pages take index keys before their Hadamard rotation."""
         pages, index = self.entries[layer], self.index[layer]
         keys = entries_NW[:, :0] if k_ND is None else k_ND
         if entry.groups > 1 or pages.dim() == 4:
             entries_NGE = entries_NW.view(-1, entry.groups, entry.width)
             first, second = entries_NGE[..., : entry.d_k], entries_NGE[..., entry.d_k :]
-        else:  # plain pages hold the two parts of an entry side by side, wherever they are cut
+        else:  # plain pages hold the two parts of an entry side by side, so any cut is right
             cut = quant.LATENT_WIDTH if pages.dtype == torch.uint8 else entry.width // 2
             first, second = entries_NW[:, :cut], entries_NW[:, cut:]
         ops.write_caches(first, second, keys, pages, index, slots_N)
 
 
 class PagedChunk:
-    """A chunk of one prompt: it writes to the pages of its own sequence, and sees them gathered into contiguous keys."""
+    """A chunk of one prompt. It writes to its own sequence's pages, and reads them gathered into contiguous keys."""
 
     def __init__(self, pools: Pools, table_P: Tensor, pack: Pack, entry: Entry, dtype: torch.dtype, backend: str):
         self._pools, self._table, self._pack, self._entry = pools, table_P, pack, entry
@@ -189,19 +198,19 @@ class PagedChunk:
         self._slots = table_P[position // PAGE_TOKENS].long() * PAGE_TOKENS + position % PAGE_TOKENS
 
     def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> ContiguousKeys:
-        """Entries and keys come back as they were stored, rounded if the pages are quantized."""
+        """Stores entries and keys, and returns them as stored: rounded if the pages are quantized."""
         pages, index = self._pools.entries[layer], self._pools.index[layer]
         quantized = index.dtype == torch.uint8
         new_keys = None if index_keys is None else index_keys(not quantized)
         self._pools.write(layer, self._entry, entries_NW, new_keys, self._slots)
-        held = pages.index_select(0, self._table)
-        if held.dtype == torch.uint8:
-            held = torch.cat(quant.unpack_latent_page(held, self._dtype), -1)
-        entries_TW = held.flatten(0, 1)[: self._tokens].flatten(1)
-        keys = None if index_keys is None else lambda: self._held_index(index)
+        entries = pages.index_select(0, self._table)
+        if entries.dtype == torch.uint8:
+            entries = torch.cat(quant.unpack_latent_page(entries, self._dtype), -1)
+        entries_TW = entries.flatten(0, 1)[: self._tokens].flatten(1)
+        keys = None if index_keys is None else lambda: self._stored_index(index)
         return ContiguousKeys(self._pack, self._entry, entries_TW, keys, self._backend, quantized)
 
-    def _held_index(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _stored_index(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         keys = index.index_select(0, self._table)
         if keys.dtype != torch.uint8:
             return keys.flatten(0, 1)[: self._tokens], None
@@ -213,10 +222,10 @@ class PagedChunk:
 class PagedStep:
     """One new token of each of B sequences.
 
-    lengths: tokens of each sequence, the new one counted. slots: where its entry goes, page * 64 + place; negative for a row that is
-    padding, whose length is 0. groups: (rows, pages) for dense attention: rows grouped by their number of pages, since padding a row changes
-    the order of a sum and so its bits; None: all rows at once, if bits depend on the batch anyway. real: the first `real` rows are tokens,
-    the others padding; None if unknown.
+    lengths: tokens of each sequence, including the new one. slots: where its entry goes, page * 64 + place; negative
+    for a padding row, whose length is 0. groups: (rows, pages) for dense attention: rows grouped by their number of
+    pages, since padding a row changes the order of a sum and so its bits; None: all rows at once, if bits depend on the
+    batch anyway. real: the first `real` rows are tokens, the others padding; None if unknown.
     """
 
     pools: Pools
@@ -234,7 +243,7 @@ class PagedStep:
 
     @cached_property
     def everything(self) -> Tensor:
-        """(B, T) int32: every position that a sequence has, then -1."""
+        """Every position of each sequence: (B, T) int32, ascending, then -1."""
         place = torch.arange(self.page_table.shape[1] * PAGE_TOKENS, dtype=torch.int32, device=self.lengths.device)
         return torch.where(place < self.lengths[:, None], place, -1)
 
@@ -246,7 +255,7 @@ class PagedStep:
 
 
 class PagedKeys:
-    """Keys where they lie, on pages: positions count from each sequence's beginning."""
+    """Keys on their pages. Positions count from each sequence's beginning."""
 
     def __init__(self, step: PagedStep, layer: int):
         self.step, self.entry, self.backend = step, step.entry, step.backend
@@ -259,7 +268,7 @@ class PagedKeys:
         return k
 
     def all_within(self, k: int) -> bool:
-        """Never said: it would depend on the other sequences."""
+        """Always False, since the answer would depend on the other sequences."""
         return False
 
     def index_scores(self, q_NHD: Tensor, w_NH: Tensor, rows: Rows) -> Tensor:
@@ -273,20 +282,20 @@ class PagedKeys:
         return ops.select_topk(scores_NT, k, taken(self.starts_N, rows), taken(self.ends_N, rows), backend=self.backend)
 
     def head_mass(self, q_NHD: Tensor, scale: float, rows: Rows) -> Tensor:
-        """Sequence by sequence, each one's pages gathered: it is for evaluation."""
+        """As in `Keys`, one sequence at a time with its pages gathered, since only evaluation uses it."""
         tables, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
         masses = []
         for b in range(len(q_NHD)):
-            held = self._entries.index_select(0, tables[b].clamp(0, len(self._entries) - 1))
-            if held.dtype == torch.uint8:
-                held = torch.cat(quant.unpack_latent_page(held, q_NHD.dtype), -1)
-            keys_TGD = held.reshape(-1, self.entry.groups, self.entry.width)[..., : self.entry.d_k]
+            entries = self._entries.index_select(0, tables[b].clamp(0, len(self._entries) - 1))
+            if entries.dtype == torch.uint8:
+                entries = torch.cat(quant.unpack_latent_page(entries, q_NHD.dtype), -1)
+            keys_TGD = entries.reshape(-1, self.entry.groups, self.entry.width)[..., : self.entry.d_k]
             length = lengths[b : b + 1]
             masses.append(ops.head_mass(q_NHD[b : b + 1], keys_TGD, torch.zeros_like(length), length, scale))
         return torch.cat(masses)
 
     def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
-        """None attends to everything, the rows of a group by themselves."""
+        """As in `Keys`. None attends to every position, one group of rows at a time."""
         step = self.step
         if indices_NK is None and step.groups is None:
             indices_NK = step.everything

@@ -1,4 +1,4 @@
-"""Between a folder and a model of any class: where a checkpoint lies, its tensors into a model, a model's tensors into a folder."""
+"""Checkpoint folders and models of any class: finding a folder, filling a model from it, writing a model into one."""
 
 import importlib.resources
 import os
@@ -29,7 +29,10 @@ TOKENIZER_FILES = (
 
 
 def model_path(name: str | Path) -> Path:
-    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one that is in the Hugging Face cache."""
+    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one of the hub's.
+
+    A hub id (owner/name) is the folder in the Hugging Face cache.
+    """
     if Path(name).is_dir():
         return Path(name)
     root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
@@ -39,7 +42,8 @@ def model_path(name: str | Path) -> Path:
     if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
         return _hub_folder(str(name))
     raise UserError(
-        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); give a checkpoint folder or owner/name"
+        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); "
+        "give a checkpoint folder or owner/name"
     )
 
 
@@ -64,7 +68,7 @@ def read(
     config: ModelConfig | None = None,
     keep_fp8: bool = False,
 ) -> Model:
-    """A model of class `kind` from a folder, as `load` says."""
+    """A model of class `kind` from a folder; the other arguments as for `load`."""
     folder = model_path(name)
     if config is None:
         config = model_config(checkpoint.read_config(folder))
@@ -72,9 +76,9 @@ def read(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     with torch.device("meta"):
         model: Any = kind(config)
-        kept = fp8.holdable(model, checkpoint.block_tensors(folder, config)) if keep_fp8 else set()
-        fp8.hold(model, kept)
-    tensors = checkpoint.load_tensors(folder, config, dtype, kept)
+        block_names = fp8.holdable(model, checkpoint.block_tensors(folder, config)) if keep_fp8 else set()
+        fp8.hold(model, block_names)
+    tensors = checkpoint.load_tensors(folder, config, dtype, block_names)
     fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
     model.extras = checkpoint.mtp_tensors(folder, config)
     model.folder = folder
@@ -82,14 +86,15 @@ def read(
 
 
 def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Puts the tensors in the place of the meta tensors of the same names; what is missing in the end is an error."""
+    """Replaces the model's meta tensors by the tensors of the same names. UserError if one is missing or left over."""
     state = dict(tensors)
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     missing, surplus = model.load_state_dict(state, strict=False, assign=True)
     if missing or surplus:
         raise UserError(
-            f"checkpoint does not fit its config: missing {missing[:3]}, surplus {surplus[:3]}; use the config.json that belongs"
+            f"checkpoint does not fit its config: missing {missing[:3]}, surplus {surplus[:3]}; "
+            "use the config.json that belongs"
         )
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -98,7 +103,7 @@ def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
 def check_savable(model: Any, state: dict[str, Tensor] | None = None) -> None:
     """UserError for a model whose tensors are not those of its config: FP8 blocks held for inference, adapters.
 
-    state: what is to be written, if it is not the model's own.
+    state: the tensors to write, if they are not the model's own.
     """
     if fp8.holds(model):
         raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
@@ -112,11 +117,14 @@ def check_savable(model: Any, state: dict[str, Tensor] | None = None) -> None:
 
 
 def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: float) -> None:
-    """Writes the checkpoint of `state` among whatever else `folder` holds, such as a trainer's state. UserError on a full disk."""
+    """Writes the checkpoint of `state` into a folder that may hold other files, such as a trainer's state.
+
+    UserError on a full disk.
+    """
     check_savable(model, state)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as within:
-        new = Path(within) / "model"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+        new = Path(temporary) / "model"
         checkpoint.save_tensors(new, model.config.to_dict(), state.items(), model.extras, shard_bytes)
         files = list(new.iterdir())
         for stale in folder.glob("model*.safetensors*"):

@@ -1,4 +1,6 @@
-"""Layers that hold the FP8 blocks of a checkpoint as they are stored, for inference: half the memory, and half the bytes a token reads.
+"""Layers that hold the FP8 blocks of a checkpoint as stored, for inference.
+
+They take half the memory, and a token reads half the bytes.
 
 Legend: N tokens, E experts, D hidden width, I expert width, M outputs, K inputs.
 """
@@ -15,15 +17,15 @@ from tokensieve.ops.quant import SCALE_BLOCK
 
 
 def pays(device: torch.device) -> bool:
-    """Whether this device multiplies FP8: a Hopper GPU. Elsewhere blocks are multiplied out when they are read."""
+    """Whether this device multiplies FP8: a Hopper GPU does. Elsewhere blocks are multiplied out when they are read."""
     hopper = device.type == "cuda" and torch.version.hip is None
     return hopper and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _blocks(*shape: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """E4M3 numbers, and their scales: one a block of 128 x 128."""
-    *some, M, K = shape
-    scales = torch.empty(*some, math.ceil(M / SCALE_BLOCK), K // SCALE_BLOCK)
+    """E4M3 numbers, and their scales, one per block of 128 x 128."""
+    *experts, M, K = shape
+    scales = torch.empty(*experts, math.ceil(M / SCALE_BLOCK), K // SCALE_BLOCK)
     numbers = torch.empty(shape, dtype=torch.float8_e4m3fn)
     return nn.Parameter(numbers, requires_grad=False), nn.Parameter(scales, requires_grad=False)
 
@@ -58,30 +60,30 @@ class BlockExperts(Experts):
 
 
 def holdable(model: nn.Module, stored: set[str]) -> set[str]:
-    """Of the names of parameters that a checkpoint stores in FP8 blocks, those whose layers can hold them.
+    """Names of parameters whose layers can hold FP8 blocks, out of those that a checkpoint stores in blocks (`stored`).
 
-    kv_b_proj cannot: decoding absorbs its halves into queries and outputs, head by head.
+    kv_b_proj cannot hold them: decoding absorbs its halves into queries and outputs, head by head.
     """
-    found = set()
+    names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is None and module.in_features % SCALE_BLOCK == 0:
-            found |= {f"{name}.weight"} if not name.endswith("kv_b_proj") else set()
+            names |= {f"{name}.weight"} if not name.endswith("kv_b_proj") else set()
         elif isinstance(module, Experts):
             hidden, width = module.down_proj.shape[1:]
             both = {f"{name}.gate_up_proj", f"{name}.down_proj"}
-            found |= both if hidden % SCALE_BLOCK == 0 == width % SCALE_BLOCK and both <= stored else set()
-    return found & stored
+            names |= both if hidden % SCALE_BLOCK == 0 == width % SCALE_BLOCK and both <= stored else set()
+    return names & stored
 
 
 def hold(model: nn.Module, names: set[str]) -> None:
-    """Puts layers for blocks in the place of those whose parameters are named."""
+    """Replaces the layers whose parameters are named by layers that hold blocks."""
     for name, module in list(model.named_modules()):
-        parent, _, own = name.rpartition(".")
+        parent, _, child = name.rpartition(".")
         if f"{name}.weight" in names and isinstance(module, nn.Linear):
-            setattr(model.get_submodule(parent), own, BlockLinear(module.in_features, module.out_features))
+            setattr(model.get_submodule(parent), child, BlockLinear(module.in_features, module.out_features))
         elif f"{name}.down_proj" in names and isinstance(module, Experts):
             experts, hidden, width = module.down_proj.shape
-            setattr(model.get_submodule(parent), own, BlockExperts(experts, hidden, width))
+            setattr(model.get_submodule(parent), child, BlockExperts(experts, hidden, width))
 
 
 def holds(model: nn.Module) -> bool:

@@ -1,6 +1,9 @@
-"""Grouped-query attention: Llama's. A token leaves a key and a value for each group of heads; all groups share the selected keys.
+"""Grouped-query attention, as in Llama: a token's entry is one key and one value for each group of heads.
 
-Legend: N query tokens, T keys, H heads, G key-value groups (head h reads group h // (H/G)), D head width. Source: arXiv 2305.13245.
+All groups share the selected keys.
+
+Legend: N query tokens, T keys, H heads, G key-value groups (head h reads group h // (H/G)), D head width. Source:
+arXiv 2305.13245.
 """
 
 import torch
@@ -47,5 +50,5 @@ class GroupedAttention(Attention):
         return queries, k, v
 
     def expansion_pays(self, pack: Pack) -> bool:
-        """Nothing is expanded but copies: it pays once several queries read a key."""
+        """As in `Attention`. Expansion only copies, so it pays as soon as several queries read a key."""
         return pack.length > 1

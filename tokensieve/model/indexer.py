@@ -16,7 +16,7 @@ from tokensieve.ops.eager import without_autocast
 
 
 class _RoundStraightThrough(torch.autograd.Function):
-    """Hadamard rotation and rounding to E4M3 blocks forward; the gradient passes the rounding and turns back through the rotation."""
+    """Hadamard rotation, then rounding to E4M3 blocks. The gradient skips the rounding and is rotated back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, scale_format: quant.ScaleFormat) -> Tensor:
@@ -29,11 +29,14 @@ class _RoundStraightThrough(torch.autograd.Function):
 
 
 class Indexer(nn.Module):
-    """q_I = wq_b(c_Q), k_I = LayerNorm(wk(h)), w = weights_proj(h) * H**-0.5 * D**-0.5; RoPE on the first dims, half-split.
+    """q_I = wq_b(c_Q), k_I = LayerNorm(wk(h)), w = weights_proj(h) * H**-0.5 * D**-0.5.
 
-    `source` is the normalized query latent c_Q, or h itself in a model without one. Inputs are detached by the caller: the indexer learns
-    from its own loss only. With index_dtype "fp8", q_I and k_I leave here rounded to E4M3 (power-of-two scales, so that scoring the
-    dequantized values has the same bits as scoring E4M3 and scaling afterwards). Source: official demo, class Indexer.
+    RoPE acts on the first dims of q_I and k_I, half-split.
+
+    `source` is the normalized query latent c_Q, or h itself in a model without one. Inputs are detached by the caller:
+    the indexer learns from its own loss only. With index_dtype "fp8", the returned q_I and k_I are rounded to E4M3.
+    Their scales are powers of two, so that scoring the dequantized values has the same bits as scoring E4M3 and scaling
+    afterwards. Source: official demo, class Indexer.
     """
 
     def __init__(self, config: ModelConfig):
@@ -48,7 +51,8 @@ class Indexer(nn.Module):
             )
         if self.fp8 and self.width & (self.width - 1):
             raise UserError(
-                f"config.json: index_dtype fp8 rotates by a Hadamard matrix: index_head_dim {self.width} must be a power of two"
+                f"config.json: index_dtype fp8 rotates by a Hadamard matrix: index_head_dim {self.width} "
+                "must be a power of two"
             )
         self.wq_b = nn.Linear(family.index_source(config), self.heads * self.width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.width, bias=False)
@@ -56,7 +60,7 @@ class Indexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False, dtype=torch.float32)
 
     def keys(self, h_ND: Tensor, rotation: Rotation, rounded: bool = True) -> Tensor:
-        """k_I (N, D). rounded: as index_dtype "fp8" rounds it; False if the cache that it goes to does the same."""
+        """k_I (N, D). rounded: whether index_dtype "fp8" rounds it here; False if the cache that stores it does."""
         k = self.k_norm(self.wk(h_ND)).to(h_ND.dtype)
         return self._finish(k.unsqueeze(1), rotation.indexer, rounded).squeeze(1)
 
@@ -66,7 +70,7 @@ class Indexer(nn.Module):
         return self._finish(q, tables), self._weights(h_ND)
 
     def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """The same for keys in quantized pages: q_I (N, H, D) float8_e4m3fn, its scales folded into w (N, H) float32."""
+        """q_I (N, H, D) float8_e4m3fn, for keys in quantized pages; its scales are folded into w (N, H) float32."""
         q = self.wq_b(source_NL).view(-1, self.heads, self.width)
         if len(tables) == 2:
             return ops.quantize_queries(q, self._weights(h_ND), *tables)
@@ -87,7 +91,7 @@ class Indexer(nn.Module):
 
 
 class IndexInputs:
-    """Index queries and keys of one layer's pass, made when first asked for: a selection that does not ask costs nothing.
+    """Index queries and keys of one layer's pass, computed when needed: a selector without need of them costs nothing.
 
     Inputs are detached: the indexer learns from its own loss only.
     """
@@ -98,18 +102,18 @@ class IndexInputs:
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
 
     def keys(self, rounded: bool) -> Tensor:
-        """k_I (N, D) of the pass's own tokens."""
+        """k_I (N, D) of the tokens of this pass."""
         return self._indexer.keys(self._h, self._rotation, rounded) if self._held is None else self._held[1]
 
     def queries(self, rows: Rows, quantized: bool) -> tuple[Tensor, Tensor]:
-        """q_I and w of some tokens; quantized: E4M3, as `Indexer.e4m3_queries` gives them."""
+        """q_I and w of the tokens in `rows`. quantized: E4M3, as `Indexer.e4m3_queries` returns them."""
         if self._held is not None:
             return taken(self._held[0], rows), taken(self._held[2], rows)
-        make = self._indexer.e4m3_queries if quantized else self._indexer.queries
-        return make(taken(self._source, rows), taken(self._h, rows), self._rotation.index_rows(rows))
+        project = self._indexer.e4m3_queries if quantized else self._indexer.queries
+        return project(taken(self._source, rows), taken(self._h, rows), self._rotation.index_rows(rows))
 
     def hold(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q_I, k_I and w, made now and once: where the indexer learns, the choice and the loss read the same tensors."""
+        """q_I, k_I and w, computed now and held: if the indexer learns, selection and loss read the same tensors."""
         self._held = None
         q_I, w = self.queries(None, False)
         self._held = q_I, self.keys(True), w

@@ -1,4 +1,4 @@
-"""load, save, sparsify: between a folder (or a bundled name) and a model."""
+"""Conversion between a folder (or a bundled name) and a model: `load`, `save`, `sparsify`."""
 
 import json
 import logging
@@ -30,11 +30,11 @@ def load(
 ) -> DecoderForCausalLM:
     """A model of any family in `tokensieve.families`, dense or sparse, in evaluation mode.
 
-    `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub id. `dtype`: float32
-    on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head weights stay float32. `config`: used in place
-    of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are, and are multiplied as they are: such a model can neither be
-    trained nor saved. A multi-token-prediction layer is not run but carried along, and written again by `save`. Raises UserError
-    on whatever is wrong with the files.
+    `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub
+    id. `dtype`: float32 on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head
+    weights stay float32. `config`: used in place of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are,
+    and are multiplied as they are; such a model can neither be trained nor saved. A multi-token-prediction layer is not
+    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files.
     """
     return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
@@ -42,10 +42,11 @@ def load(
 def save(
     model: DecoderForCausalLM, folder: str | Path, dtype: torch.dtype | None = None, shard_bytes: float = 5e9
 ) -> list[str]:
-    """Writes a folder in Hugging Face format that transformers, vLLM and SGLang open; returns (and logs) the reasons where they cannot.
+    """Writes a folder in Hugging Face format that transformers, vLLM and SGLang open.
 
-    The tokenizer and the multi-token-prediction layer of the folder that the model was loaded from go with it. `dtype`: of the floating
-    tensors, as they are unless given. What stood in `folder` stays whole until the new files are complete. UserError on a full disk.
+    Returns (and logs) the reasons if they cannot open it. The tokenizer and the multi-token-prediction layer of the
+    folder that the model was loaded from go with it. `dtype`: of the floating-point tensors; their own unless given.
+    The old contents of `folder` stay whole until the new files are complete. UserError on a full disk.
     """
     check_savable(model)
     tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
@@ -60,10 +61,10 @@ def save(
 
 
 def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dtype: torch.dtype | None = None) -> None:
-    """Writes the indexers alone, for a trunk that did not change: a small checkpoint whose index points at the trunk's files.
+    """Writes the indexers alone, for a trunk that did not change: a small checkpoint whose index points at its files.
 
-    `trunk` is the trunk's folder (one model.safetensors), relative to `folder`. `load` opens the result like any checkpoint; to hand it to
-    other programs `save` it whole.
+    `trunk` is the trunk's folder (one model.safetensors), relative to `folder`. `load` opens the result like any
+    checkpoint; `save` the model whole for other programs.
     """
     with checkpoint.replacing_folder(folder) as new:
         indexers = {n: _cast(n, t, dtype).contiguous() for n, t in model.state_dict().items() if ".indexer." in n}
@@ -96,9 +97,10 @@ def sparsify(
 ) -> DecoderForCausalLM:
     """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer.
 
-    `top_k` keys are selected per query; the indexer has `index_heads` heads of width `index_dim`, of which the first dims (MLA: qk_rope_head_dim;
-    grouped attention: up to 64) carry positions. Its weights are normal with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError on a model that is
-    already sparse, top_k < 1 or an index_dim that cannot hold the positions.
+    `top_k` keys are selected per query. The indexer has `index_heads` heads of width `index_dim`, of which the first
+    dims (MLA: qk_rope_head_dim; grouped attention: up to 64) carry positions. Its weights are normal with std
+    fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError if the model is sparse already, if a number is
+    below 1, and if `index_dim` cannot hold the positions.
     """
     family = family_of(model.config)
     if family.sparse:
@@ -120,7 +122,7 @@ def sparsify(
     fill(sparse, iter(state.items()))
     if model.extras is not None:
         log.warning(
-            "the multi-token-prediction layer is left behind: it has no indexer, and engines expect one in a deepseek_v32"
+            "the multi-token-prediction layer is left behind: it has no indexer, and engines expect one in deepseek_v32"
         )
     sparse.folder = getattr(model, "folder", None)
     return sparse.eval()
@@ -133,7 +135,7 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
 
 
 def load_tokenizer(name: str | Path):
-    """The tokenizer beside a checkpoint, as transformers reads it. UserError where there is none."""
+    """The tokenizer beside a checkpoint, as transformers reads it. UserError if there is none, or if it is damaged."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer, PreTrainedConfig
 
@@ -145,7 +147,9 @@ def load_tokenizer(name: str | Path):
     try:
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except StrictDataclassError:  # its config refuses models that ours allows, such as those without a query latent
+        except (
+            StrictDataclassError
+        ):  # transformers' config refuses models that ours allows, as those without q_lora_rank
             return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
@@ -154,7 +158,7 @@ def load_tokenizer(name: str | Path):
 
 
 def check_tokenizer(tokenizer, config: ModelConfig) -> None:
-    """UserError where the tokenizer has tokens that the model's embedding does not."""
+    """UserError if the tokenizer has tokens that the model's embedding lacks."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {config.vocab_size}; "

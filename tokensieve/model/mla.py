@@ -1,12 +1,14 @@
-"""Multi-head latent attention: DeepSeek's. One entry [c_KV, k_R] of a token serves all heads.
+"""Multi-head latent attention, as in DeepSeek: a token has one entry [c_KV, k_R], which serves all heads.
 
 Two forms of the same function read it:
-- masked form (MHA): keys and values of every head are expanded from the entries. Cheaper per query and key, but the expansion costs once per
-  key, so it pays for many queries and never in decode.
-- gathered form (MQA): W_UK is absorbed into q and W_UV into the output; all heads share the entry as key (E wide) and value (its first L).
+- masked form (MHA): keys and values of every head are expanded from the entries. It is cheaper per query and key, but
+  each key is expanded once, so it pays for many queries and never in decode.
+- gathered form (MQA): W_UK is absorbed into q and W_UV into the output. All heads share the entry as key (E wide) and
+  value (its first L).
 
-Legend: N query tokens, T keys, H heads, L latent width (kv_lora_rank), R rope dims, E = L + R entry width, Q = nope + R width of a head's
-query, V value width. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3.2-Exp report, section 2.1.
+Legend: N query tokens, T keys, H heads, L latent width (kv_lora_rank), R rope dims, E = L + R entry width, Q = nope + R
+width of a head's query, V value width. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3.2-Exp report,
+section 2.1.
 """
 
 from typing import NamedTuple
@@ -65,7 +67,7 @@ class LatentAttention(Attention):
         return (self.nope + self.rope) ** -0.5 * rotation.softmax_factor
 
     def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W_UK (H, nope, L) and W_UV (H, V, L) out of kv_b_proj."""
+        """W_UK (H, nope, L) and W_UV (H, V, L), the halves of kv_b_proj."""
         w = effective_weight(self.kv_b_proj, "kv_b_proj").to(dtype).view(self.heads, -1, self.latent)
         return w[:, : self.nope], w[:, self.nope :]
 
@@ -90,5 +92,5 @@ class LatentAttention(Attention):
         return torch.cat((queries.nope, queries.rope), dim=-1), k, v
 
     def expansion_pays(self, pack: Pack) -> bool:
-        saved = pack.length * (2 * self.latent - self.nope - self.value)  # a key is read by the queries of its own row
-        return saved > self.latent * (self.nope + self.value)
+        saving = pack.length * (2 * self.latent - self.nope - self.value)  # the queries of its own row read a key
+        return saving > self.latent * (self.nope + self.value)

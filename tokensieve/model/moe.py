@@ -13,7 +13,8 @@ from torch import Tensor
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.ops.eager import is_single_token, without_autocast
 
-# Matrix libraries treat a rest of rows otherwise than whole groups: with a multiple of this many, a row's bits do not depend on the others.
+# With a multiple of this many rows, a row's bits do not depend on the other rows: matrix libraries compute a remainder
+# of rows otherwise than whole groups.
 ORDINARY_ROWS = 4
 
 
@@ -33,10 +34,10 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Chooses K of E experts per token, in float32.
 
-    V3 ("sigmoid"): scores = sigmoid(logits); a correction bias is added for the choice only. Groups are ranked by the sum of their two best
-    biased scores and only the best `topk_group` groups are considered. Weights = unbiased scores, normalized to sum 1, times the scale.
-    V2 ("softmax"): scores = softmax(logits); groups are ranked by their best score; weights = scores times the scale.
-    Source: DeepSeek-V3 report, section 2.1.2; official demo, class Gate.
+    V3 ("sigmoid"): scores = sigmoid(logits); a correction bias is added for the choice only. Groups are ranked by the
+    sum of their two best biased scores and only the best `topk_group` groups are considered. Weights = unbiased scores,
+    normalized to sum 1, times the scale. V2 ("softmax"): scores = softmax(logits); groups are ranked by their best
+    score; weights = scores times the scale. Source: DeepSeek-V3 report, section 2.1.2; official demo, class Gate.
     """
 
     def __init__(self, config: ModelConfig):
@@ -61,7 +62,7 @@ class Router(nn.Module):
         choice = scores if self.softmax else scores + self.e_score_correction_bias
         if self.limited and self.best_groups < self.groups:
             choice = self._within_best_groups(choice)
-        # The choice has no gradient; the weights of the chosen have one.
+        # The choice has no gradient; the weights of the chosen experts have one.
         chosen = choice.detach().topk(self.top_k, dim=-1, sorted=False).indices
         weights = scores.gather(1, chosen)
         if self.normalize:
@@ -77,9 +78,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk they are one matrix each.
+    """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk each expert is by itself.
 
-    first: number of this rank's first expert if others are on other ranks; tokens that are routed there contribute zero here.
+    first: index of this rank's first expert if other ranks hold the others; tokens that are routed to those contribute
+    zero here.
     """
 
     first: int | None = None
@@ -91,7 +93,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Takes one matrix per expert too, as on disk: trainers resume by loading the file of `save_pretrained` with load_state_dict.
+        """Accepts one matrix per expert too, as on disk: to resume, trainers load the file of `save_pretrained`.
 
         A shard may hold some of the experts only, so each goes straight to its place.
         """
@@ -107,17 +109,17 @@ class Experts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """out (N, D), and how many tokens each expert got (E) int64."""
+        """out (N, D), and the number of tokens that each expert got, (E) int64."""
         N, K = chosen_NK.shape
         E = self.gate_up_proj.shape[0]
         if self.first is not None:
             chosen_NK = chosen_NK - self.first
-            chosen_NK = chosen_NK.where((chosen_NK >= 0) & (chosen_NK < E), E)  # the others' rows come last
+            chosen_NK = chosen_NK.where((chosen_NK >= 0) & (chosen_NK < E), E)  # rows of other ranks' experts come last
         by_expert, order = chosen_NK.flatten().sort(stable=True)
-        # Where each expert's rows end; counting them with bincount would stop a GPU to look at the largest.
+        # The end of each expert's rows; bincount would stop a GPU's queue, since it looks at the largest number.
         ends_E = torch.searchsorted(by_expert, torch.arange(E, device=x_ND.device), right=True)
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-        # Autocast would turn the sum over K, and with it the residual stream, to float32.
+        # Autocast would turn the sum over K, and with it the residual stream, into float32.
         with without_autocast(x_ND):
             x = x_ND.index_select(0, order // K)
             y = self._products(x, ends_E, counts_E)
@@ -130,7 +132,7 @@ class Experts(nn.Module):
         return out, counts_E
 
     def _products(self, x: Tensor, ends_E: Tensor, counts_E: Tensor) -> Tensor:
-        """Of rows that are sorted by expert; what comes of rows behind the last expert's is any number."""
+        """Outputs of rows that are sorted by expert. Rows behind the last expert's give unspecified numbers."""
         if x.is_cuda and x.dtype == torch.bfloat16:
             return self._grouped(x, ends_E.to(torch.int32))
         return self._one_by_one(x, counts_E)
@@ -138,10 +140,10 @@ class Experts(nn.Module):
     @torch.compiler.disable  # every new set of counts would be another program
     def _one_by_one(self, x: Tensor, counts_E: Tensor) -> Tensor:
         counts = counts_E.tolist()
-        *own, others = x.split([*counts, x.shape[0] - sum(counts)])
+        *by_expert, others = x.split([*counts, x.shape[0] - sum(counts)])
         parts = []
-        # unbind, not indexing: the gradient of an index is a tensor of all experts' size, mostly zeros, for every expert.
-        for part, gate_up, down in zip(own, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+        # unbind, not indexing: each expert's gradient of an index is a tensor of all experts' size, mostly zeros.
+        for part, gate_up, down in zip(by_expert, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
             if rows := part.shape[0]:
                 if not torch.is_grad_enabled():
                     part = F.pad(part, (0, 0, 0, -rows % ORDINARY_ROWS))
@@ -150,9 +152,9 @@ class Experts(nn.Module):
         return torch.cat([*parts, others])
 
     def few_tokens(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """out (N, D) of `forward`, to the bit, for a step of decoding on the CPU: rows are put in order here, with few operators."""
+        """out (N, D) of `forward`, to the bit, for decode on the CPU: rows are sorted here, with few operators."""
         K = chosen_NK.shape[1]
-        rows: dict[int, list[int]] = {}  # of each expert that has some, as places in chosen
+        rows: dict[int, list[int]] = {}  # expert -> its rows, as places in chosen
         for place, expert in enumerate(chosen_NK.flatten().tolist()):
             rows.setdefault(expert, []).append(place)
         padded = [places + places[:1] * (-len(places) % ORDINARY_ROWS) for places in rows.values()]
@@ -168,7 +170,7 @@ class Experts(nn.Module):
         return (y.view(*chosen_NK.shape, -1) * weights_NK.unsqueeze(-1).to(dtype)).sum(1)
 
     def one_token(self, x_1D: Tensor, chosen_1K: Tensor, weights_1K: Tensor) -> Tensor:
-        """`forward` for a single token in decode: sorting, counting and putting back would take longer than the products."""
+        """out (1, D) of a single token in decode, without sorting and counting, which take longer than the products."""
         chosen = chosen_1K[0].tolist()
         gate, up = torch.cat([F.linear(x_1D, self.gate_up_proj[e].to(x_1D.dtype)) for e in chosen]).chunk(2, dim=-1)
         inner = (F.silu(gate) * up).split(1)
@@ -176,13 +178,13 @@ class Experts(nn.Module):
         return weights_1K.to(x_1D.dtype) @ torch.cat(down)
 
     def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
-        # Grouped products exist in bfloat16 only; float32 parameters are cast here, as autocast does for a linear layer.
+        # Grouped products exist in bfloat16 only; float32 parameters are cast, as autocast does for a linear layer.
         gate, up = torch._grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
         return torch._grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends_E)
 
 
 class MoE(nn.Module):
-    """Routed experts plus the shared one, which every token passes."""
+    """Routed experts plus the shared one, which every token passes through."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -192,13 +194,13 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_ND: Tensor, real: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """out (N, D), and the tokens sent to each expert (E), None on the roads that do not count them.
+        """out (N, D), and the number of tokens sent to each expert (E), or None if they were not counted.
 
-        real: the first `real` rows are tokens, and what follows is padding, which no expert sees.
+        real: the first `real` rows are tokens; the rest is padding, which no expert sees.
         """
         chosen_NK, weights_NK = self.gate(x_ND)
         load_E = None
-        # what stands in the experts' place (an adapter) or holds some of them only takes the one road that all have
+        # A module in the experts' place (an adapter), or one that holds some of them only, has no way but forward().
         whole = isinstance(self.experts, Experts) and self.experts.first is None
         if real is not None:
             rows = x_ND[:real], chosen_NK[:real], weights_NK[:real]

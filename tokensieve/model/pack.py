@@ -1,4 +1,4 @@
-"""A batch as the ops see it: one packed axis of tokens, and for every token the range of keys that it may see.
+"""A batch in the ops' form: one packed axis of tokens, and for every token the range of keys that it may see.
 
 Legend: B rows, S tokens a row, N = B * S packed tokens, T packed keys.
 """
@@ -13,7 +13,7 @@ from tokensieve.config import UserError
 
 
 class Past(Protocol):
-    """What a pack wants to know of a cache, and leaves in it."""
+    """The part of a cache that a pack reads; `make_pack` sets its `row_starts`."""
 
     row_starts: Tensor | None  # (B, 1) int32, first key of each row's current document; None: every row's first key
 
@@ -31,9 +31,9 @@ class Pack:
     ends_N: Tensor  # int32, one past the last visible key; start == end for padding
     row_keys: int  # distance on the key axis between one row's first key and the next row's
     max_keys: int  # no query sees more keys than this
-    bounds: Tensor | None  # int32 cumulative document lengths when the batch is a causal pack of whole documents
-    longest: int  # tokens of the longest document, at least
-    valid_N: Tensor | None  # bool, False for padding; None when nothing is padded
+    bounds: Tensor | None  # int32 cumulative document lengths if the batch is a causal pack of whole documents
+    longest: int  # no document has more tokens than this
+    valid_N: Tensor | None  # bool, False for padding; None if nothing is padded
 
     @property
     def valid_count(self) -> Tensor | int:
@@ -49,17 +49,19 @@ def make_pack(
     cache: Past | None,
     max_positions: int,
 ) -> Pack:
-    """Key ranges from what Hugging Face callers pass.
+    """Key ranges from the arguments of Hugging Face callers.
 
-    `position_ids` (B or 1, S) that do not continue by one begin a new document, whose tokens see only each other. `attention_mask`
-    (B, past + S) marks padding with 0 on either side; a hole in the middle raises. Past tokens come from the cache.
+    `position_ids` (B or 1, S) that do not continue by one begin a new document, whose tokens see only each other.
+    `attention_mask` (B, past + S) marks padding with 0 at either end of a row. Past tokens come from the cache.
+    UserError for a mask with a hole in the middle, for an empty input, and for one past `max_positions`.
     """
     past = 0 if cache is None else cache.get_seq_length()
     if length == 0:
         raise UserError("the input holds no token; give at least one")
     if past + length > max_positions:
         raise UserError(
-            f"a sequence of {past + length} tokens is past the model's {max_positions} positions; shorten it or extend the model with YaRN"
+            f"a sequence of {past + length} tokens is past the model's {max_positions} positions; "
+            "shorten it or extend the model with YaRN"
         )
     mask = _padding(attention_mask, batch, past + length)
     row_starts = None if cache is None else cache.row_starts
@@ -69,7 +71,7 @@ def make_pack(
     positions = _positions(index, position_ids, mask, row_starts)
     ends = index + 1
     bounds, longest, valid = None, length, None
-    # Fused kernels want queries and keys on the same axis: nothing cached before, and no room between the rows.
+    # Fused kernels need queries and keys on the same axis: nothing cached before, and no room between the rows.
     same_axis = past == 0 and (cache is None or batch == 1)
     if position_ids is None and mask is None and row_starts is None:
         starts = torch.zeros_like(index)
@@ -104,7 +106,7 @@ def make_pack(
 
 
 def _padding(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-    """The mask of a row's `tokens` tokens, past ones included, as bool; None where nothing is padded."""
+    """The mask (B, tokens) as bool, past tokens included; None if nothing is padded."""
     if attention_mask is not None and attention_mask.dim() != 2:
         raise UserError(
             "attention_mask must be (batch, tokens) of 0 and 1; packed documents are given by position_ids that restart"
@@ -120,7 +122,7 @@ def _padding(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor |
 
 
 def _positions(index_BS: Tensor, position_ids: Tensor | None, mask: Tensor | None, row_starts: Tensor | None) -> Tensor:
-    """(B, S) int64: as given, else counted from the row's own beginning, as those of what is cached were."""
+    """Positions (B, S) int64: as given, else counted from the row's own beginning, as for the cached tokens."""
     if position_ids is not None:
         return position_ids.to(torch.long).expand(index_BS.shape)
     if mask is not None:
@@ -129,12 +131,12 @@ def _positions(index_BS: Tensor, position_ids: Tensor | None, mask: Tensor | Non
 
 
 def _beginnings(positions_BS: Tensor, mask: Tensor | None, past: int) -> Tensor:
-    """(B, S) bool: where a document begins, which is where positions do not continue by one, and at a row's first token."""
+    """(B, S) bool, True for a document's first token: positions do not continue by one there, or a row begins."""
     begins = torch.zeros_like(positions_BS, dtype=torch.bool)
     begins[:, 0] = positions_BS[:, 0] == 0 if past else True
     begins[:, 1:] = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
     if mask is not None:
-        # A row's own start is its first token that is not padding, wherever its position ids begin.
-        own = torch.cat((mask.new_zeros(mask.shape[0], 1), mask[:, :-1]), dim=1)
-        begins |= (mask & ~own)[:, -positions_BS.shape[1] :]
+        # A row begins at its first token that is not padding, whatever its position ids.
+        previous = torch.cat((mask.new_zeros(mask.shape[0], 1), mask[:, :-1]), dim=1)
+        begins |= (mask & ~previous)[:, -positions_BS.shape[1] :]
     return begins

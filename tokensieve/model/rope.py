@@ -1,9 +1,9 @@
 """Rotary position embedding: YaRN frequencies, and the two layouts that must not be confused.
 
-MLA rotates the last dims of q and the shared k_R in the INTERLEAVED layout: dims (0, 1), (2, 3), ... form the pairs. The indexer rotates
-the first dims of q_I and k_I in the HALF-SPLIT layout: dims (0, d/2), (1, d/2 + 1), ... form the pairs. Swapping them does not crash; it
-ruins retrieval. What we store: rotated MLA keys keep the interleaved order of the official demo (transformers stores them
-de-interleaved; dot products agree, cache contents do not).
+MLA rotates the last dims of q and the shared k_R in the INTERLEAVED layout: dims (0, 1), (2, 3), ... form the pairs.
+The indexer rotates the first dims of q_I and k_I in the HALF-SPLIT layout: dims (0, d/2), (1, d/2 + 1), ... form the
+pairs. Swapping them does not crash; it ruins retrieval. The cache stores rotated MLA keys in the interleaved order of
+the official demo (transformers stores them de-interleaved; dot products agree, cache contents do not).
 
 Sources: official demo, `precompute_freqs_cis` and `apply_rotary_emb`; YaRN, arXiv 2309.00071.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokensieve.ops.eager import is_single_token
 
-Rows = slice | Tensor | None  # which of a pass's tokens: a slice, their numbers, or None for all
+Rows = slice | Tensor | None  # some of a pass's tokens: a slice, their indices, or None for all
 
 
 def taken(x: Tensor, rows: Rows) -> Tensor:
@@ -25,15 +25,15 @@ def taken(x: Tensor, rows: Rows) -> Tensor:
 
 
 Tables = tuple[Tensor, ...]
-"""cos and signed sin (N, 1, d) float32 of the N tokens' positions, laid out for one layout of pairs:
+"""cos and signed sin (N, 1, d) float32 of the N tokens' positions, for one layout of pairs:
 
-rotated = x * cos + partner(x) * sin, with sines (-sin, sin) in a pair. If N = 1, instead the matrix (d, d) of the same rotation: one product
-instead of seven operators.
+rotated = x * cos + partner(x) * sin, with sines (-sin, sin) in a pair. If N = 1, the matrix (d, d) of the same rotation
+instead: one product replaces seven operators.
 """
 
 
 class Rotation(NamedTuple):
-    """The rotations of one pass: of the attention's queries and keys, in the family's layout, and of the indexer's, half-split.
+    """The rotations of one pass: for the attention in the family's layout, for the indexer in the half-split layout.
 
     `softmax_factor` is the factor on the softmax scale that belongs to these frequencies (YaRN's mscale squared).
     """
@@ -43,7 +43,7 @@ class Rotation(NamedTuple):
     softmax_factor: float = 1.0
 
     def index_rows(self, rows: Rows) -> Tables:
-        """The indexer's tables of some of the tokens."""
+        """The indexer's tables of the tokens in `rows`."""
         return self.indexer if rows is None or len(self.indexer) == 1 else tuple(x[rows] for x in self.indexer)
 
 
@@ -54,8 +54,8 @@ def _mscale(factor: float, mscale: float) -> float:
 def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies (width/2) float32 in radians per token, and the factor on cos and sin.
 
-    `rope` is the config's rope_parameters. YaRN divides the slow frequencies (under beta_slow turns in the original context) by `factor`,
-    keeps the fast ones (over beta_fast turns), and blends linearly in between.
+    `rope` is the config's rope_parameters. YaRN divides the slow frequencies (under beta_slow turns in the original
+    context) by `factor`, keeps the fast ones (over beta_fast turns), and blends linearly in between.
     """
     theta = float(rope.get("rope_theta", 10000.0))
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
@@ -85,7 +85,7 @@ def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[T
 
 
 def softmax_factor(rope: dict[str, Any], max_positions: int) -> float:
-    """The squared YaRN mscale if `mscale_all_dim` is set, else 1: a factor on width**-0.5. The indexer does not share it."""
+    """A factor on width**-0.5: the squared YaRN mscale if `mscale_all_dim` is set, else 1. The indexer has none."""
     if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
         return 1.0
     factor = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
@@ -96,15 +96,15 @@ def tables(positions_N: Tensor, inverse_frequencies: Tensor, factor: float, inte
     """The tables of tokens at these positions, for either layout of pairs."""
     angle = positions_N[:, None, None].to(torch.float32) * inverse_frequencies
     cos, sin = angle.cos() * factor, angle.sin() * factor
-    made: Tables
+    cos_sin: Tables
     if interleaved:
-        made = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+        cos_sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     else:
-        made = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        cos_sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     if not is_single_token(positions_N):
-        return made
-    identity = torch.eye(made[0].shape[-1])  # its rows, rotated, are the matrix's
-    return ((rotate_interleaved if interleaved else rotate_half_split)(identity, made)[0],)
+        return cos_sin
+    identity = torch.eye(cos_sin[0].shape[-1])  # its rotated rows are the rows of the matrix
+    return ((rotate_interleaved if interleaved else rotate_half_split)(identity, cos_sin)[0],)
 
 
 def rotate_interleaved(x_NHD: Tensor, tables: Tables) -> Tensor:

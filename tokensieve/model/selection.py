@@ -1,10 +1,11 @@
-"""Who selects: the plug-in. A selector is a function from one layer's queries and keys to the positions that its attention may read.
+"""Selectors, the plug-in: functions from one layer's queries and keys to the positions that its attention may read.
 
 Legend: N query tokens, T keys, H heads, D key width, K selected keys.
 
-One contract (`SelectionContext`), one road: the same function runs in training, `generate`, the engine, the server and evaluation, on
-contiguous keys and on pages. The model's own selector is `indexer`, equation (2). The others here are the controls that every evaluation
-puts beside it. Your own, for instance the indexer's choice and the last 64 tokens:
+There is one contract, `SelectionContext`. The same function runs in training, `generate`, the engine, the server and
+evaluation, on contiguous keys and on pages. The model's own selector is `indexer`, equation (2). The others here are
+the controls that every evaluation puts beside it. A selector of your own, for instance the indexer's choice and the
+last 64 tokens:
 
     from tokensieve.model.selection import indexer, join, window
 
@@ -13,7 +14,7 @@ puts beside it. Your own, for instance the indexer's choice and the last 64 toke
 
     with tokensieve.selecting(model, with_recent): ...
 
-On the command line it is named `module:function` (`--selection my_module:with_recent`).
+On the command line its name is `module:function` (`--selection my_module:with_recent`).
 """
 
 import importlib
@@ -29,14 +30,14 @@ from tokensieve.model.entries import Keys
 from tokensieve.model.indexer import IndexInputs
 from tokensieve.model.rope import Rows, taken
 
-BLOCK = 256  # queries whose full rows of scores or probabilities a control holds at a time
+BLOCK = 256  # queries for which a control holds whole rows of scores or probabilities at a time
 
 
 class HeadGroup:
-    """The ranks that hold the other heads of a model that is divided between several. Here there are none."""
+    """The ranks that share the heads of a model. This class is the group of a model that is not divided."""
 
     def select(self, queries: int, choose: "Callable[[Rows], Tensor | None]") -> Tensor | None:
-        """(queries, K) indices, the same on all ranks: each chooses for some of the queries. choose: selects for some rows."""
+        """Indices (queries, K), the same on all ranks. Each rank chooses for some of the queries by `choose(rows)`."""
         return choose(None)
 
     def all_heads(self, q_NHD: Tensor) -> Tensor:
@@ -48,11 +49,11 @@ ONE_GROUP = HeadGroup()
 
 
 class SelectionContext:
-    """What a selector may look at: some queries of one layer, and the keys that they may see.
+    """The input of a selector: queries of one layer, and the keys that they may see.
 
-    layer: its number. k: keys to select per query, at most. starts_N, ends_N (int32): each query may see the keys [start, end). Positions
-    count along the packed keys of the pass, or on pages from each sequence's own beginning: a selector that keeps to [start, end) need not
-    know. Everything is computed when first asked for.
+    layer: its index. k: the most keys to select per query. starts_N, ends_N (int32): each query may see the keys
+    [start, end). Positions count along the packed keys of the pass, or on pages from each sequence's own beginning; a
+    selector that keeps to [start, end) need not know which. Everything is computed only if it is used.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SelectionContext:
         attention: Callable[[], tuple[Tensor, float]],
         rows: Rows = None,
     ):
-        """attention: gives the main attention's queries in the entries' form (N, H, D), of all heads, and its softmax scale."""
+        """attention: returns the main attention's queries (N, H, D), all heads in the entries' form, and its scale."""
         self.layer, self.k, self.keys = layer, k, keys
         self._index, self._attention, self._rows = index, attention, rows
         self.starts_N, self.ends_N = taken(keys.starts_N, rows), taken(keys.ends_N, rows)
@@ -73,14 +74,14 @@ class SelectionContext:
         return self.ends_N.shape[0]
 
     def rows(self, rows: slice | Tensor) -> "SelectionContext":
-        """The same for some of these queries: a slice, or their numbers (int64)."""
+        """The context of some of these queries: a slice, or their indices (int64)."""
         if self._rows is not None:
-            every = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
-            rows = every[self._rows][rows]
+            numbers = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
+            rows = numbers[self._rows][rows]
         return SelectionContext(self.layer, self.k, self.keys, self._index, self._attention, rows)
 
     def blocks(self) -> "Iterator[SelectionContext]":
-        """These queries in blocks of at most 256, for selectors that look at whole rows of scores or probabilities."""
+        """These queries in blocks of at most 256, for selectors that read whole rows of scores or probabilities."""
         return (self.rows(slice(a, a + BLOCK)) for a in range(0, len(self), BLOCK))
 
     @property
@@ -92,12 +93,12 @@ class SelectionContext:
 
     @property
     def attention_queries(self) -> tuple[Tensor, float]:
-        """Queries (N, H, D) of the main attention, in the form that reads the cached entries, and the softmax scale."""
+        """Queries (N, H, D) of the main attention, in the form that reads cached entries, and the softmax scale."""
         q, scale = self._attention()
         return taken(q, self._rows), scale
 
     def scores(self) -> Tensor:
-        """Index scores (N, T) float32 of equation (1); outside a query's range unspecified. UserError without an indexer."""
+        """Index scores (N, T) float32 of equation (1), unspecified outside a range. UserError without an indexer."""
         return self.keys.index_scores(*self.index_queries, self._rows)
 
     def head_mass(self) -> Tensor:
@@ -105,17 +106,23 @@ class SelectionContext:
         return self.keys.head_mass(*self.attention_queries, self._rows)
 
     def topk(self, k: int | None = None) -> Tensor:
-        """The k keys with the largest index scores, equation (2), without the scores in memory: (N, k) int32. k: self.k unless given."""
+        """The k keys with the largest index scores, equation (2): (N, k) int32, ascending, then -1.
+
+        The scores need not fit in memory. k: self.k unless given. UserError without an indexer.
+        """
         return self.keys.index_topk(*self.index_queries, self.k if k is None else k, self._rows)
 
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
-        """The k keys with the largest of any scores (N, T): (N, k) int32, ascending, then -1; ties go to the smaller position."""
+        """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
+
+        Ties go to the smaller position. k: self.k unless given.
+        """
         return self.keys.select(scores_NT, self.k if k is None else k, self._rows)
 
 
 Selector = Callable[[SelectionContext], Tensor | None]
-"""Returns (N, K) int32 positions, ascending and without duplicates, then -1; None: attend to every key. K is free, and the same for all
-queries; on a GPU it must not depend on values, which would stop the queue."""
+"""Returns (N, K) int32 positions, ascending and without duplicates, then -1; None to attend to every key. K is free,
+and the same for all queries. On a GPU it must not depend on values, which would stop the queue."""
 
 
 def indexer(c: SelectionContext) -> Tensor:
@@ -124,7 +131,7 @@ def indexer(c: SelectionContext) -> Tensor:
 
 
 def window(c: SelectionContext, width: int | None = None) -> Tensor:
-    """The last `width` keys, k unless given: what a sliding window of the same size would read."""
+    """The last `width` keys, k unless given, as a sliding window of the same size reads them."""
     width = c.k if width is None else width
     starts, ends = c.starts_N[:, None], c.ends_N[:, None]
     position = torch.maximum(starts, ends - width) + torch.arange(width, device=starts.device, dtype=torch.int32)
@@ -132,7 +139,7 @@ def window(c: SelectionContext, width: int | None = None) -> Tensor:
 
 
 def oracle(c: SelectionContext) -> Tensor:
-    """The k keys to which the true attention gives most, heads summed: a reference, though no bound on what a selection can reach."""
+    """The k keys with the most probability in dense attention, heads summed. A reference, but not an upper bound."""
     return torch.cat([block.select(block.head_mass()) for block in c.blocks()])
 
 
@@ -144,15 +151,15 @@ def dense(c: SelectionContext) -> None:
 def join(a_NK: Tensor, b_NK: Tensor) -> Tensor:
     """The union of two index sets per query: (N, K_a + K_b) int32, ascending and without duplicates, then -1.
 
-    Both as selectors return them. Looks at no value, so that a GPU's queue does not stop.
+    Both are as selectors return them. No value is copied to the host, so a GPU's queue does not stop.
     """
     last = torch.iinfo(torch.int32).max
-    both = torch.cat((a_NK, b_NK), dim=1).to(torch.int32)
-    both = both.masked_fill(both < 0, last).sort(dim=1).values
-    again = torch.zeros_like(both, dtype=torch.bool)
-    again[:, 1:] = both[:, 1:] == both[:, :-1]
-    both = both.masked_fill(again, last).sort(dim=1).values
-    return both.masked_fill(both == last, -1)
+    union = torch.cat((a_NK, b_NK), dim=1).to(torch.int32)
+    union = union.masked_fill(union < 0, last).sort(dim=1).values
+    duplicates = torch.zeros_like(union, dtype=torch.bool)
+    duplicates[:, 1:] = union[:, 1:] == union[:, :-1]
+    union = union.masked_fill(duplicates, last).sort(dim=1).values
+    return union.masked_fill(union == last, -1)
 
 
 SELECTORS: Mapping[str, Selector] = MappingProxyType(
@@ -161,7 +168,7 @@ SELECTORS: Mapping[str, Selector] = MappingProxyType(
 
 
 def resolve(selector: str | Selector) -> Selector:
-    """A selector by its name, by `module:function`, or as it is. UserError for a name that names none."""
+    """A selector by its name or `module:function`; a function is returned as it is. UserError for an unknown name."""
     if not isinstance(selector, str):
         return selector
     if selector in SELECTORS:
@@ -172,32 +179,35 @@ def resolve(selector: str | Selector) -> Selector:
             f"selection {selector!r} is unknown; use one of {', '.join(SELECTORS)}, or module:function for your own"
         )
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in name.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except ModuleNotFoundError as error:
         if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise  # the module is there, and wants one that is not
+            raise  # the module exists, and imports one that does not
         raise UserError(f"selection {selector}: there is no module {error.name}; is it on PYTHONPATH?") from error
     except AttributeError as error:
         raise UserError(f"selection {selector}: module {module} has no {name}") from error
-    if not callable(found):
+    if not callable(target):
         raise UserError(f"selection {selector}: {name} is no function")
-    return found
+    return target
 
 
 def is_own(selector: Selector) -> bool:
-    """Whether the selector is one of `SELECTORS`, which keep to the contract."""
+    """Whether the selector is one of `SELECTORS`, which all keep to the contract."""
     return selector in SELECTORS.values()
 
 
 def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> None:
-    """UserError naming the query for what a selector may not return: another shape or dtype, a key that its query may not see, a key
-    twice, or positions that do not ascend. Looks at values."""
+    """UserError, naming the query, if a selector broke its contract.
+
+    It may not return another shape or dtype, a key that its query may not see, a key twice, or positions that do not
+    ascend. The check reads values, so a GPU's queue stops for it.
+    """
     name = getattr(selector, "__name__", type(selector).__name__)
     if not isinstance(indices_NK, Tensor) or indices_NK.dim() != 2 or indices_NK.shape[0] != len(c):
-        got = tuple(indices_NK.shape) if isinstance(indices_NK, Tensor) else type(indices_NK).__name__
-        raise UserError(f"selection {name} returned {got} in layer {c.layer}; return ({len(c)}, K) int32 positions")
+        result = tuple(indices_NK.shape) if isinstance(indices_NK, Tensor) else type(indices_NK).__name__
+        raise UserError(f"selection {name} returned {result} in layer {c.layer}; return ({len(c)}, K) int32 positions")
     if indices_NK.dtype not in (torch.int32, torch.int64):
         raise UserError(f"selection {name} returned {indices_NK.dtype} in layer {c.layer}; return int32 positions")
     used = indices_NK >= 0
@@ -205,10 +215,10 @@ def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> N
     before, after = indices_NK[:, :-1], indices_NK[:, 1:]
     disorder = (after <= before) & used[:, 1:]  # -1 in front of a position is disorder too
     disorder |= used[:, 1:] & ~used[:, :-1]
-    for wrong, what in (
+    for wrong, reason in (
         ((indices_NK < -1).any(1), "a negative position other than -1"),
         (unseen.any(1), "a key that its query may not see: outside of [starts, ends)"),
         (disorder.any(1), "positions that do not ascend, or a key twice; join() puts sets in order"),
     ):
         if bool(wrong.any()):
-            raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {what}")
+            raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {reason}")

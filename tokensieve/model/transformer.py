@@ -1,7 +1,8 @@
 """The decoder below its vocabulary head: layers, and the trunk that runs them.
 
-Legend: B rows, S tokens a row, N = B * S packed tokens, D hidden width, K selected keys. Modules and parameters are named as in the published
-checkpoint, so that state dicts, transformers, vLLM and SGLang agree; only the experts are fused in memory.
+Legend: B rows, S tokens a row, N = B * S packed tokens, D hidden width, K selected keys. Modules and parameters are
+named as in the published checkpoint, so that state dicts, transformers, vLLM and SGLang agree; only the experts are
+fused in memory.
 """
 
 from dataclasses import dataclass, replace
@@ -33,10 +34,11 @@ ATTENTION: dict[str, type[Attention]] = {"latent": LatentAttention, "grouped": G
 
 @dataclass
 class TrunkOutput(ModelOutput):
-    """last_hidden_state (B, S, D); selection: per layer (B, S, K) int32 positions in the row, then -1.
+    """Output of `Trunk`.
 
-    kl (): the indexers' loss of this pass, summed over its queries with their weights; objective: what it was computed for.
-    loads: per layer the tokens sent to each expert (E), None for a layer without experts.
+    last_hidden_state (B, S, D). selection: per layer (B, S, K) int32 positions in the row, then -1. kl (): the
+    indexers' loss of this pass, summed over its queries with their weights. objective: the one that `kl` belongs to.
+    loads: per layer the number of tokens sent to each expert (E), None for a layer without experts.
     """
 
     last_hidden_state: Tensor | None = None
@@ -96,7 +98,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
 
 class Trunk(DecoderPreTrainedModel):
-    """Everything below the vocabulary head. Trainers that bypass the head (TRL) call this, so a pass's options are read here."""
+    """Everything below the vocabulary head.
+
+    Options of a pass are read here, since trainers that bypass the head (TRL) call the trunk.
+    """
 
     takes_forward_options = True
 
@@ -116,7 +121,7 @@ class Trunk(DecoderPreTrainedModel):
 
     @property
     def top_k(self) -> int:
-        """Keys that are selected per query unless a pass's options say otherwise."""
+        """Number of keys selected per query, unless a pass's options override it."""
         return getattr(self.config, "index_topk", self.config.max_position_embeddings)
 
     def forward(
@@ -164,7 +169,7 @@ class Trunk(DecoderPreTrainedModel):
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             keep_indices=return_selection,
         )
-        # Under autocast the residual stream is held in its dtype, as a model loaded in that dtype holds it.
+        # Under autocast the residual stream has autocast's dtype, as in a model loaded in that dtype.
         x = x_BSD.flatten(0, 1)
         if torch.is_autocast_enabled(device.type):
             x = x.to(torch.get_autocast_dtype(device.type))
@@ -176,10 +181,10 @@ class Trunk(DecoderPreTrainedModel):
         kl = torch.stack(kls).sum() if kls else None
         last = self.norm(x).unflatten(0, (B, S))
         if objective.kind == "warmup" and kl is not None and kl.requires_grad:
-            # For a trainer that bypasses the head: whatever it computes from these states, its backward pass brings the KL's gradient.
+            # For a trainer that bypasses the head: any loss of these states brings the KL's gradient in backward.
             last = InjectedKL.apply(last, kl, torch.ones_like(kl))
         if states is not None:
-            states[-1] = last  # as everywhere in transformers
+            states[-1] = last  # the last state is normalized, as everywhere in transformers
         indices = [None if r.indices is None else to_rows(r.indices, pack) for r in results]
         return TrunkOutput(
             last_hidden_state=last,
@@ -192,7 +197,7 @@ class Trunk(DecoderPreTrainedModel):
         )
 
     def context(self, pack: Pack, entries: Entries, options: ForwardOptions) -> ForwardContext:
-        """What every layer of a pass reads, with the defaults of what the options leave open."""
+        """The context of a pass, which all layers share; defaults replace options that are None."""
         check = options.check_selection
         return ForwardContext(
             pack=pack,
@@ -208,9 +213,9 @@ class Trunk(DecoderPreTrainedModel):
     def run(
         self, x_ND: Tensor, ctx: ForwardContext, states: list[Tensor] | None = None
     ) -> tuple[Tensor, list[LayerResult]]:
-        """All layers, without embedding and last norm: the road of every pass, training's and the engine's alike.
+        """Runs all layers, without embedding and last norm, in training and in the engine alike.
 
-        states: gets every layer's output (B, S, D).
+        states: every layer's output (B, S, D) is appended to it.
         """
         results = []
         for layer in self.layers:
@@ -224,35 +229,41 @@ class Trunk(DecoderPreTrainedModel):
         return x_ND, results
 
     def rotation(self, positions_N: Tensor, yarn: bool = True) -> Rotation:
-        """The rotation of tokens at these positions. yarn False: by plain frequencies, as a model trains before its context is extended."""
+        """The rotation of tokens at these positions.
+
+        yarn False: by plain frequencies, as a model trains before its context is extended.
+        """
         config, family, device = self.config, family_of(self.config), positions_N.device
         width, interleaved = family.rope(config)
         rope = config.rope_parameters
         if not yarn:
             rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        if (yarn, device) not in self._frequencies:  # made once: a copy at every step would stop a GPU's queue
+        if (yarn, device) not in self._frequencies:  # kept, since a copy at every step would stop a GPU's queue
             with torch.device("cpu"):
                 inverse, factor = frequencies(rope, width, config.max_position_embeddings)
-                of_index = frequencies(rope, family.index_rope(config), config.max_position_embeddings)[0]
-            self._frequencies[yarn, device] = inverse.to(device), of_index.to(device), factor
-        inverse, of_index, factor = self._frequencies[yarn, device]
+                index_inverse = frequencies(rope, family.index_rope(config), config.max_position_embeddings)[0]
+            self._frequencies[yarn, device] = inverse.to(device), index_inverse.to(device), factor
+        inverse, index_inverse, factor = self._frequencies[yarn, device]
         attention = tables(positions_N, inverse, factor, interleaved)
-        if interleaved or len(of_index) != len(inverse):
-            index = tables(positions_N, of_index, factor, False) if family.sparse else ()
+        if interleaved or len(index_inverse) != len(inverse):
+            index = tables(positions_N, index_inverse, factor, False) if family.sparse else ()
         else:
             index = attention
         return Rotation(attention, index, softmax_factor(rope, config.max_position_embeddings))
 
 
 def to_rows(indices_NK: Tensor, pack: Pack) -> Tensor:
-    """Packed key positions -> (B, S, K) positions within each row; -1 stays."""
+    """Positions (B, S, K) within each row from packed key positions (N, K); -1 stays."""
     indices = indices_NK.unflatten(0, (pack.batch, pack.length))
     row = torch.arange(pack.batch, device=indices.device, dtype=indices.dtype)[:, None, None]
     return torch.where(indices < 0, indices, indices - row * pack.row_keys)
 
 
 def to_packed(indices_BSK: Tensor, pack: Pack) -> Tensor:
-    """The way back. ValueError, on the CPU, for a key that its query may not see: looking at values would stop a GPU's queue."""
+    """Packed key positions (N, K) from positions (B, S, K) within each row; -1 stays.
+
+    ValueError for a key that its query may not see. Only on the CPU, since reading values would stop a GPU's queue.
+    """
     row = torch.arange(pack.batch, device=indices_BSK.device, dtype=indices_BSK.dtype)[:, None, None]
     packed = torch.where(indices_BSK < 0, indices_BSK, indices_BSK + row * pack.row_keys).flatten(0, 1)
     if packed.device.type == "cpu":

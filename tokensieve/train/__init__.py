@@ -1,4 +1,4 @@
-"""Training: one loop (`loop.run`) and three stages; `training` for trainers that are not ours."""
+"""Training: one loop (`loop.run`) and three stages. `callbacks.training` serves other trainers."""
 
 from tokensieve.train.loop import Interrupted, Run, run
 from tokensieve.train.tracking import history

@@ -1,6 +1,7 @@
-"""Sparse training, stage 2: selection is on and everything trains, the model on the language-modelling loss, the indexers on equation (4).
+"""Sparse training, stage 2: selection is on and everything trains.
 
-Without selection the same command trains the dense model on the same tokens, to compare with; then no indexer gets a gradient.
+The model learns on the language-modelling loss, the indexers on equation (4). Without selection the same command trains
+the dense model on the same tokens, for comparison; then no indexer gets a gradient.
 """
 
 from tokensieve.train.stage import Stage, language_losses

@@ -1,11 +1,12 @@
-"""The indexers' KL under trainers that are not ours: Hugging Face `Trainer` and what builds on it (TRL).
+"""The indexers' KL under trainers that are not ours: Hugging Face `Trainer` and trainers built on it (TRL).
 
 Legend: B rows, S tokens a row.
 
-How these trainers scale (transformers 5, TRL 1): where a batch has labels the loss is a sum over its tokens divided by the tokens of the
-whole step and is not divided again; without labels it is divided by the number of micro-batches; across processes it may be multiplied by
-their number. TRL computes the loss itself from the trunk's hidden states. None of these is the KL's scale, so its gradient depends on none
-of them: it is injected in the backward pass with a weight of its own, which this callback keeps.
+These trainers scale the loss in several ways (transformers 5, TRL 1). If a batch has labels, the loss is a sum over its
+tokens divided by the tokens of the whole step, and is not divided again. Without labels it is divided by the number of
+micro-batches. Across processes it may be multiplied by their number. TRL computes the loss itself from the trunk's
+hidden states. None of these is the KL's scale, so its gradient depends on none of them: it is injected in the backward
+pass with a weight of its own, which this callback maintains.
 """
 
 from collections.abc import Iterator
@@ -26,16 +27,18 @@ from tokensieve.train.learning import check_indexers, is_indexer, learning
 
 @contextmanager
 def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterator["KLCallback"]:
-    """Within the block `model` trains its indexers, under whatever loop calls it; afterwards it is as it was, but for its weights.
+    """Within the block `model` trains its indexers, whatever loop calls it. Afterwards only its weights have changed.
 
-    "warmup": only the indexers learn, on equation (3); `loss` is the KL and no logits are made. "adapt": the indexers learn on equation (4),
-    whose gradient is injected in the attention's backward pass, and everything else that requires gradients on the trainer's own loss.
+    "warmup": only the indexers learn, on equation (3); `loss` is the KL and no logits are computed. "adapt": the
+    indexers learn on equation (4), whose gradient is injected in the attention's backward pass, and everything else
+    that requires gradients learns on the trainer's own loss.
 
         with tokensieve.training(model, "adapt") as kl:
             Trainer(model, ..., callbacks=[kl]).train()      # or TRL's SFTTrainer
 
-    Hugging Face trainers need the callback, which keeps the KL's scale; in a loop of your own the KL is the mean over each call's valid
-    queries. `model` may be wrapped (PEFT). UserError for a model without indexers. Source: equations (3) and (4).
+    Hugging Face trainers need the callback, which maintains the KL's scale; in a loop of your own the KL is the mean
+    over each call's valid queries. `model` may be wrapped (PEFT). UserError for a model without indexers. Source:
+    equations (3) and (4).
     """
     trunk = next((m for m in model.modules() if isinstance(m, Trunk)), None)
     if trunk is None:
@@ -52,16 +55,18 @@ def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterato
 
 
 class KLCallback(TrainerCallback):
-    """Makes the indexers' gradients those of the mean KL over the valid queries of the optimizer step, however it is cut up.
+    """Makes the indexers' gradients those of the mean KL over the valid queries of the optimizer step.
 
-    `training` makes it. Micro-batches may hold different numbers of valid queries (padding, several processes): the mean is kept as a running
-    one, each call weighted by its share of the queries so far and the gradients that are already there by the rest. `kl`, in nats per query
-    and layer, joins the logs. The trainer clips all gradients together; our own loop clips the indexers apart.
+    They do not depend on how the step is cut up. `training` creates the callback. Micro-batches may hold different
+    numbers of valid queries (padding, several processes), so the mean is a running one: each call is weighted by its
+    share of the queries so far, and the gradients that are already there by the rest. `kl`, in nats per query and
+    layer, is added to the logs. The trainer clips all gradients together; our own loop clips the indexers apart.
 
-    Raises UserError when training begins for what it cannot make exact: a model without indexers to train, float16 (its gradient scaler
-    would divide a gradient that was never multiplied), several GPUs in one process, FSDP and DeepSpeed (they keep gradients elsewhere),
-    tensor and context parallelism, torch_compile, and label smoothing (transformers smooths this model's labels unshifted); while training,
-    for two forward passes before one backward pass.
+    Raises UserError, when training begins, for a setting under which it cannot be exact: a model without indexers to
+    train, float16 (its gradient scaler would divide a gradient that was never multiplied), several GPUs in one process,
+    FSDP and DeepSpeed (they keep gradients elsewhere), tensor and context parallelism, torch_compile, and label
+    smoothing (transformers smooths this model's labels unshifted). Raises UserError, while training, for two forward
+    passes before one backward pass.
     """
 
     def __init__(self, trunk: Trunk, objective: Literal["warmup", "adapt"]) -> None:
@@ -70,7 +75,7 @@ class KLCallback(TrainerCallback):
         self._hooks: list[Any] = []
         self._indexers: list[torch.nn.Parameter] = []
         self._seen = 0.0  # valid queries of the step so far, over all processes
-        self._waiting = False  # a forward pass has been weighted and its backward pass has not come
+        self._waiting = False  # a forward pass has been weighted, its backward pass has not come yet
         self._kl: Tensor | float = 0.0  # sum over the queries since the last log, mean over layers
         self._queries = 0.0
 
@@ -81,7 +86,7 @@ class KLCallback(TrainerCallback):
         if model is not None and all(module is not self._trunk for module in model.modules()):
             raise UserError("KLCallback: the trainer's model is another one; give training() the same")
         parallelism = getattr(args, "parallelism_config", None)
-        for wrong, what in (
+        for wrong, reason in (
             (not indexers, "every indexer is frozen; let its parameters require gradients"),
             (args.n_gpu > 1, "several GPUs in one process are not supported; start one process per GPU with torchrun"),
             (args.fp16, "float16 scales the loss and would not scale the KL; use bf16=True"),
@@ -92,7 +97,7 @@ class KLCallback(TrainerCallback):
             (args.label_smoothing_factor > 0, "labels would be smoothed unshifted; set label_smoothing_factor to 0"),
         ):
             if wrong:
-                raise UserError(f"KLCallback: {what}")
+                raise UserError(f"KLCallback: {reason}")
         self.close()
         self._indexers = indexers
         self._kl, self._queries, self._seen, self._waiting = 0.0, 0.0, 0.0, False
@@ -129,7 +134,7 @@ class KLCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Forgets the trainer."""
+        """Removes the hooks and forgets the trainer."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._scale = [], None
@@ -137,12 +142,12 @@ class KLCallback(TrainerCallback):
     def before_forward(
         self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Gives the pass its objective, with the KL's weight in the step, unless the call has one of its own."""
-        given = kwargs.get("options") or ForwardOptions()
-        if given.objective is not None:
+        """Sets the pass's objective, with the KL's weight in the step, unless the call brings an objective."""
+        from_call = kwargs.get("options") or ForwardOptions()
+        if from_call.objective is not None:
             return args, kwargs
         scale = None if self._scale is None else self._weighed(kwargs)
-        options = given.over(ForwardOptions(objective=Objective(self._objective, scale)))
+        options = from_call.over(ForwardOptions(objective=Objective(self._objective, scale)))
         return args, kwargs | {"options": options}
 
     def _weighed(self, inputs: dict[str, Any]) -> KLScale:
@@ -151,7 +156,8 @@ class KLCallback(TrainerCallback):
             return self._scale
         if self._waiting:
             raise UserError(
-                "KLCallback: two forward passes before a backward pass; the KL's scale is exact only where each loss is one pass"
+                "KLCallback: two forward passes before a backward pass; the KL's scale is exact only if each loss "
+                "is one pass"
             )
         here = _valid_queries(inputs)
         everywhere, processes = here, 1
@@ -165,7 +171,7 @@ class KLCallback(TrainerCallback):
                 if parameter.grad is not None:
                     parameter.grad.mul_(before / self._seen)
         self._waiting = True
-        # Processes average their gradients, hence the factor.
+        # The factor `processes` is there because processes average their gradients.
         return replace(self._scale, share=processes * here / max(1.0, self._seen))
 
     def _after_forward(self, trunk: Trunk, args: tuple[Any, ...], output: Any) -> None:

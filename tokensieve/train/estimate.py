@@ -1,7 +1,8 @@
-"""What a run will need, told before it starts: its costs as counted, at a speed that is measured on the model itself.
+"""An estimate of a run before it starts: its counted costs, at a speed measured on the model itself.
 
-How much of its peak a device reaches differs more than tenfold between stages, widths and backends, so no share of a matrix product's speed
-would do. On a CPU one short row tells; a GPU is only busy with a whole micro-batch.
+The share of its peak that a device reaches differs more than tenfold between stages, widths and backends, so we time a
+short pass instead of assuming a share of a matrix product's speed. On a CPU one short row is enough; only a whole
+micro-batch keeps a GPU busy.
 """
 
 import time
@@ -14,11 +15,11 @@ from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
-SHORTEST = 512  # tokens of the rehearsed row, where the run's own are not shorter
+SHORTEST = 512  # tokens of the timed row, unless the run's own rows are shorter
 
 
 def estimate(config: TrainConfig, stage: Stage, model: DecoderForCausalLM, device: torch.device) -> cost.Estimate:
-    """Memory and time of a run of the prepared `model`; preparing data, writing checkpoints and compiling come on top."""
+    """Memory and time of a run of the prepared `model`, without preparing data, writing checkpoints and compiling."""
     value_bytes = 2 if device.type == "cuda" else 4
     tokens, rows = row_tokens(config, model), 1
     if device.type == "cuda":
@@ -30,7 +31,7 @@ def estimate(config: TrainConfig, stage: Stage, model: DecoderForCausalLM, devic
 
 
 def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
-    """So many that something is left out by the selection, but no more than the run's own rows have."""
+    """Tokens of the row to time: enough that selection leaves keys out, but no more than the run's own rows have."""
     selecting = config.stage == "adapt" and config.selection
     return min(max(p.context for p in config.phases), max(SHORTEST, 2 * model.top_k if selecting else 0))
 
@@ -38,19 +39,19 @@ def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
 def rehearse(
     config: TrainConfig, stage: Stage, model: DecoderForCausalLM, tokens: int, rows: int, device: torch.device
 ) -> float:
-    """Seconds of a forward and a backward pass over some rows. Leaves the model as it was and draws no random number."""
+    """Seconds of a forward and a backward pass over `rows` rows. Leaves the model as it was, draws no random number."""
     positions = torch.arange(tokens).expand(rows, -1)
     ids = positions % model.config.vocab_size
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    # The first pass also pays for what is set up once; beside a second that is little.
+    # The first pass also pays for one-time setup, so a pass of under a second is repeated.
     while not seconds or (len(seconds) < 2 and seconds[0] < 1.0):
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)
         except ValueError as error:
-            if "NaN" not in str(error):  # NaN among the weights: the first step says so, with its number
+            if "NaN" not in str(error):  # if weights are NaN, the first step reports it, with its number
                 raise
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -10,7 +10,7 @@ from tokensieve.train.tracking import history
 
 
 def summary(config: TrainConfig) -> dict[str, Any]:
-    """{"stage", "steps", "tokens", and of each loss "first" and "last"} of a run that is complete."""
+    """{"stage", "steps", "tokens"} of a complete run, and {"first", "last"} for each of its losses."""
     rows = history(config.out)
     names = [k for k in ("loss", "lm", "kl") if rows and k in rows[-1]]
     losses: dict[str, Any] = {k: {"first": rows[0][k], "last": rows[-1][k]} for k in names}
@@ -19,7 +19,7 @@ def summary(config: TrainConfig) -> dict[str, Any]:
 
 
 def write_figures(path: Path, figures: dict[str, Any]) -> Path:
-    """Writes JSON: the old file stays until the new one is complete. Raises OSError."""
+    """Writes JSON. The old file stays until the new one is complete. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which parameters learn, for as long as a block lasts. The caller's model is left as it was, whatever happens in between."""
+"""The choice of the parameters that learn, within a block. Whatever happens in it, the caller's choice is restored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +20,13 @@ def is_indexer(name: str) -> bool:
 def learning(model: nn.Module, learners: Learners) -> Iterator[None]:
     """Within the block these parameters require gradients.
 
-    all: what requires them already, and the indexers. indexers: the indexers alone. trunk: what requires them already but the indexers.
+    all: those that require them already, and the indexers. indexers: the indexers alone. trunk: those that require them
+    already, without the indexers.
     """
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        wanted = learners != "trunk" if is_indexer(name) else parameter.requires_grad and learners != "indexers"
-        parameter.requires_grad_(wanted)
+        learns = learners != "trunk" if is_indexer(name) else parameter.requires_grad and learners != "indexers"
+        parameter.requires_grad_(learns)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The one training loop: pretrain, warm-up and adaptation differ in a `Stage`, and in nothing else.
+"""The one training loop: pretraining, warm-up and adaptation differ in a `Stage`, and in nothing else.
 
-A step's batch, its gradients and its random numbers are functions of (config, step): cutting it into other micro-batches changes only
-rounding, and resuming changes nothing at all.
+A step's batch, its gradients and its random numbers are functions of (config, step): cutting it into other
+micro-batches changes only rounding, and resuming changes nothing at all.
 """
 
 import contextlib
@@ -51,17 +51,20 @@ DIVERGED = "nothing was changed; begin again from an earlier checkpoint with a l
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: the run has been saved; the message says where and how to go on."""
+    """Ctrl-C or SIGTERM. The run has been saved; the message names the checkpoint and the way to continue."""
 
 
 class Run:
-    """One training run: what it trains, on what, and how far it is.
+    """One training run: its model, its data and its progress.
 
-    Raises UserError on bad configs and data, before anything is trained.
+    Raises UserError for bad configs and data, before anything is trained.
     """
 
     def __init__(self, config: TrainConfig, model: DecoderForCausalLM | None = None, resume: bool = False):
-        """model: trained in place of `config.model`. resume: continues from the newest checkpoint of `config.out`, if there is one."""
+        """model: trained in place of `config.model`.
+
+        resume: continue from the newest checkpoint of `config.out`, if there is one.
+        """
         if (size := rank_info().size) > 1:
             raise UserError(
                 f"torchrun started {size} processes, and training runs in one so far; start it without torchrun"
@@ -71,7 +74,8 @@ class Run:
         done = checkpoints(self.out)
         if done and not resume:
             raise UserError(
-                f"{self.out} holds a run already (up to {done[-1].name}); add --resume to continue it, or name another folder"
+                f"{self.out} holds a run already (up to {done[-1].name}); add --resume to continue it, "
+                "or name another folder"
             )
         self.device = torch.device(choose_device(config.device))
         if done:
@@ -87,7 +91,7 @@ class Run:
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator["Run"]:
-        """Within the block the model trains. Afterwards it is as it was, but for its weights."""
+        """Within the block the model trains. Afterwards only its weights have changed."""
         config, model = self.config, self.model
         was_training, checkpointing = model.training, model.model.gradient_checkpointing
         compiled: list[torch.nn.Module] = []
@@ -121,13 +125,14 @@ class Run:
         self.fingerprint = _fingerprint(config, [d.fingerprint for d in self.datasets])
 
     def _restore(self) -> None:
-        """The optimizer, and the random state: the run's beginning, or where its last checkpoint left off."""
+        """Sets the optimizer and the random state, to those of a new run or of its last checkpoint."""
         self.optimizer = make_optimizer(self.config, self.model, self.device)
         torch.manual_seed(self.config.seed)
         if self._resumed is not None:
             if read_state(self._resumed).fingerprint != self.fingerprint:
                 raise UserError(
-                    f"{self.out}: {what_differs(self.out, to_dict(self.config))}; resume with the same, or name another folder"
+                    f"{self.out}: {what_differs(self.out, to_dict(self.config))}; "
+                    "resume with the same, or name another folder"
                 )
             restore_optimizer(self._resumed, self.model, self.optimizer)
         try:
@@ -139,7 +144,7 @@ class Run:
             ) from error
 
     def _compile(self) -> list[torch.nn.Module]:
-        # An indexer's loss keeps a program from being whole, and a layer in pieces gains little over its feed-forward part.
+        # An indexer's loss breaks a layer's program into pieces, which gain little over its feed-forward part alone.
         whole = self.stage.objective(self.config) == "none"
         units = [layer if whole else cast(DecoderLayer, layer).mlp for layer in self.model.model.layers]
         for unit in units:
@@ -151,7 +156,10 @@ class Run:
         return _batches(self.config, self.datasets, self.first, self.last)
 
     def step(self, number: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
-        """One optimizer step. Returns its figures. UserError, before anything is changed, if a loss or a gradient is not finite."""
+        """One optimizer step. Returns its figures.
+
+        UserError, before anything is changed, if a loss or a gradient is not finite.
+        """
         config, model, optimizer = self.config, self.model, self.optimizer
         begin = time.perf_counter()
         totals = StepTotals(
@@ -215,16 +223,16 @@ def run(
 ) -> DecoderForCausalLM:
     """Trains and returns the model, in evaluation mode, its last checkpoint in `config.out`.
 
-    `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the last step and is
-    otherwise as it was. `resume` continues from the newest checkpoint of `config.out`, or begins if there is none. `on_step(step, figures)`
-    is called after every step. Raises UserError on bad configs and data, a NaN loss or a full disk (the last checkpoint stays), and
-    Interrupted after Ctrl-C.
+    `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the
+    last step and is otherwise as it was. `resume`: continue from the newest checkpoint of `config.out`, or begin if
+    there is none. `on_step(step, figures)` is called after every step. Raises UserError for bad configs and data, a NaN
+    loss or a full disk (the last checkpoint stays), and Interrupted after Ctrl-C.
     """
     this = Run(config, model, resume)
     with contextlib.ExitStack() as stack:
         stack.enter_context(this.prepared())
         tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first)))
-        # Each kind of layer is compiled anew for every phase; past the usual limit of programs torch would go on without compiling.
+        # Each kind of layer is compiled anew for every phase; past the default limit torch would go on uncompiled.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         stop = stack.enter_context(_StopSignal())
         advance = stack.enter_context(_bar(progress, config.stage, this.first, this.last))
@@ -237,10 +245,10 @@ def run(
                 on_step(done, figures)
             advance(figures)
             due = config.save_every and done % config.save_every == 0
-            if due or stop.asked or done == this.last:
-                where = this.save(done)
-            if stop.asked:
-                raise Interrupted(f"saved {where} after step {done} of {this.last}; continue with --resume")
+            if due or stop.requested or done == this.last:
+                folder = this.save(done)
+            if stop.requested:
+                raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     return this.model.eval()
 
 
@@ -266,7 +274,7 @@ def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
 def _batches(
     config: TrainConfig, datasets: list, first: int, last: int
 ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-    """(step, micro-batches) from `first` on; each phase reads its own dataset from where the step begins."""
+    """(step, micro-batches) from `first` on. Each phase reads its own dataset, from the first sequence of the step."""
     step = first
     while step < last:
         at = position(config.phases, step)
@@ -279,7 +287,7 @@ def _batches(
             num_workers=config.workers,
             prefetch_factor=4 if config.workers else None,
             worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # the loader draws a seed, and would take it from the run's random state
+            generator=torch.Generator(),  # else the loader would draw its seed from the run's random state
         )
         micro: list[dict[str, Tensor]] = []
         for batch in loader:
@@ -290,13 +298,13 @@ def _batches(
 
 
 def _leave_signals(worker: int) -> None:
-    """Ctrl-C and many a SIGTERM reach every process of the run; the batches must go on until the loop has saved."""
+    """Ignores Ctrl-C and SIGTERM, which may reach all processes: batches must keep coming until the loop has saved."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _label_weight(batch: dict[str, Tensor]) -> float:
-    # In NumPy: so short a sum is not worth waking torch's threads for, whose cores the data's workers use.
+    # NumPy, since so short a sum is not worth waking torch's threads, whose cores the data workers use.
     predicted = batch["labels"].numpy()[:, 1:] != -100
     weights = batch.get("loss_weights")
     return float(predicted.sum() if weights is None else weights.numpy()[:, 1:][predicted].sum(dtype="float64"))
@@ -328,19 +336,19 @@ class _StopSignal:
     """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self.before: dict[int, Any] = {}  # handlers, as signal.signal gives them
 
     def __enter__(self) -> "_StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: signals are somebody else's
+            with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled
                 self.before[number] = signal.signal(number, self._handle)
         return self
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.before.items():

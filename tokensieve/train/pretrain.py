@@ -1,4 +1,4 @@
-"""Pretraining of a small dense model: cross-entropy, expert load balanced by the router's correction bias."""
+"""Pretraining of a small dense model: cross-entropy, with the expert load balanced by the router's correction bias."""
 
 import torch
 from transformers import DeepseekV3Config
@@ -36,10 +36,10 @@ def routers(model: DecoderForCausalLM) -> list[Router]:
 
 @torch.no_grad()
 def balance(model: DecoderForCausalLM, config: TrainConfig, loads: tuple[torch.Tensor, ...]) -> None:
-    """Moves each expert's bias by `balance_rate` towards even load: up if it got fewer tokens than the mean, down if more.
+    """Moves each expert's bias by `balance_rate` towards even load: up if it got fewer tokens than the mean, else down.
 
-    loads: per router, the tokens sent to each expert (E) in the step. Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load
-    balancing.
+    An expert with the mean load keeps its bias. loads: per router, the number of tokens sent to each expert (E) in the
+    step. Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
     """
     for router, load_E in zip(routers(model), loads, strict=True):
         load = load_E.float()

@@ -1,4 +1,4 @@
-"""Which phase a step belongs to, and its learning rate."""
+"""The phase and the learning rate of a step."""
 
 import math
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def total_steps(phases: tuple[PhaseConfig, ...]) -> int:
 
 
 def lr_share(optimizer: OptimizerConfig, phases: tuple[PhaseConfig, ...], step: int) -> float:
-    """The learning rate as a share of its peak: linear warm-up, then a half cosine to `lr_end`; times the phase's own scale."""
+    """The learning rate as a share of its peak: linear warm-up, then a half cosine to `lr_end`; times `lr_scale`."""
     total = total_steps(phases)
     warm = optimizer.warmup_steps
     if step < warm:

@@ -1,4 +1,4 @@
-"""What differs between the three stages of training: everything else is the one loop.
+"""The differences between the three stages of training. Everything else is the one loop.
 
 Legend: B sequences of a micro-batch, S tokens each, N = B * S; D hidden width.
 """
@@ -23,7 +23,7 @@ from tokensieve.train.learning import Learners
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Counts over the whole optimizer step, so that no result depends on how it is cut into micro-batches."""
+    """Counts over the whole optimizer step, so that no result depends on its division into micro-batches."""
 
     labels: float  # tokens that are predicted, or their weights
     queries: int  # all tokens: packed rows have no padding
@@ -31,7 +31,10 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class Losses:
-    """One micro-batch's shares of the step's means. Backward runs on `total`; the KL's gradient comes with it (`model/kl.py`)."""
+    """One micro-batch's shares of the step's means.
+
+    Backward runs on `total`; the KL's gradient comes with it (`model/kl.py`).
+    """
 
     total: Tensor
     lm: Tensor | None  # nats per predicted token
@@ -41,7 +44,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Stage:
-    """objective: what its passes teach the indexers. learners: which parameters learn. after_step: gets the step's expert loads."""
+    """One stage of training.
+
+    objective: of the indexers in its passes. learners: the parameters that learn. losses: of one micro-batch.
+    after_step: called after each step with the step's expert loads.
+    """
 
     objective: Callable[[TrainConfig], Literal["none", "warmup", "adapt"]]
     learners: Callable[[TrainConfig], Learners]
@@ -50,7 +57,7 @@ class Stage:
 
 
 def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
-    """How the passes of a run go, but for the KL's scale, which is each step's own."""
+    """Options of a run's passes, without the KL's scale, which differs from step to step."""
     selector = config.selection if isinstance(config.selection, str) else "indexer" if config.selection else "dense"
     return ForwardOptions(
         selector=resolve(selector),
@@ -67,12 +74,12 @@ def backward(
     options: ForwardOptions,
     device: torch.device,
 ) -> Losses:
-    """Forward and backward of one micro-batch; on CUDA under bfloat16 autocast."""
-    moved = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """Forward and backward pass of one micro-batch; on CUDA under bfloat16 autocast."""
+    inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     objective = options.objective or Objective()
     scaled = replace(options, objective=replace(objective, scale=KLScale(per_query=1.0 / totals.queries)))
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-        losses = stage.losses(model, moved, totals, scaled)
+        losses = stage.losses(model, inputs, totals, scaled)
     losses.total.backward()
     return losses
 
@@ -80,10 +87,10 @@ def backward(
 def language_losses(
     model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals, options: ForwardOptions
 ) -> Losses:
-    """Cross-entropy summed over the micro-batch and divided by the step's total; the KL comes along if an indexer trains."""
+    """Cross-entropy, summed over the micro-batch and divided by the step's total; and the KL if an indexer trains."""
     out = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options)
     assert out.last_hidden_state is not None
-    # The labels are shifted and not the logits, whose gradient would have to be copied to a larger tensor.
+    # The labels are shifted, not the logits, whose gradient would have to be copied to a larger tensor.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
     entropy = _entropies(model.lm_head, out.last_hidden_state.flatten(0, 1), targets)
     weights = batch.get("loss_weights")
@@ -95,13 +102,13 @@ def language_losses(
 
 
 def _entropies(head: nn.Linear, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Cross-entropies (N) float32 of the head's logits, of which no more exist at a time than `cost.head_rows` says."""
+    """Cross-entropies (N) float32 of the head's logits, which exist for at most `cost.head_rows` tokens at a time."""
 
-    def some(hidden: Tensor, targets: Tensor) -> Tensor:
+    def entropies(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, reduction="none", ignore_index=-100)
 
     rows = cost.head_rows(head.weight.shape[0])
     if len(hidden_ND) <= rows:
-        return some(hidden_ND, targets_N)
+        return entropies(hidden_ND, targets_N)
     pieces = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
-    return torch.cat([checkpoint(some, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([checkpoint(entropies, *piece, use_reentrant=False) for piece in pieces])

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: written atomically, rotated, and enough to continue as if nothing had happened.
+"""Checkpoints of a run: written atomically, rotated, and sufficient to continue as if nothing had happened.
 
-A checkpoint is a folder `step-000120` of the run: the model in Hugging Face format, the optimizer's moments as safetensors, and state.json
-(step, random state, fingerprint of config and data). Data order needs no state: a sequence is a function of seed and number.
+A checkpoint is a folder `step-000120` of the run. It holds the model in Hugging Face format, the optimizer's moments
+and the random state as safetensors, and state.json (step, fingerprint of config and data). Data order needs no state: a
+sequence is a function of seed and number.
 """
 
 import json
@@ -22,7 +23,7 @@ from tokensieve.model.loading import copy_tokenizer
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
 CONFIG = "config.json"  # of the run
-NAMED = 3  # settings that a message names at most
+NAMED = 3  # the most settings that a message names
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ def save_state(
     keep: int,
     shard_bytes: float = 5e9,
 ) -> Path:
-    """Writes a checkpoint and removes the oldest ones beyond `keep`. UserError on a full disk, with everything older intact."""
+    """Writes a checkpoint and removes the oldest ones beyond `keep`.
+
+    UserError on a full disk, with all older checkpoints intact.
+    """
     folder = folder_of(run, state.step)
     names = {id(p): n for n, p in model.named_parameters()}
     with checkpoint.replacing_folder(folder) as new:
@@ -59,17 +63,17 @@ def save_state(
         (new / STATE).write_text(json.dumps({"step": state.step, "fingerprint": state.fingerprint}))
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
-    kept = checkpoints(run)[-max(1, keep) :]
+    newest = checkpoints(run)[-max(1, keep) :]
     for old in run.glob("step-*"):
-        if old.is_dir() and old not in kept:
+        if old.is_dir() and old not in newest:
             _leave(model, old, folder)
-            (old / STATE).unlink(missing_ok=True)  # first, so that a kill in between leaves nothing that looks complete
+            (old / STATE).unlink(missing_ok=True)  # first, so that after a kill the rest does not look complete
             shutil.rmtree(old)
     return folder
 
 
 def _leave(model: DecoderForCausalLM, old: Path, new: Path) -> None:
-    """A resumed model takes its tokenizer and its carried tensors from the checkpoint it was loaded from, which is about to go."""
+    """Points a resumed model to `new` for its tokenizer and carried tensors, if they are in `old`, soon removed."""
     if getattr(model, "folder", None) is not None and Path(model.folder).resolve() == old.resolve():
         model.folder = new
     if model.extras is not None and model.extras.folder == old.resolve():
@@ -77,12 +81,12 @@ def _leave(model: DecoderForCausalLM, old: Path, new: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first. What a kill left half-written has another name and is not among them."""
+    """Complete checkpoints of a run, oldest first. A folder that a kill left half-written has another name."""
     return sorted(p for p in run.glob("step-*") if (p / STATE).is_file())
 
 
 def read_state(folder: Path) -> RunState:
-    """UserError on a damaged file."""
+    """The state of the checkpoint `folder`. UserError if the file is damaged."""
     try:
         raw: dict[str, Any] = json.loads((folder / STATE).read_text())
         return RunState(raw["step"], raw["fingerprint"])
@@ -93,7 +97,7 @@ def read_state(folder: Path) -> RunState:
 
 
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """What of a config decides the losses: not where the run is kept, nor how often it saves or logs."""
+    """The settings that decide the losses; others, such as the run folder or the saving interval, become constants."""
     data = settings["data"] | {"cache": ""}
     return settings | {
         "out": "",
@@ -109,7 +113,7 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def what_differs(run: Path, settings: dict[str, Any]) -> str:
-    """Why a run cannot go on with these settings: the first ones that its own config.json has otherwise, both values told."""
+    """Why a run cannot continue with `settings`: the first that differ from its own config.json, with both values."""
     try:
         there = _by_name(decisive(json.loads((run / CONFIG).read_text())))
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -118,14 +122,14 @@ def what_differs(run: Path, settings: dict[str, Any]) -> str:
     other = [name for name in here | there if here.get(name) != there.get(name)]
     if not other:
         return "the data differ from those of the run that is there: a source's text or the tokenizer has changed"
-    named = "; ".join(
-        f"{name} is {_told(here, name)}, in the run that is there {_told(there, name)}" for name in other[:NAMED]
+    differences = "; ".join(
+        f"{name} is {_value(here, name)}, in the run that is there {_value(there, name)}" for name in other[:NAMED]
     )
-    return named + (f"; {len(other) - NAMED} more settings differ" if len(other) > NAMED else "")
+    return differences + (f"; {len(other) - NAMED} more settings differ" if len(other) > NAMED else "")
 
 
 def _by_name(settings: Any, name: str = "") -> dict[str, Any]:
-    """{"optimizer.lr": 0.001, "phases.0.steps": 200, ...}"""
+    """Flat settings: {"optimizer.lr": 0.001, "phases.0.steps": 200, ...}."""
     if isinstance(settings, list | tuple) and settings:
         settings = dict(enumerate(settings))
     if not isinstance(settings, dict):
@@ -133,12 +137,12 @@ def _by_name(settings: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in settings.items() for k, v in _by_name(value, f"{name}.{key}".lstrip(".")).items()}
 
 
-def _told(settings: dict[str, Any], name: str) -> str:
+def _value(settings: dict[str, Any], name: str) -> str:
     return json.dumps(settings[name]) if name in settings else "not given"
 
 
 def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Moments and random state of the checkpoint `folder`. UserError on a damaged file."""
+    """Restores moments and random state from the checkpoint `folder`. UserError if the file is damaged."""
     path = folder / OPTIMIZER
     try:
         tensors = load_file(path)
@@ -154,7 +158,7 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
     for key, value in tensors.items():
         name, _, moment = key.partition("|")
         parameter = parameters[name]
-        # The step count stays on the CPU where the optimizer keeps it there.
+        # The step count stays on the CPU if the optimizer keeps it there.
         stays = moment == "step" and not _fused(optimizer)
         optimizer.state[parameter][moment] = value if stays else value.to(parameter.device)
 

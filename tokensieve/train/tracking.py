@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard files and Weights & Biases where asked for."""
+"""Records of a run's figures: metrics.jsonl always, TensorBoard files and Weights & Biases if `track` names them."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,17 @@ CUT_OFF = 1 << 62  # the step of a line that a kill cut off
 
 
 class Tracker:
-    """One row per logged step. A resumed run first drops the rows after the step that it resumes from."""
+    """Writer of one row per logged step. A resumed run first drops the rows after the step that it resumes from."""
 
     def __init__(self, config: TrainConfig, first_step: int):
         self.run = Path(config.out)
         self.path = self.run / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text().splitlines() if first_step else []
-            kept = [line for line in lines if _step(line) <= first_step]
-            whole = self.path.with_name(self.path.name + ".partial")
-            whole.write_text("".join(line + "\n" for line in kept))
-            whole.replace(self.path)
+            earlier = [line for line in lines if _step(line) <= first_step]
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(line + "\n" for line in earlier))
+            partial.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
         self.writers: list[Any] = []
         for name in config.track:
@@ -39,7 +39,8 @@ class Tracker:
             self.file.flush()
         except OSError as error:
             raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); free space, then continue from the last checkpoint with --resume"
+                f"{self.path}: cannot be written ({error.strerror}); "
+                "free space, then continue from the last checkpoint with --resume"
             ) from error
         for writer in self.writers:
             for name, value in figures.items():
@@ -74,7 +75,7 @@ def _step(line: str) -> int:
 
 
 def history(run: str | Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, without a last one that a kill cut off."""
+    """The rows of a run's metrics.jsonl. A last row that a kill cut off is left out."""
     path = Path(run) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step(line) != CUT_OFF]

@@ -1,4 +1,7 @@
-"""Dense warm-up, stage 1: the trunk is frozen and attends densely; each layer's indexer learns equation (3) from that layer's attention."""
+"""Dense warm-up, stage 1: each layer's indexer learns equation (3) from that layer's attention.
+
+The trunk is frozen and attends densely.
+"""
 
 from torch import Tensor
 

@@ -1,13 +1,13 @@
 """Write the shards of the official inference demo from a checkpoint folder, and read them back.
 
-Rank i of R reads ``model{i}-mp{R}.safetensors``. It holds a slice of every matrix that the ranks divide, a run of E / R
-whole experts, and a copy of all the rest, under names of its own. Values are moved and never changed: FP8 stays FP8,
-and rotated dimensions keep the order of the published checkpoint (interleaved for the attention, half-split for the
-indexer), since the official conversion does not touch them either. Legend: R ranks, E experts.
+Rank i of R reads ``model{i}-mp{R}.safetensors``. It holds a slice of every matrix that the ranks divide, E / R
+consecutive experts whole, and a copy of all the rest, under names of its own. Values are moved and never changed: FP8
+stays FP8, and rotated dimensions keep the order of the published checkpoint (interleaved for the attention, half-split
+for the indexer), as in the official conversion. Legend: R ranks, E experts.
 
-Source: inference/convert.py (names and slices), inference/model.py and generate.py (what reads them) of
-DeepSeek-V3.2-Exp. The demo is told the shape by a JSON file of its own; what is kept here is the checkpoint's
-config.json, which is all that the way back needs.
+Source: inference/convert.py (names and slices), inference/model.py and generate.py (their readers) of
+DeepSeek-V3.2-Exp. The demo reads the shape from a JSON file of its own; the shards here keep the checkpoint's
+config.json, which is all that the reverse needs.
 """
 
 import json
@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokensieve.checkpoint.folder import replacing_folder
-from tokensieve.checkpoint.names import expected_tensors, memory_layout
-from tokensieve.checkpoint.ranks import (
+from tokensieve.checkpoint.demo_names import (
     DEMO_BLOCK,
     EXPERT,
     check_division,
@@ -33,6 +31,8 @@ from tokensieve.checkpoint.ranks import (
     rank_tensors,
     shard_axis,
 )
+from tokensieve.checkpoint.folder import replacing_folder
+from tokensieve.checkpoint.names import expected_tensors, memory_layout
 from tokensieve.checkpoint.reading import (
     FP8,
     Shards,
@@ -68,13 +68,13 @@ def write_shards(
 ) -> None:
     """Write the demo's shards of a checkpoint folder, byte for byte those of the official conversion.
 
-    source: a folder in Hugging Face format; out: a new or empty folder, which appears when all is on disk; ranks: files
-    to write; n_experts: compared with config.json where given. At most one rank's tensors are held in memory. Beside the
-    shards go config.json and the tokenizer. The multi-token-prediction layer is left behind, as the demo has none; a
-    tied ``lm_head``, for which the demo has no notion, is written as a copy of the embedding.
+    source: a folder in Hugging Face format. out: a new or empty folder, which appears when all is on disk. ranks: files
+    to write. n_experts: compared with config.json if given. At most one rank's tensors are held in memory.
+    config.json and the tokenizer are copied beside the shards. The multi-token-prediction layer is left behind, as the
+    demo has none; a tied ``lm_head``, which the demo does not know, is written as a copy of the embedding.
     Raises UserError for a checkpoint that :func:`load_tensors` refuses, for another number of experts, for a number of
-    ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (where the
-    official conversion stops or gives a rank the wrong scales), for biases, and for a folder that holds something.
+    ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (for which
+    the official conversion stops or gives a rank the wrong scales), for biases, and for a folder that is not empty.
     """
     source, out = Path(source), Path(out)
     raw = read_config(source)
@@ -133,9 +133,9 @@ def join_shards(
     """Write the checkpoint folder that the demo's shards were made from, bit for bit; the reverse of `write_shards`.
 
     source: a folder with every ``model{i}-mp{ranks}.safetensors`` and the config.json of the checkpoint (the official
-    conversion does not copy it: put it there); out: a new or empty folder; ranks: needed only where the folder holds
-    shards for several numbers of ranks. Held in memory are one file of ``shard_bytes`` and one layer. config.json stays
-    as it is, but for a multi-token-prediction layer, which the shards do not hold and it counts no more.
+    conversion does not copy it: put it there). out: a new or empty folder. ranks: needed only if the folder holds
+    shards for several numbers of ranks. One file of ``shard_bytes`` and one layer are held in memory. config.json is
+    copied, except that it no longer counts a multi-token-prediction layer, which the shards do not hold.
     Raises UserError for a missing, damaged or foreign file, and for ranks whose common tensors differ.
     """
     source, out = Path(source), Path(out)
@@ -151,8 +151,8 @@ def join_shards(
         shapes = rank_tensors(config, rank, ranks)
         check_tensors(source, shapes, config, shards)
         check_tied(source, config, shards)
-        own = [name for name in shapes if rank == 0 or shard_axis(name) is not None or EXPERT.search(name)]
-        size += sum(shards.size(part) for name in own for part in shards.with_scale(name))
+        unshared = [name for name in shapes if rank == 0 or shard_axis(name) is not None or EXPERT.search(name)]
+        size += sum(shards.size(part) for name in unshared for part in shards.with_scale(name))
     with replacing_folder(out) as new:
         require_space(new, size)
         writer = ShardWriter(new, shard_bytes)
@@ -178,7 +178,7 @@ def _place(name: str) -> str:
 
 
 def _whole(name: str, opened: list[Shards]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensor, and its scales where it is FP8, put together from the ranks that hold it."""
+    """The tensor, and its scales if it is FP8, joined from the ranks that hold it."""
     holders, axis = [shards for shards in opened if name in shards.shape], shard_axis(name)
     for part in holders[0].with_scale(name):
         pieces = [shards.piece(part) for shards in holders]
@@ -208,11 +208,12 @@ def load_shard(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream one rank's tensors out of its shard: (in-memory name, this rank's slice), in the order of the model.
 
-    Reads ``model{rank}-mp{ranks}.safetensors`` and config.json of the folder and no other rank's file. Names, dtypes and
-    what is held are those of :func:`load_tensors`, ``kept`` some of :func:`shard_blocks`; the slices are along
-    :func:`shard_axis`, and the fused experts of a layer are this rank's E / R, the first of them expert rank * E / R. A
-    tied ``lm_head`` is not yielded: this rank's rows of it are those of the embedding. Headers are checked before this
-    returns. Raises UserError as `load_tensors`, and for a number of ranks that does not divide the model.
+    Reads ``model{rank}-mp{ranks}.safetensors`` and config.json of the folder, and no other rank's file. Names, dtypes
+    and memory are as for :func:`load_tensors`; ``kept`` is a subset of :func:`shard_blocks`. Slices are along
+    :func:`shard_axis`; the fused experts of a layer are this rank's E / R, beginning with expert rank * E / R. A tied
+    ``lm_head`` is not yielded: this rank's rows of it are those of the embedding. Headers are checked before this
+    returns. Raises UserError as `load_tensors` does, and for a number of ranks that does not divide the model;
+    ValueError for a rank outside 0 ... ranks - 1.
     """
     folder = Path(folder)
     if not 0 <= rank < ranks:
@@ -226,12 +227,12 @@ def load_shard(
 
 
 def _rank_layout(config: Any, rank: int, ranks: int) -> dict[str, list[str]]:
-    held = rank_tensors(config, rank, ranks)
-    return {name: [part for part in parts if part in held] for name, parts in memory_layout(config).items()}
+    shapes = rank_tensors(config, rank, ranks)
+    return {name: [part for part in parts if part in shapes] for name, parts in memory_layout(config).items()}
 
 
 def _open_rank(folder: Path, config: Any, rank: int, ranks: int) -> Shards:
-    """One rank's file, its tensors under the names that they have in a checkpoint."""
+    """One rank's file, with its tensors under their names in a checkpoint."""
     path = folder / rank_file(rank, ranks)
     if not path.is_file():
         raise UserError(f"{path}: missing; copy it from where the checkpoint was converted, or convert it again")
@@ -248,18 +249,19 @@ def _open_rank(folder: Path, config: Any, rank: int, ranks: int) -> Shards:
     return Shards({on_disk[name]: (path, name) for name in inside}, fp8_block(folder))
 
 
-def _find_ranks(folder: Path, asked: int | None) -> int:
-    found = rank_files(folder)
-    if asked is None and len(found) > 1:
+def _find_ranks(folder: Path, requested: int | None) -> int:
+    files = rank_files(folder)
+    if requested is None and len(files) > 1:
         raise UserError(
-            f"{folder}: holds shards for {' and for '.join(map(str, sorted(found)))} ranks; say which with --model-parallel"
+            f"{folder}: holds shards for {' and for '.join(map(str, sorted(files)))} ranks; "
+            "choose one with --model-parallel"
         )
-    ranks = asked if asked is not None else next(iter(found), 0)
-    if not found.get(ranks):
-        held = f"those there are for {', '.join(map(str, sorted(found)))}" if found else "it holds none"
-        wanted = f"shards for {ranks} ranks" if ranks else "shards (model0-mp8.safetensors and so on)"
-        raise UserError(f"{folder}: no {wanted}, {held}; give the folder that convert wrote")
-    missing = [name for name in (rank_file(rank, ranks) for rank in range(ranks)) if name not in found[ranks]]
+    ranks = requested if requested is not None else next(iter(files), 0)
+    if not files.get(ranks):
+        others = f"those there are for {', '.join(map(str, sorted(files)))}" if files else "it holds none"
+        absent = f"shards for {ranks} ranks" if ranks else "shards (model0-mp8.safetensors and so on)"
+        raise UserError(f"{folder}: no {absent}, {others}; give the folder that convert wrote")
+    missing = [name for name in (rank_file(rank, ranks) for rank in range(ranks)) if name not in files[ranks]]
     if missing:
         raise UserError(
             f"{folder}: {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'} missing; "
@@ -276,9 +278,9 @@ def _copy_beside(source: Path, folder: Path) -> None:
 
 
 def _check_experts(folder: Path, config: Any, n_experts: int | None) -> None:
-    held = config.n_routed_experts
-    if n_experts is not None and n_experts != held:
+    experts = config.n_routed_experts
+    if n_experts is not None and n_experts != experts:
         raise UserError(
-            f"--n-experts {n_experts}: {folder}/config.json has n_routed_experts {held}; say --n-experts {held}, "
+            f"--n-experts {n_experts}: {folder}/config.json has n_routed_experts {experts}; say --n-experts {experts}, "
             "or leave it out"
         )

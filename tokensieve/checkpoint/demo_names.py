@@ -1,6 +1,6 @@
-"""What each rank of the official inference demo holds, as data: names, slices, experts, and which numbers of ranks work.
+"""The tensors of each rank of the official inference demo as data: names, slices, experts, possible numbers of ranks.
 
-Legend: R ranks, E experts. Source: inference/convert.py (names and slices) and inference/model.py (what reads them) of
+Legend: R ranks, E experts. Source: inference/convert.py (names and slices) and inference/model.py (their reader) of
 DeepSeek-V3.2-Exp.
 """
 
@@ -15,7 +15,7 @@ from tokensieve.config import UserError
 from tokensieve.families import family_of
 
 DEMO_MODULES: dict[str, tuple[str, int | None]] = {
-    # module in a checkpoint: its name in the demo, and the axis that the ranks divide (None: each holds the whole)
+    # module in a checkpoint: its name in the demo, and the axis that the ranks divide (None: each rank holds it whole)
     "embed_tokens": ("embed", 0),
     "input_layernorm": ("attn_norm", None),
     "q_proj": ("wq", 0),
@@ -40,25 +40,25 @@ DEMO_MODULES: dict[str, tuple[str, int | None]] = {
     "lm_head": ("head", 0),
 }
 DEMO_WORDS = {"self_attn": "attn", "mlp": "ffn", "weight_scale_inv": "scale", "e_score_correction_bias": "bias"}
-DEMO_BLOCK = (128, 128)  # of FP8, the only one that the demo's kernels read
+DEMO_BLOCK = (128, 128)  # the only FP8 block that the demo's kernels read
 
 EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
 def demo_name(name: str) -> str:
-    """Return the demo's name for a tensor of a checkpoint: ``layers.0.attn.wq_b.scale`` and the like."""
+    """Return the demo's name for a tensor of a checkpoint, such as ``layers.0.attn.wq_b.scale``."""
     words = name.removeprefix("model.").split(".")
     words[-2] = DEMO_MODULES[words[-2]][0]
     return ".".join(DEMO_WORDS.get(word, word) for word in words)
 
 
 def shard_axis(name: str) -> int | None:
-    """Return the axis of an on-disk tensor that the ranks divide; None for one that is whole where it is held."""
+    """Return the axis of an on-disk tensor that the ranks divide; None if each rank holds it whole or not at all."""
     return None if EXPERT.search(name) else DEMO_MODULES[name.split(".")[-2]][1]
 
 
 def rank_tensors(config: Any, rank: int, ranks: int) -> dict[str, tuple[int, ...]]:
-    """Return what one rank holds of :func:`expected_tensors`: on-disk name -> shape of its slice, in the same order."""
+    """Return the part of :func:`expected_tensors` that a rank holds: on-disk name -> shape of its slice, in order."""
     shapes = expected_tensors(config)
     for name, shape in list(shapes.items()):
         axis, expert = shard_axis(name), EXPERT.search(name)
@@ -74,7 +74,10 @@ def rank_file(rank: int, ranks: int) -> str:
 
 
 def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_blocks: bool = True) -> None:
-    """UserError unless the ranks divide what the demo divides, with the remedy; FP8 blocks too, unless told otherwise."""
+    """Raise UserError, naming the remedy, unless ``ranks`` divides every size that the demo divides.
+
+    whole_blocks: FP8 blocks too must stay whole.
+    """
     if not family_of(config).divisible:
         raise UserError(
             f"{folder}: a model of type {config.model_type} cannot be divided between ranks yet; use one process"
@@ -100,16 +103,16 @@ def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_
     }
 
     def cut(count: int) -> str | None:
-        """The first matrix of which a rank would hold a part of an FP8 block, whose scale another has."""
+        """The first matrix that would be cut through an FP8 block, one rank having a part and another the scale."""
         return next((name for name, (size, block) in fp8.items() if count > 1 and size % (count * block)), None)
 
-    odd = [f"{field} {count}" for field, count in counts.items() if ranks < 1 or count % ranks]
-    if whole_blocks and not odd and (split := cut(ranks)):
-        odd = [f"{split} into whole FP8 blocks ({fp8[split][0]} by {fp8[split][1]})"]
-    if odd:
+    indivisible = [f"{field} {count}" for field, count in counts.items() if ranks < 1 or count % ranks]
+    if whole_blocks and not indivisible and (split := cut(ranks)):
+        indivisible = [f"{split} into whole FP8 blocks ({fp8[split][0]} by {fp8[split][1]})"]
+    if indivisible:
         limit = math.gcd(*counts.values())
         possible = [count for count in range(1, limit + 1) if limit % count == 0 and not cut(count)]
         raise UserError(
-            f"{folder}: {ranks} ranks do not divide {', '.join(odd)}; possible numbers of them: "
+            f"{folder}: {ranks} ranks do not divide {', '.join(indivisible)}; possible numbers of them: "
             f"{', '.join(map(str, possible))}"
         )
