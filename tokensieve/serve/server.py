@@ -87,9 +87,11 @@ def run(
     """Serve until a signal ends it. KeyboardInterrupt if a second signal did."""
     log_lines_alone()
     allow_connections()
-    server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
+    service = Service(engine)
+    server = make(service, engine.tokenizer, config, lambda: on_start(address(listening)))
     server.run(sockets=[listening])
     if server.force_exit:
+        service.stop(drain=False)  # an exit while the engine's thread is in a step would abort the process
         raise KeyboardInterrupt
 
 
