@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.engine.detokenizer import Detokenizer
 from tokensieve.engine.grammar import Grammars, Matcher
 from tokensieve.engine.request import Finish, Output, Request, TokenLogprob
 from tokensieve.engine.runner import Runner, check_servable, page_bytes
-from tokensieve.engine.sampling import Row, choose, logprobs_of
+from tokensieve.engine.sampling import SamplingRow, choose, logprobs_of
 from tokensieve.engine.scheduler import Running, Scheduler, pages_for
-from tokensieve.engine.text import TextStream
 from tokensieve.engine.trace import AttentionTrace
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.selection import Selector
@@ -71,7 +71,7 @@ class Generation:
     """What the engine keeps of a request besides its tokens."""
 
     running: Running
-    text: TextStream
+    text: Detokenizer
     matcher: Matcher | None
     trace: AttentionTrace | None = None
 
@@ -117,7 +117,7 @@ class Engine:
         matcher = self._grammars.matcher(request.sampling)
         seed = request.sampling.seed
         running = self.scheduler.add(request, int.from_bytes(os.urandom(8), "little") if seed is None else seed)
-        self._generations[request.id] = Generation(running, TextStream(self.tokenizer, request.sampling.stop), matcher)
+        self._generations[request.id] = Generation(running, Detokenizer(self.tokenizer, request.sampling.stop), matcher)
 
     def abort(self, id: str) -> Output | None:
         """Ends a request; its pages come back. None where there is none of this id."""
@@ -167,7 +167,7 @@ class Engine:
             some, logits_BV = [r for r in some if r not in broken], logits_BV[sound]
         answers = [self._generations[r.request.id] for r in some]
         rows = [
-            Row(
+            SamplingRow(
                 r.request.sampling,
                 r.seed,
                 r.answered,
@@ -182,7 +182,7 @@ class Engine:
             for answer, token, logits_V in zip(answers, tokens, logits_BV, strict=True)
         ]
 
-    def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
+    def _choose(self, logits_BV: Tensor, rows: list[SamplingRow]) -> list[int]:
         return choose(logits_BV, rows)
 
     def _say(self, answer: Generation, token: int, logits_V: Tensor) -> Output:

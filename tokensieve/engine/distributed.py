@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokensieve.engine.core import Engine, EngineConfig, default_pages
 from tokensieve.engine.request import Output, Request, Sampling
-from tokensieve.engine.sampling import Row
+from tokensieve.engine.sampling import SamplingRow
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 
@@ -64,7 +64,7 @@ class OneOfRanks(Engine):
         pages = config.pages or default_pages(model, config.running, mesh.size)
         super().__init__(model, tokenizer, replace(config, pages=mesh.all_reduce_min(pages)))
 
-    def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
+    def _choose(self, logits_BV: Tensor, rows: list[SamplingRow]) -> list[int]:
         return self.mesh.broadcast(super()._choose(logits_BV, rows) if self.mesh.leads else [0] * len(rows))
 
 

@@ -15,7 +15,7 @@ from tokensieve.engine.request import Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
-class Row:
+class SamplingRow:
     """What one row's choice depends on besides its logits."""
 
     sampling: Sampling
@@ -30,7 +30,7 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def choose(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
+def choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """The next token of each row. A draw is the first token, in order of probability, whose cumulative one passes the row's number."""
     x_BV = logits_BV.float()
     bent = [b for b, row in enumerate(rows) if _bends(row)]
@@ -45,13 +45,13 @@ def choose(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
     return chosen_B.tolist()
 
 
-def _bends(row: Row) -> bool:
+def _bends(row: SamplingRow) -> bool:
     s = row.sampling
     penalized = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
     return bool(penalized or s.logit_bias or row.allowed_V is not None)
 
 
-def _bend(x_V: Tensor, row: Row) -> None:
+def _bend(x_V: Tensor, row: SamplingRow) -> None:
     """Penalties, biases and the grammar, in place."""
     s = row.sampling
     if s.repetition_penalty != 1:
@@ -70,7 +70,7 @@ def _bend(x_V: Tensor, row: Row) -> None:
         x_V.masked_fill_(~row.allowed_V.to(x_V.device), float("-inf"))
 
 
-def _draw(x_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=x_BV.device)[:, None]
 

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tokensieve.engine.pages import Digest, PagePool, digests
+from tokensieve.engine.page_pool import Digest, PagePool, digests
 from tokensieve.engine.request import Request
 from tokensieve.ops.quant import PAGE_TOKENS
 

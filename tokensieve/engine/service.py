@@ -40,7 +40,7 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Load:
+class EngineLoad:
     """What the engine holds at this moment. preempted: how often, since the beginning, an answer gave its pages back."""
 
     running: int
@@ -78,10 +78,10 @@ class Service:
         return len(self._open)
 
     @property
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
         scheduler = self.engine.scheduler
         running, pool = len(scheduler.running), scheduler.pool
-        return Load(running, max(0, self.open - running), pool.pages, pool.used, scheduler.preempted)
+        return EngineLoad(running, max(0, self.open - running), pool.pages, pool.used, scheduler.preempted)
 
     def start(self) -> None:
         if self._thread is None:

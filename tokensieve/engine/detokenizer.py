@@ -36,7 +36,7 @@ class Pieces:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
 
-class TextStream:
+class Detokenizer:
     """Turns an answer's tokens into text. Gives out only what is certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
