@@ -1,90 +1,95 @@
-"""Tokens back to text as they come, and the strings at which an answer ends."""
+"""Tokens to text, one at a time, and the strings at which an answer ends."""
 
 from typing import Any
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the decoded form of an incomplete character
 
 
 class Pieces:
-    """Turns tokens into text one by one. Half a character waits for its other half, for as long as what follows may be it.
+    """Text of tokens, one by one. An incomplete character is held back for as long as later tokens may complete it.
 
-    A token's text depends on those before it (where a word begins, which bytes make a character), so the last piece's tokens are decoded
-    once more with what is new.
+    A token's text depends on the tokens before it (where a word begins, which bytes make a character), so the tokens of
+    the last piece are decoded again together with the new ones.
     """
 
     def __init__(self, tokenizer: Any, skip_special: bool):
-        """tokenizer: a fast one of transformers."""
+        """tokenizer: a fast tokenizer of transformers. skip_special: whether special tokens have no text."""
         self._tokenizer, self._skip_special = tokenizer.backend_tokenizer, skip_special
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = frozenset(id for id, token in added.items() if token.special)
-        self._ids: list[int] = []  # of the last piece, then those whose text is not given yet
-        self._given = 0  # of them, those of the last piece
+        self._ids: list[int] = []  # tokens of the last piece, then those whose text is held back
+        self._last_piece = 0  # number of tokens of the last piece
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain."""
+        """Text that `token` makes certain."""
         if self._skip_special and token in self.special:
             return ""
         self._ids.append(token)
-        before, now = self._decoded(self._ids[: self._given]), self._decoded(self._ids)
-        if len(now) <= len(before) or now.endswith(UNFINISHED):
+        last, text = self._decode(self._ids[: self._last_piece]), self._decode(self._ids)
+        if len(text) <= len(last) or text.endswith(UNFINISHED):
             return ""
-        self._ids = self._ids[self._given :]
-        self._given = len(self._ids)
-        return now[len(before) :]
+        self._ids = self._ids[self._last_piece :]
+        self._last_piece = len(self._ids)
+        return text[len(last) :]
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special)
 
 
 class Detokenizer:
-    """Turns an answer's tokens into text. Gives out only what is certain: whole characters, and nothing that may begin a stop string."""
+    """Text of an answer's tokens. Returns only what is certain: whole characters, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
-        """tokenizer: a fast one of transformers."""
+        """tokenizer: a fast tokenizer of transformers. stop: strings at which the answer ends."""
         self._tokenizer, self._stop = tokenizer, stop
         self._pieces = Pieces(tokenizer, skip_special=True)
         self._ids: list[int] = []
-        self._decoded = 0  # characters so far, given out or held
-        self._held = ""
-        self._begins = [0] * len(stop)  # in what is held: the first place at which each stop string may begin
+        self._decoded = 0  # characters so far, returned or held back
+        self._pending = ""  # text that is held back, since a stop string may begin in it
+        self._begins = [0] * len(stop)  # the first position in the pending text at which each stop string may begin
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that `token` makes certain. `stopped` is set once a stop string is complete, and nothing follows it."""
+        """Text that `token` makes certain. Once a stop string is complete, `stopped` is set, and no text follows."""
         self._ids.append(token)
         piece = self._pieces.push(token)
-        given = self._give(piece) if piece else ""
+        text = self._certain(piece) if piece else ""
         if token in self._pieces.special and not self.stopped:
-            # It is left out of the text, but its place in it is known: what is before is not held back past it.
-            given, self._held, self._begins = given + self._held, "", [0] * len(self._stop)
-        return given
+            # A special token has no text, but its position in the text is known: no stop string reaches across it, so
+            # the text before it is not held back any longer.
+            text, self._pending, self._begins = text + self._pending, "", [0] * len(self._stop)
+        return text
 
     def finish(self) -> str:
-        """What was held back, at the answer's end: an incomplete character too, as the tokenizer writes it."""
+        """Text that was held back, at the end of the answer: an incomplete character too, as the tokenizer writes it."""
         if self.stopped:
             return ""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        given = self._give(whole[self._decoded :])
-        rest, self._held = ("", "") if self.stopped else (self._held, "")
-        return given + rest
+        text = self._certain(whole[self._decoded :])
+        rest, self._pending = ("", "") if self.stopped else (self._pending, "")
+        return text + rest
 
-    def _give(self, piece: str) -> str:
+    def _certain(self, piece: str) -> str:
+        """Text that is certain after `piece`; the rest becomes the pending text."""
         self._decoded += len(piece)
-        text = self._held + piece
-        # Where a string did not begin it never will: every place is looked at once.
+        text = self._pending + piece
+        # A stop string that does not begin at a position never will, so every position is searched only once.
         self._begins = [_begin(text, stop, at) for stop, at in zip(self._stop, self._begins, strict=True)]
-        ends = [at for stop, at in zip(self._stop, self._begins, strict=True) if at + len(stop) <= len(text)]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
+        complete = [at for stop, at in zip(self._stop, self._begins, strict=True) if at + len(stop) <= len(text)]
+        if complete:
+            self.stopped, self._pending = True, ""
+            return text[: min(complete)]
         certain = min(self._begins, default=len(text))
         self._begins = [at - certain for at in self._begins]
-        self._held = text[certain:]
+        self._pending = text[certain:]
         return text[:certain]
 
 
 def _begin(text: str, stop: str, at: int) -> int:
-    """The first place from `at` on at which `text` holds all of `stop`, or ends with a beginning of it; the end of `text` is one."""
+    """First position from `at` on at which `text` contains all of `stop`, or ends with a beginning of it.
+
+    The end of `text` is such a position.
+    """
     while not stop.startswith(text[at : at + len(stop)]):
         at += 1
     return at
