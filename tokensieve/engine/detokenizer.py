@@ -37,7 +37,10 @@ class Pieces:
 
 
 class Detokenizer:
-    """Text of an answer's tokens. Returns only what is certain: whole characters, and nothing that may begin a stop string."""
+    """Text of an answer's tokens, returned as soon as it is certain.
+
+    Certain are whole characters that cannot belong to a stop string which later tokens may complete.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
         """tokenizer: a fast tokenizer of transformers. stop: strings at which the answer ends."""
@@ -61,7 +64,10 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """Text that was held back, at the end of the answer: an incomplete character too, as the tokenizer writes it."""
+        """Text that was held back, at the end of the answer.
+
+        It includes an incomplete character, in the form in which the tokenizer writes it.
+        """
         if self.stopped:
             return ""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
