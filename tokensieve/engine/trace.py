@@ -19,7 +19,7 @@ from tokensieve.model.selection import SelectionContext
 class LayerTrace:
     """One layer's part of a trace, for the layer's real input.
 
-    Positions are in ascending order. Shares of attention are means over heads, and all shares of a token sum to 1.
+    Positions are in ascending order. Shares of attention are means over heads, as fractions of 1.
 
     layer: index of the layer.
     selected: positions of the selected keys.
