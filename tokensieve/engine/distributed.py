@@ -209,5 +209,5 @@ def _deferred_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for deferred in received:
+            signal.raise_signal(deferred)

@@ -138,8 +138,8 @@ def shard(model: DecoderForCausalLM, mesh: Mesh) -> None:
     sliced: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in sliced:  # a tied head is the same parameter as the embedding
-            part = _slice(name, parameter.detach(), mesh)
-            sliced[id(parameter)] = nn.Parameter(part, requires_grad=parameter.requires_grad)
+            local = _slice(name, parameter.detach(), mesh)
+            sliced[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, sliced[id(parameter)])
 
