@@ -1,4 +1,4 @@
-"""The processes that share one job: what torchrun started, their device each, and what they tell one another.
+"""The processes of one job, as torchrun starts them: the device of each, and the collectives between them.
 
 Training and the engine both build on it. All ranks call the same methods in the same order.
 """
@@ -20,14 +20,19 @@ from tokensieve.machine import choose_device, rank_info
 
 T = TypeVar("T")
 
-# Until a rank that waits for another gives up. The slowest thing that ranks do by themselves is to read a checkpoint.
+# Time after which a rank that waits for another gives up. The slowest task that ranks do alone is to read a checkpoint.
 TIMEOUT = timedelta(minutes=30)
-LONGEST_ERROR = 4096  # bytes
+LONGEST_ERROR = 4096  # bytes of UTF-8
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of one job, seen from one of them."""
+    """The ranks of one job, seen from one of them.
+
+    rank: index of this rank.
+    size: number of ranks.
+    device: device of this rank.
+    """
 
     rank: int
     size: int
@@ -35,43 +40,49 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x; x itself may be overwritten."""
+        """Sum of x over all ranks, of the same shape and dtype. x itself may be overwritten."""
         if self.device.type == "cuda":
             dist.all_reduce(x)
             return x
-        # In the order of the ranks: in gloo's own sum it depends on a number's place, and so on the rows beside it.
+        # Summed in the order of the ranks. In gloo's own sum the order depends on a number's position in the tensor,
+        # and so on the rows beside it.
         return functools.reduce(torch.add, self.all_gather(x))
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's x, by rank; all have one shape."""
+        """x of every rank, in order of the ranks. All must have the same shape and dtype."""
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x)
         return parts
 
     def broadcast(self, values: list[int]) -> list[int]:
-        """Rank 0's values; all ranks pass lists of equal length."""
+        """Values of rank 0. All ranks pass lists of equal length."""
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.broadcast(tensor, 0)
         return tensor.tolist()
 
     def all_reduce_min(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """Minimum of `value` over all ranks."""
         tensor = torch.tensor([value])
         dist.all_reduce(tensor, dist.ReduceOp.MIN)
         return int(tensor)
 
     def agree(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank, once it has returned on all. If it raises UserError on one rank, all ranks raise that."""
+        """Result of `make` on this rank, returned once `make` has returned on all ranks.
+
+        If `make` raises UserError on any rank, all ranks raise it. If it raises on several, all raise the one of the
+        lowest rank, cut to `LONGEST_ERROR` bytes.
+        """
         if self.size == 1:
             return make()
         try:
             results, error = [make()], b""
-        except UserError as raised:
-            results, error = [], str(raised).encode()[:LONGEST_ERROR]
+        except UserError as failure:
+            results, error = [], str(failure).encode()[:LONGEST_ERROR]
         message = torch.zeros(LONGEST_ERROR, dtype=torch.uint8)
         message[: len(error)] = torch.tensor(list(error), dtype=torch.uint8)
         for part in self.all_gather(message):
@@ -82,22 +93,24 @@ class Mesh:
 
 @contextmanager
 def join_mesh(device: str = "auto") -> Iterator[Mesh]:
-    """The ranks that torchrun started, or this process alone; `device` as a command takes it.
+    """Mesh of the ranks that torchrun started, or of this process alone, as a context manager.
 
-    UserError on every rank if there are fewer GPUs than ranks.
+    device: device as commands take it.
+
+    Raises UserError, on every rank, if there are fewer GPUs than ranks.
     """
-    here, kind = rank_info(), torch.device(choose_device(device))
-    if here.size == 1:
-        yield Mesh(0, 1, kind)
+    info, target = rank_info(), torch.device(choose_device(device))
+    if info.size == 1:
+        yield Mesh(0, 1, target)
         return
-    if kind.type == "cuda":
-        if here.local_size > (gpus := torch.cuda.device_count()):
-            raise UserError(f"--nproc-per-node {here.local_size} needs as many GPUs, and this machine has {gpus}")
-        kind = torch.device("cuda", here.local_rank)
-        torch.cuda.set_device(kind)
-    # gloo beside nccl: what ranks say to each other between two steps is on the processor
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=TIMEOUT)
-    if here.rank:
+    if target.type == "cuda":
+        if info.local_size > (gpus := torch.cuda.device_count()):
+            raise UserError(f"--nproc-per-node {info.local_size} needs as many GPUs, and this machine has {gpus}")
+        target = torch.device("cuda", info.local_rank)
+        torch.cuda.set_device(target)
+    # gloo beside nccl: messages between two steps are tensors on the processor.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo", timeout=TIMEOUT)
+    if info.rank:
         logging.getLogger("tokensieve").setLevel(logging.ERROR)  # rank 0 logs the same
-    yield Mesh(here.rank, here.size, kind)
+    yield Mesh(info.rank, info.size, target)
     dist.destroy_process_group()

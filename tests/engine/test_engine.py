@@ -287,7 +287,7 @@ def test_a_large_prompt_that_waits_is_passed_but_not_for_ever(sparse: DecoderFor
     engine.add(ask("large", 900))
     for i in range(40):
         engine.add(ask(f"small {i}", 10, text=i, max_tokens=2))
-    large, ended = engine._answers["large"].running, 0
+    large, ended = engine._generations["large"].running, 0
     while engine.busy:
         ended += sum(o.finish is not None for o in engine.step())
     assert large.passed == 16 and ended == 42

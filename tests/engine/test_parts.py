@@ -17,10 +17,10 @@ from tokenizers.models import BPE, WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import tokensieve
-from tokensieve.engine.pages import PagePool, digests
+from tokensieve.engine.detokenizer import Detokenizer
+from tokensieve.engine.page_pool import PagePool, digests
 from tokensieve.engine.request import Sampling
-from tokensieve.engine.sampling import Row, choose, uniform
-from tokensieve.engine.text import TextStream
+from tokensieve.engine.sampling import SamplingRow, choose, uniform
 
 
 @given(st.integers(0, 10_000))
@@ -74,7 +74,7 @@ def test_digests_are_of_whole_pages_and_of_all_before() -> None:
 
 
 def of(sampling: Sampling, logits: torch.Tensor, draws: int, **row: Any) -> Counter:
-    rows = [Row(sampling, 7, position, row.get("seen", ()), row.get("allowed")) for position in range(draws)]
+    rows = [SamplingRow(sampling, 7, position, row.get("seen", ()), row.get("allowed")) for position in range(draws)]
     return Counter(choose(logits.expand(draws, -1), rows))
 
 
@@ -105,7 +105,7 @@ def test_penalties_and_biases() -> None:
     logits, seen = torch.tensor([3.0, 2.0, 1.0]), (0, 0, 1, 1)  # the last two are the answer
 
     def best(**said: Any) -> int:
-        return choose(logits[None], [Row(Sampling(**said), 0, 2, seen)])[0]
+        return choose(logits[None], [SamplingRow(Sampling(**said), 0, 2, seen)])[0]
 
     assert best(presence_penalty=2.0) == best(frequency_penalty=2.0) == 0
     assert (
@@ -113,18 +113,21 @@ def test_penalties_and_biases() -> None:
     )
     assert best(logit_bias=((1, 4.4),), presence_penalty=2.0, frequency_penalty=0.8) == 0
     assert best(logit_bias=((0, -100.0), (1, -100.0))) == 2 and logits.tolist() == [3.0, 2.0, 1.0]
-    row = Row(Sampling(logit_bias=((0, 100.0),)), 0, 0, (), torch.tensor([False, True, True]))
+    row = SamplingRow(Sampling(logit_bias=((0, 100.0),)), 0, 0, (), torch.tensor([False, True, True]))
     assert choose(logits[None], [row]) == [1], "no bias gets past a grammar"
 
 
 def test_equal_logits_give_the_first() -> None:
-    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), [Row(Sampling(), 0, 0, ())]) == [1]
+    assert choose(torch.tensor([[1.0, 3.0, 3.0]]), [SamplingRow(Sampling(), 0, 0, ())]) == [1]
 
 
 def test_logits_stay_as_they_were() -> None:
     logits = torch.randn(2, 9)
     before = logits.clone()
-    rows = [Row(Sampling(repetition_penalty=2.0), 0, 0, (1, 2)), Row(Sampling(), 0, 0, (), torch.arange(9) > 3)]
+    rows = [
+        SamplingRow(Sampling(repetition_penalty=2.0), 0, 0, (1, 2)),
+        SamplingRow(Sampling(), 0, 0, (), torch.arange(9) > 3),
+    ]
     choose(logits, rows)
     assert torch.equal(logits, before)
 
@@ -143,7 +146,7 @@ def test_text_comes_whole_and_ends_before_the_first_stop(text: str, stops: list[
     ids = tokenizer(text, add_special_tokens=False).input_ids
     whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     places = [whole.find(stop) for stop in stops if stop in whole]
-    stream, given_ = TextStream(tokenizer, tuple(stops)), ""
+    stream, given_ = Detokenizer(tokenizer, tuple(stops)), ""
     for token in ids:
         given_ += stream.push(token)
         assert whole.startswith(given_)
@@ -157,7 +160,7 @@ def test_text_comes_whole_and_ends_before_the_first_stop(text: str, stops: list[
 
 
 class Pieces:
-    """As much of a tokenizer as a TextStream asks for: its tokens are the words of up to three a's and b's, and one that is special."""
+    """As much of a tokenizer as a Detokenizer needs: its tokens are the words of up to three a's and b's, and one that is special."""
 
     words = ["".join(w) for n in (1, 2, 3) for w in itertools.product("ab", repeat=n)]
 
@@ -174,7 +177,7 @@ PIECES = Pieces()
 
 
 def naive(words: list[str], stops: list[str]) -> Iterator[str]:
-    """What a TextStream gives for each word, by the definition: all is searched at every word. The last one: what is held at the end."""
+    """What a Detokenizer gives for each word, by the definition: all is searched at every word. The last one: what is held at the end."""
     held = ""
     for word in words:
         text = held + word.removesuffix("<end>")
@@ -192,7 +195,7 @@ def naive(words: list[str], stops: list[str]) -> Iterator[str]:
 @given(st.lists(st.sampled_from([*Pieces.words, "<end>"])), st.lists(st.text("ab", min_size=1, max_size=9), max_size=4))
 @settings(max_examples=300, deadline=None)
 def test_stop_strings_are_found_as_by_searching_everything(words: list[str], stops: list[str]) -> None:
-    stream = TextStream(PIECES, tuple(stops))
+    stream = Detokenizer(PIECES, tuple(stops))
     given_ = []
     for word in words:
         given_.append(stream.push(PIECES.backend_tokenizer.token_to_id(word)))
@@ -205,7 +208,7 @@ def test_stop_strings_are_found_as_by_searching_everything(words: list[str], sto
 def test_stop_strings_that_nearly_end_cost_little() -> None:
     """As many and as long ones as may be. What one of them holds back is not searched for all others at every token."""
     stops = ("a" * 1023 + "b", *("b" * 1023 + chr(0x4E00 + i) for i in range(63)))
-    stream = TextStream(PIECES, stops)
+    stream = Detokenizer(PIECES, stops)
     begin = time.process_time()
     for _ in range(600):
         stream.push(PIECES.words.index("aaa"))
@@ -214,7 +217,7 @@ def test_stop_strings_that_nearly_end_cost_little() -> None:
 
 def test_a_character_that_never_ends_is_given_at_the_end() -> None:
     tokenizer = _tokenizer()
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     ids = tokenizer("a你", add_special_tokens=False).input_ids
     assert "".join(stream.push(token) for token in ids[:-1]) == "a" and stream.finish() == "�"
 
@@ -225,7 +228,7 @@ def test_bytes_that_are_no_character() -> None:
     model = BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.decoder = Sequence([ByteFallback(), Fuse()])
-    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    stream = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     given = [stream.push(token) for token in (*"é".encode(), 0xFF, 256, *"🙂".encode(), 256)]
     assert given == ["", "é", "", "��a", "", "", "", "🙂", "a"] and stream.finish() == ""
 

@@ -46,7 +46,7 @@ def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any)
 @pytest.mark.parametrize("answers", [2, 40, 128])
 def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
     """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let in at once."""
-    scheduler = Scheduler(pages=4000, most_running=256, chunk=512, chunks=2)
+    scheduler = Scheduler(pages=4000, max_running=256, chunk=512, chunks=2)
     prompt = tuple(range(6000))
     twins = [scheduler.add(Request(f"twin {i}", prompt), i) for i in range(answers)]
     other = scheduler.add(Request("other", tuple(range(1000, 1100))), 0)
@@ -58,7 +58,7 @@ def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
             scheduler.ran(running, scheduler.chunk_of(running))
         first, steps = False, steps + 1
         assert steps < 6000 // 512 + 2 + answers / 2
-    assert [r.found for r in twins] == [0, *[5632] * (answers - 1)]
+    assert [r.reused for r in twins] == [0, *[5632] * (answers - 1)]
 
 
 def test_after_a_fault_nothing_written_is_shared(sparse: DecoderForCausalLM, tokenizer: Any) -> None:

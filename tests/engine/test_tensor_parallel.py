@@ -53,14 +53,14 @@ def asked() -> list[Request]:
             prompt,
             Sampling(max_tokens=4, ignore_eos=True, temperature=float(i % 2), top_p=0.9, seed=i, logprobs=2),
             "dense" if i == 4 else "indexer",
-            lens=i == 7,
+            trace=i == 7,
         )
         for i, prompt in enumerate(prompts)
     ]
 
 
 def by_request(said: list[Any]) -> dict[str, Any]:
-    """Everything that was said of a request but numbers that round: its tokens, texts, end, and what its lens saw."""
+    """Everything that was said of a request but numbers that round: its tokens, texts, end, and what its trace shows."""
     found: dict[str, Any] = {"errors": [x for x in said if isinstance(x, str)]}
     for output in (x for x in said if not isinstance(x, str)):
         looks = [(layer.layer, layer.selected) for layer in output.trace]

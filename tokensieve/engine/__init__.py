@@ -1,8 +1,13 @@
-"""The engine for one machine: many requests on one model, on caches in pages.
+"""The engine for one machine: many requests on one model, with paged caches.
 
-`request` says what is asked and what comes back, `core` is the engine; `scheduler` decides who runs, on which `pages`, `runner` runs the
-model on them, `sampling` chooses tokens, `grammar` says which may be chosen, and `text` makes text of them. `trace` takes down what a token's
-attention looked at. `distributed` runs one engine on several processes, `tensor_parallel` divides its model. `service` brings many callers to the one thread of an engine.
+- `request`: requests, sampling options and outputs.
+- `core`: the engine itself.
+- `scheduler`: which requests run next; `page_pool`: the pages they hold.
+- `runner`: runs the model on the pages; `graphs` records decode steps on a GPU.
+- `sampling`: chooses tokens; `grammar` restricts the choice; `detokenizer` turns tokens into text.
+- `trace`: records what a token's attention read.
+- `distributed`: one engine on several processes; `tensor_parallel` divides its model.
+- `service`: many callers on the one thread of an engine.
 """
 
 from tokensieve.engine.core import Engine, EngineConfig

@@ -1,11 +1,12 @@
-"""One engine on several ranks: each runs the same engine on the same requests, step by step, and the first one leads.
+"""One engine on several ranks: each runs the same engine on the same requests, step by step, and rank 0 leads.
 
-The leader is an `Engine` to whoever uses it. It says what it does before or while it does it, and the others, who follow, do the same:
-pages, batches and numbers are then the same everywhere, for nothing but the requests decides about them. Tokens are chosen by the leader
-and handed over. A request's seed is fixed before the others hear of it.
+The leader is used like any `Engine`. It broadcasts every call before or while it carries it out, and the other ranks,
+the followers, do the same. Pages, batches and numbers are functions of the requests alone, so they stay identical on
+all ranks. The leader chooses the tokens and broadcasts them. It fixes a request's seed before the followers receive
+the request.
 
-A rank that fails within a step leaves the others somewhere in theirs, where nothing can be said to them any more. Then all end: its
-process with an error, and the others by torchrun.
+If a rank fails within a step, the others are left somewhere in theirs, where no message reaches them any more. Then all
+end: the process of the failed rank with an error, and the others by torchrun.
 """
 
 import json
@@ -25,112 +26,126 @@ from torch import Tensor
 
 from tokensieve.engine.core import Engine, EngineConfig, default_pages
 from tokensieve.engine.request import Output, Request, Sampling
-from tokensieve.engine.sampling import Row
+from tokensieve.engine.sampling import SamplingRow
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 
-NEVER = timedelta(days=3650)  # those who follow hear nothing while nobody asks for anything
+NEVER = timedelta(days=3650)  # followers receive nothing while there are no requests
 
 
-class Line:
-    """What the leader says to all others, in order: JSON, or nothing at all, which means a step and is said most often."""
+class Channel:
+    """Messages from the leader to all followers, in order.
+
+    A message is JSON. The empty message means a step, because it is the most frequent one.
+    """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=NEVER)
 
-    def say(self, *words: Any) -> None:
-        text = json.dumps(words).encode() if words else b""
+    def send(self, *message: Any) -> None:
+        """Sends a message from the leader."""
+        text = json.dumps(message).encode() if message else b""
         dist.broadcast(torch.tensor([len(text)]), 0, self._group)
         if text:
             dist.broadcast(torch.frombuffer(bytearray(text), dtype=torch.uint8), 0, self._group)
 
-    def hear(self) -> list[Any]:
+    def receive(self) -> list[Any]:
+        """Next message, on a follower. Ends the process with status 1 if the leader is gone."""
         try:
             length = torch.zeros(1, dtype=torch.int64)
             dist.broadcast(length, 0, self._group)
             text = torch.empty(int(length), dtype=torch.uint8)
             if len(text):
                 dist.broadcast(text, 0, self._group)
-        except RuntimeError:  # the leader is gone, and has told why
+        except RuntimeError:  # the leader is gone, and has reported why
             sys.exit(1)
         return json.loads(bytes(text.tolist())) if len(text) else []
 
 
 class OneOfRanks(Engine):
-    """All ranks call its methods in the same order, with the same requests, whose seeds are fixed."""
+    """The engine of one rank. All ranks call its methods in the same order, with the same requests and fixed seeds."""
 
     def __init__(self, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig, mesh: Mesh):
         self.mesh = mesh
         pages = config.pages or default_pages(model, config.running, mesh.size)
         super().__init__(model, tokenizer, replace(config, pages=mesh.all_reduce_min(pages)))
 
-    def _choose(self, logits_BV: Tensor, rows: list[Row]) -> list[int]:
+    def _choose(self, logits_BV: Tensor, rows: list[SamplingRow]) -> list[int]:
         return self.mesh.broadcast(super()._choose(logits_BV, rows) if self.mesh.leads else [0] * len(rows))
 
 
 class Leader(OneOfRanks):
-    """An engine as any other, but that a step which raised is the last one."""
+    """The engine of rank 0. Its interface is that of any engine, but a step that raises is the last one."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.line = Line()
-        self._turn = threading.Lock()  # the thread that ends the engine may not be the one that runs it
+        self.channel = Channel()
+        self._lock = threading.Lock()  # the thread that ends the engine may not be the one that runs it
         self._ended = False
 
     def add(self, request: Request) -> None:
         if request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(64)))
-        with self._speaking():
-            super().add(request)
-            self.line.say("add", vars(request) | {"sampling": vars(request.sampling)})
+        with self._sending():
+            super().add(request)  # first: a request that is refused here is not sent
+            self.channel.send("add", vars(request) | {"sampling": vars(request.sampling)})
 
     def abort(self, id: str) -> Output | None:
-        with self._speaking():
-            self.line.say("abort", id)
+        with self._sending():
+            self.channel.send("abort", id)
             return super().abort(id)
 
     def fail_all(self, error: str) -> list[Output]:
         if self._ended:
             return super().fail_all(error)
-        with self._speaking():
-            self.line.say("fail", error)
+        with self._sending():
+            self.channel.send("fail", error)
             return super().fail_all(error)
 
     def step(self) -> list[Output]:
-        with self._speaking():
-            self.line.say()
+        with self._sending():
+            self.channel.send()
             try:
                 return super().step()
             except BaseException:
                 self._ended = True
                 if threading.current_thread() is not threading.main_thread():
-                    signal.raise_signal(signal.SIGTERM)  # to the server, whose callers can have no more answers
+                    signal.raise_signal(signal.SIGTERM)  # ends the server, which can answer nothing more
                 raise
 
     def end(self) -> None:
-        """The others end too. RuntimeError where a step that raised has left them to torchrun."""
+        """Ends the followers and this engine.
+
+        Raises RuntimeError if a step has raised: then torchrun ends the followers.
+        """
         if self._ended:
-            raise RuntimeError("a step of the engine failed, and with it ends what runs on all ranks")
-        with self._speaking():
+            raise RuntimeError("a step of the engine failed, so the engines of all ranks end")
+        with self._sending():
             self._ended = True
-            self.line.say("end")
+            self.channel.send("end")
 
     @contextmanager
-    def _speaking(self) -> Iterator[None]:
-        with self._turn, _signals_wait():
+    def _sending(self) -> Iterator[None]:
+        """Block in which the leader sends a message and carries it out, without being interrupted."""
+        with self._lock, _deferred_signals():
             if self._ended:
                 raise RuntimeError("the engine of these ranks has ended")
             yield
 
 
 class Follower(OneOfRanks):
+    """The engine of every other rank."""
+
     def follow(self) -> None:
-        """Does what the leader does, until it ends. Signals are for the leader alone: it may have answers to finish."""
+        """Does what the leader does, until the leader ends.
+
+        Signals are ignored here. The leader alone handles them, since it may have answers to finish.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        line = Line()
+        channel = Channel()
         while True:
-            match line.hear():
+            match channel.receive():
                 case []:
                     self.step()
                 case ["add", fields]:
@@ -144,7 +159,7 @@ class Follower(OneOfRanks):
 
 
 def request_of(fields: dict[str, Any]) -> Request:
-    """A request from its fields as JSON has them."""
+    """Request from its fields as decoded from JSON."""
     sampling = fields["sampling"]
     tuples = {"stop": tuple(sampling["stop"]), "logit_bias": tuple((t, b) for t, b in sampling["logit_bias"])}
     return Request(**fields | {"prompt": tuple(fields["prompt"]), "sampling": Sampling(**sampling | tuples)})
@@ -154,9 +169,11 @@ def request_of(fields: dict[str, Any]) -> Request:
 def engine_on(
     mesh: Mesh, model: DecoderForCausalLM, tokenizer: Any, config: EngineConfig | None = None
 ) -> Iterator[Engine | None]:
-    """An engine on all ranks, for the leader's block to use; SIGTERM ends that in order, with status 0. For one rank an engine as any.
+    """An engine on all ranks, as a context manager.
 
-    The others do what the leader's does; their blocks get None, once the leader's has ended.
+    The leader's block gets the engine. SIGTERM ends that block in order, with status 0. The followers do what the
+    leader does; their blocks get None, once the leader's block has ended. On a single rank the block gets an ordinary
+    engine, and signals are handled as before.
     """
     config = config or EngineConfig()
     if mesh.size == 1:
@@ -174,20 +191,23 @@ def engine_on(
 
 
 @contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A signal that ended a step halfway would leave the other ranks halfway in theirs."""
+def _deferred_signals() -> Iterator[None]:
+    """Block whose signals take effect at its end.
+
+    A signal that ended a step halfway would leave the other ranks halfway in theirs.
+    """
     if threading.current_thread() is not threading.main_thread():  # the handlers run in the main thread
         yield
         return
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        for waiting in came:
-            signal.raise_signal(waiting)
+        for deferred in received:
+            signal.raise_signal(deferred)

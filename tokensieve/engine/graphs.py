@@ -1,10 +1,11 @@
-"""A decode step's inputs on the device, and on a GPU the step itself as a CUDA graph.
+"""The inputs of a decode step on the device, and on a GPU the step itself as a CUDA graph.
 
-A step of a large model is thousands of kernels, each of a few microseconds: launched one by one, the processor would be slower than the
-GPU. A graph is launched at once, but has fixed shapes and places: batch and page table are rounded up to powers of two, and inputs are
-copied to where the graph was recorded to read them. A size is recorded when it first occurs.
+A step of a large model is thousands of kernels of a few microseconds each. If they were launched one by one, the
+processor would be slower than the GPU. A graph is launched at once, but its shapes and addresses are fixed. So the
+batch and the page table are rounded up to powers of two, and inputs are copied to where the graph reads them. A size
+is recorded when it first occurs.
 
-Legend: B rows (sequences, and padding), P pages that a row of the page table names, V vocabulary.
+Legend: B rows (sequences, and padding), P pages in a row of the page table, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from tokensieve.ops.quant import PAGE_TOKENS
 
-LEAST_PAGES = 16  # of a recorded page table
+LEAST_PAGES = 16  # width of the smallest page table that is recorded
 
 
 class StepInputs:
-    """tokens, lengths, slots (B) and page_table (B, P), all int32 and beside each other, so that one copy brings them to the device."""
+    """Inputs of a step: tokens, lengths, slots (B) and page_table (B, P), all int32.
+
+    They lie beside each other, so that one copy brings them to the device.
+    """
 
     def __init__(self, rows: int, pages: int, device: torch.device):
         pinned = device.type == "cuda"
@@ -27,33 +31,41 @@ class StepInputs:
         self._parts = (rows, rows, rows, rows * pages)
         self.tokens, self.lengths, self.slots, table = self._device.split(self._parts)
         self.page_table = table.view(rows, pages)
-        self._row_pages: list[tuple[Sequence[int], int]] = [((), 0)] * rows  # whose pages a row holds, and how many
+        # of each row: the list that it was filled from, and how many of its pages it holds
+        self._row_pages: list[tuple[Sequence[int], int]] = [((), 0)] * rows
         self._copied = torch.cuda.Event() if pinned else None
 
     def fill(self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]]) -> None:
-        """Of the first rows; the others are padding, which is nowhere written and sees nothing."""
+        """Fills the first rows, one per sequence. The other rows are padding: they write no entry and see no key.
+
+        lengths: tokens of each sequence, with the new one. pages: pages of each sequence, in order.
+        """
         if self._copied is not None:
-            self._copied.synchronize()  # the last copy reads what is written now
+            self._copied.synchronize()  # the last copy must have read the memory that is written now
         host_tokens, host_lengths, host_slots, table = self._host.split(self._parts)
         B = len(lengths)
         slots = [row[(n - 1) // PAGE_TOKENS] * PAGE_TOKENS + (n - 1) % PAGE_TOKENS for row, n in zip(pages, lengths)]
         host_tokens.numpy()[:B], host_lengths.numpy()[:B], host_slots.numpy()[:B] = tokens, lengths, slots
         host_lengths[B:], host_slots[B:] = 0, -1
         rows = table.numpy().reshape(len(self._row_pages), -1)
-        for b, mine in enumerate(pages):
-            # A sequence's list of pages only grows: what was written of it for the last step is still right.
-            held, count = self._row_pages[b]
-            count = count if held is mine else 0
-            most = min(len(mine), rows.shape[1])
-            rows[b, count:most] = mine[count:most]
-            self._row_pages[b] = mine, most
+        for b, sequence in enumerate(pages):
+            # A sequence's list of pages only grows, so the part that was written for the last step is still right.
+            source, count = self._row_pages[b]
+            count = count if source is sequence else 0
+            end = min(len(sequence), rows.shape[1])
+            rows[b, count:end] = sequence[count:end]
+            self._row_pages[b] = sequence, end
         if self._copied is not None:
             self._device.copy_(self._host, non_blocking=True)
             self._copied.record()
 
 
 class Graphs:
-    """run: from inputs to logits (B, V), by the selector's name, on the GPU, the same every time but for what the inputs say."""
+    """Recorded decode steps, one per batch size, page table width and selector.
+
+    run: step from inputs and the selector's name to logits (B, V). It runs on the GPU, and everything in it but the
+        values of the inputs is the same every time.
+    """
 
     def __init__(self, run: Callable[[StepInputs, str], Tensor], device: torch.device):
         self._run, self._device = run, device
@@ -76,7 +88,11 @@ class Graphs:
         return logits_BV[: len(lengths)]
 
     def _record(self, inputs: StepInputs, selector: str) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Runs once before: kernels are compiled then, which cannot be recorded. A step may run twice: it writes the same again."""
+        """Graph of a step, and the logits that it writes.
+
+        The step runs once before it is recorded, to compile its kernels, because compilation cannot be recorded. A step
+        may run twice: it writes the same again.
+        """
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -89,4 +105,5 @@ class Graphs:
 
 
 def _power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()

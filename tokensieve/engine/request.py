@@ -1,4 +1,4 @@
-"""What a caller asks of the engine, and what it gets back."""
+"""Requests to the engine, and its outputs."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,24 +7,35 @@ from tokensieve.config import UserError
 from tokensieve.engine.trace import LayerTrace
 
 Finish = Literal["stop", "length", "abort", "error"]
-MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of one
-MOST_LOGPROBS = 20  # alternatives told beside a token
-MOST_BIASES = 1024  # tokens of a request's logit_bias
-COLDEST = 0.001  # temperature but 0: colder ones turn logits infinite
+MOST_STOPS, LONGEST_STOP = 64, 1024  # stop strings of a request, and characters of each
+MOST_LOGPROBS = 20  # alternatives returned beside a token
+MOST_BIASES = 1024  # tokens in the logit_bias of a request
+COLDEST = 0.001  # the lowest temperature besides 0: division by a lower one makes logits infinite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and when a request ends.
+    """Rules for the choice of the next token, and for the end of a request.
 
-    temperature: 0 takes the likeliest token (of equal ones the first). Otherwise logits are divided by it, and of the probabilities only
-    the `top_k` largest are kept (0: all), of these the fewest that together reach `top_p`, and of these the ones of at least
-    `min_p` times the largest. repetition_penalty: logits of tokens that the prompt or the answer holds are divided by it where positive
-    and multiplied where negative. From those that the answer holds presence_penalty is taken off, and frequency_penalty as often as it
-    holds them; logit_bias, pairs of a token and a number, is added. seed: the same seed gives the same draws, whatever else runs; None:
-    the engine takes one. stop: strings at which the answer ends, itself left out. logprobs: how many alternatives are told beside every
-    token's own natural log probability, which is that of the model, before any of the above; None: none of it. The answer obeys a JSON
-    schema, or a grammar in llguidance's kind of Lark, where one of them is given.
+    The penalties, the biases and the grammar change the logits first; the temperature and the cuts apply to the result.
+
+    max_tokens: limit of the answer in tokens.
+    temperature: 0 takes the likeliest token, the first of equal ones. Otherwise logits are divided by it.
+    top_k: only the `top_k` largest probabilities are kept. 0 keeps all.
+    top_p: of those, only the fewest that together reach `top_p` are kept.
+    min_p: of those, only the ones of at least `min_p` times the largest are kept.
+    repetition_penalty: divides positive logits of tokens in the prompt or the answer, and multiplies negative ones.
+    presence_penalty: subtracted once from the logit of every token in the answer.
+    frequency_penalty: subtracted once for every occurrence of a token in the answer.
+    logit_bias: pairs of a token and a number, which is added to the token's logit.
+    seed: the same seed gives the same draws, whatever else runs. None: the engine picks one.
+    stop: strings at which the answer ends. The string itself is left out of it.
+    ignore_eos: whether the answer goes on after an end token.
+    logprobs: number of alternatives returned beside the natural log probability of every token. The log probabilities
+        are the model's, before any of the above. None returns none of them.
+    schema: JSON schema that the answer obeys.
+    grammar: grammar that the answer obeys, in llguidance's variant of Lark. Exclusive with `schema`.
+
     Raises UserError for values outside of these ranges.
     """
 
@@ -76,11 +87,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt.
+    """One prompt, to be answered.
 
-    selector: who selects keys: "indexer", "dense" for attention to every key of the same model, any other name that
-    `tokensieve.selecting` takes (`module:function` too), or a name that the engine was given a function for.
-    trace: what the prompt's last token looked at comes with the first output.
+    id: name of the request, unique among those that have not ended.
+    prompt: tokens, at least one.
+    sampling: how tokens are chosen, and when the answer ends.
+    selector: what selects keys: "indexer", "dense" for attention to every key of the same model, any other name that
+        `tokensieve.selecting` takes (`module:function` too), or a name under which the engine was given a function.
+    trace: whether the first output brings a record of what the prompt's last token attended to.
     """
 
     id: str
@@ -92,7 +106,12 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's natural log probability under the model, and those of the likeliest alternatives, the likeliest first."""
+    """Natural log probability of a token under the model.
+
+    token: the token.
+    logprob: its log probability.
+    top: pairs of token and log probability for the likeliest alternatives, the likeliest first.
+    """
 
     token: int
     logprob: float
@@ -101,7 +120,20 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """What a step added to a request. `text` may be empty while a character or a stop string may still be on its way."""
+    """Result of one step for a request.
+
+    id: id of the request.
+    text: new text. May be empty while the rest of a character or of a stop string may still follow.
+    tokens: new tokens.
+    logprobs: one per new token, if they were requested.
+    finish: why the request ended; None while it runs.
+    prompt_tokens: tokens of the prompt.
+    cached_tokens: tokens of the prompt that were found in the cache.
+    completion_tokens: tokens of the answer so far.
+    error: message, if finish is "error".
+    refused: whether the error lies in the request: it needs something that cannot be done, and would end so again.
+    trace: one record per layer, with the first token, if it was requested.
+    """
 
     id: str
     text: str
@@ -109,8 +141,8 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompt, found in the cache
-    completion_tokens: int = 0  # so far
-    error: str = ""  # where finish is "error"
-    refused: bool = False  # then: the request asked for what cannot be done, and asked again would end so again
-    trace: tuple[LayerTrace, ...] = ()  # one per layer, with the first token, if the request asked for it
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    error: str = ""
+    refused: bool = False
+    trace: tuple[LayerTrace, ...] = ()

@@ -1,10 +1,10 @@
-"""Runs the model on the cache's pages: a chunk of one prompt, or one token of every sequence.
+"""Passes of the model over the cache's pages: a chunk of one prompt, or one token of every sequence.
 
 Legend: S tokens of a chunk, T tokens of a sequence so far, B sequences, P pages, V vocabulary.
 
-Every row's numbers are the same whatever runs beside it, on the CPU to the bit: a chunk holds tokens of one prompt only and begins where
-every chunk of that prompt begins, and a step's rows are padded to a multiple of four, since matrix libraries treat a rest of rows
-otherwise.
+A row's numbers do not depend on what runs beside it; on the CPU they are the same to the bit. For that, a chunk holds
+tokens of one prompt only, and the chunks of a prompt always begin at the same tokens. The rows of a step are padded to
+a multiple of four, since matrix libraries treat the rows left over otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,18 @@ from tokensieve.model.selection import Selector, is_own, resolve
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 
-# What quantized pages hold of a token: MLA's entry at the published widths.
+# The entry of a token in quantized pages: MLA's at the published widths.
 QUANTIZED_ENTRY = Entry(
     1, quant.LATENT_WIDTH + quant.ROPE_WIDTH, quant.LATENT_WIDTH + quant.ROPE_WIDTH, 0, quant.LATENT_WIDTH
 )
 
 
 def is_quantized(model: DecoderForCausalLM) -> tuple[bool, bool]:
-    """Whether entries and index keys are held in FP8: on a GPU, in the layouts' own widths; the keys if the model's indexer wants it."""
+    """Whether entries, and whether index keys, are stored in FP8.
+
+    Entries are, if the model is on a GPU and they have the widths of the quantized layout. Index keys are, if entries
+    are, the keys have the layout's width, and the model's `index_dtype` is "fp8".
+    """
     c = model.config
     entries = model.device.type == "cuda" and family_of(c).entry(c) == QUANTIZED_ENTRY
     fp8 = model.is_sparse and getattr(c, "index_dtype", "bf16") == "fp8"
@@ -41,7 +45,7 @@ def is_quantized(model: DecoderForCausalLM) -> tuple[bool, bool]:
 
 
 def page_bytes(model: DecoderForCausalLM) -> int:
-    """Bytes of one page, all layers together."""
+    """Bytes of one page, of all layers together."""
     c, size = model.config, torch.finfo(model.dtype).bits // 8
     entries, index = is_quantized(model)
     layer = PAGE_TOKENS * (quant.LATENT_TOKEN_BYTES if entries else family_of(c).entry(c).numbers * size)
@@ -51,6 +55,7 @@ def page_bytes(model: DecoderForCausalLM) -> int:
 
 
 def make_pools(model: DecoderForCausalLM, pages: int) -> Pools:
+    """Empty pages for entries and index keys, on the model's device."""
     c, device = model.config, model.device
     entries_fp8, index_fp8 = is_quantized(model)
 
@@ -78,7 +83,13 @@ class Runner:
         selectors: Mapping[str, Selector] = MappingProxyType({}),
         top_k: int = 0,
     ):
-        """selectors: functions by the names that `chunk` and `step` are given, besides those that `resolve` knows. top_k: 0 is the model's."""
+        """Runner with an empty cache.
+
+        pages: pages of the cache.
+        backend: backend of the ops.
+        selectors: functions by name, for `chunk` and `step`, besides the names that `resolve` knows.
+        top_k: keys selected per query. 0 takes the model's number.
+        """
         self.model, self.backend, self._selectors, self._top_k = model.eval(), backend, selectors, top_k or None
         self.pools = make_pools(model, pages)
         self.device = model.device
@@ -86,16 +97,17 @@ class Runner:
         self._graphs = Graphs(self._run_step, self.device) if self.device.type == "cuda" else None
 
     def selector(self, name: str) -> Selector:
-        """UserError for a name that names none."""
+        """Selector of this name. Raises UserError if there is none."""
         return self._selectors[name] if name in self._selectors else resolve(name)
 
     @torch.inference_mode()
     def chunk(
         self, tokens: Sequence[int], past: int, pages: Sequence[int], selector: str, trace: Trace | None = None
     ) -> Tensor:
-        """Runs tokens `past` to `past` + S of a prompt, whose pages hold what is before; returns the last one's logits (V).
+        """Runs tokens `past` to `past` + S of a prompt; returns the logits (V) of the last one.
 
-        trace: sees what every layer selects.
+        pages: pages of the prompt, in order. They hold the entries of the tokens before `past`.
+        trace: called with what every layer selects.
         """
         S, T = len(tokens), past + len(tokens)
         table = torch.tensor(pages[: -(-T // PAGE_TOKENS)], dtype=torch.int32, device=self.device)
@@ -114,15 +126,18 @@ class Runner:
         )
         entries = PagedChunk(self.pools, table, pack, self.entry, self.model.dtype, self.backend)
         ids = torch.tensor(tokens, device=self.device)
-        # the last row in the company of others: alone it would be another product
+        # The last row is multiplied together with others: alone, it would be another kind of product, with other bits.
         return self._forward(ids, pack, entries, self.selector(selector), trace=trace, rows=ORDINARY_ROWS)[-1]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]], selector: str) -> Tensor:
-        """Runs one token of each of B sequences, which are `lengths` tokens long with it; returns the logits (B, V), until the next step.
+        """Runs one token of each of B sequences; returns the logits (B, V), which are valid until the next step.
 
-        A list in `pages` may grow from call to call, and changes in no other way. On a GPU a step is recorded as a CUDA graph, but for
-        selectors that are not ours: they may look at values, which cannot be recorded.
+        lengths: tokens of each sequence, with the new one.
+        pages: pages of each sequence. A list may grow from call to call, and must not change in any other way.
+
+        On a GPU a step is recorded as a CUDA graph, except with custom selectors: they may read values, which cannot be
+        recorded.
         """
         if self._graphs is not None and is_own(self.selector(selector)):
             return self._graphs(tokens, lengths, pages, selector)
@@ -130,7 +145,7 @@ class Runner:
         counts = [-(-n // PAGE_TOKENS) for n in lengths]
         inputs = StepInputs(len(lengths) + padding, max(counts), self.device)
         inputs.fill(tokens, lengths, pages)
-        if self.device.type == "cuda":  # where bits depend on the batch anyway
+        if self.device.type == "cuda":  # bits depend on the batch anyway, so rows need no groups
             return self._run_step(inputs, selector)[: len(lengths)]
         groups = self._groups([*counts, *[1] * padding])
         return self._run_step(inputs, selector, groups, len(lengths))[: len(lengths)]
@@ -168,7 +183,7 @@ class Runner:
         return self._forward(inputs.tokens, pack, step, self.selector(selector), real=real)
 
     def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
-        """Rows by their number of pages."""
+        """Rows grouped by their number of pages: the indices of the rows, and the number."""
         return tuple(
             (torch.tensor([b for b, count in enumerate(pages) if count == size]), size) for size in sorted(set(pages))
         )
@@ -183,7 +198,7 @@ class Runner:
         real: int | None = None,
         rows: int = 0,
     ) -> Tensor:
-        """Logits of the last `rows` tokens, of all if it is 0."""
+        """Logits of the last `rows` tokens, or of all if `rows` is 0."""
         trunk = self.model.model
         options = ForwardOptions(selector=selector, top_k=self._top_k, backend=self.backend)
         ctx = replace(trunk.context(pack, entries, options), trace=trace, real=real)
@@ -192,6 +207,6 @@ class Runner:
 
 
 def check_servable(model: DecoderForCausalLM) -> None:
-    """UserError for what the paged ops cannot hold."""
+    """Raises UserError for a model whose dtype the paged ops do not support."""
     if model.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise UserError(f"the engine runs bfloat16, float16 and float32, not {model.dtype}; convert the model")

@@ -1,4 +1,4 @@
-"""From logits to tokens: a row per request, each with its own rules and its own draws.
+"""From logits to tokens: one row per request, each with its own rules and draws.
 
 Legend: B rows, V vocabulary.
 """
@@ -15,85 +15,103 @@ from tokensieve.engine.request import Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one row's choice depends on besides its logits."""
+class SamplingRow:
+    """Everything besides the logits that the choice of one row's token depends on.
+
+    sampling: rules of the request.
+    seed: seed of its draws.
+    position: tokens of the answer before this one.
+    seen: tokens of prompt and answer.
+    allowed_V: bool, the tokens that a grammar allows, at least one. None allows all.
+    """
 
     sampling: Sampling
     seed: int
-    position: int  # tokens of the answer before this one
-    seen: Sequence[int]  # tokens of prompt and answer
-    allowed_V: Tensor | None = None  # bool: what a grammar lets through; at least one token
+    position: int
+    seen: Sequence[int]
+    allowed_V: Tensor | None = None
 
 
 def uniform(seed: int, position: int) -> float:
-    """The draw in [0, 1) of a request's token at `position`: of a counter-based generator, so it depends on nothing else."""
+    """Number in [0, 1), drawn for a request's token at `position`.
+
+    The generator is counter-based, so the number depends on `seed` and `position` alone.
+    """
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def choose(logits_BV: Tensor, rows: Sequence[Row]) -> list[int]:
-    """The next token of each row. A draw is the first token, in order of probability, whose cumulative one passes the row's number."""
+def choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """Next token of each row. logits_BV: floating, left unchanged.
+
+    At temperature 0 it is the token with the largest logit. Otherwise it is drawn by inverse-CDF sampling over tokens
+    sorted by probability: the first token whose cumulative probability exceeds the row's number from `uniform`.
+    """
     x_BV = logits_BV.float()
-    bent = [b for b, row in enumerate(rows) if _bends(row)]
-    if bent and x_BV is logits_BV:
+    adjusted = [b for b, row in enumerate(rows) if _is_adjusted(row)]
+    if adjusted and x_BV is logits_BV:
         x_BV = logits_BV.clone()
-    for b in bent:
-        _bend(x_BV[b], rows[b])
-    chosen_B = x_BV.argmax(-1)
+    for b in adjusted:
+        _adjust(x_BV[b], rows[b])
+    tokens_B = x_BV.argmax(-1)
     drawn = [b for b, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
-        chosen_B[drawn] = _draw(x_BV[drawn], [rows[b] for b in drawn])
-    return chosen_B.tolist()
+        tokens_B[drawn] = _draw(x_BV[drawn], [rows[b] for b in drawn])
+    return tokens_B.tolist()
 
 
-def _bends(row: Row) -> bool:
+def _is_adjusted(row: SamplingRow) -> bool:
+    """Whether `_adjust` changes anything."""
     s = row.sampling
     penalized = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
     return bool(penalized or s.logit_bias or row.allowed_V is not None)
 
 
-def _bend(x_V: Tensor, row: Row) -> None:
-    """Penalties, biases and the grammar, in place."""
+def _adjust(x_V: Tensor, row: SamplingRow) -> None:
+    """Applies penalties, biases and the grammar to a row of logits, in place."""
     s = row.sampling
     if s.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(row.seen)), device=x_V.device)
-        held = x_V[seen]
-        x_V[seen] = torch.where(held > 0, held / s.repetition_penalty, held * s.repetition_penalty)
-    change: defaultdict[int, float] = defaultdict(float)
+        logits = x_V[seen]
+        x_V[seen] = torch.where(logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty)
+    changes: defaultdict[int, float] = defaultdict(float)
     if s.presence_penalty or s.frequency_penalty:
         for token, count in Counter(row.seen[len(row.seen) - row.position :]).items():
-            change[token] -= s.presence_penalty + count * s.frequency_penalty
+            changes[token] -= s.presence_penalty + count * s.frequency_penalty
     for token, bias in s.logit_bias:
-        change[token] += bias
-    if change:
-        x_V[torch.tensor([*change], device=x_V.device)] += torch.tensor([*change.values()], device=x_V.device)
+        changes[token] += bias
+    if changes:
+        x_V[torch.tensor([*changes], device=x_V.device)] += torch.tensor([*changes.values()], device=x_V.device)
     if row.allowed_V is not None:
         x_V.masked_fill_(~row.allowed_V.to(x_V.device), float("-inf"))
 
 
-def _draw(x_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Token drawn for each row, (B) int64."""
+
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=x_BV.device)[:, None]
 
     V = x_BV.shape[1]
     temperature = column([row.sampling.temperature for row in rows])
     sorted_BV, order_BV = x_BV.sort(dim=-1, descending=True, stable=True)
-    # in float64: a cumulative sum of a hundred thousand probabilities loses what lies at its end
+    # In float64: in float32 a cumulative sum of a hundred thousand probabilities would lose the small ones at its end.
     p_BV = (sorted_BV.double() / temperature).softmax(-1)
-    rank = torch.arange(V, device=x_BV.device)
-    p_BV = p_BV.masked_fill(rank >= column([row.sampling.top_k or V for row in rows]), 0)
+    index_V = torch.arange(V, device=x_BV.device)
+    p_BV = p_BV.masked_fill(index_V >= column([row.sampling.top_k or V for row in rows]), 0)
     p_BV = p_BV / p_BV.sum(-1, keepdim=True)
     before_BV = p_BV.cumsum(-1) - p_BV
     p_BV = p_BV.masked_fill(before_BV >= column([row.sampling.top_p for row in rows]), 0)
     p_BV = p_BV.masked_fill(p_BV < p_BV[:, :1] * column([row.sampling.min_p for row in rows]), 0)
     sums_BV = p_BV.cumsum(-1)
     u_B1 = column([uniform(row.seed, row.position) for row in rows])
-    place_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
-    last_B1 = (p_BV > 0).sum(-1, keepdim=True).clamp_min(1) - 1  # the rounded number may be the whole sum
-    return order_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]
+    index_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
+    # The last token with a probability: by rounding, the number times the sum may be the whole sum.
+    last_B1 = (p_BV > 0).sum(-1, keepdim=True).clamp_min(1) - 1
+    return order_BV.gather(1, torch.minimum(index_B1, last_B1))[:, 0]
 
 
 def logprobs_of(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """`token`'s natural log probability and those of the likeliest `alternatives` tokens."""
+    """Natural log probability of `token`, and those of the likeliest `alternatives` tokens. logits_V: floating."""
     logprobs_V = logits_V.float().log_softmax(-1)
     top = logprobs_V.topk(min(alternatives, logprobs_V.shape[0]))
     return TokenLogprob(

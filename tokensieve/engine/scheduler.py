@@ -1,66 +1,89 @@
-"""Who runs next: prompts in chunks, answers in batches, pages for as long as they last.
+"""What runs next: prompts in chunks, answers in batches, for as long as there are pages.
 
-A request waits until there are pages for its whole prompt and one token more; from then on it holds them. Every step runs a few chunks of
-prompts and one token of every answer. When pages run out, the youngest answer gives its own back and begins again later:
-its prompt is run anew, and its tokens, which it keeps, are fed to it one by one as they were, so that nothing of it changes.
+A request waits until there are pages for its whole prompt and one more token. From then on it holds them. Every step
+runs a few chunks of prompts and one token of every answer.
+
+If pages run out, the youngest request is preempted: its pages are released, and it begins again later. Its prompt is
+then run anew. Its tokens are kept and fed back one by one, exactly as before, so that nothing in the answer changes.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tokensieve.engine.pages import Digest, PagePool, digests
+from tokensieve.engine.page_pool import Digest, PagePool, digests
 from tokensieve.engine.request import Request
 from tokensieve.ops.quant import PAGE_TOKENS
 
-AHEAD = 32  # of those that wait, so many are looked at in a step, however many there are
-MOST_PASSES = 16  # requests that may be let in before one that came earlier and needs more pages
+AHEAD = 32  # waiting requests that are considered in a step, however many there are
+MOST_PASSES = 16  # later requests that may be admitted before one that needs more pages
 
 
 def pages_for(tokens: int) -> int:
+    """Number of pages that hold so many tokens."""
     return -(-tokens // PAGE_TOKENS)
 
 
 @dataclass(eq=False)
 class Running:
-    """A request on its way. tokens: prompt and answer; cached: so many of them have entries in `pages`."""
+    """A request from its arrival to its end, whether it waits or runs.
+
+    request: the request itself.
+    seed: seed of its draws.
+    tokens: prompt, then answer.
+    pages: pages of the cache that it holds, in order.
+    cached: number of its tokens that have entries in `pages`.
+    reused: number of its prompt's tokens that were found in the cache.
+    arrival: its number in the order of arrival.
+    passed: number of later requests that were admitted before it.
+    """
 
     request: Request
     seed: int
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     cached: int = 0
-    found: int = 0  # of the prompt, in pages that were there already
+    reused: int = 0
     arrival: int = 0
-    passed: int = 0  # how many that came later were let in before it
+    passed: int = 0
 
     @cached_property
     def digests(self) -> list[Digest]:
-        """Of the prompt's full pages. Asked for at every step while there is no room, so made once."""
+        """Digests of the prompt's full pages. Cached, since they are needed at every step while the request waits."""
         return list(digests(self.request.prompt, self.request.selector))
 
     @property
     def prompt(self) -> int:
+        """Tokens of the prompt."""
         return len(self.request.prompt)
 
     @property
     def answered(self) -> int:
+        """Tokens of the answer so far."""
         return len(self.tokens) - self.prompt
 
     @property
     def in_prompt(self) -> bool:
+        """Whether a part of the prompt is still to be run."""
         return self.cached < self.prompt
 
 
 class Scheduler:
-    def __init__(self, pages: int, most_running: int, chunk: int, chunks: int, share_prefixes: bool = True):
-        """chunk: tokens of a prompt that are run at once, a multiple of 64; chunks: so many of them in a step."""
+    def __init__(self, pages: int, max_running: int, chunk: int, chunks: int, share_prefixes: bool = True):
+        """Scheduler without requests.
+
+        pages: pages of the cache.
+        max_running: requests that run at once.
+        chunk: tokens of a prompt that are run at once, a multiple of 64.
+        chunks: chunks that are run in a step.
+        share_prefixes: whether prompts that begin alike share pages.
+        """
         self.pool = PagePool(pages)
-        self.most_running, self.chunk, self.chunks, self.share = most_running, chunk, chunks, share_prefixes
+        self.max_running, self.chunk, self.chunks, self.share = max_running, chunk, chunks, share_prefixes
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # by arrival
         self._arrivals = 0
-        self.preempted = 0  # how often a request had to give its pages back
+        self.preempted = 0  # number of preemptions so far
 
     def add(self, request: Request, seed: int) -> Running:
         running = Running(request, seed, list(request.prompt), arrival=self._arrivals)
@@ -69,58 +92,67 @@ class Scheduler:
         return running
 
     def admit(self) -> None:
-        """Lets in whom there is room for, in the order of arrival. Smaller ones may pass one that has to wait, but not for ever."""
-        left_out: list[Running] = []
-        in_work = {r.digests[-1] for r in self.running if self._makes(r)}
-        looked_at = 0
+        """Admits the requests for which there is room, in order of arrival.
+
+        Smaller requests may pass one that has to wait, but only `MOST_PASSES` times.
+        """
+        skipped: list[Running] = []
+        in_progress = {r.digests[-1] for r in self.running if self._prefills_shareable(r)}
+        considered = 0
         for running in list(self.waiting):
-            if self._shareable(running) and running.digests[-1] in in_work:
-                continue  # soon the same prompt's pages are there for it: it delays nobody behind it
-            looked_at += 1
-            full = looked_at > AHEAD or len(self.running) >= self.most_running
-            if full or any(r.passed >= MOST_PASSES for r in left_out):
+            if self._shareable(running) and running.digests[-1] in in_progress:
+                # The same prompt is being run: its pages can soon be shared. Waiting for them counts as no delay, so
+                # the request neither uses up the look-ahead nor holds up the ones behind it.
+                continue
+            considered += 1
+            full = considered > AHEAD or len(self.running) >= self.max_running
+            if full or any(r.passed >= MOST_PASSES for r in skipped):
                 return
-            if self._enter(running):
-                for other in left_out:
+            if self._start(running):
+                for other in skipped:
                     other.passed += 1
-                in_work |= {running.digests[-1]} if self._makes(running) else set()
+                in_progress |= {running.digests[-1]} if self._prefills_shareable(running) else set()
             else:
-                left_out.append(running)
+                skipped.append(running)
 
     def _shareable(self, running: Running) -> int:
-        """Tokens of a prompt that others may find or that it may find itself: whole chunks, and never all of it, whose last logits are
-        wanted."""
+        """Length of the prompt's prefix that can be shared: whole chunks, and never the last token.
+
+        The last token is always run, because its logits are needed.
+        """
         return (running.prompt - 1) // self.chunk * self.chunk if self.share else 0
 
-    def _makes(self, running: Running) -> bool:
-        """Whether chunks that others may find are still to be run."""
+    def _prefills_shareable(self, running: Running) -> bool:
+        """Whether chunks that others can share are still to be run."""
         return running.cached < self._shareable(running)
 
-    def _enter(self, running: Running) -> bool:
-        known = self._known(running)
-        self.pool.share(known)
-        taken = self.pool.take(pages_for(len(running.tokens) + 1) - len(known))
-        if taken is None:
-            self.pool.release(known)
+    def _start(self, running: Running) -> bool:
+        """Moves a waiting request to the running ones. False if there are too few pages for it."""
+        shared = self._cached_prefix(running)
+        # Shared before any page is taken, since taking pages may evict unused ones.
+        self.pool.share(shared)
+        new = self.pool.take(pages_for(len(running.tokens) + 1) - len(shared))
+        if new is None:
+            self.pool.release(shared)
             return False
         self.waiting.remove(running)
-        running.pages, running.cached = known + taken, len(known) * PAGE_TOKENS
+        running.pages, running.cached = shared + new, len(shared) * PAGE_TOKENS
         if running.answered == 0:
-            running.found = max(running.found, running.cached)
+            running.reused = max(running.reused, running.cached)
         self.running.append(running)
         self.running.sort(key=lambda r: r.arrival)
         return True
 
-    def _known(self, running: Running) -> list[int]:
-        """Pages that hold the beginning of the prompt, whole chunks of it."""
+    def _cached_prefix(self, running: Running) -> list[int]:
+        """Pages in the cache that hold the beginning of the prompt, in whole chunks."""
         if not self._shareable(running):
             return []
-        found = self.pool.find(running.digests)
-        whole = min(len(found) * PAGE_TOKENS // self.chunk * self.chunk, self._shareable(running))
-        return found[: whole // PAGE_TOKENS]
+        pages = self.pool.find(running.digests)
+        tokens = min(len(pages) * PAGE_TOKENS // self.chunk * self.chunk, self._shareable(running))
+        return pages[: tokens // PAGE_TOKENS]
 
     def next_chunks(self) -> list[Running]:
-        """Whose prompts are run on in this step: the one that is done soonest, then the oldest, and so on by turns.
+        """Requests whose prompts run one chunk each in this step: the one nearest its end, then the oldest, by turns.
 
         So a short prompt does not wait for a long one, and a long one is not passed forever.
         """
@@ -134,20 +166,23 @@ class Scheduler:
         return chosen
 
     def chunk_of(self, running: Running) -> int:
-        """The end of the running prompt's next chunk, counted from the prompt's beginning."""
+        """End of the prompt's next chunk, in tokens from the beginning of the prompt."""
         return min((running.cached // self.chunk + 1) * self.chunk, running.prompt)
 
     def ran(self, running: Running, cached: int) -> None:
-        """Entries of `cached` tokens are there now: pages of the prompt may be shared."""
+        """Records that entries of `cached` tokens are there now, so that pages of the prompt can be shared."""
         if self.share and running.in_prompt:
-            # whole chunks only: what a shorter chunk stores has other bits
+            # Whole chunks only: a shorter chunk stores other bits.
             new = slice(running.cached // PAGE_TOKENS, cached // self.chunk * self.chunk // PAGE_TOKENS)
             for page, digest in zip(running.pages[new], running.digests[new], strict=True):
                 self.pool.publish(page, digest)
         running.cached = cached
 
     def prepare_step(self) -> list[Running]:
-        """Those that run one token each, all with a page for it. Where pages are too few, the youngest give theirs back, and wait."""
+        """Requests that run one token each in this step, all with a page for it.
+
+        If there are too few pages, the youngest requests are preempted: their pages are released, and they wait again.
+        """
         ready = [r for r in self.running if not r.in_prompt]
         for running in ready:
             while running in self.running and len(running.pages) < pages_for(running.cached + 1):
@@ -165,7 +200,7 @@ class Scheduler:
         self.preempted += 1
 
     def remove(self, running: Running) -> None:
-        """Its pages come back, wherever it was."""
+        """Takes a request out, whether it runs or waits, and releases its pages."""
         if running in self.running:
             self.running.remove(running)
         elif running in self.waiting:

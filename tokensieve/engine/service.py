@@ -1,7 +1,7 @@
-"""Many asyncio callers on one engine: a thread of its own steps the engine and hands every caller what is its own.
+"""Many asyncio callers on one engine, which a thread of its own steps.
 
-The engine is touched by that thread only. Callers leave requests and abortions in an inbox; outputs go to a queue per caller, so that a
-slow reader delays nobody: what a queue can hold is bounded by the requests' `max_tokens`.
+Only that thread touches the engine. Callers put requests and ids to abort into an inbox. Outputs go to a queue per
+caller, so that a slow reader delays nobody. The size of a queue is bounded by the `max_tokens` of its requests.
 """
 
 import asyncio
@@ -18,30 +18,41 @@ from tokensieve.engine.request import Output, Request
 
 log = logging.getLogger("tokensieve.engine")
 
-
-WAITING = 4096  # a prompt of 32768 tokens that waits takes 1.5 MB
+WAITING = 4096  # requests; a waiting prompt of 32768 tokens takes 1.5 MB
 
 
 class Busy(Exception):
-    """As many requests as may wait are waiting; one may be asked again later."""
+    """The queue of waiting requests is full. The request may be sent again later."""
 
 
 class Stopping(Exception):
-    """The service takes no requests: it has not begun, finishes its last ones, or has ended."""
+    """The service takes no requests: it has not started, is finishing its last ones, or has ended."""
 
 
 @dataclass(eq=False)
 class Caller:
-    """Whoever reads a request's outputs. An exception in the queue is raised to the reader."""
+    """Reader of the outputs of a request.
+
+    request: the request.
+    loop: event loop of the reader.
+    queue: outputs of all requests that were submitted together. A UserError in it is raised to the reader.
+    """
 
     request: Request
     loop: asyncio.AbstractEventLoop
-    queue: asyncio.Queue[Output | UserError] = field(default_factory=asyncio.Queue)  # of all requests asked together
+    queue: asyncio.Queue[Output | UserError] = field(default_factory=asyncio.Queue)
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the engine holds at this moment. preempted: how often, since the beginning, an answer gave its pages back."""
+class EngineLoad:
+    """Load of the engine at one moment.
+
+    running: requests that run.
+    waiting: requests that wait.
+    pages: pages of the cache.
+    pages_used: pages that requests hold.
+    preempted: number of preemptions since the start. A preempted request's pages are released, and it waits again.
+    """
 
     running: int
     waiting: int
@@ -51,21 +62,25 @@ class Load:
 
 
 class Service:
-    """waiting: requests that may wait while as many run as the engine lets run."""
+    """An engine that many callers share.
+
+    waiting: requests that may wait, besides the `EngineConfig.running` that may run.
+    """
 
     def __init__(self, engine: Engine, waiting: int = WAITING):
         if waiting < 0:
             raise UserError(f"waiting is {waiting}; it must be 0 or more")
         self.engine = engine
-        self._most = engine.config.running + waiting
+        self._limit = engine.config.running + waiting
         self._inbox: deque[Caller | str] = deque()  # a new caller, or the id of a request to abort
         self._callers: dict[str, Caller] = {}
-        self._adding: Caller | None = None  # while the engine takes it in
-        self._open: set[str] = set()  # ids that were taken in and have not ended
+        self._adding: Caller | None = None  # the caller whose request is being added to the engine
+        self._open: set[str] = set()  # ids of requests that were accepted and have not ended
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._ending = False
-        self.draining = False  # plain, so that a signal handler may set it: no request is taken in from then on
+        # While this is set no request is accepted. It is a plain attribute, so that a signal handler may set it.
+        self.draining = False
 
     @property
     def alive(self) -> bool:
@@ -74,22 +89,27 @@ class Service:
 
     @property
     def open(self) -> int:
-        """Requests that were taken in and have not ended."""
+        """Number of requests that were accepted and have not ended."""
         return len(self._open)
 
     @property
-    def load(self) -> Load:
+    def load(self) -> EngineLoad:
+        """Load of the engine now."""
         scheduler = self.engine.scheduler
         running, pool = len(scheduler.running), scheduler.pool
-        return Load(running, max(0, self.open - running), pool.pages, pool.used, scheduler.preempted)
+        return EngineLoad(running, max(0, self.open - running), pool.pages, pool.used, scheduler.preempted)
 
     def start(self) -> None:
+        """Starts the engine's thread, if it was not started before."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
 
     def stop(self, drain: bool = True) -> None:
-        """Takes no more requests and ends the thread: once the last request has ended, or after aborting all of them."""
+        """Accepts no more requests, and returns once the thread has ended.
+
+        drain: whether the requests run to their end. Otherwise all of them are aborted.
+        """
         self.draining = True
         with self._changed:
             if not drain:
@@ -100,27 +120,29 @@ class Service:
             self._thread.join()
 
     async def stream(self, *requests: Request) -> AsyncGenerator[Output, None]:
-        """What comes of requests, up to the outputs that have a `finish`. Leaving early, or being cancelled, aborts those that have none.
+        """Outputs of requests, up to the output of each that has a `finish`.
+
+        If the caller leaves early or is cancelled, the requests that have not ended are aborted.
 
         Raises:
-            Busy: too many wait already. None of the requests is taken in.
-            Stopping: nothing is taken in.
+            Busy: too many requests wait already. None of these is accepted.
+            Stopping: the service accepts no requests.
             UserError: a request can never run.
         """
         queue: asyncio.Queue[Output | UserError] = asyncio.Queue()
         self._submit([Caller(request, asyncio.get_running_loop(), queue) for request in requests])
-        left = {request.id for request in requests}
+        unfinished = {request.id for request in requests}
         try:
-            while left:
+            while unfinished:
                 output = await queue.get()
                 if isinstance(output, UserError):
                     raise output
                 if output.finish is not None:
-                    left.discard(output.id)
+                    unfinished.discard(output.id)
                 yield output
         finally:
-            if left:
-                self._leave(left)
+            if unfinished:
+                self._abort(unfinished)
 
     def _submit(self, callers: list[Caller]) -> None:
         ids = [caller.request.id for caller in callers]
@@ -130,17 +152,19 @@ class Service:
             for id in ids:
                 if id in self._open or ids.count(id) > 1:
                     raise UserError(f"there is a request {id} already; give each its own id")
-            if len(ids) > self._most:
+            if len(ids) > self._limit:
                 raise UserError(
-                    f"{len(ids)} answers are asked for at once, and {self._most} may run and wait; ask for less"
+                    f"{len(ids)} answers are asked for at once, and {self._limit} may run and wait; ask for fewer"
                 )
-            if len(self._open) + len(ids) > self._most:
-                raise Busy(f"{len(self._open)} requests run or wait already, of {self._most} that may; try again later")
+            if len(self._open) + len(ids) > self._limit:
+                raise Busy(
+                    f"{len(self._open)} requests run or wait already, of {self._limit} that may; try again later"
+                )
             self._open.update(ids)
             self._inbox.extend(callers)
             self._changed.notify()
 
-    def _leave(self, ids: Iterable[str]) -> None:
+    def _abort(self, ids: Iterable[str]) -> None:
         with self._changed:
             self._inbox.extend(ids)
             self._changed.notify()
@@ -149,12 +173,12 @@ class Service:
         try:
             while self._wait():
                 try:
-                    self._turn()
+                    self._run_once()
                 except Exception as error:
                     # The one place that catches everything: a defect met by one request must not end all later ones.
-                    log.exception("the engine failed; what it was at ends with an error")
+                    log.exception("the engine failed; the requests that it was working on end with an error")
                     self._fail(f"the engine failed: {type(error).__name__}")
-        finally:  # by a defect, or in order: nobody is left waiting
+        finally:  # however the thread ends, no caller is left waiting
             self.draining = True
             with self._changed:
                 unread = [c for c in (*self._callers.values(), *self._inbox) if isinstance(c, Caller)]
@@ -162,18 +186,19 @@ class Service:
             self._deliver([(c, Output(c.request.id, "", (), finish="error", error="the engine ended")) for c in unread])
 
     def _wait(self) -> bool:
-        """Sleeps while there is nothing to do; False when there will be nothing any more."""
+        """Sleeps until there is work. False if there will be none any more."""
         with self._changed:
             while not (self._inbox or self.engine.busy or self._ending):
                 self._changed.wait()
             return bool(self._inbox or self.engine.busy)
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
+        """Empties the inbox, then runs one step."""
         while self._inbox:
             item = self._inbox.popleft()
             if isinstance(item, str):
-                ended = self.engine.abort(item)
-                self._hand_out([] if ended is None else [ended])
+                output = self.engine.abort(item)
+                self._hand_out([] if output is None else [output])
                 continue
             self._callers[item.request.id] = self._adding = item
             try:
@@ -185,34 +210,41 @@ class Service:
             self._hand_out(self.engine.step())
 
     def _fail(self, error: str) -> None:
-        """The request that was being added, which the others have no part in; or else all of them."""
+        """Ends requests with an error, after a failure.
+
+        If a request was being added, only that one ends, since the others had no part in it. Otherwise all end.
+        """
         if self._adding is not None:
             id, self._adding = self._adding.request.id, None
             self.engine.abort(id)
             self._hand_out([Output(id, "", (), finish="error", error=error)])
         else:
             self._hand_out(self.engine.fail_all(error))
-            # those too that had ended in the step that failed, of which nobody has heard
-            left = list(self._callers.values())
-            self._deliver([(c, Output(c.request.id, "", (), finish="error", error=error)) for c in left])
+            # The requests that had ended within the failed step too: their callers have had no output of it.
+            callers = list(self._callers.values())
+            self._deliver([(c, Output(c.request.id, "", (), finish="error", error=error)) for c in callers])
 
     def _hand_out(self, outputs: list[Output]) -> None:
         self._deliver([(self._callers[o.id], o) for o in outputs if o.id in self._callers])
 
-    def _deliver(self, said: list[tuple[Caller, Output | UserError]]) -> None:
+    def _deliver(self, outputs: list[tuple[Caller, Output | UserError]]) -> None:
+        """Puts outputs into their callers' queues, with one call per event loop.
+
+        Callers whose requests have ended are dropped.
+        """
         by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Caller, Any]]] = defaultdict(list)
-        for caller, output in said:
+        for caller, output in outputs:
             by_loop[caller.loop].append((caller, output))
             if isinstance(output, UserError) or output.finish is not None:
                 self._callers.pop(caller.request.id, None)
                 self._open.discard(caller.request.id)
-        for loop, its in by_loop.items():
+        for loop, loop_outputs in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put, its)
-            except RuntimeError:  # the loop is closed, and its callers gone with it
-                self._inbox.extend(caller.request.id for caller, _ in its)
+                loop.call_soon_threadsafe(_put, loop_outputs)
+            except RuntimeError:  # the loop is closed, and its callers are gone: abort their requests
+                self._inbox.extend(caller.request.id for caller, _ in loop_outputs)
 
 
-def _put(said: list[tuple[Caller, Output | UserError]]) -> None:
-    for caller, output in said:
+def _put(outputs: list[tuple[Caller, Output | UserError]]) -> None:
+    for caller, output in outputs:
         caller.queue.put_nowait(output)

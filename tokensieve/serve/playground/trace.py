@@ -14,7 +14,7 @@ from pydantic import Field
 
 import tokensieve.engine as engine
 from tokensieve.engine import Output, Sampling, Service
-from tokensieve.engine.text import Pieces
+from tokensieve.engine.detokenizer import Pieces
 from tokensieve.engine.trace import LayerTrace
 from tokensieve.serve import openapi
 from tokensieve.serve.engine_requests import engine_request

@@ -1,7 +1,8 @@
-"""Which pages of the cache belong to whom: counted, shared between requests that begin alike, and never lost.
+"""The pages of the cache: who uses which, shared between requests that begin alike, and never lost.
 
-A page holds 64 tokens. A full one is known by the digest of all tokens up to its end, so that a later prompt that begins alike finds it;
-what nobody uses any more stays known until its room is needed, the longest unused first.
+A page holds 64 tokens. A full page is known by the digest of all tokens up to its end, so that a later prompt that
+begins alike finds it. Pages that nobody uses any more stay known until their room is needed. The one that has been
+unused for the longest time is evicted first.
 """
 
 import hashlib
@@ -15,14 +16,19 @@ Digest = bytes
 
 
 def digests(tokens: Sequence[int], kind: str) -> Iterator[Digest]:
-    """Of each full page of `tokens`. kind: what else the entries depend on."""
-    before, numbers = kind.encode(), array("I", tokens)
+    """Digest of each full page of `tokens`, together with all tokens before it.
+
+    kind: name of what the entries depend on besides the tokens.
+    """
+    digest, numbers = kind.encode(), array("I", tokens)
     for a in range(0, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
-        before = hashlib.blake2b(before + numbers[a : a + PAGE_TOKENS].tobytes(), digest_size=16).digest()
-        yield before
+        digest = hashlib.blake2b(digest + numbers[a : a + PAGE_TOKENS].tobytes(), digest_size=16).digest()
+        yield digest
 
 
 class PagePool:
+    """Pages 0 to `pages` - 1, each with the number of its users. At first all are free."""
+
     def __init__(self, pages: int):
         self.pages = pages
         self._free = deque(range(pages))
@@ -33,18 +39,19 @@ class PagePool:
 
     @property
     def available(self) -> int:
-        """Pages that `take` could give."""
+        """Number of pages that `take` could give."""
         return len(self._free) + len(self._unused)
 
     @property
     def used(self) -> int:
+        """Number of pages that have a user."""
         return self.pages - self.available
 
     def take(self, count: int) -> list[int] | None:
-        """`count` pages with one user each, or None where there are not so many."""
+        """`count` pages with one user each, or None if there are fewer."""
         if count > self.available:
             return None
-        taken = []
+        pages = []
         for _ in range(count):
             if self._free:
                 page = self._free.popleft()
@@ -52,37 +59,44 @@ class PagePool:
                 page, _ = self._unused.popitem(last=False)
                 del self._known[self._digest.pop(page)]
             self._users[page] = 1
-            taken.append(page)
-        return taken
+            pages.append(page)
+        return pages
 
-    def find(self, wanted: Sequence[Digest]) -> list[int]:
-        """The pages of as many of the digests, from the first on, as are known."""
-        found = []
-        for digest in wanted:
+    def find(self, prefix: Sequence[Digest]) -> list[int]:
+        """Pages of the digests in `prefix`, up to the first digest that is unknown."""
+        pages = []
+        for digest in prefix:
             if digest not in self._known:
                 break
-            found.append(self._known[digest])
-        return found
+            pages.append(self._known[digest])
+        return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more user of each."""
+        """Adds one user to each page."""
         for page in pages:
             self._unused.pop(page, None)
             self._users[page] += 1
 
     def publish(self, page: int, digest: Digest) -> None:
-        """This page is full and will not change: others may share it. Of two with the same content the first stays known."""
+        """Makes a page known, so that others may share it. It is full and will not change.
+
+        Of two pages with the same content the first stays known.
+        """
         if digest not in self._known and page not in self._digest:
             self._known[digest], self._digest[page] = page, digest
 
     def forget(self) -> None:
-        """After a fault: nothing that was written so far is shared with anybody new."""
+        """Makes all pages unknown, after a fault: nothing that was written so far gets a new user."""
         self._free.extend(self._unused)
-        for kept in (self._unused, self._known, self._digest):
-            kept.clear()
+        for table in (self._unused, self._known, self._digest):
+            table.clear()
 
     def release(self, pages: Sequence[int]) -> None:
-        """One user less of each. The last pages of a sequence are forgotten first: without the ones before they are of no use."""
+        """Takes one user from each page.
+
+        The last pages of a sequence become unused first, and so are evicted first: without the pages before them they
+        are of no use.
+        """
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page] == 0:
