@@ -79,12 +79,12 @@ def assert_equals_the_reference(x: Call, dtype: str) -> None:
 
 def kinds() -> list:
     """(D, V, dtype, device): every kind of tile; in `make test` those of the 671B model and of the bundled one."""
-    parameters = []
+    found = []
     for D, V in ((192, 128), (48, 32), (80, 130), (200, 40), (256, 256)):
         often = [] if (D, V) in ((192, 128), (48, 32)) else [pytest.mark.slow]
-        parameters.append(pytest.param(D, V, "float32", "cpu", marks=often))
-        parameters += [pytest.param(D, V, dtype, "cuda", marks=pytest.mark.gpu) for dtype in ("float16", "bfloat16")]
-    return [*parameters, pytest.param(48, 32, "float16", "cpu")]
+        found.append(pytest.param(D, V, "float32", "cpu", marks=often))
+        found += [pytest.param(D, V, dtype, "cuda", marks=pytest.mark.gpu) for dtype in ("float16", "bfloat16")]
+    return [*found, pytest.param(48, 32, "float16", "cpu")]
 
 
 @pytest.mark.parametrize(("D", "V", "dtype", "device"), kinds())
