@@ -119,12 +119,12 @@ def test_gradient_of_one_output_or_one_input_only(kind: str) -> None:
                 inputs = [tensor.detach().clone().requires_grad_(i == wanted) for i, tensor in enumerate(tensors)]
                 y = function(*inputs)[output]
                 # lse does not depend on the values
-                found = (
+                computed = (
                     torch.autograd.grad(y, inputs[wanted], torch.ones_like(y), allow_unused=True)
                     if y.requires_grad
                     else (None,)
                 )
-                gradients.append(found[0])
+                gradients.append(computed[0])
             actual, expected = (torch.zeros_like(tensors[wanted]) if g is None else g for g in gradients)
             oracle.assert_close(actual, expected, 1e-10, what=f"d output {output} / d input {wanted}")
 
@@ -233,16 +233,16 @@ def test_past_every_block_size(kind: str) -> None:
         else:
             out, lse = ops.masked_attention(q, kv.expand(-1, H, -1), kv.expand(-1, H, -1), indices, 0.5)
     logits = (0.5 * torch.einsum("shd,td->hst", q, kv[:, 0])).masked_fill(~visible_ST, -math.inf)
-    some = visible_ST.any(1)
-    expected_lse = torch.logsumexp(logits[:, some], -1).T
-    expected = torch.einsum("hst,td->shd", torch.softmax(logits[:, some], -1), kv[:, 0])
-    oracle.assert_close(out[some], expected, 1e-10, what="out")
-    oracle.assert_close(lse[some], expected_lse, 1e-10, what="lse")
+    rows = visible_ST.any(1)
+    expected_lse = torch.logsumexp(logits[:, rows], -1).T
+    expected = torch.einsum("hst,td->shd", torch.softmax(logits[:, rows], -1), kv[:, 0])
+    oracle.assert_close(out[rows], expected, 1e-10, what="out")
+    oracle.assert_close(lse[rows], expected_lse, 1e-10, what="lse")
     cotangents = (
         torch.randn(expected.shape, generator=g).double(),
         torch.randn(expected_lse.shape, generator=g).double(),
     )
-    actual_gradients = torch.autograd.grad((out[some], lse[some]), (q, kv), cotangents)
+    actual_gradients = torch.autograd.grad((out[rows], lse[rows]), (q, kv), cotangents)
     for what, a, e in zip(
         ("q", "kv"), actual_gradients, torch.autograd.grad((expected, expected_lse), (q, kv), cotangents), strict=True
     ):

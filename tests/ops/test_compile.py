@@ -97,8 +97,10 @@ def run(function: Function, tensors: tuple[Tensor, ...]) -> list[Tensor]:
     if not differentiable:
         return outputs
     leaves = [t for t in inputs if t.requires_grad]
-    found = torch.autograd.grad(differentiable, leaves, [torch.ones_like(y) for y in differentiable], allow_unused=True)
-    return [*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True))]
+    gradients = torch.autograd.grad(
+        differentiable, leaves, [torch.ones_like(y) for y in differentiable], allow_unused=True
+    )
+    return [*outputs, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True))]
 
 
 def test_every_op_is_called_here() -> None:

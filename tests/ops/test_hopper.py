@@ -28,12 +28,12 @@ MORE = (
 
 def hopper_cases() -> list:
     """Every case at the widths of the 671B model, and in the precisions that its magnitude allows."""
-    found = []
+    parameters = []
     for case in (*CASES, *MORE):
         for dtype in ("bfloat16", "float16"):
             if dtype == "bfloat16" or case.magnitude <= 16:
-                found.append(pytest.param(dataclasses.replace(case, dtype=dtype, **MLA), id=f"{case}-{dtype}"))
-    return found
+                parameters.append(pytest.param(dataclasses.replace(case, dtype=dtype, **MLA), id=f"{case}-{dtype}"))
+    return parameters
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def test_scores_have_the_bits_of_the_portable_kernel(
     seen = x.visible_ST()
     for k_scale in (scale, None):
         given = (x.w_SI, x.starts_S, x.ends_S, k_scale)
-        found, portable = (ops.index_scores(q, k, *given, backend=how) for how in ("hopper", "triton"))
-        assert torch.equal(found[seen], portable[seen])
+        actual, portable = (ops.index_scores(q, k, *given, backend=how) for how in ("hopper", "triton"))
+        assert torch.equal(actual[seen], portable[seen])
         expected = ops.index_scores(q.float(), k.float(), *given, backend="reference")
-        oracle.assert_close(found[seen].double(), expected[seen].double(), 1e-3, 1.0)
+        oracle.assert_close(actual[seen].double(), expected[seen].double(), 1e-3, 1.0)
         chosen = [ops.index_topk(q, k, x.w_SI, x.k, *given[1:], backend=how) for how in ("hopper", "triton")]
         assert torch.equal(*chosen)
 
@@ -182,7 +182,7 @@ kinds = torch.bfloat16, torch.int32, torch.int64, torch.float32, torch.uint8
 half, index, long, single, byte = map(MockTensor, kinds)
 ptxas = get_ptxas(90).path
 sizes = (128, 32768, 2048, 2048)
-some = {"KP": 2048, "num_warps": 8}
+common = {"KP": 2048, "num_warps": 8}
 rows = torch.empty(4096, 128, dtype=torch.float8_e4m3fn)
 boxes = [TensorDescriptor.from_tensor(rows, [n, 128], scores.SWIZZLED.value) for n in (256, 512)]
 split = {"W": 128, "BLOCKS": 2, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
@@ -191,21 +191,21 @@ for name, kernel, arguments, options in (
     ("scores", scores.scores_kernel,
      (*boxes, *[single] * 2, *[index] * 2, single, 4096, 32768, 512), {"H": 64, "num_warps": 8}),
     ("forward", forward.forward_kernel,
-     (half, half, index, half, single, half, single, *sizes, 0.1), some | {"KEEP": True}),
-    ("decode", decode.decode_kernel, (half, byte, single, half, index, half, single, *sizes[:3], 41984, 0.1), some),
+     (half, half, index, half, single, half, single, *sizes, 0.1), common | {"KEEP": True}),
+    ("decode", decode.decode_kernel, (half, byte, single, half, index, half, single, *sizes[:3], 41984, 0.1), common),
     ("dq", dq.dq_kernel,
-     (half, half, half, index, single, single, half, half, half, *sizes, 0.1), some | {"num_warps": 4}),
-    ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), some | split),
-    ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), some | tail),
+     (half, half, half, index, single, single, half, half, half, *sizes, 0.1), common | {"num_warps": 4}),
+    ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), common | split),
+    ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), common | tail),
     ("dkv_in_order", dkv.dkv_kernel,
-     (half, half, half, half, index, single, *sizes, 0), some | split | {"IN_ORDER": True}),
+     (half, half, half, half, index, single, *sizes, 0), common | split | {"IN_ORDER": True}),
 ):
-    found = kernel.warmup(*arguments, grid=(128,), **options)
+    compiled = kernel.warmup(*arguments, grid=(128,), **options)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.ptx").write_text(found.asm["ptx"])
+        Path(folder, "kernel.ptx").write_text(compiled.asm["ptx"])
         command = [ptxas, "--gpu-name", "sm_90a", "-v", "kernel.ptx", "-o", "kernel.cubin"]
         words = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-    print(name, found.metadata.shared, "serialized" if "serialized" in words else "overlapped")
+    print(name, compiled.metadata.shared, "serialized" if "serialized" in words else "overlapped")
 """
 
 
@@ -216,8 +216,8 @@ def test_the_kernels_compile(tmp_path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
-    found = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
-    assert set(found) == {"scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order"}
-    for name, (shared, products) in found.items():
+    reports = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
+    assert set(reports) == {"scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order"}
+    for name, (shared, products) in reports.items():
         assert int(shared) <= 227 * 1024, name
         assert products == "overlapped", name

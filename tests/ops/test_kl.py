@@ -116,16 +116,16 @@ def test_sparse_attention_kl_is_sparse_attention(case: Case) -> None:
     ones_S = torch.ones_like(kl_S)
 
     def gradients(outputs: tuple, inputs: tuple, grad_outputs: list) -> list[Tensor]:
-        found = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, retain_graph=True)
-        return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+        computed = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True, retain_graph=True)
+        return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, computed, strict=True)]
 
     for a, e in zip((out, lse), plain, strict=True):
         oracle.assert_close(a, e, 1e-12)
-    for found in (
+    for actual in (
         gradients((out, lse), (q, kv), cotangents),
         gradients((out, lse, kl_S), (q, kv), [*cotangents, ones_S]),
     ):
-        for a, e in zip(found, expected, strict=True):
+        for a, e in zip(actual, expected, strict=True):
             oracle.assert_close(a, e, 1e-11)
     for stray in gradients((kl_S,), (q, kv), [ones_S]) + gradients((out, lse), (q_I, k_I, w), cotangents):
         assert torch.equal(stray, torch.zeros_like(stray)), "a gradient crossed from one loss to the other's parameters"
@@ -262,18 +262,18 @@ def test_past_every_block_size() -> None:
     ends = torch.minimum(bounds[:, 1] + torch.arange(S) % 20, torch.tensor(T)).int()
     positions = torch.arange(T)
     hidden_ST = (positions < starts[:, None]) | (positions >= ends[:, None])
-    some = ~hidden_ST.all(1)
+    rows = ~hidden_ST.all(1)
     logits = (0.3 * torch.einsum("shd,thd->sht", q, k)).masked_fill(hidden_ST[:, None], -torch.inf)
     actual = ops.indexer_kl_dense(q, k, torch.logsumexp(logits, -1), 0.3, q_I, k_I, w, starts, ends)
     scores = torch.einsum("si,sit->st", w, torch.relu(torch.einsum("sid,td->sit", q_I, k_I)))
-    p = torch.softmax(logits[some], -1).mean(1)
-    log_q = torch.log_softmax(scores.masked_fill(hidden_ST, -torch.inf)[some], -1).masked_fill(hidden_ST[some], 0.0)
+    p = torch.softmax(logits[rows], -1).mean(1)
+    log_q = torch.log_softmax(scores.masked_fill(hidden_ST, -torch.inf)[rows], -1).masked_fill(hidden_ST[rows], 0.0)
     expected = (torch.xlogy(p, p) - p * log_q).sum(-1)
-    oracle.assert_close(actual[some], expected, 1e-10, what="kl")
+    oracle.assert_close(actual[rows], expected, 1e-10, what="kl")
     weights = torch.randn(expected.shape, generator=g).double()
     for what, a, e in zip(
         ("q_I", "k_I", "w"),
-        torch.autograd.grad(actual[some], (q_I, k_I, w), weights),
+        torch.autograd.grad(actual[rows], (q_I, k_I, w), weights),
         torch.autograd.grad(expected, (q_I, k_I, w), weights),
         strict=True,
     ):

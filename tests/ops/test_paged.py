@@ -229,10 +229,10 @@ def test_a_position_past_what_a_query_sees_is_not_read() -> None:
     """On a GPU nobody looks at the indices beforehand."""
     x = make("fp8")
     beyond = torch.where(x.indices < 0, x.lengths[:, None] + torch.arange(6) * 64, x.indices).int()
-    found = reference.sparse_attention_paged(
+    actual = reference.sparse_attention_paged(
         x.q, x.entry_pages, beyond, x.page_table, x.lengths, SCALE, *x.split.values()
     )
-    for a, e in zip(found, x.attention(), strict=True):
+    for a, e in zip(actual, x.attention(), strict=True):
         assert torch.equal(a, e)
 
 

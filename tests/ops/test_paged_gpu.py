@@ -75,9 +75,9 @@ def test_nothing_outside_of_the_pages_is_an_entry(backend: str) -> None:
     table[0, 1], table[1, 2] = -1, 1 << 30
     chosen = torch.tensor([[3, 70, 199, 200, 5000], [0, 128, 129, 100, 1 << 30], [-5, 1, 63, 64, 65]]).cuda()
     left = torch.tensor([[3, -1, 199, -1, -1], [0, -1, -1, 100, -1], [-1, 1, 63, -1, -1]]).cuda()
-    found = ops.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, pages.SCALE, backend=backend)
+    actual = ops.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, pages.SCALE, backend=backend)
     clean = replace(x, indices=left)
-    for a, e in zip(found, clean.attention(backend=backend), strict=True):
+    for a, e in zip(actual, clean.attention(backend=backend), strict=True):
         assert torch.equal(a, e)
     equals_the_reference(clean, backend)
     too_long = torch.full_like(x.lengths, 5000)
@@ -125,9 +125,9 @@ def test_in_a_cuda_graph() -> None:
     held = x.indices.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = replace(x, indices=held).attention(backend="hopper")
+        actual = replace(x, indices=held).attention(backend="hopper")
     for indices in (x.indices, with_holes(x).indices.int()):
         held.copy_(indices)
         graph.replay()
-        for a, e in zip(found, replace(x, indices=indices).attention(backend="hopper"), strict=True):
+        for a, e in zip(actual, replace(x, indices=indices).attention(backend="hopper"), strict=True):
             assert torch.equal(a, e)

@@ -54,15 +54,15 @@ def test_the_kernel_has_the_references_bits(S: int, H: int, R: int | None, devic
     for dtype in (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.bfloat16):
         given = drawn(S, H, R, dtype)
         expected = ops.quantize_queries(*given, backend="reference")
-        found = ops.quantize_queries(*(x.to(device) for x in given), backend=backend(device))
-        assert torch.equal(found[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
-        assert torch.equal(found[1].cpu(), expected[1])
+        actual = ops.quantize_queries(*(x.to(device) for x in given), backend=backend(device))
+        assert torch.equal(actual[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(actual[1].cpu(), expected[1])
         if R and S:
             given = drawn(S, H, R, dtype, exact=False)
             expected = ops.quantize_queries(*given, backend="reference")
-            found = ops.quantize_queries(*(x.to(device) for x in given), backend=backend(device))
+            actual = ops.quantize_queries(*(x.to(device) for x in given), backend=backend(device))
             numbers = [
-                values.cpu().float() * (weights.cpu() / given[1])[..., None] for values, weights in (found, expected)
+                values.cpu().float() * (weights.cpu() / given[1])[..., None] for values, weights in (actual, expected)
             ]
             # a last bit of the rotation may move a number by a step of E4M3, an eighth, but seldom
             oracle.assert_close(*numbers, 0.13)
@@ -100,5 +100,5 @@ def test_it_is_the_indexers_rotation() -> None:
     q, w = drawn(6, 2, None, torch.float32)
     turned = torch.cat((rotate_half_split(q[..., :32], r), q[..., 32:]), -1)
     values, scales = quant.quantize_e4m3(quant.hadamard(turned), scale_format="ue8m0")
-    found = ops.quantize_queries(q, w, *r.half_split, backend="reference")
-    assert torch.equal(found[0].float(), values.float()) and torch.equal(found[1], w * scales[..., 0])
+    actual = ops.quantize_queries(q, w, *r.half_split, backend="reference")
+    assert torch.equal(actual[0].float(), values.float()) and torch.equal(actual[1], w * scales[..., 0])

@@ -47,14 +47,14 @@ LONG_GRADIENTS = ("zero scores", "prefill chunks of a batch", "empty rows", "one
 
 def places(quick: tuple[str, ...] = QUICK) -> list:
     """(case, device, dtype). A GPU runs all; the interpreter float32, in `make test` the `quick` cases alone."""
-    found = []
+    parameters = []
     for case in CASES:
         marks = [] if case.name in quick else [pytest.mark.slow]
-        found.append(pytest.param(case, "cpu", "float32", id=f"{case}-interpreter", marks=marks))
+        parameters.append(pytest.param(case, "cpu", "float32", id=f"{case}-interpreter", marks=marks))
         for dtype in ("bfloat16", "float16"):
             if dtype == "bfloat16" or case.magnitude <= 16:  # half precision ends at 65504
-                found.append(pytest.param(case, "cuda", dtype, id=f"{case}-{dtype}", marks=pytest.mark.gpu))
-    return found
+                parameters.append(pytest.param(case, "cuda", dtype, id=f"{case}-{dtype}", marks=pytest.mark.gpu))
+    return parameters
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +105,8 @@ def test_sums_in_any_order(case: Case, device: str, dtype: str) -> None:
 def test_the_selection_is_the_oracles(case: Case, device: str, dtype: str) -> None:
     x = make(case, device)
     scores = oracle.index_scores(x.q_SID, x.k_TD, x.w_SI).float()
-    found = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=backend(device))
-    assert torch.equal(found.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
+    actual = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=backend(device))
+    assert torch.equal(actual.cpu(), oracle.select_topk(scores, x.k, x.starts_S, x.ends_S).cpu())
     if case.content != "normal" or device == "cpu":  # scores are the same to the last bit, or nearly so
         fused = ops.index_topk(
             *(t.to(getattr(torch, dtype)) for t in (x.q_SID, x.k_TD)), x.w_SI, x.k, x.starts_S, x.ends_S,
@@ -147,8 +147,8 @@ def selected_as_by_the_reference(rows: dict[str, Tensor], k: int, device: str) -
     expected = ops.select_topk(scores, k, starts, ends, backend="reference")
     given = (t.to(device) for t in (scores, starts, ends))
     s, first, last = given
-    found = ops.select_topk(s, k, first, last, backend=backend(device)).cpu()
-    for name, a, e in zip(rows, found, expected, strict=True):
+    actual = ops.select_topk(s, k, first, last, backend=backend(device)).cpu()
+    for name, a, e in zip(rows, actual, expected, strict=True):
         assert torch.equal(a, e), name
 
 
@@ -245,11 +245,11 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
     scores = torch.randn(S, T, generator=torch.Generator().manual_seed(6)).to(device)
 
     def everything(y: Inputs) -> dict[str, Tensor]:
-        found = results(y, how)
+        outputs = results(y, how)
         for k in (4, 80):  # rows longer and shorter than their candidates
-            found[f"top-{k}"] = ops.select_topk(scores, k, y.starts_S, y.ends_S, backend=how)
-        found["fused"] = ops.index_topk(y.q_SID, y.k_TD, y.w_SI, 4, y.starts_S, y.ends_S, backend=how)
-        return found
+            outputs[f"top-{k}"] = ops.select_topk(scores, k, y.starts_S, y.ends_S, backend=how)
+        outputs["fused"] = ops.index_topk(y.q_SID, y.k_TD, y.w_SI, 4, y.starts_S, y.ends_S, backend=how)
+        return outputs
 
     expected, actual = everything(meant), everything(given)
     for name, e in expected.items():
@@ -281,14 +281,14 @@ def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> No
     for name, e in expected.items():
         shared = name.startswith("index") and ": d " in name
         if name.endswith(("d kv", "d k_I", "d k", "d v")):
-            kept = safe_keys if shared else ~bad_keys
+            unspoiled = safe_keys if shared else ~bad_keys
         else:
-            kept = safe_queries if shared else ~bad_queries
+            unspoiled = safe_queries if shared else ~bad_queries
         if name.startswith("masked_attention"):  # walks a second time, whose sums nobody promises to the last bit
             tolerance = TOLERANCE["bfloat16" if device == "cuda" else "float32"]
-            oracle.assert_close(actual[name][kept].double(), e[kept].double(), tolerance, 1.0, name)
+            oracle.assert_close(actual[name][unspoiled].double(), e[unspoiled].double(), tolerance, 1.0, name)
         else:
-            assert torch.equal(actual[name][kept], e[kept]), name
+            assert torch.equal(actual[name][unspoiled], e[unspoiled]), name
         assert not actual[name][bad_queries if len(e) == 13 else bad_keys & seen.any(0)].isfinite().all(), name
 
 
@@ -323,7 +323,7 @@ def test_a_second_run_has_the_same_bits(device: str) -> None:
     how, weight = backend(device), torch.rand(len(x.q_SHD), generator=torch.Generator().manual_seed(8)).to(device)
 
     def everything() -> dict[str, Tensor]:
-        found = results(x, how)
+        actual = results(x, how)
         inputs, lse = (
             leaves(x.q_SID, x.k_TD, x.w_SI),
             weight[:, None] + torch.ones_like(x.q_SHD[..., 0], dtype=torch.float32),
@@ -331,13 +331,13 @@ def test_a_second_run_has_the_same_bits(device: str) -> None:
         total = ops.indexer_kl_dense_sum(
             x.q_SHD, x.k_TGD, lse, x.scale, *inputs, x.starts_S, x.ends_S, weight, backend=how
         )
-        found["indexer_kl_dense_sum"] = total.detach()
+        actual["indexer_kl_dense_sum"] = total.detach()
         for what, y in zip(("q_I", "k_I", "w"), torch.autograd.grad(total, inputs), strict=True):
-            found[f"indexer_kl_dense_sum: d {what}"] = y
-        scores = found["index_scores: scores"]
-        found["select_topk"] = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=how)
-        found["index_topk"] = ops.index_topk(x.q_SID, x.k_TD, x.w_SI, x.k, x.starts_S, x.ends_S, backend=how)
-        return found
+            actual[f"indexer_kl_dense_sum: d {what}"] = y
+        scores = actual["index_scores: scores"]
+        actual["select_topk"] = ops.select_topk(scores, x.k, x.starts_S, x.ends_S, backend=how)
+        actual["index_topk"] = ops.index_topk(x.q_SID, x.k_TD, x.w_SI, x.k, x.starts_S, x.ends_S, backend=how)
+        return actual
 
     first, second = everything(), everything()
     for name, e in first.items():

@@ -119,9 +119,9 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch: pytest.Mo
     strays = torch.tensor([T, 2**31 - 1, -2, -(2**31), 2**32, -(2**32)], device=device).expand(len(x.q_SHD), -1)
     given = {"k_THD": among_nan(x.k_THD), "v_THV": among_nan(x.v_THV)}
     for indices in (torch.cat((strays[:, :4].int(), x.indices_SK), 1), torch.cat((x.indices_SK.long(), strays), 1)):
-        found = replace(x, indices_SK=indices, **given).results()
+        actual = replace(x, indices_SK=indices, **given).results()
         for name, e in expected.items():
-            assert torch.equal(found[name], e), name
+            assert torch.equal(actual[name], e), name
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, in the interpreter
@@ -142,17 +142,17 @@ def test_nan_stays_where_it_is_selected(where: str, broken: float, device: str) 
     bad_query = (t == 4) | (t == 5)
     y = getattr(x, where).clone()
     y[[2, 18] if where in ("k_THD", "v_THV") else [4, 5], :, 3] = broken
-    found = replace(x, **{where: y}).results()
+    actual = replace(x, **{where: y}).results()
     its_keys = torch.isin(torch.arange(19, device=device), indices[bad_query])
     for name, e in clean.items():
         reached = bad_query if len(e) == 12 else its_keys
         tolerance = TOLERANCE["bfloat16" if device == "cuda" else "float32"]
-        oracle.assert_close(found[name][~reached].double(), e[~reached].double(), tolerance, 1.0, name)
+        oracle.assert_close(actual[name][~reached].double(), e[~reached].double(), tolerance, 1.0, name)
         untouched = (where == "dout_SHV" and name in ("out", "lse")) or (where == "v_THV" and name == "lse")
         if untouched:
-            oracle.assert_close(found[name].double(), e.double(), tolerance, 1.0, name)
+            oracle.assert_close(actual[name].double(), e.double(), tolerance, 1.0, name)
         elif math.isnan(broken):
-            assert found[name][reached].isnan().flatten(1).any(1).all(), name
+            assert actual[name][reached].isnan().flatten(1).any(1).all(), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -194,9 +194,9 @@ def test_the_bits_are_the_selection(device: str) -> None:
     selected_ST[5] = False
     for by_key in (False, True):
         words, firsts, ends = (x.cpu() for x in selection_bits(indices.to(device), T, by_key))
-        found = ((words[:, None] >> torch.arange(32)[None, :, None]) & 1).bool().flatten(0, 1)
-        assert not found[T if not by_key else S :].any()
-        assert torch.equal(found[:S] if by_key else found[:T].t(), selected_ST)
+        bits = ((words[:, None] >> torch.arange(32)[None, :, None]) & 1).bool().flatten(0, 1)
+        assert not bits[T if not by_key else S :].any()
+        assert torch.equal(bits[:S] if by_key else bits[:T].t(), selected_ST)
     for t in range(S):
         keys = selected_ST[t].nonzero().flatten()
         assert (firsts[t], ends[t]) == ((keys[0], keys[-1] + 1) if len(keys) else (0, 0))

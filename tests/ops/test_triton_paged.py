@@ -197,8 +197,8 @@ def test_nothing_outside_of_the_pages_is_touched(kind: str, device: str) -> None
         assert torch.equal(scores[b, : x.lengths[b]].nan_to_num(1e9), right[b, : x.lengths[b]].nan_to_num(1e9))
     chosen = torch.tensor([[3, 70, 199, 200, 5000], [0, 128, 129, 100, 1 << 30], [-5, 1, 63, 64, 65]]).to(device)
     left = torch.tensor([[3, -1, 199, -1, -1], [0, -1, -1, 100, -1], [-1, 1, 63, -1, -1]]).to(device)
-    found = kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, SCALE, *x.split.values())
-    for a, e in zip(found, replace(x, indices=left).attention(backend=backend(device)), strict=True):
+    actual = kernels.sparse_attention_paged(x.q, x.entry_pages, chosen, table, x.lengths, SCALE, *x.split.values())
+    for a, e in zip(actual, replace(x, indices=left).attention(backend=backend(device)), strict=True):
         assert torch.equal(a, e)
     too_long = torch.full_like(x.lengths, 5000)
     kernels.index_scores_paged(x.q_I, x.index_pages, x.w, table, too_long)
@@ -216,15 +216,15 @@ def test_places_in_the_pool(n: int, K: int, multiple: int, dtype: torch.dtype, d
     table[3, 2] = 1 << 30
     indices = torch.randint(-5, 300, (6 * n, K), generator=g).to(dtype)
     indices[:, :1] = (1 << 31) - 1 if dtype == torch.int32 else 1 << 40
-    found = paged_places.pool_places(*(x.to(device) for x in (indices, table, lengths)), 10, multiple)
-    assert found.dtype == torch.int32 and found.shape == (6 * n, -(-K // multiple) * multiple)
-    expected = torch.full(found.shape, -1, dtype=torch.int32)
+    actual = paged_places.pool_places(*(x.to(device) for x in (indices, table, lengths)), 10, multiple)
+    assert actual.dtype == torch.int32 and actual.shape == (6 * n, -(-K // multiple) * multiple)
+    expected = torch.full(actual.shape, -1, dtype=torch.int32)
     for t in range(6 * n):
         b, j = divmod(t, n)
         for i, index in enumerate(indices[t].tolist()):
             if 0 <= index < min(int(lengths[b]), 256) - n + 1 + j and 0 <= (page := int(table[b, index // 64])) < 10:
                 expected[t, i] = page * 64 + index % 64
-    assert torch.equal(found.cpu(), expected) and (K == 0 or (expected >= 0).any())
+    assert torch.equal(actual.cpu(), expected) and (K == 0 or (expected >= 0).any())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -287,13 +287,13 @@ def hard_tokens(kind: str, dtype: torch.dtype) -> list[Tensor]:
 
 def writes() -> list:
     """(device, kind of pages, dtype of tokens); bfloat16 on a GPU alone, because the interpreter rounds otherwise."""
-    found = []
+    parameters = []
     for kind in ("fp8", "float16", "float32", "bfloat16"):
         for dtype in ("float32", "float16", "bfloat16"):
             if "bfloat16" not in (kind, dtype):
-                found.append(("cpu", kind, dtype))
-            found.append(pytest.param("cuda", kind, dtype, marks=pytest.mark.gpu))
-    return found
+                parameters.append(("cpu", kind, dtype))
+            parameters.append(pytest.param("cuda", kind, dtype, marks=pytest.mark.gpu))
+    return parameters
 
 
 @pytest.mark.parametrize(("device", "kind", "dtype"), writes())
@@ -339,8 +339,8 @@ def test_every_rounding_to_e4m3(device: str) -> None:
     inputs = (x.to(device) for x in (latent, *others))
     entry_pages, index_pages = entry_pages.to(device), index_pages.to(device)
     ops.write_caches(*inputs, entry_pages, index_pages, torch.arange(N, device=device), backend=backend(device))
-    found = entry_pages.flatten(0, 1)[:N, :512].cpu()
-    assert torch.equal(found, latent.to(torch.float8_e4m3fn).view(torch.uint8))
+    actual = entry_pages.flatten(0, 1)[:N, :512].cpu()
+    assert torch.equal(actual, latent.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -381,10 +381,10 @@ def test_a_cache_is_written_scored_selected_and_attended_to() -> None:
     expected = step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        actual = step()
     graph.replay()
     torch.cuda.synchronize()
-    for a, e in zip(found, expected, strict=True):
+    for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
 

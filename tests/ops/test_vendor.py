@@ -47,12 +47,12 @@ def test_scores_are_the_references(keys: int) -> None:
     q, q_scale = quant.quantize_e4m3(x.q_SID, 128, "ue8m0")
     k, k_scale = quant.quantize_e4m3(x.k_TD, 128, "ue8m0")
     w, k_scale = x.w_SI * q_scale.squeeze(-1), k_scale.squeeze(-1)
-    found = ops.index_scores(q, k, w, x.starts_S, x.ends_S, k_scale, backend="vendor")
+    actual = ops.index_scores(q, k, w, x.starts_S, x.ends_S, k_scale, backend="vendor")
     expected = ops.index_scores(q.float(), k.float(), w, x.starts_S, x.ends_S, k_scale, backend="reference")
     seen = x.visible_ST()
-    oracle.assert_close(found[seen].double(), expected[seen].double(), 1e-3, 1.0)
+    oracle.assert_close(actual[seen].double(), expected[seen].double(), 1e-3, 1.0)
     chosen = ops.index_topk(q, k, w, x.k, x.starts_S, x.ends_S, k_scale, backend="vendor")
-    assert torch.equal(chosen, ops.select_topk(found, x.k, x.starts_S, x.ends_S, backend="reference"))
+    assert torch.equal(chosen, ops.select_topk(actual, x.k, x.starts_S, x.ends_S, backend="reference"))
 
 
 @pytest.mark.gpu
@@ -64,12 +64,12 @@ def test_products_are_the_references(rows: int, gated: bool) -> None:
     weight, scale = quant.quantize_weight(torch.randn(448, 384, device="cuda", generator=g))
     x = torch.randn(rows, 768 if gated else 384, device="cuda", generator=g).bfloat16()
     given = x, weight[None], scale[None]
-    found = ops.block_linear(*given, gated=gated, backend="vendor")
+    actual = ops.block_linear(*given, gated=gated, backend="vendor")
     expected = ops.block_linear(*given, gated=gated, backend="reference")
-    oracle.assert_close(found.double(), expected.double(), 2e-2, 1.0)  # as in test_fp8.py
+    oracle.assert_close(actual.double(), expected.double(), 2e-2, 1.0)  # as in test_fp8.py
     same = ops.block_linear(*given, gated=gated)
     assert torch.equal(
-        same, found if rows > vendor.FEW_ROWS else ops.block_linear(*given, gated=gated, backend="triton")
+        same, actual if rows > vendor.FEW_ROWS else ops.block_linear(*given, gated=gated, backend="triton")
     )
 
 
@@ -95,13 +95,13 @@ def test_paged_attention_in_a_cuda_graph(known: bool) -> None:
     held = x.indices.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = replace(x, indices=held).attention(backend="vendor")
+        actual = replace(x, indices=held).attention(backend="vendor")
     assert (vendor._kept_plan(*sizes, places[0]).tile_scheduler_metadata is not None) == known
     for indices in (x.indices, torch.where(torch.arange(places[0], device="cuda") % 3 == 1, -1, x.indices)):
         held.copy_(indices)
         for _ in range(2):
             graph.replay()
-        for a, e in zip(found, replace(x, indices=indices).attention(backend="vendor"), strict=True):
+        for a, e in zip(actual, replace(x, indices=indices).attention(backend="vendor"), strict=True):
             assert torch.equal(a, e)
 
 

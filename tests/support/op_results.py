@@ -16,7 +16,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 def results(x: Inputs, how: str, wanted: tuple[str, ...] = ALL) -> dict[str, Tensor]:
     """Outputs and gradients of the ops `wanted`, computed by backend `how`."""
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     g = torch.Generator().manual_seed(1)
 
     def take(name: str, outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
@@ -24,8 +24,8 @@ def results(x: Inputs, how: str, wanted: tuple[str, ...] = ALL) -> dict[str, Ten
         cotangents = [torch.exp2(torch.randint(-3, 1, y.shape, generator=g)).to(y) for y in outputs.values()]
         cotangents = [torch.where(y.isfinite(), c, 0.0) for y, c in zip(outputs.values(), cotangents, strict=True)]
         gradients = torch.autograd.grad(list(outputs.values()), list(inputs.values()), cotangents)
-        found.update({f"{name}: {what}": y.detach() for what, y in outputs.items()})
-        found.update({f"{name}: d {what}": y for what, y in zip(inputs, gradients, strict=True)})
+        values.update({f"{name}: {what}": y.detach() for what, y in outputs.items()})
+        values.update({f"{name}: d {what}": y for what, y in zip(inputs, gradients, strict=True)})
 
     visible = x.visible_ST()
     if "index_scores" in wanted:
@@ -51,10 +51,10 @@ def results(x: Inputs, how: str, wanted: tuple[str, ...] = ALL) -> dict[str, Ten
         out, lse = ops.masked_attention(q, k, v, x.indices_SK, x.scale, backend=how)
         take("masked_attention", {"out": out, "lse": lse}, {"q": q, "k": k, "v": v})
     if "indexer_kl_dense" not in wanted:
-        return found
+        return values
     q_I, k_I, w = leaves(x.q_SID, x.k_TD, x.w_SI)
     spans = (edge.clamp(0, len(x.k_TD)) for edge in (x.starts_S, x.ends_S))
     lse = ops.dense_attention(x.q_SHD, x.k_TGD, x.v_TGV, *spans, x.scale, backend="reference")[1]
     kl = ops.indexer_kl_dense(x.q_SHD, x.k_TGD, lse, x.scale, q_I, k_I, w, x.starts_S, x.ends_S, backend=how)
     take("indexer_kl_dense", {"kl": kl}, {"q_I": q_I, "k_I": k_I, "w": w})
-    return found
+    return values

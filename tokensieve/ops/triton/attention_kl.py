@@ -40,7 +40,7 @@ def _mass_kernel(
     mass_N = tl.zeros((BN,), tl.float32)
     if tl.max(index) >= 0:
         for g in range(G):
-            # SHARED, so that no value is loaded: it would be the main part, which is here already
+            # SHARED whatever the entry is, so that no value is loaded: only keys are needed
             main, tail, _ = load_entry(kv, index, g, G, E, d_k, v_start, d_v, DM, DT, VP, True)
             for begin in range(0, M, BH):
                 head = begin + tl.arange(0, BH)
