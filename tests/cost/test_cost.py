@@ -296,7 +296,7 @@ def test_estimate_reads_well() -> None:
 
 def test_bad_input() -> None:
     with pytest.raises(UserError, match="kv_lora_rank"):
-        cost.shape_of({"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2})
+        cost.shape_of({"model_type": "deepseek_v3", "num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(UserError, match="sparsify"):
         cost.train_estimate(V3, "warmup", **RUN)
     with pytest.raises(UserError, match="steps"):

@@ -43,6 +43,7 @@ class Attention(nn.Module):
     """
 
     o_proj: nn.Linear
+    indexer: Indexer | None
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -50,7 +51,10 @@ class Attention(nn.Module):
         self.layer, self.heads = layer, config.num_attention_heads
         self.entry = family.entry(config)
         self.head_group: HeadGroup = ONE_GROUP
-        self.indexer = Indexer(config) if family.sparse else None
+
+    def add_indexer(self, config: ModelConfig) -> None:
+        """Called last by a family's constructor, so that parameters keep the order of the published checkpoint."""
+        self.indexer = Indexer(config) if family_of(config).sparse else None
 
     # implemented by each kind of attention
 

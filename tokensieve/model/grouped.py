@@ -26,6 +26,7 @@ class GroupedAttention(Attention):
         self.k_proj = nn.Linear(hidden, groups * self.width, bias=bias)
         self.v_proj = nn.Linear(hidden, groups * self.width, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+        self.add_indexer(config)
 
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (

@@ -49,6 +49,7 @@ class LatentAttention(Attention):
         self.kv_a_layernorm = RMSNorm(self.latent)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=bias)
+        self.add_indexer(config)
 
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[LatentQueries, Tensor, Tensor]:
         if hasattr(self, "q_proj"):
