@@ -96,7 +96,7 @@ def test_what_is_filled_is_decoded_at_its_length(model, monkeypatch: pytest.Monk
 def test_noise_is_in_every_place(model) -> None:
     engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=3))
     fill_with_noise(engine)
-    for pages in (*engine.runner.pools.latent, *engine.runner.pools.index):
+    for pages in (*engine.runner.pools.entries, *engine.runner.pools.index):
         assert (pages != 0).any(-1).all() and 0.9 < float(pages.float().std()) < 1.1
 
 
@@ -117,7 +117,7 @@ def test_random_weights_are_drawn_and_norms_are_one() -> None:
         (["base"], "base is dense and selects nothing"),
         (["sparse", "--requests", "0"], "--requests 0"),
         (["sparse", "--prompt", "a"], "--prompt a"),
-        (["sparse", "--selection", "window"], "use indexer, dense or indexer,dense"),
+        (["sparse", "--selection", "best"], "'best' is unknown; use one of indexer, window"),
         (["sparse", "--experts", "4"], "give --shape"),
         (["--shape", "deepseek"], "--shape deepseek is unknown"),
         (["--shape", "deepseek_v32", "--set", "layers=3"], "--set layers=3"),

@@ -52,7 +52,6 @@ def test_help_loads_no_torch() -> None:
     "arguments",
     [
         ("sparsify", "base"),
-        ("generate", "base", "--selection", "oracle"),
         ("warmup", "--steps", "3"),
         ("serve", "--port", "70000"),
         ("train",),

@@ -206,7 +206,7 @@ def test_ctrl_c_outside_training(run, home: Path, monkeypatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokensieve.model.load_rank", interrupted)
+    monkeypatch.setattr("tokensieve.engine.tensor_parallel.load_rank", interrupted)
     ended = run("generate", home / "dense", "--prompt", "x")
     assert ended.status == 130 and "Traceback" not in ended.err
 
@@ -257,6 +257,6 @@ def test_a_defect_is_not_hidden(home: Path, monkeypatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr("tokensieve.model.load_rank", broken)
+    monkeypatch.setattr("tokensieve.engine.tensor_parallel.load_rank", broken)
     with pytest.raises(OSError):
         cli.main(["generate", str(home / "dense"), "--prompt", "x"])

@@ -355,7 +355,7 @@ def test_a_stretched_cache_repeats_a_real_one(sparse, texts, monkeypatch):
         sparse(texts[0][None, :100], past_key_values=whole, use_cache=True)
     cache, short = timing.stretched(real, 250), timing.stretched(real, 50)
     assert cache.get_seq_length() == 250 and short.get_seq_length() == 50
-    for kind in ("latent_BTE", "index_BTD"):
+    for kind in ("entries_BTW", "index_BTD"):
         for layer in range(len(sparse.model.layers)):
             long, brief, source = (getattr(c, kind)[layer][0] for c in (cache, short, whole))
             torch.testing.assert_close(long[:100], source[:100])

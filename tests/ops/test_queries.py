@@ -94,11 +94,11 @@ def test_what_is_refused() -> None:
 
 def test_it_is_the_indexers_rotation() -> None:
     """The tables and the layout are those of `rope`: half-split, the first dims."""
-    from tokensieve.model.rope import frequencies, rotate_half_split, rotation
+    from tokensieve.model.rope import frequencies, rotate_half_split, tables
 
-    r = rotation(torch.arange(3, 9), *frequencies({"rope_theta": 10000.0}, 32, 64))
+    r = tables(torch.arange(3, 9), *frequencies({"rope_theta": 10000.0}, 32, 64), interleaved=False)
     q, w = drawn(6, 2, None, torch.float32)
     turned = torch.cat((rotate_half_split(q[..., :32], r), q[..., 32:]), -1)
     values, scales = quant.quantize_e4m3(quant.hadamard(turned), scale_format="ue8m0")
-    actual = ops.quantize_queries(q, w, *r.half_split, backend="reference")
+    actual = ops.quantize_queries(q, w, *r, backend="reference")
     assert torch.equal(actual[0].float(), values.float()) and torch.equal(actual[1], w * scales[..., 0])

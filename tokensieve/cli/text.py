@@ -46,7 +46,7 @@ def generate(
         if mesh.size > 1 and not talk:
             raise tokensieve.UserError("torchrun goes with --interactive and --input-file only; use one of them")
         loaded = load_rank(model, mesh)
-        if selection == "indexer" and not loaded.is_sparse:
+        if selection in ("indexer", "window", "oracle") and not loaded.is_sparse:
             raise tokensieve.UserError(
                 f"--selection {selection}: {model} is dense and selects nothing; sparsify it first"
             )

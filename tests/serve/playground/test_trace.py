@@ -45,17 +45,18 @@ def shares(model, tokens: tuple[int, ...]) -> tuple[list[list[int]], list[torch.
     selected = [[i for i in s[0, -1].tolist() if i >= 0] for s in out.selection]
     found = []
     rotation = model.model.rotation(torch.arange(len(tokens)))
+    tables = rotation.attention
     for a in attentions:
         h = inputs[a.layer]
         with torch.no_grad():
             q = a.q_b_proj(a.q_a_layernorm(a.q_a_proj(h))).view(len(tokens), a.heads, -1)
             entry = a.kv_a_proj_with_mqa(h)
-            c, k_rope = a.kv_a_layernorm(entry[:, : a.latent]), a.rotate(entry[:, None, a.latent :], rotation)[:, 0]
+            c, k_rope = a.kv_a_layernorm(entry[:, : a.latent]), a.rotate(entry[:, None, a.latent :], tables)[:, 0]
             k_nope = a.kv_b_proj(c).view(len(tokens), a.heads, -1)[..., : a.nope]
-            q_rope = a.rotate(q[..., a.nope :], rotation)[-1]
+            q_rope = a.rotate(q[..., a.nope :], tables)[-1]
             logits = torch.einsum("hd,thd->ht", q[-1, :, : a.nope].double(), k_nope.double())
             logits += torch.einsum("hd,td->ht", q_rope.double(), k_rope.double())
-        found.append(logits * a.scale)
+        found.append(logits * a.softmax_scale(rotation))
     return selected, found
 
 
