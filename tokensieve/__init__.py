@@ -1,4 +1,4 @@
-"""tokensieve: DeepSeek Sparse Attention for `deepseek_v2` and `deepseek_v3` models: make them sparse, train, measure.
+"""tokensieve: DeepSeek Sparse Attention for DeepSeek and Llama models: make them sparse, train, measure.
 
 Names are resolved when first used, so that `from tokensieve import ops` loads torch and the operators and nothing else.
 """
