@@ -25,7 +25,10 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+RARE = pytest.param("sparse softmax router", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[RARE if kind in RARE.values else kind for kind in KINDS])
 def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
     return ours(KINDS[request.param], seed=1)
 

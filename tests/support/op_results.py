@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tests.support import interpreter  # noqa: F401  # makes it faster
 from tests.support.cases import Inputs
 from tokensieve import ops
 

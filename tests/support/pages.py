@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from tests.support import interpreter  # noqa: F401  # makes it faster
 from tokensieve import ops
 from tokensieve.ops import quant
 

@@ -181,7 +181,11 @@ ENDS: dict[str, tuple[Callable[[Page], None], str]] = {
 }
 
 
-@pytest.mark.parametrize(("break_it", "words"), ENDS.values(), ids=ENDS)
+SELDOM = ("failed", "key", "proxy", "midway")  # tested with the slow tests
+CASES = [pytest.param(*end, id=name, marks=[pytest.mark.slow] * (name in SELDOM)) for name, end in ENDS.items()]
+
+
+@pytest.mark.parametrize(("break_it", "words"), CASES)
 def test_an_error_is_a_line_and_nothing_is_lost(page: Page, break_it: Callable[[Page], None], words: str) -> None:
     break_it(page)
     attach(page, "some text", "a.txt")
