@@ -23,6 +23,7 @@ ORDER = (
 ).split()
 
 MAX_LINES = 450
+MAX_WIDTH = 120
 MAX_KERNEL_LINES = 600  # one kernel family per file, forward and backward together
 CATCH_ALL_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}
 PICKLE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -129,7 +130,10 @@ def test_imports_go_one_way(path: Path) -> None:
 @each(SOURCES)
 def test_size_and_name(path: Path) -> None:
     limit = MAX_KERNEL_LINES if {"triton", "hopper"} & set(path.parts) else MAX_LINES
-    lines = len(path.read_text(encoding="utf-8").splitlines())
+    text = path.read_text(encoding="utf-8").splitlines()
+    wide = [number for number, line in enumerate(text, 1) if len(line) > MAX_WIDTH and path.is_relative_to(PACKAGE)]
+    assert not wide, f"{name_of(path)}:{wide[0]} is wider than {MAX_WIDTH} columns"
+    lines = len(text)
     assert lines <= limit, f"{name_of(path)} has {lines} lines: split it (one idea per file, {limit} at most)"
     names = {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
     assert not names & CATCH_ALL_NAMES, f"{name_of(path)}: name the file after its one idea"

@@ -73,7 +73,9 @@ def test_what_is_named_exists(path: Path) -> None:
         assert file.exists(), f"{path.name}: there is no {name}"
         if function:
             tree = ast.parse(file.read_text(encoding="utf-8"))
-            defined = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            defined = {
+                n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            }
             assert function in defined, f"{path.name}: {name} has no {function}"
     for target in LINK.findall(text):
         assert (path.parent / target).exists(), f"{path.name}: there is no {target}"

@@ -1,7 +1,7 @@
-"""Every configuration of a run, as frozen dataclasses read from TOML. (A model's config is its family's: `tokensieve.families`.)
+"""Every configuration of a run, as frozen dataclasses read from TOML.
 
-Every key that a run's file may hold is a field below. One that it lacks takes the default that stands here, an unknown one is an error, and
-`--set a.b=value` changes one.
+Every key that a run's file may hold is a field below. A missing key takes the default that stands here, an unknown one is
+an error, and `--set a.b=value` changes one. (A model's config is its family's: `tokensieve.families`.)
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the thing and the remedy; the command line prints it and exits with status 2.
+    """Bad input. The message is one line that names the thing and the remedy.
+
+    The command line prints it and exits with status 2.
 
     Several arguments are several reasons, a line each.
     """

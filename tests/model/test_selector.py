@@ -148,7 +148,7 @@ def test_no_later_token_changes_an_earlier_one() -> None:
         ("no_such_module:f", "there is no module no_such_module"),
         ("tests.no_such:f", "there is no module tests.no_such"),
         ("tests.model.test_selector:absent", "has no absent"),
-        ("tests.model.test_selector:NAME", "NAME is no function"),
+        ("tests.model.test_selector:NAME", "NAME is not callable"),
         (":f", "is unknown"),
     ],
 )

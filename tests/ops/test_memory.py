@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 S, T, H = 1024, 4096, 16
 HEADS_S_T = H * S * T * 4  # 256 MiB in float32
 
@@ -40,6 +42,7 @@ print(json.dumps(peaks(*map(int, sys.argv[1:]))))
 """
 
 
+@pytest.mark.slow
 def test_peak_memory() -> None:
     """Not even a quarter of heads x S x T, all temporaries together (they are blocks of a fixed size, a few MiB
     each)."""

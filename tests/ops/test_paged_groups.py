@@ -174,6 +174,7 @@ def test_written_tokens_are_read_back(groups: int, d_k: int, d_v: int, kind: str
     assert torch.equal(raw(keys.cpu()), raw(expected_keys))
 
 
+@pytest.mark.slow
 def test_compiled_is_eager() -> None:
     """One full graph with symbolic sizes, registered soundly."""
     torch.compiler.reset()

@@ -139,6 +139,7 @@ def test_a_crowd_that_leaves(served) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_delays_nobody(served) -> None:
     """A client reads a byte now and then of an answer that is too large for all buffers.
 

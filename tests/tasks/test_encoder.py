@@ -296,6 +296,7 @@ SIZES = AcceptanceSizes(
 )
 
 
+@pytest.mark.slow
 def test_evaluation_of_another_family(tokenizers, corpus):
     """With a template all of it; without one everything but chat, which is refused before anything is measured."""
     model = models.ours(models.config("v3", vocab_size=1280, num_hidden_layers=2, max_position_embeddings=2048))

@@ -1,13 +1,13 @@
 """What training on many GPUs will stand on: FSDP2's hooks see the indexers' KL. Two processes on gloo, one step each."""
 
-import os
-import socket
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 
+from tests.support import ranks
 from tests.support.training import apart, batch, indexers, model
 from tokensieve.model import ForwardOptions, KLScale, Objective
 from tokensieve.train.learning import learning
@@ -26,39 +26,33 @@ def gradients_of_one(objective: str) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
 
 
-def rank(rank: int, port: int, objective: str, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def gradients_of_rank(objective: str) -> dict[str, np.ndarray]:
+    """In a rank's process, which has its half of the rows: the whole gradients, gathered."""
+    mesh = ranks.HERE[0]
     made = model().train()
     with learning(made, "indexers" if objective == "warmup" else "all"):
         for layer in made.model.layers:
             fully_shard(layer)
         fully_shard(made)
-        inputs = {name: x.chunk(2)[rank] for name, x in batch(ROWS, LENGTH).items()}
+        inputs = {name: x.chunk(mesh.size)[mesh.rank] for name, x in batch(ROWS, LENGTH).items()}
         # FSDP2 averages gradients over the ranks, each of which has half of the queries.
-        options = ForwardOptions(objective=Objective(objective, KLScale(per_query=2.0 / (ROWS * LENGTH))))
+        options = ForwardOptions(objective=Objective(objective, KLScale(per_query=mesh.size / (ROWS * LENGTH))))
         made(**inputs, options=options).loss.backward()
-        found = {name: p.grad.full_tensor() for name, p in made.named_parameters() if p.grad is not None}
-    if rank == 0:
-        from safetensors.torch import save_file
+        return {n: p.grad.full_tensor().numpy() for n, p in made.named_parameters() if p.grad is not None}
 
-        save_file({name: x.contiguous() for name, x in found.items()}, f"{folder}/gradients.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[ranks.Group]:
+    with ranks.started(2) as group:
+        yield group
 
 
 @pytest.mark.parametrize("objective", ["warmup", "adapt"])
-def test_a_step_under_fully_shard_has_the_gradients_of_one_process(objective: str, tmp_path) -> None:
-    from safetensors.torch import load_file
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    mp.spawn(rank, (port, objective, str(tmp_path)), nprocs=2)
-    found, expected = load_file(tmp_path / "gradients.safetensors"), gradients_of_one(objective)
-    assert indexers(found) and (objective == "adapt" or found.keys() == indexers(found).keys())
-    # float32 sums in another order
-    assert apart(indexers(found), indexers(expected)) < 1e-5
-    assert apart(found, expected) < 1e-4
+def test_a_step_under_fully_shard_has_the_gradients_of_one_process(objective: str, group: ranks.Group) -> None:
+    expected = gradients_of_one(objective)
+    for answer in group.ask(gradients_of_rank, objective):
+        found = {name: torch.from_numpy(x) for name, x in answer.items()}
+        assert indexers(found) and (objective == "adapt" or found.keys() == indexers(found).keys())
+        # float32 sums in another order
+        assert apart(indexers(found), indexers(expected)) < 1e-5
+        assert apart(found, expected) < 1e-4

@@ -261,7 +261,7 @@ def test_two_forward_passes_before_a_backward_pass(tmp_path: Path, prepared: Any
 # ---- checkpoints that trainers write
 
 
-@pytest.mark.parametrize("shard_size", [None, 20_000])
+@pytest.mark.parametrize("shard_size", [None, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_trainer_saves_and_resumes(
     shard_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Any
 ) -> None:

@@ -1,7 +1,8 @@
 """The command line: every command is a typed function, and what it does lies in the package.
 
-A command imports what it needs when it runs, so that `--help` answers at once. Standard output carries results, standard error the log and
-the messages. Exit status: 0 done, 2 bad input (one line says what and the remedy), 130 interrupted.
+A command imports what it needs when it runs, so that `--help` answers at once. Standard output carries results, and
+standard error the log and the messages. Exit status: 0 done, 2 bad input (one line with the thing and the remedy), 130
+interrupted.
 """
 
 # Each adds its commands, in the order in which --help shows them.

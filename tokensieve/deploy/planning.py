@@ -117,7 +117,8 @@ def plan(
     family = family_of(config)
     if not family.engine_fields:
         raise UserError(
-            f"{folder}: deploy plans DeepSeek models only so far, not {family.model_type}; serve it with tokensieve serve"
+            f"{folder}: deploy plans DeepSeek models only so far, not {family.model_type}; "
+            "serve it with tokensieve serve"
         )
     family.check(config)
     headers, reasons = _refusals(target, folder, raw, config)

@@ -41,6 +41,7 @@ class EngineConfig:
     prefix_cache: whether prompts that begin alike share the pages of their beginning.
     backend: backend of the ops.
     top_k: keys selected per query. 0 takes the number in the model's config.
+    check_selection: whether what your own selectors return is checked. None checks it on the CPU only.
 
     Raises UserError for values outside of these ranges.
     """
@@ -52,6 +53,7 @@ class EngineConfig:
     prefix_cache: bool = True
     backend: Literal["auto", "reference"] = "auto"
     top_k: int = 0
+    check_selection: bool | None = None
 
     def __post_init__(self) -> None:
         if (
@@ -105,7 +107,9 @@ class Engine:
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
         pages = self.config.pages or default_pages(model, self.config.running)
-        self.runner = Runner(model, pages, self.config.backend, selectors, self.config.top_k)
+        self.runner = Runner(
+            model, pages, self.config.backend, selectors, self.config.top_k, self.config.check_selection
+        )
         self.scheduler = Scheduler(
             pages, self.config.running, self.config.chunk, self.config.chunks, self.config.prefix_cache
         )

@@ -82,6 +82,7 @@ class Runner:
         backend: str = "auto",
         selectors: Mapping[str, Selector] = MappingProxyType({}),
         top_k: int = 0,
+        check_selection: bool | None = None,
     ):
         """Runner with an empty cache.
 
@@ -91,6 +92,7 @@ class Runner:
         top_k: keys selected per query. 0 takes the model's number.
         """
         self.model, self.backend, self._selectors, self._top_k = model.eval(), backend, selectors, top_k or None
+        self._check_selection = check_selection
         self.pools = make_pools(model, pages)
         self.device = model.device
         self.entry = family_of(model.config).entry(model.config)
@@ -200,7 +202,9 @@ class Runner:
     ) -> Tensor:
         """Logits of the last `rows` tokens, or of all if `rows` is 0."""
         trunk = self.model.model
-        options = ForwardOptions(selector=selector, top_k=self._top_k, backend=self.backend)
+        options = ForwardOptions(
+            selector=selector, top_k=self._top_k, backend=self.backend, check_selection=self._check_selection
+        )
         ctx = replace(trunk.context(pack, entries, options), trace=trace, real=real)
         x, _ = trunk.run(trunk.embed_tokens(tokens), ctx)
         return self.model.lm_head(trunk.norm(x[-rows:]))

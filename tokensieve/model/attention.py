@@ -106,7 +106,7 @@ class Attention(nn.Module):
     def _select(self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext) -> Tensor | None:
         """(N, K) indices, or None for dense attention.
 
-        Attention is dense if the selector is, or if no query sees more than k keys, which comes to the same.
+        A built-in selector is not asked if no query sees more than k keys: attention is dense then. Your own always is.
         """
         if ctx.replay is not None:
             return ctx.replay[self.layer]
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         def attention() -> tuple[Tensor, float]:
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
-        c = SelectionContext(self.layer, keys.places(ctx.top_k), keys, index, attention)
+        c = SelectionContext(self.layer, ctx.top_k, keys, index, attention)
         with torch.no_grad():
             indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
             if indices is not None and ctx.check_selection and not is_own(selector):
@@ -131,7 +131,10 @@ class Attention(nn.Module):
         return indices
 
     def _attend(self, queries: Queries, keys: Keys, indices: Tensor | None, ctx: ForwardContext) -> Tensor:
-        """Attention (N, H, value width), in whichever form costs less. Nothing else chooses the form."""
+        """Attention (N, H, value width), in the form of the context, or in the one that costs less.
+
+        Warm-up is always in the masked form, and adaptation in the gathered one.
+        """
         scale = self.softmax_scale(ctx.rotation)
         if not isinstance(keys, ContiguousKeys) or not self._masked(keys, indices, ctx):
             return self.gathered_output(keys.gather(self.gathered_queries(queries), indices, scale))

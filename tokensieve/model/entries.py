@@ -4,7 +4,7 @@ A layer appends the entries and index keys of its new tokens, and gets the keys 
 decides where both lie:
 
 - `Fresh`: no key is there before the pass and none is kept; for training, and for whole prompts without a cache.
-- `LatentCache` (cache.py): contiguous buffers of a generating model.
+- `Cached` (cache.py): the contiguous buffers of a generating model's `LatentCache`.
 - `PagedChunk`: a chunk of one prompt, on the engine's pages.
 - `PagedStep`: one new token of every sequence, on the engine's pages.
 
@@ -45,7 +45,7 @@ class Keys(Protocol):
     entry: Entry
     quantized_index: bool  # index keys are E4M3, so index queries have to be E4M3 too
 
-    def places(self, k: int) -> int:
+    def columns(self, k: int) -> int:
         """Columns of a selection of at most k keys per query."""
 
     def all_within(self, k: int) -> bool:
@@ -115,7 +115,7 @@ class ContiguousKeys:
         assert self._index_keys is not None
         return self._index_keys()
 
-    def places(self, k: int) -> int:
+    def columns(self, k: int) -> int:
         return min(k, self.pack.max_keys)
 
     def all_within(self, k: int) -> bool:
@@ -263,7 +263,7 @@ class PagedKeys:
         self._entries, self._index = step.pools.entries[layer], step.pools.index[layer]
         self.quantized_index = self._index.dtype == torch.uint8
 
-    def places(self, k: int) -> int:
+    def columns(self, k: int) -> int:
         """Always k, so that a sequence's sums do not depend on how long the others are."""
         return k
 

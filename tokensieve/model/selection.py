@@ -51,9 +51,10 @@ ONE_GROUP = HeadGroup()
 class SelectionContext:
     """The input of a selector: queries of one layer, and the keys that they may see.
 
-    layer: its index. k: the most keys to select per query. starts_N, ends_N (int32): each query may see the keys
-    [start, end). Positions count along the packed keys of the pass, or on pages from each sequence's own beginning; a
-    selector that keeps to [start, end) need not know which. Everything is computed only if it is used.
+    layer: its index. k: the most keys to select per query, which may be more than a query sees. starts_N, ends_N
+    (int32): each query may see the keys [start, end). Positions count along the packed keys of the pass, or on pages
+    from each sequence's own beginning; a selector that keeps to [start, end), as `topk` and `select` do, need not know
+    which. Everything is computed only if it is used.
     """
 
     def __init__(
@@ -110,19 +111,21 @@ class SelectionContext:
 
         The scores need not fit in memory. k: self.k unless given. UserError without an indexer.
         """
-        return self.keys.index_topk(*self.index_queries, self.k if k is None else k, self._rows)
+        columns = self.keys.columns(self.k if k is None else max(k, 1))
+        return self.keys.index_topk(*self.index_queries, columns, self._rows)
 
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
         """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
 
         Ties go to the smaller position. k: self.k unless given.
         """
-        return self.keys.select(scores_NT, self.k if k is None else k, self._rows)
+        return self.keys.select(scores_NT, self.keys.columns(self.k if k is None else max(k, 1)), self._rows)
 
 
 Selector = Callable[[SelectionContext], Tensor | None]
 """Returns (N, K) int32 positions, ascending and without duplicates, then -1; None to attend to every key. K is free,
-and the same for all queries. On a GPU it must not depend on values, which would stop the queue."""
+and the same for all queries of a call. A query's choice may depend on its own scores and range only. On a GPU, looking
+at values stops the queue; if ranks divide the model, K and None must not depend on them."""
 
 
 def indexer(c: SelectionContext) -> Tensor:
@@ -132,14 +135,14 @@ def indexer(c: SelectionContext) -> Tensor:
 
 def window(c: SelectionContext, width: int | None = None) -> Tensor:
     """The last `width` keys, k unless given, as a sliding window of the same size reads them."""
-    width = c.k if width is None else width
+    width = c.keys.columns(c.k) if width is None else width
     starts, ends = c.starts_N[:, None], c.ends_N[:, None]
     position = torch.maximum(starts, ends - width) + torch.arange(width, device=starts.device, dtype=torch.int32)
     return torch.where(position < ends, position, -1).to(torch.int32)
 
 
 def oracle(c: SelectionContext) -> Tensor:
-    """The k keys with the most probability in dense attention, heads summed. A reference, but not an upper bound."""
+    """The k keys with the most probability in dense attention, averaged over heads. A reference, not an upper bound."""
     return torch.cat([block.select(block.head_mass()) for block in c.blocks()])
 
 
@@ -189,7 +192,7 @@ def resolve(selector: str | Selector) -> Selector:
     except AttributeError as error:
         raise UserError(f"selection {selector}: module {module} has no {name}") from error
     if not callable(target):
-        raise UserError(f"selection {selector}: {name} is no function")
+        raise UserError(f"selection {selector}: {name} is not callable")
     return target
 
 

@@ -46,7 +46,10 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket whose connections send each part of an answer at once. Port 0: any free one. UserError if the address cannot be had."""
+    """A socket whose connections send each part of an answer at once.
+
+    Port 0 takes any free one. UserError if the address cannot be had.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=1024)
@@ -55,8 +58,9 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(
             f"cannot listen at {host} port {port} ({reason}); choose another with --port or --host"
         ) from error
-    # Head and body are written apart. Without this option the body waits for the client's acknowledgement of the head, 40 ms on a
-    # connection that is used again. asyncio sets it only on sockets made for IPPROTO_TCP by name; connections inherit it from here.
+    # Head and body are written apart. Without this option the body waits for the client's acknowledgement of the head,
+    # 40 ms on a connection that is used again. asyncio sets it only on sockets that were made for IPPROTO_TCP by name;
+    # connections inherit it from here.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
