@@ -1,7 +1,7 @@
 """Every configuration of a run, as frozen dataclasses read from TOML.
 
-Every key that a run's file may hold is a field below. A missing key takes the default that stands here, an unknown one is
-an error, and `--set a.b=value` changes one. (A model's config is its family's: `tokensieve.families`.)
+Every key that a run's file may hold is a field below. A missing key takes the default that stands here, an unknown
+one is an error, and `--set a.b=value` changes one. (A model's config is its family's: `tokensieve.families`.)
 """
 
 import dataclasses
