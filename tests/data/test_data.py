@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import stdlib
 from tokensieve.config import DataConfig, SourceConfig, UserError
 from tokensieve.data import (
     Document,
@@ -28,20 +29,9 @@ from tokensieve.tasks import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, P
 MODULES = ("argparse", "ast", "inspect", "json.decoder", "textwrap", "typing", "random", "shutil")
 
 
-def stdlib_texts() -> list[Document]:
-    import importlib.util
-
-    found = []
-    for name in MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        found.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
-    return found
-
-
 @pytest.fixture(scope="module")
 def corpus() -> list[Document]:
-    return stdlib_texts()
+    return stdlib.documents(*MODULES)
 
 
 @pytest.fixture(scope="module")

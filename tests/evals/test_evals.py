@@ -1,19 +1,16 @@
 """Evaluation: what is counted, on which hidden states, in how much memory, and what a criterion decides."""
 
-import importlib.util
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tokensieve
-from tests.support import models
+from tests.support import models, stdlib
 from tokensieve import evals, ops
 from tokensieve.config import AcceptanceSizes, ParitySizes, UserError
-from tokensieve.data import train_tokenizer
 from tokensieve.evals import evaluation, longcontext, mass, timing
 from tokensieve.evals.evaluation import evaluating
 from tokensieve.tasks import Answer, Document, Documents, PlainEncoder, Score
@@ -26,20 +23,12 @@ VOCABULARY = 512
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
-    found = []
-    for name in MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        found.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
-    return found
+    return stdlib.documents(*MODULES)
 
 
 @pytest.fixture(scope="module")
 def encode(documents, tmp_path_factory) -> PlainEncoder:
-    from tokenizers import Tokenizer
-
-    folder = train_tokenizer((d.text for d in documents), tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
-    return PlainEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return stdlib.encoder(documents, tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
 
 
 @pytest.fixture(scope="module")

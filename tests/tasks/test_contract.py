@@ -1,16 +1,13 @@
 """The promises of every task: examples depend on their arguments alone, splits share nothing, scores are in [0, 1]."""
 
-import importlib.util
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 import tokensieve
-from tests.support import models
+from tests.support import models, stdlib
 from tokensieve.config import UserError
-from tokensieve.data import train_tokenizer
 from tokensieve.evals import evaluate
 from tokensieve.tasks import Answer, Document, Documents, Example, PlainEncoder, Score, dialogue
 from tokensieve.tasks.completion import Completion
@@ -24,20 +21,12 @@ TASKS = ("needles", "completion", "chat")
 
 @pytest.fixture(scope="module")
 def documents() -> Documents:
-    texts = []
-    for name in MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        texts.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
-    return Documents.divide(texts, 0.5)
+    return Documents.divide(stdlib.documents(*MODULES), 0.5)
 
 
 @pytest.fixture(scope="module")
 def encode(documents, tmp_path_factory) -> PlainEncoder:
-    from tokenizers import Tokenizer
-
-    folder = train_tokenizer((d.text for d in documents.train), tmp_path_factory.mktemp("tokenizer"), vocab_size=1024)
-    return PlainEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return stdlib.encoder(documents.train, tmp_path_factory.mktemp("tokenizer"), 1024)
 
 
 @pytest.fixture(scope="module")

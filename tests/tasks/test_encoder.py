@@ -1,18 +1,16 @@
 """Tokenizers of other families than DeepSeek's: plain text, packing, needles and chat, with and without a template."""
 
 import dataclasses
-import importlib.util
 import json
 import pickle
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tokensieve
-from tests.support import models
+from tests.support import models, stdlib
 from tokensieve import evals
 from tokensieve.config import AcceptanceSizes, DataConfig, SourceConfig, UserError
 from tokensieve.data import TokenStore, build_dataset
@@ -40,12 +38,7 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def corpus() -> list[Document]:
-    texts = []
-    for name in MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        texts.append(Document(name, Path(spec.origin).read_text(encoding="utf-8")))
-    return texts
+    return stdlib.documents(*MODULES)
 
 
 # Of Llama 3 and Qwen: a run of line ends is the end of its token. GPT-2's go on over the next line's indentation.

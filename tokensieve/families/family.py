@@ -4,6 +4,7 @@ Everything that depends on the architecture is here. No other place compares `mo
 some families have.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -57,7 +58,7 @@ class AttentionCost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """One family. Methods take the family's config object; those with a `fields` parameter take its fields.
 
     sparse_form: model_type of the same model with indexers; None for a family that has them.
@@ -112,20 +113,21 @@ class Family:
     def mlp_bias(self, config: Any) -> bool:
         return False
 
+    @abstractmethod
     def attention_tensors(self, config: Any) -> Shapes:
         """Tensors on disk below `self_attn.`, the indexer's apart."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entry(self, config: Any) -> Entry:
-        raise NotImplementedError
+        """Layout of what attention reads of one token."""
 
+    @abstractmethod
     def rope(self, config: Any) -> tuple[int, bool]:
         """Dims of queries and keys that carry positions, and whether neighbours form the rotated pairs (or halves)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def index_rope(self, config: Any) -> int:
         """Dims of the indexer's queries and keys that carry positions; they come first, halves form the pairs."""
-        raise NotImplementedError
 
     def index_source(self, config: Any) -> int:
         """Width of the input of the index queries: the normalized query latent, or the layer's normalized input."""
@@ -146,9 +148,9 @@ class Family:
 
     # costs, and programs that can run it
 
+    @abstractmethod
     def attention_cost(self, fields: Mapping[str, Any]) -> AttentionCost:
         """Costs of one layer's attention, from the fields of config.json. UserError for a missing field."""
-        raise NotImplementedError
 
     def moe_layers(self, fields: Mapping[str, Any]) -> int:
         """Layers with experts, from the fields of config.json."""
@@ -162,12 +164,12 @@ class Family:
         """The fields of a config.json as they are written. mtp: the multi-token-prediction layer is written too."""
         return fields
 
+    @abstractmethod
     def refusals(self, config: Any) -> list[str]:
         """Reasons why transformers, vLLM or SGLang cannot run such a checkpoint.
 
         Each begins with the programs that it applies to.
         """
-        raise NotImplementedError
 
 
 COMMON_SIZES = (

@@ -4,6 +4,7 @@ Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's 
 """
 
 import functools
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -35,11 +36,11 @@ MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 Queries = Any  # whatever a family's `project` returns and its other methods read
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Attention of one layer. Parameter names are the published checkpoint's; `indexer` exists in sparse models only.
 
-    A family's attention implements the methods that raise NotImplementedError here: the projection of tokens, and the
-    two forms in which keys are read (`tokensieve.model.context.Form`).
+    Each kind of attention implements the abstract methods: the projection of tokens, and the two forms in which keys
+    are read (`tokensieve.model.context.Form`).
     """
 
     o_proj: nn.Linear
@@ -58,31 +59,32 @@ class Attention(nn.Module):
 
     # implemented by each kind of attention
 
+    @abstractmethod
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Queries, Tensor, Tensor]:
         """Queries, entries (N, W), and the input of the index queries (N, index_source)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gathered_queries(self, queries: Queries) -> Tensor:
         """Queries (N, H, d_k) in the form that reads entries as they are cached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gathered_output(self, out_NHV: Tensor) -> Tensor:
         """(N, H, value width): the output of attention over entries, in the width that o_proj reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def per_head(self, queries: Queries, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:
         """q (N, H, D), k (T, G, D), v (T, G, V) of the masked form. repeat: one key-value group per head, so G = H."""
-        raise NotImplementedError
 
+    @abstractmethod
     def softmax_scale(self, rotation: Rotation) -> float:
-        raise NotImplementedError
+        """The factor of q . k before the softmax, YaRN's included."""
 
+    @abstractmethod
     def expansion_pays(self, pack: Pack) -> bool:
         """Whether the masked form is cheaper than the gathered one.
 
         The masked form makes keys and values per head, once per key; the gathered form costs more per query and key.
         """
-        raise NotImplementedError
 
     # common to all
 
