@@ -12,8 +12,15 @@ from tokensieve.model.selection import indexer, join, window
 NAME = "tests.cli.test_selection:with_recent"
 
 
+TEXT = "def parse_arguments(argv): " * 12
+
+lengths_seen: list[int] = []  # of each selection by `with_recent`
+
+
 def with_recent(c):
-    return join(indexer(c), window(c, 16))
+    indices = join(indexer(c), window(c, 16))
+    lengths_seen.append(indices.shape[1])
+    return indices
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +29,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generate_in_both_ways(home: Path, run: Any) -> None:
-    """With transformers' generation and, from a file of prompts, with the engine."""
-    text = "def parse_arguments(argv):\n" * 12
+    """With transformers' generation and, from a file of prompts, with the engine: the function is what selects."""
+    (home / "prompts.txt").write_text(TEXT)
     answers = {}
-    for who in (NAME, "window", "indexer", "oracle"):
-        ended = run("generate", home / "sparse", "--prompt", text, "--selection", who, "--max-new-tokens", 12)
-        assert ended.status == 0, ended.err
-        answers[who] = ended.out
-    assert len(set(answers.values())) >= 2
-    (home / "prompts.txt").write_text("Who are you?\n")
-    ended = run("generate", home / "dense", "--input-file", home / "prompts.txt", "--selection", "window")
-    assert ended.status in (0, 2) and "Traceback" not in ended.err
+    for selection in (NAME, "indexer"):
+        for source in ("--prompt", "--input-file"):
+            value = TEXT if source == "--prompt" else home / "prompts.txt"
+            lengths_seen.clear()
+            ended = run("generate", home / "sparse", source, value, "--selection", selection, "--max-new-tokens", 12)
+            assert ended.status == 0, ended.err
+            assert bool(lengths_seen) == (selection == NAME)
+            answers[selection, source] = ended.out
+    assert answers[NAME, "--prompt"] != answers["indexer", "--prompt"]
+    assert answers[NAME, "--input-file"] != answers["indexer", "--input-file"]
 
 
 def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
@@ -48,5 +57,8 @@ def test_bad_names_are_refused(home: Path, run: Any) -> None:
     refused = commands.refusal(run)
     refused(("best", "module:function"), "generate", home / "sparse", "--prompt", "x", "--selection", "best")
     refused(("no module nowhere",), "generate", home / "sparse", "--prompt", "x", "--selection", "nowhere:f")
+    (home / "prompts.txt").write_text(TEXT)
+    dense = ("generate", home / "dense", "--input-file", home / "prompts.txt")
+    refused(("no indexer to select with", "sparsify"), *dense, "--selection", NAME)
     refused(("no module nowhere",), "serve", home / "sparse", "--selection", "nowhere:f")
     refused(("has no absent",), "eval", home / "sparse", "--quick", "--arm", "mine=tests.cli.test_selection:absent")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
 import tokensieve
@@ -207,3 +208,6 @@ def test_random_blocks() -> None:
     assert isinstance(module, fp8.BlockExperts)
     back = quant.dequantize_weight(module.down_proj[2], module.down_proj_scale_inv[2], dtype=torch.float32)
     assert 0.018 < float(back.std()) < 0.022
+    assert type(model.model.layers[0].self_attn.indexer.weights_proj) is nn.Linear
+    with torch.inference_mode():
+        assert torch.isfinite(Runner(model, 1).chunk([5, 7, 9], 0, [0], "indexer")).all()

@@ -28,9 +28,9 @@ def test_only_the_application_knows_the_playground() -> None:
         if path.name == "app.py" or path.is_relative_to(SERVE / "playground"):
             continue
         names = [
-            f"{node.module}.{alias.name}"
+            f"{getattr(node, 'module', '')}.{alias.name}"
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom)
+            if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         ]
         assert not [name for name in names if "playground" in name], path

@@ -8,7 +8,6 @@ a multiple of four, since matrix libraries treat the rows left over otherwise.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -205,7 +204,7 @@ class Runner:
         options = ForwardOptions(
             selector=selector, top_k=self._top_k, backend=self.backend, check_selection=self._check_selection
         )
-        ctx = replace(trunk.context(pack, entries, options), trace=trace, real=real)
+        ctx = trunk.context(pack, entries, options, trace=trace, real=real)
         x, _ = trunk.run(trunk.embed_tokens(tokens), ctx)
         return self.model.lm_head(trunk.norm(x[-rows:]))
 

@@ -3,7 +3,6 @@
 Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's entry, V value width, K selected keys.
 """
 
-import functools
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -22,6 +21,7 @@ from tokensieve.model.rope import Rotation
 from tokensieve.model.selection import (
     ONE_GROUP,
     HeadGroup,
+    Once,
     SelectionContext,
     check_indices,
     dense,
@@ -68,7 +68,7 @@ class Attention(nn.Module, ABC):
         """Queries (N, H, d_k) in the form that reads entries as they are cached."""
 
     @abstractmethod
-    def gathered_output(self, out_NHV: Tensor) -> Tensor:
+    def gathered_output(self, queries: Queries, out_NHV: Tensor) -> Tensor:
         """(N, H, value width): the output of attention over entries, in the width that o_proj reads."""
 
     @abstractmethod
@@ -119,11 +119,10 @@ class Attention(nn.Module, ABC):
         if selector is dense and ctx.trace is None:
             return None
 
-        @functools.cache
         def attention() -> tuple[Tensor, float]:
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
-        c = SelectionContext(self.layer, ctx.top_k, keys, index, attention)
+        c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention))
         with torch.no_grad():
             indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
             if indices is not None and ctx.check_selection and not is_own(selector):
@@ -135,18 +134,21 @@ class Attention(nn.Module, ABC):
     def _attend(self, queries: Queries, keys: Keys, indices: Tensor | None, ctx: ForwardContext) -> Tensor:
         """Attention (N, H, value width), in the form of the context, or in the one that costs less.
 
-        Warm-up is always in the masked form, and adaptation in the gathered one.
+        Warm-up is always in the masked form, and sparse adaptation in the gathered one; neither comes here.
         """
         scale = self.softmax_scale(ctx.rotation)
         if not isinstance(keys, ContiguousKeys) or not self._masked(keys, indices, ctx):
-            return self.gathered_output(keys.gather(self.gathered_queries(queries), indices, scale))
+            return self.gathered_output(queries, keys.gather(self.gathered_queries(queries), indices, scale))
         if indices is not None:
             q, k, v = self.per_head(queries, keys, repeat=True)
             return ops.masked_attention(q, k, v, indices, scale, backend=ctx.backend)[0]
         return self._dense(queries, keys, scale, ctx)[0]
 
     def _masked(self, keys: ContiguousKeys, indices: Tensor | None, ctx: ForwardContext) -> bool:
-        """Whether to read keys in the masked form. Keys on pages never are: every decode step would make them anew."""
+        """Whether to read keys in the masked form.
+
+        Decode steps on pages never come here (`PagedKeys`): each would make the keys of its whole context anew.
+        """
         if ctx.form != "auto":
             return ctx.form == "masked"
         if indices is None:
@@ -204,4 +206,4 @@ class Attention(nn.Module, ABC):
             q, keys.entries_TGE, indices, scale, d_k, v_start, d_v, *index, backend=ctx.backend
         )
         kl = (kl_N.detach() * ctx.kl_weight).sum()
-        return self.gathered_output(InjectedKL.apply(out, kl_N, ctx.kl_weight.to(kl_N.dtype))), kl
+        return self.gathered_output(queries, InjectedKL.apply(out, kl_N, ctx.kl_weight.to(kl_N.dtype))), kl

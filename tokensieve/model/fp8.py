@@ -62,12 +62,13 @@ class BlockExperts(Experts):
 def holdable(model: nn.Module, stored: set[str]) -> set[str]:
     """Names of parameters whose layers can hold FP8 blocks, out of those that a checkpoint stores in blocks (`stored`).
 
-    kv_b_proj cannot hold them: decoding absorbs its halves into queries and outputs, head by head.
+    kv_b_proj cannot hold them, because decoding absorbs its halves into queries and outputs, head by head. Nor can the
+    indexer's weights_proj, which is kept in float32.
     """
     names = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.bias is None and module.in_features % SCALE_BLOCK == 0:
-            names |= {f"{name}.weight"} if not name.endswith("kv_b_proj") else set()
+            names |= {f"{name}.weight"} if not name.endswith(("kv_b_proj", "weights_proj")) else set()
         elif isinstance(module, Experts):
             hidden, width = module.down_proj.shape[1:]
             both = {f"{name}.gate_up_proj", f"{name}.down_proj"}

@@ -41,7 +41,7 @@ class GroupedAttention(Attention):
     def gathered_queries(self, queries: Tensor) -> Tensor:
         return queries
 
-    def gathered_output(self, out_NHV: Tensor) -> Tensor:
+    def gathered_output(self, queries: Tensor, out_NHV: Tensor) -> Tensor:
         return out_NHV
 
     def per_head(self, queries: Tensor, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,11 +24,13 @@ from tokensieve.model.linear import effective_weight
 from tokensieve.model.norm import RMSNorm
 from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation, rotate_half_split, rotate_interleaved
+from tokensieve.model.selection import Once
 
 
 class LatentQueries(NamedTuple):
     nope: Tensor  # (N, H, nope)
     rope: Tensor  # (N, H, R)
+    absorbed: Once  # W_UK (H, nope, L) and W_UV (H, V, L), which the gathered form alone reads
 
 
 class LatentAttention(Attention):
@@ -39,12 +41,13 @@ class LatentAttention(Attention):
         self.rotate = rotate_interleaved if family_of(config).rope(config)[1] else rotate_half_split
         hidden, bias = config.hidden_size, config.attention_bias
         query_width = self.heads * (self.nope + self.rope)
-        if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
-        else:
+        self.compresses_queries = config.q_lora_rank is not None
+        if self.compresses_queries:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.latent)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
@@ -52,13 +55,14 @@ class LatentAttention(Attention):
         self.add_indexer(config)
 
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[LatentQueries, Tensor, Tensor]:
-        if hasattr(self, "q_proj"):
-            source, q = h_ND, self.q_proj(h_ND)
-        else:
+        if self.compresses_queries:
             source = self.q_a_layernorm(self.q_a_proj(h_ND))
             q = self.q_b_proj(source)
+        else:
+            source, q = h_ND, self.q_proj(h_ND)
         q = q.view(-1, self.heads, self.nope + self.rope)  # a view and slices: unflatten and split cost decode more
-        queries = LatentQueries(q[..., : self.nope], self.rotate(q[..., self.nope :], rotation.attention))
+        rope = self.rotate(q[..., self.nope :], rotation.attention)
+        queries = LatentQueries(q[..., : self.nope], rope, Once(lambda: self._absorbed(q.dtype)))
         entries_NE = self.kv_a_proj_with_mqa(h_ND)
         c_kv, k_rope = entries_NE[:, : self.latent], entries_NE[:, self.latent :]
         k_rope = self.rotate(k_rope.unsqueeze(1), rotation.attention).squeeze(1)
@@ -67,20 +71,20 @@ class LatentAttention(Attention):
     def softmax_scale(self, rotation: Rotation) -> float:
         return (self.nope + self.rope) ** -0.5 * rotation.softmax_factor
 
-    def _up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """W_UK (H, nope, L) and W_UV (H, V, L), the halves of kv_b_proj."""
+    def _absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The halves of kv_b_proj."""
         w = effective_weight(self.kv_b_proj, "kv_b_proj").to(dtype).view(self.heads, -1, self.latent)
         return w[:, : self.nope], w[:, self.nope :]
 
     def gathered_queries(self, queries: LatentQueries) -> Tensor:
         """(N, H, E) = [q_nope W_UK, q_rope]."""
-        w_uk = self._up_projections(queries.nope.dtype)[0]
+        w_uk, _ = queries.absorbed()
         latent = torch.bmm(queries.nope.transpose(0, 1), w_uk).transpose(0, 1)
         return torch.cat((latent, queries.rope), dim=-1)
 
-    def gathered_output(self, out_NHL: Tensor) -> Tensor:
+    def gathered_output(self, queries: LatentQueries, out_NHL: Tensor) -> Tensor:
         """(N, H, V) = out W_UV."""
-        w_uv = self._up_projections(out_NHL.dtype)[1]
+        _, w_uv = queries.absorbed()
         return torch.bmm(out_NHL.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
 
     def per_head(self, queries: LatentQueries, keys: ContiguousKeys, repeat: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,6 +48,20 @@ class HeadGroup:
 ONE_GROUP = HeadGroup()
 
 
+class Once:
+    """A computation that runs when its result is first asked for. Lighter than functools.cache: each layer makes one."""
+
+    __slots__ = ("_compute", "_result")
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute, self._result = compute, None
+
+    def __call__(self) -> Any:
+        if self._result is None:
+            self._result = self._compute()
+        return self._result
+
+
 class SelectionContext:
     """The input of a selector: queries of one layer, and the keys that they may see.
 

@@ -5,8 +5,8 @@ named as in the published checkpoint, so that state dicts, transformers, vLLM an
 fused in memory.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -97,6 +97,16 @@ class DecoderPreTrainedModel(PreTrainedModel):
                 module.bias.zero_()
 
 
+class Frequencies(NamedTuple):
+    """The rotation's constants, for one device."""
+
+    attention: Tensor  # (width / 2)
+    indexer: Tensor | None  # None: the tables of the attention serve the indexer too
+    factor: float
+    interleaved: bool
+    softmax_factor: float
+
+
 class Trunk(DecoderPreTrainedModel):
     """Everything below the vocabulary head.
 
@@ -112,7 +122,8 @@ class Trunk(DecoderPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self._frequencies: dict[tuple[bool, torch.device], tuple[Tensor, Tensor, float]] = {}
+        self.entry = family_of(config).entry(config)
+        self._frequencies: dict[tuple[bool, torch.device], Frequencies] = {}
         self.post_init()
 
     @property
@@ -158,12 +169,14 @@ class Trunk(DecoderPreTrainedModel):
         objective = options.objective or Objective()
         if objective.kind == "adapt" and not self.training:
             objective = Objective()
-        entry, backend = family_of(self.config).entry(self.config), options.backend or "auto"
-        entries: Entries = Fresh(pack, entry, backend)
+        backend = options.backend or "auto"
+        entries: Entries = Fresh(pack, self.entry, backend)
         if past_key_values is not None:
-            entries = Cached(past_key_values, pack, entry, backend)
-        ctx = replace(
-            self.context(pack, entries, options),
+            entries = Cached(past_key_values, pack, self.entry, backend)
+        ctx = self.context(
+            pack,
+            entries,
+            options,
             objective=objective.kind,
             kl_weight=None if objective.kind == "none" else query_weights(objective.scale, pack, len(self.layers)),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
@@ -196,8 +209,11 @@ class Trunk(DecoderPreTrainedModel):
             loads=[r.load_E for r in results],
         )
 
-    def context(self, pack: Pack, entries: Entries, options: ForwardOptions) -> ForwardContext:
-        """The context of a pass, which all layers share; defaults replace options that are None."""
+    def context(self, pack: Pack, entries: Entries, options: ForwardOptions, **more: Any) -> ForwardContext:
+        """The context of a pass, which all layers share; defaults replace options that are None.
+
+        more: further fields of it.
+        """
         check = options.check_selection
         return ForwardContext(
             pack=pack,
@@ -208,6 +224,7 @@ class Trunk(DecoderPreTrainedModel):
             form=options.form or "auto",
             backend=options.backend or "auto",
             check_selection=pack.positions_N.is_cpu if check is None else check,
+            **more,
         )
 
     def run(
@@ -233,23 +250,32 @@ class Trunk(DecoderPreTrainedModel):
 
         yarn False: by plain frequencies, as a model trains before its context is extended.
         """
-        config, family, device = self.config, family_of(self.config), positions_N.device
-        width, interleaved = family.rope(config)
-        rope = config.rope_parameters
+        device = positions_N.device
+        if (yarn, device) not in self._frequencies:  # kept, since a copy at every step would stop a GPU's queue
+            self._frequencies[yarn, device] = self._frequencies_on(device, yarn)
+        known = self._frequencies[yarn, device]
+        attention = index = tables(positions_N, known.attention, known.factor, known.interleaved)
+        if known.indexer is not None:
+            index = tables(positions_N, known.indexer, known.factor, False)
+        return Rotation(attention, index, known.softmax_factor)
+
+    def _frequencies_on(self, device: torch.device, yarn: bool) -> "Frequencies":
+        config, family = self.config, family_of(self.config)
+        rope, longest = config.rope_parameters, config.max_position_embeddings
         if not yarn:
             rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        if (yarn, device) not in self._frequencies:  # kept, since a copy at every step would stop a GPU's queue
-            with torch.device("cpu"):
-                inverse, factor = frequencies(rope, width, config.max_position_embeddings)
-                index_inverse = frequencies(rope, family.index_rope(config), config.max_position_embeddings)[0]
-            self._frequencies[yarn, device] = inverse.to(device), index_inverse.to(device), factor
-        inverse, index_inverse, factor = self._frequencies[yarn, device]
-        attention = tables(positions_N, inverse, factor, interleaved)
-        if interleaved or len(index_inverse) != len(inverse):
-            index = tables(positions_N, index_inverse, factor, False) if family.sparse else ()
-        else:
-            index = attention
-        return Rotation(attention, index, softmax_factor(rope, config.max_position_embeddings))
+        width, interleaved = family.rope(config)
+        with torch.device("cpu"):
+            inverse, factor = frequencies(rope, width, longest)
+            index = frequencies(rope, family.index_rope(config), longest)[0] if family.sparse else None
+        same = not interleaved and index is not None and len(index) == len(inverse)
+        return Frequencies(
+            inverse.to(device),
+            None if index is None or same else index.to(device),
+            factor,
+            interleaved,
+            softmax_factor(rope, longest),
+        )
 
 
 def to_rows(indices_NK: Tensor, pack: Pack) -> Tensor:

@@ -16,7 +16,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 
 def has_values(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() > 0 and not torch.compiler.is_compiling()
+    return x.is_cpu and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def ranges(op: str, S: int, T: int, starts_S: Tensor, ends_S: Tensor) -> None:
