@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
-from tests.support import commands
+import tokensieve
+from tests.model.test_llama import SHAPE
+from tests.support import commands, models
 from tests.support.checkpoints import listing, random_tensors, sparse_config, write_folder
 from tokensieve import checkpoint
 
@@ -94,3 +97,11 @@ def test_bad_shards(case: str, run, tmp_path: Path) -> None:
     before = listing(tmp_path / "s")
     commands.refusal(run)(words, "convert", tmp_path / "s", tmp_path / "back", "--reverse")
     assert listing(tmp_path / "s") == before and sorted(path.name for path in tmp_path.iterdir()) == ["hf", "s"]
+
+
+def test_a_family_that_ranks_cannot_divide(run, tmp_path: Path) -> None:
+    tokensieve.save(models.ours(LlamaConfig(**SHAPE)), tmp_path / "llama")
+    refused = commands.refusal(run)
+    for options in (("--model-parallel", 2), ("--reverse",)):
+        refused(("type llama", "cannot be divided"), "convert", tmp_path / "llama", tmp_path / "out", *options)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]

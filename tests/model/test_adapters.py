@@ -14,7 +14,7 @@ import tokensieve
 from tests.support.models import config, difference, ours, tokens
 from tokensieve.config import UserError
 from tokensieve.engine.runner import Runner
-from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, with_options
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, save_indexers, with_options
 from tokensieve.model.linear import effective_weight
 
 K, LENGTH = 24, 70  # the tiny model's k, and a prompt that leaves keys out
@@ -106,15 +106,43 @@ def test_what_is_not_linear_is_refused() -> None:
             model(input_ids=ids)
 
 
-class Halves(nn.Module):
-    """A layer whose numbers are int8 with a scale per row, as quantizers make them: it has no `weight` to read."""
+@torch.no_grad()
+def test_what_is_not_linear_is_refused_in_half_precision() -> None:
+    """Small deviations too, whatever rounding hides; an adapter that is zero still drops out later."""
+    width, outputs = 512, 1024
+    torch.manual_seed(0)
+    like = torch.zeros(1, width, dtype=torch.bfloat16)
 
-    def __init__(self, layer: nn.Linear):
+    def layer(bias: bool = False) -> nn.Linear:
+        return nn.Linear(width, outputs, bias=bias, dtype=torch.bfloat16)
+
+    def with_lora(**settings: Any) -> Any:
+        holder = nn.Sequential(layer())
+        return peft.get_peft_model(holder, peft.LoraConfig(target_modules=["0"], **settings)).base_model.model[0]
+
+    adding = layer()
+    adding.register_forward_hook(lambda _, args, out: out + 0.05)
+    biased = layer(bias=True)
+    biased.bias.fill_(0.03)
+    for bad in (adding, biased, with_lora(lora_dropout=0.1).train()):
+        with pytest.raises(UserError, match="x is .* not linear"):
+            effective_weight(bad, "x", like)
+    good = with_lora(lora_dropout=0.1, init_lora_weights=False).eval()
+    delta = good.get_delta_weight("default")
+    assert difference(effective_weight(good, "x", like), good.base_layer.weight + delta) < 4e-3  # bf16 of up to 0.2
+
+
+class Halves(nn.Module):
+    """A layer whose numbers are int8 with a scale per row, as quantizers make them: no `weight`, or an int8 one."""
+
+    def __init__(self, layer: nn.Linear, shows: bool = False):
         super().__init__()
         self.in_features = layer.in_features
         scale = layer.weight.abs().amax(1, keepdim=True) / 127
         self.register_buffer("scale", scale)
         self.register_buffer("numbers", (layer.weight / scale).round().to(torch.int8))
+        if shows:
+            self.weight = self.numbers
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ (self.numbers.float() * self.scale).T
@@ -124,9 +152,11 @@ class Halves(nn.Module):
 def test_a_quantized_layer_acts_in_every_form() -> None:
     model, plain = ours(config("v32"), seed=1), ours(config("v32"), seed=1)
     for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
-        quantized = Halves(layer.self_attn.kv_b_proj)
-        other.self_attn.kv_b_proj.weight.copy_(quantized.numbers.float() * quantized.scale)
-        layer.self_attn.kv_b_proj = quantized
+        for place, name, shows in (("", "kv_b_proj", False), ("indexer", "weights_proj", True)):
+            there, here = (x.self_attn.get_submodule(place) for x in (layer, other))
+            quantized = Halves(getattr(there, name), shows)
+            getattr(here, name).weight.copy_(quantized.numbers.float() * quantized.scale)
+            setattr(there, name, quantized)
     ids = tokens(1, LENGTH)
     expected = every_way(plain, ids)
     for way, logits in every_way(model, ids).items():
@@ -135,9 +165,9 @@ def test_a_quantized_layer_acts_in_every_form() -> None:
 
 def test_a_plain_layer_gives_its_own_weight() -> None:
     layer = nn.Linear(6, 5, bias=False)
-    assert effective_weight(layer, "x") is layer.weight
+    assert effective_weight(layer, "x", torch.zeros(1, 6)) is layer.weight
     with pytest.raises(UserError, match="x is Linear and not linear"):
-        effective_weight(nn.Linear(6, 5), "x")
+        effective_weight(nn.Linear(6, 5), "x", torch.zeros(1, 6))
 
 
 def test_a_model_with_adapters_is_not_saved(tmp_path: Path) -> None:
@@ -145,6 +175,8 @@ def test_a_model_with_adapters_is_not_saved(tmp_path: Path) -> None:
     for model in (base, lora):
         with pytest.raises(UserError, match=r"holds adapters .*merge_and_unload"):
             tokensieve.save(model, tmp_path / "out")
+    with pytest.raises(UserError, match=r"holds adapters"):
+        save_indexers(base, tmp_path / "out", "trunk")
     assert not list(tmp_path.iterdir())
     tokensieve.save(lora.merge_and_unload(), tmp_path / "out")
     again = tokensieve.load(tmp_path / "out")

@@ -31,6 +31,10 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 1024,
 }
+UNTRUNCATED = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": False,
+}  # fmt: skip
 INDEXER = {"index_topk": K, "index_n_heads": 8, "index_head_dim": 16, "index_rope_head_dim": 8}
 
 
@@ -50,7 +54,7 @@ def random_config(seed: int) -> LlamaConfig:
             "mlp_bias": draw.random() < 0.4,
             "tie_word_embeddings": draw.random() < 0.4,
             "rms_norm_eps": draw.choice([1e-6, 1e-5]),
-            "rope_parameters": [ROPES[0], ROPES[4], ROPES[5]][seed % 3],
+            "rope_parameters": [ROPES[0], ROPES[4], ROPES[5], UNTRUNCATED][seed % 4],
         }
     )
 

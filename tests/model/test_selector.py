@@ -76,6 +76,18 @@ def test_training_selects_by_it() -> None:
     assert int(sizes.max()) > made.top_k and bool((sizes <= made.top_k + RECENT).all())
 
 
+@pytest.mark.parametrize("selector", [oracle, lambda c: (c.attention_queries, indexer(c))[1], with_recent, window])
+def test_whatever_the_selector_reads_all_weights_learn(selector: Any) -> None:
+    """What it reads of the main attention is computed without gradients, and attention needs the same with them."""
+    made = small().train()
+    step = batch(2, 48)
+    with tokensieve.selecting(made, selector), tokensieve.training(made, "adapt"):
+        made(**step).loss.backward()
+    for layer in made.model.layers:
+        gradient = layer.self_attn.kv_b_proj.weight.grad
+        assert gradient is not None and bool(gradient.any())
+
+
 def test_join_is_the_union() -> None:
     a = torch.tensor([[1, 4, 7, -1], [0, -1, -1, -1], [-1, -1, -1, -1]], dtype=torch.int32)
     b = torch.tensor([[4, 5], [-1, -1], [-1, -1]], dtype=torch.int32)
@@ -106,6 +118,8 @@ WRONG = {
     "negative": (lambda c: window(c).masked_fill(window(c) < 0, -2), "a negative position other than -1"),
     "too few rows": (lambda c: window(c)[1:], r"returned \(\d+, 24\) in layer 0; return \(90, K\)"),
     "a mask": (lambda c: window(c) >= 0, "returned torch.bool"),
+    "no column": (lambda c: window(c)[:, :0], "returned no key in layer 0"),
+    "k = 0": (lambda c: c.topk(0), "asked for k = 0 keys"),
     "no tensor": (lambda c: [1, 2], "returned list"),
 }
 
@@ -124,9 +138,14 @@ def test_what_a_selector_returns_is_checked(kind: str) -> None:
 def test_the_check_on_pages_and_its_switch() -> None:
     model, ids = ours(config("v32", vocab_size=4096)), tokens(1, 90)
     engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=4), {"future": future})
-    engine.add(Request("x", tuple(ids[0].tolist()), selector="future"))
-    with pytest.raises(UserError, match="future gave query"):
-        engine.step()
+    for name, selector in (("good", "window"), ("bad", "future")):
+        engine.add(Request(name, tuple(ids[0].tolist()), Sampling(max_tokens=3, ignore_eos=True), selector))
+    ends = {}
+    while engine.busy:
+        ends |= {output.id: output for output in engine.step() if output.finish is not None}
+    assert ends["good"].finish == "length"
+    assert ends["bad"].finish == "error" and "future gave query 0 of layer 0" in ends["bad"].error
+    assert engine.scheduler.pool.used == 0
     with tokensieve.selecting(model, twice, check=False):  # the caller answers for it
         model(ids)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tokensieve
 from tests.support import oracle, training
 from tests.support.cases import CASES, Case, Document, Inputs, causal, make
 from tests.support.op_results import SPARSE, leaves, results
@@ -421,9 +422,9 @@ def test_a_model_trains_through_the_kernels(objective: str, monkeypatch) -> None
         module = dispatch.pick("index_topk", x, "auto", {"k": x})
         assert module.__name__.endswith("triton.backend" if "interpreter" in names else "reference")
         model = training.model()
-        model.train_for(objective)
-        loss = model.train()(**inputs).loss
-        loss.backward()
+        with tokensieve.training(model, objective):
+            loss = model.train()(**inputs).loss
+            loss.backward()
         both.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
     expected, actual = both
     assert set(actual) == set(expected)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import tokensieve
+from tests.support.models import config as models_config
+from tests.support.models import ours
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.model.moe import Router
@@ -314,6 +316,13 @@ def test_the_bias_moves_towards_even_load() -> None:
             pretrain.balance(made, settings, loads())
     assert int(first.sum()) == 8 * 48 * router.top_k == int(last.sum())
     assert last.float().std() < 0.4 * first.float().std()
+
+
+def test_a_softmax_router_has_no_bias_to_move() -> None:
+    made = ours(models_config("v2"))
+    count = sum(isinstance(m, Router) and m.softmax for m in made.modules())
+    assert count
+    pretrain.balance(made, config("pretrain", balance_rate=0.02), (torch.ones(4),) * count)
 
 
 def test_experts_are_counted_over_the_whole_step() -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import tokensieve
 from tests.support.training import OPTIMIZER, Still, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
-from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective, with_options
 from tokensieve.train.callbacks import KLCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
@@ -245,6 +246,17 @@ def test_models_that_train_no_indexer_are_refused(tmp_path: Path, prepared: Any)
         prepared("adapt").kl.on_train_begin(settings, None, None, model=model())
 
 
+def test_an_inner_block_comes_first_and_restores_what_it_changed() -> None:
+    made = model()
+    made.requires_grad_(False)
+    outer = with_options(made, ForwardOptions(objective=Objective("none")))
+    with outer, tokensieve.training(made, "warmup"):
+        assert made.train()(**STEP).kl is not None
+        lora = peft.LoraConfig(target_modules=["q_b_proj"])  # renames the parameters
+        peft.get_peft_model(made, lora)
+    assert not any(x.requires_grad for name, x in made.named_parameters() if "lora_" not in name)
+
+
 def test_two_forward_passes_before_a_backward_pass(tmp_path: Path, prepared: Any) -> None:
     made, callback = prepared("adapt")
     made.train()
@@ -318,7 +330,8 @@ import tokensieve
 from tests.support.training import model
 from tests.train.test_trainers import STEP, Prepared, hugging_face, rows, trained
 made = model()
-kl = tokensieve.training(made, sys.argv[2]).__enter__()
+block = tokensieve.training(made, sys.argv[2])
+kl = block.__enter__()
 data = {"input_ids": STEP["input_ids"], "labels": STEP["labels"], "attention_mask": torch.ones(8, 40, dtype=torch.long)}
 data["attention_mask"][1, 9:] = 0
 data["labels"][1, 9:] = -100

@@ -73,15 +73,20 @@ def rank_file(rank: int, ranks: int) -> str:
     return f"model{rank}-mp{ranks}.safetensors"
 
 
+def check_divisible(folder: Path, config: Any) -> None:
+    """Raise UserError for a family whose models ranks cannot divide."""
+    if not family_of(config).divisible:
+        raise UserError(
+            f"{folder}: a model of type {config.model_type} cannot be divided between ranks yet; use one process"
+        )
+
+
 def check_division(folder: Path, config: Any, shards: Shards, ranks: int, whole_blocks: bool = True) -> None:
     """Raise UserError, naming the remedy, unless ``ranks`` divides every size that the demo divides.
 
     whole_blocks: FP8 blocks too must stay whole.
     """
-    if not family_of(config).divisible:
-        raise UserError(
-            f"{folder}: a model of type {config.model_type} cannot be divided between ranks yet; use one process"
-        )
+    check_divisible(folder, config)
     if config.attention_bias:
         raise UserError(
             f"{folder}: attention_bias is true, and a projection that ranks divide can have no bias; use other weights"

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tokensieve.checkpoint.demo_names import (
     DEMO_BLOCK,
     EXPERT,
+    check_divisible,
     check_division,
     demo_name,
     rank_file,
@@ -79,6 +80,7 @@ def write_shards(
     source, out = Path(source), Path(out)
     raw = read_config(source)
     config = model_config(raw)
+    check_divisible(source, config)
     check_free(out)
     _check_experts(source, config, n_experts)
     shards = open_shards(source)
@@ -141,6 +143,7 @@ def join_shards(
     source, out = Path(source), Path(out)
     raw = read_config(source)
     config = model_config(raw)
+    check_divisible(source, config)
     check_free(out)
     _check_experts(source, config, n_experts)
     ranks = _find_ranks(source, ranks)

@@ -92,7 +92,8 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
     """Runs a stage, writes its metrics.json, and returns the run folder."""
     from tokensieve import train
     from tokensieve.config import TrainConfig, UserError, load_config
-    from tokensieve.train.figures import summary, write_figures
+    from tokensieve.files import write_json
+    from tokensieve.train.figures import summary
 
     config = load_config(TrainConfig, name, overrides)
     if config.stage != stage:
@@ -103,7 +104,7 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         config = replace(config, data=replace(config.data, tokenizer=config.model))
     begin = time.perf_counter()
     train.run(config, resume=resume)
-    write_figures(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
+    write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
     typer.echo(f"{_newest(Path(config.out))}: the trained model")
     return Path(config.out)
 

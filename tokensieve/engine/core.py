@@ -5,7 +5,7 @@ Only one thread may call it. `service.py` serves many callers through that threa
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -159,20 +159,33 @@ class Engine:
         scheduler.admit()
         ready = scheduler.prepare_step()
         for selector in dict.fromkeys(r.request.selector for r in ready):
-            outputs += self._decode([r for r in ready if r.request.selector == selector], selector)
+            outputs += self._or_end(self._decode, [r for r in ready if r.request.selector == selector])
         for running in scheduler.next_chunks():
-            a, b = running.cached, scheduler.chunk_of(running)
-            trace = None
-            if running.request.trace and b == running.prompt:
-                trace = self._generations[running.request.id].trace = AttentionTrace()
-            logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selector, trace)
-            scheduler.ran(running, b)
-            if b == running.prompt and running.answered == 0:
-                outputs += self._extend([running], logits_V[None])
+            outputs += self._or_end(self._prefill, [running])
         return outputs
 
-    def _decode(self, batch: list[Running], selector: str) -> list[Output]:
-        lengths = [r.cached + 1 for r in batch]
+    def _or_end(self, run: Callable[[list[Running]], list[Output]], batch: list[Running]) -> list[Output]:
+        """Outputs of `run`, or the end of its requests if their selector broke its contract."""
+        try:
+            return run(batch)
+        except UserError as error:
+            self.scheduler.pool.forget()  # some layers of their pages are not written
+            return [self._end(self._generations[r.request.id], "error", str(error)) for r in batch]
+
+    def _prefill(self, batch: list[Running]) -> list[Output]:
+        """Runs a chunk of one prompt."""
+        (running,) = batch
+        a, b = running.cached, self.scheduler.chunk_of(running)
+        trace = None
+        if running.request.trace and b == running.prompt:
+            trace = self._generations[running.request.id].trace = AttentionTrace()
+        logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selector, trace)
+        self.scheduler.ran(running, b)
+        return self._extend([running], logits_V[None]) if b == running.prompt and running.answered == 0 else []
+
+    def _decode(self, batch: list[Running]) -> list[Output]:
+        """Runs one token of requests with the same selector."""
+        lengths, selector = [r.cached + 1 for r in batch], batch[0].request.selector
         logits_BV = self.runner.step([r.tokens[r.cached] for r in batch], lengths, [r.pages for r in batch], selector)
         for running, cached in zip(batch, lengths, strict=True):
             self.scheduler.ran(running, cached)

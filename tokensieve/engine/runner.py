@@ -21,7 +21,7 @@ from tokensieve.model.context import Trace
 from tokensieve.model.entries import Entries, PagedChunk, PagedStep, Pools
 from tokensieve.model.moe import ORDINARY_ROWS
 from tokensieve.model.pack import Pack
-from tokensieve.model.selection import Selector, is_own, resolve
+from tokensieve.model.selection import Selector, dense, indexer, resolve, window
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -29,6 +29,9 @@ from tokensieve.ops.quant import PAGE_TOKENS
 QUANTIZED_ENTRY = Entry(
     1, quant.LATENT_WIDTH + quant.ROPE_WIDTH, quant.LATENT_WIDTH + quant.ROPE_WIDTH, 0, quant.LATENT_WIDTH
 )
+
+# Selectors whose decode steps can be recorded as CUDA graphs. The others read values while they select, or may.
+RECORDED = (indexer, window, dense)
 
 
 def is_quantized(model: DecoderForCausalLM) -> tuple[bool, bool]:
@@ -137,10 +140,9 @@ class Runner:
         lengths: tokens of each sequence, with the new one.
         pages: pages of each sequence. A list may grow from call to call, and must not change in any other way.
 
-        On a GPU a step is recorded as a CUDA graph, except with custom selectors: they may read values, which cannot be
-        recorded.
+        On a GPU a step is recorded as a CUDA graph if the selector is one of `RECORDED`.
         """
-        if self._graphs is not None and is_own(self.selector(selector)):
+        if self._graphs is not None and self.selector(selector) in RECORDED:
             return self._graphs(tokens, lengths, pages, selector)
         padding = -len(lengths) % ORDINARY_ROWS
         counts = [-(-n // PAGE_TOKENS) for n in lengths]

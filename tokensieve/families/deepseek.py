@@ -54,6 +54,7 @@ class DeepSeek(Family):
     attention = "latent"
     index_rope_field = "qk_rope_head_dim"
     derived = ("head_dim", "qk_head_dim")
+    softmax_mscale = True
     divisible = True
     sizes = (
         "moe_intermediate_size",

@@ -74,6 +74,7 @@ class Family(ABC):
     index_rope_field: ClassVar[str]  # field with the number of dims of an index head that carry positions
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
+    softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
 
     @property

@@ -122,8 +122,8 @@ class Attention(nn.Module, ABC):
         def attention() -> tuple[Tensor, float]:
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
-        c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention))
         with torch.no_grad():
+            c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention))
             indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
             if indices is not None and ctx.check_selection and not is_own(selector):
                 check_indices(selector, c, indices)

@@ -89,7 +89,8 @@ def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
     """Within the block every pass of `model` (or of a wrapper around it) runs with these options.
 
     Options of the call and of an inner block come first. This works for whatever code calls the model, and leaves
-    nothing behind. UserError for a model that is not tokensieve's.
+    nothing behind. An engine does not call the model: its requests name their selector (`Request.selector`), and
+    `EngineConfig` has top_k and check_selection. UserError for a model that is not tokensieve's.
     """
     trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
     if not trunks:

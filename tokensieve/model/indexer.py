@@ -78,8 +78,13 @@ class Indexer(nn.Module):
 
     def _weights(self, h_ND: Tensor) -> Tensor:
         with without_autocast(h_ND):
-            w = self.weights_proj(h_ND.to(self.weights_proj.weight.dtype))
+            w = self.weights_proj(h_ND.to(self._weights_dtype()))
         return w * (self.heads**-0.5 * self.width**-0.5)
+
+    def _weights_dtype(self) -> torch.dtype:
+        """The dtype that weights_proj takes; float32 if it is quantized."""
+        weight = getattr(self.weights_proj, "weight", None)
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
     def _rotated(self, x_NHD: Tensor, tables: Tables) -> Tensor:
         rotated = rotate_half_split(x_NHD[..., : self.rope], tables)

@@ -66,6 +66,7 @@ def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dty
     `trunk` is the trunk's folder (one model.safetensors), relative to `folder`. `load` opens the result like any
     checkpoint; `save` the model whole for other programs.
     """
+    check_savable(model)
     with checkpoint.replacing_folder(folder) as new:
         indexers = {n: _cast(n, t, dtype).contiguous() for n, t in model.state_dict().items() if ".indexer." in n}
         save_file(indexers, new / INDEXERS, metadata={"format": "pt"})

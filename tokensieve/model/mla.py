@@ -62,7 +62,7 @@ class LatentAttention(Attention):
             source, q = h_ND, self.q_proj(h_ND)
         q = q.view(-1, self.heads, self.nope + self.rope)  # a view and slices: unflatten and split cost decode more
         rope = self.rotate(q[..., self.nope :], rotation.attention)
-        queries = LatentQueries(q[..., : self.nope], rope, Once(lambda: self._absorbed(q.dtype)))
+        queries = LatentQueries(q[..., : self.nope], rope, Once(lambda: self._absorbed(q)))
         entries_NE = self.kv_a_proj_with_mqa(h_ND)
         c_kv, k_rope = entries_NE[:, : self.latent], entries_NE[:, self.latent :]
         k_rope = self.rotate(k_rope.unsqueeze(1), rotation.attention).squeeze(1)
@@ -71,9 +71,9 @@ class LatentAttention(Attention):
     def softmax_scale(self, rotation: Rotation) -> float:
         return (self.nope + self.rope) ** -0.5 * rotation.softmax_factor
 
-    def _absorbed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _absorbed(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The halves of kv_b_proj."""
-        w = effective_weight(self.kv_b_proj, "kv_b_proj").to(dtype).view(self.heads, -1, self.latent)
+        w = effective_weight(self.kv_b_proj, "kv_b_proj", like).to(like.dtype).view(self.heads, -1, self.latent)
         return w[:, : self.nope], w[:, self.nope :]
 
     def gathered_queries(self, queries: LatentQueries) -> Tensor:

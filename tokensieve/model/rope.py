@@ -55,7 +55,8 @@ def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[T
     """Inverse frequencies (width/2) float32 in radians per token, and the factor on cos and sin.
 
     `rope` is the config's rope_parameters. YaRN divides the slow frequencies (under beta_slow turns in the original
-    context) by `factor`, keeps the fast ones (over beta_fast turns), and blends linearly in between.
+    context) by `factor`, keeps the fast ones (over beta_fast turns), and blends linearly in between,
+    from and to whole dims unless `truncate` is false.
     """
     theta = float(rope.get("rope_theta", 10000.0))
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
@@ -71,8 +72,10 @@ def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[T
     def dim_with(turns: float) -> float:
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dim_with(rope.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(dim_with(rope.get("beta_slow") or 1)), width - 1)
+    low, high = dim_with(rope.get("beta_fast") or 32), dim_with(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
     blended = plain / factor * ramp + plain * (1 - ramp)
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")

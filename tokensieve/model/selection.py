@@ -49,16 +49,24 @@ ONE_GROUP = HeadGroup()
 
 
 class Once:
-    """A computation that runs when its result is first asked for. Lighter than functools.cache: each layer makes one."""
+    """A computation that runs when its result is first asked for, with gradients if they were on when it was made.
 
-    __slots__ = ("_compute", "_result")
+    Selectors ask without gradients, and attention may read the same result with them. Each layer makes one, for which
+    functools.cache costs too much.
+    """
+
+    __slots__ = ("_compute", "_grad", "_result")
 
     def __init__(self, compute: Callable[[], Any]):
-        self._compute, self._result = compute, None
+        self._compute, self._grad, self._result = compute, torch.is_grad_enabled(), None
 
     def __call__(self) -> Any:
         if self._result is None:
-            self._result = self._compute()
+            if self._grad == torch.is_grad_enabled():
+                self._result = self._compute()
+            else:
+                with torch.set_grad_enabled(self._grad):
+                    self._result = self._compute()
         return self._result
 
 
@@ -123,17 +131,21 @@ class SelectionContext:
     def topk(self, k: int | None = None) -> Tensor:
         """The k keys with the largest index scores, equation (2): (N, k) int32, ascending, then -1.
 
-        The scores need not fit in memory. k: self.k unless given. UserError without an indexer.
+        The scores need not fit in memory. k: self.k unless given. UserError without an indexer, and for k < 1.
         """
-        columns = self.keys.columns(self.k if k is None else max(k, 1))
-        return self.keys.index_topk(*self.index_queries, columns, self._rows)
+        return self.keys.index_topk(*self.index_queries, self._columns(k), self._rows)
 
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
         """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
 
-        Ties go to the smaller position. k: self.k unless given.
+        Ties go to the smaller position. k: self.k unless given. UserError for k < 1.
         """
-        return self.keys.select(scores_NT, self.keys.columns(self.k if k is None else max(k, 1)), self._rows)
+        return self.keys.select(scores_NT, self._columns(k), self._rows)
+
+    def _columns(self, k: int | None) -> int:
+        if k is not None and k < 1:
+            raise UserError(f"a selector asked for k = {k} keys; the number of selected keys must be at least 1")
+        return self.keys.columns(self.k if k is None else k)
 
 
 Selector = Callable[[SelectionContext], Tensor | None]
@@ -225,6 +237,8 @@ def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> N
     if not isinstance(indices_NK, Tensor) or indices_NK.dim() != 2 or indices_NK.shape[0] != len(c):
         result = tuple(indices_NK.shape) if isinstance(indices_NK, Tensor) else type(indices_NK).__name__
         raise UserError(f"selection {name} returned {result} in layer {c.layer}; return ({len(c)}, K) int32 positions")
+    if indices_NK.shape[1] < 1:
+        raise UserError(f"selection {name} returned no key in layer {c.layer}; return at least one column")
     if indices_NK.dtype not in (torch.int32, torch.int64):
         raise UserError(f"selection {name} returned {indices_NK.dtype} in layer {c.layer}; return int32 positions")
     used = indices_NK >= 0

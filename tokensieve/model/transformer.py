@@ -274,7 +274,7 @@ class Trunk(DecoderPreTrainedModel):
             None if index is None or same else index.to(device),
             factor,
             interleaved,
-            softmax_factor(rope, longest),
+            softmax_factor(rope, longest) if family.softmax_mscale else 1.0,
         )
 
 

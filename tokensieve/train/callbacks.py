@@ -46,7 +46,7 @@ def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterato
     check_indexers(model, objective)
     callback = KLCallback(trunk, objective)
     with learning(model, "indexers" if objective == "warmup" else "all"):
-        hook = trunk.register_forward_pre_hook(callback.before_forward, with_kwargs=True)
+        hook = trunk.register_forward_pre_hook(callback.before_forward, prepend=True, with_kwargs=True)
         try:
             yield callback
         finally:

@@ -1,7 +1,5 @@
-"""metrics.json of a run: its few figures."""
+"""The few figures of a run, for its metrics.json."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from tokensieve.config import TrainConfig
@@ -16,12 +14,3 @@ def summary(config: TrainConfig) -> dict[str, Any]:
     losses: dict[str, Any] = {k: {"first": rows[0][k], "last": rows[-1][k]} for k in names}
     tokens = sum(p.steps * p.sequences * p.context for p in config.phases)
     return {"stage": config.stage, "steps": total_steps(config.phases), "tokens": tokens, **losses}
-
-
-def write_figures(path: Path, figures: dict[str, Any]) -> Path:
-    """Writes JSON. The old file stays until the new one is complete. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path

@@ -23,15 +23,15 @@ def learning(model: nn.Module, learners: Learners) -> Iterator[None]:
     all: those that require them already, and the indexers. indexers: the indexers alone. trunk: those that require them
     already, without the indexers.
     """
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for name, parameter in model.named_parameters():
         learns = learners != "trunk" if is_indexer(name) else parameter.requires_grad and learners != "indexers"
         parameter.requires_grad_(learns)
     try:
         yield
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before.get(name, True))
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def check_indexers(model: nn.Module, objective: str) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
+from tokensieve.files import write_json
 from tokensieve.machine import choose_device, rank_info
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
@@ -137,7 +138,7 @@ class Run:
             restore_optimizer(self._resumed, self.model, self.optimizer)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / CONFIG).write_text(json.dumps(to_dict(self.config), indent=2))
+            write_json(self.out / CONFIG, to_dict(self.config))
         except OSError as error:
             raise UserError(
                 f"{self.out}: cannot be written ({error.strerror}); free space, or name another run folder"

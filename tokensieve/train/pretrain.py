@@ -31,17 +31,19 @@ def new_model(config: TrainConfig) -> DecoderForCausalLM:
 
 
 def routers(model: DecoderForCausalLM) -> list[Router]:
-    return [m for m in model.modules() if isinstance(m, Router) and not m.softmax]
+    return [m for m in model.modules() if isinstance(m, Router)]
 
 
 @torch.no_grad()
 def balance(model: DecoderForCausalLM, config: TrainConfig, loads: tuple[torch.Tensor, ...]) -> None:
     """Moves each expert's bias by `balance_rate` towards even load: up if it got fewer tokens than the mean, else down.
 
-    An expert with the mean load keeps its bias. loads: per router, the number of tokens sent to each expert (E) in the
-    step. Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
+    An expert with the mean load keeps its bias. A softmax router has no biases. loads: per router, the number of tokens
+    sent to each expert (E) in the step. Source: DeepSeek-V3 report, section 2.1.2, auxiliary-loss-free load balancing.
     """
     for router, load_E in zip(routers(model), loads, strict=True):
+        if router.softmax:
+            continue
         load = load_E.float()
         router.e_score_correction_bias += config.balance_rate * torch.sign(load.mean() - load)
 
