@@ -48,7 +48,9 @@ def with_experts() -> DecoderForCausalLM:
     return on_gpu("v32", index_dtype="fp8", **SPARSE)
 
 
-def fill(runner: Runner, lengths: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+def fill(
+    runner: Runner, lengths: tuple[int, ...], selection: str = "indexer"
+) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts in chunks of 512; tokens and pages of each. The last token is left to decode."""
     draw = random.Random(1)
     tokens, pages, free = [], [], iter(range(1000))
@@ -56,15 +58,15 @@ def fill(runner: Runner, lengths: tuple[int, ...]) -> tuple[list[list[int]], lis
         tokens.append([draw.randrange(16, 512) for _ in range(length)])
         pages.append([next(free) for _ in range(-(-length // 64))])
         for a in range(0, length - 1, 512):
-            runner.chunk(tokens[-1][a : min(a + 512, length - 1)], a, pages[-1], "indexer")
+            runner.chunk(tokens[-1][a : min(a + 512, length - 1)], a, pages[-1], selection)
     return tokens, pages
 
 
-@pytest.mark.parametrize("selection", ["indexer", "dense"])
+@pytest.mark.parametrize("selection", ["indexer", "dense", "window", "oracle"])
 def test_decoding_agrees_with_the_whole_forward(model: DecoderForCausalLM, selection: str) -> None:
     assert is_quantized(model)[0]
     runner = Runner(model, 64)
-    tokens, pages = fill(runner, LENGTHS)
+    tokens, pages = fill(runner, LENGTHS, selection)
     with torch.inference_mode(), tokensieve.selecting(model, selection):
         whole = [model(torch.tensor([t], device="cuda")).logits[0, -1].float() for t in tokens]
     for a in range(0, len(tokens), 3):
@@ -105,3 +107,23 @@ def test_a_sequence_grows_through_pages_and_graphs(model: DecoderForCausalLM) ->
     expected = runner.chunk(tokens[1024:], 1024, whole, "indexer").float()
     assert {size[1] for size in runner._graphs._inputs} == {16, 32}
     assert float((logits[0].float() - expected).norm()) < 0.25 * float(expected.norm())
+
+
+def test_an_adapter_is_recorded_with_the_step(with_experts: DecoderForCausalLM) -> None:
+    """kv_b_proj with a hook is no plain matrix: it acts in the graph as in the chunk of the same tokens."""
+    runner, row = Runner(with_experts, 64), list(range(16, 116))
+    plain = runner.chunk(row, 0, [0, 1], "indexer").clone()
+    hooks = [
+        layer.self_attn.kv_b_proj.register_forward_hook(lambda _, args, out: 2 * out)
+        for layer in with_experts.model.layers
+    ]
+    try:
+        expected = runner.chunk(row, 0, [2, 3], "indexer").float()
+        fresh = Runner(with_experts, 64)
+        fresh.chunk(row[:-1], 0, [0, 1], "indexer")
+        logits = fresh.step([row[-1]], [len(row)], [[0, 1]], "indexer")[0].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert float((expected - plain.float()).norm()) > 0.3 * float(expected.norm())
+    assert float((logits - expected).norm()) < 0.25 * float(expected.norm())

@@ -1,4 +1,4 @@
-"""The loop that every stage shares: cutting a step up, clipping, schedule, phases, balance, figures, and bad input."""
+"""The loop that every stage shares: cutting a step up, clipping, schedule, phases, figures, and bad input."""
 
 import json
 import logging
@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 import tokensieve
-from tests.support.models import config as models_config
-from tests.support.models import ours
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
-from tokensieve.model.moe import Router
-from tokensieve.train import Run, estimate, history, loop, pretrain, run
+from tokensieve.train import Run, estimate, history, loop, run
 from tokensieve.train.learning import learning
 from tokensieve.train.loop import make_optimizer
 from tokensieve.train.schedule import lr_share, position, total_steps
@@ -287,51 +284,6 @@ def test_pretraining_learns_and_begins_anew(here: Workplace) -> None:
         run(settings, progress=False)
     with pytest.raises(UserError, match="unknown key hidden;"):
         run(replace(settings, shape={"hidden": 3}, out=settings.out + "2"), progress=False)
-
-
-# ---- balance
-
-
-def test_the_bias_moves_towards_even_load() -> None:
-    made = fresh("pretrain")
-    settings = config("pretrain", balance_rate=0.02)
-    router = next(m for m in made.modules() if isinstance(m, Router))
-    with torch.no_grad():
-        router.e_score_correction_bias.copy_(torch.linspace(0.5, -0.5, router.experts))
-    step = batch(8, 48)
-
-    def loads() -> tuple[Tensor, ...]:
-        counted = made.model(**{k: v for k, v in step.items() if k != "labels"}).loads
-        return tuple(load for load in counted if load is not None)
-
-    with torch.no_grad():
-        first = loads()[0]
-        before = router.e_score_correction_bias.clone()
-        pretrain.balance(made, settings, loads())
-        moved = router.e_score_correction_bias - before
-        mean = first.float().mean()
-        assert torch.allclose(moved, settings.balance_rate * torch.sign(mean - first.float()), atol=1e-7)
-        for _ in range(60):
-            last = loads()[0]
-            pretrain.balance(made, settings, loads())
-    assert int(first.sum()) == 8 * 48 * router.top_k == int(last.sum())
-    assert last.float().std() < 0.4 * first.float().std()
-
-
-def test_a_softmax_router_has_no_bias_to_move() -> None:
-    made = ours(models_config("v2"))
-    count = sum(isinstance(m, Router) and m.softmax for m in made.modules())
-    assert count
-    pretrain.balance(made, config("pretrain", balance_rate=0.02), (torch.ones(4),) * count)
-
-
-def test_experts_are_counted_over_the_whole_step() -> None:
-    biases = []
-    for parts in (1, 4):
-        made = fresh("pretrain")
-        step_gradients(config("pretrain", balance_rate=0.5), made, cut(batch(4, 48), parts))
-        biases.append([m.e_score_correction_bias for m in made.modules() if isinstance(m, Router)])
-    assert all(torch.equal(a, b) and a.any() for a, b in zip(*biases, strict=True))
 
 
 # ---- answers count more
