@@ -139,7 +139,9 @@ def seconds(step: Step) -> float:
 
 
 def in_turns(steps: dict[Any, Step], rounds: int, in_a_row: int = 1, cold: int = 0) -> dict[Any, float]:
-    """Median seconds of each step. The steps take turns, each `in_a_row` times; the first `cold` of each turn do not count."""
+    """Median seconds of each step. The steps take turns, each `in_a_row` times; the first `cold` of each turn do not
+    count.
+    """
     taken: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -1,10 +1,12 @@
-"""One more token at a long context on the CPU, beside transformers: the model's own generation, and the engine with 1 and with 8 requests.
+"""One more token at a long context on the CPU, beside transformers: the model's own generation, and the engine with 1
+and with 8 requests.
 
     python benchmarks/decode.py [--context 16384] [--rounds 8] [--threads 2] [--out FILE]
 
-The bundled sparse model, float32, the same weights for all, the same text in every cache (transformers' is filled in chunks). They take
-turns, a few tokens each, of which the first is not counted: it finds the processor's caches full of another's data. Told are medians
-of a step, and tokens a second over all requests. Table to standard output, figures to a JSON file.
+The bundled sparse model, float32, the same weights for all, the same text in every cache (transformers' is filled in
+chunks). They take turns, a few tokens each, of which the first is not counted: it finds the processor's caches full of
+another's data. Told are medians of a step, and tokens a second over all requests. Table to standard output, figures to
+a JSON file.
 """
 
 import argparse

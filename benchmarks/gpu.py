@@ -380,7 +380,8 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         table.add_row(
             row.op, row.shape, f"{row.own_ms:.3f}",
-            f"{row.tflop / row.own_ms * 1e3:.0f}" if row.tflop else "", f"{row.gb / row.own_ms * 1e3:.0f}" if row.gb else "",
+            f"{row.tflop / row.own_ms * 1e3:.0f}" if row.tflop else "",
+            f"{row.gb / row.own_ms * 1e3:.0f}" if row.gb else "",
             row.peer, f"{row.peer_ms:.3f}" if row.peer_ms else "", f"{row.ratio:.2f}" if row.ratio else "",
             f"{row.error:.1e}" + (" wrong" if is_wrong(row) else ""),
             f"{row.memory_gb:.2f}" if row.memory_gb else "",

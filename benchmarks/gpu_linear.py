@@ -1,7 +1,7 @@
 """Products with FP8 weights beside bfloat16's and DeepGEMM's: parts of benchmarks/gpu.py, which runs them.
 
-Layers of the 671B model. The own row includes the rounding of the activations; DeepGEMM is given rounded ones. What is read is counted:
-weights once (of experts, those that have rows), activations and outputs.
+Layers of the 671B model. The own row includes the rounding of the activations; DeepGEMM is given rounded ones. What is
+read is counted: weights once (of experts, those that have rows), activations and outputs.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,10 @@
-"""Masked attention, the form for short prefills, beside what it could be replaced by: parts of benchmarks/gpu.py, which runs them.
+"""Masked attention, the form for short prefills, beside what it could be replaced by: parts of benchmarks/gpu.py, which
+runs them.
 
-All tokens of one sequence, each with K random causal keys of its own, at the 671B shapes. Peers: cuDNN's dense causal attention of the
-same heads, forward alone and with its backward; and the other form of the same selection, `sparse_attention` over latent entries. The
-projections that tell the two forms apart are left out. TFLOP/s count selected keys only, of which dense attention has more.
+All tokens of one sequence, each with K random causal keys of its own, at the 671B shapes. Peers: cuDNN's dense causal
+attention of the same heads, forward alone and with its backward; and the other form of the same selection,
+`sparse_attention` over latent entries. The projections that tell the two forms apart are left out. TFLOP/s count
+selected keys only, of which dense attention has more.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +68,7 @@ def masked(T: int, quick: bool) -> Iterator[Row]:
 
 
 def forms(T: int, quick: bool) -> Iterator[Row]:
-    """Both forms of the same selection, on inputs of their own: from which length on the narrower heads no longer pay."""
+    """Both forms of the same selection, on inputs of their own: up to which length the narrower heads pay."""
     q, k, v = (normal(T, HEADS, width) for width in (NOPE + ROPE, NOPE + ROPE, HEAD_VALUE))
     absorbed, entries, indices, few = normal(T, HEADS, KEY), normal(T, 1, KEY), random_selection(T, T), some(T)
 

@@ -1,9 +1,10 @@
 """Decode steps on caches in pages beside DeepGEMM and FlashMLA: parts of benchmarks/gpu.py, which runs them.
 
-One new token of each sequence at the 671B shapes, pages in random order. The peers' plans of a step (`get_paged_mqa_logits_metadata`,
-FlashMLA's scheduler) are made before the clock runs; ours makes none. FlashMLA is also given places in the pool; through our
-backend it has to find them, and the row counts that. Both are captured in a CUDA graph and replayed, as an engine does:
-launched one by one, steps as short as these measure the host. Own results are compared with the reference on a few sequences.
+One new token of each sequence at the 671B shapes, pages in random order. The peers' plans of a step
+(`get_paged_mqa_logits_metadata`, FlashMLA's scheduler) are made before the clock runs; ours makes none. FlashMLA is
+also given places in the pool; through our backend it has to find them, and the row counts that. Both are captured in a
+CUDA graph and replayed, as an engine does: launched one by one, steps as short as these measure the host. Own results
+are compared with the reference on a few sequences.
 """
 
 from collections.abc import Callable, Iterator
@@ -121,9 +122,11 @@ def paged_attention(size: tuple[int, int], quick: bool) -> Iterator[Row]:
 
 
 def decode_step(size: tuple[int, int], quick: bool) -> Iterator[Row]:
-    """What a sparse layer's attention does for one token of each sequence: score, select, attend. Beside attention to every key.
+    """What a sparse layer's attention does for one token of each sequence: score, select, attend. Beside attention to
+    every key.
 
-    FlashMLA's dense kernel reads bfloat16 pages, the other one is what the engine runs for a dense layer: every key of the quantized ones.
+    FlashMLA's dense kernel reads bfloat16 pages, the other one is what the engine runs for a dense layer: every key of
+    the quantized ones.
     """
     (B, T), flash_mla = size, peer("flash_mla")
 

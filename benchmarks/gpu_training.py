@@ -2,18 +2,21 @@
 
     python benchmarks/gpu_training.py [--part losses|speed] [--out FILE] [--quick]
 
-losses: `pretrain` (going on with the bundled base), `warmup` (the base with untrained indexers) and `adapt` (the bundled sparse
-model) on Python's standard library, through `train.run` under bfloat16 autocast. The same run four times: on the reference backend; on it
-with every step cut into two micro-batches, which only sums in another order; and twice on the backends that `auto` takes. The last two
-against each other, and the first two, are the noise floor. What `auto` took is logged, and on a GPU none of it may be the reference.
+losses: `pretrain` (going on with the bundled base), `warmup` (the base with untrained indexers) and `adapt` (the
+bundled sparse model) on Python's standard library, through `train.run` under bfloat16 autocast. The same run four
+times: on the reference backend; on it with every step cut into two micro-batches, which only sums in another order; and
+twice on the backends that `auto` takes. The last two against each other, and the first two, are the noise floor. What
+`auto` took is logged, and on a GPU none of it may be the reference.
 
-speed: one sequence a step through the loop's own step, random bfloat16 weights and tokens, whole layers recomputed in the backward pass,
-gradients clipped, fused AdamW with bfloat16 moments. The stack is DeepSeek-V2-Lite's with its embedding and head, every layer a mixture,
-and an indexer of 16 heads x 128: with 64 heads a score would cost more than the attention of 16 heads that it saves. As many layers as
-fit, or as the time allows. The first step of each is not counted; of the others the fastest is told.
+speed: one sequence a step through the loop's own step, random bfloat16 weights and tokens, whole layers recomputed in
+the backward pass, gradients clipped, fused AdamW with bfloat16 moments. The stack is DeepSeek-V2-Lite's with its
+embedding and head, every layer a mixture, and an indexer of 16 heads x 128: with 64 heads a score would cost more than
+the attention of 16 heads that it saves. As many layers as fit, or as the time allows. The first step of each is not
+counted; of the others the fastest is told.
 
-Tables to standard output, figures to a JSON file after every row; exit status 1 when losses differ, a backend is not the expected one, or
-something was not measured; 2 without a GPU. With --quick everything is tiny, and runs on the CPU where there is no GPU.
+Tables to standard output, figures to a JSON file after every row; exit status 1 when losses differ, a backend is not
+the expected one, or something was not measured; 2 without a GPU. With --quick everything is tiny, and runs on the CPU
+where there is no GPU.
 """
 
 import argparse
@@ -100,8 +103,9 @@ LITE = {
     "index_head_dim": 128,
     "index_topk": 2048,
 }
-# A layer's 0.59 billion parameters take 4.7 GB: weight, gradient and two moments in bfloat16. One layer's activations of 128K tokens take
-# about 40 GB while they are recomputed; 20 layers would fit beside those of 32K, and at 128K eight are what there is time for.
+# A layer's 0.59 billion parameters take 4.7 GB: weight, gradient and two moments in bfloat16. One layer's activations
+# of 128K tokens take about 40 GB while they are recomputed; 20 layers would fit beside those of 32K, and at 128K eight
+# are what there is time for.
 FULL = Sizes(50, 2048, 8, 512, 4_000_000, LITE, ((8192, 20, 4), (32768, 20, 3), (131072, 8, 2)))
 TINY = {"vocab_size": 128, "hidden_size": 32, "moe_intermediate_size": 16, "num_attention_heads": 2, "kv_lora_rank": 16}
 TINY |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "index_head_dim": 16}
@@ -183,7 +187,7 @@ def text(folder: Path, limit_bytes: int) -> DataConfig:
 
 
 def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
-    """The model that a stage begins with. Pretraining goes on with the base: from nothing two runs part by themselves."""
+    """The model that a stage begins with. Pretraining goes on with the base: from nothing, two runs diverge."""
     model = tokensieve.load("sparse" if stage == "adapt" else "base", torch.float32)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
     if stage == "warmup":
@@ -372,7 +376,8 @@ def show_speed(rows: list[Speed]) -> None:
             continue
         table.add_row(
             *size, f"{row.seconds:.3f}", f"{row.context / row.seconds:,.0f}", f"{row.tflop / row.seconds:.0f}",
-            f"{row.seconds / dense[row.context]:.2f}" if dense.get(row.context) else "", f"{row.peak_gib:.1f}", f"{row.held_gib:.1f}",
+            f"{row.seconds / dense[row.context]:.2f}" if dense.get(row.context) else "",
+            f"{row.peak_gib:.1f}", f"{row.held_gib:.1f}",
         )  # fmt: skip
     Console(width=140).print(table)
 

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests that need what this machine lacks: here, and not in their fixtures, so that the summary says it once."""
+    """Skips tests that need what this machine lacks: here, not in their fixtures, so that the summary says it once."""
     reason = None
     if "chromium" in item.fixturenames:
         from tests.support import browser

@@ -14,9 +14,9 @@ RANKS = 8
 SHAPE = {"hidden_size": 512, "vocab_size": 2048, "intermediate_size": 1024, "moe_intermediate_size": 512}
 SHAPE |= {"num_hidden_layers": 12, "num_attention_heads": 8, "num_key_value_heads": 8, "n_routed_experts": 8}
 
-# A small conversion first loads what is loaded late. Pages of files count as the process's own while they are mapped, so
-# a conversion that keeps its input open fails here even if it copies nothing. Not getrusage: its peak outlives exec, and
-# so begins at that of the process that started this one.
+# A small conversion first loads what is loaded late. Pages of files count as the process's own while they are mapped,
+# so a conversion that keeps its input open fails here even if it copies nothing. Not getrusage: its peak outlives exec,
+# and so begins at that of the process that started this one.
 PROGRAM = """
 import json, re, sys
 from tokensieve import checkpoint

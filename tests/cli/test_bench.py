@@ -1,4 +1,6 @@
-"""The benchmarks run and write what docs/results.md reads: on the CPU beside transformers, and training in sizes that are none."""
+"""The benchmarks run and write what docs/results.md reads: on the CPU beside transformers, and training in sizes that
+are none.
+"""
 
 import json
 import os

@@ -17,8 +17,10 @@ from tokensieve.engine import Engine, EngineConfig
 from tokensieve.engine.runner import Runner
 
 SMALL = {
-    "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096, "q_lora_rank": 32, "kv_lora_rank": 32, "index_n_heads": 4,
+    "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 4096, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "index_n_heads": 4,
     "index_head_dim": 64, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
 }  # fmt: skip
 

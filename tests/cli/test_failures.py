@@ -1,4 +1,6 @@
-"""Bad input and broken runs: one line that names the thing and the remedy, status 2, and nothing that existed is damaged."""
+"""Bad input and broken runs: one line that names the thing and the remedy, status 2, and nothing that existed is
+damaged.
+"""
 
 import errno
 import json

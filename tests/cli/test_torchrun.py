@@ -1,4 +1,6 @@
-"""Commands under torchrun, as processes: one conversation, one server, one line where the input is bad, and an end for all."""
+"""Commands under torchrun, as processes: one conversation, one server, one line where the input is bad, and an end for
+all.
+"""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The engine's answers: those of the model's own generation, the same whatever runs beside, and no page is ever lost."""
+"""The engine's answers: those of the model's own generation, whatever runs beside, and no page is ever lost."""
 
 import json
 import random
@@ -231,7 +231,10 @@ def test_logprobs_are_the_models(sparse: DecoderForCausalLM, tokenizer: Any) -> 
 def test_an_answer_obeys_its_schema(tokenizer: Any) -> None:
     schema = {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "n": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
         "required": ["name", "n"],
         "additionalProperties": False,
     }  # fmt: skip
@@ -246,8 +249,10 @@ def test_an_answer_obeys_its_schema(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("index_dtype", ["bf16", "fp8", "none"])
 def test_quantized_pages(index_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents and keys in FP8, as on a GPU: a token has about the logits that the full forward gives it, whether its chunk is run or it
-    is decoded, and the same to rounding in both ways, since both read what is stored. Without experts: a rounding would choose others."""
+    """Latents and keys in FP8, as on a GPU: a token has about the logits that the full forward gives it, whether its
+    chunk is run or it is decoded, and the same to rounding in both ways, since both read what is stored. Without
+    experts: a rounding would choose others.
+    """
     widths = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128, "index_n_heads": 8}
     if index_dtype == "none":
         model = ours(config("v3", first_k_dense_replace=3, kv_lora_rank=512, qk_rope_head_dim=64), seed=1)

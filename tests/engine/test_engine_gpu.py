@@ -93,7 +93,9 @@ def test_a_graph_has_the_bits_of_its_kernels(with_experts: DecoderForCausalLM, s
 
 
 def test_a_sequence_grows_through_pages_and_graphs(model: DecoderForCausalLM) -> None:
-    """Token by token across a page's end and a larger graph, beside one that stays short: as a chunk of the same tokens stores it."""
+    """Token by token across a page's end and a larger graph, beside one that stays short: as a chunk of the same tokens
+    stores it.
+    """
     runner, draw = Runner(model, 80), random.Random(2)
     tokens = [draw.randrange(16, 512) for _ in range(1100)]
     growing, short, whole = list(range(16)), [20], list(range(30, 48))

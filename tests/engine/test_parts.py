@@ -160,7 +160,9 @@ def test_text_comes_whole_and_ends_before_the_first_stop(text: str, stops: list[
 
 
 class Pieces:
-    """As much of a tokenizer as a Detokenizer needs: its tokens are the words of up to three a's and b's, and one that is special."""
+    """As much of a tokenizer as a Detokenizer needs: its tokens are the words of up to three a's and b's, and one that
+    is special.
+    """
 
     words = ["".join(w) for n in (1, 2, 3) for w in itertools.product("ab", repeat=n)]
 
@@ -177,7 +179,9 @@ PIECES = Pieces()
 
 
 def naive(words: list[str], stops: list[str]) -> Iterator[str]:
-    """What a Detokenizer gives for each word, by the definition: all is searched at every word. The last one: what is held at the end."""
+    """What a Detokenizer gives for each word, by the definition: all is searched at every word. The last one: what is
+    held at the end.
+    """
     held = ""
     for word in words:
         text = held + word.removesuffix("<end>")
@@ -223,7 +227,9 @@ def test_a_character_that_never_ends_is_given_at_the_end() -> None:
 
 
 def test_bytes_that_are_no_character() -> None:
-    """A tokenizer that spells rare characters in bytes decodes a whole run of them at once: a wrong one changes those before it."""
+    """A tokenizer that spells rare characters in bytes decodes a whole run of them at once: a wrong one changes those
+    before it.
+    """
     words = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "<unk>"]
     model = BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
     tokenizer = Tokenizer(model)

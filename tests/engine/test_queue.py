@@ -28,7 +28,9 @@ def tokenizer() -> Any:
 
 
 def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
-    """Asked several times at once, it waits for itself; shorter than a chunk it has nothing to share, and another one does not wait."""
+    """Asked several times at once, it waits for itself; shorter than a chunk it has nothing to share, and another one
+    does not wait.
+    """
     engine = Engine(sparse, tokenizer, SMALL)
     requests = [ask(f"same {i}", 200, seed=i, temperature=1.0) for i in range(4)]
     others = [ask("other", 190, text=7), *(ask(f"short {i}", 60) for i in range(2))]
@@ -45,7 +47,9 @@ def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any)
 
 @pytest.mark.parametrize("answers", [2, 40, 128])
 def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
-    """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let in at once."""
+    """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let
+    in at once.
+    """
     scheduler = Scheduler(pages=4000, max_running=256, chunk=512, chunks=2)
     prompt = tuple(range(6000))
     twins = [scheduler.add(Request(f"twin {i}", prompt), i) for i in range(answers)]
@@ -87,7 +91,9 @@ def test_who_waits_costs_little(sparse: DecoderForCausalLM, tokenizer: Any) -> N
 
 
 def test_a_schema_is_compiled_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
-    """A large one takes long, and 128 answers to one request may have it. One that cannot be followed is refused as quickly each time."""
+    """A large one takes long, and 128 answers to one request may have it. One that cannot be followed is refused as
+    quickly each time.
+    """
     engine = Engine(ours(config("v32", vocab_size=len(tokenizer)), seed=1), tokenizer, SMALL)
     compiled = []
     made = engine._grammars._compile

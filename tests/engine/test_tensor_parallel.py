@@ -44,7 +44,9 @@ def group(request: pytest.FixtureRequest) -> Iterator[Group]:
 
 
 def asked() -> list[Request]:
-    """Prompts below and above k = 24 tokens and one chunk of 64, all at once: in decode more rows than one share. Every other draws."""
+    """Prompts below and above k = 24 tokens and one chunk of 64, all at once: in decode more rows than one share. Every
+    other draws.
+    """
     draw = random.Random(0)
     prompts = [tuple(draw.choices(range(16, 96), k=length)) for length in (1, 5, 64, 65, 130, 40, 30, 28, 33)]
     return [
@@ -60,7 +62,7 @@ def asked() -> list[Request]:
 
 
 def by_request(said: list[Any]) -> dict[str, Any]:
-    """Everything that was said of a request but numbers that round: its tokens, texts, end, and what its trace shows."""
+    """Everything said of a request except numbers that round: its tokens, texts, end, and what its trace shows."""
     found: dict[str, Any] = {"errors": [x for x in said if isinstance(x, str)]}
     for output in (x for x in said if not isinstance(x, str)):
         looks = [(layer.layer, layer.selected) for layer in output.trace]
@@ -98,7 +100,7 @@ def test_the_ranks_answer_as_one(group: Group) -> None:
 @pytest.mark.slow  # on four ranks a sum has an order, on two any is the same
 @pytest.mark.parametrize("group", [4], indirect=True)
 def test_an_answer_does_not_depend_on_what_runs_beside(group: Group) -> None:
-    """To the bit, as on one rank: what more than two ranks sum up must not be added in another order for another batch."""
+    """To the bit, as on one rank: sums over more than two ranks must have the same order for every batch."""
     crowd = asked()
     said = [group.ask(ranks.answers, KINDS["sparse"], some, SMALL)[0] for some in (crowd, [crowd[0], crowd[5]])]
     beside, alone = ([o.logprobs for o in outputs if getattr(o, "id", "") == "5"][-4:] for outputs in said)
@@ -113,7 +115,9 @@ def test_a_cache_smaller_than_the_demand(group: Group) -> None:
 
 
 def test_keys_are_handed_over(group: Group) -> None:
-    """The ranks' indexers differ, as ranks that round differently do, only more: all attend to the same keys in spite of it."""
+    """The ranks' indexers differ, as ranks that round differently do, only more: all attend to the same keys in spite
+    of it.
+    """
     read = group.ask(ranks.read_keys, KINDS["sparse"], asked(), SMALL, True)
     assert len(read[0]) > 20 and all(of_rank == read[0] for of_rank in read)
     if group.count == 2:  # so it would be without

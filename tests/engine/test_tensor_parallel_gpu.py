@@ -1,6 +1,7 @@
 """Two GPUs that hold one model: nccl, and its calls inside of the decode step's CUDA graphs.
 
-How fast that is: torchrun --nproc-per-node 2 -m tokensieve bench serve --shape deepseek_v32 --fp8 --set num_hidden_layers=8 --filled
+How fast that is: torchrun --nproc-per-node 2 -m tokensieve bench serve --shape deepseek_v32 --fp8 --set
+num_hidden_layers=8 --filled
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""Weights in FP8 blocks: the product against the equation, and models that hold them against those whose blocks are multiplied out."""
+"""Weights in FP8 blocks: the product against the equation, and models that hold them against those whose blocks are
+multiplied out.
+"""
 
 import json
 from pathlib import Path
@@ -27,7 +29,8 @@ from tokensieve.ops import quant
 
 # E, M, K, rows, gated: outputs and rows that fill no tile, experts without rows, the smallest and the larger tiles
 CASES = [
-    (1, 200, 256, 5, False), (1, 128, 384, 70, True), (5, 96, 128, 40, False), (8, 130, 256, 33, True), (1, 64, 128, 1, False),
+    (1, 200, 256, 5, False), (1, 128, 384, 70, True), (5, 96, 128, 40, False), (8, 130, 256, 33, True),
+    (1, 64, 128, 1, False),
     (3, 130, 128, 199, False), (2, 64, 128, 150, True), (4, 64, 128, 0, False),
 ]  # fmt: skip
 LARGEST = CASES[5]  # takes the interpreter seconds
@@ -77,7 +80,8 @@ def test_the_kernel_is_the_reference(case: Any, device: str) -> None:
     expected = ops.block_linear(**given, backend="reference")
     there = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in given.items()}
     found = ops.block_linear(**there, backend=backend(device)).cpu()
-    # On a GPU silu may be off by a unit of bfloat16, and with it a few inputs by a step of E4M3; Hopper adds FP8 up in 14 bits.
+    # On a GPU silu may be off by a unit of bfloat16, and with it a few inputs by a step of E4M3; Hopper adds FP8 up in
+    # 14 bits.
     oracle.assert_close(found, expected, 1e-5 if device == "cpu" else 2e-2, 1.0)
 
 
@@ -119,7 +123,8 @@ def test_the_fake_is_the_real_one() -> None:
 # models
 
 SHAPE = {
-    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 64, "v_head_dim": 32,
+    "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128, "q_lora_rank": 128, "kv_lora_rank": 64,
+    "v_head_dim": 32,
     "index_head_dim": 32,
 }  # fmt: skip
 

@@ -166,7 +166,9 @@ def test_steps_chunks_and_pages_agree() -> None:
 
 
 def test_from_dense_to_an_answer(tmp_path: Path) -> None:
-    """Sparsify, one warm-up step, one adaptation step, saved and opened, and answers of the engine are those of generate."""
+    """Sparsify, one warm-up step, one adaptation step, saved and opened, and answers of the engine are those of
+    generate.
+    """
     dense = ours(LlamaConfig(**SHAPE | {"vocab_size": 4096}))
     model = tokensieve.sparsify(dense, top_k=K, index_heads=8, index_dim=16)
     assert model.config.model_type == "llama_dsa" and model.is_sparse and not dense.is_sparse

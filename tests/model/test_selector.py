@@ -1,4 +1,5 @@
-"""A selector of one's own: the same function in training, generate, the engine and evaluation; what it returns is checked.
+"""A selector of one's own: the same function in training, generate, the engine and evaluation; what it returns is
+checked.
 
 (The server's part is in tests/serve, the command line's in tests/cli.)
 """

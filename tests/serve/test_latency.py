@@ -21,8 +21,10 @@ def at() -> Iterator[str]:
 
 
 def test_a_connection_that_is_used_again_waits_for_nothing(at: str) -> None:
-    """Head and body of an answer are written apart; with Nagle's algorithm the body would wait for the client's acknowledgement."""
-    taken = []  # of which the least counts: on a busy machine each may take long, and none but the first would be spared the delay
+    """Head and body of an answer are written apart; with Nagle's algorithm the body would wait for the client's
+    acknowledgement.
+    """
+    taken = []  # of which the least counts: on a busy machine each may take long
     with httpx.Client(base_url=at, trust_env=False) as client:
         for _ in range(15):
             begin = time.perf_counter()

@@ -1,4 +1,6 @@
-"""A selector of one's own on the server: its answers are those of `generate`, beside the same model with dense attention."""
+"""A selector of one's own on the server: its answers are those of `generate`, beside the same model with dense
+attention.
+"""
 
 import httpx2 as httpx
 import pytest

@@ -54,7 +54,7 @@ def refusal(run: Run) -> Callable[..., None]:
 
 
 def make_home(folder: Path) -> Path:
-    """text/ (modules), dense/ (a checkpoint with a tokenizer), sparse/ (the same, sparsified), and a config per stage."""
+    """text/ (modules), dense/ (a checkpoint with a tokenizer), sparse/ (the same, sparsified), a config per stage."""
     text = folder / "text"
     text.mkdir()
     for name in MODULES:

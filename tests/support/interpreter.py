@@ -1,7 +1,8 @@
 """Triton's interpreter without a repetition that takes a third of its time.
 
-It puts its own functions into `triton.language` when a kernel starts, and again at every call of a function inside of the
-kernel, where they stand already. Import this before a kernel runs; a Triton that does it in another way stays as it is.
+It puts its own functions into `triton.language` when a kernel starts, and again at every call of a function inside of
+the kernel, where they stand already. Import this before a kernel runs; a Triton that does it in another way stays as it
+is.
 """
 
 import importlib.util

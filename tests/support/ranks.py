@@ -109,7 +109,9 @@ def answers(config: Any, requests: list[Request], engine_config: EngineConfig) -
 
 
 def everything(engine: Engine, requests: list[Request]) -> list[Any]:
-    """What comes of the requests, of which one is aborted, and what one ends in that can never run; before that, some end with an error."""
+    """What comes of the requests, of which one is aborted, and what one ends in that can never run; before that, some
+    end with an error.
+    """
     for request in requests[:2]:
         engine.add(request)
     said: list[Any] = engine.step() + engine.fail_all("once")

@@ -1,4 +1,4 @@
-"""What training on many GPUs will stand on: FSDP2's hooks see the indexers' KL. Two processes on gloo, one step each."""
+"""What training on many GPUs will stand on: FSDP2's hooks see the indexers' KL. Two processes, one step each."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,6 @@
-"""A run that is killed, interrupted or out of disk, and continued: the same figures, bit for bit, as one that was left alone."""
+"""A run that is killed, interrupted or out of disk, and continued: the same figures, bit for bit, as one that was left
+alone.
+"""
 
 import errno
 import json

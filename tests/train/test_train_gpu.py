@@ -57,7 +57,9 @@ def test_every_op_of_a_run_is_asked_of_its_backend(stage: str, backend: str, her
 def test_under_autocast_every_op_gets_what_the_kernels_take(
     objective: str, weights: torch.dtype, picked: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries in bfloat16 (what `dispatch` looks at), keys too, head weights in float32; and every indexer's matrix has a gradient."""
+    """Queries in bfloat16 (what `dispatch` looks at), keys too, head weights in float32; and every indexer's matrix has
+    a gradient.
+    """
     made = model()
     for name, parameter in made.named_parameters():
         if "weights_proj" not in name:

@@ -1,4 +1,6 @@
-"""The indexers' KL under our loop, Hugging Face Trainer and TRL's SFTTrainer: the same gradients, however the step is cut up."""
+"""The indexers' KL under our loop, Hugging Face Trainer and TRL's SFTTrainer: the same gradients, however the step is
+cut up.
+"""
 
 import logging
 import os
@@ -338,7 +340,8 @@ data["labels"][1, 9:] = -100
 trainer = hugging_face(Path(sys.argv[1]), Prepared(made, kl), 2, rows(data, *data), per_device_train_batch_size=2)
 found, log = trained(trainer)
 if trainer.is_world_process_zero():
-    save_file({n: g.contiguous() for n, g in found.items()}, Path(sys.argv[1]) / f"{trainer.args.world_size}.safetensors")
+    file = Path(sys.argv[1]) / f"{trainer.args.world_size}.safetensors"
+    save_file({n: g.contiguous() for n, g in found.items()}, file)
     print(log)
 # a process that ends while the other still holds the group is aborted
 torch.distributed.barrier()

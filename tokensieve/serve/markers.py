@@ -1,9 +1,9 @@
 """Markers in prompts and answers of DeepSeek's chat formats: thinking, and the two notations of tool calls.
 
 DeepSeek-V3.1 and V3.2-Exp write
-`<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>`. DeepSeek-V3.2
-(`encoding_dsv32.py` beside its weights) writes `<｜DSML｜function_calls>` around `<｜DSML｜invoke name="NAME">`, and
-inside it a `<｜DSML｜parameter name="NAME" string="true|false">VALUE</｜DSML｜parameter>` for each argument.
+`<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>`.
+DeepSeek-V3.2 (`encoding_dsv32.py` beside its weights) writes `<｜DSML｜function_calls>` around
+`<｜DSML｜invoke name="NAME">`, and inside it a `<｜DSML｜parameter name="NAME" string="true|false">VALUE</｜DSML｜parameter>` for each argument.
 """
 
 import re
