@@ -3,7 +3,8 @@
 DeepSeek-V3.1 and V3.2-Exp write
 `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>`.
 DeepSeek-V3.2 (`encoding_dsv32.py` beside its weights) writes `<｜DSML｜function_calls>` around
-`<｜DSML｜invoke name="NAME">`, and inside it a `<｜DSML｜parameter name="NAME" string="true|false">VALUE</｜DSML｜parameter>` for each argument.
+`<｜DSML｜invoke name="NAME">`, and inside it, for each argument,
+`<｜DSML｜parameter name="NAME" string="true|false">VALUE</｜DSML｜parameter>`.
 """
 
 import re
