@@ -31,13 +31,8 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
 Out = Annotated[str | None, typer.Option(help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
-Selection = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own.",
-    ),
-]
+SELECTOR = "Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own."
+Selection = Annotated[str | None, typer.Option(metavar="NAME", help=SELECTOR)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -136,6 +131,20 @@ def overrides(
     """
     options = {"model": model, "data.tokenizer": model, "out": out, "selection": selection}
     return (*(f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None), *(set_ or ()))
+
+
+def check_selection(selection: str | None, name: str, model: "DecoderForCausalLM") -> None:
+    """UserError if the named selector needs a k and the model is dense, which has none."""
+    from tokensieve.config import UserError
+    from tokensieve.model.selection import SELECTORS, is_own, resolve
+
+    if selection is None or model.is_sparse:
+        return
+    selector = resolve(selection)
+    if is_own(selector) and selector is not SELECTORS["dense"]:
+        raise UserError(
+            f"--selection {selection}: {name} is dense and selects nothing; sparsify it first, or say --selection dense"
+        )
 
 
 def tokenizer_of(name: str, model: "DecoderForCausalLM") -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Device, Model, Selection, app
+from tokensieve.cli.program import Device, Model, Selection, app, check_selection
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
@@ -72,4 +72,14 @@ def serve(
         "max_tokens": max_tokens,
         "playground": playground,
     }
-    run(model, host, port, device, {"pages": pages, "running": running}, settings, typer.echo)
+    engine = {"pages": pages, "running": running}
+    run(
+        model,
+        host,
+        port,
+        device,
+        engine,
+        settings,
+        lambda loaded: check_selection(selection, model, loaded),
+        typer.echo,
+    )
