@@ -78,6 +78,8 @@ def test_small_talk_is_in_both_splits_only_if_it_is_asked_for(documents):
     for talk in (False, True):
         kinds = {e.kind for e in Chat(documents, talk).examples("test", 10_000)}
         assert ("talk" in kinds) == talk and {"explain", "write"} <= kinds
+    train, test = ({e.name for e in Chat(documents, True).examples(split, 99, 0)} for split in ("train", "test"))
+    assert train & test  # the exception to the splits' promise
 
 
 @pytest.mark.parametrize(("name", "easy", "hard"), [("needles", 400, 900), ("completion", 3, 30), ("chat", 1, 2)])

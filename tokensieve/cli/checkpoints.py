@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Config, Device, Model, Set, app, stderr, tokenizer_of
+from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
     examination.doctor(as_json)
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def sparsify(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not hold one.")],
@@ -59,7 +59,7 @@ def sparsify(
     typer.echo(f"Next: tokensieve warmup --model {out}")
 
 
-@app.command("eval")
+@app.command("eval", cls=OneProcess)
 def evaluate(
     model: Model = "base",
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
@@ -113,7 +113,7 @@ def evaluate(
     typer.echo(f"\nFigures: {file}")
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def convert(
     source: Annotated[str, typer.Argument(metavar="HF_DIR", help="Checkpoint folder in Hugging Face format.")],
     out: Annotated[Path, typer.Argument(help="New folder for the shards; with --reverse, for the checkpoint.")],
