@@ -131,7 +131,8 @@ def encoded_examples(documents: Iterable[Document], encode: PlainEncoder) -> Ite
 class Chat:
     """Questions about documented functions (a `Task`).
 
-    Difficulty: 0 is small talk and sums alone (with `talk`), 1 adds functions to explain, 2 functions to write; None is 2.
+    Difficulty: 0 is small talk and sums alone, which takes `talk`; 1 adds functions to explain, 2 functions to write;
+    None is 2.
 
     talk: with small talk and sums, which are the same in both splits: a model knows who it is from training alone.
     """
