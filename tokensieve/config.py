@@ -81,7 +81,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the model's config
     selection: bool | str = (
-        True  # adapt: by the indexer; False: none, the dense model on the same tokens; or a selector's name
+        True  # adapt: by the indexer; False or "dense": none, the dense model on the same tokens; or a selector's name
     )
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
@@ -94,6 +94,10 @@ class TrainConfig:
     log_every: int = 1  # steps
     workers: int = 0  # processes that prepare data; 0: the training process does
     track: tuple[str, ...] = ("tensorboard",)  # also "wandb"
+
+    def __post_init__(self) -> None:
+        if self.selection == "dense":
+            object.__setattr__(self, "selection", False)
 
 
 @dataclass(frozen=True)

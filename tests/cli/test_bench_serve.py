@@ -15,6 +15,7 @@ from tokensieve.bench import Workload, random_model, random_prompts, serve_load
 from tokensieve.bench.load import fill_with_noise
 from tokensieve.engine import Engine, EngineConfig
 from tokensieve.engine.runner import Runner
+from tokensieve.families import FAMILIES
 
 SMALL = {
     "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64,
@@ -25,8 +26,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def changes() -> list[str]:
-    return [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+def changes(shape: str = "deepseek_v32") -> list[str]:
+    known = FAMILIES[shape].config()
+    return [part for key, value in SMALL.items() if hasattr(known, key) for part in ("--set", f"{key}={value}")]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,11 @@ def test_random_weights_are_drawn_and_norms_are_one() -> None:
     ("options", "says"),
     [
         (["base"], "base is dense and selects nothing"),
+        (["base", "--selection", "dense,window"], "--selection window: base is dense"),
+        (["--shape", "deepseek_v3", *changes("deepseek_v3")], "--selection indexer: deepseek_v3 is dense"),
+        (["nowhere", "--requests", ","], "--requests ,: give whole numbers"),
+        (["nowhere", "--prompt", ""], "--prompt : give whole numbers"),
+        (["nowhere", "--top-k", "k"], "--top-k k: give whole numbers"),
         (["sparse", "--requests", "0"], "--requests 0"),
         (["sparse", "--prompt", "a"], "--prompt a"),
         (["sparse", "--selection", "best"], "'best' is unknown; use one of indexer, window"),

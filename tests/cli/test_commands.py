@@ -94,6 +94,15 @@ def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) ->
     assert set(figures) >= {"dense", "sparse", "window", "oracle", "recall", "top_k", "context", "seconds"}
     assert figures["last"] == figures["window"]
 
+    def broken(*_: object) -> None:
+        raise tokensieve.UserError("the terminal is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokensieve.report.show", broken)
+        ended = run("eval", "a/step-000002", "--quick", *data, "--out", "kept", "--arm", "[/mine]=window")
+    assert ended.status == 2 and "terminal is gone" in ended.err
+    assert json.loads(Path("kept/metrics.json").read_text())["[/mine]"] == figures["window"]
+
     ended = run("eval", home / "dense", "--quick", "--out", "e", *data, *sizes)
     assert ended.status == 0 and set(json.loads(Path("e/metrics.json").read_text())) >= {"needles", "criteria", "chat"}
 

@@ -17,12 +17,29 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "sparsify"])
+COMMANDS = ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "sparsify", "convert", "deploy"]
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
 def test_one_line(stage: str, two: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = {"eval": ["sparse"], "sparsify": ["base", "out"]}.get(stage, ["--out", "out"])
+    own = {"eval": ["sparse"], "deploy": ["vllm", "sparse"], "sparsify": ["base", "out"], "convert": ["base", "out"]}
+    arguments = own.get(stage, ["--out", "out"])
     commands.refusal(run)((f"torchrun started 2 processes, and {stage} runs in one so far",), stage, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_help_and_doctor_answer(two: None, run: Any) -> None:
+    for stage in (*COMMANDS, "doctor", "bench"):
+        ended = run(stage, "--help")
+        assert ended.status == 0 and "Usage" in ended.out, stage
+    assert run("doctor", "--json").status == 0
+
+
+def test_a_size_alone_is_no_launch(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Job schedulers set WORLD_SIZE for what they start; torchrun sets all four."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    commands.refusal(run)(("names no model to start from",), "warmup", "--out", tmp_path / "out")
 
 
 def test_the_other_ranks_are_silent(two: None, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import tokensieve
 from tokensieve.cli import terminal
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Sampling
+from tokensieve.model.selection import SelectionContext, indexer
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def engine() -> Engine:
     )
 
 
-def talk(engine: Engine, *lines: str, tokens: int = 8) -> tuple[str, list[str]]:
+def talk(engine: Engine, *lines: str, tokens: int = 8, selector: str = "indexer") -> tuple[str, list[str]]:
     """What was written, and what was said beside it."""
     coming, written, said = iter(lines), [], []
 
@@ -27,7 +28,7 @@ def talk(engine: Engine, *lines: str, tokens: int = 8) -> tuple[str, list[str]]:
             return line
         raise EOFError
 
-    terminal.converse(engine, Sampling(max_tokens=tokens), "indexer", read, written.append, said.append)
+    terminal.converse(engine, Sampling(max_tokens=tokens), selector, read, written.append, said.append)
     assert not engine.busy and engine.scheduler.pool.used == 0
     return "".join(written), said
 
@@ -75,6 +76,21 @@ def test_interrupted_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatc
 def test_a_conversation_that_is_too_long_goes_on(engine: Engine) -> None:
     written, said = talk(engine, "word " * 4000, "Who are you?")
     assert any("shorten" in line for line in said) and written.strip()
+
+
+calls: list[int] = []  # the layers that `wrong_at_first` was asked for
+
+
+def wrong_at_first(c: SelectionContext) -> torch.Tensor:
+    calls.append(c.layer)
+    return indexer(c) if len(calls) > 1 else indexer(c).flip(1)
+
+
+def test_a_conversation_goes_on_after_a_selector_has_failed(engine: Engine) -> None:
+    name = "tests.cli.test_terminal:wrong_at_first"
+    written, said = talk(engine, "Who are you?", "Who are you?", selector=name)
+    assert len(said) == 2 and "selection wrong_at_first gave query" in said[1]
+    assert written == talk(engine, "Who are you?")[0] != ""
 
 
 def test_prompts_of_a_file(engine: Engine) -> None:

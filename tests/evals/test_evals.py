@@ -225,7 +225,11 @@ def test_further_selections_are_arms_beside_the_others(encode, documents, sparse
     assert figures["last"] == figures["window"] != figures["sparse"] and figures["selections"] == {"last": "window"}
     assert told[0] == ("dense", 1, 10) and told[-1] == ("recall", 1, 1) and ("last", 10, 10) in told
     assert "selections" not in evals.judge_sparse(sparse, encode, documents, 1500, sizes)
-    for name, selection, message in (("oracle", "window", "called oracle"), ("mine", "nobody", "'nobody' is unknown")):
+    for name, selection, message in (
+        ("oracle", "window", "called oracle"),
+        ("decode_ms", "window", "called decode_ms"),
+        ("mine", "nobody", "'nobody' is unknown"),
+    ):
         with pytest.raises(UserError, match=message):
             evals.judge_sparse(
                 sparse,

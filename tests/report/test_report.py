@@ -159,6 +159,14 @@ def test_table_in_the_terminal():
     assert text.count("holds") == 5
 
 
+def test_an_arms_name_is_no_markup():
+    console = Console(width=120, record=True, file=io.StringIO())
+    arms = {"[/mine]": {"ppl": 4.0, "needle": 1.0}, "[red]": {"ppl": 4.0, "needle": 1.0}}
+    show(console, metrics() | arms | {"selections": {"[/mine]": "window", "[red]": "oracle"}})
+    text = console.export_text()
+    assert re.search(r"\[/mine\]\s+4\.000", text) and re.search(r"\[red\]\s+4\.000", text)
+
+
 def test_environment():
     found = environment("make demo")
     assert found["command"] == "make demo" and "torch" in found["versions"] and "cores" in found["machine"]

@@ -87,6 +87,7 @@ def test_refusals(run, monkeypatch) -> None:
         refuse(run)(("cannot listen", "--port"), "serve", "sparse", "--port", taken.getsockname()[1])
     refuse(run)(("mirror", "between 0 and 1"), "serve", "sparse", "--port", 0, "--mirror", "2")
     refuse(run)(("mirror", "dense"), "serve", "base", "--port", 0, "--mirror", "0.5")
+    refuse(run)(("--selection window", "base is dense"), "serve", "base", "--port", 0, "--selection", "window")
     refuse(run)(("API key",), "serve", "sparse", "--port", 0, "--api-key", "")
     monkeypatch.setenv("TOKENSIEVE_API_KEY", " ")
     refuse(run)(("TOKENSIEVE_API_KEY is set and empty",), "serve", "sparse", "--port", 0)

@@ -37,6 +37,15 @@ def test_the_server_answers_as_generate_does() -> None:
             assert answer["choices"][0]["token_ids"] == expected[name], name
 
 
+def test_dense_attention_has_one_name_and_no_mirror() -> None:
+    for selection in ("dense", "tokensieve.model.selection:dense"):
+        served = ServeConfig("sparse", selection=selection)
+        assert served.models == ("sparse",) and served.selector_of("sparse") == selection
+        with pytest.raises(UserError, match="compares dense attention with itself"):
+            ServeConfig("sparse", selection=selection, mirror=0.5)
+    assert ServeConfig("sparse", selection="window", mirror=0.5).models == ("sparse", "sparse:dense")
+
+
 def test_an_unknown_one_is_refused_before_anything_is_served() -> None:
     with pytest.raises(UserError, match="there is no module nowhere"):
         ServeConfig("sparse", selection="nowhere:f")

@@ -8,7 +8,7 @@ import torch
 import tokensieve
 from tests.support import models, stdlib
 from tokensieve.config import UserError
-from tokensieve.evals import evaluate
+from tokensieve.evals import evaluate, evaluation
 from tokensieve.tasks import Answer, Document, Documents, Example, PlainEncoder, Score, dialogue
 from tokensieve.tasks.completion import Completion
 from tokensieve.tasks.dialogue import Chat
@@ -78,6 +78,8 @@ def test_small_talk_is_in_both_splits_only_if_it_is_asked_for(documents):
     for talk in (False, True):
         kinds = {e.kind for e in Chat(documents, talk).examples("test", 10_000)}
         assert ("talk" in kinds) == talk and {"explain", "write"} <= kinds
+    train, test = ({e.name for e in Chat(documents, True).examples(split, 99, 0)} for split in ("train", "test"))
+    assert train & test  # the exception to the splits' promise
 
 
 @pytest.mark.parametrize(("name", "easy", "hard"), [("needles", 400, 900), ("completion", 3, 30), ("chat", 1, 2)])
@@ -164,6 +166,36 @@ def test_a_target_is_what_greedy_decoding_gives(encode, documents):
         assert [record.answer.text for record in records] == [encode.decode(ids[:-1]) for ids in greedy]
         (alone,) = evaluate(asked, encode, Endings(), [Example(name="x", prompt=prompts[0], target=targets[0])]).records
         assert isinstance(alone.answer.text, str)  # a target needs no context
+
+
+def test_targets_follow_prompts_of_every_kind_and_few_logits_are_held(encode, monkeypatch):
+    """Ids, texts and messages, of many lengths: each target gets the answer that it gets alone."""
+    model = models.ours(models.config("v3", vocab_size=1024))
+    talk = ({"role": "user", "content": "Who are you?"},)
+    prompts = [encode("def f("), "class A", "import os\n" * 12, talk, "x" * 99]
+    examples = [Example(name="x", prompt=prompt, target=(5, 6, 7)) for prompt in prompts]
+    greedy = []
+    for prompt in prompts:
+        ids = torch.tensor([encode.prompt(prompt)])
+        greedy.append(int(model(ids).logits[0, -1].argmax()))
+    held, forward = [], model.forward
+
+    def counted(*args, **options):
+        out = forward(*args, **options)
+        held.append(out.logits.shape[:2].numel())
+        return out
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(evaluation, "LOGITS", 12)
+    together = evaluate(model, encode, Endings(), examples)
+    assert max(held) <= 12 and len(held) < len(prompts)
+    monkeypatch.setattr(evaluation, "LOGITS", 1)
+    alone = evaluate(model, encode, Endings(), examples)
+    assert alone.records == together.records and held[-len(prompts) :] == [3] * len(prompts)
+    first = [encode.decode([token]) for token in greedy]
+    assert all(r.answer.text.startswith(text) for r, text in zip(alone.records, first, strict=True))
+    with pytest.raises(UserError, match="x has a target and an empty prompt"):
+        evaluate(model, encode, Endings(), [Example(name="x", prompt=(), target=(5,))])
 
 
 def test_examples_of_chat_are_messages_that_a_trainer_reads(documents):

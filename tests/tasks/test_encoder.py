@@ -5,9 +5,11 @@ import json
 import pickle
 import random
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import tokensieve
 from tests.support import models, stdlib
@@ -15,7 +17,7 @@ from tokensieve import evals
 from tokensieve.config import AcceptanceSizes, DataConfig, SourceConfig, UserError
 from tokensieve.data import TokenStore, build_dataset
 from tokensieve.data.packing import PackedTextStream
-from tokensieve.tasks import Document, Documents, PlainEncoder, Turns, dialogue, retrieval
+from tokensieve.tasks import Answer, Document, Documents, PlainEncoder, Turns, dialogue, retrieval
 from tokensieve.tasks.dialogue import Chat
 from tokensieve.tasks.retrieval import Needles
 
@@ -274,6 +276,40 @@ def test_chat_without_a_template_says_what_to_do(tokenizers, corpus, tmp_path):
         dataclasses.replace(data, sources=(text, SourceConfig("chat"))), tokenizers["llama"], 300, 4, seed=0
     )
     assert talked[0]["input_ids"].shape == (300,)
+
+
+class Perfect(torch.nn.Module):
+    """Goes on with what it is shown, which is the target, and writes `says` after every other prompt."""
+
+    def __init__(self, eos: int, says: list[int], vocab: int):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.model = models.TakesOptions()
+        self.eos, self.says, self.vocab = eos, says, vocab
+
+    def forward(self, ids, past_key_values, use_cache, logits_to_keep):
+        best = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=self.eos)[:, -logits_to_keep:]
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(best, self.vocab))
+
+    def generate(self, ids, **_):
+        return torch.cat([ids, torch.tensor([self.says])], dim=1)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA])
+def test_an_answer_does_not_hold_what_closes_it(tokenizers, corpus, template):
+    """ChatML's markers are plain text of this tokenizer, so that eos ends an answer after them."""
+    encode = PlainEncoder(fast(tokenizers["base"].backend_tokenizer, template, bos_token=BEGIN, eos_token=END))
+    close = encode.turns.close
+    assert len(close) > 1 and close[-1] == encode.eos
+    model = Perfect(encode.eos, [*encode("x = 1"), *close], encode.vocab_size)
+    needles, chat = Needles(encode, Documents(test=corpus), 1, 600), Chat(Documents(test=corpus))
+    found = evals.evaluate(model, encode, needles, needles.examples("test", 1))
+    assert found.value == 1 and found.records[0].answer.ended
+    said = evals.evaluate(model, encode, chat, chat.examples("test", 1)).records[0].answer
+    assert said == Answer("x = 1")
+    model.says = [*encode("x = 1"), *close[:-1]]  # out of tokens: nothing says that the answer had ended
+    said = evals.evaluate(model, encode, chat, chat.examples("test", 1)).records[0].answer
+    assert said == Answer(encode.decode(model.says), ended=False)
 
 
 SIZES = AcceptanceSizes(

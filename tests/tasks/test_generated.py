@@ -83,6 +83,18 @@ def test_chat_evaluation_counts_whole_answers(encode):
         task.examples("test", 3)
 
 
+def test_nothing_that_is_asked_for_has_its_own_reason(encode):
+    boxes = Documents(test=[Document("box", SOURCE)])
+    for task in (Chat(boxes), Completion(encode, boxes)):
+        with pytest.raises(UserError, match=f"0 examples of {task.name} were asked for; ask for at least one"):
+            task.examples("test", 0)
+    with pytest.raises(UserError, match=r"no examples of difficulty 0; use 1 to 2, or Chat\(talk=True\)"):
+        Chat(boxes).examples("test", 3, 0)
+    with pytest.raises(UserError, match="no examples of difficulty -1; use 0 to 2"):
+        Chat(boxes, talk=True).examples("test", 3, -1)
+    assert {e.kind for e in Chat(boxes, talk=True).examples("test", 3, 0)} == {"talk"}
+
+
 # completion
 
 MODULE = '''"""A module."""

@@ -210,7 +210,7 @@ class Reader(torch.nn.Module):
             return SimpleNamespace(logits=torch.zeros(1, 1, self.vocab))
         assert len(ids) == past_key_values.rows
         self.together.append(len(ids))
-        best = torch.stack([self.row(past_key_values.ids, row) for row in ids])
+        best = torch.stack([self.row(past_key_values.ids, row) for row in ids])[:, -logits_to_keep:]
         return SimpleNamespace(logits=torch.nn.functional.one_hot(best, self.vocab).float())
 
     def row(self, context, ids):

@@ -253,7 +253,8 @@ def test_micro_batches_do_not_change_a_run(here: Workplace) -> None:
 
 
 def test_dense_arm_trains_the_trunk_only(here: Workplace) -> None:
-    settings = here.run("adapt", "dense-arm", selection=False)
+    settings = here.run("adapt", "dense-arm", selection="dense")
+    assert settings == here.run("adapt", "dense-arm", selection=False)
     before = tokensieve.load(settings.model).state_dict()
     steps: list[dict[str, float]] = []
     after = run(settings, on_step=lambda _, f: steps.append(f), progress=False).state_dict()

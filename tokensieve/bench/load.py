@@ -27,8 +27,8 @@ NOISE_TOKENS = 1 << 15  # entries that are made at once
 class Workload:
     """Requests that all arrive at once.
 
-    requests: their number. prompt, new: tokens of each. selection: "indexer" or "dense". chunk, top_k: as in
-    EngineConfig; 0 takes the engine's own.
+    requests: their number. prompt, new: tokens of each. selection: a name that `tokensieve.selecting` takes,
+    module:function too. chunk, top_k: as in EngineConfig; 0 takes the engine's own.
 
     filled: the cache is filled with noise, and of the prompts only the last token is run. This measures the decode rate
     at a context that would take long to read.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, app, stderr, tokenizer_of
+from tokensieve.cli.program import SELECTOR, Device, app, check_selection, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     from tokensieve.bench import Workload
@@ -30,7 +30,7 @@ def serve(
     requests: Annotated[str, typer.Option(metavar="N,N", help="So many at once, one after the other.")] = "1,8,32",
     prompt: Annotated[str, typer.Option(metavar="N,N", help="Tokens of every prompt.")] = "512",
     new: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
-    selection: Annotated[str, typer.Option(metavar="WHO,WHO", help="indexer, dense, or both.")] = "indexer",
+    selection: Annotated[str, typer.Option(metavar="NAME,NAME", help=SELECTOR)] = "indexer",
     top_k: Annotated[str, typer.Option(metavar="N,N", help="Keys that a query selects; the model's own.")] = "",
     experts: Annotated[str, typer.Option(metavar="N,N", help="Routed experts of --shape.")] = "",
     fp8: Annotated[bool, typer.Option("--fp8", help="Weights of --shape in FP8 blocks.")] = False,
@@ -58,6 +58,8 @@ def serve(
         resolve(name)
     if shape is None and (experts or set_ or fp8):
         raise tokensieve.UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
+    counts = _numbers("--experts", experts) if experts else [None]
+    keys = _numbers("--top-k", top_k) if top_k else [None]
     loads = [
         Workload(count, length, new, by, filled, chunk)
         for length in _numbers("--prompt", prompt)
@@ -66,20 +68,20 @@ def serve(
     ]
     rows: list[dict[str, Any]] = []
     figures = {"run": environment(), "model": shape or model, "rows": rows}
-    shapes: list[int | None] = [*_numbers("--experts", experts)] or [None]
     with join_mesh(device) as mesh:
         stderr().quiet = not mesh.leads
-        for count in shapes:
+        for count in counts:
             if shape is None:
                 served = load_rank(model, mesh)
             else:
                 shaped, dtype = _config(shape, set_ or [], count), _dtype(mesh.device)
                 served = random_model(shaped, mesh.device, dtype, in_fp8=fp8, ranks=mesh)
-            if "indexer" in who and not served.is_sparse:
-                raise tokensieve.UserError(f"{model} is dense and selects nothing; say --selection dense")
+            for name in who:
+                check_selection(name, shape or model, served)
             tokenizer = tokensieve.load_tokenizer("base") if shape else tokenizer_of(model, served)
             prompts = _prompts(served, tokenizer, loads, real=shape is None)
-            for k in _numbers("--top-k", top_k) or [served.top_k]:
+            for given in keys:
+                k = served.top_k if given is None else given
                 for load in (replace(load, top_k=k) for load in loads):
                     with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
                         result = serve_load(served, tokenizer, load, prompts[load.prompt], mesh)
@@ -98,7 +100,7 @@ def _numbers(option: str, text: str) -> list[int]:
     from tokensieve.config import UserError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{option} {text}: give whole numbers above 0, for example 1,8,32")
     return [int(part) for part in parts]
 

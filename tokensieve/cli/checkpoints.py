@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Config, Device, Model, Set, app, stderr, tokenizer_of
+from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
     examination.doctor(as_json)
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def sparsify(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not hold one.")],
@@ -59,7 +59,7 @@ def sparsify(
     typer.echo(f"Next: tokensieve warmup --model {out}")
 
 
-@app.command("eval")
+@app.command("eval", cls=OneProcess)
 def evaluate(
     model: Model = "base",
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
@@ -108,10 +108,12 @@ def evaluate(
     path = Path(model)
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
     folder = out or Path("runs") / f"eval-{name}"
-    typer.echo(f"\nFigures: {write_json(folder / 'metrics.json', metrics)}")
+    file = write_json(folder / "metrics.json", metrics)
+    _print_figures(loaded, metrics)
+    typer.echo(f"\nFigures: {file}")
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def convert(
     source: Annotated[str, typer.Argument(metavar="HF_DIR", help="Checkpoint folder in Hugging Face format.")],
     out: Annotated[Path, typer.Argument(help="New folder for the shards; with --reverse, for the checkpoint.")],
@@ -166,24 +168,23 @@ def _measure(
     context: int | None,
     selections: dict[str, str],
 ) -> dict[str, Any]:
-    """A sparse model's arms or a dense one's use of its context, in the config's contexts or the one given; printed."""
-    from rich.console import Console
+    """A sparse model's arms or a dense one's use of its context, in the config's contexts or the one given."""
+    from rich.markup import escape
 
     from tokensieve import evals
     from tokensieve.config import UserError
-    from tokensieve.report import show, show_criteria
 
-    console, status = Console(), stderr().status("Measuring")
+    status = stderr().status("Measuring")
 
     def on_progress(what: str, done: int, total: int) -> None:
-        status.update(f"Measuring: {what}, {done} of {total}")
+        status.update(f"Measuring: {escape(what)}, {done} of {total}")
 
     if model.is_sparse:
         lengths = sizes.sparse.lengths(model.top_k) if context is None else (context,)
         if len(lengths) != 1:
             raise UserError("eval compares in one context; set sparse.contexts to one, or give --context")
         with status:
-            figures = evals.judge_sparse(
+            return evals.judge_sparse(
                 model,
                 tokenizer,
                 documents,
@@ -192,15 +193,23 @@ def _measure(
                 selections=selections,
                 on_progress=on_progress,
             )
-        show(console, figures)
-        return figures
     base = sizes.base
     if context is not None:
         base = replace(base, contexts=(context,), long=context, short=min(base.short, context // 4))
     with status:
-        figures = evals.acceptance(model, tokenizer, documents, base, on_progress)
-    show_criteria(console, evals.acceptance_criteria(figures))
-    return figures
+        return evals.acceptance(model, tokenizer, documents, base, on_progress)
+
+
+def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from tokensieve import evals
+    from tokensieve.report import show, show_criteria
+
+    if model.is_sparse:
+        show(Console(), metrics)
+    else:
+        show_criteria(Console(), evals.acceptance_criteria(metrics))
 
 
 def _stored_dtype(name: str) -> "torch.dtype | None":

@@ -3,13 +3,13 @@
 import errno
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,13 +31,24 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
 Out = Annotated[str | None, typer.Option(help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
-Selection = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own.",
-    ),
-]
+
+
+class OneProcess(TyperCommand):
+    """A command that would do the same in every process that torchrun starts, into one folder; it refuses to run so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from tokensieve.config import UserError
+        from tokensieve.machine import rank_info
+
+        if (size := rank_info().size) > 1:
+            raise UserError(
+                f"torchrun started {size} processes, and {self.name} runs in one so far; start it without torchrun"
+            )
+        return super().invoke(ctx)
+
+
+SELECTOR = "Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own."
+Selection = Annotated[str | None, typer.Option(metavar="NAME", help=SELECTOR)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -51,7 +62,6 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def setup(
-    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Give a language model sparse attention: make a checkpoint sparse, train it, measure it.
@@ -60,23 +70,9 @@ def setup(
     """
     from rich.logging import RichHandler
 
-    _refuse_several_processes(context.invoked_subcommand)
     log = logging.getLogger("tokensieve")
     log.handlers = [RichHandler(console=stderr(), show_path=False, show_time=False, show_level=False)]
     log.setLevel(logging.INFO)
-
-
-# Commands that torchrun may start in several processes: the ranks hold one model together.
-ON_SEVERAL_RANKS = ("generate", "serve", "bench")
-
-
-def _refuse_several_processes(command: str | None) -> None:
-    """UserError, before anything heavy is imported, for a command that would run separately in every process."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size != "1" and command not in ON_SEVERAL_RANKS:
-        raise _bad_input()(
-            f"torchrun started {size} processes, and {command} runs in one so far; start it without torchrun"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,6 +132,20 @@ def overrides(
     """
     options = {"model": model, "data.tokenizer": model, "out": out, "selection": selection}
     return (*(f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None), *(set_ or ()))
+
+
+def check_selection(selection: str | None, name: str, model: "DecoderForCausalLM") -> None:
+    """UserError if the named selector needs a k and the model is dense, which has none."""
+    from tokensieve.config import UserError
+    from tokensieve.model.selection import SELECTORS, is_own, resolve
+
+    if selection is None or model.is_sparse:
+        return
+    selector = resolve(selection)
+    if is_own(selector) and selector is not SELECTORS["dense"]:
+        raise UserError(
+            f"--selection {selection}: {name} is dense and selects nothing; sparsify it first, or say --selection dense"
+        )
 
 
 def tokenizer_of(name: str, model: "DecoderForCausalLM") -> Any:

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Device, Model, Selection, app
+from tokensieve.cli.program import Device, Model, OneProcess, Selection, app, check_selection
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
 Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"})
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def deploy(
     engine: Annotated[Engine, typer.Argument(help="vllm or sglang.")],
     model: Model,
@@ -72,4 +72,14 @@ def serve(
         "max_tokens": max_tokens,
         "playground": playground,
     }
-    run(model, host, port, device, {"pages": pages, "running": running}, settings, typer.echo)
+    engine = {"pages": pages, "running": running}
+    run(
+        model,
+        host,
+        port,
+        device,
+        engine,
+        settings,
+        lambda loaded: check_selection(selection, model, loaded),
+        typer.echo,
+    )

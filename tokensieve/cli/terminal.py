@@ -63,7 +63,8 @@ def converse(
 def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> Iterator[str]:
     """The parts of one answer, each written as it comes.
 
-    Ctrl-C ends the answer, and keeps its beginning. UserError if the engine fails.
+    Ctrl-C ends the answer, and keeps its beginning. UserError if the engine or a selector fails; the engine then holds
+    no request, and can take the next one.
     """
     engine.add(request)
     try:
@@ -78,6 +79,9 @@ def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> I
         if last is not None:
             write(last.text)
             yield last.text
+    except UserError as error:
+        engine.fail_all(str(error))
+        raise
     write("\n")
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, Model, Selection, app, stderr, tokenizer_of
+from tokensieve.cli.program import Device, Model, Selection, app, check_selection, stderr, tokenizer_of
 
 if TYPE_CHECKING:
     from tokensieve.engine import Engine, Sampling
@@ -46,10 +46,7 @@ def generate(
         if mesh.size > 1 and not talk:
             raise tokensieve.UserError("torchrun goes with --interactive and --input-file only; use one of them")
         loaded = load_rank(model, mesh)
-        if selection in ("indexer", "window", "oracle") and not loaded.is_sparse:
-            raise tokensieve.UserError(
-                f"--selection {selection}: {model} is dense and selects nothing; sparsify it first"
-            )
+        check_selection(selection, model, loaded)
         tokenizer = tokenizer_of(model, loaded)
         if talk:
             from tokensieve.cli import terminal

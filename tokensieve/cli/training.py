@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Config, Out, Resume, Selection, Set, Start, app, overrides
+from tokensieve.cli.program import SELECTOR, Config, OneProcess, Out, Resume, Set, Start, app, overrides
 
 
 class Until(StrEnum):
@@ -18,7 +18,7 @@ class Until(StrEnum):
     evaluate = "evaluate"
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     """Turn the bundled dense model into a sparse one, compare the two, and write a report.
 
@@ -30,7 +30,7 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     main_job.run(load_config(DemoConfig, config, overrides(set_, out=out)))
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
     """Train a new dense model, with the shape in the config, as the bundled base was made.
 
@@ -39,7 +39,7 @@ def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume:
     _train("pretrain", config, overrides(set_, out=out), resume)
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def speedrun(
     config: Config = "speedrun",
     set_: Set = None,
@@ -57,7 +57,7 @@ def speedrun(
     all_stages.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def warmup(
     config: Config = "warmup", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
 ) -> None:
@@ -69,18 +69,20 @@ def warmup(
     typer.echo(f"Next: tokensieve adapt --model {_newest(run)}")
 
 
-@app.command()
+@app.command(cls=OneProcess)
 def adapt(
     config: Config = "adapt",
     model: Start = None,
     set_: Set = None,
     out: Out = None,
-    selection: Selection = None,
+    selection: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"{SELECTOR} dense: the dense model trains, no indexer does.")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Sparse training, stage 2: selection is on and everything trains.
 
-    With --set selection=false the dense model trains on the same tokens, for comparison.
+    With --selection dense (or --set selection=false) the dense model trains on the same tokens, for comparison.
 
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """

@@ -16,6 +16,7 @@ from tokensieve.tasks import Answer, Example, PlainEncoder, Score, Task, encoder
 
 PREFILL_CHUNK = 32768  # tokens: a first chunk runs on fused kernels, and attention's memory is linear in it
 TOGETHER = 65536  # cached tokens, over all the copies of a context whose questions go through the model together
+LOGITS = 4096  # positions whose logits are held at a time, over all rows; one row may have more
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def evaluate(
         on_progress: told after each context and each batch.
 
     Raises:
-        UserError: no examples; messages, and the tokenizer has no chat format.
+        UserError: no examples; messages, and the tokenizer has no chat format; a target after an empty prompt.
     """
     if not examples:
         raise UserError(f"no examples of {task.name} to score; ask for at least one")
@@ -114,32 +115,43 @@ def evaluate(
 def _check_targets(model: Any, encode: PlainEncoder, examples: Sequence[Example]) -> list[Answer]:
     """What greedy decoding gives, as far as the target; all examples share their context, which is read once."""
     context = list(examples[0].context)
-    longest = max(len(context), *(len(example.prompt) + len(example.target) for example in examples))
+    asked = [(encode.prompt(example.prompt), list(example.target)) for example in examples]
+    for (prompt, _), example in zip(asked, examples, strict=True):
+        if not prompt:
+            raise UserError(f"{example.name} has a target and an empty prompt; begin it with the context's last token")
+    longest = max(len(context), *(len(prompt) + len(target) for prompt, target in asked))
     cache = LatentCache()
     ids = torch.tensor([context], device=next(model.parameters()).device)
     for begin in range(0, ids.shape[1], PREFILL_CHUNK):
         model(ids[:, begin : begin + PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    together = max(1, TOGETHER // longest)
-    answers = []
-    for first in range(0, len(examples), together):
-        asked = examples[first : first + together]
-        for example, best in zip(asked, _best_tokens(model, cache, asked), strict=True):
-            answers.append(Answer(encode.decode(best[:-1]), ended=best[-1] == example.target[-1]))
+    answers: list[Answer] = []
+    while len(answers) < len(asked):
+        rows = asked[len(answers) : len(answers) + max(1, TOGETHER // longest)]
+        while len(rows) > 1 and len(rows) * _judged(rows) > LOGITS:
+            rows = rows[: len(rows) // 2]
+        for (_, target), best in zip(rows, _best_tokens(model, cache, rows), strict=True):
+            answers.append(_answer(encode, best[:-1], ended=best[-1] == target[-1]))
     return answers
 
 
-def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[Any]) -> list[list[int]]:
-    """The best token at each position of each target; every example is a row after the one cached context."""
+def _judged(rows: Sequence[tuple[list[int], list[int]]]) -> int:
+    """The columns of (prompt, target) rows, filled up at the end, from the first that gives a target's token on."""
+    return max(len(prompt) + len(target) for prompt, target in rows) - min(len(prompt) for prompt, _ in rows)
+
+
+def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+    """The best token at each position of each target; every (prompt, target) is a row after the one cached context."""
     rows = copy(cache)  # its buffers are made anew for the rows
     rows.batch_repeat_interleave(len(asked))
-    turns = [[*example.prompt, *example.target[:-1]] for example in asked]
+    turns = [[*prompt, *target[:-1]] for prompt, target in asked]
     # Shorter rows are filled up at the end, which nothing before it sees.
-    width = max(map(len, turns))
-    ids = [turn + turn[-1:] * (width - len(turn)) for turn in turns]
-    output = model(torch.tensor(ids, device=next(model.parameters()).device), past_key_values=rows, use_cache=True)
-    best = output.logits.argmax(-1).tolist()
-    pairs = zip(asked, turns, best, strict=True)
-    return [row[len(turn) - len(example.target) : len(turn)] for example, turn, row in pairs]
+    width, kept = max(map(len, turns)), _judged(asked)
+    ids = torch.tensor(
+        [turn + turn[-1:] * (width - len(turn)) for turn in turns], device=next(model.parameters()).device
+    )
+    best = model(ids, past_key_values=rows, use_cache=True, logits_to_keep=kept).logits.argmax(-1).tolist()
+    ends = [len(turn) - width + kept for turn in turns]
+    return [row[end - len(target) : end] for (_, target), end, row in zip(asked, ends, best, strict=True)]
 
 
 def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
@@ -158,5 +170,13 @@ def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], ma
     answers = []
     for row in output[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in encode.ends), None)
-        answers.append(Answer(encode.decode(row[:end]), ended=end is not None))
+        answers.append(_answer(encode, row[:end], ended=end is not None))
     return answers
+
+
+def _answer(encode: PlainEncoder, ids: list[int], ended: bool) -> Answer:
+    """The answer in `ids`, which do not hold the token that ended it, but may hold what closes an answer before it."""
+    before = list(encode.turns.close[:-1])
+    if ended and before and ids[-len(before) :] == before:
+        ids = ids[: -len(before)]
+    return Answer(encode.decode(ids), ended)

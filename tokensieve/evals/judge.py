@@ -15,7 +15,17 @@ from tokensieve.tasks import Document, Documents, encoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 
 # Keys of a metrics.json beside its arms.
-FIGURES = ("recall", "kv_read_fraction", "top_k", "context", "selections", "model", "seconds", "run")
+FIGURES = (
+    "recall",
+    "kv_read_fraction",
+    "decode_ms",
+    "top_k",
+    "context",
+    "selections",
+    "model",
+    "seconds",
+    "run",
+)
 
 
 def judge_sparse(

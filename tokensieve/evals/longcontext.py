@@ -178,7 +178,10 @@ def chat_answers(
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Greedy answers to `count` held-out prompts in chat format: {"ended", "good", "parsed": shares, "count"}."""
+    """Greedy answers to `count` prompts in chat format: {"ended", "good", "parsed": shares, "count"}.
+
+    The functions asked about are held out; the small talk and sums between them are those of training.
+    """
     task = Chat(Documents(test=documents), talk=True)
     examples = task.examples("test", count, seed=seed)
     answers = evaluate(model, tokenizer, task, examples, new_tokens, on_progress=on_progress)

@@ -20,7 +20,7 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
             figures = metrics[name]
             style = "bold" if name == "sparse" else None
             accuracy = f"{100 * figures['needle']:.1f}%"
-            arms.add_row(name, f"{figures['ppl']:.3f}", accuracy, f"[dim]{escape(what)}[/dim]", style=style)
+            arms.add_row(escape(name), f"{figures['ppl']:.3f}", accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
     if "decode_ms" in metrics:
         contexts = next(iter(metrics["decode_ms"].values()))

@@ -5,9 +5,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokensieve.config import UserError
+
+if TYPE_CHECKING:
+    from tokensieve.model import DecoderForCausalLM
 
 REQUIRED = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -19,12 +22,13 @@ def serve(
     device: str,
     options: dict[str, Any],
     settings: dict[str, Any],
+    check: "Callable[[DecoderForCausalLM], None]",
     announce: Callable[[str], Any],
 ) -> None:
     """Serve `model` at host and port until a signal.
 
-    options, settings: fields of EngineConfig and of ServeConfig. announce: called with one line once the server
-    answers.
+    options, settings: fields of EngineConfig and of ServeConfig. check: called with the model once it is read, to raise
+    UserError if it cannot be served so. announce: called with one line once the server answers.
     Raises UserError for a missing package, a port in use, and settings that do not go together.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
@@ -45,6 +49,7 @@ def serve(
         # before the model is read, so that a port in use is reported at once
         listening = stack.enter_context(server.listen(host, port)) if ranks.leads else None
         loaded = load_rank(model, ranks)
+        check(loaded)
         if not loaded.is_sparse:
             if config.mirror:
                 raise UserError(f"--mirror: {model} is dense, and there is nothing to compare it with")

@@ -135,9 +135,11 @@ class Completion:
     def examples(
         self, split: Split, count: int, difficulty: int | None = None, seed: int = 0
     ) -> list[CompletionExample]:
+        if count < 1:
+            raise UserError(f"{count} examples of {self.name} were asked for; ask for at least one")
         encode = encoder(self.tokenizer)
         cases = [c for c in functions(self.documents.of(split)) if difficulty is None or c.lines <= difficulty]
-        if not cases or not count:
+        if not cases:
             which = "held-out" if split == "test" else "training"
             raise UserError(
                 f"no functions to complete; the {which} documents have none with a docstring or three lines"

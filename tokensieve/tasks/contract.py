@@ -68,7 +68,8 @@ class Task(Protocol[E]):
         """`count` examples, the same for the same arguments; fewer if there are no more.
 
         Args:
-            split: "train" or "test". The two share no document and nothing that is asked for.
+            split: "train" or "test". The two share no document and nothing that is asked for, but for the small talk
+                of a `Chat` with `talk`, which a model knows from training alone.
             difficulty: at most so hard, in the task's own unit, which its docstring names; None: the task's own.
 
         Raises:

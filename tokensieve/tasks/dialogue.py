@@ -131,7 +131,8 @@ def encoded_examples(documents: Iterable[Document], encode: PlainEncoder) -> Ite
 class Chat:
     """Questions about documented functions (a `Task`).
 
-    Difficulty: 0 is small talk and sums alone, 1 adds functions to explain, 2 functions to write; None is 2.
+    Difficulty: 0 is small talk and sums alone, which takes `talk`; 1 adds functions to explain, 2 functions to write;
+    None is 2.
 
     talk: with small talk and sums, which are the same in both splits: a model knows who it is from training alone.
     """
@@ -141,9 +142,15 @@ class Chat:
     name: str = "chat"
 
     def examples(self, split: Split, count: int, difficulty: int | None = None, seed: int = 0) -> list[ChatExample]:
-        kinds = get_args(Kind)[0 if self.talk else 1 : 3 if difficulty is None else difficulty + 1]
+        lowest = 0 if self.talk else 1
+        if count < 1:
+            raise UserError(f"{count} examples of {self.name} were asked for; ask for at least one")
+        if difficulty is not None and difficulty < lowest:
+            remedy = "" if self.talk else ", or Chat(talk=True), whose difficulty 0 is small talk and sums"
+            raise UserError(f"{self.name} has no examples of difficulty {difficulty}; use {lowest} to 2{remedy}")
+        kinds = get_args(Kind)[lowest : 3 if difficulty is None else difficulty + 1]
         cases = [example for example in conversations(self.documents.of(split)) if example.kind in kinds]
-        if not cases or not count:
+        if not cases:
             which = "held-out" if split == "test" else "training"
             raise UserError(f"no chat prompts to score; the {which} documents have no documented functions")
         return random.Random(seed).sample(cases, min(count, len(cases)))
