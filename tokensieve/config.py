@@ -30,7 +30,7 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class SourceConfig:
-    source: str  # "python", "retrieval", "chat", a folder, a file, a glob, a .jsonl or hf:NAME
+    source: str  # "python", "retrieval", "chat", a folder, a file, a glob or hf:NAME; of rows also SOURCE#FIELD
     weight: float = 1.0  # share of the sequences, relative to the other sources
 
 
