@@ -88,9 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "check the path and its permissions"
-        _fail(2, f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}")
+        from tokensieve.files import remedy
+
+        what = error.filename or "a file"
+        _fail(2, f"error: {what} cannot be written or read ({error.strerror}); {remedy(error)}")
 
 
 @cache

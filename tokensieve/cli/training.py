@@ -26,8 +26,11 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     """
     from tokensieve import demo as main_job
     from tokensieve.config import DemoConfig, load_config
+    from tokensieve.files import locked
 
-    main_job.run(load_config(DemoConfig, config, overrides(set_, out=out)))
+    settings = load_config(DemoConfig, config, overrides(set_, out=out))
+    with locked(settings.out):
+        main_job.run(settings)
 
 
 @app.command(cls=OneProcess)
@@ -53,8 +56,11 @@ def speedrun(
     """
     from tokensieve import speedrun as all_stages
     from tokensieve.config import SpeedrunConfig, load_config
+    from tokensieve.files import locked
 
-    all_stages.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
+    settings = load_config(SpeedrunConfig, config, overrides(set_, out=out))
+    with locked(settings.out):
+        all_stages.run(settings, resume, until.value)
 
 
 @app.command(cls=OneProcess)

@@ -4,7 +4,6 @@ Folder: tokens.bin (uint16, or uint32 for vocabularies above 65536), offsets.npy
 store.json (names and the tokenizer's hash). A store appears under its name only when it is complete.
 """
 
-import errno
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tokensieve.config import UserError
+from tokensieve.files import remedy
 from tokensieve.tasks import Document, PlainEncoder, encoder
 
 BATCH = 128  # documents encoded at a time,
@@ -124,8 +124,10 @@ class TokenStore:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
-            remedy = "free some space" if error.errno == errno.ENOSPC else "choose another cache folder"
-            raise UserError(f"token store {folder} cannot be written ({error.strerror}); {remedy}") from error
+            raise UserError(
+                f"token store {folder} cannot be written ({error.strerror}); {remedy(error)}, "
+                "or choose another folder with data.cache"
+            ) from error
         return cls.open(folder)
 
     @classmethod
