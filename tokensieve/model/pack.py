@@ -31,7 +31,7 @@ class Pack:
     ends_N: Tensor  # int32, one past the last visible key; start == end for padding
     row_keys: int  # distance on the key axis between one row's first key and the next row's
     max_keys: int  # no query sees more keys than this
-    bounds: Tensor | None  # int32 cumulative document lengths if the batch is a causal pack of whole documents
+    bounds: Tensor | None  # int32 cumulative lengths if every document is whole, or a prompt's part with all before it
     longest: int  # no document has more tokens than this
     valid_N: Tensor | None  # bool, False for padding; None if nothing is padded
 
