@@ -108,11 +108,19 @@ def test_a_client_that_leaves_within_its_body_is_counted_as_gone(at: str) -> Non
 
 
 def test_a_body_has_its_time(at: str) -> None:
-    with connected(at) as slow, connected(at) as dripping:
-        for one in (slow, dripping):
-            one.sendall(HEAD + b"Content-Length: 100000\r\n\r\n{")
-        assert b"408 Request Timeout" in (read := rest(slow)) and b"did not arrive in time" in read
-        assert b"408 Request Timeout" in rest(dripping)
+    for sent in (b"{", b" " * 60_000):  # the second one earns six seconds, but must go on
+        begin = time.monotonic()
+        with connected(at) as stalled:
+            stalled.sendall(HEAD + b"Content-Length: 100000\r\n\r\n" + sent)
+            assert b"408 Request Timeout" in (read := rest(stalled)) and b"did not arrive in time" in read
+        assert time.monotonic() - begin < 4
+    with connected(at) as dripping:
+        dripping.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
+        drops = 0
+        while not select.select([dripping], [], [], 0.05)[0]:
+            dripping.sendall(b" ")
+            drops += 1
+        assert drops < 60 and b"408 Request Timeout" in rest(dripping)
     with connected(at) as steady:  # longer than the limit, and faster than the least rate
         body = json.dumps(ASKED).encode() + b" " * 40_000
         steady.sendall(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body))
@@ -145,6 +153,7 @@ LARGE = {
     "messages": b'{"messages": [' + b",".join([b'{"role":"user"}'] * 800_000) + b"]}",
     "lists": b"[" + b",".join([b"[]"] * 4_000_000) + b"]",
     "ids": b"[" + b",".join([b"5"] * 7_000_000) + b"]",
+    "short lists": b"[" + b",".join([b"[]"] * 340_000) + b"]",
     "fields": b"{" + b",".join(b'"%d":1' % i for i in range(800_000)) + b"}",
     "between strings": b"[" + b",".join([b'"\\"[",[]'] * 800_000) + b"]",
 }
@@ -167,6 +176,8 @@ def test_lists_are_bounded(at: str) -> None:
     for fields in ({"messages": [message] * 17_000}, {"messages": [message], "tools": [{}] * 1100}):
         told = error(at, json.dumps({"model": "sparse"} | fields).encode(), {}, route="/v1/chat/completions")
         assert "tools" in told or "at most 16384 items" in told
+    told = error(at, json.dumps({"model": "sparse", "prompt": ["a"] * 129}).encode(), {})
+    assert told == "prompt: List should have at most 128 items after validation, not 129"
 
 
 def test_the_end_leaves_a_client_that_does_not_read(caplog: pytest.LogCaptureFixture) -> None:

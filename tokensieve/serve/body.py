@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from tokensieve.engine import Service, Stopping
 from tokensieve.serve.errors import ApiError
-from tokensieve.serve.json_size import is_bounded
+from tokensieve.serve.json_size import ANYTHING, is_bounded
 from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import ClientGone
 
@@ -34,7 +34,8 @@ class Bodies:
         body = await self._arrival(receive)
         if encoding.endswith("gzip"):
             body = await run_in_threadpool(self._unpacked, body)
-        if "json" in headers.get("content-type", "").lower() and not await run_in_threadpool(is_bounded, body):
+        is_json = "json" in headers.get("content-type", "").lower()
+        if is_json and len(body) > ANYTHING and not await run_in_threadpool(is_bounded, body):
             raise ApiError(413, "the body has too many fields and values; send less at once", code="request_too_large")
         return body
 
@@ -44,14 +45,15 @@ class Bodies:
                 wait.reschedule(0)
 
     async def _arrival(self, receive: Receive) -> bytes:
-        body, more, begin = bytearray(), True, asyncio.get_running_loop().time()
+        loop, limits, body, more = asyncio.get_running_loop(), self._seconds, bytearray(), True
+        begin = loop.time()
         try:
             async with asyncio.timeout(None) as wait:
                 self._waits.add(wait)
                 try:
                     while more:
-                        allowed = self._seconds.body + len(body) / self._seconds.body_rate
-                        wait.reschedule(0 if self._service.draining else begin + allowed)
+                        deadline = limits.body + min(loop.time(), begin + len(body) / limits.body_rate)
+                        wait.reschedule(0 if self._service.draining else deadline)
                         message = await receive()
                         if message["type"] == "http.disconnect":
                             raise ClientGone

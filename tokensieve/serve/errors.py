@@ -136,6 +136,9 @@ def _furthest(faults: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, 
     Of a field that may be a text or a list, pydantic reports both. If a list was sent, its faults lie deeper.
     """
     placed = [{**fault, "loc": _place(fault, body)} for fault in faults]
+    too_long = [fault for fault in placed if fault["type"] == "too_long"]
+    if too_long:  # as far as it was read, the list did fit
+        return too_long
     places = [fault["loc"] for fault in placed]
     return [f for f in placed if not any(p[: len(f["loc"])] == f["loc"] and p != f["loc"] for p in places)]
 

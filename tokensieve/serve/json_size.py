@@ -6,15 +6,15 @@ the interpreter's lock away. Text is cheap, so strings are not looked into.
 
 import re
 
-SMALL = 2**20  # bytes; to parse so many takes less than a tenth of a second, whatever they are
 # Prompts of token ids have many commas. Nothing has many fields, objects and lists.
-MOST = {b",": 2**20, b":": 2**16, b"{": 2**16, b"[": 2**16}
+MOST = {b",": 2**20, b":": 2**17, b"{": 2**15, b"[": 2**15}
+ANYTHING = min(MOST.values())  # bytes: so short a body is bounded, whatever it holds
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 def is_bounded(body: bytes) -> bool:
     """Whether no sign of `MOST` is outside of strings more often than it may be."""
-    if len(body) <= SMALL or all(body.count(sign) <= most for sign, most in MOST.items()):
+    if all(body.count(sign) <= most for sign, most in MOST.items()):
         return True
     counts, end = dict.fromkeys(MOST, 0), 0
     for string in STRING.finditer(body):

@@ -319,7 +319,12 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 class CompletionRequest(Common):
     PROMPT, DEFAULT_TOKENS = "prompt", 16  # as at OpenAI
 
-    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+        | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import HANDLED_SIGNALS
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Service
@@ -67,7 +68,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._bodies.stop_waiting()
-        # A client that does not read its answer is left: to uvicorn's own limit the tasks' ends would be defects.
+        # A client that does not read its answer is disconnected, which ends its request in order. At a limit of
+        # uvicorn's own, the request's task would be cancelled, and its traceback logged.
         leave = asyncio.get_running_loop().call_later(self._seconds.answer, self._abort_connections)
         await super().shutdown(sockets)
         leave.cancel()
@@ -136,6 +138,8 @@ def run(
     allow_connections()
     server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
     server.run(sockets=[listening])
+    for number in HANDLED_SIGNALS:  # nothing is left to end, and Python takes half a second to exit
+        signal.signal(number, signal.SIG_IGN)
 
 
 def allow_connections() -> None:

@@ -21,7 +21,8 @@ class TimeLimits:
     """Seconds that a client may take. One that sends nothing, or a byte now and then, holds memory and a file.
 
     head: for a request's first line and headers, counted from the connection's beginning or from the last answer.
-    body: for its body, and a second more for every `body_rate` bytes that are there: 16 MiB may come over a slow line.
+    body: for the next part of its body. For the whole body, as long, and a second more for every `body_rate` bytes that
+    are there, so that 16 MiB may come over a slow line.
     idle: of silence after an answer before the connection is closed.
     answer: for reading the rest of an answer once the server stops.
     """
