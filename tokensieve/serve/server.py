@@ -40,7 +40,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._bodies, self._seconds, self._on_start = service, bodies, seconds, on_start
         self._signalled = False
-        # Since when a connection is between two requests. With each request it has another cycle; before the first, None.
+        # Since when a connection is between two requests. Each request is another cycle; the first comes after None.
         self._between: dict[tuple[H11Protocol, RequestResponseCycle], float] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
