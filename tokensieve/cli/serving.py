@@ -53,6 +53,16 @@ def serve(
     playground: Annotated[
         bool, typer.Option("--playground/--no-playground", help="Serve the page, /lens and /documents beside the API.")
     ] = True,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin ask, as https://example.com; may be repeated."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Answer to this host name, besides localhost, addresses and --host; may be repeated."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Answer HTTP requests in OpenAI's format, many at once, until a signal ends it.
@@ -71,6 +81,8 @@ def serve(
         "keys": tuple(api_key or ()),
         "max_tokens": max_tokens,
         "playground": playground,
+        "allow_origins": tuple(allow_origin or ()),
+        "allow_hosts": tuple(allow_host or ()),
     }
     engine = {"pages": pages, "running": running}
     run(
