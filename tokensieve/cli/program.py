@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tokensieve.cli.missing import report_missing
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -78,12 +80,11 @@ def setup(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits. Bad input and interruptions end in one line; only defects raise."""
     try:
-        app(arguments)
-    except SystemExit:  # every command ends so; it is first so that `--help` skips the imports of the next line
-        raise
-    except _bad_input() as error:
+        with report_missing():
+            app(arguments)
+    except _loaded("tokensieve.config", "UserError") as error:
         _fail(2, *(f"error: {reason}" for reason in error.args))
-    except _interruptions() as error:
+    except (KeyboardInterrupt, *_loaded("tokensieve.train", "Interrupted")) as error:
         _fail(130, f"interrupted: {error}" if str(error) else "interrupted")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -101,16 +102,10 @@ def stderr() -> "Console":
     return Console(stderr=True)
 
 
-def _bad_input() -> type[Exception]:
-    from tokensieve.config import UserError
-
-    return UserError
-
-
-def _interruptions() -> tuple[type[BaseException], ...]:
-    from tokensieve.train import Interrupted
-
-    return Interrupted, KeyboardInterrupt
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """An exception of a module, to be caught; none if the module is not loaded, since then nobody has raised it."""
+    exception = getattr(sys.modules.get(module), name, None)
+    return () if exception is None else (exception,)
 
 
 def _fail(status: int, *messages: str) -> None:
