@@ -10,13 +10,19 @@ from pathlib import Path
 from tokensieve.config import UserError
 
 
+def check_device(device: str) -> str:
+    """The device as given. UserError unless it is auto, cpu or cuda, with a number or without; torch is not asked."""
+    if device != "auto" and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {device}: use auto, cpu or cuda")
+    return device
+
+
 def choose_device(device: str = "auto") -> str:
     """The checked `device`; for "auto", "cuda" if torch sees a CUDA device, else "cpu".
 
     Raises UserError for another kind of device, and for CUDA if there is none.
     """
-    if device != "auto" and device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {device}: use auto, cpu or cuda")
+    check_device(device)
     import torch  # here, so that the other answers of this file, and refusals, do not load it
 
     if device == "auto":

@@ -1,4 +1,4 @@
-"""A package that is not installed: one line with the command that installs it, whichever package and whenever imported."""
+"""A package that is not installed: one line with the command that installs it, whenever the package is imported."""
 
 import subprocess
 import sys

@@ -44,7 +44,7 @@ def _reason(error: ModuleNotFoundError, name: str) -> str:
 
 
 def _requirement(package: str) -> str | None:
-    """What tokensieve requires of a package, as pip writes it; None if tokensieve does not name it, or is not installed."""
+    """What tokensieve requires of a package, as pip writes it; None if its metadata does not name the package."""
     try:
         requirements = importlib.metadata.requires("tokensieve") or []
     except importlib.metadata.PackageNotFoundError:
