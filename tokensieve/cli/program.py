@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(arguments)
     except _loaded("tokensieve.config", "UserError") as error:
         _fail(2, *(f"error: {reason}" for reason in error.args))
-    except (KeyboardInterrupt, *_loaded("tokensieve.train", "Interrupted")) as error:
+    except _interruptions() as error:
         _fail(130, f"interrupted: {error}" if str(error) else "interrupted")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -171,6 +171,10 @@ def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
     """An exception of a module, to be caught; none if the module is not loaded, since then nobody has raised it."""
     exception = getattr(sys.modules.get(module), name, None)
     return () if exception is None else (exception,)
+
+
+def _interruptions() -> tuple[type[BaseException], ...]:
+    return KeyboardInterrupt, *_loaded("tokensieve.train", "Interrupted")
 
 
 def _fail(status: int, *messages: str) -> None:
