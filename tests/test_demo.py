@@ -67,9 +67,11 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
     out = base / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == returned
-    rest = {"kl", "recall", "decode_ms", "kv_read_fraction", "top_k", "context", "seconds"}
-    assert set(metrics) == set(ARMS) | rest
-    assert all(set(metrics[arm]) == {"ppl", "needle"} for arm in ARMS)
+    rest = {"kl", "recall", "decode_ms", "kv_read_fraction", "bytes_read_fraction", "top_k", "context", "seconds"}
+    assert set(metrics) == set(ARMS) | rest | {"compared"}
+    assert all(set(metrics[arm]) == {"ppl", "needle", "needle_interval"} for arm in ARMS)
+    over_dense = metrics["compared"]["ppl"]["dense"]
+    assert over_dense["value"] == pytest.approx(metrics["sparse"]["ppl"] / metrics["dense"]["ppl"], rel=1e-6)
     assert set(metrics["kl"]) == set(metrics["recall"]) == {"first", "last"}
     assert metrics["kl"]["last"] < metrics["kl"]["first"]
     assert {name: list(ms) for name, ms in metrics["decode_ms"].items()} == {

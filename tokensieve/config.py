@@ -110,6 +110,11 @@ class TrainConfig:
     track: tuple[str, ...] = ("tensorboard",)  # also "wandb"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selection, bool | str):
+            raise UserError(
+                f"selection takes a name, and got {self.selection!r}; write your own function as module:function, or "
+                "run inside a tokensieve.selecting block"
+            )
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
 

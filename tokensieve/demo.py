@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -100,6 +101,9 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     say("Time one more token")
     decode_ms = evals.decode_ms(pair, prompts.texts[0], config.decode_contexts)
 
+    at, timed = str(config.context), set(config.decode_contexts)
+    layout: cost.Layout = "float32" if sparse.dtype == torch.float32 else "bf16"
+    reads = evals.cache_reads(cost.shape_of(sparse.config), sorted({config.context, *timed}), layout)
     kl = [row["kl"] for row in history if row["stage"] == STAGES["warmup"] and "kl" in row]
     metrics: Row = {
         **evals.metrics_of(scores),
@@ -107,6 +111,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "recall": {"first": first, "last": last.overall},
         "decode_ms": decode_ms,
         "kv_read_fraction": cost.kv_read_fraction(config.context, config.top_k),
+        "bytes_read_fraction": reads["sparse"][at] / reads["dense"][at],
         "top_k": config.top_k,
         "context": config.context,
         "seconds": time.perf_counter() - begin,
@@ -117,7 +122,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "questions": len(prompts.needles),
         "loss_by_position": evals.loss_by_position(scores),
         "heat": heat,
-        "kv_entries": evals.kv_entries(config.decode_contexts, config.top_k),
+        "cache_reads": {name: {c: n for c, n in by.items() if int(c) in timed} for name, by in reads.items()},
         "recall": {"by_layer": last.by_layer, "held": last.held, "best": last.best},
         "run": environment(),
     }

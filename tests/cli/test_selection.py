@@ -68,6 +68,7 @@ def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
     ended = run(*arguments)
     assert ended.status == 0, ended.err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["selection"] == NAME
+    assert ended.out.splitlines()[-1].endswith(f"--arm trained={NAME}")
 
 
 def test_bad_names_are_refused(home: Path, run: Any) -> None:

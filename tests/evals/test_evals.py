@@ -11,6 +11,7 @@ import tokensieve
 from tests.support import models, stdlib
 from tokensieve import evals, ops
 from tokensieve.config import AcceptanceSizes, ParitySizes, UserError
+from tokensieve.cost import shape_of
 from tokensieve.evals import evaluation, longcontext, mass, timing
 from tokensieve.evals.evaluation import evaluating
 from tokensieve.tasks import Answer, Document, Documents, PlainEncoder, Score
@@ -195,7 +196,12 @@ def test_compare_scores_every_arm_on_the_same_prompts(encode, dense, sparse, tex
     assert all([r.example for r in s.needles.records] == questions for s in scores.values())
     assert sparse.top_k == K and not sparse.model._forward_pre_hooks
     metrics = evals.metrics_of(scores)
-    assert list(metrics) == list(evals.ARMS) and set(metrics["window"]) == {"ppl", "needle"}
+    assert list(metrics) == [*evals.ARMS, "compared"]
+    assert set(metrics["window"]) == {"ppl", "needle", "needle_interval"}
+    assert set(metrics["compared"]["needle"]) == set(metrics["compared"]["ppl"]) == set(evals.ARMS) - {"sparse"}
+    of_window = metrics["compared"]["ppl"]["window"]
+    assert of_window["value"] == pytest.approx(metrics["sparse"]["ppl"] / metrics["window"]["ppl"])
+    assert of_window["n"] == len(texts) and metrics["compared"]["needle"]["window"]["n"] == len(questions)
     curves = evals.loss_by_position(scores)
     assert all(len(curve) == len(curves["edges"]) - 1 for curve in curves["loss"].values())
 
@@ -247,29 +253,52 @@ def test_sizes_follow_k():
     assert ParitySizes((2048, 16384), 1, 1, times_k=4).lengths(2048) == (8192, 16384)
 
 
+def estimate(value, half, n=64):
+    return {"value": value, "low": value - half, "high": value + half, "n": n}
+
+
 def metrics(**changes):
-    base = {"ppl": 4.0, "needle": 0.98}
-    control = {"ppl": 9.0, "needle": 0.1}
-    figures = {"dense": base, "dense_adapted": base | {"ppl": 3.9}, "sparse": base | {"ppl": 3.95, "needle": 0.95}}
-    figures |= {"untrained_indexer": control, "window": control, "recall": {"first": 0.1, "last": 0.96}}
-    return figures | changes
+    compared = {
+        "ppl": {"oracle": estimate(0.999, 0.004, 24), "dense": estimate(1.018, 0.006, 24)},
+        "needle": {"dense": estimate(-0.004, 0.02), "window": estimate(0.9, 0.08)}
+        | {"untrained_indexer": estimate(0.97, 0.05)},
+    }
+    figures = {"compared": compared, "recall": {"first": 0.1, "last": 0.96}}
+    for name, change in changes.items():
+        place, _, arm = name.partition("_of_")
+        if arm:
+            compared[place][arm] = change
+        else:
+            figures[name] = change
+    return figures
+
+
+PPL, NEEDLES = "sparse perplexity / that of selection by the true attention", "sparse needles - dense needles"
 
 
 @pytest.mark.parametrize(
-    ("changes", "broken"),
+    ("changes", "name", "verdict"),
     [
-        ({}, None),
-        ({"sparse": {"ppl": 3.9 * 1.021, "needle": 0.98}}, "sparse perplexity / the better dense one"),
-        ({"sparse": {"ppl": 3.9, "needle": 0.949}}, "sparse needles - dense needles"),
-        ({"recall": {"first": 0.1, "last": 0.94}}, "recall of the indexer"),
-        ({"window": {"ppl": 5.0, "needle": 0.39}}, "dense needles - window needles"),
-        ({"untrained_indexer": {"ppl": 5.0, "needle": 0.5}}, "dense needles - untrained_indexer needles"),
+        ({}, PPL, "holds"),
+        ({"ppl_of_oracle": estimate(1.006, 0.005)}, PPL, "within noise"),
+        ({"ppl_of_oracle": estimate(1.02, 0.005)}, PPL, "fails"),
+        ({"ppl_of_oracle": {"value": 0.9, "low": None, "high": None, "n": 1}}, PPL, "within noise"),
+        ({"needle_of_dense": estimate(-0.016, 0.04)}, NEEDLES, "within noise"),
+        ({"needle_of_dense": estimate(-0.2, 0.1)}, NEEDLES, "fails"),
+        ({"recall": {"first": 0.1, "last": 0.94}}, "recall of the indexer", "fails"),
+        ({"recall": {"first": 0.1, "last": 0.95}}, "recall of the indexer", "holds"),
+        ({"needle_of_window": estimate(0.59, 0.1)}, "dense needles - window needles", "within noise"),
+        (
+            {"needle_of_untrained_indexer": estimate(0.3, 0.1)},
+            "dense needles - untrained_indexer needles",
+            "fails",
+        ),
     ],
 )
-def test_parity_criteria(changes, broken):
-    found = evals.parity_criteria(metrics(**changes))
-    assert len(found) == 5
-    assert [c.name for c in found if not c.holds] == ([broken] if broken else [])
+def test_parity_criteria(changes, name, verdict):
+    found = {c.name: c.verdict for c in evals.parity_criteria(metrics(**changes))}
+    assert len(found) == 5 and found.pop(name) == verdict
+    assert set(found.values()) == {"holds"}
 
 
 # long contexts
@@ -366,9 +395,13 @@ def test_decode_is_timed_for_each_model_and_context(dense, sparse, texts):
         evals.decode_ms({"dense": dense}, texts[0], (2048,))
 
 
-def test_kv_entries():
-    assert evals.kv_entries((8, 64), 16) == {
-        "dense": {"8": 8, "64": 64},
-        "sparse": {"8": 8, "64": 16},
-        "index_keys": {"8": 0, "64": 64},
+def test_bytes_read_count_the_index_keys(sparse):
+    c, k = sparse.config, sparse.top_k
+    entry, key = (4 * c.num_hidden_layers * n for n in (c.kv_lora_rank + c.qk_rope_head_dim, c.index_head_dim))
+    contexts = (k // 2, 4 * k)
+    short, long = map(str, contexts)
+    assert evals.cache_reads(shape_of(c), contexts, "float32") == {
+        "dense": {short: k // 2 * entry, long: 4 * k * entry},
+        "sparse": {short: k // 2 * entry, long: k * entry + 4 * k * key},
+        "index_keys": {short: 0, long: 4 * k * key},
     }

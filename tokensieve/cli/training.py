@@ -1,5 +1,6 @@
 """Commands that train: the demo, the three stages, and the speedrun through all of them."""
 
+import json
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -109,7 +110,10 @@ def adapt(
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """
     run = _train("adapt", config, overrides(set_, model, out, selection), resume)
-    typer.echo(f"Next: tokensieve eval {_newest(run)}")
+    trained = json.loads((run / "config.json").read_text(encoding="utf-8"))["selection"]
+    # A checkpoint holds no selector: `eval` measures the indexer unless it is told.
+    arm = f" --arm trained={trained}" if isinstance(trained, str) else ""
+    typer.echo(f"Next: tokensieve eval {_newest(run)}{arm}")
 
 
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:

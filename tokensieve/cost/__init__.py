@@ -5,6 +5,7 @@ times in seconds.
 """
 
 from tokensieve.cost.forward import (
+    Layout,
     attention_flops_per_key,
     cache_bytes_per_token,
     decode_cache_bytes,
@@ -28,6 +29,7 @@ from tokensieve.cost.training import (
 )
 
 __all__ = [
+    "Layout",
     "Shape",
     "shape_of",
     "Parameters",

@@ -12,7 +12,7 @@ from tokensieve.evals.losses import Perplexity, perplexity, text_sequences, toke
 from tokensieve.evals.mass import Recall, recall
 from tokensieve.evals.parity import ARMS, Arm, ArmScores, arms_of, compare, demo_arms, loss_by_position, metrics_of
 from tokensieve.evals.progress import OnProgress
-from tokensieve.evals.timing import decode_ms, kv_entries
+from tokensieve.evals.timing import cache_reads, decode_ms
 
 __all__ = [
     "ARMS",
@@ -27,13 +27,13 @@ __all__ = [
     "acceptance",
     "acceptance_criteria",
     "arms_of",
+    "cache_reads",
     "compare",
     "context_gain",
     "decode_ms",
     "demo_arms",
     "evaluate",
     "judge_sparse",
-    "kv_entries",
     "loss_by_position",
     "metrics_of",
     "needle_heat",

@@ -16,6 +16,7 @@ from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 
 # Keys of a metrics.json beside its arms.
 FIGURES = (
+    "compared",
     "recall",
     "kv_read_fraction",
     "decode_ms",

@@ -76,7 +76,7 @@ class Perplexity:
     `ppl_all`: at all positions.
 
     `loss[i]`: mean in nats of the positions with edges[i] < tokens seen <= edges[i + 1]. `tokens`: number of losses
-    that `ppl` is the mean of.
+    that `ppl` is the mean of. `by_text`: their mean in each text, all of the same length.
     """
 
     ppl: float
@@ -84,6 +84,7 @@ class Perplexity:
     edges: tuple[int, ...]
     loss: tuple[float, ...]
     tokens: int
+    by_text: tuple[float, ...]
 
 
 def perplexity(
@@ -121,4 +122,5 @@ def perplexity(
         edges=tuple(edges),
         loss=tuple(float(losses[:, a:b].mean()) for a, b in pairwise(edges)),
         tokens=selected.numel(),
+        by_text=tuple(selected.mean(1).tolist()),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.evals import intervals
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
 from tokensieve.evals.losses import Perplexity, perplexity
 from tokensieve.evals.progress import OnProgress, part
@@ -25,8 +26,10 @@ ARMS = {
     "sparse": "attends to the k keys that its indexer selects",
     "untrained_indexer": "as sparse, with an indexer that was never trained",
     "window": "as sparse, but the last k keys are selected",
-    "oracle": "as sparse, but the true attention's own top k are selected",
+    "oracle": "as sparse, but the true attention's own top k are selected: a reference, not a bound",
 }
+
+CONTROLS = ("untrained_indexer", "window")  # selections that are not trained
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,43 @@ def compare(
     return scores
 
 
-def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, float]]:
-    """{arm: {"ppl", "needle"}} in the order of `ARMS`: perplexity where more than k tokens are seen, and a share."""
+def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
+    """{arm: {"ppl", "needle", "needle_interval"}} in the order of `ARMS`, and "compared" with what the arms are to each
+    other.
+
+    ppl: where more than k tokens are seen. needle: share of the questions answered, with its 95% interval. compared:
+    {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm: share of sparse - the arm's}}, each an `Estimate` over
+    the same texts or questions; in "needle" the arms `untrained_indexer` and `window` are compared with dense, from
+    which they shall differ, as dense - the arm.
+    """
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
-    return {a: {"ppl": scores[a].text.ppl, "needle": scores[a].needles.value} for a in order}
+    figures: dict[str, dict[str, Any]] = {}
+    for arm in order:
+        found = _answered(scores[arm])
+        interval = intervals.share(sum(found), len(found))
+        figures[arm] = {
+            "ppl": scores[arm].text.ppl,
+            "needle": interval.value,
+            "needle_interval": [interval.low, interval.high],
+        }
+    return figures | {"compared": _compared(scores)}
+
+
+def _answered(scores: ArmScores) -> list[float]:
+    return [record.score.value for record in scores.needles.records]
+
+
+def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
+    sparse, dense = scores["sparse"], scores["dense"]
+    ppl, needle = {}, {}
+    for name, other in scores.items():
+        if name == "sparse":
+            continue
+        differences = [a - b for a, b in zip(sparse.text.by_text, other.text.by_text, strict=True)]
+        ppl[name] = intervals.ratio(differences).to_dict()
+        a, b = (dense, other) if name in CONTROLS else (sparse, other)
+        needle[name] = intervals.difference(_answered(a), _answered(b)).to_dict()
+    return {"ppl": ppl, "needle": needle}
 
 
 def loss_by_position(scores: Mapping[str, ArmScores]) -> dict[str, Any]:

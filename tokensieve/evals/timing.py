@@ -114,14 +114,15 @@ def _finish(on: Tensor) -> None:
         torch.cuda.synchronize(on.device)
 
 
-def kv_entries(contexts: Sequence[int], top_k: int) -> dict[str, dict[str, int]]:
-    """KV entries that attention reads for one token, per layer: {"dense", "sparse": {str(context): count}}.
+def cache_reads(shape: cost.Shape, contexts: Sequence[int], layout: cost.Layout) -> dict[str, dict[str, int]]:
+    """Bytes of cache that one token reads, of all layers, by the context: {"dense", "sparse": {str(context): bytes}}.
 
-    "index_keys" are the sparse model's other reads: one small key per token of the context, and none as long as the
-    context is at most k.
+    "index_keys" are those of sparse that go to the index keys: one for each token of the context, and none as long as
+    the context is at most k. shape: a sparse model's.
     """
-    return {
-        "dense": {str(c): c for c in contexts},
-        "sparse": {str(c): round(cost.kv_read_fraction(c, top_k) * c) for c in contexts},
-        "index_keys": {str(c): c if c > top_k else 0 for c in contexts},
+    reads = {
+        name: {str(c): cost.decode_cache_bytes(shape, c, layout, sparse=name == "sparse") for c in contexts}
+        for name in ("dense", "sparse")
     }
+    key = shape.layers * cost.index_bytes(shape, layout)
+    return reads | {"index_keys": {str(c): c * key if c > shape.top_k else 0 for c in contexts}}

@@ -1,7 +1,7 @@
 """The families of models that tokensieve knows: a table of rows, and the look-up of a config's row.
 
-To add a family, write its row here or in one file beside `llama.py`: its config class, its checks, its tensors' names,
-its entries. If no class of `tokensieve.model` attends as it does, that class is a second file.
+To add a family, write its rows in one file beside `llama.py`, dense and sparse: the abstract methods of `Family`, and a
+config class of the sparse form. If no class of `tokensieve.model` attends as it does, that class is a second file.
 """
 
 from collections.abc import Mapping

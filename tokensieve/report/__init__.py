@@ -48,8 +48,8 @@ def write_report(
         metrics: a demo's metrics.json.
         history: rows {"stage", "step", "kl"?, "recall"?}, in order; steps count from 1 within a stage (0: before it).
         details: {"base": name, "parameters", "questions": counts, "run": `environment()`, "heat": {arm: {"lengths",
-            "accuracy", "counts"}}, "loss_by_position": {"edges", "loss": {arm: nats}}, "kv_entries": {"dense",
-            "sparse", "index_keys": {context: count}}, "recall": {"by_layer", "held", "best": one share per layer}}.
+            "accuracy", "counts"}}, "loss_by_position": {"edges", "loss": {arm: nats}}, "cache_reads": {"dense",
+            "sparse", "index_keys": {context: bytes}}, "recall": {"by_layer", "held", "best": one share per layer}}.
 
     Raises:
         UserError: the file cannot be written.
@@ -68,7 +68,7 @@ def write_report(
         "recall": plots.recall_plot(history, RECALL),
         "loss": plots.loss_plot(loss, top_k),
         "difference": plots.difference_plot(loss, top_k),
-        "reads": plots.reads_plot(details["kv_entries"]),
+        "reads": plots.reads_plot(details["cache_reads"]),
         "decode": plots.decode_plot(metrics["decode_ms"]),
     }
     text = page.render(
@@ -78,7 +78,8 @@ def write_report(
         seconds=cost.duration(metrics["seconds"]),
         arms=[_arm(name, metrics[name]) for name in ARMS if name in metrics],
         criteria=[_row(c) for c in criteria],
-        hold=sum(c.holds for c in criteria),
+        verdicts=_count(criteria),
+        ratios=[(plots.label(arm), _figure(found)) for arm, found in metrics["compared"]["ppl"].items()],
         seen=_seen(metrics, details),
         figures={name: Markup(figure) for name, figure in drawn.items()},
         maps=[Markup(plots.heat_plot(heat, arm)) for arm, heat in details["heat"].items()],
@@ -91,12 +92,34 @@ def _arm(name: str, figures: Mapping[str, float]) -> dict[str, Any]:
     return {"name": name, "label": plots.label(name), "what": ARMS[name], "color": color, **figures}
 
 
+def _count(criteria: Sequence[Criterion]) -> str:
+    """For instance "4 hold, 1 within noise"."""
+    found = [c.verdict for c in criteria]
+    words = {"holds": "hold", "within noise": "within noise", "fails": "fail"}
+    return ", ".join(f"{found.count(verdict)} {word}" for verdict, word in words.items() if verdict in found)
+
+
+def _figure(found: Mapping[str, Any]) -> str:
+    """An `Estimate` as text."""
+    if found["low"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
 def _row(c: Criterion) -> dict[str, Any]:
     points = "needles" in c.name
-    value = f"{100 * c.value:+.1f} points" if points else f"{c.value:.3f}"
-    bound = f"{100 * c.bound:+.0f} points" if points else f"{c.bound:.2f}"
-    name = c.name.replace("_", " ")
-    return {"name": name, "value": value, "bound": f"{RELATIONS[c.relation]} {bound}", "holds": c.holds}
+
+    def text(x: float) -> str:
+        return f"{100 * x:+.1f}" if points else f"{x:.3f}"
+
+    return {
+        "name": c.name.replace("_", " "),
+        "value": text(c.value) + (" points" if points else ""),
+        "interval": "" if c.low is None or c.high is None else f"{text(c.low)} to {text(c.high)}",
+        "n": "" if c.n is None else f"{c.n:,}",
+        "bound": f"{RELATIONS[c.relation]} " + (f"{100 * c.bound:+.0f} points" if points else f"{c.bound:.2f}"),
+        "verdict": c.verdict,
+    }
 
 
 def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,19 +127,17 @@ def _mark_stages(axes: Axes, stages: Sequence[tuple[str, list[int], Any]]) -> No
 
 
 def kl_plot(history: Sequence[Mapping[str, Any]]) -> str:
+    """The KL of the first stage, warm-up: that of adaptation is another quantity."""
     with mpl.rc_context(RC):
         drawn, axes = figure("kl")
-        stages = _steps(history)
-        for _, steps, rows in stages:
-            points = [(x, row["kl"]) for x, row in zip(steps, rows, strict=True) if row.get("kl") is not None]
-            if points:
-                axes.plot(
-                    *zip(*points), color=BLUE, linewidth=1.8, marker="o" if len(points) < 3 else None, markersize=4
-                )
+        _, steps, rows = _steps(history)[0]
+        points = [(x, row["kl"]) for x, row in zip(steps, rows, strict=True) if row.get("kl") is not None]
+        if points:
+            marker = "o" if len(points) < 3 else None
+            axes.plot(*zip(*points), color=BLUE, linewidth=1.8, marker=marker, markersize=4)
         axes.set_xlabel("step")
         axes.set_ylabel("KL, nats per query")
         axes.set_ylim(bottom=0)
-        _mark_stages(axes, stages)
         _grid(axes)
         return svg(drawn, "KL of the indexer against training step")
 
@@ -174,9 +172,8 @@ def loss_plot(by_position: Mapping[str, Any], top_k: int) -> str:
         drawn, axes = figure("loss", height=3.6)
         _by_position(axes, by_position["edges"], {arm: losses[arm] for arm in shown}, top_k)
         beyond = [f"{label(arm)}: {losses[arm][-1]:.1f} nats, above the scale" for arm in losses if arm not in shown]
-        axes.annotate(
-            "\n".join(beyond), (0.98, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9, color=RED
-        )
+        if beyond:  # above the axes, where no curve is
+            axes.set_title("\n".join(beyond), fontsize=9, color=RED, loc="right", pad=14)
         axes.set_ylabel("loss, nats per token")
         drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return svg(drawn, "Loss by position in the context, for every arm")
@@ -229,7 +226,7 @@ def _by_position(axes: Axes, edges: Sequence[int], curves: Mapping[str, Sequence
 def heat_plot(heat: Mapping[str, Any], arm: str) -> str:
     lengths, rows, counts = heat["lengths"], heat["accuracy"], heat["counts"]
     with mpl.rc_context(RC):
-        drawn, axes = figure(f"heat-{arm}", height=0.9 + 0.42 * len(lengths))
+        drawn, axes = figure(f"heat-{arm}", height=0.9 + 0.56 * len(lengths))
         color = BLUE if arm == "sparse" else MUTED
         for y, (row, asked) in enumerate(zip(rows, counts, strict=True)):
             for x, share in enumerate(row):
@@ -241,7 +238,8 @@ def heat_plot(heat: Mapping[str, Any], arm: str) -> str:
                 alpha = 0.1 + (0.9 if strong else 0.4) * share
                 axes.add_patch(Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=color, alpha=alpha, linewidth=0))
                 letters = ON_FILL if strong else INK
-                axes.text(x + 0.5, y + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=letters)
+                axes.text(x + 0.5, y + 0.36, f"{100 * share:.0f}", ha="center", va="center", fontsize=9, color=letters)
+                axes.text(x + 0.5, y + 0.74, f"of {asked[x]}", ha="center", va="center", fontsize=7, color=letters)
         axes.set_xlim(0, 10)
         axes.set_ylim(len(lengths), 0)
         axes.set_xticks(range(0, 11, 2), [f"{10 * i}%" for i in range(0, 11, 2)])
@@ -260,25 +258,21 @@ def _by_context(figures: Mapping[str, float]) -> tuple[list[int], list[float]]:
     return contexts, [figures[str(c)] for c in contexts]
 
 
-def reads_plot(entries: Mapping[str, Mapping[str, float]]) -> str:
+def reads_plot(reads: Mapping[str, Mapping[str, float]]) -> str:
+    """Bytes of cache that one token reads, of all layers."""
+    mib = {name: {c: n / 2**20 for c, n in by.items()} for name, by in reads.items()}
     with mpl.rc_context(RC):
         drawn, axes = figure("reads")
         for name in ("dense", "sparse"):
-            axes.plot(
-                *_by_context(entries[name]), marker="o", markersize=4, label=f"{name}: KV entries", **STYLES[name]
-            )
-        axes.plot(*_by_context(entries["index_keys"]), label="sparse: index keys (small)", color=VIOLET, linewidth=2.4,
+            axes.plot(*_by_context(mib[name]), marker="o", markersize=4, label=name, **STYLES[name])
+        axes.plot(*_by_context(mib["index_keys"]), label="of which index keys", color=VIOLET, linewidth=2.4,
                   linestyle=(0, (2, 2)))  # fmt: skip
-        axes.set_yscale("log", base=2)
-        _context_axis(axes, entries["dense"])
-        ticks = [2**i for i in range(5, 24) if 2**i <= 2 * max(entries["dense"].values())]
-        low = min(v for v in entries["sparse"].values())
-        axes.set_yticks([t for t in ticks if t >= low / 2], [f"{t:,}" for t in ticks if t >= low / 2])
-        axes.set_ylim(bottom=low / 2)
-        axes.set_ylabel("read per token and layer")
+        _context_axis(axes, mib["dense"])
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("MiB read per token")
         _grid(axes)
-        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        return svg(drawn, "KV entries read per decoded token against context")
+        drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        return svg(drawn, "MiB of cache read per decoded token against context")
 
 
 def decode_plot(decode_ms: Mapping[str, Mapping[str, float]]) -> str:

@@ -13,14 +13,15 @@ from tokensieve.evals.parity import ARMS
 
 def show(console: Console, metrics: Mapping[str, Any]) -> None:
     """Prints the arms, the time of one more token if it was measured, and which criteria hold."""
-    arms = _table("arm", "perplexity", "needles", "")
+    arms = _table("arm", "perplexity", "needles", "95% interval", "")
     more = {name: f"as sparse, but {selection} selects" for name, selection in metrics.get("selections", {}).items()}
     for name, what in (ARMS | more).items():
         if name in metrics:
             figures = metrics[name]
             style = "bold" if name == "sparse" else None
-            accuracy = f"{100 * figures['needle']:.1f}%"
-            arms.add_row(escape(name), f"{figures['ppl']:.3f}", accuracy, f"[dim]{escape(what)}[/dim]", style=style)
+            low, high = figures["needle_interval"]
+            accuracy = f"{100 * figures['needle']:.1f}%", f"{100 * low:.0f} to {100 * high:.0f}%"
+            arms.add_row(escape(name), f"{figures['ppl']:.3f}", *accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
     if "decode_ms" in metrics:
         contexts = next(iter(metrics["decode_ms"].values()))
@@ -31,13 +32,24 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
         console.print(times)
     console.print()
     show_criteria(console, parity_criteria(metrics))
+    for arm in ("dense", "dense_adapted"):
+        if arm in metrics["compared"]["ppl"]:
+            found = metrics["compared"]["ppl"][arm]
+            console.print(f"       sparse perplexity / {arm}: {_estimate(found, 'texts')}", highlight=False)
 
 
 def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:
-    """A line for each: whether it holds, its figure, and its bound."""
+    """A line for each: whether it holds, its figure, its interval and prompts if it has them, and its bound."""
+    colors = {"holds": "green", "fails": "red", "within noise": "yellow"}
     for c in criteria:
-        verdict = "[green]holds[/green]" if c.holds else "[red]fails[/red]"
-        console.print(f"{verdict}  {c.name}: {c.value:.3f} ({c.relation} {c.bound:.2f})", highlight=False)
+        verdict = f"[{colors[c.verdict]}]{c.verdict}[/{colors[c.verdict]}]"
+        figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), "prompts")
+        console.print(f"{verdict}  {c.name}: {figure}, needed {c.relation} {c.bound:.2f}", highlight=False)
+
+
+def _estimate(found: Mapping[str, Any], unit: str) -> str:
+    interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}, "
+    return f"{found['value']:.3f} ({interval}{found['n']} {unit})"
 
 
 def _table(*columns: str) -> Table:
