@@ -7,6 +7,7 @@ one is an error, and `--set a.b=value` changes one. (A model's config is its fam
 import dataclasses
 import importlib.resources
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,6 +27,19 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.args))
+
+
+SELECTOR_NAMES = ("indexer", "window", "oracle", "dense")  # the names of tokensieve.model.selection's own
+
+
+def check_selector(name: str) -> str:
+    """The name of a selector as given, without importing it. UserError unless in SELECTOR_NAMES or module:function."""
+    module, _, function = name.partition(":")
+    if name not in SELECTOR_NAMES and not (module and function):
+        raise UserError(
+            f"selection {name!r} is unknown; use one of {', '.join(SELECTOR_NAMES)}, or module:function for your own"
+        )
+    return name
 
 
 @dataclass(frozen=True)
@@ -257,3 +271,14 @@ def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config's tables, each key as `--set` takes it."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+    tables = [(f"{key}.{name}" if key else str(name), entry) for name, entry in entries]
+    if isinstance(value, dict) or any(isinstance(entry, dict) for _, entry in tables):
+        for name, entry in tables:
+            yield from flat(entry, name)
+    else:
+        yield key, value

@@ -1,5 +1,6 @@
-"""Files that are written whole, and folders that must be free."""
+"""Files that are written whole, folders that must be free, and the folders that models are named by."""
 
+import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,22 @@ def check_free(folder: str | Path) -> None:
     """UserError if something stands where the folder is to be made."""
     if not is_free(folder):
         raise UserError(f"{folder} exists already; name a new folder, or remove it first")
+
+
+def known_folder(model: str | Path) -> Path | None:
+    """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
+
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    if (root / str(model)).is_dir():
+        return root / str(model)
+    if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
+        return None
+    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    raise UserError(
+        f"model {str(model)!r}: no such folder, and not a bundled model ({bundled}); "
+        "give a checkpoint folder or owner/name"
+    )

@@ -31,6 +31,9 @@ def deploy(
 
     Example: tokensieve deploy sglang runs/adapt/step-000200 --gpus 8 --compose compose.yaml
     """
+    from tokensieve.files import known_folder
+
+    known_folder(model)
     from tokensieve.deploy import deploy as deploy_checkpoint
 
     deploy_checkpoint(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
@@ -70,10 +73,12 @@ def serve(
     Example: tokensieve serve sparse --port 8000
     """
     from tokensieve.config import UserError
+    from tokensieve.files import known_folder
     from tokensieve.serve.command import serve as run
 
     if not api_key and API_KEY in os.environ:  # a missing secret must not open the server to everyone
         raise UserError(f"{API_KEY} is set and empty; unset it, or give a key")
+    known_folder(model)
     settings = {
         "dense": dense,
         "selection": selection or "indexer",

@@ -1,6 +1,5 @@
 """Checkpoint folders and models of any class: finding a folder, filling a model from it, writing a model into one."""
 
-import importlib.resources
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from torch import Tensor
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, model_config
+from tokensieve.files import known_folder
 from tokensieve.model import fp8
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,18 +33,7 @@ def model_path(name: str | Path) -> Path:
 
     A hub id (owner/name) is the folder in the Hugging Face cache.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
-    if (root / str(name)).is_dir():
-        return root / str(name)
-    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
-        return _hub_folder(str(name))
-    raise UserError(
-        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); "
-        "give a checkpoint folder or owner/name"
-    )
+    return known_folder(name) or _hub_folder(str(name))
 
 
 def _hub_folder(repository: str) -> Path:
