@@ -102,7 +102,8 @@ def test_other_refusals(at: str, monkeypatch) -> None:
 
 def test_stalled_uploads_keep_no_places(at: str) -> None:
     host, port = at.removeprefix("http://").split(":")
-    head = b"POST /documents HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/pdf\r\nContent-Length: 90000\r\n\r\n%PDF"
+    head = b"POST /documents HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/pdf\r\n"
+    head += b"Content-Length: 90000\r\n\r\n%PDF"
     with ExitStack() as stack:
         for _ in range(uploads.MAX_READING + uploads.MAX_WAITING):
             stack.enter_context(socket.create_connection((host, int(port)))).sendall(head)
