@@ -2,7 +2,6 @@
 
 import importlib.resources
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +17,6 @@ from tokensieve.families import ModelConfig, model_config
 from tokensieve.model import fp8
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def model_path(name: str | Path) -> Path:
@@ -52,7 +43,7 @@ def _hub_folder(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(repository, ignore_patterns=list(checkpoint.OTHER_WEIGHTS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -132,10 +123,4 @@ def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: f
         for path in files:
             os.replace(path, folder / path.name)
     if getattr(model, "folder", None) is not None:
-        copy_tokenizer(Path(model.folder), folder)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        checkpoint.copy_tokenizer(Path(model.folder), folder)

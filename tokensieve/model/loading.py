@@ -10,15 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve import checkpoint
+from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
-from tokensieve.model.files import check_savable, copy_tokenizer, fill, model_path
+from tokensieve.model.files import check_savable, fill, model_path
 
 log = logging.getLogger("tokensieve")
 
 INDEXERS = "indexer.safetensors"
+_OTHER_TOKENIZERS = ("*.model", "*.tiktoken", "vocab.*")  # SentencePiece, tiktoken, and BPE in two files
 
 
 def load(
@@ -142,8 +144,12 @@ def load_tokenizer(name: str | Path):
 
     folder = model_path(name)
     if not (folder / "tokenizer.json").is_file():
+        other = next((file.name for form in _OTHER_TOKENIZERS for file in folder.glob(form)), None)
         raise UserError(
             f"{folder}: no tokenizer.json; copy the tokenizer files of the original checkpoint into the folder"
+            if other is None
+            else f"{folder}: its tokenizer is {other}, and tokensieve reads tokenizer.json only; write that with "
+            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
         try:
