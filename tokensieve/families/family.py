@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from transformers import PreTrainedConfig
 
 from tokensieve.config import UserError
+from tokensieve.families.rope_fields import check_rope
 
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 
@@ -90,11 +91,7 @@ class Family(ABC):
                 raise UserError(f"config.json: {field} is {value}; it must be at least 1")
         if config.hidden_act != "silu":
             raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
-        kind = config.rope_parameters.get("rope_type", config.rope_parameters.get("type", "default"))
-        if kind not in ("default", "yarn"):
-            raise UserError(
-                f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'"
-            )
+        check_rope("rope_parameters", config.rope_parameters)
 
     def sparse_fields(self, config: Any) -> dict[str, Any]:
         """Fields of the sparse form's config that describe the dense model, model_type included."""
