@@ -21,7 +21,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FP8, _SCALE = "F8_E4M3", "_scale_inv"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}  # bytes of one value; no other dtype is read
+POWERS = "F8_E8M0"  # scales that are powers of two (UE8M0)
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1, POWERS: 1}  # bytes of one value; no other dtype is read
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(f"{path}: not readable as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
@@ -209,7 +210,7 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
                 "use the config.json that belongs to these weights"
             )
         for part in shards.with_scale(name) if name in shards.shape else ():
-            if shards.dtype[part] not in _BYTES:
+            if shards.dtype[part] not in _BYTES or (shards.dtype[part] == POWERS and part == name):
                 raise UserError(
                     f"{shards.file_of[part]}: {part} is stored as {shards.dtype[part]}; use bf16 or FP8 weights"
                 )
@@ -305,6 +306,8 @@ def stream(
         if name in kept:
             for tail in ("", _SCALE):
                 pieces = [shards.piece(part + tail) for part in parts]
+                if tail:
+                    pieces = [piece.float() for piece in pieces]  # UE8M0 scales are powers of two: exact
                 if parts == [name]:
                     yield name + tail, pieces[0].clone()
                     continue

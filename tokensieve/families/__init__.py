@@ -63,7 +63,7 @@ def model_config(raw: dict[str, Any]) -> Any:
     for name in ("rope_scaling", "rope_parameters"):  # before transformers, whose complaints name no remedy
         check_rope(name, raw.get(name))
     try:
-        config = family.config.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+        config = family.config.from_dict({k: v for k, v in family.readable(raw).items() if k != "quantization_config"})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"

@@ -46,6 +46,15 @@ READ_OF_V3 = (*READ, "scoring_func", "topk_method")
 READ_OF_V32 = (*READ_OF_V3, "index_topk", "index_n_heads", "index_head_dim")
 
 
+NULL_COUNTS = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+}
+
+
 @dataclass(frozen=True)
 class DeepSeek(Family):
     softmax_scores: bool = False  # the router of V2
@@ -90,6 +99,21 @@ class DeepSeek(Family):
                 "config.json: norm_topk_prob with a softmax router is not supported; "
                 "no published DeepSeek-V2 model uses it"
             )
+
+    def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `Family`; a null count is what the published code makes of it.
+
+        No groups are one group, which is chosen. No shared experts, dense layers or MTP layers are 0 of them. Without
+        routed experts every layer is dense.
+        """
+        fields = super().readable(raw)
+        if "n_routed_experts" in raw and raw["n_routed_experts"] is None:
+            one = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"), 1)
+            one["moe_intermediate_size"] = raw.get("moe_intermediate_size") or 1
+            layers = raw.get("num_hidden_layers", self.config.num_hidden_layers)
+            fields |= one | {"first_k_dense_replace": layers, "mlp_layer_types": None}
+        counts = NULL_COUNTS | {"num_key_value_heads": fields.get("num_attention_heads")}
+        return fields | {k: count for k, count in counts.items() if fields.get(k, count) is None and count is not None}
 
     def sparse_fields(self, config: Any) -> dict[str, Any]:
         fields = super().sparse_fields(config)

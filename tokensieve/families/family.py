@@ -4,10 +4,11 @@ Everything that depends on the architecture is here. No other place compares `mo
 some families have.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedConfig
 
@@ -93,6 +94,15 @@ class Family(ABC):
             raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
         check_rope("rope_parameters", config.rope_parameters)
 
+    def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json with the types of the config class: `routed_scaling_factor` 1 becomes 1.0.
+
+        A null switch is off, as for the programs that wrote it.
+        """
+        floats = {f.name for f in dataclasses.fields(self.config) if float in (get_args(f.type) or (f.type,))}
+        switches = {name: False for name in SWITCHES if raw.get(name, False) is None}
+        return {k: float(v) if k in floats and type(v) is int else v for k, v in raw.items()} | switches
+
     def sparse_fields(self, config: Any) -> dict[str, Any]:
         """Fields of the sparse form's config that describe the dense model, model_type included."""
         dropped = ("model_type", "architectures", "layer_types")
@@ -174,6 +184,9 @@ COMMON_SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
     "index_topk index_n_heads index_head_dim"
 ).split()
+
+
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob")
 
 
 def required(fields: Mapping[str, Any], name: str) -> int:

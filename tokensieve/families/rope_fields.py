@@ -39,9 +39,7 @@ def check_rope(name: str, rope: Any) -> None:
         raise UserError(f"config.json: {name} is {rope!r}; it must be an object, or null for plain positions")
     kind = rope_type(rope)
     if kind not in _SUPPORTED:
-        raise UserError(
-            f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'"
-        )
+        raise UserError(f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'")
     check_number(f"{name}.rope_theta", rope.get("rope_theta", 10000.0), 1e-6)
     if kind == "default":
         return
