@@ -1,9 +1,9 @@
 """Checkpoints on disk: tensor names as data, safetensors streamed in and out, folders replaced all at once.
 
 names.py lists the tensors of a checkpoint, export.py writes the config that other programs read, reading.py streams a
-checkpoint in, writing.py streams it out, companions.py says which other files go with it, and folder.py replaces one
-folder by another. demo_names.py and demo_shards.py do for the shards of the official inference demo what names.py,
-reading.py and writing.py do for a checkpoint.
+checkpoint in, writing.py streams it out, companions.py says which other files go with it, folder.py replaces one folder
+by another, and formats.py recognizes what is not read. demo_names.py and demo_shards.py do for the shards of the
+official inference demo what names.py, reading.py and writing.py do for a checkpoint.
 """
 
 from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer
@@ -11,6 +11,7 @@ from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_fil
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.export import export_config, exportable
 from tokensieve.checkpoint.folder import replacing_folder
+from tokensieve.checkpoint.formats import refuse_file
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, expected_tensors, memory_layout
 from tokensieve.checkpoint.reading import (
     Extras,
@@ -47,6 +48,7 @@ __all__ = [
     "rank_files",
     "rank_tensors",
     "read_config",
+    "refuse_file",
     "replacing_folder",
     "save_tensors",
     "shard_axis",

@@ -12,6 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokensieve.checkpoint.folder import previous_of
+from tokensieve.checkpoint.formats import (
+    refuse_adapter,
+    refuse_file,
+    refuse_gguf,
+    refuse_quantized,
+    refuse_renamed,
+)
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
 from tokensieve.families import family_of
@@ -31,11 +38,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises UserError if the folder or the file is missing, is not a JSON object, or is of another architecture.
     """
     path = Path(folder) / "config.json"
+    refuse_file(Path(folder))
     if not Path(folder).is_dir():
         previous = previous_of(Path(folder))
         hint = f"an interrupted save left it in {previous}: rename that" if previous.is_dir() else "check the path"
         raise UserError(f"{folder}: no such folder; {hint}")
     if not path.is_file():
+        refuse_adapter(Path(folder))
+        refuse_gguf(Path(folder))
         raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
     config = _read_json(path)
     family_of(config, str(path))
@@ -70,6 +80,7 @@ class Shards:
         views = {name: self._handles[path].get_slice(inside) for name, (path, inside) in stored.items()}
         self.shape = {name: tuple(view.get_shape()) for name, view in views.items()}
         self.dtype = {name: view.get_dtype() for name, view in views.items()}
+        refuse_quantized(self.file_of)
         for name, dtype in self.dtype.items():
             if dtype == FP8:
                 self._check_scale(name)
@@ -158,6 +169,7 @@ def _find_single(folder: Path) -> Path:
             f"tokensieve generate {folder} --interactive runs them, tokensieve convert {folder} NEW_FOLDER --reverse "
             "makes a checkpoint of them"
         )
+    refuse_adapter(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
@@ -169,6 +181,7 @@ def _find_single(folder: Path) -> Path:
             f"{folder}: {pickles[0]} is a pickle, which can run code and is never loaded; if you trust it, convert "
             "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
+    refuse_gguf(folder)
     raise UserError(f"{folder}: no safetensors file; a checkpoint needs {SINGLE}, or shards and {INDEX}")
 
 
@@ -218,6 +231,8 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
     present = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in shards.shape]
     surplus = [name for name in present if name not in expected and name not in ignored]
+    if missing:
+        refuse_renamed(Path(folder), missing, present)
     for names, complaint, remedy in (
         (missing, "missing", "complete the download, or use the config.json that belongs to these weights"),
         (surplus, "unknown", "use the config.json that belongs to these weights (its layer, expert and MTP counts)"),

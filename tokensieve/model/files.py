@@ -26,6 +26,7 @@ def model_path(name: str | Path) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    checkpoint.refuse_file(Path(name))
     root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
     if (root / str(name)).is_dir():
         return root / str(name)
@@ -74,6 +75,22 @@ def read(
     model.extras = checkpoint.mtp_tensors(folder, config)
     model.folder = folder
     return model.eval()
+
+
+def fitting_device(device_map: Any) -> torch.device:
+    """The one device that a `device_map` of transformers names: "auto" is a GPU if there is one; None is the CPU.
+
+    UserError for a map of parts to devices, and for a device that torch does not know.
+    """
+    whole = device_map.get("", device_map) if isinstance(device_map, dict) else device_map
+    if whole is None or whole == "auto":
+        return torch.device("cuda" if whole and torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(whole)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"device_map {device_map!r}: a model lies on one device; use 'auto', or a device such as 'cuda:0'"
+        ) from error
 
 
 def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:

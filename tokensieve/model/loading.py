@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ def load(
     device: str | torch.device = "cpu",
     config: ModelConfig | None = None,
     keep_fp8: bool = False,
+    **others: Any,
 ) -> DecoderForCausalLM:
     """A model of any family in `tokensieve.families`, dense or sparse, in evaluation mode.
 
@@ -36,8 +38,13 @@ def load(
     id. `dtype`: float32 on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head
     weights stay float32. `config`: used in place of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are,
     and are multiplied as they are; such a model can neither be trained nor saved. A multi-token-prediction layer is not
-    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files.
+    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files, and for
+    options of transformers that have another name here.
     """
+    for option in others:
+        instead = {"device_map": "device", "torch_dtype": "dtype"}.get(option)
+        remedy = f"use {instead}" if instead else "its options are dtype, device, config and keep_fp8"
+        raise UserError(f"load has no option {option}; {remedy}")
     return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
 
@@ -105,6 +112,11 @@ def sparsify(
     fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError if the model is sparse already, if a number is
     below 1, and if `index_dim` cannot hold the positions.
     """
+    if not isinstance(model, DecoderForCausalLM):
+        raise UserError(
+            f"sparsify takes a model of tokensieve, not {type(model).__name__}; load it first: "
+            "tokensieve.sparsify(tokensieve.load(NAME), top_k=64)"
+        )
     family = family_of(model.config)
     if family.sparse:
         raise UserError("the model already has indexers; train them with: tokensieve warmup")
