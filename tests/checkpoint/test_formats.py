@@ -97,3 +97,24 @@ def test_a_gguf_file_and_other_files(tmp_path: Path) -> None:
     single.write_bytes(b"")
     with pytest.raises(UserError, match=r"model.safetensors: a file; give the folder that holds it"):
         model_path(single)
+
+
+def test_how_many_shards_are_missing(tmp_path: Path) -> None:
+    config = sparse_config()
+    files = {name: f"model-{i % 3:05d}-of-00003.safetensors" for i, name in enumerate(random_tensors(config))}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match="3 of 3 shards are missing .*model-00000-of-00003.safetensors the first; comp"):
+        checkpoint.load_tensors(tmp_path, config, torch.float32)
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sparse_config()
+    folder = write_folder(tmp_path / "m", config, random_tensors(config))
+
+    def unmappable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 688 GB: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("tokensieve.checkpoint.reading.safe_open", unmappable)
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be mapped into memory \(unable to mmap.*ulimit"):
+        checkpoint.load_tensors(folder, config, torch.float32)

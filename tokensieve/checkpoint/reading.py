@@ -134,6 +134,11 @@ def open_file(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
+    except RuntimeError as error:  # torch's, on a file that does not fit into the address space
+        raise UserError(
+            f"{path}: cannot be mapped into memory ({' '.join(str(error).split())[:200]}); raise the limit of the "
+            "address space (ulimit -v), or free memory"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
 
@@ -147,6 +152,13 @@ def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: has no weight_map of file names; copy or download it again")
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if len(missing) > 1:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(files)} shards are missing though {INDEX} names them, {missing[0]} the "
+            "first; complete the download"
+        )
     return {name: (folder / file, name) for name, file in weight_map.items()}
 
 

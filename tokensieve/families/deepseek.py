@@ -268,5 +268,5 @@ def _layer_kinds(layers: int, dense: int) -> list[str]:
 FAMILIES = (
     DeepSeek("deepseek_v2", "DeepseekV2ForCausalLM", DeepseekV2Config, "deepseek_v32", softmax_scores=True),
     DeepSeek("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Config, "deepseek_v32", engine_fields=READ_OF_V3),
-    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, engine_fields=READ_OF_V32),
+    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, READ_OF_V32, engines_encode_chat=True),
 )

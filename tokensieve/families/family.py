@@ -77,6 +77,7 @@ class Family(ABC):
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
+    engines_encode_chat: bool = False  # whether vLLM and SGLang encode chats without a chat template
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
 
     @property
