@@ -11,6 +11,8 @@ import tokensieve
 from tests.support.models import SHAPE, config, ours, tokens
 from tokensieve import checkpoint
 from tokensieve.families import FAMILIES, model_config
+from tokensieve.families.llama import Grouped
+from tokensieve.model import DecoderForCausalLM
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,3 +48,14 @@ def test_a_null_count_is_none_of_it(family: str, tmp_path: Path) -> None:
         ids = tokens(1, 20)
         with torch.no_grad():
             assert torch.equal(tokensieve.load(folder)(ids).logits, model(ids).logits), nulls
+
+
+def test_each_projection_has_its_own_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family says which projections of the attention have a bias: llama all four, others may leave o_proj out."""
+    raw = SHAPE | {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 2}
+    monkeypatch.setattr(Grouped, "biased", lambda self, config: ("q_proj", "k_proj", "v_proj"))
+    with torch.device("meta"):
+        model = DecoderForCausalLM(model_config(raw))
+    names = {name for name in model.state_dict() if name.endswith("_proj.bias")}
+    assert names == {f"model.layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in "qkv"}
+    assert model.state_dict().keys() == checkpoint.memory_layout(model.config).keys()

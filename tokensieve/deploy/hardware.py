@@ -1,6 +1,7 @@
 """The machines that engines are set up for here: devices, memory, SGLang's image and options."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -9,7 +10,7 @@ class Hardware:
 
     label: its name in messages. devices: how many it has. memory: bytes of one device. image: SGLang's container image.
     arguments: SGLang's options, for every model. sparse_arguments: its options for sparse models, in addition.
-    fp8: whether the devices have FP8.
+    fp8: whether the devices have FP8. maker: whose devices they are, which decides what a container needs.
     """
 
     label: str
@@ -19,11 +20,7 @@ class Hardware:
     arguments: tuple[str, ...] = ()
     sparse_arguments: tuple[str, ...] = ()
     fp8: bool = True
-
-    @property
-    def maker(self) -> str:
-        """Whose devices they are, which decides what a container needs: "nvidia", "amd" or "npu"."""
-        return "amd" if self.label.startswith("MI") else "npu" if self.label.endswith("NPU") else "nvidia"
+    maker: Literal["nvidia", "amd", "npu"] = "nvidia"
 
 
 _NPU = (
@@ -34,14 +31,15 @@ _ROCM = ("--nsa-prefill-backend", "tilelang", "--nsa-decode-backend", "tilelang"
 HARDWARE = {
     "h200": Hardware("H200", 8, 141e9, "lmsysorg/sglang:latest"),
     "b200": Hardware("B200", 8, 180e9, "lmsysorg/sglang:latest"),
-    "mi300": Hardware("MI300X", 8, 192e9, "lmsysorg/sglang:v0.5.8-rocm700-mi30x", sparse_arguments=_ROCM),
+    "mi300": Hardware("MI300X", 8, 192e9, "lmsysorg/sglang:v0.5.8-rocm700-mi30x", sparse_arguments=_ROCM, maker="amd"),
     "mi350": Hardware(
         "MI350",
         8,
         288e9,
         "lmsysorg/sglang:v0.5.8-rocm700-mi35x",
         sparse_arguments=_ROCM,
+        maker="amd",
     ),
-    "npu-a2": Hardware("A2 NPU", 8, 64e9, "lmsysorg/sglang:dsv32-a2", _NPU, fp8=False),
-    "npu-a3": Hardware("A3 NPU", 16, 64e9, "lmsysorg/sglang:dsv32-a3", _NPU, fp8=False),
+    "npu-a2": Hardware("A2 NPU", 8, 64e9, "lmsysorg/sglang:dsv32-a2", _NPU, fp8=False, maker="npu"),
+    "npu-a3": Hardware("A3 NPU", 16, 64e9, "lmsysorg/sglang:dsv32-a3", _NPU, fp8=False, maker="npu"),
 }

@@ -148,11 +148,13 @@ class DeepSeek(Family):
         shapes["kv_a_layernorm.weight"] = (kv_rank,)
         shapes["kv_b_proj.weight"] = (heads * (nope + value), kv_rank)
         shapes["o_proj.weight"] = (hidden, heads * value)
-        if config.attention_bias:
-            for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
-                if f"{name}.weight" in shapes:
-                    shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
-        return shapes
+        return shapes | {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in self.biased(config)}
+
+    def biased(self, config: Any) -> tuple[str, ...]:
+        if not config.attention_bias:
+            return ()
+        queries = () if config.q_lora_rank is None else ("q_a_proj",)
+        return (*queries, "kv_a_proj_with_mqa", "o_proj")
 
     def entry(self, config: Any) -> Entry:
         """[c_KV, k_R], shared by all heads; the value is c_KV."""

@@ -122,6 +122,10 @@ class Family(ABC):
     def mlp_bias(self, config: Any) -> bool:
         return False
 
+    def biased(self, config: Any) -> tuple[str, ...]:
+        """The projections of the attention that have a bias."""
+        return ()
+
     @abstractmethod
     def attention_tensors(self, config: Any) -> Shapes:
         """Tensors on disk below `self_attn.`, the indexer's apart."""
