@@ -25,6 +25,7 @@ from tokensieve.families import family_of
 from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+RUN_STATE = "state.json"  # beside the weights in a checkpoint of a training run
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FP8, _SCALE = "F8_E4M3", "_scale_inv"
@@ -133,14 +134,21 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
+        raise UserError(f"{path}: missing though the index names it; {_replacement(path)}") from error
     except RuntimeError as error:  # torch's, on a file that does not fit into the address space
         raise UserError(
             f"{path}: cannot be mapped into memory ({' '.join(str(error).split())[:200]}); raise the limit of the "
             "address space (ulimit -v), or free memory"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
+        raise UserError(f"{path}: truncated or corrupt ({error}); {_replacement(path)}") from error
+
+
+def _replacement(path: Path) -> str:
+    """How to replace a damaged file: nobody can download what a training run wrote."""
+    if (path.parent / RUN_STATE).is_file():
+        return f"remove {path.parent} to resume from the checkpoint before it"
+    return "copy or download it again"
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, str]]:

@@ -11,7 +11,10 @@ from tokensieve.cli.program import Device, Model, Selection, app
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
-Hardware = StrEnum("Hardware", {name.replace("-", "_"): name for name in "h200 b200 mi300 mi350 npu-a2 npu-a3".split()})
+Hardware = StrEnum(
+    "Hardware",
+    {"h200": "h200", "b200": "b200", "mi300": "mi300", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"},
+)
 
 
 @app.command()
