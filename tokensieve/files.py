@@ -45,13 +45,24 @@ def check_free(folder: str | Path) -> None:
         raise UserError(f"{folder} exists already; name a new folder, or remove it first")
 
 
+def refuse_file(path: Path) -> None:
+    """Raises UserError if the path of a checkpoint folder is that of a file."""
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{path}: a GGUF file, which is not read; give the folder of the safetensors it was made from")
+    if path.is_file():
+        raise UserError(f"{path}: a file; give the folder that holds it, its config.json and its tokenizer")
+
+
 def known_folder(model: str | Path) -> Path | None:
     """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
 
-    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name.
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, and for
+    a file's.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    path = Path(model)
+    if path.is_dir():
+        return path
+    refuse_file(path)
     root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
     if (root / str(model)).is_dir():
         return root / str(model)

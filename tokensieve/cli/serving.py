@@ -11,7 +11,10 @@ from tokensieve.cli.program import Device, Model, OneProcess, Selection, app, ch
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
-Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"})
+Hardware = StrEnum(
+    "Hardware",
+    {"h200": "h200", "b200": "b200", "mi300": "mi300", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"},
+)
 
 
 @app.command(cls=OneProcess)
