@@ -1,7 +1,8 @@
-"""Files that are written whole, folders that must be free, and folders that one process holds at a time."""
+"""Files that are written whole, folders that are free or held by one process, and those that models are named by."""
 
 import errno
 import fcntl
+import importlib.resources
 import json
 import logging
 import os
@@ -102,3 +103,33 @@ def _held(path: Path) -> TextIO:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
         file.close()
+
+
+def refuse_file(path: Path) -> None:
+    """Raises UserError if the path of a checkpoint folder is that of a file."""
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{path}: a GGUF file, which is not read; give the folder of the safetensors it was made from")
+    if path.is_file():
+        raise UserError(f"{path}: a file; give the folder that holds it, its config.json and its tokenizer")
+
+
+def known_folder(model: str | Path) -> Path | None:
+    """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
+
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, and for
+    a file's.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    refuse_file(path)
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    if (root / str(model)).is_dir():
+        return root / str(model)
+    if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
+        return None
+    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    raise UserError(
+        f"model {str(model)!r}: no such folder, and not a bundled model ({bundled}); "
+        "give a checkpoint folder or owner/name"
+    )

@@ -186,3 +186,11 @@ def test_a_hugging_face_name_that_cannot_be_opened(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"content": "x"}]))
     with pytest.raises(UserError, match='no "text" field .it has content.'):
         list(read_documents("hf:someone/thing"))
+
+
+def test_too_few_documents_to_hold_any_out(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(3)))
+    with pytest.raises(UserError, match=r"too few for a share of 0.02; raise held_out_share \(1 takes all of them\)"):
+        names(str(path), split="test")
+    assert len(names(str(path), split="test", held_out_share=1.0)) == 3

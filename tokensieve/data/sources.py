@@ -252,7 +252,7 @@ def _nothing(source: str, split: SplitName, share: float, left_out: LeftOut) -> 
     if split == "test":
         return (
             f"data source {source!r} has no readable text in its test split: its documents are too few for a "
-            f"share of {share:g}; raise held_out_share"
+            f"share of {share:g}; raise held_out_share (1 takes all of them)"
         )
     return f"data source {source!r} has no readable text in its {split} split; name a larger source"
 

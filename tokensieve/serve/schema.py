@@ -10,6 +10,10 @@ from tokensieve.engine import Sampling
 from tokensieve.engine.request import COLDEST, MOST_BIASES
 
 MAX_CHOICES = 128  # of one response, as at OpenAI
+# Far more than a conversation has; to check a million takes seconds in which no other answer is sent.
+MAX_MESSAGES = 2**14
+MAX_PARTS = 2**12  # of one message, and tool calls of one message
+MAX_TOOLS = 2**10
 
 # Fields that Sampling has by the same name.
 SAMPLING_FIELDS = (
@@ -183,9 +187,9 @@ class ToolCall(Typed):
 
 class Message(Typed):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -248,12 +252,12 @@ class TemplateOptions(Strict):
 class ChatRequest(Common):
     PROMPT, DEFAULT_TOKENS = "messages", 4096
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
     parallel_tool_calls: bool = True
     chat_template_kwargs: TemplateOptions | None = None
@@ -315,7 +319,12 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 class CompletionRequest(Common):
     PROMPT, DEFAULT_TOKENS = "prompt", 16  # as at OpenAI
 
-    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+        | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
 
     @property

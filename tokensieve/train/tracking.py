@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import TrainConfig, UserError, to_dict
-from tokensieve.files import remedy
+from tokensieve.files import remedy, write_text
 
 METRICS = "metrics.jsonl"
 CUT_OFF = 1 << 62  # the step of a line that a kill cut off
@@ -20,9 +20,7 @@ class Tracker:
         if self.path.exists():
             lines = self.path.read_text().splitlines() if first_step else []
             earlier = [line for line in lines if _step(line) <= first_step]
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in earlier))
-            partial.replace(self.path)
+            write_text(self.path, "".join(line + "\n" for line in earlier))
         self.file = self.path.open("a", encoding="utf-8")
         self.writers: list[Any] = []
         for name in config.track:
