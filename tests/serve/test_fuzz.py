@@ -58,11 +58,12 @@ WITHOUT_DATA = ("/health", "/metrics", "/v1/models")
 MODELS = {"enum": ["sparse", "sparse:dense"]}
 IDS = {"type": "array", "items": {"enum": [*range(0, 4096, 37)]}, "maxItems": 80}
 # refused without a second field beside them, or by this model's template
-REFUSED = ("stream_options", "top_logprobs", "tools", "response_format")
+REFUSED = ("stream_options", "top_logprobs", "tools", "response_format", "thinking", "continue_final_message")
 RANGES = {
     "model": MODELS,
     "n": {"const": 1},
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": 3},
+    "min_tokens": {"const": 0},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": 3},
     "temperature": {"type": "number", "minimum": 0.01, "maximum": 100},
     "top_p": {"type": "number", "minimum": 0.01, "maximum": 1},

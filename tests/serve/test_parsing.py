@@ -15,6 +15,7 @@ from tokensieve.serve.playground.mirror import difference
 from tokensieve.serve.schema import ChatRequest
 
 CALL = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
 V31 = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
 DSML = (
     "<｜DSML｜function_calls>\n"
@@ -30,13 +31,14 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
     "{% if m.role == 'assistant' %}A:{% if m.tool_calls %}{% for c in m.tool_calls %}"
-    "{{ c.function.name + c.function.arguments }}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<｜tool▁call▁begin｜>' + c.function.name + '<｜tool▁sep｜>' + c.function.arguments }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}"
     "{% elif m.role == 'tool' %}T:{{ m.content }}{% else %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A:{% if thinking %}<think>{% endif %}{% endif %}"
 )
 
 
-def read(parts: list[str], thinking: bool = False, tools: bool = True) -> list[tuple[str, str, str]]:
+def read(parts: list[str], thinking: bool | None = False, tools: bool = True) -> list[tuple[str, str, str]]:
     """The pieces; neighbours of one kind are joined."""
     answer, joined = OutputParser(thinking, tools), []
     for piece in [*(p for part in parts for p in answer.push(part)), *answer.finish()]:
@@ -58,6 +60,24 @@ CASES = [
         False,
         [("content", "so:", ""), ("call", '{"a": 1}', "f"), ("call", "{}", "g")],
     ),
+    # V3, V3-0324 and R1 name the kind, and write the arguments as a block of Markdown
+    (
+        "so:" + V31.format(V3.format("f", '{"a": "```"}') + "\n" + V3.format("g", "{}")),
+        False,
+        [("content", "so:", ""), ("call", '{"a": "```"}', "f"), ("call", "{}", "g")],
+    ),
+    (V31.format(CALL.format("function", "f\n{}")), False, [("call", "{}", "f")]),
+    (V31.format(CALL.format("function", '{"a": 1}')), False, [("call", '{"a": 1}', "function")]),
+    (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"a"',
+        False,
+        [("call", '{"a"', "f")],
+    ),
+    ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f", False, []),
+    # a model that may begin a thought itself
+    ("\n<think>hm</think>yes", None, [("reasoning", "hm", ""), ("content", "yes", "")]),
+    (" <thin", None, [("content", " <thin", "")]),
+    ("a <think>b", None, [("content", "a <think>b", "")]),
     (
         "hm</think>" + V31.format(CALL.format("f", "{}")) + " done",
         True,
@@ -87,7 +107,7 @@ CASES = [
 @pytest.mark.parametrize(("text", "thinking", "pieces"), CASES)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_an_answer_is_the_same_however_it_is_cut(text: str, thinking: bool, pieces: list, data) -> None:
+def test_an_answer_is_the_same_however_it_is_cut(text: str, thinking: bool | None, pieces: list, data) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
     assert read(parts, thinking) == pieces
@@ -127,13 +147,11 @@ def test_the_bundled_template(tokenizer) -> None:
         template.render(asked()).endswith("</think>")
         and template.parser(asked(), template.render(asked())).state == "content"
     )
-    thinks = asked(chat_template_kwargs={"thinking": True})
-    text = template.render(thinks)
-    assert text.endswith("<think>") and template.parser(thinks, text).state == "reasoning"
-    end = tokenizer.convert_tokens_to_ids("</think>")
-    answer = template.parser(thinks, text)
-    answer.push("", (end,))
-    assert answer.state == "content"
+    for switch in ({"chat_template_kwargs": {"thinking": True}}, {"reasoning_effort": "low"}):
+        (name,) = switch
+        with pytest.raises(ApiError, match="knows no thinking") as refused:  # the model would never end its thought
+            template.render(asked(**switch))
+        assert refused.value.param == name
     with pytest.raises(ApiError, match="knows no tools"):
         template.render(asked(tools=[TOOL]))
     said = [{"role": "developer", "content": "Be short."}, {"role": "user", "content": "hi"}]
@@ -152,7 +170,7 @@ def test_a_template_with_tools(tokenizer) -> None:
     ]
     body = asked(messages=messages, tools=[TOOL])
     text = template.render(body)
-    assert '"weather"' in text and 'A:weather{"city": "Rome"}' in text and text.endswith("T:sunnyA:")
+    assert '"weather"' in text and 'weather<｜tool▁sep｜>{"city": "Rome"}' in text and text.endswith("T:sunnyA:")
     pieces = template.parser(body, text).push(V31.format(CALL.format("weather", "{}")))
     assert pieces == [Piece("call", "{}", "weather")]
     silent = asked(messages=messages[:1], tools=[TOOL], tool_choice="none")

@@ -21,6 +21,7 @@ from tokensieve.checkpoint.reading import (
     open_shards,
     rank_files,
     read_config,
+    read_end_tokens,
     tensor_headers,
 )
 from tokensieve.checkpoint.writing import save_tensors
@@ -47,6 +48,7 @@ __all__ = [
     "rank_files",
     "rank_tensors",
     "read_config",
+    "read_end_tokens",
     "replacing_folder",
     "save_tensors",
     "shard_axis",

@@ -53,6 +53,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_end_tokens(folder: str | Path) -> list[int]:
+    """Tokens that end an answer: those of config.json and of generation_config.json, which need not be there.
+
+    Raises UserError for a file that is no JSON object, and for an `eos_token_id` that is neither a number nor a list.
+    """
+    tokens: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        named = _read_json(path).get("eos_token_id") if path.is_file() else None
+        these = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(token, int) for token in these):
+            raise UserError(f"{path}: eos_token_id is {named!r}; it must be a token's number, or a list of them")
+        tokens |= {*these}
+    return sorted(tokens)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark

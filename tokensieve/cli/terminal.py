@@ -10,6 +10,7 @@ from typing import Any
 from tokensieve.cli.program import held_log
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Request, Sampling
+from tokensieve.tasks.turns import prompt_ids
 
 Message = dict[str, str]
 ID = "conversation"
@@ -17,10 +18,8 @@ HELP = "/exit ends, /clear forgets the conversation, /help shows this, Ctrl-C st
 
 
 def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
-    """The conversation in the model's chat format. UserError if the tokenizer has no chat template."""
-    if tokenizer.chat_template is None:
-        raise UserError("the model's tokenizer has no chat template; use --prompt, or add chat_template.jinja")
-    return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    """The conversation in the model's chat format. UserError without a chat template that can write it."""
+    return tuple(prompt_ids(tokenizer, messages))
 
 
 def _request(engine: Engine, id: str, messages: Sequence[Message], sampling: Sampling, selector: str) -> Request:

@@ -103,7 +103,8 @@ def _write(
     check_positions(model.config.max_position_embeddings, len(ids) + tokens, what, "shorten one")
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    end_tokens = sorted(model.end_tokens(tokenizer))
+    ends = {"eos_token_id": end_tokens or None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
     with torch.inference_mode(), held_log(), tokensieve.selecting(model, selection or "indexer"):
         model.generate(
             torch.tensor([ids], device=model.device),
@@ -146,17 +147,10 @@ def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selector: 
 
 def _prompt_ids(tokenizer: Any, text: str, as_chat: bool) -> list[int]:
     from tokensieve.config import UserError
+    from tokensieve.tasks.turns import prompt_ids
 
     if as_chat:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "--chat: the model's tokenizer has no chat template; use --prompt, or add chat_template.jinja"
-            )
-        return list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
-            )
-        )
+        return prompt_ids(tokenizer, [{"role": "user", "content": text}])
     first = tokenizer.bos_token_id
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     ids = ids if first is None or ids[:1] == [first] else [first, *ids]

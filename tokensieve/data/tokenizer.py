@@ -18,6 +18,7 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK, *(f"<｜rese
 PIECES = r" ?[\p{L}_]+| ?[^\s\p{L}\p{N}_]+\n*|\p{N}|[^\S\n]*\n+|[^\S\n]+(?=[^\S\n])|\s"
 
 # System text follows bos; every turn is marker, text, and for the assistant "no thinking" before and eos after it.
+# There is no switch for thinking: no task trains a thought, so a model would never end one.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages -%}"
@@ -27,8 +28,7 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}"
     "{%- endif -%}"
     "{%- endfor -%}"
-    f"{{%- if add_generation_prompt -%}}{{{{ '{ASSISTANT}' }}}}"
-    f"{{{{ '{THINK}' if thinking is defined and thinking else '{END_THINK}' }}}}{{%- endif -%}}"
+    f"{{%- if add_generation_prompt -%}}{{{{ '{ASSISTANT}{END_THINK}' }}}}{{%- endif -%}}"
 )
 
 

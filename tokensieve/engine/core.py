@@ -6,7 +6,7 @@ Only one thread may call it. `service.py` serves many callers through that threa
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from tokensieve.model.selection import Selector
 from tokensieve.ops.quant import PAGE_TOKENS
 
 log = logging.getLogger("tokensieve.engine")
+
+NOT_FINITE = "the model's logits are not finite"
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Generation:
     text: Detokenizer
     matcher: Matcher | None
     trace: AttentionTrace | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
 
 class Engine:
@@ -131,14 +134,9 @@ class Engine:
         self.longest = min(model.config.max_position_embeddings, pages * PAGE_TOKENS)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._generations: dict[str, Generation] = {}
-        ends = {tokenizer.eos_token_id, *self._configured_ends()}
-        self._ends = {end for end in ends if end is not None}
+        self._ends = model.end_tokens(tokenizer)
         taken = "up to " if model.device.type == "cpu" else ""
         log.info("cache: %d pages, %s%.1f MiB", pages, taken, self.runner.pools.bytes / 2**20)
-
-    def _configured_ends(self) -> list[int | None]:
-        tokens = getattr(self.model.generation_config, "eos_token_id", None)
-        return tokens if isinstance(tokens, list) else [tokens]
 
     @property
     def busy(self) -> bool:
@@ -180,7 +178,7 @@ class Engine:
         return outputs
 
     def _or_end(self, run: Callable[[list[Running]], list[Output]], batch: list[Running]) -> list[Output]:
-        """Outputs of `run`, or the end of its requests if their selector broke its contract."""
+        """Outputs of `run`, or the end of its requests if a selector broke its contract or a logit is not finite."""
         try:
             return run(batch)
         except UserError as error:
@@ -191,12 +189,29 @@ class Engine:
         """Runs a chunk of one prompt."""
         (running,) = batch
         a, b = running.cached, self.scheduler.chunk_of(running)
-        trace = None
+        generation, sampling, trace = self._generations[running.request.id], running.request.sampling, None
         if running.request.trace and b == running.prompt:
-            trace = self._generations[running.request.id].trace = AttentionTrace()
-        logits_V = self.runner.chunk(running.tokens[a:b], a, running.pages, running.request.selector, trace)
+            trace = generation.trace = AttentionTrace()
+        # A preempted request runs its prompt again, and has had its log probabilities if it has answered.
+        scores = sampling.prompt_logprobs is not None and running.answered == 0
+        selector = running.request.selector
+        logits = self.runner.chunk(running.tokens[a:b], a, running.pages, selector, trace, scores)
+        if scores:
+            self._score(generation, logits, a)
+            logits = logits[-1]
         self.scheduler.ran(running, b)
-        return self._extend([running], logits_V[None]) if b == running.prompt and running.answered == 0 else []
+        if b < running.prompt or running.answered > 0:
+            return []
+        return self._extend([running], logits[None]) if sampling.max_tokens else [self._end(generation, "length")]
+
+    def _score(self, generation: Generation, logits_SV: Tensor, past: int) -> None:
+        """Adds the log probabilities of the prompt's tokens after each of the S tokens from `past` on."""
+        if not logits_SV.isfinite().all():
+            raise UserError(NOT_FINITE)
+        prompt, alternatives = generation.running.request.prompt, generation.running.request.sampling.prompt_logprobs
+        tokens = prompt[past + 1 : past + 1 + len(logits_SV)]
+        earlier = generation.prompt_logprobs[: past + 1] or [None]
+        generation.prompt_logprobs = [*earlier, *logprobs_of(logits_SV[: len(tokens)], tokens, alternatives or 0)]
 
     def _decode(self, batch: list[Running]) -> list[Output]:
         """Runs one token of requests with the same selector."""
@@ -212,9 +227,7 @@ class Engine:
         """Outputs of requests that get one more token each, chosen from their logits."""
         finite = logits_BV.isfinite().all(-1).tolist()
         broken = [r for r, is_finite in zip(batch, finite, strict=True) if not is_finite]
-        outputs = [
-            self._end(self._generations[r.request.id], "error", "the model's logits are not finite") for r in broken
-        ]
+        outputs = [self._end(self._generations[r.request.id], "error", NOT_FINITE) for r in broken]
         if broken:
             self.scheduler.pool.forget()  # their pages may hold anything, so they must not be shared
             batch, logits_BV = [r for r in batch if r not in broken], logits_BV[finite]
@@ -226,6 +239,7 @@ class Engine:
                 r.answered,
                 r.tokens,
                 None if generation.matcher is None else generation.matcher.allowed(),
+                self._ends if r.answered < r.request.sampling.min_tokens else (),
             )
             for r, generation in zip(batch, generations, strict=True)
         ]
@@ -241,7 +255,7 @@ class Engine:
     def _append(self, generation: Generation, token: int, logits_V: Tensor) -> Output:
         """Output of a request after `token` is appended to it, which may end it."""
         running, sampling = generation.running, generation.running.request.sampling
-        logprobs = () if sampling.logprobs is None else (logprobs_of(logits_V, token, sampling.logprobs),)
+        logprobs = () if sampling.logprobs is None else tuple(logprobs_of(logits_V[None], [token], sampling.logprobs))
         running.tokens.append(token)
         ended = token in self._ends and not sampling.ignore_eos
         if generation.matcher is not None:
@@ -249,7 +263,8 @@ class Engine:
                 error = "the JSON schema or grammar is too complex to be followed; simplify it"
                 return replace(self._end(generation, "error", error), refused=True)
             ended = ended or generation.matcher.done
-        text = "" if ended and token in self._ends else generation.text.push(token)
+        may_stop = running.answered >= sampling.min_tokens
+        text = "" if ended and token in self._ends else generation.text.push(token, may_stop)
         if ended or generation.text.stopped:
             return self._end(generation, "stop", text=text, tokens=(token,), logprobs=logprobs)
         if running.answered == sampling.max_tokens or len(running.tokens) >= self.longest:
@@ -279,11 +294,13 @@ class Engine:
         error: str = "",
     ) -> Output:
         r, trace, generation.trace = generation.running, generation.trace, None
+        prompt_logprobs, generation.prompt_logprobs = tuple(generation.prompt_logprobs), []
         return Output(
             id=r.request.id,
             text=text,
             tokens=tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish=finish,
             prompt_tokens=r.prompt,
             cached_tokens=r.reused,

@@ -52,10 +52,16 @@ class Detokenizer:
         self._begins = [0] * len(stop)  # the first position in the pending text at which each stop string may begin
         self.stopped = False
 
-    def push(self, token: int) -> str:
-        """Text that `token` makes certain. Once a stop string is complete, `stopped` is set, and no text follows."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """Text that `token` makes certain. Once a stop string is complete, `stopped` is set, and no text follows.
+
+        may_stop: whether a stop string may end the answer with this token, or begin in it.
+        """
         self._ids.append(token)
         piece = self._pieces.push(token)
+        if not may_stop:
+            self._decoded += len(piece)
+            return piece
         text = self._certain(piece) if piece else ""
         if token in self._pieces.special and not self.stopped:
             # A special token has no text, but its position in the text is known: no stop string reaches across it, so

@@ -19,7 +19,9 @@ class Sampling:
 
     The penalties, the biases and the grammar change the logits first; the temperature and the cuts apply to the result.
 
-    max_tokens: limit of the answer in tokens.
+    max_tokens: limit of the answer in tokens. 0 runs the prompt alone.
+    min_tokens: the answer does not end, by an end token or a stop string, before it has so many tokens. Exclusive with
+        `schema` and `grammar`.
     temperature: 0 takes the likeliest token, the first of equal ones. Otherwise logits are divided by it.
     top_k: only the `top_k` largest probabilities are kept. 0 keeps all.
     top_p: of those, only the fewest that together reach `top_p` are kept.
@@ -33,6 +35,7 @@ class Sampling:
     ignore_eos: whether the answer goes on after an end token.
     logprobs: number of alternatives returned beside the natural log probability of every token. The log probabilities
         are the model's, before any of the above. None returns none of them.
+    prompt_logprobs: the same for the tokens of the prompt, all of which are run then: none is taken from the cache.
     schema: JSON schema that the answer obeys.
     grammar: grammar that the answer obeys, in llguidance's variant of Lark. Exclusive with `schema`.
 
@@ -40,6 +43,7 @@ class Sampling:
     """
 
     max_tokens: int = 256
+    min_tokens: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -52,12 +56,14 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     schema: dict[str, Any] | None = None
     grammar: str | None = None
 
     def __post_init__(self) -> None:
         limits = {
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
+            "min_tokens": (0 <= self.min_tokens <= self.max_tokens, f"between 0 and max_tokens, {self.max_tokens}"),
             "temperature": (
                 self.temperature == 0 or COLDEST <= self.temperature <= 100,
                 f"0, or between {COLDEST} and 100",
@@ -68,10 +74,10 @@ class Sampling:
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
-            "logprobs": (
-                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
-                f"between 0 and {MOST_LOGPROBS}",
-            ),
+            **{
+                name: (count is None or 0 <= count <= MOST_LOGPROBS, f"between 0 and {MOST_LOGPROBS}")
+                for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
+            },
             "seed": (self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1"),
         }
         for name, (holds, range_) in limits.items():
@@ -81,6 +87,8 @@ class Sampling:
             raise UserError(f"logit_bias takes up to {MOST_BIASES} tokens, each with a number between -100 and 100")
         if self.schema is not None and self.grammar is not None:
             raise UserError("schema and grammar exclude each other; leave one out")
+        if self.min_tokens and not (self.schema is self.grammar is None):
+            raise UserError("min_tokens excludes a schema and a grammar, which say where an answer ends; leave one out")
         if len(self.stop) > MOST_STOPS or any(not 0 < len(s) <= LONGEST_STOP for s in self.stop):
             raise UserError(f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
 
@@ -126,6 +134,8 @@ class Output:
     text: new text. May be empty while the rest of a character or of a stop string may still follow.
     tokens: new tokens.
     logprobs: one per new token, if they were requested.
+    prompt_logprobs: with the first output, one per token of the prompt, if they were requested. The first token has
+        none.
     finish: why the request ended; None while it runs.
     prompt_tokens: tokens of the prompt.
     cached_tokens: tokens of the prompt that were found in the cache.
@@ -139,6 +149,7 @@ class Output:
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish: Finish | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -120,12 +120,19 @@ class Runner:
 
     @torch.inference_mode()
     def chunk(
-        self, tokens: Sequence[int], past: int, pages: Sequence[int], selector: str, trace: Trace | None = None
+        self,
+        tokens: Sequence[int],
+        past: int,
+        pages: Sequence[int],
+        selector: str,
+        trace: Trace | None = None,
+        every: bool = False,
     ) -> Tensor:
         """Runs tokens `past` to `past` + S of a prompt; returns the logits (V) of the last one.
 
         pages: pages of the prompt, in order. They hold the entries of the tokens before `past`.
         trace: called with what every layer selects.
+        every: whether to return the logits of all tokens (S, V) instead.
         """
         S, T = len(tokens), past + len(tokens)
         table = torch.tensor(pages[: -(-T // PAGE_TOKENS)], dtype=torch.int32, device=self.device)
@@ -145,7 +152,9 @@ class Runner:
         entries = PagedChunk(self.pools, table, pack, self.entry, self.model.dtype, self.backend)
         ids = torch.tensor(tokens, device=self.device)
         # The last row is multiplied together with others: alone, it would be another kind of product, with other bits.
-        return self._forward(ids, pack, entries, self.selector(selector), trace=trace, rows=ORDINARY_ROWS)[-1]
+        x = self._forward(ids, pack, entries, self.selector(selector), trace=trace)
+        last_V = self.model.lm_head(x[-ORDINARY_ROWS:])[-1]
+        return torch.cat((self.model.lm_head(x[:-1]), last_V[None])) if every else last_V
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]], selector: str) -> Tensor:
@@ -197,7 +206,7 @@ class Runner:
             longest=1,
             valid_N=None,
         )
-        return self._forward(inputs.tokens, pack, step, self.selector(selector), real=real)
+        return self.model.lm_head(self._forward(inputs.tokens, pack, step, self.selector(selector), real=real))
 
     def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
         """Rows grouped by their number of pages: the indices of the rows, and the number."""
@@ -213,16 +222,15 @@ class Runner:
         selector: Selector,
         trace: Trace | None = None,
         real: int | None = None,
-        rows: int = 0,
     ) -> Tensor:
-        """Logits of the last `rows` tokens, or of all if `rows` is 0."""
+        """Hidden states (S, D) of the tokens, which the head multiplies."""
         trunk = self.model.model
         options = ForwardOptions(
             selector=selector, top_k=self._top_k, backend=self.backend, check_selection=self._check_selection
         )
         ctx = trunk.context(pack, entries, options, trace=trace, real=real)
         x, _ = trunk.run(trunk.embed_tokens(tokens), ctx)
-        return self.model.lm_head(trunk.norm(x[-rows:]))
+        return trunk.norm(x)
 
 
 def check_servable(model: DecoderForCausalLM) -> None:

@@ -4,7 +4,7 @@ Legend: B rows, V vocabulary.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ class SamplingRow:
     position: tokens of the answer before this one.
     seen: tokens of prompt and answer.
     allowed_V: bool, the tokens that a grammar allows, at least one. None allows all.
+    banned: tokens that are not chosen.
     """
 
     sampling: Sampling
@@ -30,6 +31,7 @@ class SamplingRow:
     position: int
     seen: Sequence[int]
     allowed_V: Tensor | None = None
+    banned: Collection[int] = ()
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,11 +65,11 @@ def _is_adjusted(row: SamplingRow) -> bool:
     """Whether `_adjust` changes anything."""
     s = row.sampling
     penalized = s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
-    return bool(penalized or s.logit_bias or row.allowed_V is not None)
+    return bool(penalized or s.logit_bias or row.allowed_V is not None or row.banned)
 
 
 def _adjust(x_V: Tensor, row: SamplingRow) -> None:
-    """Applies penalties, biases and the grammar to a row of logits, in place."""
+    """Applies penalties, biases, the grammar and bans to a row of logits, in place."""
     s = row.sampling
     if s.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(row.seen)), device=x_V.device)
@@ -83,6 +85,8 @@ def _adjust(x_V: Tensor, row: SamplingRow) -> None:
         x_V[torch.tensor([*changes], device=x_V.device)] += torch.tensor([*changes.values()], device=x_V.device)
     if row.allowed_V is not None:
         x_V.masked_fill_(~row.allowed_V.to(x_V.device), float("-inf"))
+    if row.banned:
+        x_V[torch.tensor([*row.banned], device=x_V.device)] = float("-inf")
 
 
 def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -110,10 +114,14 @@ def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return order_BV.gather(1, torch.minimum(index_B1, last_B1))[:, 0]
 
 
-def logprobs_of(logits_V: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    """Natural log probability of `token`, and those of the likeliest `alternatives` tokens. logits_V: floating."""
-    logprobs_V = logits_V.float().log_softmax(-1)
-    top = logprobs_V.topk(min(alternatives, logprobs_V.shape[0]))
-    return TokenLogprob(
-        token, float(logprobs_V[token]), tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    )
+def logprobs_of(logits_BV: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
+    """Natural log probabilities of a token per row, and those of the likeliest `alternatives`. logits_BV: floating."""
+    logprobs_BV = logits_BV.float().log_softmax(-1)
+    top = logprobs_BV.topk(min(alternatives, logprobs_BV.shape[1]))
+    of_tokens = logprobs_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])[:, 0].tolist()
+    return [
+        TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            tokens, of_tokens, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]

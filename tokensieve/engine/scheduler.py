@@ -118,9 +118,11 @@ class Scheduler:
     def _shareable(self, running: Running) -> int:
         """Length of the prompt's prefix that can be shared: whole chunks, and never the last token.
 
-        The last token is always run, because its logits are needed.
+        The last token is always run, because its logits are needed, and all tokens if log probabilities of the prompt
+        were requested.
         """
-        return (running.prompt - 1) // self.chunk * self.chunk if self.share else 0
+        shares = self.share and running.request.sampling.prompt_logprobs is None
+        return (running.prompt - 1) // self.chunk * self.chunk if shares else 0
 
     def _prefills_shareable(self, running: Running) -> bool:
         """Whether chunks that others can share are still to be run."""

@@ -30,7 +30,7 @@ from tokensieve.families import model_config
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM, fp8, load, model_path
 from tokensieve.model.attention import Attention
-from tokensieve.model.files import fill
+from tokensieve.model.files import came_from, fill
 from tokensieve.model.moe import ORDINARY_ROWS, Experts
 from tokensieve.model.rope import Rows
 from tokensieve.model.selection import HeadGroup
@@ -110,7 +110,7 @@ def _load_rank(name: str | Path, mesh: Mesh, dtype: torch.dtype | None) -> Decod
         fp8.hold(model, fp8_names)
     shard(model, mesh)
     fill(model, ((name, tensor.to(mesh.device)) for name, tensor in tensors))
-    model.folder = folder
+    came_from(model, folder)
     return model.eval()
 
 

@@ -67,6 +67,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def top_k(self) -> int:
         return self.model.top_k
 
+    def end_tokens(self, tokenizer: Any) -> set[int]:
+        """Tokens that end an answer: the tokenizer's eos, and those that the checkpoint's files name."""
+        named = self.generation_config.eos_token_id
+        return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [x for name, x in self.named_parameters() if ".indexer." in name]
 

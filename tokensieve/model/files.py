@@ -61,7 +61,7 @@ def read(
     tensors = checkpoint.load_tensors(folder, config, dtype, block_names)
     fill(model, ((name, tensor.to(device)) for name, tensor in tensors))
     model.extras = checkpoint.mtp_tensors(folder, config)
-    model.folder = folder
+    came_from(model, folder)
     return model.eval()
 
 
@@ -79,6 +79,12 @@ def fitting_device(device_map: Any) -> torch.device:
         raise UserError(
             f"device_map {device_map!r}: a model lies on one device; use 'auto', or a device such as 'cuda:0'"
         ) from error
+
+
+def came_from(model: Any, folder: Path) -> None:
+    """Notes the folder that a model was read from, and the tokens that end an answer, which its files name."""
+    model.folder = folder
+    model.generation_config.eos_token_id = checkpoint.read_end_tokens(folder) or None
 
 
 def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:

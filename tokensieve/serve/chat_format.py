@@ -1,13 +1,10 @@
 """OpenAI's chat completions: a request's prompt, and the choices of its response."""
 
-import json
 from typing import Any
 
 from tokensieve.engine import Output, TokenLogprob
-from tokensieve.engine.grammar import LONGEST_SCHEMA
+from tokensieve.serve.answer_grammar import AnswerGrammar
 from tokensieve.serve.chat_template import ChatTemplate
-from tokensieve.serve.errors import ApiError
-from tokensieve.serve.forced import ForcedCalls
 from tokensieve.serve.handler import Prepared
 from tokensieve.serve.parsing import OutputParser, Piece
 from tokensieve.serve.prompts import Prompts
@@ -20,25 +17,19 @@ class ChatFormat:
     labels = Labels("chatcmpl", "chat.completion", "chat.completion.chunk")
 
     def __init__(self, tokenizer: Any, prompts: Prompts, texts: TokenTexts):
-        self._template, self._forced = ChatTemplate(tokenizer), ForcedCalls(tokenizer)
+        self._template, self._grammar = ChatTemplate(tokenizer), AnswerGrammar(tokenizer)
         self._prompts, self._texts = prompts, texts
 
     def prepare(self, body: ChatRequest) -> Prepared:
         text = self._template.render(body)
         tokens = self._prompts.tokens_of(text)
+        thinks = self._template.thinking(body, text) is True
+        notation = self._template.notation if body.callable else None
         return Prepared(
             prompts=[tokens],
-            choice=lambda id: ChatChoice(id, self._template.parser(body, text), self._texts, body.logprobs),
-            constraint=self._constraint(body),
+            choice=lambda id, _: ChatChoice(id, self._template.parser(body, text), self._texts, body.logprobs),
+            constraint=self._grammar.constraint(body, notation, thinks),
         )
-
-    def _constraint(self, body: ChatRequest) -> dict[str, Any]:
-        if body.must_call:
-            return {"grammar": self._forced.grammar(body)}
-        # checked once here, and not by the engine for each of the choices
-        if body.schema_ is not None and len(json.dumps(body.schema_)) > LONGEST_SCHEMA:
-            raise ApiError(400, f"the JSON schema has more than {LONGEST_SCHEMA} characters", "response_format")
-        return {"schema": body.schema_}
 
 
 class ChatChoice:

@@ -19,7 +19,7 @@ from tokensieve.serve.errors import ApiError, prompt_too_long
 from tokensieve.serve.metrics import Metrics
 from tokensieve.serve.record import Record, record_of
 from tokensieve.serve.response import ChoiceBuilder, Labels, ResponseBuilder
-from tokensieve.serve.schema import Common
+from tokensieve.serve.schema import ALL_ROOM, Common
 from tokensieve.serve.settings import ServeConfig
 from tokensieve.serve.streaming import begin_stream, unless_gone
 
@@ -33,12 +33,12 @@ Body = TypeVar("Body", bound=Common, contravariant=True)
 class Prepared:
     """What a format makes of a request.
 
-    prompts: token ids. choice: a new builder of one choice, given the id of its request to the engine. constraint: the
-    `schema` or the `grammar` of Sampling.
+    prompts: token ids. choice: a new builder of one choice, given the id of its request to the engine and the number of
+    its prompt. constraint: the `schema` or the `grammar` of Sampling.
     """
 
     prompts: Sequence[Sequence[int]]
-    choice: Callable[[str], ChoiceBuilder]
+    choice: Callable[[str, int], ChoiceBuilder]
     constraint: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ class Handler:
         record = record_of(request)
         prepared = await run_in_threadpool(format.prepare, body)  # a long text would block all other requests
         requests = self._engine_requests(body, prepared, selector, record)
-        choices = {one.id: prepared.choice(one.id) for one in requests}
+        choices = {one.id: prepared.choice(one.id, number // body.n) for number, one in enumerate(requests)}
         response = ResponseBuilder(format.labels, body, record, choices, requests[0].prompt)
         outputs = self._outputs(requests, body.n, record)
         if body.stream:
@@ -82,13 +82,13 @@ class Handler:
         room, length = min(config.max_prompt_tokens or longest, longest - 1), max(map(len, prompts))
         if length > room:
             raise prompt_too_long(f"{length} tokens", room, body.PROMPT)
-        limit = config.max_tokens or longest
-        if body.limit is not None and body.limit > limit:
-            raise ApiError(400, f"{body.limit_name} is {body.limit} and may be {limit}", body.limit_name)
+        # Clients ask for more than there is room for, and expect to get what there is.
+        limit = min(config.max_tokens or longest, longest - min(map(len, prompts)))
+        wanted = {None: body.DEFAULT_TOKENS, ALL_ROOM: limit}.get(body.limit, body.limit)
         # The mirror repeats the draws, so the seed is fixed now. OpenAI's seeds may be negative.
         seed = random.getrandbits(63) if body.seed is None else body.seed
         seed += 2**64 if -(2**63) <= seed < 0 else 0
-        first = body.sampling(body.limit or min(body.DEFAULT_TOKENS, limit), seed, prepared.constraint)
+        first = body.sampling(min(wanted, limit), seed, prepared.constraint)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
         return [

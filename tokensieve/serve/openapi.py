@@ -117,8 +117,8 @@ class ChatChoice(Choice):
 
 class CompletionLogprobs(Closed):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -10,9 +10,14 @@ from tokensieve.serve.markers import (
     CALL_END,
     CALL_SEPARATOR,
     END_THINK,
+    FENCE,
+    FENCE_END,
     INVOKE,
     INVOKE_END,
+    KIND,
+    NAMED,
     PARAMETER,
+    THINK,
 )
 
 
@@ -28,13 +33,17 @@ class Piece:
 class OutputParser:
     """Splits one answer into pieces.
 
-    thinking: whether the answer begins with reasoning. tools: whether it may hold calls. hidden: markers, by token id,
-    that the engine leaves out of the text because they are special tokens. max_calls: later calls are left out.
+    thinking: whether the answer begins with reasoning; None if it says so itself, by <think>. tools: whether it may
+    hold calls. hidden: markers, by token id, that the engine leaves out of the text because they are special tokens.
+    max_calls: later calls are left out.
     """
 
-    def __init__(self, thinking: bool, tools: bool, hidden: dict[int, str] | None = None, max_calls: int | None = None):
+    def __init__(
+        self, thinking: bool | None, tools: bool, hidden: dict[int, str] | None = None, max_calls: int | None = None
+    ):
         self._tools, self._hidden, self._max_calls = tools, hidden or {}, max_calls
         self._calls = 0
+        self._may_think = thinking is None
         self.state: Literal["reasoning", "content", "calls"] = "reasoning" if thinking else "content"
         self._pending = ""
         self._block = ""  # the marker that began the current block, until a call of that block is complete
@@ -43,9 +52,19 @@ class OutputParser:
         """The pieces that are certain by now. tokens: the ids behind `text`; a hidden marker belongs at its end."""
         self._pending += text + "".join(self._hidden.get(token, "") for token in tokens)
         pieces: list[Piece] = []
+        if self._may_think and not self._decide():
+            return pieces
         while self._advance(pieces):
             pass
         return pieces
+
+    def _decide(self) -> bool:
+        """Whether it is certain by now how the answer begins."""
+        begin = self._pending.lstrip()
+        if begin.startswith(THINK):
+            self.state, self._pending = "reasoning", begin.removeprefix(THINK)
+        self._may_think = THINK.startswith(begin)
+        return not self._may_think
 
     def finish(self) -> list[Piece]:
         """The piece that was still pending at the answer's end.
@@ -54,10 +73,9 @@ class OutputParser:
         """
         rest, self._pending = self._pending, ""
         if self.state == "calls" and (CALL_BEGIN in rest or INVOKE in rest):
-            name, has_name, arguments = rest.partition(CALL_BEGIN)[2].partition(CALL_SEPARATOR)
-            is_wanted = has_name and (self._max_calls is None or self._calls < self._max_calls)
-            arguments = arguments[: len(arguments) - _overlap(arguments, CALL_END)]
-            return [Piece("call", arguments.strip(), name.strip())] if is_wanted else []
+            call = _call(rest[: len(rest) - _overlap(rest, CALL_END)].partition(CALL_BEGIN)[2])
+            is_wanted = call is not None and (self._max_calls is None or self._calls < self._max_calls)
+            return [call] if call is not None and is_wanted else []
         if self.state == "calls":
             rest = self._block + rest if self._block or rest.strip() else ""
         kind: Literal["reasoning", "content"] = "reasoning" if self.state == "reasoning" else "content"
@@ -124,9 +142,24 @@ def _marked_call(text: str) -> tuple[int, int, Piece] | None:
     indices = _find_in_order(text, (CALL_BEGIN, CALL_SEPARATOR, CALL_END))
     if indices is None:
         return None
-    begin, middle, end = indices
-    name, arguments = text[begin + len(CALL_BEGIN) : middle], text[middle + len(CALL_SEPARATOR) : end]
-    return begin, end + len(CALL_END), Piece("call", arguments.strip(), name.strip())
+    begin, _, end = indices
+    call = _call(text[begin + len(CALL_BEGIN) : end])
+    return None if call is None else (begin, end + len(CALL_END), call)
+
+
+def _call(text: str) -> Piece | None:
+    """The call between a call's markers, in the notation of V3.1 or of V3; None without its whole name.
+
+    A function may be named "function" in V3.1's. Its arguments begin with a brace, which no name does.
+    """
+    name, has_name, arguments = text.partition(CALL_SEPARATOR)
+    if name.strip() != KIND or arguments.lstrip().startswith("{"):
+        return Piece("call", arguments.strip(), name.strip()) if has_name else None
+    named = NAMED.fullmatch(arguments)
+    if named is None:
+        return None
+    arguments = named["rest"].strip().removeprefix(FENCE).removesuffix(FENCE_END).strip()
+    return Piece("call", arguments[: len(arguments) - _overlap(arguments, FENCE_END)], named["name"])
 
 
 def _invoked_call(text: str) -> tuple[int, int, Piece] | None:

@@ -1,18 +1,28 @@
 """The fields of requests. Names and meanings are OpenAI's; a field that is not supported is refused, never ignored."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from tokensieve.engine import Sampling
 from tokensieve.engine.request import COLDEST, MOST_BIASES
+from tokensieve.serve.fields import (
+    ChosenTool,
+    Message,
+    ResponseFormat,
+    Strict,
+    TemplateOptions,
+    Thinking,
+    Tool,
+    fault,
+)
 
 MAX_CHOICES = 128  # of one response, as at OpenAI
+ALL_ROOM = -1  # as a limit of tokens: as many as there is room for
 # Far more than a conversation has; to check a million takes seconds in which no other answer is sent.
 MAX_MESSAGES = 2**14
-MAX_PARTS = 2**12  # of one message, and tool calls of one message
 MAX_TOOLS = 2**10
 
 # Fields that Sampling has by the same name.
@@ -33,10 +43,9 @@ IGNORED = (
 # Fields that would change it, with the values that do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "echo": (False,),
+    "echo": (False,),  # in a chat
     "suffix": ("",),
     "modalities": (["text"],),
-    "min_tokens": (0,),
     "stop_token_ids": ([],),
     "use_beam_search": (False,),
     "length_penalty": (1,),
@@ -46,36 +55,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _fault(name: str, wrong: str) -> PydanticCustomError:
-    """An error that names its parameter."""
-    name = name.encode(errors="backslashreplace").decode()  # it may hold half a surrogate pair
-    return PydanticCustomError("parameter", "{param} {wrong}", {"param": name, "wrong": wrong})
-
-
 def _is_number(token: str) -> bool:
     return token.isascii() and token.isdigit() and len(token) < 10
-
-
-class Typed(BaseModel):
-    """Values are not converted, as a string to a number. Unknown fields are ignored: later clients may have more."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Strict(BaseModel):
-    """Values are not converted, and unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, values: Any) -> Any:
-        """Only the first unknown name is reported: to make a hundred thousand errors takes a second."""
-        names = values if isinstance(values, dict) else ()
-        unknown = next((name for name in names if name not in cls.model_fields), None)
-        if unknown is not None:
-            raise _fault(unknown[:100], "is unknown; leave it out")
-        return values
 
 
 class StreamOptions(Strict):
@@ -96,7 +77,8 @@ class Common(Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=ALL_ROOM)] = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0  # from vLLM
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -115,24 +97,34 @@ class Common(Strict):
     def _drop_ignored(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name, neutral in NEUTRAL.items():
+        unsupported = {name: neutral for name, neutral in NEUTRAL.items() if name not in cls.model_fields}
+        for name, neutral in unsupported.items():
             if values.get(name) is not None and values[name] not in neutral:
-                raise _fault(name, "is not supported; leave it out")
+                raise fault(name, "is not supported; leave it out")
         biases = values.get("logit_bias")
         if isinstance(biases, dict) and (len(biases) > MOST_BIASES or not all(map(_is_number, biases))):
-            raise _fault("logit_bias", f"names up to {MOST_BIASES} tokens, by their numbers")
-        ignored = {*IGNORED, *NEUTRAL}
+            raise fault("logit_bias", f"names up to {MOST_BIASES} tokens, by their numbers")
+        ignored = {*IGNORED, *unsupported}
         return {key: value for key, value in values.items() if key not in ignored and value is not None}
 
     @model_validator(mode="after")
     def _check(self) -> "Common":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
+        if self.limit == 0 and not self.may_be_silent:
+            raise fault(self.limit_name, "is 0; it must be at least 1, or -1 for all the room there is")
+        if self.limit not in (None, ALL_ROOM) and self.min_tokens > self.limit:
+            raise fault("min_tokens", f"is {self.min_tokens}, more than {self.limit_name}; lower it")
         return self
 
     @property
+    def may_be_silent(self) -> bool:
+        """Whether an answer of no tokens makes sense."""
+        return False
+
+    @property
     def limit(self) -> int | None:
-        """Tokens of an answer at most, if the request gives a limit."""
+        """Tokens of an answer at most, if the request gives a limit. ALL_ROOM stands for all that fit."""
         return self.max_tokens
 
     @property
@@ -144,6 +136,11 @@ class Common(Strict):
     def alternatives(self) -> int | None:
         """How many alternatives to report with each token's log probability. None: no log probabilities."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return None
 
     def sampling(self, max_tokens: int, seed: int, constraint: Mapping[str, Any]) -> Sampling:
         """What the request asks of the engine's sampling. constraint: the `schema` or the `grammar` of Sampling.
@@ -159,9 +156,11 @@ class Common(Strict):
         biases = self.logit_bias or {}
         return Sampling(
             max_tokens=max_tokens,
+            min_tokens=min(self.min_tokens, max_tokens),
             seed=seed,
             stop=tuple(stop),
             logprobs=self.alternatives,
+            prompt_logprobs=self.prompt_alternatives,
             ignore_eos=self.ignore_eos,
             logit_bias=tuple((int(token), bias) for token, bias in biases.items()),
             **constraint,
@@ -169,99 +168,22 @@ class Common(Strict):
         )
 
 
-class Part(Typed):
-    type: Literal["text"]
-    text: str
-
-
-class Function(Typed):
-    name: str
-    arguments: str
-
-
-class ToolCall(Typed):
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: Function
-
-
-class Message(Typed):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
-
-
-class ToolFunction(Typed):
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] = {}
-    strict: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
-
-
-class Tool(Typed):
-    type: Literal["function"]
-    function: ToolFunction
-
-
-class ChosenFunction(Typed):
-    name: str
-
-
-class ChosenTool(Typed):
-    type: Literal["function"]
-    function: ChosenFunction
-
-
-class JsonSchema(Typed):
-    name: str | None = None
-    description: str | None = None
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @property
-    def wanted(self) -> dict[str, Any] | None:
-        """The JSON schema of the answer; None for any text."""
-        if self.type == "text":
-            return None
-        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
-
-    @model_validator(mode="after")
-    def _check(self) -> "ResponseFormat":
-        if (self.json_schema is None) == (self.type == "json_schema"):
-            raise ValueError("json_schema belongs to type json_schema, and to no other")
-        return self
-
-
-class TemplateOptions(Strict):
-    thinking: bool | None = None
-
-
 class ChatRequest(Common):
     PROMPT, DEFAULT_TOKENS = "messages", 4096
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=ALL_ROOM)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool = "auto"
+    tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool = "auto"  # "any": "required" at Mistral
     parallel_tool_calls: bool = True
     chat_template_kwargs: TemplateOptions | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    continue_final_message: bool = False  # from vLLM, as the next one
+    add_generation_prompt: bool | None = None
 
     @property
     def limit(self) -> int | None:
@@ -276,10 +198,28 @@ class ChatRequest(Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def thinking(self) -> bool:
-        """The template's switch if the request sets it; otherwise whether it asks for any effort but none."""
-        switch = self.chat_template_kwargs.thinking if self.chat_template_kwargs else None
-        return self.reasoning_effort not in (None, "none") if switch is None else switch
+    def switches(self) -> dict[str, bool]:
+        """Whether each of the request's switches for thinking turns it on, by the name of its field.
+
+        The first decides. An effort is weaker than the others: clients send one by habit.
+        """
+        template = self.chat_template_kwargs or TemplateOptions()
+        switches = {
+            "chat_template_kwargs": template.thinking if template.enable_thinking is None else template.enable_thinking,
+            "thinking": None if self.thinking is None else self.thinking.type == "enabled",
+            "reasoning_effort": None if self.reasoning_effort is None else self.reasoning_effort != "none",
+        }
+        return {name: on for name, on in switches.items() if on is not None}
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the answer shall begin with a thought. None leaves it to the template."""
+        return next(iter(self.switches.values()), None)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on after the last message's text, instead of being a message of its own."""
+        return self.continue_final_message or self.messages[-1].prefix
 
     @property
     def callable(self) -> list[Tool]:
@@ -288,6 +228,10 @@ class ChatRequest(Common):
         if isinstance(choice, ChosenTool):
             return [tool for tool in self.tools or () if tool.function.name == choice.function.name]
         return [] if choice == "none" else self.tools or []
+
+    @property
+    def names_function(self) -> bool:
+        return isinstance(self.tool_choice, ChosenTool)
 
     @property
     def must_call(self) -> bool:
@@ -301,15 +245,32 @@ class ChatRequest(Common):
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs are for logprobs: true")
-        if self.schema_ is not None and self.thinking:
-            raise ValueError("response_format holds from the first token on; leave it out, or thinking")
-        if self.schema_ is not None and self.callable:
-            raise ValueError("response_format and tools exclude each other; leave one out")
         if self.must_call and not self.callable:
             raise ValueError("tool_choice asks for a tool that is not among tools; add it")
-        if self.must_call and self.thinking:
-            raise ValueError("tool_choice holds from the first token on; leave it out, or thinking")
+        names = [tool.function.name for tool in self.tools or ()]
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        if twice is not None:
+            raise fault("tools", f"has the name {twice!r} twice; give each function its own")
+        template = self.chat_template_kwargs
+        if template and {template.thinking, template.enable_thinking} == {True, False}:
+            raise fault("chat_template_kwargs", "says both that the model thinks and that it does not; leave one out")
+        if self.min_tokens and (self.schema_ is not None or self.must_call):
+            raise fault("min_tokens", "is not for an answer in a JSON schema or of required calls; leave it out")
+        if any(message.prefix for message in self.messages[:-1]):
+            raise fault("messages", "has a prefix that is not the last message; put it last")
+        if self.continues:
+            self._check_continued()
         return self
+
+    def _check_continued(self) -> None:
+        last = self.messages[-1]
+        name = "continue_final_message" if self.continue_final_message else "messages"
+        if last.role != "assistant" or not last.text.strip() or last.tool_calls:
+            raise fault(name, "goes on after a last message of the assistant with a text and no calls; add one")
+        if self.add_generation_prompt:
+            raise fault("add_generation_prompt", "begins a message, and continue_final_message goes on with one")
+        if self.schema_ is not None or self.must_call:
+            raise fault(name, "is not for an answer in a JSON schema or of required calls, which begin anew")
 
 
 # Only the first wrong item of a list is reported: to make a million errors takes minutes.
@@ -326,15 +287,24 @@ class CompletionRequest(Common):
         | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_CHOICES)]
     )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    echo: bool = False
+
+    @property
+    def may_be_silent(self) -> bool:
+        return self.echo
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompt_alternatives(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
         several = isinstance(self.prompt, list) and self.prompt and not isinstance(self.prompt[0], int)
-        return cast("list[str] | list[list[int]]", self.prompt if several else [self.prompt])
+        return cast("list[str | list[int]]", self.prompt if several else [self.prompt])
 
     @model_validator(mode="after")
     def _check_prompts(self) -> "CompletionRequest":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from tokensieve.config import UserError
 
@@ -61,6 +61,44 @@ def plain_turns(encode: Encode, bos: int | None, eos: int | None) -> Turns:
     return Turns(begin, tuple(encode("\n")), end, tuple(encode("\n\n")))
 
 
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> str:
+    """The text that the chat template writes for messages.
+
+    The template sees a content that is None: some ask for it, and `apply_chat_template` of transformers leaves it out.
+    options: `add_generation_prompt`, `continue_final_message`, and switches of the template.
+
+    Raises:
+        UserError: the tokenizer has no template, or one that is no valid template or refuses the messages.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template  # a second to import
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the model's tokenizer has no chat template; ask without a chat (--prompt), or add chat_template.jinja"
+        )
+    try:
+        template, known = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
+        (text,), _ = render_jinja_template([list(messages)], tools, chat_template=template, **known | options)
+        return text
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"the tokenizer's chat template is no valid template ({error.message}, line {error.lineno}); "
+            "correct chat_template.jinja"
+        ) from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(f"the model's chat template refuses these messages: {' '.join(str(error).split())}") from error
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to where the answer begins. UserError as for `render`."""
+    return list(tokenizer(render(tokenizer, messages, add_generation_prompt=True), add_special_tokens=False).input_ids)
+
+
 def template_pieces(tokenizer: Any, messages: Sequence[Message], generate: bool) -> list[str]:
     """What the chat template puts before, between and after the messages' texts: one piece more than messages.
 
@@ -76,14 +114,14 @@ def template_pieces(tokenizer: Any, messages: Sequence[Message], generate: bool)
         )
     slots = [f"@@text {number}@@" for number in range(len(messages))]
     try:
-        text = tokenizer.apply_chat_template(
+        text = render(
+            tokenizer,
             [{**message, "content": slot} for message, slot in zip(messages, slots, strict=True)],
-            tokenize=False,
             add_generation_prompt=generate,
             thinking=False,
             enable_thinking=False,
         )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except UserError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template cannot write {roles} ({error}); correct chat_template.jinja") from error
     if re.findall(r"@@text \d+@@", text) != slots:

@@ -19,8 +19,9 @@ from tokensieve.engine.trace import LayerTrace
 from tokensieve.serve import openapi
 from tokensieve.serve.engine_requests import engine_request
 from tokensieve.serve.errors import ApiError
+from tokensieve.serve.fields import Strict
 from tokensieve.serve.record import record_of
-from tokensieve.serve.schema import Ids, Strict
+from tokensieve.serve.schema import Ids
 from tokensieve.serve.state import state_of
 from tokensieve.serve.streaming import unless_gone
 

@@ -58,7 +58,9 @@ class Answer {
     for (const text of Object.values(this.texts)) text.finish();
     this.root.ariaBusy = "false";
     const cut = this.finish === "length" ? "Cut off: the answer reached its maximum length." : "";
-    this.failure.textContent = problem ?? cut;
+    const unanswered = !this.content && !this.reasoning.hidden;
+    if (unanswered) this.reasoning.open = true;
+    this.failure.textContent = problem ?? (cut || (unanswered ? "The model stopped within its reasoning." : ""));
     this.failure.hidden = !this.failure.textContent;
     this.usage.textContent = this.usageText();
     this.foot.hidden = false;
