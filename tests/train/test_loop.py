@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -339,6 +340,24 @@ def test_a_rehearsal_leaves_everything_as_it_was(stage: str, here: Workplace) ->
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(t, weights[n]) for n, t in made.state_dict().items())
     assert all(p.grad is None for p in made.parameters())
+
+
+def test_a_cold_pass_is_not_the_only_sample(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that is compiled in the first pass takes seconds, once."""
+    settings, made, clock = here.run("warmup", "cold"), model().train(), iter([0.0, 9.0, 9.0, 9.5])
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
+    with learning(made, "indexers"):
+        stage = loop.STAGES["warmup"]
+        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu")) == 0.5
+
+
+def test_the_estimate_counts_the_process(here: Workplace) -> None:
+    settings, made = here.run("warmup", "memory"), model().train()
+    with learning(made, "indexers"):
+        told = estimate.estimate(settings, loop.STAGES["warmup"], made, torch.device("cpu"))
+    rss = psutil.Process().memory_info().rss
+    assert 0.5 * rss < told.process_bytes <= rss  # torch is most of it
+    assert told.memory_bytes == told.process_bytes + replace(told, process_bytes=0).memory_bytes
 
 
 def test_a_rehearsed_row_selects_and_is_no_longer_than_the_run(here: Workplace) -> None:

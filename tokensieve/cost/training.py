@@ -22,7 +22,10 @@ LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Needs of a training run: bytes in one process that holds the whole model, FLOPs of all steps, seconds."""
+    """Needs of a training run: bytes in one process that holds the whole model, FLOPs of all steps, seconds.
+
+    process_bytes: of the process without the model; 0 if the caller has not measured it.
+    """
 
     tokens: int
     flops: float
@@ -31,10 +34,12 @@ class Estimate:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    process_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        model = self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        return model + self.process_bytes
 
     def __str__(self) -> str:
         return f"about {self.memory_bytes / 2**30:.1f} GiB and {duration(self.seconds)} for {self.tokens:,} tokens"

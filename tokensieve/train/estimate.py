@@ -8,6 +8,7 @@ micro-batch keeps a GPU busy.
 import time
 from dataclasses import replace
 
+import psutil
 import torch
 
 from tokensieve import cost
@@ -26,8 +27,15 @@ def estimate(config: TrainConfig, stage: Stage, model: DecoderForCausalLM, devic
         tokens, rows = config.phases[0].context, config.phases[0].micro_batch
     one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
     flops = cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
+    process = process_bytes(model) if device.type == "cpu" else 0
     rate = flops / rehearse(config, stage, model, tokens, rows, device)
-    return cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
+    return replace(cost.run_estimate(model.config, config, rate, value_bytes=value_bytes), process_bytes=process)
+
+
+def process_bytes(model: DecoderForCausalLM) -> int:
+    """Bytes of main memory that this process holds beside the model's tensors: the libraries, above all."""
+    tensors = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return max(0, psutil.Process().memory_info().rss - tensors)
 
 
 def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
@@ -45,8 +53,7 @@ def rehearse(
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    # The first pass also pays for one-time setup, so a pass of under a second is repeated.
-    while not seconds or (len(seconds) < 2 and seconds[0] < 1.0):
+    while len(seconds) < 2:  # the first pass also pays for one-time setup, such as compiled kernels
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)
