@@ -33,7 +33,7 @@ def main() -> None:
         page.screenshot(path=DOCS / "lens.png")
         page.set_viewport_size({"width": 375, "height": 760})
         page.emulate_media(color_scheme="dark")
-        layers = page.locator(".lens fieldset").last.locator("label")
+        layers = page.locator(".choices fieldset").last.locator("label")
         for number in range(1, layers.count()):
             layers.nth(number).click()
             if "not read" not in page.locator(".detail").inner_text():
