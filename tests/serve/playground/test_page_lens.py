@@ -174,7 +174,8 @@ def test_the_first_look_leaves_out_what_every_token_reads(page: Page) -> None:
     """The begin, markers of the template and the last tokens do not hide what the answer was read from."""
     first_look(page)
     expect(page.locator(".lead")).to_have_text(
-        "To write “x”, the model looked most at abcdefghijklmnopqrst 30 tokens back: 5% of the attention."
+        "To write “x”, the model looked most at abcdefghijklmnopqrst 30 tokens back: 5% of the attention. "
+        "Dotted tokens are not counted."
     )
     expect(page.locator(".lead b")).to_have_text("k")
     assert page.locator("mark.at").inner_text() == "k"
@@ -195,6 +196,10 @@ def test_the_lens_explains_itself_without_a_mouse(page: Page) -> None:
     for words in ("Grey text was not read", "Dense attention reads everything", "73.2% (layer 7)"):
         expect(guide).to_contain_text(words)
     expect(page.get_by_role("radio", name="Layer 7, holds 73.2% of dense attention")).to_have_count(1)
+    for width, height in ((1280, 600), (390, 700)):  # opened, it leaves room for the context
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.locator(".context").bounding_box()["height"] >= 140
+    page.set_viewport_size({"width": 1280, "height": 800})
     guide.locator("summary").focus()
     page.keyboard.press("Enter")
     expect(guide.locator("li").first).to_be_hidden()

@@ -146,7 +146,7 @@ export class Lens {
 
   /** Where most of the attention went, in a sentence of texts and elements. */
   leading() {
-    const { values, coloured } = this.shares;
+    const { values, ranked, coloured } = this.shares;
     if (this.view === "difference" || !coloured.length) return [];
     const position = coloured[0];
     const { before, after } = this.text.around(position, AROUND);
@@ -157,7 +157,8 @@ export class Lens {
     const back = this.data.context - position;
     const far = `${count.format(back)} ${back === 1 ? "token" : "tokens"} back`;
     const share = `${exact(values[position])} of the attention`;
-    return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, ` ${far}: ${share}.`];
+    const uncounted = coloured.length < ranked.length ? " Dotted tokens are not counted." : "";
+    return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, ` ${far}: ${share}.${uncounted}`];
   }
 
   /** The view in a sentence or two, as texts and elements. */
