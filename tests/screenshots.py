@@ -21,6 +21,7 @@ def main() -> None:
         page.add_init_script("""localStorage.setItem("tokensieve", '{"temperature": 0}')""")
         page.goto(at)
         page.set_input_files("#files", [source])
+        page.wait_for_selector(".chip >> text=tokens")
         page.fill("#question", browser.QUESTION)
         page.keyboard.press("Enter")
         page.wait_for_selector(".answer footer:visible", timeout=120_000)
@@ -33,7 +34,8 @@ def main() -> None:
         page.screenshot(path=DOCS / "lens.png")
         page.set_viewport_size({"width": 375, "height": 760})
         page.emulate_media(color_scheme="dark")
-        layers = page.locator(".lens fieldset").last.locator("label")
+        page.click(".guide summary")
+        layers = page.locator(".choices fieldset").last.locator("label")
         for number in range(1, layers.count()):
             layers.nth(number).click()
             if "not read" not in page.locator(".detail").inner_text():

@@ -176,4 +176,5 @@ def looks(text: str, context: int) -> dict[str, Any]:
         "kept": 0.123,
     }
     layers = [one | {"layer": i} for i, one in enumerate((layer, worse, worst))]
-    return {"model": "sparse", "text": text, "starts": list(range(context)), "context": context, "layers": layers}
+    told = {"model": "sparse", "text": text, "starts": list(range(context)), "context": context}
+    return told | {"markers": [], "layers": layers}

@@ -161,6 +161,7 @@ class Lens(Closed):
     text: str
     starts: list[int]
     context: int
+    markers: list[int]
     layers: list[Layer]
 
 

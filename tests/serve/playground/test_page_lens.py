@@ -2,6 +2,7 @@
 
 import json
 import time
+from typing import Any
 
 from playwright.sync_api import Page, Route, expect
 
@@ -44,14 +45,16 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
 
     # all numbers of a layer are the server's
     for layer in told["layers"][1::3]:
-        page.locator(".lens fieldset").last.locator("label").nth(1 + layer["layer"]).click()
+        page.locator(".choices fieldset").last.locator("label").nth(1 + layer["layer"]).click()
         expect(page.locator(".summary")).to_contain_text(
             f"Layer {layer['layer']} read {read} of {told['context']:,} tokens, "
             f"{100 * read / told['context']:.1f}%, which hold {100 * layer['kept']:.1f}% of dense attention."
         )
         marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
         assert marks == layer["selected"]
-        strongest = max(range(read), key=lambda i: layer["attention"][i])
+        everyday = {0, *told["markers"], *range(told["context"] - 8, told["context"])}
+        others = [i for i in range(read) if layer["selected"][i] not in everyday]
+        strongest = max(others, key=lambda i: layer["attention"][i])
         page.click("text=Strongest")
         share = float(f"{100 * layer['attention'][strongest]:.3g}")
         expect(page.locator(".detail")).to_contain_text(f"{share:g}% of layer {layer['layer']}'s attention")
@@ -126,7 +129,7 @@ def test_views_of_the_lens(page: Page) -> None:
 
     def see(view: str, layer: str) -> tuple[list[str], str]:
         page.click(f".lens label >> text={view}")
-        page.locator(".lens fieldset").last.get_by_text(layer, exact=True).click()
+        page.locator(".choices fieldset").last.get_by_text(layer, exact=True).click()
         kinds = "all => all.map((m) => m.textContent + ['extra', 'missed'].filter((k) => m.classList.contains(k)))"
         return page.locator(".lens mark").evaluate_all(kinds), page.locator(".summary").inner_text()
 
@@ -149,6 +152,63 @@ def test_views_of_the_lens(page: Page) -> None:
     expect(page.locator(".detail")).to_contain_text("Token 0 “a”")
 
 
+def first_look(page: Page, **more: Any) -> None:
+    """The lens, opened on 40 characters of which a marker and a neighbour got most attention, and "k" most of the rest.
+
+    more: fields of the only layer.
+    """
+    text = "".join(chr(97 + i % 26) for i in range(40))
+    attention = [0.3, 0.05, 0.2, 0.01, 0.4]
+    layer = {"layer": 7, "read": 5, "selected": [0, 10, 20, 25, 38], "attention": attention, "kept": 0.732}
+    layer |= {"dense": layer["selected"], "dense_attention": attention} | more
+    told = looks(text, 40) | {"markers": [20], "layers": [layer]}
+    page.route("**/lens", lambda route: route.fulfill(json=told))
+    answers(page, chunk(text="x", ids=(20,), prompt_token_ids=[1]), "[DONE]")
+    ask(page, "?")
+    answered(page)
+    page.click(".answer .token")
+    expect(page.locator(".lens mark")).to_have_count(5)
+
+
+def test_the_first_look_leaves_out_what_every_token_reads(page: Page) -> None:
+    """The begin, markers of the template and the last tokens do not hide what the answer was read from."""
+    first_look(page)
+    expect(page.locator(".lead")).to_have_text(
+        "To write “x”, the model looked most at abcdefghijklmnopqrst 30 tokens back: 5% of the attention. "
+        "Dotted tokens are not counted."
+    )
+    expect(page.locator(".lead b")).to_have_text("k")
+    assert page.locator("mark.at").inner_text() == "k"
+    assert page.locator("mark.a9").all_inner_texts() == ["k"]  # the scale is of what is coloured
+    assert page.locator("mark.aside").all_inner_texts() == ["a", "u", "m"]
+    assert page.locator(".context .marker").all_inner_texts() == ["u"]
+    assert page.locator(".also label").all_inner_texts() == ["chat markers, 50.0%", "last 8 tokens, 40.0%"]
+    page.get_by_label("last 8 tokens").focus()
+    page.keyboard.press("Space")
+    assert page.locator("mark.a9").all_inner_texts() == ["m"]
+    expect(page.locator(".lead b")).to_have_text("m")
+
+
+def test_the_lens_explains_itself_without_a_mouse(page: Page) -> None:
+    first_look(page)
+    guide = page.locator(".guide")
+    expect(guide).to_have_attribute("open", "")
+    for words in ("Grey text was not read", "Dense attention reads everything", "73.2% (layer 7)"):
+        expect(guide).to_contain_text(words)
+    expect(page.get_by_role("radio", name="Layer 7, holds 73.2% of dense attention")).to_have_count(1)
+    for width, height in ((1280, 600), (390, 700)):  # opened, it leaves room for the context
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.locator(".context").bounding_box()["height"] >= 140
+    page.set_viewport_size({"width": 1280, "height": 800})
+    guide.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(guide.locator("li").first).to_be_hidden()
+    page.keyboard.press("Escape")
+    page.click(".answer .token")  # it stays closed
+    expect(page.locator(".lead b")).to_have_text("k")
+    expect(guide.locator("li").first).to_be_hidden()
+
+
 def test_a_long_context_stays_smooth(page: Page) -> None:
     """Dense attention reads everything: here 32768 tokens in each of four layers."""
     tokens = 32768
@@ -156,6 +216,7 @@ def test_a_long_context_stays_smooth(page: Page) -> None:
     layer = {"read": tokens, "selected": list(range(tokens)), "attention": weights, "kept": 1.0}
     layer |= {"dense": layer["selected"], "dense_attention": weights}
     told = {"model": "sparse", "context": tokens, "starts": list(range(0, 4 * tokens, 4)), "text": "word" * tokens}
+    told |= {"markers": []}
     body = json.dumps(told | {"layers": [layer | {"layer": i} for i in range(4)]})
     page.route("**/lens", lambda route: route.fulfill(content_type="application/json", body=body))
     answers(page, chunk(text="x", ids=(20,), prompt_token_ids=[1]), "[DONE]")
@@ -164,7 +225,7 @@ def test_a_long_context_stays_smooth(page: Page) -> None:
     page.click(".answer .token")
     expect(page.locator(".summary")).to_contain_text("26,768 weakest are not marked", timeout=15_000)
     begin = time.monotonic()
-    page.locator(".lens fieldset").last.locator("label").nth(4).click()
+    page.locator(".choices fieldset").last.locator("label").nth(4).click()
     expect(page.locator(".summary")).to_contain_text("Layer 3")
     assert time.monotonic() - begin < 2
     box = page.locator(".strip").bounding_box()

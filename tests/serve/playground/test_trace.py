@@ -14,6 +14,7 @@ from tests.serve.test_api import QUESTION, client, loaded, running, served  # no
 from tests.support.models import config, ours
 from tokensieve.engine import Engine, Output, Request, Sampling
 from tokensieve.model.attention import Attention
+from tokensieve.serve.playground import trace
 
 TOKENIZER = tokensieve.load_tokenizer("base")
 
@@ -130,6 +131,12 @@ def test_lens_over_http(served) -> None:  # noqa: F811
         for layer in told["layers"]:
             assert layer["read"] == len(layer["selected"]) == len(layer["attention"]) == len(layer["dense"])
             assert 0.99 < sum(layer["attention"]) < 1.01 and 0 < layer["kept"] <= 1.001
+
+
+def test_markers_are_told_from_text() -> None:
+    ids = TOKENIZER("<｜User｜>def f(x): return x<｜Assistant｜></think>User").input_ids
+    markers = trace.markers_of(TOKENIZER, ids)
+    assert [TOKENIZER.decode([ids[i]]) for i in markers] == ["<｜User｜>", "<｜Assistant｜>", "</think>"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`POST /documents`: the text of a PDF, and the damage that a PDF must not do."""
+"""`POST /documents`: the text of a PDF, the damage that a PDF must not do, and the length of a text."""
 
 import asyncio
 import io
@@ -70,6 +70,13 @@ def test_its_text(at: str) -> None:
     assert send(at, encrypted(""), "Application/PDF; x=y").json()["text"] == "The code is 482913."
 
 
+def test_a_texts_length(at: str) -> None:
+    text = "Größe = <｜User｜>\n"
+    assert send(at, text.encode(), "text/plain").json() == {"tokens": len(servers.tiny()[1].tokenize(text))}
+    longest = 8 * 64
+    assert send(at, b"a b " * 5000, "text/plain; charset=utf-8").json()["tokens"] > longest
+
+
 REFUSED = {
     "no PDF": (b"hello" * 50, "damaged"),
     "nothing": (b"", "damaged"),
@@ -88,7 +95,9 @@ def test_refusals(at: str, data: bytes, words: str) -> None:
 
 
 def test_other_refusals(at: str, monkeypatch) -> None:
-    assert send(at, made(HELLO), "text/plain").status_code == 400
+    assert send(at, made(HELLO), "text/html").status_code == 400
+    latin = send(at, "Größe".encode("latin1"), "text/plain")
+    assert latin.status_code == 400 and latin.json()["error"]["message"] == "the text is not in UTF-8"
     assert send(at, bytes(100_001)).status_code == 413
     assert httpx.get(at + "/documents").status_code == 405
     monkeypatch.setattr(uploads, "MAX_READING", 0)

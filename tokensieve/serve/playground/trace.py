@@ -60,7 +60,14 @@ async def _first_output(service: Service, request: engine.Request) -> Output:
 def _response(tokenizer: Any, body: LensRequest, traces: Sequence[LayerTrace]) -> JSONResponse:
     text, starts = text_of(tokenizer, body.token_ids)
     layers = [{"read": len(layer.selected), **vars(layer)} for layer in traces]
-    return JSONResponse({"model": body.model, "text": text, "starts": starts, "context": len(starts), "layers": layers})
+    told = {"model": body.model, "text": text, "starts": starts, "context": len(starts)}
+    return JSONResponse(told | {"markers": markers_of(tokenizer, body.token_ids), "layers": layers})
+
+
+def markers_of(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Positions of the tokens that the tokenizer holds apart from text: markers of a chat template, the begin, ..."""
+    apart = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}  # some are spaces
+    return [position for position, id in enumerate(ids) if id in apart]
 
 
 def text_of(tokenizer: Any, ids: list[int]) -> tuple[str, list[int]]:

@@ -1,19 +1,25 @@
-"""`POST /documents`: the text of a PDF, for the page. Nothing is kept, and nothing is written to a disk."""
+"""`POST /documents`, for the page: the text of a PDF, and how many tokens a text has.
+
+Nothing is kept, and nothing is written to a disk.
+"""
 
 import asyncio
 import importlib.util
 import json
 import sys
+from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel
 
 from tokensieve.engine import Busy
 from tokensieve.serve.errors import ApiError
 from tokensieve.serve.playground import pdf
+from tokensieve.serve.state import state_of
 from tokensieve.serve.streaming import unless_gone
 
-PDF = "application/pdf"
+PDF, PLAIN = "application/pdf", "text/plain"
 MAX_READING = 2  # documents that are read at once
 MAX_WAITING = 16
 MAX_SECONDS = 60  # of wall-clock time, because the processor may be busy with other work
@@ -23,6 +29,12 @@ TOO_LONG = "the PDF takes too long to read; send its text"
 class Text(BaseModel):
     text: str
     pages: int
+
+
+class Length(BaseModel):
+    """tokens: of a text. One that is longer than any context may count as less than it has, but not as short enough."""
+
+    tokens: int
 
 
 def router() -> APIRouter:
@@ -38,25 +50,41 @@ class Uploads:
         self._reading = asyncio.Semaphore(MAX_READING)
         self._open: set[Request] = set()
 
-    async def documents(self, request: Request) -> Text:
-        """The text of a PDF, which is the request's body."""
+    async def documents(self, request: Request) -> Text | Length:
+        """The text of a PDF, or the length of a text; either is the request's body."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != PDF:
-            raise ApiError(400, f"the body must be a PDF, its Content-Type {PDF}; text needs no reading")
-        if importlib.util.find_spec("pypdf") is None:
+        if kind not in (PDF, PLAIN):
+            raise ApiError(400, f"the body must be a PDF or text in UTF-8, its Content-Type {PDF} or {PLAIN}")
+        if kind == PDF and importlib.util.find_spec("pypdf") is None:
             raise ApiError(501, "reading a PDF needs pypdf; pip install 'tokensieve[serve]'", code="not_installed")
         data = await request.body()
         if len(self._open) >= MAX_READING + MAX_WAITING:
             raise Busy(f"{len(self._open)} documents are read or wait already; try again later")
         self._open.add(request)
         try:
-            return await unless_gone(request.receive, self._read(data))
+            state = state_of(request)
+            work = self._read(data) if kind == PDF else self._measure(data, state.tokenizer, state.longest)
+            return await unless_gone(request.receive, work)
         finally:
             self._open.discard(request)
 
     async def _read(self, data: bytes) -> Text:
         async with self._reading:
             return await text_of(data)
+
+    async def _measure(self, data: bytes, tokenizer: Any, longest: int) -> Length:
+        async with self._reading:
+            return await run_in_threadpool(length_of, data, tokenizer, longest)
+
+
+def length_of(data: bytes, tokenizer: Any, longest: int) -> Length:
+    """longest: tokens that fit a context; of a text that certainly has more, only the beginning is tokenized."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise ApiError(400, "the text is not in UTF-8") from None
+    most = longest * max(map(len, tokenizer.get_vocab()))  # characters
+    return Length(tokens=len(tokenizer(text[: most + 1], add_special_tokens=False).input_ids))
 
 
 async def text_of(data: bytes) -> Text:

@@ -1,87 +1,24 @@
 // The conversation: questions with their documents, and answers as they come.
 
-import { AnswerText } from "./answer.js";
 import { shown } from "./documents.js";
 import { element } from "./elements.js";
+import { Answer, STOPPED } from "./reply.js";
 import { Failure, chat } from "./server.js";
 import { sampling } from "./settings.js";
 import { chosen } from "./store.js";
-
-const count = new Intl.NumberFormat("en");
 
 /** In the order that the model was trained on: the documents, then the question. */
 function prompt({ documents, text }) {
   return [...documents.map((document) => document.text), text].filter(Boolean).join("\n\n");
 }
 
-class Answer {
-  constructor(model, retry) {
-    this.model = model;
-    this.content = "";
-    this.promptIds = null; // until the server sends them
-    this.ids = []; // of the tokens that are shown
-    this.unshown = []; // of tokens whose text is still to come: half a character, or the start of a stop word
-    this.thought = element("div", { className: "text" });
-    this.said = element("div", { className: "text" });
-    const summary = element("summary", {}, "Reasoning");
-    this.reasoning = element("details", { className: "reasoning", hidden: true }, summary, this.thought);
-    this.failure = element("p", { className: "failure", hidden: true });
-    this.usage = element("span", { className: "usage" });
-    this.retry = element("button", { type: "button", className: "quiet" }, "Retry");
-    this.retry.addEventListener("click", retry);
-    this.foot = element("footer", { hidden: true }, this.usage, element("span", { className: "space" }), this.retry);
-    this.root = element("article", { className: "answer", ariaLabel: "Answer", ariaBusy: "true" });
-    this.root.append(this.reasoning, this.said, this.failure, this.foot);
-    this.texts = { content: new AnswerText(this.said), reasoning_content: new AnswerText(this.thought) };
-  }
-
-  push(chunk) {
-    this.promptIds ??= chunk.prompt_token_ids ?? null;
-    if (chunk.usage) this.counts = chunk.usage;
-    for (const { delta, token_ids: ids = [], finish_reason: finish } of chunk.choices) {
-      this.unshown.push(...ids);
-      this.finish = finish ?? this.finish;
-      for (const [kind, text] of Object.entries(this.texts)) {
-        if (!delta[kind]) continue;
-        if (this.begun === undefined) this.begun = performance.now();
-        if (kind === "reasoning_content") this.reasoning.hidden = false;
-        else this.content += delta[kind];
-        text.push(delta[kind], this.promptIds ? this.ids.length : null);
-        this.ids.push(...this.unshown);
-        this.unshown = [];
-      }
-    }
-  }
-
-  /** problem: a line of text, if the answer ended early. */
-  end(problem) {
-    for (const text of Object.values(this.texts)) text.finish();
-    this.root.ariaBusy = "false";
-    const cut = this.finish === "length" ? "Cut off: the answer reached its maximum length." : "";
-    const unanswered = !this.content && !this.reasoning.hidden;
-    if (unanswered) this.reasoning.open = true;
-    this.failure.textContent = problem ?? (cut || (unanswered ? "The model stopped within its reasoning." : ""));
-    this.failure.hidden = !this.failure.textContent;
-    this.usage.textContent = this.usageText();
-    this.foot.hidden = false;
-  }
-
-  usageText() {
-    if (!this.counts) return "";
-    const { prompt_tokens: read, completion_tokens: written, prompt_tokens_details: details } = this.counts;
-    const seconds = (performance.now() - this.begun) / 1000;
-    const parts = [`${count.format(read)} tokens read`];
-    if (details?.cached_tokens) parts.push(`${count.format(details.cached_tokens)} of them cached`);
-    parts.push(`${count.format(written)} written`);
-    if (written > 1 && seconds > 0) parts.push(`${((written - 1) / seconds).toFixed(1)} tokens/s`);
-    return parts.join(" · ");
-  }
-}
-
 export class Chat {
-  /** log: the element that holds the turns. changed: called when an answer begins or ends. */
-  constructor(log, changed) {
-    Object.assign(this, { log, changed, turns: [], stopping: null, welcome: [...log.children] });
+  /**
+   * log: the element that holds the turns. changed: called when an answer begins or ends, and after turns are removed.
+   * edit: called with a turn whose question the reader wants to change.
+   */
+  constructor(log, changed, edit) {
+    Object.assign(this, { log, changed, edit, turns: [], stopping: null, welcome: [...log.children] });
   }
 
   get busy() {
@@ -94,10 +31,55 @@ export class Chat {
     return this.turns.map((turn) => turn.answer).find((answer) => answer?.root === root);
   }
 
+  /** Tokens of the conversation up to a turn, null for all of it, as far as they are known. */
+  tokensBefore(turn) {
+    const earlier = turn ? this.turns.slice(0, this.turns.indexOf(turn)) : this.turns;
+    const answer = earlier.findLast((one) => one.answer?.promptIds)?.answer;
+    return answer ? answer.promptIds.length + answer.ids.length : 0;
+  }
+
+  /** Removes everything, and stops the answer that is being written. */
   clear() {
     this.stop();
     this.turns = [];
     this.log.replaceChildren(...this.welcome);
+    this.changed();
+  }
+
+  /** Removes a turn and all after it. */
+  cut(turn) {
+    const gone = this.turns.splice(this.turns.indexOf(turn));
+    for (const { question, answer } of gone) for (const root of [question, answer.root]) root.remove();
+    if (!this.turns.length) this.log.replaceChildren(...this.welcome);
+    this.changed();
+  }
+
+  /** The conversation, for `restore`. */
+  record() {
+    return this.turns.map(({ text, documents, answer }) => ({ text, documents, answer: answer.record() }));
+  }
+
+  restore(turns) {
+    for (const { text, documents, answer } of turns) {
+      const turn = this.add(text, documents);
+      turn.answer = Answer.restore(answer, () => this.again());
+      this.log.append(turn.answer.root);
+    }
+    this.turns.forEach(({ answer }, i) => (answer.retry.hidden = i < this.turns.length - 1));
+    this.follow(true);
+    this.changed();
+  }
+
+  /** A question at the end of the log. */
+  add(text, documents) {
+    const turn = { text, documents };
+    if (!this.turns.length) this.log.replaceChildren();
+    this.turns.push(turn);
+    const edit = element("button", { type: "button", className: "quiet", ariaLabel: "Edit the question" }, "Edit");
+    edit.addEventListener("click", () => this.edit(turn));
+    turn.question = element("div", { className: "question" }, ...documents.map(shown), element("p", {}, text), edit);
+    this.log.append(turn.question);
+    return turn;
   }
 
   stop() {
@@ -105,11 +87,7 @@ export class Chat {
   }
 
   async send(text, documents) {
-    const turn = { text, documents };
-    if (!this.turns.length) this.log.replaceChildren();
-    this.turns.push(turn);
-    this.log.append(element("div", { className: "question" }, ...documents.map(shown), element("p", {}, text)));
-    await this.answer(turn);
+    await this.answer(this.add(text, documents));
   }
 
   async again() {
@@ -134,8 +112,10 @@ export class Chat {
     const { model } = chosen();
     const stopping = (this.stopping = new AbortController());
     for (const { answer } of this.turns) if (answer) answer.retry.hidden = true;
-    turn.answer = new Answer(model, () => this.again());
+    const read = this.tokensBefore(turn) + turn.documents.reduce((sum, document) => sum + (document.tokens ?? 0), 0);
+    turn.answer = new Answer(model, read, () => this.again());
     this.log.append(turn.answer.root);
+    turn.answer.wait();
     this.changed();
     this.follow(true);
     let problem;
@@ -147,11 +127,10 @@ export class Chat {
       }
     } catch (error) {
       if (error.name !== "AbortError" && !(error instanceof Failure)) throw error;
-      problem = error instanceof Failure ? error.message : "Stopped.";
+      problem = error instanceof Failure ? error.message : STOPPED;
     } finally {
       const atEnd = this.isAtEnd();
       turn.answer.end(problem);
-      turn.answer.root.classList.toggle("failed", problem !== undefined && problem !== "Stopped.");
       if (this.stopping === stopping) this.stopping = null;
       this.follow(atEnd);
       this.changed();

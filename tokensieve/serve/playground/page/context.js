@@ -31,8 +31,9 @@ export class ContextText {
     this.marks = new Map();
   }
 
-  load({ text, starts }, next) {
+  load({ text, starts, markers }, next) {
     this.text = text;
+    this.markers = new Set(markers.slice(0, MAX_MARKS));
     this.units = unitStarts(text, starts);
     this.next = next;
   }
@@ -41,10 +42,24 @@ export class ContextText {
     return this.text.slice(this.units[position], this.units[position + 1]);
   }
 
-  /** Marks tokens, and returns how many. */
-  show({ values, kinds, ranked }) {
+  /** What stands around a token in its line and between markers, at most so many characters a side: {before, after}. */
+  around(position, length) {
+    let [first, last] = [position, position + 1];
+    const [from, to] = [this.units[first], this.units[last]];
+    while (first > 0 && !this.markers.has(first - 1) && this.units[first] > from - length) first--;
+    while (last < this.units.length - 1 && !this.markers.has(last) && this.units[last] < to + length) last++;
+    const before = this.text.slice(this.units[first], from);
+    const after = this.text.slice(to, this.units[last]);
+    return { before: before.slice(before.lastIndexOf("\n") + 1), after: after.split("\n")[0] };
+  }
+
+  /** Marks tokens, and returns how many. The markers of the chat template look like chips, read or not. */
+  show({ values, kinds, ranked, coloured }) {
     const marked = ranked.slice(0, MAX_MARKS).sort((a, b) => a - b);
-    const most = ranked.length ? values[ranked[0]] : 0;
+    const most = coloured.length ? values[coloured[0]] : 0;
+    const inColour = new Set(coloured);
+    const read = new Set(marked);
+    const unread = [...this.markers].filter((position) => !read.has(position));
     const made = document.createDocumentFragment();
     this.nodes = []; // {from: unit, node}, in the text's order
     this.marks = new Map();
@@ -52,15 +67,18 @@ export class ContextText {
     const plain = (to) => {
       if (to > end) this.nodes.push({ from: end, node: made.appendChild(new Text(this.text.slice(end, to))) });
     };
-    for (const position of marked) {
+    for (const position of [...marked, ...unread].sort((a, b) => a - b)) {
       plain(this.units[position]);
-      const strength = level(values[position], most);
+      const strength = inColour.has(position) ? `a${level(values[position], most)} ${KINDS[kinds[position]]}` : "aside";
+      const className = `${read.has(position) ? strength : ""} ${this.markers.has(position) ? "marker" : ""}`;
       // a token that is only part of a character has no text of its own
-      const className = `a${strength} ${KINDS[kinds[position]]}`;
-      const mark = element("mark", { className, tabIndex: -1 }, this.token(position));
-      mark.dataset.position = position;
-      this.marks.set(position, mark);
-      this.nodes.push({ from: this.units[position], node: made.appendChild(mark) });
+      const node = element(read.has(position) ? "mark" : "span", { className }, this.token(position));
+      if (read.has(position)) {
+        node.tabIndex = -1;
+        node.dataset.position = position;
+        this.marks.set(position, node);
+      }
+      this.nodes.push({ from: this.units[position], node: made.appendChild(node) });
       end = this.units[position + 1];
     }
     plain(this.text.length);

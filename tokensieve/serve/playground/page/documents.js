@@ -1,35 +1,46 @@
 // The documents of the next question. They are read in the browser, except for PDFs, which the server turns into text.
 
 import { element } from "./elements.js";
-import { Failure, textOfPdf } from "./server.js";
+import { decoded } from "./encoding.js";
+import { Failure, textOfPdf, tokensOf } from "./server.js";
 
 const MAX_BYTES = 16 * 2 ** 20; // the server's limit
-const kilo = (characters) =>
-  characters < 1000 ? `${characters}` : `${(characters / 1000).toFixed(characters < 1e5 ? 1 : 0)}k`;
+const count = new Intl.NumberFormat("en");
 
-/** {name, text, note}. Failure if the file holds no text. */
-async function read(file) {
-  if (file.size > MAX_BYTES) throw new Failure(`${file.name} is larger than 16 MiB.`);
+/** {name, text, notes}: notes are what the reader should know of it. Failure if the file holds no text. */
+async function textOf(file) {
+  const { name } = file;
+  if (file.size > MAX_BYTES) throw new Failure(`${name} is larger than 16 MiB.`);
   const begin = await file.slice(0, 1024).text();
   if (begin.trimStart().startsWith("%PDF-")) {
     try {
       const { text, pages } = await textOfPdf(file);
-      const length = `${pages} ${pages === 1 ? "page" : "pages"}, ${kilo(text.length)} characters`;
-      return { name: file.name, text, note: length };
+      return { name, text, notes: [`${pages} ${pages === 1 ? "page" : "pages"}`] };
     } catch (error) {
-      throw new Failure(`${file.name}: ${error.message}`);
+      throw new Failure(`${name}: ${error.message}`);
     }
   }
-  const bytes = await file.arrayBuffer();
-  let text = "\0";
+  const found = decoded(new Uint8Array(await file.arrayBuffer()));
+  if (!found) throw new Failure(`${name} is neither text nor a PDF. If it is text, save it as UTF-8.`);
+  if (!found.text.trim()) throw new Failure(`${name} is empty.`);
+  return { name, text: found.text, notes: found.encoding === "UTF-8" ? [] : [`read as ${found.encoding}`] };
+}
+
+/** {name, text, note, tokens}. tokens: null until `measure` knows them. */
+async function read(file) {
+  const { name, text, notes } = await textOf(file);
+  return { name, text, notes, note: [...notes, `${count.format(text.length)} characters`].join(", "), tokens: null };
+}
+
+/** A document with its length in tokens; unchanged if the server does not tell, which keeps no document away. */
+async function measure(document) {
   try {
-    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
-  } catch {
-    // reported below
+    const tokens = await tokensOf(document.text);
+    return { ...document, tokens, note: [...document.notes, `${count.format(tokens)} tokens`].join(", ") };
+  } catch (error) {
+    if (error instanceof Failure) return document;
+    throw error;
   }
-  if (text.includes("\0")) throw new Failure(`${file.name} is neither text in UTF-8 nor a PDF.`);
-  if (!text.trim()) throw new Failure(`${file.name} is empty.`);
-  return { name: file.name, text, note: `${kilo(text.length)} characters` };
 }
 
 /** A document as it appears with a question: its name, and its text when opened. */
@@ -54,11 +65,8 @@ export class Documents {
       this.reading += 1;
       this.changed();
       try {
-        const document = await read(file);
-        const remove = element("button", { type: "button", ariaLabel: `Remove ${document.name}` }, "×");
-        remove.addEventListener("click", () => this.remove(item));
-        item.replaceChildren(element("b", {}, document.name), element("span", {}, document.note), remove);
-        this.kept.set(item, document);
+        this.show(item, await read(file));
+        this.measuring = this.measure(item);
       } catch (error) {
         item.remove();
         this.failed(error instanceof Failure ? error.message : `${file.name} cannot be read.`);
@@ -66,6 +74,36 @@ export class Documents {
       this.reading -= 1;
       this.changed();
     }
+  }
+
+  /** Until a document is measured, it shows its characters, and may be sent. */
+  async measure(item) {
+    const measured = await measure(this.kept.get(item));
+    if (!this.kept.has(item)) return;
+    this.kept.set(item, measured);
+    item.querySelector("span").textContent = measured.note;
+    this.changed();
+  }
+
+  show(item, document) {
+    const remove = element("button", { type: "button", ariaLabel: `Remove ${document.name}` }, "×");
+    remove.addEventListener("click", () => this.remove(item));
+    item.replaceChildren(element("b", {}, document.name), element("span", {}, document.note), remove);
+    this.kept.set(item, document);
+  }
+
+  /** Documents that were read before. */
+  put(documents) {
+    for (const document of documents) {
+      const item = element("li", { className: "chip" });
+      this.tray.append(item);
+      this.show(item, document);
+    }
+    this.changed();
+  }
+
+  get tokens() {
+    return [...this.kept.values()].reduce((sum, document) => sum + (document.tokens ?? 0), 0);
   }
 
   remove(item) {

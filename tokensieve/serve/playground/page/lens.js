@@ -2,23 +2,26 @@
 
 import { ContextText } from "./context.js";
 import { element } from "./elements.js";
+import { Guide } from "./guide.js";
 import { Failure, lens } from "./server.js";
-import { ONLY_DENSE, sharesAt, sharesOf } from "./shares.js";
+import { ONLY_DENSE, everyday, sharesAt, sharesOf } from "./shares.js";
 import { Strip } from "./strip.js";
 
 const VIEWS = { read: "Read", dense: "Dense would read", difference: "Difference" };
-const NEAR = 64; // tokens; every token attends to its neighbours, so tokens further away are more informative
+const AROUND = 28; // characters of the text around the strongest token
 const count = new Intl.NumberFormat("en");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const exact = (share) => `${Number((100 * share).toPrecision(3))}%`;
-const quoted = (text) => `“${text.replaceAll("\n", "↵").replaceAll("\t", "⇥")}”`;
+const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+const quoted = (text) => `“${visible(text)}”`;
 
 /** Radio buttons in a row; arrow keys move between them. */
 function choice(name, legend, options, change) {
-  const made = options.map(([value, label, ...more], i) => {
+  const made = options.map(([value, label, { title = "", bar = "" } = {}], i) => {
     const input = element("input", { type: "radio", name, value, checked: i === 0 });
+    if (title) input.ariaLabel = `${legend} ${label}, ${title}`;
     input.addEventListener("change", () => change(value));
-    return element("label", {}, input, element("span", {}, label, ...more));
+    return element("label", { title }, input, element("span", {}, label, bar));
   });
   return element("fieldset", { className: "choice" }, element("legend", {}, legend), ...made);
 }
@@ -30,7 +33,9 @@ export class Lens {
     this.title = element("h2", {});
     this.close_ = element("button", { type: "button", className: "quiet", ariaLabel: "Close the lens" }, "Close");
     this.close_.addEventListener("click", () => this.close());
+    this.lead = element("p", { className: "lead" });
     this.summary = element("p", { className: "summary", role: "status" });
+    this.guide = new Guide(() => this.show({}));
     this.choices = element("div", { className: "choices" });
     this.canvas = element("canvas", { className: "strip", ariaHidden: "true" });
     const label = "The context that was read";
@@ -42,7 +47,8 @@ export class Lens {
     const steps = element("div", { className: "steps" }, this.strongest, this.stronger, this.weaker);
     const foot = element("footer", {}, this.detail, steps);
     const head = element("header", {}, this.title, element("span", { className: "space" }), this.close_);
-    panel.append(head, this.summary, this.choices, this.canvas, this.body, foot);
+    const { explained, key } = this.guide;
+    panel.append(head, this.lead, this.summary, explained, this.choices, key, this.canvas, this.body, foot);
     this.text = new ContextText(this.body);
     this.strip = new Strip(this.canvas, (position) => this.text.reveal(position));
     this.strongest.addEventListener("click", () => this.step(-Infinity));
@@ -72,6 +78,8 @@ export class Lens {
     this.title.replaceChildren("What led to ", element("q", {}, token.replaceAll("\n", "↵")));
     this.summary.textContent = `Reading ${count.format(ids.length)} tokens again…`;
     this.detail.textContent = "";
+    this.lead.textContent = "";
+    this.guide.hide();
     this.choices.replaceChildren();
     this.body.replaceChildren();
     this.close_.focus();
@@ -98,30 +106,34 @@ export class Lens {
   }
 
   load(data, token) {
-    Object.assign(this, { data, view: "read", layer: null, at: null });
+    Object.assign(this, { data, view: "read", layer: null, at: null, apart: everyday(data) });
     this.text.load(data, token);
     this.strip.load(data.context);
     const bar = (kept) => {
+      const share = percent(kept);
       const filled = element("i", {});
-      filled.style.height = percent(kept);
-      return element("span", { className: "kept", title: `holds ${percent(kept)} of dense attention` }, filled);
+      filled.style.height = share;
+      return { title: `holds ${share} of dense attention`, bar: element("span", { className: "kept" }, filled) };
     };
     const layers = data.layers.map((one, i) => [i, `${one.layer}`, bar(one.kept)]);
+    this.guide.load(data, this.apart);
     this.choices.append(
       choice("view", "Show", Object.entries(VIEWS), (view) => this.show({ view })),
       choice("layer", "Layer", [[null, "All"], ...layers], (layer) => this.show({ layer })),
     );
     this.show({});
-    const { ranked } = this.shares;
-    const far = ranked.find((position) => position < data.context - NEAR && position > 0) ?? ranked[0];
-    this.text.reveal(far);
+    this.text.reveal(this.shares.coloured[0]);
     this.draw();
   }
 
   show(changes) {
     Object.assign(this, changes);
     this.canvas.classList.toggle("difference", this.view === "difference");
-    this.shares = sharesOf(this.data, this.layer, this.view);
+    const leftOut = this.view === "difference" ? [] : this.guide.leftOut(); // both kinds of attention have them
+    const aside = new Set(leftOut.flatMap((name) => this.apart[name]));
+    this.shares = sharesOf(this.data, this.layer, this.view, aside);
+    this.guide.show(this.shares, this.apart, this.view);
+    this.lead.replaceChildren(...this.leading());
     const { scrollTop } = this.body;
     const marked = this.text.show(this.shares);
     this.body.scrollTop = scrollTop;
@@ -130,6 +142,23 @@ export class Lens {
     for (const button of [this.strongest, this.stronger, this.weaker]) button.disabled = !marked;
     this.settle(this.at);
     this.draw();
+  }
+
+  /** Where most of the attention went, in a sentence of texts and elements. */
+  leading() {
+    const { values, ranked, coloured } = this.shares;
+    if (this.view === "difference" || !coloured.length) return [];
+    const position = coloured[0];
+    const { before, after } = this.text.around(position, AROUND);
+    const place = element("span", { className: "place" }, visible(before));
+    place.append(element("b", {}, visible(this.text.token(position))), visible(after));
+    const one = this.layer === null ? "the model" : `layer ${this.data.layers[this.layer].layer}`;
+    const looked = this.view === "dense" ? `dense attention would make ${one} look` : `${one} looked`;
+    const back = this.data.context - position;
+    const far = `${count.format(back)} ${back === 1 ? "token" : "tokens"} back`;
+    const share = `${exact(values[position])} of the attention`;
+    const uncounted = coloured.length < ranked.length ? " Dotted tokens are not counted." : "";
+    return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, ` ${far}: ${share}.${uncounted}`];
   }
 
   /** The view in a sentence or two, as texts and elements. */
@@ -187,10 +216,10 @@ export class Lens {
 
   /** Moves to the token that is so many places weaker; negative: stronger. */
   step(places) {
-    const { ranked } = this.shares;
-    if (!ranked.length) return;
-    const rank = Math.min(Math.max(ranked.indexOf(this.at) + places, 0), this.text.order.length - 1);
-    this.text.reveal(ranked[rank]);
+    const { coloured } = this.shares;
+    if (!coloured.length) return;
+    const last = Math.min(coloured.length, this.text.order.length) - 1;
+    this.text.reveal(coloured[Math.min(Math.max(coloured.indexOf(this.at) + places, 0), last)]);
     this.draw();
   }
 

@@ -39,9 +39,21 @@ const posted = (body, signal) => ({
   signal,
 });
 
+/** [{name, limit}]. limit: tokens of a conversation and its answer together. */
 export async function models() {
   const { data } = await (await ask("v1/models")).json();
-  return data.map((model) => model.id);
+  return data.map(({ id, max_model_len: limit }) => ({ name: id, limit }));
+}
+
+export async function tokensOf(text) {
+  const headers = { "Content-Type": "text/plain" };
+  return (await (await ask("documents", { method: "POST", headers, body: text })).json()).tokens;
+}
+
+/** The text of one of the page's own files. */
+export async function sourceOf(name) {
+  const response = await ask(`page/${name}`);
+  return await guarded(() => response.text(), "The connection was lost.");
 }
 
 export async function textOfPdf(file) {

@@ -1,6 +1,6 @@
 // The settings dialog. A change is stored at once, unless it is out of range.
 
-import { find } from "./elements.js";
+import { element, find } from "./elements.js";
 import { choose, chosen, forget } from "./store.js";
 import { applyTheme } from "./theme.js";
 
@@ -15,8 +15,24 @@ function fill(dialog) {
     if (input.type === "checkbox") input.checked = now[input.name];
     else if (input.type === "radio") input.checked = input.value === now[input.name];
     else input.value = now[input.name] ?? "";
-    input.ariaInvalid = null;
+    judge(input);
   }
+}
+
+/** Says below an input what is wrong with its value, and returns whether nothing is. */
+function judge(input) {
+  const fine = input.checkValidity();
+  input.ariaInvalid = fine ? null : "true";
+  const line = input.parentElement.querySelector(".wrong");
+  if (line) line.textContent = fine ? "" : complaint(input);
+  return fine;
+}
+
+function complaint({ name, min, max, step }) {
+  const kind = step === "1" ? "whole number" : "number";
+  const range = max ? `from ${min} to ${max}` : `of at least ${min}`;
+  const now = chosen()[name];
+  return `Not used: this takes a ${kind} ${range}, or nothing. ${now === null ? "The default" : now} holds.`;
 }
 
 export function installSettings(themed) {
@@ -29,16 +45,21 @@ export function installSettings(themed) {
     fill(dialog);
     dialog.showModal();
   });
-  find("close-settings").addEventListener("click", () => dialog.close());
+  find("close-settings").addEventListener("click", () => {
+    const wrong = dialog.querySelector("[aria-invalid]");
+    if (wrong) wrong.focus();
+    else dialog.close();
+  });
+  for (const input of dialog.querySelectorAll("[type=number]")) {
+    input.after(element("p", { className: "wrong", role: "alert" }));
+  }
   find("reset-settings").addEventListener("click", () => {
     forget();
     fill(dialog);
     show();
   });
   dialog.addEventListener("input", ({ target }) => {
-    const fine = target.checkValidity();
-    target.ariaInvalid = fine ? null : "true";
-    if (fine) choose({ [target.name]: (VALUES[target.type] ?? (() => target.value))(target) });
+    if (judge(target)) choose({ [target.name]: (VALUES[target.type] ?? (() => target.value))(target) });
     show();
   });
 }

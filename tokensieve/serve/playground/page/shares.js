@@ -6,12 +6,12 @@ export const ONLY_READ = 1;
 export const ONLY_DENSE = 2;
 
 /**
- * The shares of one view. layer: its index in the list, or null for the mean of all layers.
+ * The shares of one view. layer: its index in the list, or null for the mean of all layers. aside: a set of positions.
  *
- * Returns {values, kinds, ranked}: the share and the kind of each position, and the positions that are listed, the
- * strongest first.
+ * Returns {values, kinds, ranked, coloured}: the share and the kind of each position; the positions that are listed,
+ * the strongest first; and those of them that are not aside, or all if no other is left.
  */
-export function sharesOf({ context, layers }, layer, view) {
+export function sharesOf({ context, layers }, layer, view, aside) {
   const chosen = layer === null ? layers : [layers[layer]];
   const read = new Float64Array(context);
   const dense = new Float64Array(context);
@@ -42,7 +42,22 @@ export function sharesOf({ context, layers }, layer, view) {
     ranked.push(position);
   }
   ranked.sort((a, b) => values[b] - values[a] || a - b);
-  return { values, kinds, ranked };
+  const others = ranked.filter((position) => !aside.has(position));
+  return { values, kinds, ranked, coloured: others.length ? others : ranked };
+}
+
+const NEIGHBOURS = 8; // every token attends to the last ones before it
+
+/**
+ * Tokens that get attention whatever is written, by name: {markers, neighbours}, arrays of positions. The first token
+ * counts as a marker, because models rest their attention on it.
+ */
+export function everyday({ context, markers }) {
+  const neighbours = Math.min(NEIGHBOURS, Math.floor(context / 4));
+  return {
+    markers: [...new Set([0, ...markers])],
+    neighbours: Array.from({ length: neighbours }, (_, i) => context - neighbours + i),
+  };
 }
 
 /** How strongly a share is shown, from 0 to 9. By its square root, because most of the attention goes to few tokens. */

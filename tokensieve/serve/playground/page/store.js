@@ -11,6 +11,8 @@ const DEFAULTS = {
   max_tokens: null,
   seed: null,
   thinking: false,
+  keep: false, // whether the conversation is kept, too
+  guide: true, // whether the lens explains itself
 };
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"]; // or null: the server's default
 
@@ -44,7 +46,8 @@ export function choose(changes) {
   }
 }
 
-/** Resets all settings but the model to the defaults. */
+/** Resets all settings to the defaults but those outside of the dialog. */
 export function forget() {
-  choose({ ...DEFAULTS, model: now.model });
+  const { model, keep, guide } = now;
+  choose({ ...DEFAULTS, model, keep, guide });
 }

@@ -25,7 +25,7 @@ export class Strip {
   }
 
   /** visible: the first and the last token that are in sight. */
-  draw({ values, kinds, ranked }, visible) {
+  draw({ values, kinds, coloured }, visible) {
     const { canvas, context } = this;
     const scale = devicePixelRatio || 1;
     const width = (canvas.width = Math.round(canvas.clientWidth * scale));
@@ -34,7 +34,7 @@ export class Strip {
     const wide = 2 * scale; // a column's width, in pixels of the canvas
     const columns = Math.ceil(width / wide);
     const sums = [new Float64Array(columns), new Float64Array(columns)];
-    for (const position of ranked) {
+    for (const position of coloured) {
       const column = Math.floor((position / context) * columns);
       sums[kinds[position] === ONLY_DENSE ? 1 : 0][column] += values[position];
     }
