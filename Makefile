@@ -25,7 +25,7 @@ PYTEST := $(PY) -m pytest
 export PYTHONPATH := $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all check bench test-gpu bench-gpu
+.PHONY: demo test test-all fresh check bench test-gpu bench-gpu
 
 demo: $(RUNTIME)
 	$(PY) -m tokensieve demo
@@ -46,6 +46,10 @@ test-all: check $(BROWSER)
 	@OMP_NUM_THREADS=1 timeout --foreground -s INT -k 1m $(LIMIT) $(PYTEST) $(WORKERS) $(OPTIONS) || { status=$$?; \
 	  case $$status in 124 | 137) echo "test-all: stopped, for it took more than $(LIMIT), the most that it may" >&2; esac; \
 	  exit $$status; }
+
+# The same on a machine with nothing else: see the script. As root, for root and for an ordinary user.
+fresh:
+	tests/fresh_machine.sh demo test
 
 check: $(DEV)
 	$(PY) -m ruff check .

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tokensieve.config import UserError
-from tokensieve.files import check_free, is_free, write_json, write_text
+from tokensieve.files import LOCK, check_free, is_free, locked, write_json, write_text
 from tokensieve.model.positions import check_positions
 
 
@@ -18,7 +18,7 @@ def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path: Path, mo
         write_text(path, "half")
     assert json.loads(path.read_text()) == {"loss": 1.5}
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="free some space or choose another folder"):
+    with pytest.raises(UserError, match="check the path and its permissions"):
         write_text(tmp_path / "file" / "below", "x")
 
 
@@ -29,6 +29,23 @@ def test_free_folders(tmp_path: Path) -> None:
     check_free(tmp_path / "empty")
     with pytest.raises(UserError, match="exists already; name a new folder, or remove it first"):
         check_free(tmp_path)
+
+
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    mine, made = tmp_path / "mine", tmp_path / "made"
+    mine.mkdir()
+    with locked(mine), locked(made):
+        assert is_free(mine)  # the lock alone is nothing
+        with pytest.raises(UserError, match="mine is in use by another run; wait for its end, or name another folder"):
+            with locked(mine):
+                pass
+    assert mine.is_dir() and not made.exists() and not (mine / LOCK).exists()
+    with locked(made):
+        (made / "result").write_text("1")
+    with locked(made):  # again
+        assert not is_free(made)
+    with pytest.raises(UserError, match="result cannot be written .*check the path"), locked(made / "result"):
+        pass
 
 
 def test_positions() -> None:

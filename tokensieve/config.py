@@ -7,6 +7,7 @@ one is an error, and `--set a.b=value` changes one. (A model's config is its fam
 import dataclasses
 import importlib.resources
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,9 +29,22 @@ class UserError(Exception):
         return "; ".join(map(str, self.args))
 
 
+SELECTOR_NAMES = ("indexer", "window", "oracle", "dense")  # the names of tokensieve.model.selection's own
+
+
+def check_selector(name: str) -> str:
+    """The name of a selector as given, without importing it. UserError unless in SELECTOR_NAMES or module:function."""
+    module, _, function = name.partition(":")
+    if name not in SELECTOR_NAMES and not (module and function):
+        raise UserError(
+            f"selection {name!r} is unknown; use one of {', '.join(SELECTOR_NAMES)}, or module:function for your own"
+        )
+    return name
+
+
 @dataclass(frozen=True)
 class SourceConfig:
-    source: str  # "python", "retrieval", "chat", a folder, a file, a glob, a .jsonl or hf:NAME
+    source: str  # "python", "retrieval", "chat", a folder, a file, a glob or hf:NAME; of rows also SOURCE#FIELD
     weight: float = 1.0  # share of the sequences, relative to the other sources
 
 
@@ -96,6 +110,11 @@ class TrainConfig:
     track: tuple[str, ...] = ("tensorboard",)  # also "wandb"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selection, bool | str):
+            raise UserError(
+                f"selection takes a name, and got {self.selection!r}; write your own function as module:function, or "
+                "run inside a tokensieve.selecting block"
+            )
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
 
@@ -144,6 +163,7 @@ class ParitySizes:
     contexts: tuple[int, ...]  # tokens of a prompt, all more than k
     texts: int  # held-out sequences whose perplexity is measured
     needle_contexts: int  # each holds 16 needles, every one asked for
+    ppl_after: int = 0  # tokens that perplexity leaves out, if more than k: as many in every evaluation of a sweep of k
     times_k: int = 0  # a context is lengthened to at least so many times the model's k tokens; 0: none is
     recall_sequences: int = 2  # held-out sequences in which the indexer's recall is measured
     recall_queries: int = 128  # queries measured in each layer of each of these sequences
@@ -252,3 +272,14 @@ def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config's tables, each key as `--set` takes it."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple | list) else ()
+    tables = [(f"{key}.{name}" if key else str(name), entry) for name, entry in entries]
+    if isinstance(value, dict) or any(isinstance(entry, dict) for _, entry in tables):
+        for name, entry in tables:
+            yield from flat(entry, name)
+    else:
+        yield key, value

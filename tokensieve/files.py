@@ -1,10 +1,28 @@
-"""Files that are written whole, and folders that must be free."""
+"""Files that are written whole, folders that are free or held by one process, and those that models are named by."""
 
+import errno
+import fcntl
+import importlib.resources
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tokensieve.config import UserError
+
+log = logging.getLogger("tokensieve")
+
+LOCK = ".lock"  # of a folder that a process holds
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written or read."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space" if full else "check the path and its permissions"
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -22,8 +40,7 @@ def write_text(path: str | Path, text: str) -> Path:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        remedy = "free some space or choose another folder"
-        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); {remedy(error)}") from error
     return path
 
 
@@ -35,10 +52,84 @@ def write_json(path: str | Path, value: Any) -> Path:
 def is_free(folder: str | Path) -> bool:
     """Whether a folder can be made here: nothing has the name, or an empty folder has it."""
     folder = Path(folder)
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    return not folder.exists() or (folder.is_dir() and all(path.name == LOCK for path in folder.iterdir()))
 
 
 def check_free(folder: str | Path) -> None:
     """UserError if something stands where the folder is to be made."""
     if not is_free(folder):
         raise UserError(f"{folder} exists already; name a new folder, or remove it first")
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Within the block no other block, of this process or another one, holds the folder.
+
+    The folder is made if it is missing, and goes again if nothing was put into it. The system frees the lock of a
+    process that is killed.
+
+    Raises:
+        UserError: somebody else holds the folder, or it cannot be written.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _held(folder / LOCK)
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is in use by another run; wait for its end, or name another folder") from error
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); {remedy(error)}") from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+        if made and folder.is_dir() and is_free(folder):
+            folder.rmdir()
+
+
+def _held(path: Path) -> TextIO:
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+            log.warning("%s: its file system has no locks; do not start a second run in this folder", path.parent)
+        # Whoever held the lock before may have removed the file that is now locked.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()
+
+
+def refuse_file(path: Path) -> None:
+    """Raises UserError if the path of a checkpoint folder is that of a file."""
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{path}: a GGUF file, which is not read; give the folder of the safetensors it was made from")
+    if path.is_file():
+        raise UserError(f"{path}: a file; give the folder that holds it, its config.json and its tokenizer")
+
+
+def known_folder(model: str | Path) -> Path | None:
+    """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
+
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, and for
+    a file's.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    refuse_file(path)
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    if (root / str(model)).is_dir():
+        return root / str(model)
+    if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
+        return None
+    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
+    raise UserError(
+        f"model {str(model)!r}: no such folder, and not a bundled model ({bundled}); "
+        "give a checkpoint folder or owner/name"
+    )

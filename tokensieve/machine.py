@@ -7,9 +7,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from tokensieve.config import UserError
+
+
+def check_device(device: str) -> str:
+    """The device as given. UserError unless it is auto, cpu or cuda, with a number or without; torch is not asked."""
+    if device != "auto" and device.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"device {device}: use auto, cpu or cuda")
+    return device
 
 
 def choose_device(device: str = "auto") -> str:
@@ -17,10 +22,11 @@ def choose_device(device: str = "auto") -> str:
 
     Raises UserError for another kind of device, and for CUDA if there is none.
     """
+    check_device(device)
+    import torch  # here, so that the other answers of this file, and refusals, do not load it
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"device {device}: use auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device}: torch sees no CUDA device here; see tokensieve doctor")
     return device

@@ -1,6 +1,6 @@
 """The processes of one job, as torchrun starts them: the device of each, and the collectives between them.
 
-Training and the engine both build on it. All ranks call the same methods in the same order.
+The engine builds on it, and training on many GPUs will. All ranks call the same methods in the same order.
 """
 
 import functools

@@ -233,6 +233,26 @@ def test_fp8_blocks_with_ragged_edges(block: tuple[int, int], tmp_path: Path) ->
         checkpoint.load_tensors(source, config, torch.float32)
 
 
+def test_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """UE8M0 scales, stored as such, are worth the same as in float32; for values the format is refused."""
+    config = sparse_config(quantization_config={"quant_method": "fp8"})
+    stored = dict(random_tensors(config))
+    for name in [name for name in stored if name.endswith("_proj.weight") and "weights_proj" not in name]:
+        stored[name], stored[f"{name}_scale_inv"] = quant.quantize_weight(stored[name], scale_format="ue8m0")
+    short = {k: v.to(torch.float8_e8m0fnu) if k.endswith("_scale_inv") else v for k, v in stored.items()}
+    wide, narrow = write_folder(tmp_path / "a", config, stored), write_folder(tmp_path / "b", config, short)
+    assert_same(loaded(wide, config), loaded(narrow, config))
+    kept = checkpoint.block_tensors(narrow, config) & {"model.layers.0.self_attn.o_proj.weight"}
+    assert kept
+    for folder in (wide, narrow):
+        held = dict(checkpoint.load_tensors(folder, config, torch.float32, kept))
+        scales = held["model.layers.0.self_attn.o_proj.weight_scale_inv"]
+        assert torch.equal(scales, stored["model.layers.0.self_attn.o_proj.weight_scale_inv"])
+    write_folder(narrow, config, short | {"model.norm.weight": torch.ones(32).to(torch.float8_e8m0fnu)})
+    with pytest.raises(UserError, match=r"model.norm.weight is stored as F8_E8M0"):
+        checkpoint.load_tensors(narrow, config, torch.float32)
+
+
 @pytest.mark.parametrize("block", [[128], [128, 0], [128, 128, 128], 128, ["128", "128"]])
 def test_a_block_size_that_is_none_is_refused(tmp_path: Path, block: object) -> None:
     config = sparse_config()

@@ -46,6 +46,10 @@ def test_bad_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"model.safetensors: truncated or corrupt .*again") as caught:
             checkpoint.load_tensors(tmp_path / "m", config, torch.float32)
         assert "\n" not in str(caught.value)
+    (tmp_path / "m" / "state.json").write_text("{}")  # a training run wrote it, so there is nothing to download
+    with pytest.raises(UserError, match=r"truncated or corrupt .*; remove .*m to resume from the checkpoint before it"):
+        checkpoint.load_tensors(tmp_path / "m", config, torch.float32)
+    (tmp_path / "m" / "state.json").unlink()
     path.unlink()
     with pytest.raises(UserError, match="no safetensors file"):
         checkpoint.load_tensors(tmp_path / "m", config, torch.float32)

@@ -235,6 +235,17 @@ def test_weights_that_are_not_numbers(refused, home: Path, tmp_path: Path, stage
     refused((), *tiny(home, stage, tmp_path / "t", "--model", tmp_path / "nan"))
 
 
+def test_logits_that_are_not_numbers(refused, home: Path, tmp_path: Path) -> None:
+    model = tokensieve.load(home / "sparse")
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    model.folder = home / "sparse"
+    tokensieve.save(model, tmp_path / "broken")
+    (tmp_path / "prompts.txt").write_text("Who are you?")
+    for how in (("--prompt", "x"), ("--chat", "x", "--temperature", "1"), ("--input-file", tmp_path / "prompts.txt")):
+        refused(("logits are not finite",), "generate", tmp_path / "broken", *how)
+
+
 def test_a_full_disk(refused, home: Path, tmp_path: Path, monkeypatch) -> None:
     usage = writing.shutil.disk_usage
 

@@ -44,6 +44,23 @@ def test_generate_in_both_ways(home: Path, run: Any) -> None:
     assert answers[NAME, "--input-file"] != answers["indexer", "--input-file"]
 
 
+def test_the_page_can_be_followed(home: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of docs/selection.md, as it stands there, is found, selects and is measured."""
+    page = (Path(__file__).parents[2] / "docs" / "selection.md").read_text(encoding="utf-8")
+    (tmp_path / "mine.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("tokensieve.data.sources.is_held_out", lambda name, share: True)
+    ended = run("generate", home / "sparse", "--prompt", TEXT, "--selection", "mine:with_recent", "--max-new-tokens", 3)
+    assert ended.status == 0, ended.err
+    arm = ("--arm", "recent=mine:with_recent", "--set", "sparse.needle_contexts=1", "--set", "sparse.texts=1")
+    data = ("--data", home / "text" / "*.py", "--context", "1500", "--out", tmp_path)
+    ended = run("eval", home / "sparse", "--quick", *arm, *data)
+    assert ended.status == 0 and "recent" in ended.out, ended.err
+    figures = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["selections"] == {"recent": "mine:with_recent"}
+    assert set(figures["recent"]) == set(figures["sparse"]) and figures["recent"] != figures["sparse"]
+
+
 def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
     arguments = commands.tiny(
         home, "adapt", tmp_path / "run", "--set", f'selection="{NAME}"', "--set", "phases.0.steps=1"
@@ -51,6 +68,7 @@ def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
     ended = run(*arguments)
     assert ended.status == 0, ended.err
     assert json.loads((tmp_path / "run" / "config.json").read_text())["selection"] == NAME
+    assert ended.out.splitlines()[-1].endswith(f"--arm trained={NAME}")
 
 
 def test_bad_names_are_refused(home: Path, run: Any) -> None:

@@ -1,5 +1,6 @@
 """The engine in a terminal: a conversation that goes on, and the prompts of a file."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -52,11 +53,13 @@ def test_a_conversation_goes_on_until_it_is_cleared(engine: Engine, monkeypatch:
         return known(tokenizer, messages)
 
     monkeypatch.setattr(terminal, "prompt_of", kept)
-    written, said = talk(engine, "Who are you?", "", "/what", "And then?", "/clear", "Who are you?", "/exit", "never")
+    written, said = talk(
+        engine, "Who are you?", "", "/what", "And then?", "/clear", "/help", "Who are you?", "/exit", "never"
+    )
     answers = written.split("\n")
     assert [m["role"] for m in asked[1]] == ["user", "assistant", "user"] and asked[1][1]["content"] in written
     assert len(asked) == 3 and asked[2] == asked[0] and answers[-2] == answers[0] != ""
-    assert said[0] == terminal.HELP and "/what is unknown" in said[1] and said[2] == "forgotten"
+    assert said[0] == terminal.HELP and "/what is unknown" in said[1] and said[2:] == ["forgotten", terminal.HELP]
 
 
 def test_interrupted_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,12 +68,18 @@ def test_interrupted_answers_stay(engine: Engine, monkeypatch: pytest.MonkeyPatc
     def interrupted() -> Any:
         steps[0] += 1
         if steps[0] == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return whole()
 
     monkeypatch.setattr(engine, "step", interrupted)
     written, _ = talk(engine, "Who are you?", tokens=40)
     assert 0 < len(written.strip()) < 40 and steps[0] == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_paste_that_begins_with_a_slash_is_a_message(engine: Engine) -> None:
+    written, said = talk(engine, "/* a comment */\nint x;")
+    assert written.strip() and said == [terminal.HELP]
 
 
 def test_a_conversation_that_is_too_long_goes_on(engine: Engine) -> None:

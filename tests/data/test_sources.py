@@ -154,9 +154,10 @@ def test_limit_bytes_takes_a_stable_sample(tmp_path):
         (lambda root: str(root / "*.txt"), "holds no files"),
         (lambda root: str(root), "holds no files"),
         (lambda root: _file(root, "blank.txt", " "), "no readable text"),
-        (lambda root: _file(root, "x.jsonl", '{"text": 1}'), 'no "text" string'),
+        (lambda root: _file(root, "x.jsonl", '{"text": 1}'), 'no "text" string or messages, but int'),
         (lambda root: _file(root, "x.jsonl", "{"), "line 1 is not JSON"),
         (lambda root: _file(root, "x.jsonl", b"\xff"), "not UTF-8"),
+        (lambda root: _file(root, "x.bin", b"\xff"), "1 not UTF-8 text"),
     ],
 )
 def test_bad_sources_say_what_and_how(tmp_path, make, words):
@@ -183,5 +184,13 @@ def test_a_hugging_face_name_that_cannot_be_opened(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split, streaming: iter(rows))
     assert names("hf:someone/thing:small:test", split="all", limit_bytes=12) == ["someone/thing:0", "someone/thing:1"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter([{"content": "x"}]))
-    with pytest.raises(UserError, match='no "text" column'):
+    with pytest.raises(UserError, match='no "text" field .it has content.'):
         list(read_documents("hf:someone/thing"))
+
+
+def test_too_few_documents_to_hold_any_out(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(3)))
+    with pytest.raises(UserError, match=r"too few for a share of 0.02; raise held_out_share \(1 takes all of them\)"):
+        names(str(path), split="test")
+    assert len(names(str(path), split="test", held_out_share=1.0)) == 3

@@ -48,11 +48,12 @@ def test_commands(home: Path) -> None:
     assert line("sglang", "sparse") == f"{sglang} /sparse {dp8}"
     assert line("sglang", "dense") == f"{sglang} /dense {dp8}"
     assert line("sglang", "sparse", gpus=1, context=64) == f"{sglang} /sparse --tp 1 --context-length 64"
-    assert line("sglang", "sparse", hardware="mi350") == (
-        "SGLANG_NSA_FUSE_TOPK=false SGLANG_NSA_KV_CACHE_STORE_FP8=false SGLANG_NSA_USE_REAL_INDEXER=true "
-        f"SGLANG_NSA_USE_TILELANG_PREFILL=True {sglang} /sparse --tp 8 --disable-cuda-graph --mem-fraction-static 0.85 "
-        "--page-size 64 --nsa-prefill tilelang --nsa-decode aiter"
-    )
+    for name in ("mi300", "mi350"):
+        assert line("sglang", "sparse", hardware=name) == (
+            f"{sglang} /sparse --tp 8 --nsa-prefill-backend tilelang --nsa-decode-backend tilelang"
+        )
+    assert line("sglang", "sparse", hardware="b200") == f"{sglang} /sparse {dp8}"
+    assert line("vllm", "sparse", hardware="b200") == "vllm serve /sparse --tensor-parallel-size 8"
     assert line("sglang", "dense", hardware="mi350") == f"{sglang} /dense --tp 8"
     npu = "--attention-backend ascend --mem-fraction-static 0.85 --chunked-prefill-size 32768 --disable-radix-cache"
     assert line("sglang", "sparse", hardware="npu-a2") == f"{sglang} /sparse --tp 8 {npu}"
@@ -137,7 +138,7 @@ def test_compose(home: Path, tmp_path: Path) -> None:
     write_compose(found, file)
     mount = {"type": "bind", "source": str(folder), "target": "/model", "read_only": True}
     service = {
-        "image": "lmsysorg/sglang:dsv32",
+        "image": "lmsysorg/sglang:latest",
         "entrypoint": (
             "python -m sglang.launch_server --model /model --host 0.0.0.0 --port 30000 "
             "--tp 8 --dp 8 --enable-dp-attention --reasoning-parser deepseek_v3"
@@ -167,7 +168,7 @@ def test_compose_of_other_hardware(home: Path) -> None:
     assert vllm["entrypoint"] == "vllm serve /model --tensor-parallel-size 4".split()
     assert vllm["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 4
     amd = service("sglang", hardware="mi350")
-    assert amd["image"] == "lmsysorg/sglang:dsv32-rocm" and amd["environment"] == HARDWARE["mi350"].sparse_environment
+    assert amd["image"] == "lmsysorg/sglang:v0.5.8-rocm700-mi35x" and "environment" not in amd
     assert amd["devices"] == ["/dev/kfd:/dev/kfd", "/dev/dri:/dev/dri"] and "deploy" not in amd
     for name, image in (("npu-a2", "lmsysorg/sglang:dsv32-a2"), ("npu-a3", "lmsysorg/sglang:dsv32-a3")):
         npu = service("sglang", hardware=name, gpus=4)
@@ -230,15 +231,25 @@ def test_the_program_is_missing(run, home: Path, monkeypatch, tmp_path: Path) ->
         commands.refusal(run)((f"{program} is not on PATH", "install"), "deploy", engine, home / "sparse", "--run")
 
 
-def test_the_environment_goes_along(home: Path, monkeypatch) -> None:
+def test_it_becomes_the_program(home: Path, monkeypatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setattr(os, "execvpe", lambda *arguments: asked.extend(arguments))
+    monkeypatch.setattr(os, "execvp", lambda *arguments: asked.extend(arguments))
     found: Deployment = plan("sglang", str(home / "sparse"), hardware="mi350")
     become(found)
-    program, words, environment = asked
-    assert program == "python" and words == found.command()
-    assert environment == os.environ | found.environment and environment["SGLANG_NSA_FUSE_TOPK"] == "false"
+    assert asked == ["python", found.command()]
+
+
+def test_deepseek_v32_as_published_has_no_chat_template(home: Path, tmp_path: Path) -> None:
+    """vLLM is told to use its own encoder, SGLang finds it by itself; the parsers are a hint, not passed."""
+    folder = shutil.copytree(home / "sparse", tmp_path / "model")
+    edit("tokenizer_config.json", chat_template=...)(folder)
+    vllm, sglang = plan("vllm", str(folder)), plan("sglang", str(folder))
+    assert vllm.line().endswith("--tensor-parallel-size 8 --tokenizer-mode deepseek_v32")
+    assert sglang.line() == plan("sglang", str(home / "sparse")).line().replace(str(home / "sparse"), str(folder))
+    assert vllm.parsers[-3:] == ("--tool-call-parser", "deepseek_v32", "--enable-auto-tool-choice")
+    assert "deepseekv32" in sglang.parsers
+    assert plan("vllm", str(home / "sparse")).parsers == ()  # with a template of its own, nobody knows its notation
 
 
 @pytest.mark.slow

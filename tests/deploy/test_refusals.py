@@ -175,7 +175,7 @@ def test_refused_together(home: Path, tmp_path: Path) -> None:
 
 def test_refused_asks(home: Path, tmp_path: Path) -> None:
     sparse = home / "sparse"
-    assert "vLLM is set up for h200" in reasons("vllm", sparse, hardware="mi350")[0]
+    assert "vLLM is set up for h200 and b200" in reasons("vllm", sparse, hardware="mi350")[0]
     assert "'tgi' is not known" in reasons("tgi", sparse)[0]
     assert "have no FP8" in reasons("sglang", home / "fp8", hardware="npu-a2", gpus=2)[0]
     assert "4096 positions" in reasons("vllm", sparse, context=4097)[0]

@@ -99,6 +99,15 @@ def test_perplexity_counts_positions_that_see_more_than_k(dense, texts):
     assert whole == pytest.approx(float(losses.mean()))
 
 
+def test_a_sweep_of_k_counts_the_same_tokens(encode, dense, texts, task, questions):
+    """So that the dense arm stays where it is."""
+    arms = {"dense": evals.Arm(dense, "dense")}
+    swept = [evals.compare(arms, encode, texts, task, questions, k, ppl_after=2 * K)["dense"].text for k in (K // 2, K)]
+    assert swept[0] == swept[1] == evals.perplexity(dense, texts, 2 * K)
+    longer = evals.compare(arms, encode, texts, task, questions, 2 * K, ppl_after=K)["dense"].text
+    assert longer == swept[0]  # what sees at most k tokens never counts
+
+
 def test_arms_differ_only_beyond_k(dense, sparse, texts):
     with tokensieve.selecting(sparse, "window"):
         window = evals.token_losses(sparse, texts[0])

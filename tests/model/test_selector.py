@@ -69,6 +69,13 @@ def test_training_selects_by_it() -> None:
     _, own = run(NAME)
     _, plain = run(True)
     assert own["kl"] != plain["kl"] and own["lm"] != plain["lm"]
+    settings = TrainConfig("adapt", "", "", (PhaseConfig(1, 48, 2, 2),), optimizer=OPTIMIZER, device="cpu")
+    around = small()
+    with tokensieve.selecting(around, with_recent):
+        _, block = step_gradients(settings, around, step)
+    assert (block["kl"], block["lm"]) == (own["kl"], own["lm"])
+    with pytest.raises(UserError, match="write your own function as module:function"):
+        run(with_recent)
     made = small()
     with torch.no_grad(), tokensieve.selecting(made, with_recent):
         seen = made(**step[0], return_selection=True)

@@ -182,7 +182,7 @@ def test_an_arms_name_is_no_markup():
     arms = {"[/mine]": metrics()["window"], "[red]": metrics()["oracle"]}
     show(console, metrics() | arms | {"selections": {"[/mine]": "window", "[red]": "oracle"}})
     text = console.export_text()
-    assert re.search(r"\[/mine\]\s+4\.000", text) and re.search(r"\[red\]\s+4\.000", text)
+    assert re.search(r"\[/mine\]\s+5\.000", text) and re.search(r"\[red\]\s+4\.000", text)
 
 
 def test_environment():

@@ -368,7 +368,7 @@ def test_a_client_that_leaves_gives_its_pages_back(served, stream: bool) -> None
     body = json.dumps(COMPLETION | {"max_tokens": 200, "stream": stream, "temperature": 1.0, "seed": 3}).encode()
     host, port = at.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         if stream:
             assert b"200 OK" in connection.recv(1000)

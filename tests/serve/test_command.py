@@ -66,8 +66,8 @@ def test_more_clients_than_a_process_may_first_have_files(process) -> None:
         connection.close()
 
 
-@pytest.mark.slow
-def test_a_second_signal_ends_at_once(process) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_at_once(process, number: signal.Signals) -> None:
     started, at = process
     # so many answers that some are still running at the second signal
     asked = {"model": "sparse", "prompt": ["def "] * 60, "max_tokens": 1000, "ignore_eos": True, "stream": True}
@@ -75,11 +75,16 @@ def test_a_second_signal_ends_at_once(process) -> None:
     with httpx.stream("POST", at + "/v1/completions", json=asked, headers=key, timeout=60) as answer:
         lines = answer.iter_lines()  # held: the connection closes with it
         next(lines)
-        started.send_signal(signal.SIGINT)
+        started.send_signal(number)
         while httpx.get(at + "/health").status_code != 503:
             pass
-        started.send_signal(signal.SIGINT)
-        assert started.wait(20) == 130
+        begin = time.monotonic()
+        started.send_signal(number)
+        assert started.wait(20) == 128 + number
+        assert time.monotonic() - begin < 3
+    told = [line for line in started.stderr.read().splitlines() if not line.startswith("{")]
+    assert told[-1] == f"tokensieve: ended by a second signal ({number.name}); 60 answers are cut off"
+    assert not [line for line in told if "Traceback" in line or "terminate" in line]
 
 
 def test_refusals(run, monkeypatch) -> None:
@@ -89,6 +94,9 @@ def test_refusals(run, monkeypatch) -> None:
     refuse(run)(("mirror", "dense"), "serve", "base", "--port", 0, "--mirror", "0.5")
     refuse(run)(("--selection window", "base is dense"), "serve", "base", "--port", 0, "--selection", "window")
     refuse(run)(("API key",), "serve", "sparse", "--port", 0, "--api-key", "")
+    refuse(run)(("'x' is no origin",), "serve", "sparse", "--port", 0, "--allow-origin", "x")
+    refuse(run)(("'a:80' is no host",), "serve", "sparse", "--port", 0, "--allow-host", "a:80")
+    refuse(run)(("99999999999 pages", "choose at most"), "serve", "sparse", "--port", 0, "--pages", 99_999_999_999)
     monkeypatch.setenv("TOKENSIEVE_API_KEY", " ")
     refuse(run)(("TOKENSIEVE_API_KEY is set and empty",), "serve", "sparse", "--port", 0)
     monkeypatch.delenv("TOKENSIEVE_API_KEY")

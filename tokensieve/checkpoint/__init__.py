@@ -1,10 +1,12 @@
 """Checkpoints on disk: tensor names as data, safetensors streamed in and out, folders replaced all at once.
 
 names.py lists the tensors of a checkpoint, export.py writes the config that other programs read, reading.py streams a
-checkpoint in, writing.py streams it out, and folder.py replaces one folder by another. demo_names.py and demo_shards.py
-do for the shards of the official inference demo what names.py, reading.py and writing.py do for a checkpoint.
+checkpoint in, writing.py streams it out, companions.py says which other files go with it, folder.py replaces one folder
+by another, and formats.py recognizes what is not read. demo_names.py and demo_shards.py do for the shards of the
+official inference demo what names.py, reading.py and writing.py do for a checkpoint.
 """
 
+from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer
 from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.export import export_config, exportable
@@ -26,10 +28,12 @@ from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [
     "FLOAT32_SUFFIXES",
+    "OTHER_WEIGHTS",
     "Extras",
     "Header",
     "block_tensors",
     "check_division",
+    "copy_tokenizer",
     "demo_name",
     "expected_tensors",
     "export_config",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tokensieve.checkpoint.companions import copy_tokenizer
 from tokensieve.checkpoint.demo_names import (
     DEMO_BLOCK,
     EXPERT,
@@ -57,7 +58,6 @@ log = logging.getLogger("tokensieve")
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_BESIDE = ("*token*", "chat_template*", "generation_config.json")  # the demo reads the tokenizer from the same folder
 
 
 def write_shards(
@@ -98,7 +98,7 @@ def write_shards(
             on_step(f"rank {rank} of {ranks}")
             save_file(_of_rank(shards, config, rank, ranks), new / rank_file(rank, ranks))
             shards.reopen()
-        _copy_beside(source, new)
+        copy_tokenizer(source, new)
         shutil.copyfile(source / "config.json", new / "config.json")
     if mtp_names(shards, config):
         log.warning("%s: the multi-token-prediction layer is left behind: the demo has none", out)
@@ -167,7 +167,7 @@ def join_shards(
             for shards in opened:
                 shards.reopen()
         writer.close()
-        _copy_beside(source, new)
+        copy_tokenizer(source, new)
         if raw.get("num_nextn_predict_layers"):
             text = json.dumps(raw | {"num_nextn_predict_layers": 0}, indent=2)
             (new / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -271,13 +271,6 @@ def _find_ranks(folder: Path, requested: int | None) -> int:
             f"copy all {ranks} shards into one folder"
         )
     return ranks
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    for pattern in _BESIDE:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def _check_experts(folder: Path, config: Any, n_experts: int | None) -> None:

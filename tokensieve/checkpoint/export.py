@@ -14,7 +14,7 @@ def export_config(config: dict[str, Any], dtype: torch.dtype, mtp: bool) -> dict
     RoPE is written as ``rope_theta`` and ``rope_scaling``, not as transformers 5's ``rope_parameters``: all three still
     read those, and older versions read nothing else. Derived fields are dropped, because older readers refuse values
     that they do not know (``layer_types``); ``quantization_config``, because the tensors are no longer quantized; and
-    ``auto_map``, because the code that it names is not copied.
+    ``auto_map``, because the code that it names is of another model.
     """
     family = family_of(config)
     dropped = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from tokensieve.checkpoint.companions import is_companion
 from tokensieve.config import UserError
 
 _CHECKPOINT_FILE = re.compile(
@@ -33,12 +34,14 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
     Until then ``folder`` is untouched, and a kill at any moment leaves either the old or the new one whole. Files of
     the old folder that do not belong to a checkpoint are carried over. Raises UserError if the disk is full, or if
-    ``folder`` is a file or holds folders.
+    ``folder`` is a file or holds folders other than those of :func:`is_companion`.
     """
     folder = Path(folder).resolve()  # a symbolic link stays: its target is replaced
     new = _sibling(folder, "saving")
     try:
-        if folder.exists() and (not folder.is_dir() or any(path.is_dir() for path in folder.iterdir())):
+        if folder.exists() and (
+            not folder.is_dir() or any(path.is_dir() and not is_companion(path) for path in folder.iterdir())
+        ):
             raise UserError(f"{folder}: is a file or holds folders, so it is no checkpoint to replace; save elsewhere")
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(new, ignore_errors=True)  # left behind by a save that was killed
@@ -49,7 +52,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
             path.chmod(mode)  # safetensors makes files that only their owner may read
         for path in folder.iterdir() if folder.exists() else ():
             if not _CHECKPOINT_FILE.fullmatch(path.name) and not (new / path.name).exists():
-                shutil.copy2(path, new / path.name)
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, new / path.name)
         for path in (*new.rglob("*"), new):
             _sync(path)
         _swap(new, folder)

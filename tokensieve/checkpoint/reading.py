@@ -12,16 +12,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokensieve.checkpoint.folder import previous_of
+from tokensieve.checkpoint.formats import (
+    refuse_adapter,
+    refuse_gguf,
+    refuse_quantized,
+    refuse_renamed,
+)
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
 from tokensieve.families import family_of
+from tokensieve.files import refuse_file
 from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+RUN_STATE = "state.json"  # beside the weights in a checkpoint of a training run
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 FP8, _SCALE = "F8_E4M3", "_scale_inv"
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}  # bytes of one value; no other dtype is read
+POWERS = "F8_E8M0"  # scales that are powers of two (UE8M0)
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1, POWERS: 1}  # bytes of one value; no other dtype is read
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -30,11 +39,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises UserError if the folder or the file is missing, is not a JSON object, or is of another architecture.
     """
     path = Path(folder) / "config.json"
+    refuse_file(Path(folder))
     if not Path(folder).is_dir():
         previous = previous_of(Path(folder))
         hint = f"an interrupted save left it in {previous}: rename that" if previous.is_dir() else "check the path"
         raise UserError(f"{folder}: no such folder; {hint}")
     if not path.is_file():
+        refuse_adapter(Path(folder))
+        refuse_gguf(Path(folder))
         raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
     config = _read_json(path)
     family_of(config, str(path))
@@ -59,7 +71,7 @@ def read_end_tokens(folder: str | Path) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         raise UserError(f"{path}: not readable as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
@@ -85,6 +97,7 @@ class Shards:
         views = {name: self._handles[path].get_slice(inside) for name, (path, inside) in stored.items()}
         self.shape = {name: tuple(view.get_shape()) for name, view in views.items()}
         self.dtype = {name: view.get_dtype() for name, view in views.items()}
+        refuse_quantized(self.file_of)
         for name, dtype in self.dtype.items():
             if dtype == FP8:
                 self._check_scale(name)
@@ -137,9 +150,21 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing though the index names it; copy or download it again") from error
+        raise UserError(f"{path}: missing though the index names it; {_replacement(path)}") from error
+    except RuntimeError as error:  # torch's, on a file that does not fit into the address space
+        raise UserError(
+            f"{path}: cannot be mapped into memory ({' '.join(str(error).split())[:200]}); raise the limit of the "
+            "address space (ulimit -v), or free memory"
+        ) from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or corrupt ({error}); copy or download it again") from error
+        raise UserError(f"{path}: truncated or corrupt ({error}); {_replacement(path)}") from error
+
+
+def _replacement(path: Path) -> str:
+    """How to replace a damaged file: nobody can download what a training run wrote."""
+    if (path.parent / RUN_STATE).is_file():
+        return f"remove {path.parent} to resume from the checkpoint before it"
+    return "copy or download it again"
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -151,6 +176,13 @@ def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: has no weight_map of file names; copy or download it again")
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if len(missing) > 1:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(files)} shards are missing though {INDEX} names them, {missing[0]} the "
+            "first; complete the download"
+        )
     return {name: (folder / file, name) for name, file in weight_map.items()}
 
 
@@ -173,6 +205,7 @@ def _find_single(folder: Path) -> Path:
             f"tokensieve generate {folder} --interactive runs them, tokensieve convert {folder} NEW_FOLDER --reverse "
             "makes a checkpoint of them"
         )
+    refuse_adapter(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
@@ -184,6 +217,7 @@ def _find_single(folder: Path) -> Path:
             f"{folder}: {pickles[0]} is a pickle, which can run code and is never loaded; if you trust it, convert "
             "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
+    refuse_gguf(folder)
     raise UserError(f"{folder}: no safetensors file; a checkpoint needs {SINGLE}, or shards and {INDEX}")
 
 
@@ -225,7 +259,7 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
                 "use the config.json that belongs to these weights"
             )
         for part in shards.with_scale(name) if name in shards.shape else ():
-            if shards.dtype[part] not in _BYTES:
+            if shards.dtype[part] not in _BYTES or (shards.dtype[part] == POWERS and part == name):
                 raise UserError(
                     f"{shards.file_of[part]}: {part} is stored as {shards.dtype[part]}; use bf16 or FP8 weights"
                 )
@@ -233,6 +267,8 @@ def check_tensors(folder: str | Path, expected: dict[str, tuple[int, ...]], conf
     present = [name for name in shards.names() if not name.endswith(".rotary_emb.inv_freq")]
     missing = [name for name in expected if name not in shards.shape]
     surplus = [name for name in present if name not in expected and name not in ignored]
+    if missing:
+        refuse_renamed(Path(folder), missing, present)
     for names, complaint, remedy in (
         (missing, "missing", "complete the download, or use the config.json that belongs to these weights"),
         (surplus, "unknown", "use the config.json that belongs to these weights (its layer, expert and MTP counts)"),
@@ -321,6 +357,8 @@ def stream(
         if name in kept:
             for tail in ("", _SCALE):
                 pieces = [shards.piece(part + tail) for part in parts]
+                if tail:
+                    pieces = [piece.float() for piece in pieces]  # UE8M0 scales are powers of two: exact
                 if parts == [name]:
                     yield name + tail, pieces[0].clone()
                     continue

@@ -45,27 +45,27 @@ def serve(
 
     Example: tokensieve bench serve sparse --requests 1,8 --prompt 512,2048 --selection indexer,dense
     """
+    from tokensieve.config import UserError, check_selector
+    from tokensieve.files import known_folder, write_json
+
+    who = [check_selector(name) for name in selection.split(",")]
+    if shape is None and (experts or set_ or fp8):
+        raise UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
+    counts = _numbers("--experts", experts) if experts else [None]
+    keys = _numbers("--top-k", top_k) if top_k else [None]
+    lengths, at_once = _numbers("--prompt", prompt), _numbers("--requests", requests)
+    if shape is None:
+        known_folder(model)
     import tokensieve
     from tokensieve.bench import Workload, random_model, serve_load
     from tokensieve.engine.tensor_parallel import load_rank
-    from tokensieve.files import write_json
     from tokensieve.mesh import join_mesh
     from tokensieve.model.selection import resolve
     from tokensieve.report import environment
 
-    who = selection.split(",")
     for name in who:
         resolve(name)
-    if shape is None and (experts or set_ or fp8):
-        raise tokensieve.UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
-    counts = _numbers("--experts", experts) if experts else [None]
-    keys = _numbers("--top-k", top_k) if top_k else [None]
-    loads = [
-        Workload(count, length, new, by, filled, chunk)
-        for length in _numbers("--prompt", prompt)
-        for count in _numbers("--requests", requests)
-        for by in who
-    ]
+    loads = [Workload(count, length, new, by, filled, chunk) for length in lengths for count in at_once for by in who]
     rows: list[dict[str, Any]] = []
     figures = {"run": environment(), "model": shape or model, "rows": rows}
     with join_mesh(device) as mesh:

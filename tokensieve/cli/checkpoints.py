@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of
+from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +47,12 @@ def sparsify(
 
     Example: tokensieve sparsify base runs/untrained --top-k 128 --index-heads 8 --index-dim 32
     """
-    import tokensieve
-    from tokensieve.files import check_free
+    from tokensieve.files import check_free, known_folder
 
+    known_folder(model)
     check_free(out)
+    import tokensieve
+
     dense = tokensieve.load(model, dtype=_stored_dtype(model))
     sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed)
     tokensieve.save(sparse, out)
@@ -59,12 +61,15 @@ def sparsify(
     typer.echo(f"Next: tokensieve warmup --model {out}")
 
 
-@app.command("eval", cls=OneProcess)
+@app.command("eval", cls=with_keys("EvaluateConfig", "evaluate"))
 def evaluate(
     model: Model = "base",
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME unless given.")] = None,
     data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
+    held_out_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of --data that is held out; 1 takes all of it.")
+    ] = 0.02,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompts.")] = None,
     arm: Annotated[
         list[str] | None,
@@ -86,23 +91,28 @@ def evaluate(
 
     Example: tokensieve eval base --quick
     """
-    import tokensieve
-    from tokensieve.config import EvaluateConfig, load_config
-    from tokensieve.data import read_documents
-    from tokensieve.files import write_json
-    from tokensieve.machine import choose_device
-    from tokensieve.report import environment
+    from tokensieve.config import EvaluateConfig, UserError, load_config
+    from tokensieve.files import known_folder, write_json
 
     begin = time.perf_counter()
     if quick and config != "evaluate":
-        raise tokensieve.UserError("--quick is --config evaluate-quick; give one of the two")
+        raise UserError("--quick is --config evaluate-quick; give one of the two")
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
+    known_folder(model)
+    import tokensieve
+    from tokensieve.data import read_documents
+    from tokensieve.machine import choose_device
+    from tokensieve.model.selection import resolve
+    from tokensieve.report import environment
+
+    for selection in selections.values():
+        resolve(selection)  # before the model is read
     loaded = tokensieve.load(model, device=choose_device(device))
     if selections and not loaded.is_sparse:
-        raise tokensieve.UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
+        raise UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
-    documents = list(read_documents(data, "test"))
+    documents = list(read_documents(data, "test", held_out_share))
     metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
     path = Path(model)
@@ -125,8 +135,14 @@ def convert(
 
     Example: tokensieve convert base runs/shards --n-experts 16 --model-parallel 2
     """
-    from tokensieve import checkpoint
     from tokensieve.config import UserError
+    from tokensieve.files import known_folder
+
+    if not reverse:
+        known_folder(source)
+        if model_parallel is None:
+            raise UserError("say with --model-parallel for how many GPUs the shards are, for example 8")
+    from tokensieve import checkpoint
     from tokensieve.model import model_path
 
     with stderr().status("Reading headers") as status:
@@ -134,19 +150,16 @@ def convert(
         def show(step: str) -> None:
             status.update(f"Writing {step}")
 
-        if reverse:
+        if reverse or model_parallel is None:
             checkpoint.join_shards(source, out, model_parallel, n_experts, on_step=show)
             typer.echo(f"{out}: a checkpoint in Hugging Face format")
             return
-        if model_parallel is None:
-            raise UserError("say with --model-parallel for how many GPUs the shards are, for example 8")
         checkpoint.write_shards(model_path(source), out, model_parallel, n_experts, on_step=show)
     typer.echo(f"{out}: {model_parallel} shards, {checkpoint.rank_file(0, model_parallel)} the first")
 
 
 def _selections(arms: list[str]) -> dict[str, str]:
-    from tokensieve.config import UserError
-    from tokensieve.model.selection import resolve
+    from tokensieve.config import UserError, check_selector
 
     selections: dict[str, str] = {}
     for arm in arms:
@@ -155,8 +168,7 @@ def _selections(arms: list[str]) -> dict[str, str]:
             raise UserError(f"--arm {arm}: write it as NAME=SELECTION, for example --arm mine=package.module:select")
         if name.strip() in selections:
             raise UserError(f"--arm {arm}: there is an arm {name.strip()} already; give each its own name")
-        resolve(selection.strip())
-        selections[name.strip()] = selection.strip()
+        selections[name.strip()] = check_selector(selection.strip())
     return selections
 
 

@@ -4,12 +4,16 @@ import errno
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from tokensieve.cli.missing import report_missing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,14 +24,17 @@ if TYPE_CHECKING:
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.EEXIST}
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base, sparse).")
 ]
 Config = Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="A .toml file, or a bundled config by name.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key; may be repeated.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the config; may be repeated."),
+]
 Start = Annotated[str | None, typer.Option("--model", help="Checkpoint to start from; its tokenizer is used.")]
 Out = Annotated[str | None, typer.Option(help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
@@ -47,9 +54,47 @@ class OneProcess(TyperCommand):
         return super().invoke(ctx)
 
 
+def with_keys(kind: str, default: str) -> type[OneProcess]:
+    """A command whose help ends with the keys of --set: those of a class in tokensieve.config, by name, with the values
+    that a bundled config gives them.
+    """
+
+    class WithKeys(OneProcess):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            from rich.markup import escape
+
+            from tokensieve import config
+
+            values = config.to_dict(config.load_config(getattr(config, kind), default))
+            lines = [f"Keys of --set, with the values of config {default} (tokensieve/config.py explains each):"]
+            tables: dict[str, list[str]] = {}
+            for key, value in config.flat(values):
+                entry = f"{key} (none)" if value is None else f"{key}={json.dumps(value)}"
+                tables.setdefault(key.rpartition(".")[0], []).append(entry)
+            lines += [escape("  ".join(keys)) for keys in tables.values()]
+            self.epilog = "\n\n".join(lines)
+            super().format_help(ctx, formatter)
+
+    return WithKeys
+
+
 SELECTOR = "Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own."
-Selection = Annotated[str | None, typer.Option(metavar="NAME", help=SELECTOR)]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def checked_selection(name: str | None) -> str | None:
+    from tokensieve.config import check_selector
+
+    return None if name is None else check_selector(name)
+
+
+def _checked_device(name: str) -> str:
+    from tokensieve.machine import check_device
+
+    return check_device(name)
+
+
+Selection = Annotated[str | None, typer.Option(metavar="NAME", help=SELECTOR, callback=checked_selection)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", callback=_checked_device)]
 
 
 def _version(show: bool) -> None:
@@ -68,29 +113,51 @@ def setup(
 
     Start with: tokensieve demo
     """
+    log = logging.getLogger("tokensieve")
+    log.handlers = [_log_handler()]
+    log.setLevel(logging.INFO)
+
+
+def _log_handler() -> logging.Handler:
+    """Log lines that fit a terminal; anywhere else each record is one line, however long."""
     from rich.logging import RichHandler
 
+    if not stderr().is_terminal:
+        return logging.StreamHandler()
+    return RichHandler(console=stderr(), show_path=False, show_time=False, show_level=False)
+
+
+@contextmanager
+def held_log() -> Iterator[None]:
+    """Log lines wait until the block ends: none comes between the words that it writes to standard output."""
     log = logging.getLogger("tokensieve")
-    log.handlers = [RichHandler(console=stderr(), show_path=False, show_time=False, show_level=False)]
-    log.setLevel(logging.INFO)
+    shown = log.handlers
+    waiting = [MemoryHandler(1000, flushLevel=sys.maxsize, target=handler) for handler in shown]
+    log.handlers = [*waiting]
+    try:
+        yield
+    finally:
+        log.handlers = shown
+        for handler in waiting:
+            handler.close()  # which shows what it holds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits. Bad input and interruptions end in one line; only defects raise."""
     try:
-        app(arguments)
-    except SystemExit:  # every command ends so; it is first so that `--help` skips the imports of the next line
-        raise
-    except _bad_input() as error:
+        with report_missing():
+            app(arguments)
+    except _loaded("tokensieve.config", "UserError") as error:
         _fail(2, *(f"error: {reason}" for reason in error.args))
     except _interruptions() as error:
         _fail(130, f"interrupted: {error}" if str(error) else "interrupted")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "check the path and its permissions"
-        _fail(2, f"error: {error.filename or 'a file'} cannot be written or read ({error.strerror}); {remedy}")
+        from tokensieve.files import remedy
+
+        what = error.filename or "a file"
+        _fail(2, f"error: {what} cannot be written or read ({error.strerror}); {remedy(error)}")
 
 
 @cache
@@ -101,16 +168,14 @@ def stderr() -> "Console":
     return Console(stderr=True)
 
 
-def _bad_input() -> type[Exception]:
-    from tokensieve.config import UserError
-
-    return UserError
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """An exception of a module, to be caught; none if the module is not loaded, since then nobody has raised it."""
+    exception = getattr(sys.modules.get(module), name, None)
+    return () if exception is None else (exception,)
 
 
 def _interruptions() -> tuple[type[BaseException], ...]:
-    from tokensieve.train import Interrupted
-
-    return Interrupted, KeyboardInterrupt
+    return KeyboardInterrupt, *_loaded("tokensieve.train", "Interrupted")
 
 
 def _fail(status: int, *messages: str) -> None:

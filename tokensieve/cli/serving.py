@@ -11,7 +11,10 @@ from tokensieve.cli.program import Device, Model, OneProcess, Selection, app, ch
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
-Hardware = StrEnum("Hardware", {"h200": "h200", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"})
+Hardware = StrEnum(
+    "Hardware",
+    {"h200": "h200", "b200": "b200", "mi300": "mi300", "mi350": "mi350", "npu_a2": "npu-a2", "npu_a3": "npu-a3"},
+)
 
 
 @app.command(cls=OneProcess)
@@ -31,6 +34,9 @@ def deploy(
 
     Example: tokensieve deploy sglang runs/adapt/step-000200 --gpus 8 --compose compose.yaml
     """
+    from tokensieve.files import known_folder
+
+    known_folder(model)
     from tokensieve.deploy import deploy as deploy_checkpoint
 
     deploy_checkpoint(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
@@ -53,6 +59,16 @@ def serve(
     playground: Annotated[
         bool, typer.Option("--playground/--no-playground", help="Serve the page, /lens and /documents beside the API.")
     ] = True,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Let pages of this origin ask, as https://example.com; may be repeated."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Answer to this host name, besides localhost, addresses and --host; may be repeated."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Answer HTTP requests in OpenAI's format, many at once, until a signal ends it.
@@ -60,10 +76,12 @@ def serve(
     Example: tokensieve serve sparse --port 8000
     """
     from tokensieve.config import UserError
+    from tokensieve.files import known_folder
     from tokensieve.serve.command import serve as run
 
     if not api_key and API_KEY in os.environ:  # a missing secret must not open the server to everyone
         raise UserError(f"{API_KEY} is set and empty; unset it, or give a key")
+    known_folder(model)
     settings = {
         "dense": dense,
         "selection": selection or "indexer",
@@ -71,6 +89,8 @@ def serve(
         "keys": tuple(api_key or ()),
         "max_tokens": max_tokens,
         "playground": playground,
+        "allow_origins": tuple(allow_origin or ()),
+        "allow_hosts": tuple(allow_host or ()),
     }
     engine = {"pages": pages, "running": running}
     run(

@@ -1,16 +1,20 @@
 """A conversation with a model in a terminal, and answers to a file of prompts. Both use the engine without a server."""
 
 import itertools
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from tokensieve.cli.program import held_log
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Request, Sampling
 from tokensieve.tasks.turns import prompt_ids
 
 Message = dict[str, str]
 ID = "conversation"
-HELP = "/exit ends, /clear forgets the conversation, Ctrl-C stops an answer"
+HELP = "/exit ends, /clear forgets the conversation, /help shows this, Ctrl-C stops an answer"
 
 
 def prompt_of(tokenizer: Any, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -32,56 +36,72 @@ def converse(
 ) -> None:
     """Read messages and write their answers as they come, until /exit or the end of the input.
 
-    Every prompt holds the whole conversation so far. read returns a line, or raises EOFError; write takes parts of an
-    answer; say takes whole lines that belong to no answer.
+    Every prompt holds the whole conversation so far. read returns a message, or raises EOFError; write takes parts of
+    an answer; say takes whole lines that belong to no answer. A message of one line that begins with / is a command.
     """
     messages: list[Message] = []
     say(HELP)
     while True:
         try:
-            line = read().strip()
+            message = read().strip()
         except EOFError:
             return
-        if line == "/exit":
+        if message == "/exit":
             return
-        if line == "/clear":
+        if message == "/clear":
             messages.clear()
             say("forgotten")
-        elif line.startswith("/"):
-            say(f"{line.split()[0]} is unknown; {HELP}")
-        elif line:
-            question = [*messages, {"role": "user", "content": line}]
+        elif message == "/help":
+            say(HELP)
+        elif message.startswith("/") and "\n" not in message:
+            say(f"{message.split()[0]} is unknown; {HELP}")
+        elif message:
+            question = [*messages, {"role": "user", "content": message}]
             try:
-                answer = "".join(_stream(engine, _request(engine, ID, question, sampling, selector), write))
+                with held_log(), _ctrl_c() as pressed:
+                    request = _request(engine, ID, question, sampling, selector)
+                    answer = _answer(engine, request, write, pressed)
             except UserError as error:  # a conversation that is too long does not end the session
                 say(str(error))
                 continue
             messages = [*question, {"role": "assistant", "content": answer}]
 
 
-def _stream(engine: Engine, request: Request, write: Callable[[str], None]) -> Iterator[str]:
-    """The parts of one answer, each written as it comes.
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event instead of raising, so that no step of the engine is left half done."""
+    pressed = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-    Ctrl-C ends the answer, and keeps its beginning. UserError if the engine or a selector fails; the engine then holds
-    no request, and can take the next one.
+
+def _answer(engine: Engine, request: Request, write: Callable[[str], None], stop: threading.Event) -> str:
+    """An answer, each part of which is written as it comes. If `stop` is set meanwhile, it is the answer's beginning.
+
+    UserError if the engine or a selector fails; the engine then holds no request, and can take the next one.
     """
     engine.add(request)
+    parts: list[str] = []
     try:
-        while engine.busy:
+        while engine.busy and not stop.is_set():
             for output in engine.step():
                 if output.finish == "error":
                     raise UserError(f"no answer: {output.error}")
+                parts.append(output.text)
                 write(output.text)
-                yield output.text
-    except KeyboardInterrupt:
-        last = engine.abort(request.id)
-        if last is not None:
-            write(last.text)
-            yield last.text
     except UserError as error:
         engine.fail_all(str(error))
+        if parts:
+            write("\n")
         raise
+    if (last := engine.abort(request.id)) is not None:
+        parts.append(last.text)
+        write(last.text)
     write("\n")
+    return "".join(parts)
 
 
 def prompts_in(text: str) -> list[str]:

@@ -6,15 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, Model, Selection, app, check_selection, stderr, tokenizer_of
+from tokensieve.cli.program import Device, Model, Selection, app, check_selection, held_log, tokenizer_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tokensieve.engine import Engine, Sampling
     from tokensieve.model import DecoderForCausalLM
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def generate(
+    context: typer.Context,
     model: Model = "base",
     prompt: Annotated[str | None, typer.Option(help="Text to continue; - reads standard input.")] = None,
     chat: Annotated[str | None, typer.Option(help="A message to answer in chat format; - reads it.")] = None,
@@ -30,21 +33,26 @@ def generate(
 
     Example: tokensieve generate base --prompt "def parse_args(argv):" --max-new-tokens 64
     """
-    import tokensieve
+    from tokensieve.config import UserError
+    from tokensieve.files import known_folder
+
+    if context.args:
+        raise UserError(f"{' '.join(context.args)!r} has no option in front of it; write --prompt TEXT or --chat TEXT")
+    if sum((prompt is not None, chat is not None, interactive, input_file is not None)) != 1:
+        raise UserError("give one of --prompt TEXT, --chat TEXT, --interactive and --input-file FILE")
+    known_folder(model)
+    talk = interactive or input_file is not None
+    text = _read(input_file) if input_file else ""
+    if "-" in (prompt, chat):
+        text = _read(None)
     from tokensieve.engine.tensor_parallel import load_rank
     from tokensieve.mesh import join_mesh
     from tokensieve.model.selection import resolve
 
-    if sum((prompt is not None, chat is not None, interactive, input_file is not None)) != 1:
-        raise tokensieve.UserError("give one of --prompt TEXT, --chat TEXT, --interactive and --input-file FILE")
-    talk = interactive or input_file is not None
     resolve(selection or "indexer")  # before the model is read
-    text = _read(input_file) if input_file else ""
-    if "-" in (prompt, chat):
-        text = _read(None)
     with join_mesh(device) as mesh:
         if mesh.size > 1 and not talk:
-            raise tokensieve.UserError("torchrun goes with --interactive and --input-file only; use one of them")
+            raise UserError("torchrun goes with --interactive and --input-file only; use one of them")
         loaded = load_rank(model, mesh)
         check_selection(selection, model, loaded)
         tokenizer = tokenizer_of(model, loaded)
@@ -86,7 +94,7 @@ def _write(
     seed: int,
 ) -> None:
     import torch
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
     import tokensieve
     from tokensieve.model.positions import check_positions
@@ -97,14 +105,24 @@ def _write(
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     end_tokens = sorted(model.end_tokens(tokenizer))
     ends = {"eos_token_id": end_tokens or None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
-    with torch.inference_mode(), tokensieve.selecting(model, selection or "indexer"):
+    with torch.inference_mode(), held_log(), tokensieve.selecting(model, selection or "indexer"):
         model.generate(
             torch.tensor([ids], device=model.device),
             max_new_tokens=tokens,
+            logits_processor=LogitsProcessorList([_finite]),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **draw,
             **ends,
         )
+
+
+def _finite(ids: "Tensor", logits: "Tensor") -> "Tensor":
+    """The logits as they are, for `generate` of transformers. UserError if one is not finite."""
+    from tokensieve.config import UserError
+
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite; are its weights damaged, or too large for their dtype?")
+    return logits
 
 
 def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selector: str) -> None:
@@ -115,11 +133,15 @@ def _talk(engine: "Engine", sampling: "Sampling", prompts: list[str], selector: 
         for asked, answer in terminal.answer_all(engine, prompts, sampling, selector):
             typer.echo(f"Prompt: {asked}\nCompletion: {answer}\n")
         return
-    import readline  # noqa: F401  # with it, input() knows arrow keys and what was typed before
+    from tokensieve.cli.keyboard import read_message
 
-    ask = ">>> " if sys.stdin.isatty() else ""
     terminal.converse(
-        engine, sampling, selector, lambda: input(ask), lambda part: typer.echo(part, nl=False), stderr().print
+        engine,
+        sampling,
+        selector,
+        read_message if sys.stdin.isatty() else input,
+        lambda part: typer.echo(part, nl=False),
+        lambda line: typer.echo(line, err=True),
     )
 
 

@@ -1,5 +1,6 @@
 """Commands that train: the demo, the three stages, and the speedrun through all of them."""
 
+import json
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -8,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import SELECTOR, Config, OneProcess, Out, Resume, Set, Start, app, overrides
+from tokensieve.cli.program import (
+    SELECTOR,
+    Config,
+    Out,
+    Resume,
+    Set,
+    Start,
+    app,
+    checked_selection,
+    overrides,
+    with_keys,
+)
 
 
 class Until(StrEnum):
@@ -18,19 +30,24 @@ class Until(StrEnum):
     evaluate = "evaluate"
 
 
-@app.command(cls=OneProcess)
+@app.command(cls=with_keys("DemoConfig", "demo"))
 def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     """Turn the bundled dense model into a sparse one, compare the two, and write a report.
 
     Example: tokensieve demo --out runs/demo
     """
-    from tokensieve import demo as main_job
     from tokensieve.config import DemoConfig, load_config
+    from tokensieve.files import known_folder, locked
 
-    main_job.run(load_config(DemoConfig, config, overrides(set_, out=out)))
+    settings = load_config(DemoConfig, config, overrides(set_, out=out))
+    known_folder(settings.model)
+    from tokensieve import demo as main_job
+
+    with locked(settings.out):
+        main_job.run(settings)
 
 
-@app.command(cls=OneProcess)
+@app.command(cls=with_keys("TrainConfig", "base"))
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
     """Train a new dense model, with the shape in the config, as the bundled base was made.
 
@@ -39,7 +56,7 @@ def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume:
     _train("pretrain", config, overrides(set_, out=out), resume)
 
 
-@app.command(cls=OneProcess)
+@app.command(cls=with_keys("SpeedrunConfig", "speedrun"))
 def speedrun(
     config: Config = "speedrun",
     set_: Set = None,
@@ -51,13 +68,17 @@ def speedrun(
 
     Example: tokensieve speedrun --out runs/speedrun --until pretrain
     """
-    from tokensieve import speedrun as all_stages
     from tokensieve.config import SpeedrunConfig, load_config
+    from tokensieve.files import locked
 
-    all_stages.run(load_config(SpeedrunConfig, config, overrides(set_, out=out)), resume, until.value)
+    settings = load_config(SpeedrunConfig, config, overrides(set_, out=out))
+    from tokensieve import speedrun as all_stages
+
+    with locked(settings.out):
+        all_stages.run(settings, resume, until.value)
 
 
-@app.command(cls=OneProcess)
+@app.command(cls=with_keys("TrainConfig", "warmup"))
 def warmup(
     config: Config = "warmup", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
 ) -> None:
@@ -69,14 +90,19 @@ def warmup(
     typer.echo(f"Next: tokensieve adapt --model {_newest(run)}")
 
 
-@app.command(cls=OneProcess)
+@app.command(cls=with_keys("TrainConfig", "adapt"))
 def adapt(
     config: Config = "adapt",
     model: Start = None,
     set_: Set = None,
     out: Out = None,
     selection: Annotated[
-        str | None, typer.Option(metavar="NAME", help=f"{SELECTOR} dense: the dense model trains, no indexer does.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"{SELECTOR} dense: the dense model trains, no indexer does.",
+            callback=checked_selection,
+        ),
     ] = None,
     resume: Resume = False,
 ) -> None:
@@ -87,15 +113,17 @@ def adapt(
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """
     run = _train("adapt", config, overrides(set_, model, out, selection), resume)
-    typer.echo(f"Next: tokensieve eval {_newest(run)}")
+    trained = json.loads((run / "config.json").read_text(encoding="utf-8"))["selection"]
+    # A checkpoint holds no selector: `eval` measures the indexer unless it is told.
+    arm = f" --arm trained={trained}" if isinstance(trained, str) else ""
+    typer.echo(f"Next: tokensieve eval {_newest(run)}{arm}")
 
 
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:
     """Runs a stage, writes its metrics.json, and returns the run folder."""
-    from tokensieve import train
-    from tokensieve.config import TrainConfig, UserError, load_config
-    from tokensieve.files import write_json
-    from tokensieve.train.figures import summary
+    from tokensieve.config import TrainConfig, UserError, check_selector, load_config
+    from tokensieve.files import known_folder, write_json
+    from tokensieve.machine import check_device
 
     config = load_config(TrainConfig, name, overrides)
     if config.stage != stage:
@@ -104,6 +132,14 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         raise UserError(f"config {name} names no model to start from; give one with --model FOLDER")
     if not config.data.tokenizer:
         config = replace(config, data=replace(config.data, tokenizer=config.model))
+    for folder in {config.model, config.data.tokenizer} - {""}:
+        known_folder(folder)
+    check_device(config.device)
+    if isinstance(config.selection, str):
+        check_selector(config.selection)
+    from tokensieve import train
+    from tokensieve.train.figures import summary
+
     begin = time.perf_counter()
     train.run(config, resume=resume)
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})

@@ -1,4 +1,4 @@
-"""The sources of text: the Python around us, a folder, a file, a glob, JSONL, or a Hugging Face dataset.
+"""The sources of text: the Python around us, a folder, a file, a glob, or a Hugging Face dataset.
 
 Documents are split into training and held-out ones by a hash of their name (`tasks.documents`). For Python that is the
 module's name, so a module stays held out under another Python version or prefix. Training text that mostly repeats
@@ -9,24 +9,25 @@ import functools
 import glob
 import hashlib
 import importlib.metadata
-import io
 import json
+import logging
 import re
 import site
 import sysconfig
-import tokenize
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from tokensieve.config import UserError
+from tokensieve.data.formats import MIN_CHARS, LeftOut, SourceFile, documents_of, format_of, row_document
 from tokensieve.tasks.documents import VENDORED, Document, Split, is_held_out, stable_fraction
 
 SplitName = Split | Literal["all"]
 
-MIN_CHARS, MAX_BYTES, MAX_LINE = 400, 400_000, 1000  # of a Python module worth reading; longer lines look generated
+log = logging.getLogger("tokensieve")
+
+MAX_BYTES = 400_000  # of a Python module worth reading
 NEAR_DUPLICATE = 0.5  # share of a file's lines that also occur in held-out files
 PERMISSIVE_SPDX = frozenset(
     """MIT MIT-0 MIT-CMU HPND BSD-2-Clause BSD-3-Clause 0BSD Apache-2.0 ISC PSF-2.0 Python-2.0 Unlicense Zlib CC0-1.0
@@ -34,13 +35,6 @@ PERMISSIVE_SPDX = frozenset(
 )
 PERMISSIVE = re.compile(r"\b(MIT|0?BSD|Apache|ISC|ISCL|PSF|Python Software Foundation|Unlicense|Zlib|HPND|CC0)\b", re.I)
 RESTRICTED = re.compile(r"GPL|General Public|MPL|Mozilla|propriet|commercial|EULA|NVIDIA|Other/|restrict", re.I)
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    name: str
-    path: Path
-    size: int  # bytes
 
 
 def _permissive(metadata: importlib.metadata.PackageMetadata) -> str | None:
@@ -114,32 +108,66 @@ def _python_files() -> tuple[SourceFile, ...]:
     return tuple(files)
 
 
-def _listed(paths: Iterable[Path], root: Path) -> list[SourceFile]:
+def _listed(paths: Iterable[Path], root: Path, named: bool) -> list[SourceFile]:
     files = []
+    datasets: dict[Path, set[str] | None] = {}
     for path in paths:
         parts = path.relative_to(root).parts
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in parts):
-            files.append(SourceFile(_module_name(parts), path, path.stat().st_size))
+        if any(part.startswith(".") or part == "__pycache__" for part in parts) or not path.is_file():
+            continue
+        if path.parent not in datasets:
+            datasets[path.parent] = _saved_dataset(path.parent)
+        members = datasets[path.parent]
+        if members is None or path.name in members:
+            files.append(SourceFile(_module_name(parts), path, path.stat().st_size, format_of(path, named)))
     return files
+
+
+def _saved_dataset(folder: Path) -> set[str] | None:
+    """The data files of a folder that `datasets.save_to_disk` wrote, without its caches; None for another folder.
+
+    Raises:
+        UserError: it holds several splits, or its description is damaged.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise UserError(f"{folder} is a dataset of several splits ({', '.join(splits)}); name one: {folder}/SPLIT")
+    state = folder / "state.json"
+    if not (state.is_file() and (folder / "dataset_info.json").is_file()):
+        return None
+    try:
+        return {entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{state} does not list the dataset's files ({error!r}); save the dataset again") from error
+
+
+def split_field(source: str) -> tuple[str, str]:
+    """(source, field of its rows): "rows.csv#body" -> ("rows.csv", "body"). Without #FIELD the field is empty."""
+    if "#" not in source or Path(source).expanduser().exists():
+        return source, ""
+    path, _, field = source.rpartition("#")
+    if not field:
+        raise UserError(f"data source {source!r} names no field after the #; write SOURCE#FIELD")
+    return path, field
 
 
 def source_files(source: str) -> list[SourceFile]:
     """The files behind a source, sorted by name; UserError when there are none. Not for "hf:" sources."""
-    path = Path(source).expanduser()
+    name = split_field(source)[0]
+    path = Path(name).expanduser()
     try:
-        if source == "python":
+        if name == "python":
             files: Sequence[SourceFile] = _python_files()
         elif path.is_dir():
-            files = _listed(path.rglob("*"), path)
+            files = _listed(path.rglob("*"), path, named=False)
         elif path.is_file():
-            files = [SourceFile(_module_name([path.name]), path, path.stat().st_size)]
-        elif glob.has_magic(source):
+            files = [SourceFile(_module_name([path.name]), path, path.stat().st_size, format_of(path, named=True))]
+        elif glob.has_magic(name):
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            files = _listed(matches, Path(*path.parts[: [glob.has_magic(part) for part in path.parts].index(True)]))
+            root = Path(*path.parts[: [glob.has_magic(part) for part in path.parts].index(True)])
+            files = _listed(matches, root, named=format_of(path, named=True) == "json")
         else:
-            raise UserError(
-                f"data source {source!r} does not exist; name a folder, file, glob, .jsonl, hf:NAME or python"
-            )
+            raise UserError(f"data source {source!r} does not exist; name a folder, a file, a glob, hf:NAME or python")
     except OSError as error:
         raise UserError(f"data source {source!r} cannot be read ({error.strerror}); check its permissions") from error
     if not files:
@@ -147,59 +175,7 @@ def source_files(source: str) -> list[SourceFile]:
     return sorted(files, key=lambda file: (file.name, str(file.path)))
 
 
-def _read_text(file: SourceFile) -> str | None:
-    """The file's text, or None when it is binary or in an encoding other than the one it declares."""
-    try:
-        content = file.path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file.path} cannot be read ({error.strerror}); check its permissions") from error
-    try:
-        encoding = tokenize.detect_encoding(io.BytesIO(content).readline)[0] if file.path.suffix == ".py" else "utf-8"
-        text = content.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError):
-        return None
-    if not text.strip() or "\0" in text:
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _documents(file: SourceFile, tidy: bool) -> Iterator[Document]:
-    if file.path.suffix == ".jsonl":
-        yield from _json_lines(file)
-        return
-    text = _read_text(file)
-    if text is None or (tidy and (len(text) < MIN_CHARS or max(map(len, text.split("\n"))) > MAX_LINE)):
-        return
-    yield Document(file.name, text)
-
-
-def _sound(text: str) -> bool:
-    """Not blank, and without the lone surrogates that JSON escapes can smuggle in and UTF-8 cannot hold."""
-    return bool(text.strip()) and text.encode("utf-8", "ignore") == text.encode("utf-8", "surrogatepass")
-
-
-def _json_lines(file: SourceFile) -> Iterator[Document]:
-    try:
-        with file.path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                    raise UserError(
-                        f'{file.path} line {number} has no "text" string; each line needs {{"text": "..."}}'
-                    )
-                if _sound(record["text"]):
-                    yield Document(f"{file.name}:{number}", record["text"])
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file.path} line {number} is not JSON ({error.msg}); repair or remove the line") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file.path} is not UTF-8 (byte {error.start}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"{file.path} cannot be read ({error.strerror}); check its permissions") from error
-
-
-def _hugging_face(source: str) -> Iterator[Document]:
+def _hugging_face(source: str, field: str, left_out: LeftOut) -> Iterator[Document]:
     name, config, split = (source.removeprefix("hf:").split(":") + [""] * 2)[:3]
     try:
         import datasets
@@ -213,10 +189,10 @@ def _hugging_face(source: str) -> Iterator[Document]:
             f"data source {source!r} cannot be opened ({reason}); check name, config and network"
         ) from error
     for number, row in enumerate(rows):
-        if not isinstance(row.get("text"), str):
-            raise UserError(f'data source {source!r} has no "text" column; its columns are {", ".join(row)}')
-        if _sound(row["text"]):
-            yield Document(f"{name}:{number}", row["text"])
+        where = f"data source {source!r} row {number + 1}"
+        document = row_document(row, field, f"{name}:{number}", where, left_out)
+        if document:
+            yield document
 
 
 def telling_lines(text: str) -> set[str]:
@@ -241,11 +217,12 @@ def _within(files: list[SourceFile], limit_bytes: int | None) -> list[SourceFile
 def read_documents(
     source: str, split: SplitName = "train", held_out_share: float = 0.02, limit_bytes: int | None = None
 ) -> Iterator[Document]:
-    """The documents of one split of a source, in the order of their names.
+    """The documents of one split of a source, in the order of their names. What is left out is logged at the end.
 
     Args:
         source: "python" (the standard library and the permissively licensed packages beside it), a folder, a file, a
-            glob, a .jsonl file with a "text" field, or "hf:NAME[:config][:split]" (streamed).
+            glob, or "hf:NAME[:config][:split]" (streamed). Each row of a .jsonl, .csv, .tsv, .parquet or .arrow file is
+            a document: its "text", its "messages", or the field that "SOURCE#FIELD" names. Files may be compressed.
         split: "train", "test" (held out of training) or "all". A single text file is all training text.
         held_out_share: share of the documents held out, 0 to 1.
         limit_bytes: about how much to read; a sample of the files, or the first documents of a stream.
@@ -253,23 +230,35 @@ def read_documents(
     Raises:
         UserError: the source is missing, unreadable or empty (nothing in this split counts as empty).
     """
-    if source.startswith("hf:"):
-        return _not_empty(_streamed(_hugging_face(source), split, held_out_share, limit_bytes), source, split)
-    files = source_files(source)
-    return _not_empty(_from_files(files, source == "python", split, held_out_share, limit_bytes), source, split)
-
-
-def _not_empty(documents: Iterator[Document], source: str, split: SplitName) -> Iterator[Document]:
+    left_out = LeftOut()
+    name, field = split_field(source)
+    if name.startswith("hf:"):
+        documents = _streamed(_hugging_face(name, field, left_out), split, held_out_share, limit_bytes)
+    else:
+        files = source_files(source)
+        documents = _from_files(files, field, left_out, name == "python", split, held_out_share, limit_bytes)
     first = list(islice(documents, 1))
     if not first:
-        what = "readable text" if split == "all" else f"readable text in its {split} split"
-        raise UserError(f"data source {source!r} has no {what}; name a larger source or change held_out_share")
+        raise UserError(_nothing(source, split, held_out_share, left_out))
     yield from first
     yield from documents
+    if str(left_out) and name != "python":
+        log.warning("data source %r: left out %s", source, left_out)
+
+
+def _nothing(source: str, split: SplitName, share: float, left_out: LeftOut) -> str:
+    if str(left_out):
+        return f"data source {source!r} has no readable text: {left_out}; name another source"
+    if split == "test":
+        return (
+            f"data source {source!r} has no readable text in its test split: its documents are too few for a "
+            f"share of {share:g}; raise held_out_share (1 takes all of them)"
+        )
+    return f"data source {source!r} has no readable text in its {split} split; name a larger source"
 
 
 def _streamed(
-    documents: Iterator[Document], split: SplitName, share: float, limit_bytes: int | None
+    documents: Iterable[Document], split: SplitName, share: float, limit_bytes: int | None
 ) -> Iterator[Document]:
     total = 0
     for document in documents:
@@ -281,10 +270,16 @@ def _streamed(
 
 
 def _from_files(
-    files: list[SourceFile], tidy: bool, split: SplitName, share: float, limit_bytes: int | None
+    files: list[SourceFile],
+    field: str,
+    left_out: LeftOut,
+    tidy: bool,
+    split: SplitName,
+    share: float,
+    limit_bytes: int | None,
 ) -> Iterator[Document]:
-    lined = [file for file in files if file.path.suffix == ".jsonl"]
-    plain = [file for file in files if file.path.suffix != ".jsonl"]
+    lined = [file for file in files if file.format != "text"]
+    plain = [file for file in files if file.format == "text"]
     alone = len(files) == 1 and bool(plain)
     held_out = [] if alone else [file for file in plain if is_held_out(file.name, share)]
     if split != "all":
@@ -293,21 +288,26 @@ def _from_files(
     known: set[str] = set()
     if split == "train":
         for file in held_out:
-            for document in _documents(file, tidy):
+            for document in documents_of(file, field, LeftOut(), tidy):
                 known |= telling_lines(document.text)
     for file in _within(plain, limit_bytes):
-        for document in _documents(file, tidy):
+        for document in documents_of(file, field, left_out, tidy):
             lines = telling_lines(document.text) if known else known
             if len(lines & known) <= NEAR_DUPLICATE * len(lines):
                 yield document
     rest = None if limit_bytes is None else max(0, limit_bytes - sum(file.size for file in plain))
     if lined and rest != 0:
-        yield from _streamed((d for file in lined for d in _documents(file, False)), split, share, rest)
+        rows = (document for file in lined for document in documents_of(file, field, left_out))
+        yield from _streamed(rows, split, share, rest)
 
 
 def source_fingerprint(source: str) -> str:
-    """A hash of what a source lists (names and sizes): a change of the source changes it."""
+    """A hash of what a source lists (names, sizes and formats): a change of the source changes it."""
     if source.startswith("hf:"):
         return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
-    listing = "\n".join(f"{file.name} {file.size}" for file in source_files(source))
+    known = ("text", "jsonl")  # what was read before formats were listed keeps its fingerprint
+    listing = "\n".join(
+        f"{file.name} {file.size}" + ("" if file.format in known else f" {file.format}")
+        for file in source_files(source)
+    )
     return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()

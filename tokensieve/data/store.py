@@ -4,28 +4,76 @@ Folder: tokens.bin (uint16, or uint32 for vocabularies above 65536), offsets.npy
 store.json (names and the tokenizer's hash). A store appears under its name only when it is complete.
 """
 
-import errno
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokensieve.config import UserError
+from tokensieve.files import remedy
 from tokensieve.tasks import Document, PlainEncoder, encoder
 
-BATCH = 128  # documents encoded at a time
+BATCH = 128  # documents encoded at a time,
+CHARS = 1 << 20  # of so many characters in all: a tokenizer at work holds some 150 bytes for each
+
+# Where a text of more characters may be cut: the tokens of the usual tokenizers end at a line's end before text, and at
+# a word's end before a space.
+SEAMS = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
+
+
+def encoded(documents: Iterable[Document], encode: PlainEncoder) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, token ids) of each document, without what `PlainEncoder.frame` puts around it.
+
+    Raises:
+        UserError: a conversation, and the tokenizer has no chat format for it.
+    """
+    for batch in _batches(documents):
+        if len(batch[0].text) > CHARS and not batch[0].messages:  # it is alone
+            parts = [np.asarray(encode(piece)) for piece in _pieces(batch[0].text)]
+            yield batch[0].name, np.concatenate(parts)
+            continue
+        ids = iter(encode.batch([document.text for document in batch if not document.messages]))
+        for document in batch:
+            yield document.name, np.asarray(_unframed(document, encode) if document.messages else next(ids))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    iterator = iter(documents)
-    while batch := list(islice(iterator, BATCH)):
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        if batch and (len(batch) == BATCH or size + len(document.text) > CHARS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text)
+    if batch:
         yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most `CHARS` characters, each cut at the last seam in its second half."""
+    begin = 0
+    while len(text) - begin > CHARS:
+        middle, end = begin + CHARS // 2, begin + CHARS
+        seams = ([found.end() for found in seam.finditer(text, middle, end)] for seam in SEAMS)
+        cut = next((places[-1] for places in seams if places), end)
+        yield text[begin:cut]
+        begin = cut
+    yield text[begin:]
+
+
+def _unframed(document: Document, encode: PlainEncoder) -> list[int]:
+    """The conversation's ids without the first and last tokens that every document gets."""
+    ids = encode.conversation(document.messages)
+    before, after = encode.frame()
+    ids = ids[len(before) :] if ids[: len(before)] == before else ids
+    return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
 
 
 class TokenStore:
@@ -55,16 +103,11 @@ class TokenStore:
             UserError: no documents, a folder that cannot be written, a full disk.
         """
         encode = encoder(tokenizer)
-        pairs = (
-            pair
-            for batch in _batches(documents)
-            for pair in zip(batch, encode.batch([document.text for document in batch]), strict=True)
-        )
-        return cls.build_from_ids(((document.name, ids) for document, ids in pairs), encode, folder)
+        return cls.build_from_ids(encoded(documents, encode), encode, folder)
 
     @classmethod
     def build_from_ids(
-        cls, pieces: Iterable[tuple[str, list[int]]], encode: PlainEncoder, folder: str | Path
+        cls, pieces: Iterable[tuple[str, Sequence[int] | np.ndarray]], encode: PlainEncoder, folder: str | Path
     ) -> "TokenStore":
         """As `build`, from (name, token ids) pairs."""
         folder = Path(folder)
@@ -81,8 +124,10 @@ class TokenStore:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
-            remedy = "free some space" if error.errno == errno.ENOSPC else "choose another cache folder"
-            raise UserError(f"token store {folder} cannot be written ({error.strerror}); {remedy}") from error
+            raise UserError(
+                f"token store {folder} cannot be written ({error.strerror}); {remedy(error)}, "
+                "or choose another folder with data.cache"
+            ) from error
         return cls.open(folder)
 
     @classmethod
@@ -105,12 +150,12 @@ class TokenStore:
         return cls(folder, tokens, offsets, names, tokenizer_hash)
 
 
-def _write(folder: Path, pieces: Iterable[tuple[str, list[int]]], encode: PlainEncoder) -> None:
+def _write(folder: Path, pieces: Iterable[tuple[str, Sequence[int] | np.ndarray]], encode: PlainEncoder) -> None:
     dtype = np.dtype(np.uint16 if encode.vocab_size <= 65536 else np.uint32)
     names, lengths = [], []
     with (folder / "tokens.bin").open("wb") as out:
         for name, ids in pieces:
-            if ids:
+            if len(ids):
                 np.asarray(ids, dtype=dtype).tofile(out)
                 names.append(name)
                 lengths.append(len(ids))

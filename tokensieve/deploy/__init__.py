@@ -5,9 +5,9 @@
 
 The commands and images are those of the DeepSeek-V3.2-Exp release and of the engines' own pages about it. Options that
 those sources do not mention are not passed, so the engines' defaults apply. Sources, read in 2026: the README of
-DeepSeek-V3.2-Exp (SGLang's images, and its command on H200), SGLang's announcement of its support (MI350, NPUs) and its
-pages on Ascend NPUs and AMD GPUs (devices and volumes of a container), vLLM's recipe for DeepSeek-V3.2 and its page on
-Docker.
+DeepSeek-V3.2-Exp, SGLang's page on DeepSeek V3.2 (images, the command on H200 and B200), its announcement of support
+(NPUs) and its pages on Ascend NPUs and AMD GPUs (devices and volumes of a container), vLLM's recipe for DeepSeek-V3.2
+and its page on Docker.
 """
 
 from tokensieve.deploy.command import deploy

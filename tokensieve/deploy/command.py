@@ -32,6 +32,8 @@ def deploy(
     """
     deployment = plan(engine, model, gpus, hardware, context, options)
     log.info("%s: about %s", deployment.folder, deployment.estimate())
+    if deployment.parsers:
+        log.info("for thoughts and tool calls apart from the text, add: -- %s", shlex.join(deployment.parsers))
     if compose is not None:
         write_compose(deployment, compose)
         log.info("%s: start it with docker compose -f %s up", compose, shlex.quote(str(compose)))
@@ -52,4 +54,4 @@ def become(deployment: Deployment) -> NoReturn:
             "container with --compose FILE"
         )
     sys.stdout.flush()
-    os.execvpe(command[0], command, os.environ | deployment.environment)
+    os.execvp(command[0], command)

@@ -24,7 +24,8 @@ def compose_file(deployment: Deployment) -> dict[str, Any]:
     The port is published on the loopback interface only, because neither engine authenticates its callers.
     """
     port = 8000 if deployment.engine == "vllm" else 30000
-    npu = deployment.hardware.startswith("npu")
+    maker = HARDWARE[deployment.hardware].maker
+    npu = maker == "npu"
     volumes = {str(deployment.folder): CONTAINER_MODEL}
     # SGLang listens on its own loopback interface by default, which nobody outside the container can reach.
     listen = ("--host", "0.0.0.0", "--port", str(port)) if deployment.engine == "sglang" and not npu else ()
@@ -33,8 +34,6 @@ def compose_file(deployment: Deployment) -> dict[str, Any]:
         "entrypoint": list(deployment.command(CONTAINER_MODEL, listen)),
         "ipc": "host",
     }
-    if deployment.environment:
-        service["environment"] = dict(deployment.environment)
     if npu:  # the devices need the host's network and its driver
         service |= {"privileged": True, "network_mode": "host", "shm_size": "16gb"}
         names = [*(f"davinci{i}" for i in range(deployment.gpus)), "davinci_manager", "hisi_hdc"]
@@ -42,10 +41,10 @@ def compose_file(deployment: Deployment) -> dict[str, Any]:
         volumes |= {path: path for path in NPU_DRIVER}
     else:
         service["ports"] = [f"127.0.0.1:{port}:{port}"]
-    if deployment.hardware == "mi350":
+    if maker == "amd":
         service |= {"devices": ["/dev/kfd:/dev/kfd", "/dev/dri:/dev/dri"], "group_add": ["video"]}
         service |= {"cap_add": ["SYS_PTRACE"], "security_opt": ["seccomp=unconfined"]}
-    if deployment.hardware == "h200":
+    if maker == "nvidia":
         devices = [{"driver": "nvidia", "count": deployment.gpus, "capabilities": ["gpu"]}]
         service["deploy"] = {"resources": {"reservations": {"devices": devices}}}
     service["volumes"] = [

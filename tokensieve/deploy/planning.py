@@ -13,7 +13,13 @@ from tokensieve.checkpoint import Header, exportable, read_config, tensor_header
 from tokensieve.config import UserError
 from tokensieve.cost import index_bytes, latent_bytes, shape_of
 from tokensieve.deploy.hardware import HARDWARE, Hardware
-from tokensieve.deploy.refusals import config_reasons, split_reasons, tensor_reasons, tokenizer_reasons
+from tokensieve.deploy.refusals import (
+    config_reasons,
+    has_chat_template,
+    split_reasons,
+    tensor_reasons,
+    tokenizer_reasons,
+)
 from tokensieve.engine.runner import QUANTIZED_ENTRY
 from tokensieve.families import ModelConfig, family_of, is_sparse, model_config
 from tokensieve.model import model_path
@@ -21,6 +27,15 @@ from tokensieve.model import model_path
 log = logging.getLogger("tokensieve")
 
 LABELS = {"vllm": "vLLM", "sglang": "SGLang"}
+# For chats of DeepSeek-V3.2, which has no template: the options for the engine's own encoder, and for its parsers.
+ENCODER = {"vllm": ("--tokenizer-mode", "deepseek_v32"), "sglang": ()}
+PARSERS = {
+    "vllm": (
+        *("--reasoning-parser", "deepseek_v3"),
+        *("--tool-call-parser", "deepseek_v32", "--enable-auto-tool-choice"),
+    ),
+    "sglang": ("--reasoning-parser", "deepseek-v3", "--tool-call-parser", "deepseekv32"),
+}
 USABLE = 0.9  # share of a device's memory that both engines give to weights and cache; the rest is for activations
 
 # Parts of a layer that tensor parallelism repeats on every device, and those that data-parallel attention repeats too.
@@ -44,8 +59,8 @@ class Target:
         for name, known in ((self.engine, LABELS), (self.hardware, HARDWARE)):
             if name not in known:
                 raise UserError(f"{name!r} is not known here; choose one of {', '.join(known)}")
-        if self.engine == "vllm" and self.hardware != "h200":
-            raise UserError(f"vLLM is set up for h200 here, not for {self.hardware}; use sglang for it")
+        if self.engine == "vllm" and self.machine.maker != "nvidia":
+            raise UserError(f"vLLM is set up for h200 and b200 here, not for {self.hardware}; use sglang for it")
 
     @property
     def label(self) -> str:
@@ -58,13 +73,14 @@ class Target:
     @property
     def by_requests(self) -> bool:
         """Whether attention is data parallel: every device has all heads, and attends for requests of its own."""
-        return self.engine == "sglang" and self.hardware == "h200" and self.gpus > 1
+        return self.engine == "sglang" and self.machine.maker == "nvidia" and self.gpus > 1
 
 
 @dataclass(frozen=True)
 class Deployment:
     """A checkpoint and how an engine serves it.
 
+    parsers: options that separate thoughts and tool calls from the text, for chats that the engine itself encodes.
     weights, cache: bytes on one device; the cache is that of one sequence of `context` tokens.
     """
 
@@ -74,7 +90,7 @@ class Deployment:
     hardware: str
     program: tuple[str, ...]
     arguments: tuple[str, ...]
-    environment: Mapping[str, str]
+    parsers: tuple[str, ...]
     weights: float
     cache: float
     context: int
@@ -85,7 +101,7 @@ class Deployment:
 
     def line(self) -> str:
         """The command as a shell reads it."""
-        return " ".join([*(f"{k}={v}" for k, v in self.environment.items()), shlex.join(self.command())])
+        return shlex.join(self.command())
 
     def estimate(self) -> str:
         machine = HARDWARE[self.hardware]
@@ -123,6 +139,7 @@ def plan(
     family.check(config)
     headers, reasons = _refusals(target, folder, raw, config)
     sparse = family.sparse
+    encoded = family.engines_encode_chat and not has_chat_template(folder)
     shape = shape_of(config)
     per_token = latent_bytes(shape, "fp8" if engine == "vllm" and sparse else "bf16") + index_bytes(shape, "fp8")
     tokens = context or config.max_position_embeddings
@@ -132,8 +149,8 @@ def plan(
         gpus=gpus,
         hardware=hardware,
         program=("vllm", "serve") if engine == "vllm" else ("python", "-m", "sglang.launch_server", "--model"),
-        arguments=(*_arguments(target, raw, config), *options),
-        environment=target.machine.sparse_environment if engine == "sglang" and sparse else {},
+        arguments=(*_arguments(target, raw, config), *(ENCODER[engine] if encoded else ()), *options),
+        parsers=PARSERS[engine] if encoded and not options else (),
         weights=_weights(headers, config.num_hidden_layers, target),
         cache=shape.layers * per_token * tokens,
         context=tokens,

@@ -104,8 +104,19 @@ def split_reasons(raw: Mapping[str, Any], config: ModelConfig, gpus: int, attent
     return [f"{reason}; choose another --gpus" for reason in reasons]
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer has a chat template. False if it cannot be read, which is a reason of its own."""
+    try:
+        return load_tokenizer(folder).chat_template is not None
+    except UserError:
+        return False
+
+
 def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
-    """Reasons in the tokenizer: transformers cannot read it, or its chat template is missing or renders no message."""
+    """Reasons in the tokenizer: transformers cannot read it, or its chat template is missing or renders no message.
+
+    DeepSeek-V3.2 is published without one; both engines bring its encoder.
+    """
     from jinja2 import TemplateError
 
     try:
@@ -114,7 +125,12 @@ def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
     except UserError as error:
         return [str(error)]
     if tokenizer.chat_template is None:
-        return [f"{folder}: no chat template, without which nobody can chat; copy the original's chat_template.jinja"]
+        if family_of(config).engines_encode_chat:
+            return []
+        return [
+            f"{folder}: no chat template, without which nobody can chat; copy the original's chat_template.jinja, or "
+            "chat_template in its tokenizer_config.json"
+        ]
     try:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True

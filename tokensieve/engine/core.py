@@ -78,12 +78,25 @@ def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1) -
 
     processes: processes that share the processor's memory. On GPUs each process has a GPU of its own.
     """
-    if model.device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(model.device)[0] * 0.85)
-    else:
-        budget = psutil.virtual_memory().available // (4 * processes)
+    share = 0.85 if model.device.type == "cuda" else 1 / (4 * processes)
+    budget = int(_free_memory(model.device) * share)
     full_contexts = running * pages_for(model.config.max_position_embeddings)
     return max(1, min(full_contexts, budget // page_bytes(model)))
+
+
+def _check_pages(model: DecoderForCausalLM, pages: int) -> None:
+    """Raises UserError for more pages than there is memory for."""
+    each, free = page_bytes(model), _free_memory(model.device)
+    if pages * each > free:
+        raise UserError(
+            f"{pages} pages of the cache need {pages * each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            f"choose at most {free // each} pages"
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @dataclass
@@ -110,6 +123,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
         pages = self.config.pages or default_pages(model, self.config.running)
+        _check_pages(model, pages)
         self.runner = Runner(
             model, pages, self.config.backend, selectors, self.config.top_k, self.config.check_selection
         )
@@ -121,7 +135,8 @@ class Engine:
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._generations: dict[str, Generation] = {}
         self._ends = model.end_tokens(tokenizer)
-        log.info("cache: %d pages, %.1f MiB", pages, self.runner.pools.bytes / 2**20)
+        taken = "up to " if model.device.type == "cpu" else ""
+        log.info("cache: %d pages, %s%.1f MiB", pages, taken, self.runner.pools.bytes / 2**20)
 
     @property
     def busy(self) -> bool:

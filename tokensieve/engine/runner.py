@@ -7,6 +7,8 @@ tokens of one prompt only, and the chunks of a prompt always begin at the same t
 a multiple of four, since matrix libraries treat the rows left over otherwise.
 """
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -56,13 +58,25 @@ def page_bytes(model: DecoderForCausalLM) -> int:
     return layer * c.num_hidden_layers
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On the CPU their memory is mapped, so that it is taken page by page when it is first written."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # a limit of this process, as ulimit -v sets it
+        raise UserError(f"{size} bytes of the cache cannot be had ({error.strerror}); choose fewer pages") from error
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 def make_pools(model: DecoderForCausalLM, pages: int) -> Pools:
     """Empty pages for entries and index keys, on the model's device."""
     c, device = model.config, model.device
     entries_fp8, index_fp8 = is_quantized(model)
 
     def pool(*shape: int, quantized: bool) -> Tensor:
-        return torch.zeros(pages, *shape, dtype=torch.uint8 if quantized else model.dtype, device=device)
+        return _zeros((pages, *shape), torch.uint8 if quantized else model.dtype, device)
 
     entry = family_of(c).entry(c)
     widths = (entry.width,) if entry.groups == 1 else (entry.groups, entry.width)

@@ -64,6 +64,10 @@ def judge_sparse(
             raise UserError(f"an arm cannot be called {name}, which names something else in metrics.json; rename it")
         with selecting(model, selection):  # an unknown one is refused now rather than after the other arms
             pass
+    if context - 1 <= sizes.ppl_after:
+        raise UserError(
+            f"sparse.ppl_after is {sizes.ppl_after}: it must be at most {context - 2}, the context less two"
+        )
     encode = encoder(tokenizer)
     sequences = text_sequences(encode, documents, context, sizes.texts)
     task = Needles(encode, Documents(test=documents), context=context)
@@ -71,7 +75,7 @@ def judge_sparse(
     arms = arms_of(model) | {name: Arm(model, selection) for name, selection in more.items()}
     if dense is not None:
         arms["dense"] = Arm(dense, "dense")
-    scores = compare(arms, encode, sequences, task, needles, k, on_progress)
+    scores = compare(arms, encode, sequences, task, needles, k, on_progress, sizes.ppl_after)
     if on_progress is not None:
         on_progress("recall", 0, 1)
     held = recall(model, sequences[: sizes.recall_sequences], queries=sizes.recall_queries)

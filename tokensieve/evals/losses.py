@@ -6,7 +6,7 @@ Legend: S tokens of one sequence, V vocabulary.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.data.store import encoded
 from tokensieve.evals.evaluation import evaluating
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.tasks import Document, encoder, stable_fraction
 
 HEAD_ROWS = 1024  # positions whose logits are held at a time
-ENCODED = 32  # documents tokenized at a time
 
 
 def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> list[Tensor]:
@@ -35,11 +35,7 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
     encode = encoder(tokenizer)
     length = context - len(encode.begin)
     drawn = sorted(documents, key=lambda d: stable_fraction("sequence " + d.name))
-    long: list[list[int]] = []
-    for begin in range(0, len(drawn), ENCODED):
-        long += [ids for ids in encode.batch([d.text for d in drawn[begin : begin + ENCODED]]) if len(ids) >= length]
-        if len(long) >= count:
-            break
+    long = list(islice((ids for _, ids in encoded(drawn, encode) if len(ids) >= length), count))
     sequences: list[Tensor] = []
     stretch = 0
     while len(sequences) < count:

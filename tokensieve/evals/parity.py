@@ -83,10 +83,12 @@ def compare(
     needles: Sequence[NeedleExample],
     top_k: int,
     on_progress: OnProgress | None = None,
+    ppl_after: int = 0,
 ) -> dict[str, ArmScores]:
     """Perplexity and needle accuracy of every arm on the same held-out sequences and the same questions of `task`.
 
     Each arm reads a needle context once, by its own selection, and answers every question from that cache.
+    Perplexity is that of the tokens after the first `top_k`, or after the first `ppl_after` if these are more.
     `on_progress` is called with the arm's name after each sequence and each context.
 
     Raises:
@@ -103,7 +105,7 @@ def compare(
         texts = part(on_progress, name, number * each, len(arms) * each)
         questions = part(on_progress, name, number * each + len(sequences), len(arms) * each)
         with evaluating(arm.model), selecting(arm.model, arm.selection, top_k):
-            text = perplexity(arm.model, sequences, top_k, on_progress=texts)
+            text = perplexity(arm.model, sequences, max(top_k, ppl_after), on_progress=texts)
             scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, needles, on_progress=questions))
     return scores
 

@@ -1,7 +1,7 @@
 """The families of models that tokensieve knows: a table of rows, and the look-up of a config's row.
 
-To add a family, write its row here or in one file beside `llama.py`: its config class, its checks, its tensors' names,
-its entries. If no class of `tokensieve.model` attends as it does, that class is a second file.
+To add a family, write its rows in one file beside `llama.py`, dense and sparse: the abstract methods of `Family`, and a
+config class of the sparse form. If no class of `tokensieve.model` attends as it does, that class is a second file.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from tokensieve.families import deepseek, llama
 from tokensieve.families.deepseek import SparseConfig
 from tokensieve.families.family import AttentionCost, Entry, Family
 from tokensieve.families.llama import SparseLlamaConfig
+from tokensieve.families.rope_fields import check_rope
 
 __all__ = [
     "FAMILIES",
@@ -59,8 +60,10 @@ def model_config(raw: dict[str, Any]) -> Any:
     unknown family, and for a field with an unsuitable value.
     """
     family = family_of(raw)
+    for name in ("rope_scaling", "rope_parameters"):  # before transformers, whose complaints name no remedy
+        check_rope(name, raw.get(name))
     try:
-        config = family.config.from_dict({k: v for k, v in raw.items() if k != "quantization_config"})
+        config = family.config.from_dict({k: v for k, v in family.readable(raw).items() if k != "quantization_config"})
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(
             f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"

@@ -46,6 +46,15 @@ READ_OF_V3 = (*READ, "scoring_func", "topk_method")
 READ_OF_V32 = (*READ_OF_V3, "index_topk", "index_n_heads", "index_head_dim")
 
 
+NULL_COUNTS = {
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 0,
+    "first_k_dense_replace": 0,
+    "num_nextn_predict_layers": 0,
+}
+
+
 @dataclass(frozen=True)
 class DeepSeek(Family):
     softmax_scores: bool = False  # the router of V2
@@ -91,6 +100,21 @@ class DeepSeek(Family):
                 "no published DeepSeek-V2 model uses it"
             )
 
+    def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """As in `Family`; a null count is what the published code makes of it.
+
+        No groups are one group, which is chosen. No shared experts, dense layers or MTP layers are 0 of them. Without
+        routed experts every layer is dense.
+        """
+        fields = super().readable(raw)
+        if "n_routed_experts" in raw and raw["n_routed_experts"] is None:
+            one = dict.fromkeys(("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"), 1)
+            one["moe_intermediate_size"] = raw.get("moe_intermediate_size") or 1
+            layers = raw.get("num_hidden_layers", self.config.num_hidden_layers)
+            fields |= one | {"first_k_dense_replace": layers, "mlp_layer_types": None}
+        counts = NULL_COUNTS | {"num_key_value_heads": fields.get("num_attention_heads")}
+        return fields | {k: count for k, count in counts.items() if fields.get(k, count) is None and count is not None}
+
     def sparse_fields(self, config: Any) -> dict[str, Any]:
         fields = super().sparse_fields(config)
         fields = {k: v for k, v in fields.items() if k not in ("mlp_layer_types", "head_dim")}
@@ -124,11 +148,13 @@ class DeepSeek(Family):
         shapes["kv_a_layernorm.weight"] = (kv_rank,)
         shapes["kv_b_proj.weight"] = (heads * (nope + value), kv_rank)
         shapes["o_proj.weight"] = (hidden, heads * value)
-        if config.attention_bias:
-            for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
-                if f"{name}.weight" in shapes:
-                    shapes[f"{name}.bias"] = shapes[f"{name}.weight"][:1]
-        return shapes
+        return shapes | {f"{name}.bias": shapes[f"{name}.weight"][:1] for name in self.biased(config)}
+
+    def biased(self, config: Any) -> tuple[str, ...]:
+        if not config.attention_bias:
+            return ()
+        queries = () if config.q_lora_rank is None else ("q_a_proj",)
+        return (*queries, "kv_a_proj_with_mqa", "o_proj")
 
     def entry(self, config: Any) -> Entry:
         """[c_KV, k_R], shared by all heads; the value is c_KV."""
@@ -244,5 +270,5 @@ def _layer_kinds(layers: int, dense: int) -> list[str]:
 FAMILIES = (
     DeepSeek("deepseek_v2", "DeepseekV2ForCausalLM", DeepseekV2Config, "deepseek_v32", softmax_scores=True),
     DeepSeek("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Config, "deepseek_v32", engine_fields=READ_OF_V3),
-    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, engine_fields=READ_OF_V32),
+    DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, READ_OF_V32, engines_encode_chat=True),
 )

@@ -4,14 +4,16 @@ Everything that depends on the architecture is here. No other place compares `mo
 some families have.
 """
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedConfig
 
 from tokensieve.config import UserError
+from tokensieve.families.rope_fields import check_rope
 
 Shapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 
@@ -75,6 +77,7 @@ class Family(ABC):
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
+    engines_encode_chat: bool = False  # whether vLLM and SGLang encode chats without a chat template
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
 
     @property
@@ -90,11 +93,16 @@ class Family(ABC):
                 raise UserError(f"config.json: {field} is {value}; it must be at least 1")
         if config.hidden_act != "silu":
             raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
-        kind = config.rope_parameters.get("rope_type", config.rope_parameters.get("type", "default"))
-        if kind not in ("default", "yarn"):
-            raise UserError(
-                f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'"
-            )
+        check_rope("rope_parameters", config.rope_parameters)
+
+    def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a config.json with the types of the config class: `routed_scaling_factor` 1 becomes 1.0.
+
+        A null switch is off, as for the programs that wrote it.
+        """
+        floats = {f.name for f in dataclasses.fields(self.config) if float in (get_args(f.type) or (f.type,))}
+        switches = {name: False for name in SWITCHES if raw.get(name, False) is None}
+        return {k: float(v) if k in floats and type(v) is int else v for k, v in raw.items()} | switches
 
     def sparse_fields(self, config: Any) -> dict[str, Any]:
         """Fields of the sparse form's config that describe the dense model, model_type included."""
@@ -113,6 +121,10 @@ class Family(ABC):
 
     def mlp_bias(self, config: Any) -> bool:
         return False
+
+    def biased(self, config: Any) -> tuple[str, ...]:
+        """The projections of the attention that have a bias."""
+        return ()
 
     @abstractmethod
     def attention_tensors(self, config: Any) -> Shapes:
@@ -177,6 +189,9 @@ COMMON_SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "
     "index_topk index_n_heads index_head_dim"
 ).split()
+
+
+SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob")
 
 
 def required(fields: Mapping[str, Any], name: str) -> int:

@@ -53,13 +53,16 @@ class Grouped(Family):
     def mlp_bias(self, config: Any) -> bool:
         return bool(config.mlp_bias)
 
+    def biased(self, config: Any) -> tuple[str, ...]:
+        return ("q_proj", "k_proj", "v_proj", "o_proj") if config.attention_bias else ()
+
     def attention_tensors(self, config: Any) -> Shapes:
         hidden, width = config.hidden_size, config.head_dim
         queries, groups = config.num_attention_heads * width, config.num_key_value_heads * width
         rows = {"q_proj": (queries, hidden), "k_proj": (groups, hidden), "v_proj": (groups, hidden)}
         rows["o_proj"] = (hidden, queries)
         shapes: Shapes = {f"{name}.weight": shape for name, shape in rows.items()}
-        return shapes | ({f"{n}.bias": shape[:1] for n, shape in rows.items()} if config.attention_bias else {})
+        return shapes | {f"{name}.bias": rows[name][:1] for name in self.biased(config)}
 
     def entry(self, config: Any) -> Entry:
         """[k, v] of each group."""

@@ -30,7 +30,7 @@ from tokensieve.model.selection import (
 )
 
 # Sparse prefill takes the masked form up to this many times k keys per query.
-# Measured on a GPU (docs/kernels.md), a guess on the CPU (docs/results.md).
+# Measured on a GPU (docs/kernels.md), a guess on the CPU (docs/results/cpu.md).
 MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 
 Queries = Any  # whatever a family's `project` returns and its other methods read

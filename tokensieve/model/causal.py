@@ -21,6 +21,16 @@ from tokensieve.model.context import ForwardOptions
 from tokensieve.model.kl import reported, warmup_loss
 from tokensieve.model.transformer import DecoderPreTrainedModel, Trunk
 
+# Options of transformers' from_pretrained and values that change nothing: attention has kernels of its own, which
+# compute the same function; no code of a folder is ever run; only safetensors are read.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("eager", "sdpa"),
+    "trust_remote_code": (True, False),
+    "use_safetensors": (True,),
+    "low_cpu_mem_usage": (True, False),
+    "revision": ("main",),
+}
+
 
 @dataclass
 class CausalOutput(ModelOutput):
@@ -78,6 +88,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         selection: list[Tensor | None] | None = None,
         return_selection: bool = False,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         options: ForwardOptions | None = None,
         **kwargs: Any,
@@ -86,8 +97,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
         `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` returned
         them; None for a layer whose attention is dense. `options`: how the pass runs; an enclosing `selecting` or
-        `training` block fills in whatever they leave open.
+        `training` block fills in whatever they leave open. `output_hidden_states` None takes config's. UserError for
+        `output_attentions`, here or in config, since no kernel keeps the attention weights.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise UserError(
+                "output_attentions is not supported, since attention weights are never kept; return_selection=True "
+                "returns the selected keys"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -129,14 +148,28 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         *,
         config: ModelConfig | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
+        use_cache: bool | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **others: Any,
     ) -> "DecoderForCausalLM":
-        """`tokensieve.load` under transformers' name. Raises UserError as `load` does, and for an unknown dtype."""
-        torch_dtype = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-        if torch_dtype is not None and not isinstance(torch_dtype, torch.dtype):
+        """`tokensieve.load` under transformers' name.
+
+        `AutoModelForCausalLM` opens these folders too, but in transformers' own class. `torch_dtype` is the old name of
+        `dtype`. Of transformers' other options those are accepted that change nothing here (`NEUTRAL`), and any that is
+        None. Raises UserError for the rest, for an unknown dtype or device, and as `load` does.
+        """
+        for name, value in others.items():
+            if value is not None and value not in NEUTRAL.get(name, ()):
+                raise UserError(f"from_pretrained: {name}={value!r} is not supported; leave it out")
+        dtype = torch_dtype if dtype is None else dtype
+        kind = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if kind is not None and not isinstance(kind, torch.dtype):
             raise UserError(f"dtype {dtype!r} is not one of torch's; use for instance 'bfloat16'")
-        device = "cpu" if device_map in (None, "auto") else device_map
-        return files.read(cls, pretrained_model_name_or_path, torch_dtype, device, config)
+        model = files.read(cls, pretrained_model_name_or_path, kind, files.fitting_device(device_map), config)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        return model
 
     def save_pretrained(
         self,
@@ -163,6 +196,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise UserError(
+                f"generate: cache_implementation {kind!r} is not supported, since the cache grows with the tokens; "
+                "leave it out"
+            )
         if generation_config.use_cache is False:
             return
         if model_kwargs.get("past_key_values") is None:

@@ -1,8 +1,6 @@
 """Checkpoint folders and models of any class: finding a folder, filling a model from it, writing a model into one."""
 
-import importlib.resources
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +13,10 @@ from torch import Tensor
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, model_config
+from tokensieve.files import known_folder
 from tokensieve.model import fp8
 
 Model = TypeVar("Model", bound=nn.Module)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def model_path(name: str | Path) -> Path:
@@ -33,18 +24,7 @@ def model_path(name: str | Path) -> Path:
 
     A hub id (owner/name) is the folder in the Hugging Face cache.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
-    if (root / str(name)).is_dir():
-        return root / str(name)
-    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
-        return _hub_folder(str(name))
-    raise UserError(
-        f"model {str(name)!r}: no such folder, and not a bundled model ({bundled}); "
-        "give a checkpoint folder or owner/name"
-    )
+    return known_folder(name) or _hub_folder(str(name))
 
 
 def _hub_folder(repository: str) -> Path:
@@ -52,7 +32,7 @@ def _hub_folder(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(repository, ignore_patterns=list(checkpoint.OTHER_WEIGHTS)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -89,6 +69,22 @@ def came_from(model: Any, folder: Path) -> None:
     """Notes the folder that a model was read from, and the tokens that end an answer, which its files name."""
     model.folder = folder
     model.generation_config.eos_token_id = checkpoint.read_end_tokens(folder) or None
+
+
+def fitting_device(device_map: Any) -> torch.device:
+    """The one device that a `device_map` of transformers names: "auto" is a GPU if there is one; None is the CPU.
+
+    UserError for a map of parts to devices, and for a device that torch does not know.
+    """
+    whole = device_map.get("", device_map) if isinstance(device_map, dict) else device_map
+    if whole is None or whole == "auto":
+        return torch.device("cuda" if whole and torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(whole)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(
+            f"device_map {device_map!r}: a model lies on one device; use 'auto', or a device such as 'cuda:0'"
+        ) from error
 
 
 def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -138,10 +134,4 @@ def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: f
         for path in files:
             os.replace(path, folder / path.name)
     if getattr(model, "folder", None) is not None:
-        copy_tokenizer(Path(model.folder), folder)
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        checkpoint.copy_tokenizer(Path(model.folder), folder)

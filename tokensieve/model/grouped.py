@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from tokensieve.families import ModelConfig
+from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.attention import Attention
 from tokensieve.model.entries import ContiguousKeys
 from tokensieve.model.pack import Pack
@@ -20,12 +20,12 @@ from tokensieve.model.rope import Rotation, rotate_half_split
 class GroupedAttention(Attention):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.width, hidden, bias = config.head_dim, config.hidden_size, config.attention_bias
+        self.width, hidden, biased = config.head_dim, config.hidden_size, family_of(config).biased(config)
         groups = self.entry.groups
-        self.q_proj = nn.Linear(hidden, self.heads * self.width, bias=bias)
-        self.k_proj = nn.Linear(hidden, groups * self.width, bias=bias)
-        self.v_proj = nn.Linear(hidden, groups * self.width, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, self.heads * self.width, bias="q_proj" in biased)
+        self.k_proj = nn.Linear(hidden, groups * self.width, bias="k_proj" in biased)
+        self.v_proj = nn.Linear(hidden, groups * self.width, bias="v_proj" in biased)
+        self.o_proj = nn.Linear(self.heads * self.width, hidden, bias="o_proj" in biased)
         self.add_indexer(config)
 
     def project(self, h_ND: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:

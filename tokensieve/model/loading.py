@@ -4,21 +4,24 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve import checkpoint
+from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
-from tokensieve.model.files import check_savable, copy_tokenizer, fill, model_path
+from tokensieve.model.files import check_savable, fill, model_path
 
 log = logging.getLogger("tokensieve")
 
 INDEXERS = "indexer.safetensors"
+_OTHER_TOKENIZERS = ("*.model", "*.tiktoken", "vocab.*")  # SentencePiece, tiktoken, and BPE in two files
 
 
 def load(
@@ -27,6 +30,7 @@ def load(
     device: str | torch.device = "cpu",
     config: ModelConfig | None = None,
     keep_fp8: bool = False,
+    **others: Any,
 ) -> DecoderForCausalLM:
     """A model of any family in `tokensieve.families`, dense or sparse, in evaluation mode.
 
@@ -34,8 +38,13 @@ def load(
     id. `dtype`: float32 on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head
     weights stay float32. `config`: used in place of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are,
     and are multiplied as they are; such a model can neither be trained nor saved. A multi-token-prediction layer is not
-    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files.
+    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files, and for
+    options of transformers that have another name here.
     """
+    for option in others:
+        instead = {"device_map": "device", "torch_dtype": "dtype"}.get(option)
+        remedy = f"use {instead}" if instead else "its options are dtype, device, config and keep_fp8"
+        raise UserError(f"load has no option {option}; {remedy}")
     return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
 
@@ -103,6 +112,11 @@ def sparsify(
     fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError if the model is sparse already, if a number is
     below 1, and if `index_dim` cannot hold the positions.
     """
+    if not isinstance(model, DecoderForCausalLM):
+        raise UserError(
+            f"sparsify takes a model of tokensieve, not {type(model).__name__}; load it first: "
+            "tokensieve.sparsify(tokensieve.load(NAME), top_k=64)"
+        )
     family = family_of(model.config)
     if family.sparse:
         raise UserError("the model already has indexers; train them with: tokensieve warmup")
@@ -142,8 +156,12 @@ def load_tokenizer(name: str | Path):
 
     folder = model_path(name)
     if not (folder / "tokenizer.json").is_file():
+        other = next((file.name for form in _OTHER_TOKENIZERS for file in folder.glob(form)), None)
         raise UserError(
             f"{folder}: no tokenizer.json; copy the tokenizer files of the original checkpoint into the folder"
+            if other is None
+            else f"{folder}: its tokenizer is {other}, and tokensieve reads tokenizer.json only; write that with "
+            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
         try:

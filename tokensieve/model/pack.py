@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.model.positions import check_positions
 
 
 class Past(Protocol):
@@ -31,7 +32,7 @@ class Pack:
     ends_N: Tensor  # int32, one past the last visible key; start == end for padding
     row_keys: int  # distance on the key axis between one row's first key and the next row's
     max_keys: int  # no query sees more keys than this
-    bounds: Tensor | None  # int32 cumulative document lengths if the batch is a causal pack of whole documents
+    bounds: Tensor | None  # int32 cumulative lengths if every document is whole, or a prompt's part with all before it
     longest: int  # no document has more tokens than this
     valid_N: Tensor | None  # bool, False for padding; None if nothing is padded
 
@@ -58,11 +59,8 @@ def make_pack(
     past = 0 if cache is None else cache.get_seq_length()
     if length == 0:
         raise UserError("the input holds no token; give at least one")
-    if past + length > max_positions:
-        raise UserError(
-            f"a sequence of {past + length} tokens is past the model's {max_positions} positions; "
-            "shorten it or extend the model with YaRN"
-        )
+    what = f"a sequence of {past + length} tokens is"
+    check_positions(max_positions, past + length, what, "shorten it or extend the model with YaRN")
     mask = _padding(attention_mask, batch, past + length)
     row_starts = None if cache is None else cache.row_starts
     row_keys = length if cache is None else cache.room_for(length)

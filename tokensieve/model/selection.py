@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.config import UserError
+from tokensieve.config import SELECTOR_NAMES, UserError, check_selector
 from tokensieve.model.entries import Keys
 from tokensieve.model.indexer import IndexInputs
 from tokensieve.model.rope import Rows, taken
@@ -192,7 +192,7 @@ def join(a_NK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 SELECTORS: Mapping[str, Selector] = MappingProxyType(
-    {"indexer": indexer, "window": window, "oracle": oracle, "dense": dense}
+    dict(zip(SELECTOR_NAMES, (indexer, window, oracle, dense), strict=True))
 )
 
 
@@ -202,11 +202,7 @@ def resolve(selector: str | Selector) -> Selector:
         return selector
     if selector in SELECTORS:
         return SELECTORS[selector]
-    module, colon, name = selector.partition(":")
-    if not colon or not module or not name:
-        raise UserError(
-            f"selection {selector!r} is unknown; use one of {', '.join(SELECTORS)}, or module:function for your own"
-        )
+    module, _, name = check_selector(selector).partition(":")
     try:
         target: Any = importlib.import_module(module)
         for part in name.split("."):

@@ -42,7 +42,8 @@ def serve(
     from tokensieve.serve.settings import ServeConfig
 
     path = Path(model)
-    config = ServeConfig(path.resolve().name if path.is_dir() else model, **settings)
+    name = path.resolve().name if path.is_dir() else model
+    config = ServeConfig(name, **settings | {"allow_hosts": (host, *settings.get("allow_hosts", ()))})
     engine_config = EngineConfig(**options)
     with ExitStack() as stack:
         ranks = stack.enter_context(join_mesh(device))

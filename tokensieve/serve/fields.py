@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+MAX_PARTS = 2**12  # of one message, and tool calls of one message
+
 # A name stands unquoted in prompts and in grammars. OpenAI allows letters, digits, "_" and "-"; tools of other
 # protocols are also named by paths.
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -59,9 +61,9 @@ class Message(Typed):
     """prefix: DeepSeek's own way to ask that the answer goes on after this message, the last one."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     tool_call_id: str | None = None
     name: str | None = None
     prefix: bool = False

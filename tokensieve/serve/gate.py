@@ -1,4 +1,4 @@
-"""The middleware before every route: it checks the key and the body's size, and logs and counts each request."""
+"""The middleware before every route: who may ask, the whole body, and a log line and a count for each request."""
 
 import base64
 import binascii
@@ -6,21 +6,24 @@ import hmac
 import time
 from typing import Any
 
-from starlette.exceptions import HTTPException
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokensieve.serve.errors import CLIENT_GONE, error_response
+from tokensieve.engine import Stopping
+from tokensieve.serve.body import Bodies
+from tokensieve.serve.errors import CLIENT_GONE, ApiError, api_error_response, error_response
+from tokensieve.serve.hosts import is_allowed
 from tokensieve.serve.metrics import Metrics
 from tokensieve.serve.record import Record, log_event
 from tokensieve.serve.settings import ServeConfig
+from tokensieve.serve.streaming import ClientGone
 
 OPEN_ROUTES = ("/health",)
 
 
 class Gate:
-    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics):
-        self._app, self._config, self._metrics = app, config, metrics
-        self._too_large_text = f"the request has more than {config.max_body} bytes"
+    def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics, bodies: Bodies):
+        self._app, self._config, self._metrics, self._bodies = app, config, metrics, bodies
         self._keys = [key.encode() for key in config.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,18 +32,9 @@ class Gate:
                 await self._app(scope, receive, send)
             return
         begin, record, status = time.perf_counter(), Record(), 0
+        if scope["method"] == "HEAD":  # routed as GET; the server sends no body, as the original scope says HEAD
+            scope = {**scope, "method": "GET"}
         scope.setdefault("state", {})["record"] = record
-        received = 0
-
-        async def receive_counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._config.max_body:
-                raise HTTPException(
-                    413, self._too_large_text
-                )  # FastAPI lets this exception through from reading a body
-            return message
 
         async def send_noted(message: Message) -> None:
             nonlocal status
@@ -50,11 +44,20 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope)
+            headers = Headers(scope=scope)
+            refusal = self._refusal(scope, headers)
+            try:
+                body = b"" if refusal else await self._bodies.read(headers, receive)
+            except ApiError as error:
+                refusal = api_error_response(error)
+            except Stopping as error:
+                refusal = error_response(503, str(error), code="unavailable")
             if refusal is None:
-                await self._app(scope, receive_counted, send_noted)
+                await self._app(scope, _replayed(body, receive), send_noted)
             else:
                 await refusal(scope, receive, send_noted)
+        except ClientGone:
+            status = CLIENT_GONE
         finally:
             status = status or (CLIENT_GONE if record.finish == "abort" else 500)
             route = getattr(scope.get("route"), "path", "other")
@@ -72,21 +75,34 @@ class Gate:
         fields = {"id": record.id, "route": route, "model": record.model, "status": status, **counts}
         log_event("request", **fields, finish=record.finish, seconds=round(seconds, 4))
 
-    def _refusal(self, scope: Scope) -> ASGIApp | None:
-        headers = dict(scope["headers"])
-        if scope["method"] == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        open_route = scope["path"] in OPEN_ROUTES
+        host = headers.get("host")  # which no browser leaves out
+        if host is not None and not open_route and not is_allowed(host, ("localhost", *self._config.allow_hosts)):
+            return error_response(
+                403, f"the server is not asked by the name {host[:100]!r}; --allow-host allows it", code="unknown_host"
+            )
+        if (
+            scope["method"] == "POST"
+            and headers.get("sec-fetch-site") == "cross-site"
+            and not self._from_allowed_origin(headers)
+        ):
             # a browser would send its visitor's key along, or reach a server that only its own machine should reach
             return error_response(
-                403, "pages of other sites may not ask; open the server's own page", code="cross_site"
+                403,
+                "pages of other sites may not ask; open the server's own page, or allow them with --allow-origin",
+                code="cross_site",
             )
-        if self._keys and scope["path"] not in OPEN_ROUTES and not self._admitted(headers.get(b"authorization", b"")):
+        if self._keys and not open_route and not self._admitted(headers.get("authorization", "").encode("latin-1")):
             # on this challenge a browser asks its user for the key, and sends it with all requests of the page
             challenge = {"WWW-Authenticate": 'Basic realm="tokensieve", charset="UTF-8"'}
             return error_response(
                 401, "an API key is needed: Authorization: Bearer KEY", None, "invalid_api_key", challenge
             )
-        length = headers.get(b"content-length", b"0")
-        return self._too_large() if length.isdigit() and int(length[:20]) > self._config.max_body else None
+        return None
+
+    def _from_allowed_origin(self, headers: Headers) -> bool:
+        return bool({"*", headers.get("origin")} & {*self._config.allow_origins})
 
     def _admitted(self, authorization: bytes) -> bool:
         scheme, _, key = authorization.partition(b" ")
@@ -100,5 +116,12 @@ class Gate:
         equal = [hmac.compare_digest(key, known) for known in self._keys]
         return scheme.lower() in (b"bearer", b"basic") and any(equal)
 
-    def _too_large(self) -> ASGIApp:
-        return error_response(413, self._too_large_text, code="request_too_large")
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive` as it was before the body was read."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return replay

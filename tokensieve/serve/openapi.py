@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict
 STATUSES = {
     400: "The body is not JSON, a value is wrong, or the prompt is too long",
     401: "The API key is missing or wrong",
+    403: "The request comes from a page of another site, or names the server by an unknown host",
     404: "No such model",
-    413: "The body is too large",
+    408: "The body did not arrive in time",
+    413: "The body is too large, or holds too many values",
+    415: "The body's Content-Encoding is none that is read",
     429: "The queue is full; Retry-After gives the seconds to wait",
     500: "A step of the engine failed; the request may be sent again",
     503: "The server is stopping",
@@ -168,7 +171,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Error, "description": text} for status, text in texts.items()}
 
 
-ENGINE = errors(400, 404, 413, 429, 500, 503)  # of a route that sends requests to the engine
+ENGINE = errors(400, 403, 404, 408, 413, 415, 429, 500, 503)  # of a route that sends requests to the engine
 METRICS = errors() | {
     200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}
 }

@@ -21,6 +21,9 @@ from tokensieve.serve.fields import (
 
 MAX_CHOICES = 128  # of one response, as at OpenAI
 ALL_ROOM = -1  # as a limit of tokens: as many as there is room for
+# Far more than a conversation has; to check a million takes seconds in which no other answer is sent.
+MAX_MESSAGES = 2**14
+MAX_TOOLS = 2**10
 
 # Fields that Sampling has by the same name.
 SAMPLING_FIELDS = (
@@ -168,12 +171,12 @@ class Common(Strict):
 class ChatRequest(Common):
     PROMPT, DEFAULT_TOKENS = "messages", 4096
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=ALL_ROOM)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required", "any"] | ChosenTool = "auto"  # "any": "required" at Mistral
     parallel_tool_calls: bool = True
     chat_template_kwargs: TemplateOptions | None = None
@@ -277,7 +280,12 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 class CompletionRequest(Common):
     PROMPT, DEFAULT_TOKENS = "prompt", 16  # as at OpenAI
 
-    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_CHOICES)]
+        | Annotated[list[Ids], Field(fail_fast=True, max_length=MAX_CHOICES)]
+    )
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     echo: bool = False
 

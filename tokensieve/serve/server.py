@@ -1,33 +1,47 @@
 """Runs the application: the socket, signals, and a shutdown that cuts no answer off."""
 
+import asyncio
 import logging
+import os
 import resource
+import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.server import HANDLED_SIGNALS
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, Service
 from tokensieve.serve.app import create_app
-from tokensieve.serve.settings import ServeConfig
-
-SLOWEST_CLIENT = 30  # seconds that clients have to read the end of their answers when the server stops
+from tokensieve.serve.body import Bodies
+from tokensieve.serve.settings import ServeConfig, TimeLimits
 
 
 class Server(uvicorn.Server):
-    """A server that drains at the first signal and stops at the second.
+    """A server that drains at the first signal, and ends the process at the second.
 
     From the first signal on, new requests are refused and /health answers 503, until the last request has ended.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        bodies: Bodies,
+        seconds: TimeLimits,
+        on_start: Callable[[], None] = lambda: None,
+    ):
         super().__init__(config)
-        self._service, self._on_start = service, on_start
+        self._service, self._bodies, self._seconds, self._on_start = service, bodies, seconds, on_start
         self._signalled = False
+        # Since when a connection is between two requests. Each request is another cycle; the first comes after None.
+        self._between: dict[tuple[H11Protocol, RequestResponseCycle], float] = {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -36,13 +50,42 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled:
-            self.should_exit = self.force_exit = True
+            # Not by an exception: the engine's thread may be in a step, and would abort the process. And not by
+            # print: the signal may have come in the middle of one.
+            name, open_requests = signal.Signals(sig).name, self._service.open
+            os.write(
+                2, f"tokensieve: ended by a second signal ({name}); {open_requests} answers are cut off\n".encode()
+            )
+            os._exit(128 + sig)
         self._signalled = self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._signalled and (self._service.open == 0 or not self._service.alive):
-            self.should_exit = True
+        self._close_silent()
+        if self._signalled:
+            self._bodies.stop_waiting()
+            self.should_exit = self._service.open == 0 or not self._service.alive
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._bodies.stop_waiting()
+        # A client that does not read its answer is disconnected, which ends its request in order. At a limit of
+        # uvicorn's own, the request's task would be cancelled, and its traceback logged.
+        leave = asyncio.get_running_loop().call_later(self._seconds.answer, self._abort_connections)
+        await super().shutdown(sockets)
+        leave.cancel()
+
+    def _close_silent(self) -> None:
+        """Close connections whose next request's head has not come in time. uvicorn waits for it without a limit."""
+        connections, now = cast("set[H11Protocol]", self.server_state.connections), time.monotonic()
+        between = [(c, c.cycle) for c in connections if c.cycle is None or c.cycle.response_complete]
+        self._between = {key: self._between.get(key, now) for key in between}
+        for (connection, _), since in self._between.items():
+            if now - since > self._seconds.head:
+                connection.shutdown()
+
+    def _abort_connections(self) -> None:
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,15 +114,17 @@ def address(listening: socket.socket) -> str:
 
 
 def make(service: Service, tokenizer: Any, config: ServeConfig, on_start: Callable[[], None] = lambda: None) -> Server:
+    app = create_app(service, tokenizer, config)
     settings = uvicorn.Config(
-        create_app(service, tokenizer, config),
+        app,
         lifespan="on",
         log_config=None,
         access_log=False,  # the gate logs requests
-        timeout_graceful_shutdown=SLOWEST_CLIENT,
+        http="h11",
+        timeout_keep_alive=config.seconds.idle,
         ws="none",
     )
-    return Server(settings, service, on_start)
+    return Server(settings, service, app.state.server.bodies, config.seconds, on_start)
 
 
 def run(
@@ -88,15 +133,13 @@ def run(
     config: ServeConfig,
     on_start: Callable[[str], None],
 ) -> None:
-    """Serve until a signal ends it. KeyboardInterrupt if a second signal did."""
+    """Serve until a signal ends it. A second signal ends the process, with status 128 and the signal's number."""
     log_lines_alone()
     allow_connections()
-    service = Service(engine)
-    server = make(service, engine.tokenizer, config, lambda: on_start(address(listening)))
+    server = make(Service(engine), engine.tokenizer, config, lambda: on_start(address(listening)))
     server.run(sockets=[listening])
-    if server.force_exit:
-        service.stop(drain=False)  # an exit while the engine's thread is in a step would abort the process
-        raise KeyboardInterrupt
+    for number in HANDLED_SIGNALS:  # nothing is left to end, and Python takes half a second to exit
+        signal.signal(number, signal.SIG_IGN)
 
 
 def allow_connections() -> None:

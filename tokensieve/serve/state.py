@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 
 from tokensieve.engine import Service
+from tokensieve.serve.body import Bodies
 from tokensieve.serve.chat_format import ChatFormat
 from tokensieve.serve.completion_format import CompletionFormat
 from tokensieve.serve.handler import Handler
@@ -21,6 +22,7 @@ class ServerState:
     tokenizer: Any
     config: ServeConfig
     metrics: Metrics
+    bodies: Bodies
     handler: Handler
     chat: ChatFormat
     completion: CompletionFormat

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokensieve.config import UserError
+from tokensieve.tasks.turns import Message
 
 Split = Literal["train", "test"]
 
@@ -23,10 +24,14 @@ VENDORED = frozenset(
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `name` is a dotted module name (or a path with dots), stable across machines; `text` is its content."""
+    """One text: `name` is a dotted module name (or a path with dots), stable across machines; `text` is its content.
+
+    messages: the conversation whose texts `text` joins, to be encoded in the tokenizer's chat format.
+    """
 
     name: str
     text: str
+    messages: tuple[Message, ...] = ()
 
 
 def stable_fraction(text: str) -> float:

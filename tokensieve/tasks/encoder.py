@@ -12,7 +12,7 @@ from tokensieve.tasks.turns import (
     PAD,
     Message,
     Turns,
-    deepseek_prompt,
+    deepseek_conversation,
     deepseek_turns,
     plain_turns,
     template_pieces,
@@ -147,8 +147,21 @@ class PlainEncoder:
             return list(prompt)  # type: ignore[arg-type]
         messages: list[Message] = list(prompt)  # type: ignore[arg-type]
         if self.markers:
-            return deepseek_prompt(self.markers, self, messages)
-        pieces = template_pieces(self.tokenizer, messages, generate=True)
+            return [*deepseek_conversation(self.markers, self, messages), *self.turns.reply]
+        return self._by_template(messages, generate=True)
+
+    def conversation(self, messages: "Sequence[Message]") -> list[int]:
+        """The token ids of a whole conversation in the chat format.
+
+        Raises:
+            UserError: the tokenizer has no chat format for them.
+        """
+        if self.markers:
+            return deepseek_conversation(self.markers, self, messages)
+        return self._by_template(messages, generate=False)
+
+    def _by_template(self, messages: "Sequence[Message]", generate: bool) -> list[int]:
+        pieces = template_pieces(self.tokenizer, messages, generate)
         texts = [self(message["content"]) for message in messages]
         around = [self._with_markers(piece) for piece in pieces]
         return [token for piece, text in zip(around, [*texts, []], strict=True) for token in (*piece, *text)]

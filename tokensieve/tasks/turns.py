@@ -42,11 +42,8 @@ def deepseek_turns(ids: Mapping[str, int]) -> Turns:
     return Turns((ids[BOS], ids[USER]), (ids[ASSISTANT], ids[END_THINK]), (ids[EOS],), (ids[USER],))
 
 
-def deepseek_prompt(ids: Mapping[str, int], encode: Encode, messages: Sequence[Message]) -> list[int]:
-    """Token ids up to where the answer begins: bos, every message after its marker, and the assistant's marker.
-
-    System text follows bos without a marker.
-    """
+def deepseek_conversation(ids: Mapping[str, int], encode: Encode, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation: bos, and every message after its marker. System text follows bos without one."""
     before = {"system": (), "user": (ids[USER],), "assistant": (ids[ASSISTANT], ids[END_THINK])}
     prompt = [ids[BOS]]
     for message in messages:
@@ -54,7 +51,7 @@ def deepseek_prompt(ids: Mapping[str, int], encode: Encode, messages: Sequence[M
             raise UserError(f"messages are of the roles system, user and assistant, not {message['role']}")
         prompt += [*before[message["role"]], *encode(message["content"])]
         prompt += [ids[EOS]] if message["role"] == "assistant" else []
-    return [*prompt, ids[ASSISTANT], ids[END_THINK]]
+    return prompt
 
 
 def plain_turns(encode: Encode, bos: int | None, eos: int | None) -> Turns:

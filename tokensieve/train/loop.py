@@ -23,20 +23,21 @@ from torch.utils.data import DataLoader, Subset
 
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
-from tokensieve.files import write_json
+from tokensieve.files import locked, write_json
 from tokensieve.machine import choose_device, rank_info
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
 from tokensieve.train.estimate import estimate
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.schedule import check_phases, lr_share, position, total_steps
+from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 from tokensieve.train.state import (
     CONFIG,
     RunState,
-    checkpoints,
+    began_as,
     decisive,
+    newest,
     read_state,
     restore_optimizer,
     save_state,
@@ -72,15 +73,12 @@ class Run:
             )
         check_phases(config.phases)
         self.config, self.out = config, Path(config.out)
-        done = checkpoints(self.out)
-        if done and not resume:
-            raise UserError(
-                f"{self.out} holds a run already (up to {done[-1].name}); add --resume to continue it, "
-                "or name another folder"
-            )
+        self.resume, self._resumed = resume, newest(self.out, resume)
         self.device = torch.device(choose_device(config.device))
-        if done:
-            self.model, self.first = load(done[-1], torch.float32, self.device), read_state(done[-1]).step
+        if self._resumed:
+            self._state = read_state(self._resumed)
+            self.first = self._state.step
+            self.model = load(self._resumed, torch.float32, self.device)
         else:
             self.model, self.first = _start(config, model).to(self.device), 0
         self.last = total_steps(config.phases)
@@ -88,7 +86,6 @@ class Run:
         self.options = options_of(self.stage, config)
         if self.stage.objective(config) != "none":
             check_indexers(self.model, config.stage)
-        self._resumed = done[-1] if done else None
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator["Run"]:
@@ -96,7 +93,9 @@ class Run:
         config, model = self.config, self.model
         was_training, checkpointing = model.training, model.model.gradient_checkpointing
         compiled: list[torch.nn.Module] = []
-        with learning(model, self.stage.learners(config)):
+        with locked(self.out), learning(model, self.stage.learners(config)):
+            if newest(self.out, self.resume) != self._resumed:
+                raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
             model.model.gradient_checkpointing = config.activation_checkpointing
             try:
                 self._load_data()
@@ -130,19 +129,32 @@ class Run:
         self.optimizer = make_optimizer(self.config, self.model, self.device)
         torch.manual_seed(self.config.seed)
         if self._resumed is not None:
-            if read_state(self._resumed).fingerprint != self.fingerprint:
-                raise UserError(
-                    f"{self.out}: {what_differs(self.out, to_dict(self.config))}; "
-                    "resume with the same, or name another folder"
-                )
+            self._check_same(self._state)
             restore_optimizer(self._resumed, self.model, self.optimizer)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / CONFIG, to_dict(self.config))
-        except OSError as error:
-            raise UserError(
-                f"{self.out}: cannot be written ({error.strerror}); free space, or name another run folder"
-            ) from error
+        elif not began_as(self.out, to_dict(self.config)):
+            raise self._other_run()
+        write_json(self.out / CONFIG, to_dict(self.config))
+
+    def _check_same(self, state: RunState) -> None:
+        """UserError for other settings or data than the checkpoint's; further steps are none."""
+        if state.fingerprint == self.fingerprint:
+            return
+        before = replace(self.config, phases=state.phases)
+        prints = [dataset.fingerprint for dataset in self.datasets[: len(state.phases)]]
+        if not extends(self.config.phases, state.phases) or state.fingerprint != _fingerprint(before, prints):
+            raise self._other_run()
+        log.info(
+            "%s: extended from %d to %d steps; from step %d on, learning rates are those of the longer run",
+            self.out,
+            total_steps(state.phases),
+            self.last,
+            self.first + 1,
+        )
+
+    def _other_run(self) -> UserError:
+        return UserError(
+            f"{self.out}: {what_differs(self.out, to_dict(self.config))}; resume with the same, or name another folder"
+        )
 
     def _compile(self) -> list[torch.nn.Module]:
         # An indexer's loss breaks a layer's program into pieces, which gain little over its feed-forward part alone.
@@ -212,7 +224,8 @@ class Run:
 
     def save(self, done: int) -> Path:
         """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact."""
-        return save_state(self.out, self.model, self.optimizer, RunState(done, self.fingerprint), self.config.keep)
+        state = RunState(done, self.fingerprint, self.config.phases)
+        return save_state(self.out, self.model, self.optimizer, state, self.config.keep)
 
 
 def run(

@@ -1,6 +1,7 @@
 """The phase and the learning rate of a step."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from tokensieve.config import OptimizerConfig, PhaseConfig, UserError
@@ -22,6 +23,18 @@ def position(phases: tuple[PhaseConfig, ...], step: int) -> SchedulePosition:
 
 def total_steps(phases: tuple[PhaseConfig, ...]) -> int:
     return sum(phase.steps for phase in phases)
+
+
+def extends(phases: tuple[PhaseConfig, ...], earlier: tuple[PhaseConfig, ...]) -> bool:
+    """Whether `phases` are the `earlier` ones with more steps in the last of them, or with further phases after it.
+
+    Sequences of a phase do not depend on its number of steps, so the earlier steps read the same.
+    """
+    last = len(earlier) - 1
+    if last < 0 or len(phases) <= last or phases[:last] != earlier[:last]:
+        return False
+    steps = phases[last].steps
+    return steps >= earlier[last].steps and replace(earlier[last], steps=steps) == phases[last]
 
 
 def lr_share(optimizer: OptimizerConfig, phases: tuple[PhaseConfig, ...], step: int) -> float:

@@ -57,10 +57,13 @@ class Stage:
 
 
 def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
-    """Options of a run's passes, without the KL's scale, which differs from step to step."""
-    selector = config.selection if isinstance(config.selection, str) else "indexer" if config.selection else "dense"
+    """Options of a run's passes, without the KL's scale, which differs from step to step.
+
+    selection true leaves the selector open: the indexer, or that of a `tokensieve.selecting` block around the run.
+    """
+    selection = "dense" if config.selection is False else config.selection
     return ForwardOptions(
-        selector=resolve(selector),
+        selector=None if selection is True else resolve(selection),
         backend=config.backend,
         objective=Objective(stage.objective(config)),
     )

@@ -1,13 +1,14 @@
 """Checkpoints of a run: written atomically, rotated, and sufficient to continue as if nothing had happened.
 
 A checkpoint is a folder `step-000120` of the run. It holds the model in Hugging Face format, the optimizer's moments
-and the random state as safetensors, and state.json (step, fingerprint of config and data). Data order needs no state: a
-sequence is a function of seed and number.
+and the random state as safetensors, and state.json (step, phases, fingerprint of config and data, checksums of the
+safetensors). Data order needs no state: a sequence is a function of seed and number.
 """
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokensieve import checkpoint
-from tokensieve.config import UserError
+from tokensieve.config import PhaseConfig, UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import copy_tokenizer
+from tokensieve.train.tracking import METRICS
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
 CONFIG = "config.json"  # of the run
@@ -30,6 +32,8 @@ NAMED = 3  # the most settings that a message names
 class RunState:
     step: int  # finished steps
     fingerprint: str  # of the config and the data
+    phases: tuple[PhaseConfig, ...] = ()  # of that config; empty in checkpoints of earlier versions
+    checksums: dict[str, int] = field(default_factory=dict)  # CRC-32 by file; empty in those too
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -60,7 +64,8 @@ def save_state(
         if torch.cuda.is_available():
             tensors["rng|cuda"] = torch.cuda.get_rng_state()
         save_file(tensors, new / OPTIMIZER)
-        (new / STATE).write_text(json.dumps({"step": state.step, "fingerprint": state.fingerprint}))
+        checksums = {path.name: _checksum(path) for path in sorted(new.glob("*.safetensors"))}
+        (new / STATE).write_text(json.dumps(asdict(replace(state, checksums=checksums))))
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
     newest = checkpoints(run)[-max(1, keep) :]
@@ -85,15 +90,49 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in run.glob("step-*") if (p / STATE).is_file())
 
 
+def newest(run: Path, resume: bool) -> Path | None:
+    """The checkpoint that a run in this folder continues from; None if it begins.
+
+    Raises:
+        UserError: without `resume`, the folder holds a run, finished or not, or a checkpoint's config.json.
+    """
+    done = checkpoints(run)
+    if resume or not (done or (run / METRICS).exists() or (run / CONFIG).exists()):
+        return done[-1] if done else None
+    if not done and not (run / METRICS).exists():
+        raise UserError(f"{run} holds a {CONFIG} already, which a run would replace; name another folder")
+    reached = f"up to {done[-1].name}" if done else "without a checkpoint so far"
+    raise UserError(f"{run} holds a run already ({reached}); add --resume to continue it, or name another folder")
+
+
 def read_state(folder: Path) -> RunState:
-    """The state of the checkpoint `folder`. UserError if the file is damaged."""
+    """The state of the checkpoint `folder`. UserError if one of its files is damaged."""
     try:
         raw: dict[str, Any] = json.loads((folder / STATE).read_text())
-        return RunState(raw["step"], raw["fingerprint"])
+        phases = tuple(PhaseConfig(**phase) for phase in raw.get("phases", ()))
+        state = RunState(raw["step"], raw["fingerprint"], phases, dict(raw.get("checksums", {})))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(
-            f"{folder / STATE}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it"
-        ) from error
+        raise _damaged(folder, STATE, f"cannot be read ({error})") from error
+    for name, checksum in state.checksums.items():
+        try:
+            found = _checksum(folder / name)
+        except OSError as error:
+            raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
+        if found != checksum:
+            raise _damaged(folder, name, "is damaged: its content has changed since it was saved")
+    return state
+
+
+def _damaged(folder: Path, name: str, how: str) -> UserError:
+    return UserError(f"{folder / name}: {how}; remove {folder} to resume from the checkpoint before it")
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:
@@ -119,13 +158,28 @@ def what_differs(run: Path, settings: dict[str, Any]) -> str:
     except (ValueError, KeyError, TypeError, OSError) as error:
         return f"config or data differ from the run that is there, whose {CONFIG} cannot be read ({error})"
     here = _by_name(decisive(settings))
-    other = [name for name in here | there if here.get(name) != there.get(name)]
+    other = _other(here, there)
     if not other:
         return "the data differ from those of the run that is there: a source's text or the tokenizer has changed"
     differences = "; ".join(
         f"{name} is {_value(here, name)}, in the run that is there {_value(there, name)}" for name in other[:NAMED]
     )
     return differences + (f"; {len(other) - NAMED} more settings differ" if len(other) > NAMED else "")
+
+
+def began_as(run: Path, settings: dict[str, Any]) -> bool:
+    """Whether the run of this folder, which has no checkpoint yet, has the same settings; True if there is none."""
+    if not (run / CONFIG).exists():
+        return True
+    try:
+        there = decisive(json.loads((run / CONFIG).read_text()))
+    except (ValueError, KeyError, TypeError, OSError):
+        return False  # `what_differs` says it
+    return not _other(_by_name(decisive(settings)), _by_name(there))
+
+
+def _other(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    return [name for name in here | there if here.get(name) != there.get(name)]
 
 
 def _by_name(settings: Any, name: str = "") -> dict[str, Any]:
@@ -143,13 +197,10 @@ def _value(settings: dict[str, Any], name: str) -> str:
 
 def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
     """Restores moments and random state from the checkpoint `folder`. UserError if the file is damaged."""
-    path = folder / OPTIMIZER
     try:
-        tensors = load_file(path)
+        tensors = load_file(folder / OPTIMIZER)
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); remove {folder} to resume from the checkpoint before it"
-        ) from error
+        raise _damaged(folder, OPTIMIZER, f"cannot be read ({error})") from error
     torch.set_rng_state(tensors.pop("rng|cpu"))
     cuda = tensors.pop("rng|cuda", None)
     if cuda is not None and torch.cuda.is_available():

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import TrainConfig, UserError, to_dict
+from tokensieve.files import remedy, write_text
 
+METRICS = "metrics.jsonl"
 CUT_OFF = 1 << 62  # the step of a line that a kill cut off
 
 
@@ -14,13 +16,11 @@ class Tracker:
 
     def __init__(self, config: TrainConfig, first_step: int):
         self.run = Path(config.out)
-        self.path = self.run / "metrics.jsonl"
+        self.path = self.run / METRICS
         if self.path.exists():
             lines = self.path.read_text().splitlines() if first_step else []
             earlier = [line for line in lines if _step(line) <= first_step]
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(line + "\n" for line in earlier))
-            partial.replace(self.path)
+            write_text(self.path, "".join(line + "\n" for line in earlier))
         self.file = self.path.open("a", encoding="utf-8")
         self.writers: list[Any] = []
         for name in config.track:
@@ -40,7 +40,7 @@ class Tracker:
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); "
-                "free space, then continue from the last checkpoint with --resume"
+                f"{remedy(error)}, then continue from the last checkpoint with --resume"
             ) from error
         for writer in self.writers:
             for name, value in figures.items():
@@ -76,6 +76,6 @@ def _step(line: str) -> int:
 
 def history(run: str | Path) -> list[dict[str, float]]:
     """The rows of a run's metrics.jsonl. A last row that a kill cut off is left out."""
-    path = Path(run) / "metrics.jsonl"
+    path = Path(run) / METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if _step(line) != CUT_OFF]

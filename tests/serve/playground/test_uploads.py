@@ -3,10 +3,12 @@
 import asyncio
 import io
 import resource
+import socket
 import subprocess
 import sys
 import time
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx2 as httpx
@@ -96,6 +98,16 @@ def test_other_refusals(at: str, monkeypatch) -> None:
     monkeypatch.setattr(uploads.importlib.util, "find_spec", lambda name: None)
     missing = send(at, made(HELLO))
     assert missing.status_code == 501 and "pip install 'tokensieve[serve]'" in missing.json()["error"]["message"]
+
+
+def test_stalled_uploads_keep_no_places(at: str) -> None:
+    host, port = at.removeprefix("http://").split(":")
+    head = b"POST /documents HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/pdf\r\n"
+    head += b"Content-Length: 90000\r\n\r\n%PDF"
+    with ExitStack() as stack:
+        for _ in range(uploads.MAX_READING + uploads.MAX_WAITING):
+            stack.enter_context(socket.create_connection((host, int(port)))).sendall(head)
+        assert send(at, made(HELLO)).json()["pages"] == 1
 
 
 def reads_with(limits: str, data: bytes) -> subprocess.CompletedProcess[bytes]:

@@ -45,11 +45,11 @@ class Uploads:
             raise ApiError(400, f"the body must be a PDF, its Content-Type {PDF}; text needs no reading")
         if importlib.util.find_spec("pypdf") is None:
             raise ApiError(501, "reading a PDF needs pypdf; pip install 'tokensieve[serve]'", code="not_installed")
+        data = await request.body()
         if len(self._open) >= MAX_READING + MAX_WAITING:
             raise Busy(f"{len(self._open)} documents are read or wait already; try again later")
         self._open.add(request)
         try:
-            data = await _body(request)
             return await unless_gone(request.receive, self._read(data))
         finally:
             self._open.discard(request)
@@ -57,14 +57,6 @@ class Uploads:
     async def _read(self, data: bytes) -> Text:
         async with self._reading:
             return await text_of(data)
-
-
-async def _body(request: Request) -> bytes:
-    """ApiError if it takes too long: a client that sends nothing would keep others from being read."""
-    try:
-        return await asyncio.wait_for(request.body(), MAX_SECONDS)
-    except TimeoutError:
-        raise ApiError(408, "the document did not arrive in time; send it again") from None
 
 
 async def text_of(data: bytes) -> Text:

@@ -1,0 +1,120 @@
+"""Weights in formats that are not read: the message names the format, not what is missing because of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.checkpoints import random_tensors, sparse_config, write_folder
+from tokensieve import checkpoint
+from tokensieve.config import UserError
+from tokensieve.model import model_path
+
+Tensors = dict[str, torch.Tensor]
+NAME = "model.layers.0.self_attn.o_proj.weight"
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def nvfp4(tensors: Tensors) -> Tensors:
+    scales = {f"{NAME}_scale": torch.ones(32, 1).to(torch.float8_e4m3fn), f"{NAME}_scale_2": torch.ones(())}
+    return tensors | {NAME: torch.zeros(32, 8, dtype=torch.uint8)} | scales
+
+
+def fp8_by_tensor(tensors: Tensors) -> Tensors:
+    return tensors | {NAME: tensors[NAME].to(torch.float8_e4m3fn), f"{NAME}_scale": torch.ones(())}
+
+
+def gptq(tensors: Tensors) -> Tensors:
+    stem = NAME.removesuffix("weight")
+    rest = {name: tensor for name, tensor in tensors.items() if name != NAME}
+    return rest | {f"{stem}qweight": torch.zeros(2, 32, dtype=torch.int32), f"{stem}scales": torch.ones(1, 32)}
+
+
+def fused(tensors: Tensors) -> Tensors:
+    rest = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    return rest | {"model.layers.1.mlp.experts.gate_up_proj": torch.zeros(4, 48, 32)}
+
+
+def prefixed(tensors: Tensors) -> Tensors:
+    return {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def unprefixed(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def with_adapter(tensors: Tensors) -> Tensors:
+    rest = {name.replace("o_proj.weight", "o_proj.base_layer.weight"): t for name, t in tensors.items()}
+    return rest | {"model.layers.0.self_attn.o_proj.lora_A.default.weight": torch.zeros(2, 16)}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (nvfp4, r"quantized, as .*o_proj.weight_scale_2 shows \(NVFP4 \(4 bits\)\), .*; use the bf16 or FP8-block"),
+        (fp8_by_tensor, r"o_proj.weight_scale shows \(FP8 with one scale a tensor or row\)"),
+        (gptq, r"o_proj.qweight shows \(GPTQ or AWQ\)"),
+        (fused, r"experts are fused \(model.layers.1.mlp.experts.gate_up_proj\), .*save_original_format=True"),
+        (prefixed, r"names begin with language_model. \(language_model.lm_head.weight\).*alone"),
+        (unprefixed, r"names lack the prefix model. \(embed_tokens.weight\)"),
+        (with_adapter, r"tensors of an adapter \(.*lora_A.*merge it first"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+@pytest.mark.parametrize("quantization", [None, FP8], ids=["plain", "left-over fp8"])
+def test_other_formats(change: Callable[[Tensors], Tensors], complaint: str, quantization: Any, tmp_path: Path) -> None:
+    config = sparse_config()
+    folder = write_folder(tmp_path / "m", config, change(random_tensors(config)))
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=complaint) as error:
+        checkpoint.load_tensors(folder, config, torch.float32)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a PEFT adapter, not a model; merge it into its base \(owner/base\)"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(sparse_config().to_dict()))
+    with pytest.raises(UserError, match="a PEFT adapter, not a model"):
+        checkpoint.load_tensors(tmp_path, sparse_config(), torch.float32)
+
+
+def test_a_gguf_file_and_other_files(tmp_path: Path) -> None:
+    file = tmp_path / "model-q4.gguf"
+    file.write_bytes(b"GGUF")
+    for read in (model_path, checkpoint.read_config):
+        with pytest.raises(UserError, match=r"model-q4.gguf: a GGUF file, which is not read; give the folder"):
+            read(str(file))
+    with pytest.raises(UserError, match="a GGUF file"):
+        checkpoint.read_config(tmp_path)
+    single = tmp_path / "model.safetensors"
+    single.write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors: a file; give the folder that holds it"):
+        model_path(single)
+
+
+def test_how_many_shards_are_missing(tmp_path: Path) -> None:
+    config = sparse_config()
+    files = {name: f"model-{i % 3:05d}-of-00003.safetensors" for i, name in enumerate(random_tensors(config))}
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(UserError, match="3 of 3 shards are missing .*model-00000-of-00003.safetensors the first; comp"):
+        checkpoint.load_tensors(tmp_path, config, torch.float32)
+
+
+def test_a_file_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = sparse_config()
+    folder = write_folder(tmp_path / "m", config, random_tensors(config))
+
+    def unmappable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("unable to mmap 688 GB: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("tokensieve.checkpoint.reading.safe_open", unmappable)
+    with pytest.raises(UserError, match=r"model.safetensors: cannot be mapped into memory \(unable to mmap.*ulimit"):
+        checkpoint.load_tensors(folder, config, torch.float32)

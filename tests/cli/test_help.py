@@ -1,0 +1,91 @@
+"""What a command says before torch is loaded: its help with the config's keys, completion, and refusals."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support import commands
+from tokensieve import cli
+
+KEYS = {
+    "warmup": ["optimizer.lr=0.001", "phases.0.steps=200", 'track=["tensorboard"]', "optimizer.indexer_lr (none)"],
+    "adapt": ["data.sources.0.source=", "selection=true"],
+    "pretrain": ["shape.hidden_size=256", "shape.rope_parameters.factor=4.0"],
+    "demo": ["top_k=128", "warmup.phases.1.context=2048", "heat_lengths=[1024, 4096]"],
+    "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
+    "eval": ["sparse.contexts=[8192]", "base.needles="],
+}
+
+
+@pytest.mark.parametrize("command", KEYS)
+def test_the_help_lists_the_configs_keys(run: Any, command: str) -> None:
+    ended = run(command, "--help")
+    assert ended.status == 0 and all(key in ended.out for key in KEYS[command]), ended.out
+
+
+def test_completion(run: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--install-completion" in run("--help").out
+    monkeypatch.setenv("_TOKENSIEVE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "tokensieve spa")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit):
+        cli.app(prog_name="tokensieve")
+    assert capsys.readouterr().out.split() == ["sparsify"]
+
+
+def test_text_without_an_option(run: Any) -> None:
+    refused = commands.refusal(run)
+    refused(("'some text'", "--prompt TEXT"), "generate", "base", "some text")
+    refused(("'two words'", "--prompt TEXT"), "generate", "base", "two", "words", "--max-new-tokens", "3")
+    refused(("--prompt TEXT",), "generate", "some text")  # in the place of the model
+
+
+REFUSALS = [
+    ("generate", "nowhere", "--prompt", "x"),
+    ("generate", "base"),
+    ("generate", "base", "text"),
+    ("generate", "base", "--prompt", "x", "--selection", "best"),
+    ("generate", "base", "--prompt", "x", "--device", "tpu"),
+    ("generate", "base", "--input-file", "nowhere.txt"),
+    ("warmup",),
+    ("warmup", "--model", "nowhere"),
+    ("warmup", "--config", "nowhere"),
+    ("warmup", "--config", "adapt"),
+    ("warmup", "--model", "sparse", "--set", "device=tpu"),
+    ("adapt", "--selection", "best"),
+    ("adapt", "--model", "sparse", "--set", "selection=best"),
+    ("demo", "--set", "model=nowhere"),
+    ("speedrun", "--set", "nothing=1"),
+    ("sparsify", "nowhere", "new"),
+    ("sparsify", "base", "."),
+    ("eval", "nowhere"),
+    ("eval", "sparse", "--arm", "best"),
+    ("eval", "sparse", "--arm", "mine=best"),
+    ("convert", "nowhere", "new"),
+    ("convert", "base", "new"),
+    ("deploy", "vllm", "nowhere"),
+    ("serve", "nowhere"),
+    ("bench", "serve", "nowhere"),
+    ("bench", "serve", "--selection", "best"),
+    ("bench", "serve", "--requests", ","),
+]
+
+
+def test_what_can_be_refused_without_torch_is() -> None:
+    code = f"""
+import sys
+from tokensieve.cli import main
+for arguments in {REFUSALS!r}:
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert ended.code == 2, (arguments, ended.code)
+    else:
+        raise AssertionError(arguments)
+    assert not {{"torch", "transformers"}} & set(sys.modules), arguments
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("tokensieve: error: ") == len(REFUSALS), ended.stderr

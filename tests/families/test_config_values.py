@@ -1,0 +1,61 @@
+"""Values of config.json that published models have and transformers' config classes refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tests.support.models import SHAPE, config, ours, tokens
+from tokensieve import checkpoint
+from tokensieve.families import FAMILIES, model_config
+from tokensieve.families.llama import Grouped
+from tokensieve.model import DecoderForCausalLM
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integers_become_floats(family: str) -> None:
+    fields = {"routed_scaling_factor": 1, "initializer_range": 1, "rms_norm_eps": 1, "rope_theta": 50000}
+    built = model_config(SHAPE | {"model_type": family, "norm_topk_prob": False} | fields)
+    assert type(built.rms_norm_eps) is float and built.rope_parameters["rope_theta"] == 50000
+    assert type(built.initializer_range) is float
+    assert built.num_hidden_layers == 3 and type(built.num_hidden_layers) is int
+
+
+NULLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"n_group": None, "topk_group": None}, {"n_group": 1, "topk_group": 1}),
+    ({"n_shared_experts": None}, {"n_shared_experts": 0}),
+    ({"first_k_dense_replace": None, "mlp_layer_types": None}, {"first_k_dense_replace": 0}),
+    ({"attention_bias": None, "tie_word_embeddings": None}, {"attention_bias": False, "tie_word_embeddings": False}),
+    ({"norm_topk_prob": None}, {"norm_topk_prob": False}),
+    (
+        {"n_routed_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None, "mlp_layer_types": None},
+        {"first_k_dense_replace": 3},
+    ),
+]
+
+
+@pytest.mark.parametrize("family", ["v2", "v3", "v32"])
+def test_a_null_count_is_none_of_it(family: str, tmp_path: Path) -> None:
+    for number, (nulls, values) in enumerate(NULLS):
+        off = {"norm_topk_prob": False} if family == "v2" else {}
+        model, folder = ours(config(family, **(off | values))), tmp_path / str(number)
+        tokensieve.save(model, folder)
+        raw = checkpoint.read_config(folder) | nulls
+        (folder / "config.json").write_text("\ufeff" + json.dumps(raw), encoding="utf-8")  # with a byte order mark
+        ids = tokens(1, 20)
+        with torch.no_grad():
+            assert torch.equal(tokensieve.load(folder)(ids).logits, model(ids).logits), nulls
+
+
+def test_each_projection_has_its_own_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family says which projections of the attention have a bias: llama all four, others may leave o_proj out."""
+    raw = SHAPE | {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 2}
+    monkeypatch.setattr(Grouped, "biased", lambda self, config: ("q_proj", "k_proj", "v_proj"))
+    with torch.device("meta"):
+        model = DecoderForCausalLM(model_config(raw))
+    names = {name for name in model.state_dict() if name.endswith("_proj.bias")}
+    assert names == {f"model.layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in "qkv"}
+    assert model.state_dict().keys() == checkpoint.memory_layout(model.config).keys()
