@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+MAX_PARTS = 2**12  # of one message, and tool calls of one message
+
 # A name stands unquoted in prompts and in grammars. OpenAI allows letters, digits, "_" and "-"; tools of other
 # protocols are also named by paths.
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
