@@ -11,7 +11,6 @@ MAX_PARTS = 2**12  # of one message, and tool calls of one message
 # A name stands unquoted in prompts and in grammars. OpenAI allows letters, digits, "_" and "-"; tools of other
 # protocols are also named by paths.
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
-MAX_PARTS = 2**12  # of one message, and tool calls of one message
 
 
 def fault(name: str, wrong: str) -> PydanticCustomError:

@@ -1,7 +1,6 @@
 """The page at `/` in Chromium, with the bundled sparse model: asking, stopping, documents, settings and failures."""
 
 import base64
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -262,17 +261,6 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
         ask(page, "Hi")
     usual = {"model", "messages", "stream", "stream_options", "return_token_ids", "temperature"}
     assert set(asked.value.post_data_json) == usual and asked.value.post_data_json["model"] == "sparse:dense"
-
-
-def test_a_thought_without_an_answer_is_open(page: Page) -> None:
-    delta, end = {"reasoning_content": "Hm."}, {"index": 0, "delta": {}, "finish_reason": "stop"}
-    choices = [{"index": 0, "delta": delta, "finish_reason": None}, end]
-    events = [*(json.dumps({"id": "a", "choices": [choice], "usage": None}) for choice in choices), "[DONE]"]
-    body = "".join(f"data: {event}\n\n" for event in events)
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
-    ask(page, "Hi")
-    expect(page.locator(".failure")).to_have_text("The model stopped within its reasoning.")
-    expect(page.locator(".reasoning .text")).to_be_visible()
 
 
 def test_what_the_browser_kept_may_be_nonsense(served, context) -> None:
