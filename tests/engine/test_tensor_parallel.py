@@ -152,9 +152,23 @@ def test_shares_of_the_queries(count: int, device: str, monkeypatch: pytest.Monk
 def test_requests_travel_as_they_are() -> None:
     samplings = [
         Sampling(
-            9, 0.3, 4, 0.7, 0.1, 1.2, 0.5, -0.5, ((3, 1.5),), (1 << 64) - 1, ("a", "\n"), True, 3, {"type": "object"}
+            max_tokens=9,
+            temperature=0.3,
+            top_k=4,
+            top_p=0.7,
+            min_p=0.1,
+            repetition_penalty=1.2,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias=((3, 1.5),),
+            seed=(1 << 64) - 1,
+            stop=("a", "\n"),
+            ignore_eos=True,
+            logprobs=3,
+            schema={"type": "object"},
         ),
         Sampling(grammar="start: 'x'"),
+        Sampling(min_tokens=2, prompt_logprobs=1),
     ]
     requests = [Request("ä", (1, 2, 3), sampling, "dense", True) for sampling in samplings]
     default = Request("", ())

@@ -163,7 +163,7 @@ def test_run_is_written_whole_and_says_what_is_wrong(tmp_path):
     page = write_run(tmp_path / "new", metrics(), history(), details())
     assert sorted(p.name for p in page.parent.iterdir()) == ["details.json", "metrics.json", "report.html"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file.*cannot be written.*free some space"):
+    with pytest.raises(UserError, match=r"file.*cannot be written.*check the path"):
         write_run(tmp_path / "file", metrics(), history(), details())
 
 
