@@ -174,6 +174,7 @@ def test_table_in_the_terminal():
     assert re.search(r"sparse\s+4\.010\s+98\.4%", text) and re.search(r"dense\s+5\.0\s+20\.0", text)
     assert text.count("holds") == 4 and text.count("within noise") == 1
     assert "-0.016 (-0.056 to 0.024, 64 prompts), needed >= -0.03" in text
+    assert "24 texts), needed <= 1.01" in " ".join(text.split())
     assert "sparse perplexity / dense: 1.002 (0.998 to 1.006, 24 texts)" in text
 
 

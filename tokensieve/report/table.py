@@ -43,7 +43,8 @@ def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:
     colors = {"holds": "green", "fails": "red", "within noise": "yellow"}
     for c in criteria:
         verdict = f"[{colors[c.verdict]}]{c.verdict}[/{colors[c.verdict]}]"
-        figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), "prompts")
+        unit = "texts" if "perplexity" in c.name else "prompts"
+        figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), unit)
         console.print(f"{verdict}  {c.name}: {figure}, needed {c.relation} {c.bound:.2f}", highlight=False)
 
 
