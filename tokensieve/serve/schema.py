@@ -1,6 +1,7 @@
 """The fields of requests. Names and meanings are OpenAI's; a field that is not supported is refused, never ignored."""
 
 from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -64,7 +65,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = True  # of chunk lengths; nothing is added to chunks either way
 
 
-class Common(Strict):
+class Common(Strict, ABC):
     """The fields that chat and text completions share.
 
     PROMPT: the field that holds the prompt. DEFAULT_TOKENS: limit of an answer if the request gives none.
@@ -133,9 +134,9 @@ class Common(Strict):
         return "max_tokens"
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many alternatives to report with each token's log probability. None: no log probabilities."""
-        raise NotImplementedError
 
     @property
     def prompt_alternatives(self) -> int | None:
