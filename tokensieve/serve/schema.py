@@ -1,7 +1,7 @@
 """The fields of requests. Names and meanings are OpenAI's; a field that is not supported is refused, never ignored."""
 
-from collections import Counter
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
