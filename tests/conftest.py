@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -11,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which torch may do first
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that wants the network fails instead of waiting
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts a job in the background has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 pytest.register_assert_rewrite("tests.support.browser")  # a test file imports it before it is known as a plugin
