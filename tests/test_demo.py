@@ -11,9 +11,11 @@ from rich.console import Console
 import tokensieve
 from tests.support import models
 from tokensieve import demo
-from tokensieve.config import DataConfig, DemoConfig, PhaseConfig, SourceConfig, TrainConfig, UserError
-from tokensieve.data import train_tokenizer
+from tokensieve.config import DataConfig, DemoConfig, PhaseConfig, SourceConfig, TrainConfig, UserError, load_config
+from tokensieve.data import read_documents, train_tokenizer
+from tokensieve.data.sources import source_files
 from tokensieve.evals import ARMS
+from tokensieve.tasks import PlainEncoder
 
 MODULES = ("argparse", "ast", "inspect", "textwrap", "typing", "random", "shutil", "dataclasses", "enum", "pathlib")
 CONTEXT, DECODE = 1000, (64, 600)
@@ -54,6 +56,7 @@ def config(base, **changes):
         "needle_contexts": 1,
         "ppl_sequences": 2,
         "decode_contexts": DECODE,
+        "texts": str(base / "text"),
         "heat_lengths": (960,),
     }
     return DemoConfig(**(figures | stages | changes))
@@ -67,17 +70,26 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
     out = base / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == returned
-    rest = {"kl", "recall", "decode_ms", "kv_read_fraction", "bytes_read_fraction", "top_k", "context", "seconds"}
+    rest = {
+        "kl",
+        "recall",
+        "decode_ms",
+        "chunk_ms",
+        "kv_read_fraction",
+        "bytes_read_fraction",
+        "top_k",
+        "context",
+        "seconds",
+    }
     assert set(metrics) == set(ARMS) | rest | {"compared"}
     assert all(set(metrics[arm]) == {"ppl", "needle", "needle_interval"} for arm in ARMS)
     over_dense = metrics["compared"]["ppl"]["dense"]
     assert over_dense["value"] == pytest.approx(metrics["sparse"]["ppl"] / metrics["dense"]["ppl"], rel=1e-6)
     assert set(metrics["kl"]) == set(metrics["recall"]) == {"first", "last"}
     assert metrics["kl"]["last"] < metrics["kl"]["first"]
-    assert {name: list(ms) for name, ms in metrics["decode_ms"].items()} == {
-        "dense": ["64", "600"],
-        "sparse": ["64", "600"],
-    }
+    for timed in ("decode_ms", "chunk_ms"):
+        assert list(metrics[timed]) == ["dense", "sparse"]
+        assert all(list(ms) == ["64", "600"] for ms in metrics[timed].values())
     assert metrics["kv_read_fraction"] == 32 / 1000 and metrics["top_k"] == 32 and metrics["context"] == CONTEXT
     details = json.loads((out / "details.json").read_text())
     assert details["questions"] == 16 and details["heat"]["sparse"]["lengths"] == [960, 1000]
@@ -103,6 +115,17 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
     assert "untrained_indexer" in shown and str(out / "report.html") in shown.replace("\n", "")
 
 
+def test_the_bundled_texts_suffice_for_the_bundled_demo():
+    """24 texts, each a whole stretch of the demo's context, and none of them in the source that it trains on."""
+    settings = load_config(DemoConfig, "demo")
+    documents = list(read_documents(demo.held_out(settings.texts), "all"))
+    encode = PlainEncoder(tokensieve.load_tokenizer(settings.model))
+    assert len(documents) >= settings.ppl_sequences >= 24
+    assert all(len(encode(document.text)) + len(encode.begin) >= settings.context for document in documents)
+    trained = {file.name for file in source_files("python")}
+    assert not any(name.split(".")[0] == "tokensieve" for name in trained)
+
+
 @pytest.mark.slow
 def test_a_second_demo_takes_the_first_ones_place(base, tmp_path):
     figures = [demo.run(config(base, out=str(tmp_path / "out")), Console(quiet=True)) for _ in range(2)]
@@ -114,7 +137,7 @@ def test_a_second_demo_takes_the_first_ones_place(base, tmp_path):
     ("changes", "message"),
     [
         ({"top_k": 1000}, "context 1000 is not longer than top_k 1000"),
-        ({"decode_contexts": (1024,)}, "1024 tokens is past the model's 1024 positions"),
+        ({"decode_contexts": (1025,)}, "1025 tokens is past the model's 1024 positions"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_done(base, tmp_path, changes, message):

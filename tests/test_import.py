@@ -1,5 +1,6 @@
 """What importing costs: the operators load torch alone, and the names of the package resolve when used."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,21 @@ def test_the_operators_load_without_transformers() -> None:
     code = "import sys; from tokensieve import ops; assert ops.index_topk; sys.exit('transformers' in sys.modules)"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("set_before", "found"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "")],
+)
+def test_waiting_threads_spin_briefly_unless_the_user_says_otherwise(set_before, found) -> None:
+    """libgomp reads it when torch is loaded, so it must stand there before."""
+    code = "import sys, tokensieve, os; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT', ''))"
+    rest = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    root = Path(__file__).resolve().parents[1]
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=rest | set_before, stdout=subprocess.PIPE, text=True
+    )
+    assert shown.stdout.split(" ") == ["False", f"{found}\n"]
 
 
 def test_every_public_name_resolves() -> None:

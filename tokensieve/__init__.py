@@ -4,6 +4,7 @@ Names are resolved when first used, so that `from tokensieve import ops` loads t
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Threads of GNU OpenMP, which torch uses on Linux, spin while they wait, by default for milliseconds: beside other busy
+# processes that takes the very cores away that a step waits for. libgomp reads this once, when torch is loaded.
+# Measured in docs/results/cpu.md, "Beside other processes".
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _MODULE_OF = {
     "LatentCache": "tokensieve.model",

@@ -132,8 +132,9 @@ class DemoConfig:
     warmup: TrainConfig
     adapt: TrainConfig
     needle_contexts: int  # each holds 16 needles, every one asked for
-    ppl_sequences: int  # held-out sequences of `context` tokens
-    decode_contexts: tuple[int, ...]  # tokens in the cache when decoding is timed
+    ppl_sequences: int  # texts of `context` tokens whose perplexity is measured
+    decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
+    texts: str = "bundled"  # source of the texts to evaluate on, all of it: those of the package, or a source of data
     heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
     recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last
     recall_sequences: int = 2  # held-out sequences in which recall is measured

@@ -5,6 +5,7 @@ tokens, for a fair comparison. Then every arm answers the same prompts, one more
 written.
 """
 
+import importlib.resources
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
-from tokensieve.data import read_documents, text_source
+from tokensieve.data import read_documents
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, write_run
@@ -46,8 +47,8 @@ class Prompts:
 
     @classmethod
     def of(cls, config: DemoConfig) -> "Prompts":
-        encode, data = PlainEncoder(tokensieve.load_tokenizer(config.model)), config.adapt.data
-        documents = list(read_documents(text_source(data), "test", data.held_out_share, data.limit_bytes))
+        encode = PlainEncoder(tokensieve.load_tokenizer(config.model))
+        documents = list(read_documents(held_out(config.texts), "all"))
         texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
         task = Needles(encode, Documents(test=documents), context=config.context)
         needles = task.examples("test", config.needle_contexts * MAX_NEEDLES, seed=config.seed)
@@ -55,6 +56,11 @@ class Prompts:
 
     def recall(self, model: DecoderForCausalLM) -> evals.Recall:
         return evals.recall(model, self.texts[: self.config.recall_sequences], queries=self.config.recall_queries)
+
+
+def held_out(source: str) -> str:
+    """The data source of the evaluation's texts; "bundled" are those of the package, which no training source reads."""
+    return str(importlib.resources.files("tokensieve") / "bundled" / "texts.jsonl") if source == "bundled" else source
 
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
@@ -98,8 +104,8 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     pair = {"dense": base, "sparse": sparse}
     scores, heat = _compare(config, evals.demo_arms(base, dense_adapted, sparse, untrained), pair, prompts, console)
     last = prompts.recall(sparse)
-    say("Time one more token")
-    decode_ms = evals.decode_ms(pair, prompts.texts[0], config.decode_contexts)
+    say(f"Time one more token, and a chunk of {evals.CHUNK}")
+    decode_ms, chunk_ms = evals.context_ms(pair, prompts.texts[0], config.decode_contexts)
 
     at, timed = str(config.context), set(config.decode_contexts)
     layout: cost.Layout = "float32" if sparse.dtype == torch.float32 else "bf16"
@@ -110,6 +116,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "kl": {"first": kl[0], "last": kl[-1]},
         "recall": {"first": first, "last": last.overall},
         "decode_ms": decode_ms,
+        "chunk_ms": chunk_ms,
         "kv_read_fraction": cost.kv_read_fraction(config.context, config.top_k),
         "bytes_read_fraction": reads["sparse"][at] / reads["dense"][at],
         "top_k": config.top_k,
@@ -174,7 +181,7 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
         raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
     longest = max(config.context, *config.decode_contexts, *config.heat_lengths)
     limit, what = base.config.max_position_embeddings, f"a context of {longest} tokens is"
-    check_positions(limit, longest + 1, what, "shorten it")
+    check_positions(limit, longest, what, "shorten it")
 
 
 def _clear(out: Path) -> None:

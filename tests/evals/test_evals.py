@@ -378,30 +378,39 @@ def test_acceptance_runs_small(dense, encode, documents):
 # time
 
 
-def test_a_stretched_cache_repeats_a_real_one(sparse, texts, monkeypatch):
-    monkeypatch.setattr(timing, "CHUNK", 64)
-    real = timing.prefilled(sparse, texts[0][:100])
+def test_a_filled_cache_repeats_a_real_one(sparse, texts):
+    real, page = texts[0][:200], 64  # three whole pages
+    runner = timing.filled(sparse, real, 400)
     whole = tokensieve.LatentCache()
     with torch.no_grad():
-        sparse(texts[0][None, :100], past_key_values=whole, use_cache=True)
-    cache, short = timing.stretched(real, 250), timing.stretched(real, 50)
-    assert cache.get_seq_length() == 250 and short.get_seq_length() == 50
-    for kind in ("entries_BTW", "index_BTD"):
-        for layer in range(len(sparse.model.layers)):
-            long, brief, source = (getattr(c, kind)[layer][0] for c in (cache, short, whole))
-            torch.testing.assert_close(long[:100], source[:100])
-            torch.testing.assert_close(brief[:50], source[:50])
-            change = long[100:200] - source[:100]
-            assert 0 < float(change.std()) < 0.02 * float(source[:100].std())
-            assert len(long[:250].unique(dim=0)) == 250  # no two keys are equal
+        sparse(real[None], past_key_values=whole, use_cache=True)
+    for pools, sources in ((runner.pools.entries, whole.entries_BTW), (runner.pools.index, whole.index_BTD)):
+        for pool, source_BTX in zip(pools, sources, strict=True):
+            held, source = pool.flatten(0, 1), source_BTX[0]
+            torch.testing.assert_close(held[: 3 * page], source[: 3 * page], atol=1e-5, rtol=1e-4)
+            change = held[3 * page : 6 * page] - source[: 3 * page]
+            assert 0 < float(change.std()) < 0.02 * float(source.std())
+            assert len(held[:400].unique(dim=0)) == 400  # no two keys are equal
 
 
-def test_decode_is_timed_for_each_model_and_context(dense, sparse, texts):
-    found = evals.decode_ms({"dense": dense, "sparse": sparse}, texts[0], (64, 400), rounds=1, burst=1)
-    assert list(found) == ["dense", "sparse"] and all(list(x) == ["64", "400"] for x in found.values())
-    assert all(ms > 0 for x in found.values() for ms in x.values())
-    with pytest.raises(UserError, match="dense: decoding after 2048 tokens is past the model's 2048 positions"):
-        evals.decode_ms({"dense": dense}, texts[0], (2048,))
+def test_a_token_and_a_chunk_are_timed_for_each_model_and_context(dense, sparse, texts):
+    models, contexts = {"dense": dense, "sparse": sparse}, (64, 400)
+    token, chunk = evals.context_ms(models, texts[0], contexts, token_rounds=1, chunk_rounds=1)
+    for found in (token, chunk):
+        assert list(found) == ["dense", "sparse"] and all(list(x) == ["64", "400"] for x in found.values())
+        assert all(ms > 0 for x in found.values() for ms in x.values())
+    with pytest.raises(UserError, match="dense: a context of 2049 tokens is past the model's 2048 positions"):
+        evals.context_ms({"dense": dense}, texts[0], (2049,))
+
+
+def test_the_crossover_is_where_sparse_stays_ahead():
+    def ms(*sparse):
+        contexts = ("2048", "8192", "16384", "32768")
+        return {"dense": dict.fromkeys(contexts, 10.0), "sparse": dict(zip(contexts, sparse, strict=True))}
+
+    assert evals.crossover(ms(9, 9, 9, 9)) == 2048
+    assert evals.crossover(ms(9, 11, 10, 9)) == 16384
+    assert evals.crossover(ms(9, 9, 9, 11)) is None
 
 
 def test_bytes_read_count_the_index_keys(sparse):

@@ -335,7 +335,7 @@ def test_a_rehearsal_leaves_everything_as_it_was(stage: str, here: Workplace) ->
     made = model("v3" if stage == "pretrain" else "v32").train()
     random_state, weights = torch.get_rng_state(), {n: t.clone() for n, t in made.state_dict().items()}
     with learning(made, loop.STAGES[stage].learners(settings)):
-        told = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+        told, _ = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
     assert told.seconds > 0 and told.tokens == 4 * 4 * 48
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(t, weights[n]) for n, t in made.state_dict().items())
@@ -344,17 +344,33 @@ def test_a_rehearsal_leaves_everything_as_it_was(stage: str, here: Workplace) ->
 
 def test_a_cold_pass_is_not_the_only_sample(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that is compiled in the first pass takes seconds, once."""
-    settings, made, clock = here.run("warmup", "cold"), model().train(), iter([0.0, 9.0, 9.0, 9.5])
+    settings, made, clock = here.run("warmup", "cold"), model().train(), iter([0.0, 9.0, 9.0, 9.5, 9.5, 10.1])
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
     with learning(made, "indexers"):
         stage = loop.STAGES["warmup"]
-        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu")) == 0.5
+        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu")) == pytest.approx(0.6)
+
+
+def test_a_short_row_leads_to_the_runs_own_where_that_is_affordable(here: Workplace, monkeypatch: Any) -> None:
+    settings, made = here.run("warmup", "affordable", PhaseConfig(1, 2048, 1)), model().train()
+    for per_token, rows in ((1e-4, [512, 2048]), (1.0, [512])):
+        timed: list[int] = []
+
+        def rehearse(c: Any, s: Any, m: Any, tokens: int, *rest: Any, seen=timed, each=per_token) -> float:
+            seen.append(tokens)
+            return each * tokens
+
+        monkeypatch.setattr(estimate, "rehearse", rehearse)
+        told, rehearsal = estimate.estimate(settings, loop.STAGES["warmup"], made, torch.device("cpu"))
+        assert timed == rows and rehearsal.seconds == per_token * rows[-1]
+        if len(rows) > 1:
+            assert told.seconds == pytest.approx(rehearsal.seconds)
 
 
 def test_the_estimate_counts_the_process(here: Workplace) -> None:
     settings, made = here.run("warmup", "memory"), model().train()
     with learning(made, "indexers"):
-        told = estimate.estimate(settings, loop.STAGES["warmup"], made, torch.device("cpu"))
+        told, _ = estimate.estimate(settings, loop.STAGES["warmup"], made, torch.device("cpu"))
     rss = psutil.Process().memory_info().rss
     assert 0.5 * rss < told.process_bytes <= rss  # torch is most of it
     assert told.memory_bytes == told.process_bytes + replace(told, process_bytes=0).memory_bytes
@@ -387,7 +403,7 @@ def test_the_estimate_is_about_right(stage: str, context: int) -> None:
             this.optimizer = make_optimizer(settings, made, torch.device("cpu"))
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(estimate.time, "perf_counter", time.process_time)
-                told = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
+                told, _ = estimate.estimate(settings, loop.STAGES[stage], made, torch.device("cpu"))
             begin = time.process_time()
             this.step(0, [batch(1, context, seed=seed) for seed in range(2)])
             took = time.process_time() - begin

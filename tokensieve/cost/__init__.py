@@ -19,11 +19,15 @@ from tokensieve.cost.forward import (
 )
 from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of
 from tokensieve.cost.training import (
+    LONGER,
+    SHORTER,
     Estimate,
     activation_bytes,
     duration,
     head_rows,
+    phase_estimates,
     run_estimate,
+    time_range,
     train_estimate,
     train_flops,
 )
@@ -49,6 +53,10 @@ __all__ = [
     "activation_bytes",
     "head_rows",
     "train_estimate",
+    "phase_estimates",
     "run_estimate",
+    "SHORTER",
+    "LONGER",
+    "time_range",
     "duration",
 ]

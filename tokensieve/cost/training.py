@@ -17,6 +17,7 @@ Stage = Literal["pretrain", "warmup", "adapt"]
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
 INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: of its projections only the weights have gradients
+SHORTER, LONGER = 0.7, 2.0  # the range around an estimated time
 LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 2 GiB in float32
 
 
@@ -42,7 +43,15 @@ class Estimate:
         return model + self.process_bytes
 
     def __str__(self) -> str:
-        return f"about {self.memory_bytes / 2**30:.1f} GiB and {duration(self.seconds)} for {self.tokens:,} tokens"
+        return f"about {self.memory_bytes / 2**30:.1f} GiB and {time_range(self.seconds)} for {self.tokens:,} tokens"
+
+
+def time_range(seconds: float) -> str:
+    """A range around an estimated time, as text: a run took longer or shorter in fewer than one case in ten.
+
+    Source: docs/results/training.md, "Estimates".
+    """
+    return f"{duration(SHORTER * seconds)} to {duration(LONGER * seconds)}"
 
 
 def duration(seconds: float) -> str:
@@ -185,13 +194,13 @@ def train_estimate(
     )
 
 
-def run_estimate(model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4) -> Estimate:
-    """Memory and time of a configured run: the sum of its phases' times, the peak of their memory.
-
-    model_config: the config of the model to train. Adaptation without selection costs as much as pretraining.
-    flops_per_second and value_bytes as in train_estimate. Raises UserError as train_estimate does.
-    """
-    phases = [
+def phase_estimates(
+    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4
+) -> list[Estimate]:
+    """Memory and time of each phase of a configured run; arguments and errors as in `run_estimate`."""
+    if not run.phases:
+        raise UserError("the run has no phases: give at least one [[phases]] table")
+    return [
         train_estimate(
             model_config,
             "pretrain" if run.stage == "adapt" and not run.selection else run.stage,
@@ -205,8 +214,15 @@ def run_estimate(model_config: Any, run: TrainConfig, flops_per_second: float, *
         )
         for phase in run.phases
     ]
-    if not phases:
-        raise UserError("the run has no phases: give at least one [[phases]] table")
+
+
+def run_estimate(model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4) -> Estimate:
+    """Memory and time of a configured run: the sum of its phases' times, the peak of their memory.
+
+    model_config: the config of the model to train. Adaptation without selection costs as much as pretraining.
+    flops_per_second and value_bytes as in train_estimate. Raises UserError as train_estimate does.
+    """
+    phases = phase_estimates(model_config, run, flops_per_second, value_bytes=value_bytes)
     return dataclasses.replace(
         max(phases, key=lambda phase: phase.memory_bytes),
         tokens=sum(phase.tokens for phase in phases),

@@ -168,19 +168,15 @@ class Runner:
         if self._graphs is not None and self.selector(selector) in RECORDED:
             return self._graphs(tokens, lengths, pages, selector)
         padding = -len(lengths) % ORDINARY_ROWS
-        counts = [-(-n // PAGE_TOKENS) for n in lengths]
-        inputs = StepInputs(len(lengths) + padding, max(counts), self.device)
+        inputs = StepInputs(len(lengths) + padding, -(-max(lengths) // PAGE_TOKENS), self.device)
         inputs.fill(tokens, lengths, pages)
-        if self.device.type == "cuda":  # bits depend on the batch anyway, so rows need no groups
-            return self._run_step(inputs, selector)[: len(lengths)]
-        groups = self._groups([*counts, *[1] * padding])
-        return self._run_step(inputs, selector, groups, len(lengths))[: len(lengths)]
+        real = len(lengths) if self.device.type == "cpu" else None
+        return self._run_step(inputs, selector, real)[: len(lengths)]
 
     def _run_step(
         self,
         inputs: StepInputs,
         selector: str,
-        groups: tuple[tuple[Tensor, int], ...] | None = None,
         real: int | None = None,
     ) -> Tensor:
         (rows, width), lengths = inputs.page_table.shape, inputs.lengths
@@ -190,7 +186,6 @@ class Runner:
             page_table=inputs.page_table,
             lengths=lengths,
             slots=inputs.slots,
-            groups=groups,
             real=real,
             backend=self.backend,
         )
@@ -207,12 +202,6 @@ class Runner:
             valid_N=None,
         )
         return self.model.lm_head(self._forward(inputs.tokens, pack, step, self.selector(selector), real=real))
-
-    def _groups(self, pages: list[int]) -> tuple[tuple[Tensor, int], ...]:
-        """Rows grouped by their number of pages: the indices of the rows, and the number."""
-        return tuple(
-            (torch.tensor([b for b, count in enumerate(pages) if count == size]), size) for size in sorted(set(pages))
-        )
 
     def _forward(
         self,

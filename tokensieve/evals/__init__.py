@@ -12,10 +12,11 @@ from tokensieve.evals.losses import Perplexity, perplexity, text_sequences, toke
 from tokensieve.evals.mass import Recall, recall
 from tokensieve.evals.parity import ARMS, Arm, ArmScores, arms_of, compare, demo_arms, loss_by_position, metrics_of
 from tokensieve.evals.progress import OnProgress
-from tokensieve.evals.timing import cache_reads, decode_ms
+from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
 
 __all__ = [
     "ARMS",
+    "CHUNK",
     "Arm",
     "ArmScores",
     "Criterion",
@@ -30,7 +31,8 @@ __all__ = [
     "cache_reads",
     "compare",
     "context_gain",
-    "decode_ms",
+    "context_ms",
+    "crossover",
     "demo_arms",
     "evaluate",
     "judge_sparse",

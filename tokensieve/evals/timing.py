@@ -1,117 +1,131 @@
-"""The time that one more token takes, by the length of the context.
+"""The time of one more token, and of one more chunk of a prompt, by the length of the context: in the engine.
 
-Legend: B rows (1), T cached tokens, X width of a cache entry.
+Legend: T tokens.
 """
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokensieve import cost
-from tokensieve.evals.evaluation import evaluating
+from tokensieve.engine.runner import Runner
 from tokensieve.evals.progress import OnProgress
-from tokensieve.model import DecoderForCausalLM, LatentCache
+from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.positions import check_positions
+from tokensieve.ops.quant import PAGE_TOKENS
 
-CHUNK = 2048  # tokens of one prefill pass
+CHUNK = 256  # tokens of the timed chunk
 NOISE = 0.01  # of a repeated entry, relative to the entries' spread
-SPARE = 64  # tokens of room beyond the context, so that no timed step has to grow a buffer
 
 
-@torch.no_grad()
-def prefilled(model: DecoderForCausalLM, prompt_S: Tensor) -> LatentCache:
-    """A cache of the prompt's tokens, read in chunks."""
-    cache = LatentCache(reserve=len(prompt_S))
-    for chunk in prompt_S.to(model.lm_head.weight.device)[None].split(CHUNK, dim=1):
-        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
+def filled(model: DecoderForCausalLM, prompt_T: Tensor, tokens: int, seed: int = 0) -> Runner:
+    """A runner whose pages 0, 1, ... hold `tokens` tokens: a prompt's entries, then the same again and again.
 
-
-def stretched(real: LatentCache, tokens: int, seed: int = 0) -> LatentCache:
-    """A cache of exactly `tokens` tokens: the entries of a real one (or its first ones), then the same again and again.
-
-    The cost of a decode step depends on the number of entries, and through the selection a little on their values:
-    equal scores are told apart by position, which takes longer. So the entries are real ones, and repeated ones get 1%
-    of noise, because exact copies would tie.
+    The cost of a step depends on the number of entries, and through the selection a little on their values: equal
+    scores are told apart by position, which takes longer. So the entries are real ones, and repeated ones get 1% of
+    noise, because exact copies would tie.
     """
-    cache = LatentCache(reserve=tokens + SPARE)
-    cache.room_for(tokens)
-    device = real.entries_BTW[0].device
-    length = real.get_seq_length()
-    place = torch.arange(tokens, device=device) % length
-    generator = torch.Generator(device).manual_seed(seed)
+    pages = -(-tokens // PAGE_TOKENS)
+    runner = Runner(model, pages)
+    real = min(len(prompt_T), tokens) // PAGE_TOKENS
+    for begin in range(0, real * PAGE_TOKENS, CHUNK):
+        chunk = prompt_T[begin : min(begin + CHUNK, real * PAGE_TOKENS)].tolist()
+        runner.chunk(chunk, begin, _pages(tokens), _selector(model))
+    generator = torch.Generator(model.device).manual_seed(seed)
+    source = torch.arange(real, pages, device=model.device) % real
+    for pool in (*runner.pools.entries, *runner.pools.index):
+        if pool.numel():
+            copies = pool[source]
+            if pool.is_floating_point():
+                noise = torch.randn(copies.shape, generator=generator, device=model.device)
+                copies += (NOISE * pool[:real].float().std() * noise).to(copies.dtype)
+            pool[real:] = copies
+    return runner
 
-    def copies(held_BTX: Tensor) -> Tensor:
-        entries = held_BTX[:, place]
-        noise = torch.randn(entries[:, length:].shape, generator=generator, device=device)
-        entries[:, length:] += (NOISE * held_BTX[:, :length].float().std() * noise).to(entries.dtype)
-        return entries
 
-    for layer, (latent, index) in enumerate(zip(real.entries_BTW, real.index_BTD, strict=True)):
-        cache.store(layer, copies(latent), None if index is None else copies(index))
-    cache.advance(tokens)
-    return cache
-
-
-def decode_ms(
+def context_ms(
     models: Mapping[str, DecoderForCausalLM],
-    prompt_S: Tensor,
+    prompt_T: Tensor,
     contexts: Sequence[int],
-    rounds: int = 7,
-    burst: int = 3,
+    token_rounds: int = 15,
+    chunk_rounds: int = 3,
     on_progress: OnProgress | None = None,
-) -> dict[str, dict[str, float]]:
-    """{model's name: {str(context): milliseconds to decode one token after `context` cached ones}}, batch 1.
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Milliseconds of one decoded token, and of one chunk of `CHUNK` prompt tokens: {name: {str(context): ms}} each.
 
-    The models take turns, `burst` tokens each, so that a machine that slows down slows all of them. The figure is the
-    median over `rounds` of a turn's mean. Every step starts from the same cache: what a step appends is cropped.
-    `prompt_S`: tokens to fill the caches with (`stretched`).
+    The engine runs both, one sequence alone: the token is the last of `context`, the chunk the last `CHUNK` of them.
+    The models take turns, so that a machine that slows down slows all of them, and the figure is the median of the
+    rounds; a token is run twice a turn and timed once. `prompt_T`: tokens to fill the caches with (`filled`).
 
     Raises:
-        UserError: a context past a model's positions.
+        UserError: a context past a model's positions, or a prompt shorter than a page of the cache.
     """
+    longest = max(contexts)
     for name, model in models.items():
-        what = f"{name}: decoding after {max(contexts)} tokens is"
-        check_positions(model.config.max_position_embeddings, max(contexts) + 1, what, "time shorter contexts")
-    results: dict[str, dict[str, float]] = {name: {} for name in models}
-    real = {}
-    for name, model in models.items():
-        with evaluating(model):
-            real[name] = prefilled(model, prompt_S[: max(contexts)])
-    for done, tokens in enumerate(contexts, 1):
-        caches = {name: stretched(cache, tokens) for name, cache in real.items()}
-        turns: dict[str, list[float]] = {name: [] for name in models}
-        for number in range(rounds + 1):
-            for name, model in models.items():
-                with evaluating(model):
-                    taken = _decode(model, prompt_S[:1], caches[name], tokens, burst)
-                if number:  # the first turn warms up
-                    turns[name].append(taken)
-        for name, seconds in turns.items():
-            results[name][str(tokens)] = 1000 * statistics.median(seconds)
+        what = f"{name}: a context of {longest} tokens is"
+        check_positions(model.config.max_position_embeddings, longest, what, "time shorter contexts")
+    runners = {name: filled(model.eval(), prompt_T, longest) for name, model in models.items()}
+    token_ms: dict[str, dict[str, float]] = {name: {} for name in models}
+    chunk_ms: dict[str, dict[str, float]] = {name: {} for name in models}
+    for done, context in enumerate(contexts, 1):
+        step = partial(_step, prompt_T[:1].tolist(), context)
+        read = partial(_read, prompt_T[: min(CHUNK, context)].tolist(), context)
+        for figures, run, rounds, warm in ((token_ms, step, token_rounds, 1), (chunk_ms, read, chunk_rounds, 0)):
+            for name, ms in _medians(runners, run, rounds, warm).items():
+                figures[name][str(context)] = ms
         if on_progress is not None:
-            on_progress(f"decoding after {tokens:,} tokens", done, len(contexts))
-    return results
+            on_progress(f"a context of {context:,}", done, len(contexts))
+    return token_ms, chunk_ms
 
 
-def _decode(model: DecoderForCausalLM, token: Tensor, cache: LatentCache, tokens: int, steps: int) -> float:
-    """Seconds per step."""
-    ids = token.to(model.lm_head.weight.device)[None]
-    _finish(ids)
-    begin = time.perf_counter()
-    for _ in range(steps):
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(tokens)
-    _finish(ids)
-    return (time.perf_counter() - begin) / steps
+def _step(token: list[int], context: int, runner: Runner) -> None:
+    runner.step(token, [context], [_pages(context)], _selector(runner.model))
 
 
-def _finish(on: Tensor) -> None:
-    if on.device.type == "cuda":
-        torch.cuda.synchronize(on.device)
+def _read(chunk: list[int], context: int, runner: Runner) -> None:
+    runner.chunk(chunk, context - len(chunk), _pages(context), _selector(runner.model))
+
+
+def _pages(tokens: int) -> list[int]:
+    return list(range(-(-tokens // PAGE_TOKENS)))
+
+
+def _selector(model: DecoderForCausalLM) -> str:
+    return "indexer" if model.is_sparse else "dense"
+
+
+def _medians(runners: Mapping[str, Runner], run: Callable[[Runner], None], rounds: int, warm: int) -> dict[str, float]:
+    """Median milliseconds of `run` for each runner, in turns; `warm` untimed calls before each timed one."""
+    turns: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            for _ in range(warm):
+                run(runner)
+            _finish(runner.device)
+            begin = time.perf_counter()
+            run(runner)
+            _finish(runner.device)
+            turns[name].append(1000 * (time.perf_counter() - begin))
+    return {name: statistics.median(ms) for name, ms in turns.items()}
+
+
+def crossover(ms: Mapping[str, Mapping[str, float]]) -> int | None:
+    """The shortest measured context from which on sparse takes no longer than dense; None if there is none."""
+    found = None
+    for context in sorted(ms["dense"], key=int, reverse=True):
+        if ms["sparse"][context] > ms["dense"][context]:
+            break
+        found = int(context)
+    return found
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def cache_reads(shape: cost.Shape, contexts: Sequence[int], layout: cost.Layout) -> dict[str, dict[str, int]]:

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve import ops
@@ -29,6 +30,8 @@ from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rows, taken
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
+
+INDEX_ROOM = 3  # pages behind a sequence's last one, which the products of index keys may read
 
 IndexKeys = Callable[[bool], Tensor]
 """Makes the new tokens' index keys (N, D). Argument: whether to round them to `index_dtype`, unless the store does."""
@@ -188,6 +191,19 @@ class Pools:
         ops.write_caches(first, second, keys, pages, index, slots_N)
 
 
+def unpacked(pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries of pages as numbers: those of quantized pages in `dtype`, others as they are."""
+    return torch.cat(quant.unpack_latent_page(pages, dtype), -1) if pages.dtype == torch.uint8 else pages
+
+
+def pages_in_order(pool: Tensor, table_P: Tensor, tokens: int, room: int = 0) -> Tensor:
+    """The pages of one sequence's tokens, and `room` arbitrary ones: a view if they are consecutive, else a copy."""
+    pages_P = table_P[: -(-tokens // PAGE_TOKENS)]
+    if bool((pages_P.diff() == 1).all()):
+        return pool[int(pages_P[0]) : int(pages_P[-1]) + 1 + room]
+    return pool.index_select(0, F.pad(pages_P, (0, room)))
+
+
 class PagedChunk:
     """A chunk of one prompt. It writes to its own sequence's pages, and reads them gathered into contiguous keys."""
 
@@ -203,9 +219,7 @@ class PagedChunk:
         quantized = index.dtype == torch.uint8
         new_keys = None if index_keys is None else index_keys(not quantized)
         self._pools.write(layer, self._entry, entries_NW, new_keys, self._slots)
-        entries = pages.index_select(0, self._table)
-        if entries.dtype == torch.uint8:
-            entries = torch.cat(quant.unpack_latent_page(entries, self._dtype), -1)
+        entries = unpacked(pages.index_select(0, self._table), self._dtype)
         entries_TW = entries.flatten(0, 1)[: self._tokens].flatten(1)
         keys = None if index_keys is None else lambda: self._stored_index(index)
         return ContiguousKeys(self._pack, self._entry, entries_TW, keys, self._backend, quantized)
@@ -223,9 +237,7 @@ class PagedStep:
     """One new token of each of B sequences.
 
     lengths: tokens of each sequence, including the new one. slots: where its entry goes, page * 64 + place; negative
-    for a padding row, whose length is 0. groups: (rows, pages) for dense attention: rows grouped by their number of
-    pages, since padding a row changes the order of a sum and so its bits; None: all rows at once, if bits depend on the
-    batch anyway. real: the first `real` rows are tokens, the others padding; None if unknown.
+    for a padding row, whose length is 0. real: the first `real` rows are tokens, the others padding; None if unknown.
     """
 
     pools: Pools
@@ -233,7 +245,6 @@ class PagedStep:
     page_table: Tensor  # (B, P) int32
     lengths: Tensor  # (B) int32
     slots: Tensor  # (B) int32 or int64
-    groups: tuple[tuple[Tensor, int], ...] | None
     real: int | None
     backend: str
 
@@ -255,13 +266,18 @@ class PagedStep:
 
 
 class PagedKeys:
-    """Keys on their pages. Positions count from each sequence's beginning."""
+    """Keys on their pages. Positions count from each sequence's beginning.
+
+    On the CPU each sequence is read apart by the ops on contiguous keys, in place if its pages are consecutive. So its
+    bits depend neither on the other sequences nor on where its pages lie. Quantized pages are read by the paged ops.
+    """
 
     def __init__(self, step: PagedStep, layer: int):
         self.step, self.entry, self.backend = step, step.entry, step.backend
         self.starts_N, self.ends_N = step.starts, step.lengths
         self._entries, self._index = step.pools.entries[layer], step.pools.index[layer]
         self.quantized_index = self._index.dtype == torch.uint8
+        self._apart = self._entries.is_cpu and torch.uint8 not in (self._entries.dtype, self._index.dtype)
 
     def columns(self, k: int) -> int:
         """Always k, so that a sequence's sums do not depend on how long the others are."""
@@ -276,7 +292,19 @@ class PagedKeys:
         return ops.index_scores_paged(q_NHD, self._index, w_NH, table, lengths, backend=self.backend)
 
     def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
-        return self.select(self.index_scores(q_NHD, w_NH, rows), k, rows)
+        if not self._apart:
+            return self.select(self.index_scores(q_NHD, w_NH, rows), k, rows)
+        table, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
+        starts = torch.zeros_like(lengths)
+        indices_NK = torch.full((len(q_NHD), k), -1, dtype=torch.int32)
+        for b, length in enumerate(lengths.tolist()):
+            if length:
+                one = slice(b, b + 1)
+                keys = pages_in_order(self._index, table[b], length, room=INDEX_ROOM).flatten(0, 1)
+                indices_NK[b] = ops.index_topk(
+                    q_NHD[one], keys, w_NH[one], k, starts[one], lengths[one], backend=self.backend
+                )[0]
+        return indices_NK
 
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
         return ops.select_topk(scores_NT, k, taken(self.starts_N, rows), taken(self.ends_N, rows), backend=self.backend)
@@ -286,35 +314,55 @@ class PagedKeys:
         tables, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
         masses = []
         for b in range(len(q_NHD)):
-            entries = self._entries.index_select(0, tables[b].clamp(0, len(self._entries) - 1))
-            if entries.dtype == torch.uint8:
-                entries = torch.cat(quant.unpack_latent_page(entries, q_NHD.dtype), -1)
+            entries = unpacked(self._entries.index_select(0, tables[b].clamp(0, len(self._entries) - 1)), q_NHD.dtype)
             keys_TGD = entries.reshape(-1, self.entry.groups, self.entry.width)[..., : self.entry.d_k]
             length = lengths[b : b + 1]
             masses.append(ops.head_mass(q_NHD[b : b + 1], keys_TGD, torch.zeros_like(length), length, scale))
         return torch.cat(masses)
 
     def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
-        """As in `Keys`. None attends to every position, one group of rows at a time."""
-        step = self.step
-        if indices_NK is None and step.groups is None:
-            indices_NK = step.everything
-        if indices_NK is not None and step.real is None:
-            return self._attend(q_NHD, indices_NK, step.page_table, step.lengths, scale)
-        if indices_NK is not None:
-            real = slice(step.real)
-            out = self._attend(q_NHD[real], indices_NK[real], step.page_table[real], step.lengths[real], scale)
-            return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q_NHD) - len(out)))
-        assert step.groups is not None
-        out = q_NHD.new_empty(*q_NHD.shape[:2], self.entry.d_v)
-        for rows, pages in step.groups:
-            everything = step.everything[rows, : pages * PAGE_TOKENS]
-            table = step.page_table[rows, :pages]
-            out[rows] = self._attend(q_NHD[rows], everything, table, step.lengths[rows], scale)
-        return out
+        """As in `Keys`."""
+        real = slice(self.step.real)
+        table, lengths, q = self.step.page_table[real], self.step.lengths[real], q_NHD[real]
+        if self._apart:
+            out = self._gather_apart(q, None if indices_NK is None else indices_NK[real], table, lengths, scale)
+        else:
+            indices = (self.step.everything if indices_NK is None else indices_NK)[real]
+            _, _, d_k, v_start, d_v = self.entry
+            out, _ = ops.sparse_attention_paged(
+                q,
+                self._entries,
+                indices,
+                table,
+                lengths,
+                scale,
+                d_k=d_k,
+                v_start=v_start,
+                d_v=d_v,
+                backend=self.backend,
+            )
+        return out if len(out) == len(q_NHD) else F.pad(out, (0, 0, 0, 0, 0, len(q_NHD) - len(out)))
 
-    def _attend(self, q: Tensor, indices: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    def _gather_apart(
+        self, q_NHD: Tensor, indices_NK: Tensor | None, table_NP: Tensor, lengths_N: Tensor, scale: float
+    ) -> Tensor:
         _, _, d_k, v_start, d_v = self.entry
-        return ops.sparse_attention_paged(
-            q, self._entries, indices, table, lengths, scale, d_k=d_k, v_start=v_start, d_v=d_v, backend=self.backend
-        )[0]
+        pool_TGE = self._entries.view(-1, self.entry.groups, self.entry.width)
+        if indices_NK is not None:  # of positions: of slots from here on
+            pages_NK = table_NP.gather(1, indices_NK.clamp_min(0).long() // PAGE_TOKENS)
+            slots_NK = torch.where(indices_NK < 0, -1, pages_NK * PAGE_TOKENS + indices_NK % PAGE_TOKENS)
+        rows = []
+        for b, length in enumerate(lengths_N.tolist()):
+            q_1HD = q_NHD[b : b + 1]
+            if indices_NK is not None:
+                slots_1K = slots_NK[b : b + 1]
+                out, _ = ops.sparse_attention(q_1HD, pool_TGE, slots_1K, scale, d_k, v_start, d_v, backend=self.backend)
+            else:
+                entries = pages_in_order(self._entries, table_NP[b], length).reshape(-1, *pool_TGE.shape[1:])[:length]
+                keys, values = entries[..., :d_k], entries[..., v_start : v_start + d_v]
+                ends = lengths_N[b : b + 1]
+                out, _ = ops.dense_attention(
+                    q_1HD, keys, values, torch.zeros_like(ends), ends, scale, backend=self.backend
+                )
+            rows.append(out)
+        return torch.cat(rows)

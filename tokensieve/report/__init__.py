@@ -10,10 +10,11 @@ from markupsafe import Markup
 from tokensieve import cost
 from tokensieve.evals.criteria import RECALL, Criterion, parity_criteria
 from tokensieve.evals.parity import ARMS
+from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.origin import environment
-from tokensieve.report.table import show, show_criteria
+from tokensieve.report.table import crossover_text, show, show_criteria
 
 __all__ = ["environment", "show", "show_criteria", "write_report", "write_run"]
 
@@ -69,7 +70,8 @@ def write_report(
         "loss": plots.loss_plot(loss, top_k),
         "difference": plots.difference_plot(loss, top_k),
         "reads": plots.reads_plot(details["cache_reads"]),
-        "decode": plots.decode_plot(metrics["decode_ms"]),
+        "token": plots.time_plot(metrics["decode_ms"], "a token"),
+        "chunk": plots.time_plot(metrics["chunk_ms"], f"{CHUNK} tokens"),
     }
     text = page.render(
         metrics=metrics,
@@ -127,21 +129,30 @@ def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, A
     by_layer = details["recall"]["by_layer"]
     worst = min(range(len(by_layer)), key=by_layer.__getitem__)
     better = min((a for a in ("dense", "dense_adapted") if a in metrics), key=lambda a: metrics[a]["ppl"])
-    ms = metrics["decode_ms"]
-    shortest, longest = min(ms["dense"], key=int), max(ms["dense"], key=int)
-    faster = ms["dense"][longest] / ms["sparse"][longest]
+    contexts = sorted(map(int, metrics["decode_ms"]["dense"]))
     return {
         "better": plots.label(better),
         "ppl_change": 100 * (metrics["sparse"]["ppl"] / metrics[better]["ppl"] - 1),
         "worst_layer": worst,
         "worst_recall": by_layer[worst],
         "worst_best": details["recall"]["best"][worst],
-        "shortest": int(shortest),
-        "longest": int(longest),
-        "growth": {name: ms[name][longest] / ms[name][shortest] for name in ("dense", "sparse")},
+        "shortest": contexts[0],
+        "longest": contexts[-1],
+        "token": _timed(metrics["decode_ms"]),
+        "chunk": _timed(metrics["chunk_ms"]),
+    }
+
+
+def _timed(ms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What the longest context costs, and where sparse is ahead, as words."""
+    longest = max(ms["dense"], key=int)
+    faster = ms["dense"][longest] / ms["sparse"][longest]
+    return {
+        "ms": {name: f"{by_context[longest]:,.0f}" for name, by_context in ms.items()},
         "faster": f"{faster:.1f} times faster than dense"
         if faster > 1.05
         else "slower than dense"
         if faster < 0.95
         else "level with dense",
+        "crossover": crossover_text(ms),
     }

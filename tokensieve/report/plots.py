@@ -275,19 +275,20 @@ def reads_plot(reads: Mapping[str, Mapping[str, float]]) -> str:
         return svg(drawn, "MiB of cache read per decoded token against context")
 
 
-def decode_plot(decode_ms: Mapping[str, Mapping[str, float]]) -> str:
+def time_plot(ms: Mapping[str, Mapping[str, float]], what: str) -> str:
+    """Milliseconds of `what`, for instance "a token", against context."""
     with mpl.rc_context(RC):
-        drawn, axes = figure("decode")
-        for name, figures in decode_ms.items():
+        drawn, axes = figure(f"time-{what.replace(' ', '-')}")
+        for name, figures in ms.items():
             axes.plot(
                 *_by_context(figures), marker="o", markersize=4, label=name, **STYLES.get(name, {"color": VIOLET})
             )
-        _context_axis(axes, next(iter(decode_ms.values())))
+        _context_axis(axes, next(iter(ms.values())))
         axes.set_ylim(bottom=0)
-        axes.set_ylabel("ms per token")
+        axes.set_ylabel(f"ms for {what}")
         _grid(axes)
         drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        return svg(drawn, "Milliseconds per decoded token against context")
+        return svg(drawn, f"Milliseconds for {what} against context")
 
 
 def _context_axis(axes: Axes, figures: Mapping[str, float]) -> None:
@@ -295,4 +296,4 @@ def _context_axis(axes: Axes, figures: Mapping[str, float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{c // 1024}K" if c % 1024 == 0 else f"{c:,}" for c in contexts], minor=False)
     axes.minorticks_off()
-    axes.set_xlabel("tokens in the cache")
+    axes.set_xlabel("tokens of context")

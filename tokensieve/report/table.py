@@ -9,10 +9,11 @@ from rich.table import Table
 
 from tokensieve.evals.criteria import Criterion, parity_criteria
 from tokensieve.evals.parity import ARMS
+from tokensieve.evals.timing import CHUNK, crossover
 
 
 def show(console: Console, metrics: Mapping[str, Any]) -> None:
-    """Prints the arms, the time of one more token if it was measured, and which criteria hold."""
+    """Prints the arms, the times of a token and of a chunk if they were measured, and which criteria hold."""
     arms = _table("arm", "perplexity", "needles", "95% interval", "")
     more = {name: f"as sparse, but {selection} selects" for name, selection in metrics.get("selections", {}).items()}
     for name, what in (ARMS | more).items():
@@ -23,19 +24,30 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
             accuracy = f"{100 * figures['needle']:.1f}%", f"{100 * low:.0f} to {100 * high:.0f}%"
             arms.add_row(escape(name), f"{figures['ppl']:.3f}", *accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
-    if "decode_ms" in metrics:
-        contexts = next(iter(metrics["decode_ms"].values()))
-        times = _table("ms per token after", *(f"{int(c):,}" for c in contexts))
-        for name, by_context in metrics["decode_ms"].items():
-            times.add_row(name, *(f"{ms:.1f}" for ms in by_context.values()))
+    for key, what in (("decode_ms", "a token"), ("chunk_ms", f"{CHUNK} tokens")):
+        if key not in metrics:
+            continue
+        contexts = next(iter(metrics[key].values()))
+        times = _table(f"ms for {what} at a context of", *(f"{int(c):,}" for c in contexts))
+        for name, by_context in metrics[key].items():
+            times.add_row(name, *(f"{ms:,.1f}" for ms in by_context.values()))
         console.print()
         console.print(times)
+        console.print(f"[dim]{crossover_text(metrics[key])}[/dim]", highlight=False)
     console.print()
     show_criteria(console, parity_criteria(metrics))
     for arm in ("dense", "dense_adapted"):
         if arm in metrics["compared"]["ppl"]:
             found = metrics["compared"]["ppl"][arm]
             console.print(f"       sparse perplexity / {arm}: {_estimate(found, 'texts')}", highlight=False)
+
+
+def crossover_text(ms: Mapping[str, Mapping[str, float]]) -> str:
+    """Where sparse is ahead: "Sparse takes no longer than dense from 8,192 tokens on"."""
+    found = crossover(ms)
+    if found is None:
+        return f"Sparse takes longer than dense up to {max(map(int, ms['dense'])):,} tokens, the most that was measured"
+    return f"Sparse takes no longer than dense from {found:,} tokens on"
 
 
 def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:

@@ -1,12 +1,13 @@
 """An estimate of a run before it starts: its counted costs, at a speed measured on the model itself.
 
 The share of its peak that a device reaches differs more than tenfold between stages, widths and backends, so we time a
-short pass instead of assuming a share of a matrix product's speed. On a CPU one short row is enough; only a whole
-micro-batch keeps a GPU busy.
+pass instead of assuming a share of a matrix product's speed. On a CPU one row is enough, a short one if the run's own
+take long; only a whole micro-batch keeps a GPU busy.
 """
 
+import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -14,32 +15,72 @@ import torch
 from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.train.forecast import Forecast
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
-SHORTEST = 512  # tokens of the timed row, unless the run's own rows are shorter
+SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are shorter
+AFFORDABLE = 2.0  # seconds that a pass over one of the run's own rows may take to be timed too
+PASSES = 3  # of which the median counts
 
 
-def estimate(config: TrainConfig, stage: Stage, model: DecoderForCausalLM, device: torch.device) -> cost.Estimate:
-    """Memory and time of a run of the prepared `model`, without preparing data, writing checkpoints and compiling."""
+@dataclass(frozen=True)
+class Rehearsal:
+    """A timed pass: its counted FLOPs, and its seconds."""
+
+    flops: float
+    seconds: float
+
+
+def estimate(
+    config: TrainConfig, stage: Stage, model: DecoderForCausalLM, device: torch.device
+) -> tuple[cost.Estimate, Rehearsal]:
+    """Memory and time of a run of the prepared `model`, and the pass that was timed for it.
+
+    Preparing data, writing checkpoints and compiling are left out. The median of `PASSES` passes counts: the first one
+    also pays for one-time setup, such as compiled kernels.
+    """
     value_bytes = 2 if device.type == "cuda" else 4
-    tokens, rows = row_tokens(config, model), 1
+
+    def counted(tokens: int, rows: int) -> float:
+        one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
+        return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
+
+    def timed(tokens: int, rows: int) -> Rehearsal:
+        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, device))
+
     if device.type == "cuda":
-        tokens, rows = config.phases[0].context, config.phases[0].micro_batch
-    one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
-    flops = cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
-    process = process_bytes(model) if device.type == "cpu" else 0
-    rate = flops / rehearse(config, stage, model, tokens, rows, device)
-    return replace(cost.run_estimate(model.config, config, rate, value_bytes=value_bytes), process_bytes=process)
+        found = timed(config.phases[0].context, config.phases[0].micro_batch)
+    else:
+        found = timed(row_tokens(config, model), 1)
+        whole = config.phases[0].context
+        if found.seconds * counted(whole, 1) <= AFFORDABLE * found.flops:
+            found = timed(whole, 1)
+    rate = found.flops / found.seconds
+    needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
+    return replace(needed, process_bytes=process_bytes(model, device)), found
 
 
-def process_bytes(model: DecoderForCausalLM) -> int:
-    """Bytes of main memory that this process holds beside the model's tensors: the libraries, above all."""
+def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehearsal: Rehearsal) -> Forecast:
+    """The forecast of a run that goes on after `first` steps."""
+    phases = cost.phase_estimates(model.config, config, 1.0)
+    steps = [e.flops / p.steps for p, e in zip(config.phases, phases, strict=True) for _ in range(p.steps)]
+    return Forecast(steps[first:], (rehearsal.flops, rehearsal.seconds))
+
+
+def process_bytes(model: DecoderForCausalLM, device: torch.device) -> int:
+    """Bytes of the device's memory that are taken beside the model's tensors: by the libraries, above all.
+
+    On a GPU these include what other processes hold, since the run cannot have it either.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, total - free - torch.cuda.memory_reserved(device))
     tensors = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     return max(0, psutil.Process().memory_info().rss - tensors)
 
 
 def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
-    """Tokens of the row to time: enough that selection leaves keys out, but no more than the run's own rows have."""
+    """Tokens of the first row to time: enough that selection leaves keys out, but no more than the run's own rows."""
     selecting = config.stage == "adapt" and config.selection
     return min(max(p.context for p in config.phases), max(SHORTEST, 2 * model.top_k if selecting else 0))
 
@@ -53,7 +94,7 @@ def rehearse(
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    while len(seconds) < 2:  # the first pass also pays for one-time setup, such as compiled kernels
+    while len(seconds) < PASSES:
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)
@@ -64,4 +105,4 @@ def rehearse(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     model.zero_grad(set_to_none=True)
-    return min(seconds)
+    return statistics.median(seconds)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from tokensieve import cost
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.files import locked, write_json
@@ -28,7 +29,7 @@ from tokensieve.machine import choose_device, rank_info
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, pretrain, warmup
-from tokensieve.train.estimate import estimate
+from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
@@ -102,7 +103,9 @@ class Run:
                 self._restore()
                 model.train()
                 if self.first < self.last:
-                    log.info("%s: %s", config.stage, estimate(config, self.stage, model, self.device))
+                    needed, rehearsal = estimate(config, self.stage, model, self.device)
+                    log.info("%s: %s", config.stage, needed)
+                    self.forecast = forecast(config, model, self.first, rehearsal)
                 if config.compile:
                     compiled = self._compile()
                 yield self
@@ -257,7 +260,10 @@ def run(
                 tracker.row(done, figures)
             if on_step is not None:
                 on_step(done, figures)
-            advance(figures)
+            this.forecast.advance()
+            if done < this.last and (left := this.forecast.news()):
+                log.info("%s: %s left, at the speed of the last steps", config.stage, left)
+            advance(figures, this.forecast.seconds)
             due = config.save_every and done % config.save_every == 0
             if due or stop.requested or done == this.last:
                 folder = this.save(done)
@@ -370,18 +376,18 @@ class _StopSignal:
 
 
 @contextlib.contextmanager
-def _bar(show: bool, name: str, first: int, last: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def _bar(show: bool, name: str, first: int, last: int) -> Iterator[Callable[[dict[str, float], float], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not show) as bar:
-        task = bar.add_task(name, total=last, completed=first, figures="")
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), disable=not show) as bar:
+        task = bar.add_task(name, total=last, completed=first, figures="", left="")
 
-        def advance(figures: dict[str, float]) -> None:
+        def advance(figures: dict[str, float], seconds: float) -> None:
             text = "  ".join(f"{k} {figures[k]:.3f}" for k in ("lm", "kl") if k in figures)
-            bar.update(task, advance=1, figures=text)
+            bar.update(task, advance=1, figures=text, left=f"left {cost.duration(seconds)}" if seconds else "")
 
         yield advance
