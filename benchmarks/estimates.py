@@ -54,9 +54,7 @@ def main() -> None:
         for stage, selection, context, rows, steps in RUNS:
             times = LONGER_ON_GPU if options.device == "cuda" else 1
             with tempfile.TemporaryDirectory() as folder:
-                data = DataConfig(
-                    (SourceConfig("python"),), limit_bytes=3_000_000, cache=str(Path(folder).parent / "cache")
-                )
+                data = DataConfig((SourceConfig("python"),), limit_bytes=3_000_000)
                 phases = (PhaseConfig(steps * times, context, rows),)
                 config = TrainConfig(
                     stage, "base", f"{folder}/out", phases, data, selection=selection, device=options.device, track=()
@@ -69,11 +67,10 @@ def main() -> None:
             low, high = cost.SHORTER * said.estimate.seconds, cost.LONGER * said.estimate.seconds
             held += low <= took <= high
             kind = stage if selection else "dense"
-            print(
-                f"{kind:8} {steps * times:4} x {rows} x {context:5}: said {low:6.1f} to {high:6.1f} s, took {took:6.1f} s",
-                f"({took / said.estimate.seconds:.2f} of the middle)" + ("" if low <= took <= high else " OUTSIDE"),
-                flush=True,
-            )
+            run = f"{kind:8} {steps * times:4} x {rows} x {context:5}"
+            verdict = "" if low <= took <= high else " OUTSIDE"
+            share = took / said.estimate.seconds
+            print(f"{run}: said {low:6.1f} to {high:6.1f} s, took {took:6.1f} s, {share:.2f} of the middle{verdict}")
     finally:
         for process in beside:
             process.kill()
