@@ -348,12 +348,12 @@ def test_a_cold_pass_is_not_the_only_sample(here: Workplace, monkeypatch: pytest
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
     with learning(made, "indexers"):
         stage = loop.STAGES["warmup"]
-        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu")) == pytest.approx(0.6)
+        assert estimate.rehearse(settings, stage, made, 48, 1, 3, torch.device("cpu")) == pytest.approx(0.6)
 
 
 def test_a_short_row_leads_to_the_runs_own_where_that_is_affordable(here: Workplace, monkeypatch: Any) -> None:
     settings, made = here.run("warmup", "affordable", PhaseConfig(1, 2048, 1)), model().train()
-    for per_token, rows in ((1e-4, [512, 2048]), (1.0, [512])):
+    for per_token, rows in ((1e-4, [512, 2048]), (1.0, [512])):  # seconds a token, and the rows that are timed
         timed: list[int] = []
 
         def rehearse(c: Any, s: Any, m: Any, tokens: int, *rest: Any, seen=timed, each=per_token) -> float:

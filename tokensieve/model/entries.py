@@ -18,7 +18,7 @@ key-value groups, E entry width, W = G * E numbers of a token, D index width, H 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -196,12 +196,33 @@ def unpacked(pages: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(quant.unpack_latent_page(pages, dtype), -1) if pages.dtype == torch.uint8 else pages
 
 
-def pages_in_order(pool: Tensor, table_P: Tensor, tokens: int, room: int = 0) -> Tensor:
-    """The pages of one sequence's tokens, and `room` arbitrary ones: a view if they are consecutive, else a copy."""
-    pages_P = table_P[: -(-tokens // PAGE_TOKENS)]
-    if bool((pages_P.diff() == 1).all()):
-        return pool[int(pages_P[0]) : int(pages_P[-1]) + 1 + room]
-    return pool.index_select(0, F.pad(pages_P, (0, room)))
+@dataclass(frozen=True)
+class PagedSequence:
+    """The tokens of one sequence in the pools."""
+
+    length: int  # tokens
+    pages: Tensor  # (P) int32, in order
+    first: int | None  # the first page, if they are consecutive; then they are read in place
+
+    @classmethod
+    def of(cls, pages_P: Any, length: int) -> "PagedSequence":
+        consecutive = length > 0 and int(pages_P[-1]) - int(pages_P[0]) == len(pages_P) - 1
+        consecutive = consecutive and bool((pages_P[1:] - pages_P[:-1] == 1).all())
+        return cls(length, torch.from_numpy(pages_P), int(pages_P[0]) if consecutive else None)
+
+    def read(self, pool: Tensor, room: int = 0) -> Tensor:
+        """Its pages of a pool, one behind the other, and `room` arbitrary ones: a view if they are consecutive."""
+        if self.first is not None:
+            return pool[self.first : self.first + len(self.pages) + room]
+        return pool.index_select(0, F.pad(self.pages, (0, room)))
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Places in the flattened pool; -1 stays."""
+        if self.first is not None:
+            shift = self.first * PAGE_TOKENS
+            return positions if shift == 0 else torch.where(positions < 0, -1, positions + shift)
+        pages = self.pages[positions.clamp_min(0).long() // PAGE_TOKENS]
+        return torch.where(positions < 0, -1, pages * PAGE_TOKENS + positions % PAGE_TOKENS)
 
 
 class PagedChunk:
@@ -253,6 +274,15 @@ class PagedStep:
         return torch.zeros_like(self.lengths)
 
     @cached_property
+    def sequences(self) -> "tuple[PagedSequence, ...]":
+        """Where each row's tokens lie. Reads values, so only the CPU asks."""
+        tables = self.page_table.numpy()
+        return tuple(
+            PagedSequence.of(tables[b, : -(-length // PAGE_TOKENS)], length)
+            for b, length in enumerate(self.lengths.tolist())
+        )
+
+    @cached_property
     def everything(self) -> Tensor:
         """Every position of each sequence: (B, T) int32, ascending, then -1."""
         place = torch.arange(self.page_table.shape[1] * PAGE_TOKENS, dtype=torch.int32, device=self.lengths.device)
@@ -294,16 +324,15 @@ class PagedKeys:
     def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
         if not self._apart:
             return self.select(self.index_scores(q_NHD, w_NH, rows), k, rows)
-        table, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
-        starts = torch.zeros_like(lengths)
+        numbers = range(len(q_NHD)) if rows is None else torch.arange(len(self.ends_N))[rows].tolist()
         indices_NK = torch.full((len(q_NHD), k), -1, dtype=torch.int32)
-        for b, length in enumerate(lengths.tolist()):
-            if length:
-                one = slice(b, b + 1)
-                keys = pages_in_order(self._index, table[b], length, room=INDEX_ROOM).flatten(0, 1)
-                indices_NK[b] = ops.index_topk(
-                    q_NHD[one], keys, w_NH[one], k, starts[one], lengths[one], backend=self.backend
-                )[0]
+        for place, b in enumerate(numbers):
+            sequence, one = self.step.sequences[b], slice(place, place + 1)
+            if sequence.length:
+                keys = sequence.read(self._index, INDEX_ROOM).flatten(0, 1)
+                ranges = self.starts_N[b : b + 1], self.ends_N[b : b + 1]
+                chosen_1K = ops.index_topk(q_NHD[one], keys, w_NH[one], k, *ranges, backend=self.backend)
+                indices_NK[place] = chosen_1K[0]
         return indices_NK
 
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
@@ -321,18 +350,19 @@ class PagedKeys:
         return torch.cat(masses)
 
     def gather(self, q_NHD: Tensor, indices_NK: Tensor | None, scale: float) -> Tensor:
-        """As in `Keys`."""
         real = slice(self.step.real)
-        table, lengths, q = self.step.page_table[real], self.step.lengths[real], q_NHD[real]
+        q = q_NHD[real]
         if self._apart:
-            out = self._gather_apart(q, None if indices_NK is None else indices_NK[real], table, lengths, scale)
+            indices = [None] * len(q) if indices_NK is None else indices_NK.split(1)
+            out = torch.cat([self._gather_alone(b, q[b : b + 1], indices[b], scale) for b in range(len(q))])
         else:
-            indices = (self.step.everything if indices_NK is None else indices_NK)[real]
+            indices_NK = (self.step.everything if indices_NK is None else indices_NK)[real]
+            table, lengths = self.step.page_table[real], self.step.lengths[real]
             _, _, d_k, v_start, d_v = self.entry
             out, _ = ops.sparse_attention_paged(
                 q,
                 self._entries,
-                indices,
+                indices_NK,
                 table,
                 lengths,
                 scale,
@@ -343,26 +373,12 @@ class PagedKeys:
             )
         return out if len(out) == len(q_NHD) else F.pad(out, (0, 0, 0, 0, 0, len(q_NHD) - len(out)))
 
-    def _gather_apart(
-        self, q_NHD: Tensor, indices_NK: Tensor | None, table_NP: Tensor, lengths_N: Tensor, scale: float
-    ) -> Tensor:
-        _, _, d_k, v_start, d_v = self.entry
-        pool_TGE = self._entries.view(-1, self.entry.groups, self.entry.width)
-        if indices_NK is not None:  # of positions: of slots from here on
-            pages_NK = table_NP.gather(1, indices_NK.clamp_min(0).long() // PAGE_TOKENS)
-            slots_NK = torch.where(indices_NK < 0, -1, pages_NK * PAGE_TOKENS + indices_NK % PAGE_TOKENS)
-        rows = []
-        for b, length in enumerate(lengths_N.tolist()):
-            q_1HD = q_NHD[b : b + 1]
-            if indices_NK is not None:
-                slots_1K = slots_NK[b : b + 1]
-                out, _ = ops.sparse_attention(q_1HD, pool_TGE, slots_1K, scale, d_k, v_start, d_v, backend=self.backend)
-            else:
-                entries = pages_in_order(self._entries, table_NP[b], length).reshape(-1, *pool_TGE.shape[1:])[:length]
-                keys, values = entries[..., :d_k], entries[..., v_start : v_start + d_v]
-                ends = lengths_N[b : b + 1]
-                out, _ = ops.dense_attention(
-                    q_1HD, keys, values, torch.zeros_like(ends), ends, scale, backend=self.backend
-                )
-            rows.append(out)
-        return torch.cat(rows)
+    def _gather_alone(self, b: int, q_1HD: Tensor, indices_1K: Tensor | None, scale: float) -> Tensor:
+        sequence, (groups, width, d_k, v_start, d_v) = self.step.sequences[b], self.entry
+        if indices_1K is not None:
+            pool_TGE, slots_1K = self._entries.view(-1, groups, width), sequence.slots(indices_1K)
+            return ops.sparse_attention(q_1HD, pool_TGE, slots_1K, scale, d_k, v_start, d_v, backend=self.backend)[0]
+        entries_TGE = sequence.read(self._entries).reshape(-1, groups, width)[: sequence.length]
+        keys, values = entries_TGE[..., :d_k], entries_TGE[..., v_start : v_start + d_v]
+        ranges = self.starts_N[b : b + 1], self.ends_N[b : b + 1]
+        return ops.dense_attention(q_1HD, keys, values, *ranges, scale, backend=self.backend)[0]

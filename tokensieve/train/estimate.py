@@ -19,8 +19,8 @@ from tokensieve.train.forecast import Forecast
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
 SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are shorter
-AFFORDABLE = 2.0  # seconds that a pass over one of the run's own rows may take to be timed too
-PASSES = 3  # of which the median counts
+AFFORDABLE = 6.0  # seconds for which longer rows are timed too: a short one makes a long run seem up to twice as long
+PASSES = 3  # of which the median counts, for the first one also pays for one-time setup, such as compiled kernels
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ def estimate(
 ) -> tuple[cost.Estimate, Rehearsal]:
     """Memory and time of a run of the prepared `model`, and the pass that was timed for it.
 
-    Preparing data, writing checkpoints and compiling are left out. The median of `PASSES` passes counts: the first one
-    also pays for one-time setup, such as compiled kernels.
+    Preparing data, writing checkpoints and compiling are left out.
     """
     value_bytes = 2 if device.type == "cuda" else 4
 
@@ -45,16 +44,20 @@ def estimate(
         one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
         return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
 
-    def timed(tokens: int, rows: int) -> Rehearsal:
-        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, device))
+    def timed(tokens: int, rows: int, passes: int = PASSES) -> Rehearsal:
+        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, passes, device))
 
     if device.type == "cuda":
         found = timed(config.phases[0].context, config.phases[0].micro_batch)
     else:
-        found = timed(row_tokens(config, model), 1)
-        whole = config.phases[0].context
-        if found.seconds * counted(whole, 1) <= AFFORDABLE * found.flops:
-            found = timed(whole, 1)
+        tokens, whole = row_tokens(config, model), config.phases[0].context
+        found = timed(tokens, 1)
+        while tokens < whole:
+            tokens = min(whole, 4 * tokens)
+            expected = found.seconds * counted(tokens, 1) / found.flops
+            if expected > AFFORDABLE:
+                break
+            found = timed(tokens, 1, PASSES if PASSES * expected < AFFORDABLE else 1)
     rate = found.flops / found.seconds
     needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
     return replace(needed, process_bytes=process_bytes(model, device)), found
@@ -86,15 +89,24 @@ def row_tokens(config: TrainConfig, model: DecoderForCausalLM) -> int:
 
 
 def rehearse(
-    config: TrainConfig, stage: Stage, model: DecoderForCausalLM, tokens: int, rows: int, device: torch.device
+    config: TrainConfig,
+    stage: Stage,
+    model: DecoderForCausalLM,
+    tokens: int,
+    rows: int,
+    passes: int,
+    device: torch.device,
 ) -> float:
-    """Seconds of a forward and a backward pass over `rows` rows. Leaves the model as it was, draws no random number."""
+    """Seconds of a forward and a backward pass over `rows` rows: the median of `passes`.
+
+    Leaves the model as it was, and draws no random number.
+    """
     positions = torch.arange(tokens).expand(rows, -1)
     ids = positions % model.config.vocab_size
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    while len(seconds) < PASSES:
+    while len(seconds) < passes:
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)

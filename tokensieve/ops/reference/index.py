@@ -143,6 +143,8 @@ def largest(strip_bn: Tensor, k: int) -> Tensor:
 def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
     """indices (b, min(k, hi-lo)) int32 of one block, ascending, then -1."""
     a, b, lo, hi = block
+    if b - a == 1 and strip_bn.is_cpu:
+        return select_alone(strip_bn, a, k).add_(lo)
     outside = out_of_range(block, starts_S, ends_S)
     if outside is not None:
         strip_bn = strip_bn.masked_fill(outside, float("-inf"))
@@ -162,6 +164,21 @@ def select_strip(strip_bn: Tensor, block: Block, k: int, starts_S: Tensor, ends_
         return chosen.to(torch.int32).add_(lo)
     # Keys outside are the last ones: a block's queries share their first key.
     return torch.where(outside.gather(1, chosen), -1, chosen + lo).to(torch.int32)
+
+
+def select_alone(strip_1n: Tensor, query: int, k: int) -> Tensor:
+    """`select_strip` of one query on the CPU, in numpy: calls are what it costs, and numpy's cost a third."""
+    strip_n = strip_1n[0].numpy()
+    n = strip_n.shape[0]
+    last = strip_n.min() if n <= k else np.partition(strip_n, -k)[-k:].min()  # NaN if the row has one
+    if np.isnan(last):
+        reject_nan(strip_1n, query)
+    chosen = np.flatnonzero(strip_n >= last) if n > k else np.arange(n)
+    if len(chosen) > k:
+        ties = np.flatnonzero(strip_n == last)
+        larger = np.flatnonzero(strip_n > last)
+        chosen = np.sort(np.concatenate((larger, ties[: k - len(larger)])))
+    return torch.from_numpy(chosen.astype(np.int32))[None]
 
 
 def first_of_ties(strip_bn: Tensor, last_b1: Tensor, k: int) -> Tensor:
