@@ -13,8 +13,8 @@ from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, wi
 from tokensieve.model.selection import window
 
 TOLERANCE = 2e-5
-K = INDEXER["index_topk"]
-LENGTH = 90  # beyond k
+K, LENGTH = INDEXER["index_topk"], 90  # beyond k
+SINGLE = [1] * (K + 8) + [LENGTH - K - 8]  # from the first token to some past k
 KINDS: dict[str, Any] = {
     "dense": config("v3"),
     "dense v2": config("v2", q_lora_rank=None),
@@ -68,9 +68,6 @@ def pieces(sizes: list[int]) -> str:
 
 
 # prefill and decode
-
-SINGLE = [1] * (K + 8) + [LENGTH - K - 8]  # from the first token to some past k
-
 
 @pytest.mark.parametrize("sizes", [[LENGTH], SINGLE, [7, 33, 1, 1, 13, 35], [K, 1, LENGTH - K - 1]], ids=pieces)
 @pytest.mark.parametrize("rows", [1, 3])
