@@ -69,6 +69,7 @@ def pieces(sizes: list[int]) -> str:
 
 # prefill and decode
 
+
 @pytest.mark.parametrize("sizes", [[LENGTH], SINGLE, [7, 33, 1, 1, 13, 35], [K, 1, LENGTH - K - 1]], ids=pieces)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_chunks_give_the_full_forward(model: DecoderForCausalLM, rows: int, sizes: list[int]) -> None:
