@@ -4,6 +4,7 @@
 #   TORCH_INDEX=URL     the package index to take torch from, for example PyTorch's own index of CPU builds
 #   PY=/path/to/python  no set-up: run everything with this interpreter as it is (a GPU machine without a network)
 #   OPTIONS=--complete  more options for pytest; by this one a test that lacks a browser or a compiler fails
+#   DEMO='--set K=V'    more options for the demo
 
 PYTHON ?= python3
 TORCH := torch==2.13.0
@@ -28,7 +29,7 @@ export PYTHONPATH := $(CURDIR)
 .PHONY: demo test test-all fresh check bench test-gpu bench-gpu
 
 demo: $(RUNTIME)
-	$(PY) -m tokensieve demo
+	$(PY) -m tokensieve demo $(DEMO)
 
 # Otherwise every process of the tests would compile the package and the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -42,12 +43,22 @@ test: check $(BROWSER)
 # All tests get 45 minutes. Then they are interrupted, which prints what failed so far, and a minute later killed.
 LIMIT := 45m
 
+# The fresh machine in short: set-up from nothing, a demo of few steps on short texts, the checks, and the tests of what a
+# machine may lack, for root and for an ordinary user. It comes last and on top of the 45 minutes, in which it has no room;
+# in full, as `make fresh`, it would take them again. With PY there is no set-up, so that there is nothing to see.
+BRIEF := DEMO='--set context=1024 --set needle_contexts=1 --set ppl_sequences=1 --set decode_contexts=[512] \
+  --set heat_lengths=[512] --set recall_steps=[1] --set recall_sequences=1 --set warmup.phases.0.steps=1 \
+  --set warmup.phases.0.context=256 --set warmup.phases.1.steps=1 --set warmup.phases.1.context=256 \
+  --set adapt.phases.0.steps=1 --set adapt.phases.0.context=256 --set adapt.phases.0.sequences=1'
+BRIEF += OPTIONS='tests/cli tests/ops/test_compile.py tests/serve/playground/test_page.py tests/test_doctor.py tests/test_files.py'
+
 test-all: check $(BROWSER)
 	@OMP_NUM_THREADS=1 timeout --foreground -s INT -k 1m $(LIMIT) $(PYTEST) $(WORKERS) $(OPTIONS) || { status=$$?; \
 	  case $$status in 124 | 137) echo "test-all: stopped, for it took more than $(LIMIT), the most that it may" >&2; esac; \
 	  exit $$status; }
+	$(if $(BROWSER),tests/fresh_machine.sh demo test $(BRIEF),@echo "test-all: no fresh machine, for PY is given and sets nothing up")
 
-# The same on a machine with nothing else: see the script. As root, for root and for an ordinary user.
+# Demo and tests in full on a machine with nothing else: see the script. As root, for root and for an ordinary user.
 fresh:
 	tests/fresh_machine.sh demo test
 

@@ -106,6 +106,7 @@ def test_what_it_leaves(whole: Path) -> None:
     for name in ("sparse", "adapted"):
         assert set(judged[name]) == {str(CONTEXT)}
         assert set(judged[name][str(CONTEXT)]) >= {"dense", "sparse", "window", "oracle", "recall"}
+        assert "selections" not in judged[name][str(CONTEXT)]  # for arms that were asked for
     first, second = (judged[name][str(CONTEXT)] for name in ("sparse", "adapted"))
     assert first["dense"] == second["dense"] and first["sparse"] != second["sparse"]
 

@@ -214,13 +214,14 @@ def _arguments(target: Target, raw: Mapping[str, Any], config: ModelConfig) -> l
 
 def _weights(headers: Mapping[str, Header], layers: int, target: Target) -> float:
     """Bytes of weights on one device. Engines read floats as bfloat16, and do not read MTP layers."""
-    repeated = REPEATED + REPEATED_BY_REQUESTS if target.by_requests else REPEATED
+    parts_of_names = REPEATED + REPEATED_BY_REQUESTS if target.by_requests else REPEATED
+    repeated = re.compile("|".join(map(re.escape, parts_of_names)))
     total = 0.0
     for name, header in headers.items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is None or int(layer[1]) < layers:
             width = 1 if header.dtype == "F8_E4M3" else 4 if name.endswith("_scale_inv") else 2
-            parts = 1 if any(part in name for part in repeated) else target.gpus
+            parts = 1 if repeated.search(name) else target.gpus
             total += math.prod(header.shape) * width / parts
     return total
 

@@ -45,7 +45,7 @@ def tensor_reasons(
 ) -> list[str]:
     """Reasons in the tensors: files outside of the folder, and FP8 or float32 scales not as engines expect them."""
     reasons = []
-    outside = sorted({str(h.file) for h in headers.values() if h.file.parent != folder})
+    outside = sorted(str(file) for file in {h.file for h in headers.values()} if file.parent != folder)
     if outside:
         reasons.append(
             f"tensors lie outside of the folder, in {', '.join(outside)}, where engines do not look; "
