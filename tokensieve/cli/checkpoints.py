@@ -1,5 +1,6 @@
 """Commands on checkpoints: look at the machine, make a model sparse, measure it, convert it."""
 
+import logging
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from tokensieve.config import EvaluateConfig
     from tokensieve.model import DecoderForCausalLM
+
+log = logging.getLogger("tokensieve")
 
 
 class IndexDtype(StrEnum):
@@ -58,7 +61,22 @@ def sparsify(
     tokensieve.save(sparse, out)
     count = sum(p.numel() for p in sparse.indexer_parameters())
     typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")
+    _say_what_its_tokenizer_lacks(out, sparse)
     typer.echo(f"Next: tokensieve warmup --model {out}")
+
+
+def _say_what_its_tokenizer_lacks(folder: Path, model: "DecoderForCausalLM") -> None:
+    """A log line about data that later commands will refuse."""
+    from tokensieve.config import UserError
+    from tokensieve.tasks import encoder
+
+    try:
+        encode = encoder(tokenizer_of(str(folder), model))
+    except UserError as error:
+        log.warning("%s: training and generate need a tokenizer here: %s", folder, error)
+        return
+    if encode.no_chat:
+        log.warning("%s: plain text works, chat data and --chat do not: %s", folder, encode.no_chat)
 
 
 @app.command("eval", cls=with_keys("EvaluateConfig", "evaluate"))

@@ -14,6 +14,7 @@ from tokensieve import checkpoint
 from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
+from tokensieve.files import refuse_pointer
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import check_savable, fill, model_path
@@ -171,6 +172,8 @@ def load_tokenizer(name: str | Path):
         ):  # transformers' config refuses models that ours allows, as those without q_lora_rank
             return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        for path in sorted(folder.glob("*.json")):
+            refuse_pointer(path)
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]}); copy it again"
         ) from error

@@ -37,6 +37,10 @@ class Turns:
     next: tuple[int, ...]
 
 
+# What an expression of a template may raise, besides the errors of templates.
+FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
+
 def deepseek_turns(ids: Mapping[str, int]) -> Turns:
     """`ids`: of the markers `DEEPSEEK`."""
     return Turns((ids[BOS], ids[USER]), (ids[ASSISTANT], ids[END_THINK]), (ids[EOS],), (ids[USER],))
@@ -90,7 +94,7 @@ def render(
             f"the tokenizer's chat template is no valid template ({error.message}, line {error.lineno}); "
             "correct chat_template.jinja"
         ) from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except (TemplateError, *FAULTS) as error:
         raise UserError(f"the model's chat template refuses these messages: {' '.join(str(error).split())}") from error
 
 
