@@ -51,6 +51,9 @@ def _is_there(module: str) -> bool:
     return module in sys.modules or (module != "" and importlib.util.find_spec(module) is not None)
 
 
+GENERATED = ("retrieval", "chat")  # sources that are made from the text of others
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     source: str  # "python", "retrieval", "chat", a folder, a file, a glob or hf:NAME; of rows also SOURCE#FIELD

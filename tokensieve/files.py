@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import importlib.resources
 import json
 import logging
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokensieve.config import UserError
+from tokensieve.config import GENERATED, UserError
 
 log = logging.getLogger("tokensieve")
 
@@ -105,6 +106,18 @@ def _held(path: Path) -> TextIO:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
         file.close()
+
+
+def missing_source(source: str) -> UserError:
+    return UserError(f"data source {source!r} does not exist; name a folder, a file, a glob, hf:NAME or python")
+
+
+def check_source(source: str) -> None:
+    """UserError if a source of data is to be a file or a folder and is not there."""
+    path = source if Path(source).expanduser().exists() else source.rpartition("#")[0] or source  # SOURCE#FIELD
+    elsewhere = path in ("python", *GENERATED) or path.startswith("hf:") or glob.has_magic(path)
+    if not elsewhere and not Path(path).expanduser().exists():
+        raise missing_source(source)
 
 
 def refuse_file(path: Path) -> None:

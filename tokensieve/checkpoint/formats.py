@@ -55,7 +55,7 @@ def refuse_renamed(folder: Path, missing: Iterable[str], present: Iterable[str])
             "then save"
         )
     lost = set(missing)
-    if all(".indexer." in name for name in lost):
+    if all(".indexer." in name for name in lost) and not any(".indexer." in name for name in here):
         raise UserError(
             f"{folder}: config.json is that of a sparse model, and the weights are those of a dense one, without "
             "indexers; use the config.json that belongs to them, then tokensieve sparsify"

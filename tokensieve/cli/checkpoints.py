@@ -110,7 +110,7 @@ def evaluate(
     Example: tokensieve eval base --quick
     """
     from tokensieve.config import EvaluateConfig, UserError, load_config
-    from tokensieve.files import known_folder, write_json
+    from tokensieve.files import check_source, known_folder, write_json
 
     begin = time.perf_counter()
     if quick and config != "evaluate":
@@ -118,6 +118,7 @@ def evaluate(
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
     known_folder(model)
+    check_source(data)
     import tokensieve
     from tokensieve.data import read_documents
     from tokensieve.machine import choose_device

@@ -122,7 +122,7 @@ def adapt(
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:
     """Runs a stage, writes its metrics.json, and returns the run folder."""
     from tokensieve.config import TrainConfig, UserError, check_selector, load_config
-    from tokensieve.files import known_folder, write_json
+    from tokensieve.files import check_source, known_folder, write_json
     from tokensieve.machine import check_device
 
     config = load_config(TrainConfig, name, overrides)
@@ -134,6 +134,8 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         config = replace(config, data=replace(config.data, tokenizer=config.model))
     for folder in {config.model, config.data.tokenizer} - {""}:
         known_folder(folder)
+    for entry in config.data.sources:
+        check_source(entry.source)
     check_device(config.device)
     if isinstance(config.selection, str):
         check_selector(config.selection)

@@ -52,7 +52,9 @@ def deepseek_conversation(ids: Mapping[str, int], encode: Encode, messages: Sequ
     prompt = [ids[BOS]]
     for message in messages:
         if message["role"] not in before:
-            raise UserError(f"messages are of the roles system, user and assistant, not {message['role']}")
+            raise UserError(
+                f"messages are of the roles system, user and assistant, not {message['role']}; convert them"
+            )
         prompt += [*before[message["role"]], *encode(message["content"])]
         prompt += [ids[EOS]] if message["role"] == "assistant" else []
     return prompt
