@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of, with_keys
+from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
     """
     from tokensieve import doctor as examination
 
-    examination.doctor(as_json)
+    examination.doctor(as_json, stdout())
 
 
 @app.command(cls=OneProcess)
@@ -232,15 +232,13 @@ def _measure(
 
 
 def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from tokensieve import evals
     from tokensieve.report import show, show_criteria
 
     if model.is_sparse:
-        show(Console(), metrics)
+        show(stdout(), metrics)
     else:
-        show_criteria(Console(), evals.acceptance_criteria(metrics))
+        show_criteria(stdout(), evals.acceptance_criteria(metrics))
 
 
 def _stored_dtype(name: str) -> "torch.dtype | None":

@@ -19,6 +19,7 @@ from tokensieve.cli.program import (
     app,
     checked_selection,
     overrides,
+    stdout,
     with_keys,
 )
 
@@ -44,7 +45,7 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     from tokensieve import demo as main_job
 
     with locked(settings.out):
-        main_job.run(settings)
+        main_job.run(settings, stdout())
 
 
 @app.command(cls=with_keys("TrainConfig", "base"))
@@ -75,7 +76,7 @@ def speedrun(
     from tokensieve import speedrun as all_stages
 
     with locked(settings.out):
-        all_stages.run(settings, resume, until.value)
+        all_stages.run(settings, resume, until.value, stdout())
 
 
 @app.command(cls=with_keys("TrainConfig", "warmup"))
