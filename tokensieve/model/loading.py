@@ -46,6 +46,8 @@ def load(
         instead = {"device_map": "device", "torch_dtype": "dtype"}.get(option)
         remedy = f"use {instead}" if instead else "its options are dtype, device, config and keep_fp8"
         raise UserError(f"load has no option {option}; {remedy}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UserError(f"load takes a dtype of torch, not {dtype!r}; use for instance torch.bfloat16")
     return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
 
