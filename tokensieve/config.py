@@ -6,6 +6,8 @@ one is an error, and `--set a.b=value` changes one. (A model's config is its fam
 
 import dataclasses
 import importlib.resources
+import importlib.util
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +41,17 @@ def check_selector(name: str) -> str:
         raise UserError(
             f"selection {name!r} is unknown; use one of {', '.join(SELECTOR_NAMES)}, or module:function for your own"
         )
+    if name not in SELECTOR_NAMES and not _is_there(module.partition(".")[0]):
+        raise UserError(f"selection {name}: there is no module {module}; is it on PYTHONPATH?")
     return name
+
+
+def _is_there(module: str) -> bool:
+    """Whether a top-level module is loaded or could be, without importing it."""
+    return module in sys.modules or (module != "" and importlib.util.find_spec(module) is not None)
+
+
+GENERATED = ("retrieval", "chat")  # sources that are made from the text of others
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,7 @@ def operators(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False,
+    console: Console | None = None,
 ) -> None:
     """Show what this machine has (devices, backends and why not, versions, memory) and what will be used.
 
@@ -202,4 +203,4 @@ def doctor(
     table.add_column(overflow="fold")
     for thing, known in rows(facts):
         table.add_row(thing, known)
-    Console().print(table, markup=False)
+    (console or Console()).print(table, markup=False)

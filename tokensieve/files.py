@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import importlib.resources
 import json
 import logging
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from tokensieve.config import UserError
+from tokensieve.config import GENERATED, UserError
 
 log = logging.getLogger("tokensieve")
 
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+POINTER = b"version https://git-lfs.github.com/"  # how a file of Git LFS begins that was not fetched
 LOCK = ".lock"  # of a folder that a process holds
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -105,6 +108,18 @@ def _held(path: Path) -> TextIO:
         file.close()
 
 
+def missing_source(source: str) -> UserError:
+    return UserError(f"data source {source!r} does not exist; name a folder, a file, a glob, hf:NAME or python")
+
+
+def check_source(source: str) -> None:
+    """UserError if a source of data is to be a file or a folder and is not there."""
+    path = source if Path(source).expanduser().exists() else source.rpartition("#")[0] or source  # SOURCE#FIELD
+    elsewhere = path in ("python", *GENERATED) or path.startswith("hf:") or glob.has_magic(path)
+    if not elsewhere and not Path(path).expanduser().exists():
+        raise missing_source(source)
+
+
 def refuse_file(path: Path) -> None:
     """Raises UserError if the path of a checkpoint folder is that of a file."""
     if path.suffix == ".gguf" and path.is_file():
@@ -113,14 +128,48 @@ def refuse_file(path: Path) -> None:
         raise UserError(f"{path}: a file; give the folder that holds it, its config.json and its tokenizer")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError if a file is not the one that was meant, but Git LFS's pointer to it."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(POINTER))
+    except OSError:
+        return  # the caller knows why it cannot be read
+    if begin == POINTER:
+        raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it: git lfs pull")
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError if a folder holds a PEFT adapter and no model."""
+    if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+        return
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None  # the message then names no base
+    raise UserError(
+        f"{folder}: a PEFT adapter, not a model; merge it into its base{f' ({base})' if base else ''}: "
+        "PeftModel.from_pretrained(tokensieve.load(BASE), FOLDER).merge_and_unload(), then tokensieve.save"
+    )
+
+
+def refuse_gguf(folder: Path) -> None:
+    """Raises UserError if a folder without safetensors holds a GGUF file."""
+    if not any(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("*.gguf"))[:1]:
+            refuse_file(path)
+
+
 def known_folder(model: str | Path) -> Path | None:
     """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
 
-    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, and for
-    a file's.
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, for a
+    file's, and for a folder that holds an adapter or a GGUF file instead of a model.
     """
     path = Path(model)
     if path.is_dir():
+        refuse_adapter(path)
+        refuse_gguf(path)
         return path
     refuse_file(path)
     root = Path(str(importlib.resources.files("tokensieve") / "bundled"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import tokensieve
 from tests.support.checkpoints import random_tensors, sparse_config, write_folder
 from tokensieve import checkpoint
 from tokensieve.config import UserError
@@ -25,6 +26,24 @@ def nvfp4(tensors: Tensors) -> Tensors:
 
 def fp8_by_tensor(tensors: Tensors) -> Tensors:
     return tensors | {NAME: tensors[NAME].to(torch.float8_e4m3fn), f"{NAME}_scale": torch.ones(())}
+
+
+def fp8_by_row(tensors: Tensors) -> Tensors:
+    return tensors | {NAME: tensors[NAME].to(torch.float8_e4m3fn), f"{NAME}_scale_inv": torch.ones(32)}
+
+
+def mxfp4(tensors: Tensors) -> Tensors:
+    stem = NAME.removesuffix(".weight")
+    parts = {f"{stem}_{part}": torch.zeros(32, 8, dtype=torch.uint8) for part in ("blocks", "scales")}
+    return {name: tensor for name, tensor in tensors.items() if name != NAME} | parts
+
+
+def parametrized(tensors: Tensors) -> Tensors:
+    return {name.replace("o_proj.", "o_proj.parametrizations.weight.original."): t for name, t in tensors.items()}
+
+
+def dense(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if ".indexer." not in name}
 
 
 def gptq(tensors: Tensors) -> Tensors:
@@ -56,6 +75,10 @@ def with_adapter(tensors: Tensors) -> Tensors:
     [
         (nvfp4, r"quantized, as .*o_proj.weight_scale_2 shows \(NVFP4 \(4 bits\)\), .*; use the bf16 or FP8-block"),
         (fp8_by_tensor, r"o_proj.weight_scale shows \(FP8 with one scale a tensor or row\)"),
+        (fp8_by_row, r"o_proj.weight_scale_inv is \(32,\), one scale a tensor or row, which is not supported"),
+        (mxfp4, r"o_proj_blocks shows \(MXFP4"),
+        (parametrized, r"o_proj.parametrizations.weight.* that PyTorch parametrizes; fold it into the weight first"),
+        (dense, r"config.json is that of a sparse model, and the weights are those of a dense one"),
         (gptq, r"o_proj.qweight shows \(GPTQ or AWQ\)"),
         (fused, r"experts are fused \(model.layers.1.mlp.experts.gate_up_proj\), .*save_original_format=True"),
         (prefixed, r"names begin with language_model. \(language_model.lm_head.weight\).*alone"),
@@ -97,6 +120,24 @@ def test_a_gguf_file_and_other_files(tmp_path: Path) -> None:
     single.write_bytes(b"")
     with pytest.raises(UserError, match=r"model.safetensors: a file; give the folder that holds it"):
         model_path(single)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_named(name: str, tmp_path: Path) -> None:
+    config = sparse_config()
+    folder = write_folder(tmp_path / "m", config, random_tensors(config))
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=f"{name}: a pointer of Git LFS, not the file itself; fetch it: git lfs pull"):
+        tokensieve.load_tokenizer(tokensieve.load(folder).folder)
+
+
+@pytest.mark.parametrize("value", [[], "fp8", 8])
+def test_a_quantization_that_is_no_object(value: Any, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", sparse_config(), {})
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": value}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="quantization_config is .*; it must be an object, or null"):
+        checkpoint.read_config(folder)
 
 
 def test_how_many_shards_are_missing(tmp_path: Path) -> None:

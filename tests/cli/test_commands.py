@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 import tokensieve
 from tests.support import commands
@@ -106,6 +110,27 @@ def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) ->
 
     ended = run("eval", home / "dense", "--quick", "--out", "e", *data, *sizes)
     assert ended.status == 0 and set(json.loads(Path("e/metrics.json").read_text())) >= {"needles", "criteria", "chat"}
+
+
+def test_a_tokenizer_without_deepseeks_markers(run, home: Path, tmp_path: Path, monkeypatch) -> None:
+    """Plain text works from sparsify to generate; sparsify says what does not, before warm-up would."""
+    monkeypatch.chdir(tmp_path)
+    dense = tokensieve.load(home / "dense")
+    dense.folder = None
+    tokensieve.save(dense, "dense")
+    ended = run("sparsify", "dense", "bare", *commands.SMALL)
+    assert ended.status == 0 and "training and generate need a tokenizer here: bare: no tokenizer.json" in ended.err
+    plain = Tokenizer(BPE(unk_token="[UNK]"))
+    trainer = BpeTrainer(vocab_size=300, special_tokens=["[UNK]", "[EOS]"])
+    plain.train_from_iterator([(home / "text" / "ast.py").read_text()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", eos_token="[EOS]").save_pretrained("dense")
+
+    ended = run("sparsify", "dense", "untrained", *commands.SMALL)
+    assert ended.status == 0 and "plain text works, chat data and --chat do not: the tokenizer has no chat" in ended.err
+    ended = run(*tiny(home, "warmup", Path("w"), "--model", "untrained", "--set", "phases.0.steps=1"))
+    assert ended.status == 0, ended.err
+    assert run("generate", "w/step-000001", "--prompt", "import ast", "--max-new-tokens", "2").status == 0
+    commands.refusal(run)(("no chat template",), "generate", "w/step-000001", "--chat", "Hello")
 
 
 def test_pretrain_makes_a_model(run, home: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ REFUSALS = [
     ("generate", "base"),
     ("generate", "base", "text"),
     ("generate", "base", "--prompt", "x", "--selection", "best"),
+    ("generate", "base", "--prompt", "x", "--selection", "no_such_module:select"),
     ("generate", "base", "--prompt", "x", "--device", "tpu"),
     ("generate", "base", "--input-file", "nowhere.txt"),
     ("warmup",),
@@ -56,6 +58,9 @@ REFUSALS = [
     ("warmup", "--model", "sparse", "--set", "device=tpu"),
     ("adapt", "--selection", "best"),
     ("adapt", "--model", "sparse", "--set", "selection=best"),
+    ("warmup", "--model", "sparse", "--set", "data.sources.0.source=nowhere"),
+    ("warmup", "--model", "sparse", "--set", "data.sources.0.source=nowhere.csv#text"),
+    ("eval", "sparse", "--data", "nowhere"),
     ("demo", "--set", "model=nowhere"),
     ("speedrun", "--set", "nothing=1"),
     ("sparsify", "nowhere", "new"),
@@ -63,6 +68,7 @@ REFUSALS = [
     ("eval", "nowhere"),
     ("eval", "sparse", "--arm", "best"),
     ("eval", "sparse", "--arm", "mine=best"),
+    ("eval", "sparse", "--arm", "mine=no_such_module:select"),
     ("convert", "nowhere", "new"),
     ("convert", "base", "new"),
     ("deploy", "vllm", "nowhere"),
@@ -73,11 +79,13 @@ REFUSALS = [
 ]
 
 
-def test_what_can_be_refused_without_torch_is() -> None:
+def test_what_can_be_refused_without_torch_is(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")  # the folder of an adapter
+    refusals = [*REFUSALS, ("generate", str(tmp_path), "--prompt", "x"), ("warmup", "--model", str(tmp_path))]
     code = f"""
 import sys
 from tokensieve.cli import main
-for arguments in {REFUSALS!r}:
+for arguments in {refusals!r}:
     try:
         main(arguments)
     except SystemExit as ended:
@@ -88,4 +96,4 @@ for arguments in {REFUSALS!r}:
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("tokensieve: error: ") == len(REFUSALS), ended.stderr
+    assert ended.stderr.count("tokensieve: error: ") == len(refusals), ended.stderr

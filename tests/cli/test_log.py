@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.table import Table
 
 from tests.support import commands
 from tokensieve import cli
@@ -32,6 +33,14 @@ def test_a_line_in_a_pipe_is_one_line(capsys: pytest.CaptureFixture) -> None:
     program.setup()
     log.info("word " * 60)
     assert capsys.readouterr().err == "word " * 60 + "\n"
+
+
+def test_a_tables_row_in_a_pipe_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    table = Table(box=None, show_header=False)
+    table.add_row("arm", "a description of many words " * 10)
+    program.stdout().print(table)
+    program.stdout().print("word " * 60)
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 @pytest.mark.parametrize("way", ["--prompt", "--interactive"])

@@ -17,6 +17,7 @@ BROKEN = {
     "{{ raise_exception('no roles\nbut users') }}": r"refuses these messages: no roles but users$",
     "{% if %}": r"is no valid template \(.*line 1\); correct chat_template.jinja$",
     "{{ messages[0].nothing.at_all }}": "refuses these messages",
+    "{{ 1 // 0 }}": "refuses these messages",
 }
 
 

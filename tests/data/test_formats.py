@@ -75,6 +75,8 @@ def test_a_saved_dataset_is_its_rows(saved: Path) -> None:
     assert texts(saved / "train") == TEXTS
     with pytest.raises(UserError, match=r"several splits \(test, train\); name one"):
         texts(saved)
+    (saved / "train" / "state.json").unlink()
+    assert texts(saved / "train") == TEXTS  # and dataset_info.json is still none of them
 
 
 def test_a_row_field_may_be_named(tmp_path: Path) -> None:
@@ -144,6 +146,9 @@ def test_messages_become_the_models_own_chat_format(tokenizer, tmp_path: Path) -
     length = len(encode.conversation(talk))
     item = build_dataset(config, tokenizer, length, 1, 0)[0]
     assert encode.decode(item["input_ids"].tolist()) == whole == tokenizer.apply_chat_template(talk, tokenize=False)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [*talk, {"role": "tool", "content": "3"}]}))
+    with pytest.raises(UserError, match=r"x.jsonl:1: messages are of the roles .*, not tool; convert them"):
+        build_dataset(config, tokenizer, length, 1, 0)
     for message in ({"role": "user", "content": "x", "tool_calls": [1]}, {"content": "x"}, "x"):
         (tmp_path / "x.jsonl").write_text(json.dumps({"messages": [message]}))
         with pytest.raises(UserError, match="line 1: a message must hold a role and a content"):

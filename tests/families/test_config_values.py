@@ -10,6 +10,7 @@ import torch
 import tokensieve
 from tests.support.models import SHAPE, config, ours, tokens
 from tokensieve import checkpoint
+from tokensieve.config import UserError
 from tokensieve.families import FAMILIES, model_config
 from tokensieve.families.llama import Grouped
 from tokensieve.model import DecoderForCausalLM
@@ -48,6 +49,19 @@ def test_a_null_count_is_none_of_it(family: str, tmp_path: Path) -> None:
         ids = tokens(1, 20)
         with torch.no_grad():
             assert torch.equal(tokensieve.load(folder)(ids).logits, model(ids).logits), nulls
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"torch_dtype": "float99"}, "has no attribute 'float99'; correct the field"),
+        ({"num_nextn_predict_layers": "1"}, "num_nextn_predict_layers is '1'; it must be a number of layers"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq is 2, which is not supported"),
+    ],
+)
+def test_other_values_are_refused_in_one_line(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint), torch.device("meta"):
+        DecoderForCausalLM(model_config(SHAPE | {"model_type": "deepseek_v3"} | fields))
 
 
 def test_each_projection_has_its_own_bias(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ REFUSED: list[tuple[Any, str]] = [
     (SCALED | {"beta_fast": "32"}, r"\.beta_fast is '32'; it must be a number above 0"),
     (SCALED | {"mscale": True}, r"\.mscale is True; it must be a number that is not negative"),
     ({"rope_theta": 0}, r"\.rope_theta is 0"),
+    ({"full_attention": {"rope_type": "default"}}, r"\.full_attention is an object of its own, .* not supported"),
     ("yarn", "is 'yarn'; it must be an object, or null"),
 ]
 

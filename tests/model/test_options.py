@@ -56,6 +56,8 @@ def test_load_and_sparsify_name_their_options(folder: Path) -> None:
         tokensieve.load(folder, device_map="auto")
     with pytest.raises(UserError, match="load has no option attn_implementation; its options are dtype, device"):
         tokensieve.load(folder, attn_implementation="sdpa")
+    with pytest.raises(UserError, match="load takes a dtype of torch, not 'bfloat16'; use for instance torch.bfloat16"):
+        tokensieve.load(folder, "bfloat16")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"sparsify takes a model of tokensieve, not str; load it first"):
         tokensieve.sparsify("base", 64)  # type: ignore[arg-type]
 

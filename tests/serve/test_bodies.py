@@ -90,6 +90,13 @@ def test_the_fault_of_the_alternative_that_was_meant(at: str) -> None:
     )
     assert told(ROUTE, prompt="a", stop=["a", 5]) == "stop.1: Input should be a valid string"
     assert "prompt: Input should be a valid string" in told(ROUTE, prompt=7)
+    assert told(ROUTE, prompt=None) == "prompt: Field required"  # null counts as missing
+    nameless = {"type": "function", "function": {"name": None}}
+    assert told("/v1/chat/completions", messages=[{"role": None, "content": ""}], tools=[nameless]) == (
+        "messages.0.role: Field required; tools.0.function.name: Field required"
+    )
+    for body in (b"", b"null", b"[]", b"5"):
+        assert error(at, body, {}) == "the body is no JSON object; send one"
 
 
 def test_a_client_that_leaves_within_its_body_is_counted_as_gone(at: str) -> None:

@@ -153,7 +153,7 @@ def test_parallel_calls_as_a_stream(client: openai.OpenAI) -> None:
                 "tool_choice": "required",
                 "tools": [CLOCK | {"function": {"name": "f", "parameters": {"properties": {"a": {"type": "cow"}}}}}],
             },
-            "cannot be followed",
+            'cannot be followed: Invalid type: cow, in function_0: "f"',
         ),
     ],
 )

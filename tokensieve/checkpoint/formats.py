@@ -4,15 +4,11 @@ Sources: the tensor names that ModelOpt (NVFP4), compressed-tensors, AutoGPTQ, A
 names; PEFT's file names; the fused experts of transformers 5.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokensieve.config import UserError
-from tokensieve.files import refuse_file
-
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 _QUANTIZED = {  # end of a tensor's name: what writes it
     ".weight_scale_2": "NVFP4 (4 bits)",
@@ -22,29 +18,11 @@ _QUANTIZED = {  # end of a tensor's name: what writes it
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
     ".SCB": "bitsandbytes (8 bits)",
     ".weight_scale": "FP8 with one scale a tensor or row",
+    "_blocks": "MXFP4 (4 bits)",
+    ".W_q": "HQQ",
 }
 _FUSED = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _MODEL = re.compile(r"^(.+\.)(model\.layers|layers|lm_head|model\.embed_tokens)\.")
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raises UserError if a folder holds a PEFT adapter and no model."""
-    if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("model*.safetensors")):
-        return
-    try:
-        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None  # the message then names no base
-    raise UserError(
-        f"{folder}: a PEFT adapter, not a model; merge it into its base{f' ({base})' if base else ''}: "
-        "PeftModel.from_pretrained(tokensieve.load(BASE), FOLDER).merge_and_unload(), then tokensieve.save"
-    )
-
-
-def refuse_gguf(folder: Path) -> None:
-    """Raises UserError if a folder without safetensors holds a GGUF file."""
-    for path in sorted(folder.glob("*.gguf"))[:1]:
-        refuse_file(path)
 
 
 def refuse_quantized(names: Mapping[str, Path]) -> None:
@@ -75,6 +53,18 @@ def refuse_renamed(folder: Path, missing: Iterable[str], present: Iterable[str])
         raise UserError(
             f"{folder}: holds tensors of an adapter ({adapter}); merge it first (PEFT: model.merge_and_unload()), "
             "then save"
+        )
+    lost = set(missing)
+    if all(".indexer." in name for name in lost) and not any(".indexer." in name for name in here):
+        raise UserError(
+            f"{folder}: config.json is that of a sparse model, and the weights are those of a dense one, without "
+            "indexers; use the config.json that belongs to them, then tokensieve sparsify"
+        )
+    changed = next((name for name in sorted(here) if ".parametrizations." in name), None)
+    if changed:
+        raise UserError(
+            f"{folder}: {changed} is a part of a weight that PyTorch parametrizes; fold it into the weight first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), then save"
         )
     first = next(iter(missing))
     for name in sorted(here):

@@ -12,16 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tokensieve.checkpoint.folder import previous_of
-from tokensieve.checkpoint.formats import (
-    refuse_adapter,
-    refuse_gguf,
-    refuse_quantized,
-    refuse_renamed,
-)
+from tokensieve.checkpoint.formats import refuse_quantized, refuse_renamed
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
 from tokensieve.config import UserError
 from tokensieve.families import family_of
-from tokensieve.files import refuse_file
+from tokensieve.files import refuse_adapter, refuse_file, refuse_gguf, refuse_pointer
 from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,6 +45,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
     config = _read_json(path)
     family_of(config, str(path))
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise UserError(f"{path}: quantization_config is {quantization!r}; it must be an object, or null")
     return config
 
 
@@ -73,6 +71,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
+        refuse_pointer(path)
         raise UserError(f"{path}: not readable as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; copy or download it again")
@@ -108,6 +107,12 @@ class Shards:
 
     def _check_scale(self, name: str) -> None:
         blocks = tuple(math.ceil(size / step) for size, step in zip(self.shape[name], self.block, strict=False))
+        scale = self.shape.get(name + _SCALE)
+        if scale is not None and len(scale) < 2:
+            raise UserError(
+                f"{self.file_of[name]}: {name + _SCALE} is {scale}, one scale a tensor or row, which is not supported; "
+                "use the bf16 or FP8-block weights"
+            )
         if len(self.shape[name]) != 2 or self.shape.get(name + _SCALE) != blocks:
             raise UserError(
                 f"{self.file_of[name]}: {name} is FP8 {self.shape[name]}, but {name + _SCALE} is "
@@ -157,6 +162,7 @@ def open_file(path: Path) -> Any:
             "address space (ulimit -v), or free memory"
         ) from error
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: truncated or corrupt ({error}); {_replacement(path)}") from error
 
 

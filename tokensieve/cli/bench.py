@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import SELECTOR, Device, app, check_selection, stderr, tokenizer_of
+from tokensieve.cli.program import SELECTOR, Device, app, check_selection, stderr, stdout, tokenizer_of
 
 if TYPE_CHECKING:
     from tokensieve.bench import Workload
@@ -156,7 +156,6 @@ def _prompts(
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -173,4 +172,4 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{1000 * row['next_p50']:.1f}  {1000 * row['next_p99']:.1f}",
             f"{row['memory_bytes'] / 2**30:.1f}",
         )
-    Console(width=120).print(table)
+    stdout().print(table)

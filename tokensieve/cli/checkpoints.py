@@ -1,5 +1,6 @@
 """Commands on checkpoints: look at the machine, make a model sparse, measure it, convert it."""
 
+import logging
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -8,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, tokenizer_of, with_keys
+from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
     import torch
 
     from tokensieve.config import EvaluateConfig
     from tokensieve.model import DecoderForCausalLM
+
+log = logging.getLogger("tokensieve")
 
 
 class IndexDtype(StrEnum):
@@ -30,7 +33,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
     """
     from tokensieve import doctor as examination
 
-    examination.doctor(as_json)
+    examination.doctor(as_json, stdout())
 
 
 @app.command(cls=OneProcess)
@@ -58,7 +61,22 @@ def sparsify(
     tokensieve.save(sparse, out)
     count = sum(p.numel() for p in sparse.indexer_parameters())
     typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")
+    _say_what_its_tokenizer_lacks(out, sparse)
     typer.echo(f"Next: tokensieve warmup --model {out}")
+
+
+def _say_what_its_tokenizer_lacks(folder: Path, model: "DecoderForCausalLM") -> None:
+    """A log line about data that later commands will refuse."""
+    from tokensieve.config import UserError
+    from tokensieve.tasks import encoder
+
+    try:
+        encode = encoder(tokenizer_of(str(folder), model))
+    except UserError as error:
+        log.warning("%s: training and generate need a tokenizer here: %s", folder, error)
+        return
+    if encode.no_chat:
+        log.warning("%s: plain text works, chat data and --chat do not: %s", folder, encode.no_chat)
 
 
 @app.command("eval", cls=with_keys("EvaluateConfig", "evaluate"))
@@ -92,7 +110,7 @@ def evaluate(
     Example: tokensieve eval base --quick
     """
     from tokensieve.config import EvaluateConfig, UserError, load_config
-    from tokensieve.files import known_folder, write_json
+    from tokensieve.files import check_source, known_folder, write_json
 
     begin = time.perf_counter()
     if quick and config != "evaluate":
@@ -100,6 +118,7 @@ def evaluate(
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
     known_folder(model)
+    check_source(data)
     import tokensieve
     from tokensieve.data import read_documents
     from tokensieve.machine import choose_device
@@ -213,15 +232,13 @@ def _measure(
 
 
 def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from tokensieve import evals
     from tokensieve.report import show, show_criteria
 
     if model.is_sparse:
-        show(Console(), metrics)
+        show(stdout(), metrics)
     else:
-        show_criteria(Console(), evals.acceptance_criteria(metrics))
+        show_criteria(stdout(), evals.acceptance_criteria(metrics))
 
 
 def _stored_dtype(name: str) -> "torch.dtype | None":

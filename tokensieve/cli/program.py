@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.EEXIST}
 
+UNBROKEN = 1000  # columns, of tables and lines in a pipe or a file
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -166,6 +168,14 @@ def stderr() -> "Console":
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+def stdout() -> "Console":
+    """A console for standard output. Lines that no terminal shows are not broken: programs read them."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=UNBROKEN)
 
 
 def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:

@@ -19,6 +19,7 @@ from tokensieve.cli.program import (
     app,
     checked_selection,
     overrides,
+    stdout,
     with_keys,
 )
 
@@ -44,7 +45,7 @@ def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
     from tokensieve import demo as main_job
 
     with locked(settings.out):
-        main_job.run(settings)
+        main_job.run(settings, stdout())
 
 
 @app.command(cls=with_keys("TrainConfig", "base"))
@@ -75,7 +76,7 @@ def speedrun(
     from tokensieve import speedrun as all_stages
 
     with locked(settings.out):
-        all_stages.run(settings, resume, until.value)
+        all_stages.run(settings, resume, until.value, stdout())
 
 
 @app.command(cls=with_keys("TrainConfig", "warmup"))
@@ -122,7 +123,7 @@ def adapt(
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:
     """Runs a stage, writes its metrics.json, and returns the run folder."""
     from tokensieve.config import TrainConfig, UserError, check_selector, load_config
-    from tokensieve.files import known_folder, write_json
+    from tokensieve.files import check_source, known_folder, write_json
     from tokensieve.machine import check_device
 
     config = load_config(TrainConfig, name, overrides)
@@ -134,6 +135,8 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         config = replace(config, data=replace(config.data, tokenizer=config.model))
     for folder in {config.model, config.data.tokenizer} - {""}:
         known_folder(folder)
+    for entry in config.data.sources:
+        check_source(entry.source)
     check_device(config.device)
     if isinstance(config.selection, str):
         check_selector(config.selection)

@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from tokensieve.config import DataConfig, UserError
+from tokensieve.config import GENERATED, DataConfig, UserError
 from tokensieve.data.sources import SplitName, read_documents, source_fingerprint
 from tokensieve.data.store import TokenStore
 from tokensieve.tasks import Document, PlainEncoder, dialogue, encoder, retrieval
 
-GENERATED = ("retrieval", "chat")
 CHAT_BYTES = 24_000_000  # of source text to take functions from
 SHORTEST_RETRIEVAL = 512  # tokens of a needle document
 

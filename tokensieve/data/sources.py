@@ -21,6 +21,7 @@ from typing import Literal
 
 from tokensieve.config import UserError
 from tokensieve.data.formats import MIN_CHARS, LeftOut, SourceFile, documents_of, format_of, row_document
+from tokensieve.files import missing_source
 from tokensieve.tasks.documents import VENDORED, Document, Split, is_held_out, stable_fraction
 
 SplitName = Split | Literal["all"]
@@ -124,7 +125,7 @@ def _listed(paths: Iterable[Path], root: Path, named: bool) -> list[SourceFile]:
 
 
 def _saved_dataset(folder: Path) -> set[str] | None:
-    """The data files of a folder that `datasets.save_to_disk` wrote, without its caches; None for another folder.
+    """The data files of a folder that `datasets` wrote, without descriptions and caches; None for another folder.
 
     Raises:
         UserError: it holds several splits, or its description is damaged.
@@ -133,8 +134,10 @@ def _saved_dataset(folder: Path) -> set[str] | None:
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         raise UserError(f"{folder} is a dataset of several splits ({', '.join(splits)}); name one: {folder}/SPLIT")
     state = folder / "state.json"
-    if not (state.is_file() and (folder / "dataset_info.json").is_file()):
+    if not (folder / "dataset_info.json").is_file():
         return None
+    if not state.is_file():  # as in the cache of `datasets`
+        return {path.name for path in folder.glob("*.arrow") if not path.name.startswith("cache-")} or None
     try:
         return {entry["filename"] for entry in json.loads(state.read_text(encoding="utf-8"))["_data_files"]}
     except (ValueError, KeyError, TypeError) as error:
@@ -167,7 +170,7 @@ def source_files(source: str) -> list[SourceFile]:
             root = Path(*path.parts[: [glob.has_magic(part) for part in path.parts].index(True)])
             files = _listed(matches, root, named=format_of(path, named=True) == "json")
         else:
-            raise UserError(f"data source {source!r} does not exist; name a folder, a file, a glob, hf:NAME or python")
+            raise missing_source(source)
     except OSError as error:
         raise UserError(f"data source {source!r} cannot be read ({error.strerror}); check its permissions") from error
     if not files:

@@ -70,7 +70,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _unframed(document: Document, encode: PlainEncoder) -> list[int]:
     """The conversation's ids without the first and last tokens that every document gets."""
-    ids = encode.conversation(document.messages)
+    try:
+        ids = encode.conversation(document.messages)
+    except UserError as error:
+        raise UserError(f"{document.name}: {error}") from error
     before, after = encode.frame()
     ids = ids[len(before) :] if ids[: len(before)] == before else ids
     return ids[: -len(after)] if after and ids[-len(after) :] == after else ids

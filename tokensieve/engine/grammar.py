@@ -5,6 +5,7 @@ llguidance finds them. This file adapts its conventions to the engine's.
 
 import importlib.util
 import json
+import re
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -16,6 +17,9 @@ from tokensieve.engine.request import Sampling
 
 LONGEST_SCHEMA = 1 << 15  # characters; it takes about a second to compile so many, and nothing else runs meanwhile
 LONGEST_REASON = 300  # characters
+LONGEST_LINE = 100  # characters
+LISTING = re.compile(r"\n\s*\d+ \| ")  # llguidance's, of the grammar's first lines
+PLACE = re.compile(r"at (\d+)\(\d+\): (failed to compile JSON schema: )?")  # the number of a line
 COMPILED = 64  # schemas and grammars that are kept compiled
 # Spaces as `json.dumps` writes them. If any number were allowed, a small model would write spaces until its tokens are
 # used up. oneOf is read as anyOf: it is mostly written for tagged unions, whose alternatives exclude each other anyway.
@@ -92,11 +96,15 @@ class Grammars:
             return str(error)
         problem = LLMatcher.validate_grammar(grammar, self._ll_tokenizer)
         if problem:
-            return _reason(problem)
+            return _reason(problem, text)
         matcher = LLMatcher(self._ll_tokenizer, grammar)
-        return _reason(matcher.get_error()) if matcher.is_error() else matcher
+        return _reason(matcher.get_error(), text) if matcher.is_error() else matcher
 
 
-def _reason(error: str) -> str:
-    """An error as one line of at most `LONGEST_REASON` characters."""
-    return " ".join(error.split())[:LONGEST_REASON]
+def _reason(error: str, grammar: str) -> str:
+    """An error as one line of at most `LONGEST_REASON` characters: the line at fault in place of the whole listing."""
+    reason = LISTING.split(error)[0]
+    if place := PLACE.match(reason):
+        line = grammar.splitlines()[int(place[1]) - 1]
+        reason = f"{reason[place.end() :]}, in {line[:LONGEST_LINE]}"
+    return " ".join(reason.split())[:LONGEST_REASON]

@@ -64,7 +64,7 @@ def model_config(raw: dict[str, Any]) -> Any:
         check_rope(name, raw.get(name))
     try:
         config = family.config.from_dict({k: v for k, v in family.readable(raw).items() if k != "quantization_config"})
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except (TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise UserError(
             f"config.json: {' '.join(str(error).split())}; correct the field in the checkpoint's config.json"
         ) from error

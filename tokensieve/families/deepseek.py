@@ -78,6 +78,13 @@ class DeepSeek(Family):
 
     def check(self, config: Any) -> None:
         super().check(config)
+        mtp, every = getattr(config, "num_nextn_predict_layers", 0), getattr(config, "moe_layer_freq", None)
+        if type(mtp) is not int or mtp < 0:
+            raise UserError(f"config.json: num_nextn_predict_layers is {mtp!r}; it must be a number of layers")
+        if every not in (None, 1):
+            raise UserError(
+                f"config.json: moe_layer_freq is {every!r}, which is not supported; in published models it is 1"
+            )
         if config.qk_rope_head_dim % 2:
             raise UserError(
                 f"config.json: qk_rope_head_dim is {config.qk_rope_head_dim}; it must be even, for pairs are rotated"

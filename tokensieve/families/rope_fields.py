@@ -37,6 +37,12 @@ def check_rope(name: str, rope: Any) -> None:
         return
     if not isinstance(rope, Mapping):
         raise UserError(f"config.json: {name} is {rope!r}; it must be an object, or null for plain positions")
+    for field, value in rope.items():
+        if isinstance(value, Mapping):
+            raise UserError(
+                f"config.json: {name}.{field} is an object of its own, as in models with several kinds of layers, "
+                "which are not supported; give one set of rotary fields"
+            )
     kind = rope_type(rope)
     if kind not in _SUPPORTED:
         raise UserError(f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'")

@@ -14,6 +14,7 @@ from tokensieve import checkpoint
 from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
+from tokensieve.files import refuse_pointer
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import check_savable, fill, model_path
@@ -45,6 +46,8 @@ def load(
         instead = {"device_map": "device", "torch_dtype": "dtype"}.get(option)
         remedy = f"use {instead}" if instead else "its options are dtype, device, config and keep_fp8"
         raise UserError(f"load has no option {option}; {remedy}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UserError(f"load takes a dtype of torch, not {dtype!r}; use for instance torch.bfloat16")
     return files.read(DecoderForCausalLM, name, dtype, device, config, keep_fp8)
 
 
@@ -171,6 +174,8 @@ def load_tokenizer(name: str | Path):
         ):  # transformers' config refuses models that ours allows, as those without q_lora_rank
             return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+        for path in sorted(folder.glob("*.json")):
+            refuse_pointer(path)
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]}); copy it again"
         ) from error

@@ -146,17 +146,20 @@ def _furthest(faults: Sequence[Mapping[str, Any]], body: Any) -> list[dict[str, 
 def _place(fault: Mapping[str, Any], body: Any) -> tuple[int | str, ...]:
     """Fields and indices down to the fault, without the names that pydantic gives to a field's alternatives."""
     place: list[int | str] = []
-    for part in fault["loc"][1:]:
+    missing = fault["type"] == "missing"  # or null, which counts as missing: its name is the last part
+    for part in fault["loc"][1:-1] if missing else fault["loc"][1:]:
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
             body = body[part]
             place.append(part)
-    return (*place, fault["loc"][-1]) if fault["type"] == "missing" else tuple(place)
+    return (*place, *fault["loc"][1:][-1:]) if missing else tuple(place)
 
 
 def _fault(fault: Mapping[str, Any]) -> str:
     """A fault without the input itself, which may be long or private."""
     if fault["type"] == "json_invalid":
         return f"the body is no JSON: {fault.get('ctx', {}).get('error', fault['msg'])}"
+    if not fault["loc"] and fault["type"] in ("missing", "model_attributes_type"):
+        return "the body is no JSON object; send one"
     field = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "literal_error" and "content" in fault["loc"]:

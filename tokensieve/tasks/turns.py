@@ -37,6 +37,10 @@ class Turns:
     next: tuple[int, ...]
 
 
+# What an expression of a template may raise, besides the errors of templates.
+FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+
+
 def deepseek_turns(ids: Mapping[str, int]) -> Turns:
     """`ids`: of the markers `DEEPSEEK`."""
     return Turns((ids[BOS], ids[USER]), (ids[ASSISTANT], ids[END_THINK]), (ids[EOS],), (ids[USER],))
@@ -48,7 +52,9 @@ def deepseek_conversation(ids: Mapping[str, int], encode: Encode, messages: Sequ
     prompt = [ids[BOS]]
     for message in messages:
         if message["role"] not in before:
-            raise UserError(f"messages are of the roles system, user and assistant, not {message['role']}")
+            raise UserError(
+                f"messages are of the roles system, user and assistant, not {message['role']}; convert them"
+            )
         prompt += [*before[message["role"]], *encode(message["content"])]
         prompt += [ids[EOS]] if message["role"] == "assistant" else []
     return prompt
@@ -90,7 +96,7 @@ def render(
             f"the tokenizer's chat template is no valid template ({error.message}, line {error.lineno}); "
             "correct chat_template.jinja"
         ) from error
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+    except (TemplateError, *FAULTS) as error:
         raise UserError(f"the model's chat template refuses these messages: {' '.join(str(error).split())}") from error
 
 
