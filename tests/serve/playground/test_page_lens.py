@@ -1,6 +1,7 @@
 """The page's lens in Chromium shows exactly what the server sends."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -12,13 +13,32 @@ from tests.support.browser import answered, answers, ask, chunk, drop, looks, sa
 pytest_plugins = ["tests.support.browser"]
 
 
+WAITING = """() => {
+    const told = [];
+    const look = () => {
+        const bar = document.querySelector("progress:not([hidden])");
+        if (bar && told.at(-1)?.[1] !== bar.position) told.push([bar.parentElement.textContent, bar.position]);
+    };
+    const what = {childList: true, subtree: true, attributes: true};
+    new MutationObserver(look).observe(document.getElementById("log"), what);
+    return told;
+}"""
+
+
 def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None:
     """From the document to the lens: the answer's digits were read where the document has them."""
     drop(page, browser.document(6000), "textwrap.py")
     expect(page.locator(".chip")).to_contain_text("textwrap.py")
+    told = page.evaluate_handle(WAITING)
     ask(page, browser.QUESTION)
     expect(page.locator(".chip")).to_have_count(0)
     answered(page)
+    progress, total = told.json_value(), page.locator(".usage").inner_text().split()[0]
+    shares = [share for _, share in progress]
+    assert len(progress) > 2 and shares == sorted(shares) and 0 < shares[0] < shares[-1] < 1
+    assert all(re.fullmatch(rf"Reading: [\d,]+ of {total} tokens(, about \d+ s left)?", line) for line, _ in progress)
+    assert "left" in progress[-1][0]
+    expect(page.locator(".answer progress")).to_have_count(0)
     assert said(page) == browser.ANSWER
     page.click(".question summary")
     assert "access code of silver-harbor is 482913" in page.locator(".question pre").inner_text()

@@ -191,12 +191,13 @@ function inspect(token) {
   reach(token);
   document.body.classList.add("with-lens");
   const at = Number(token.dataset.at);
-  lens.open({ model: answer.model, ids: [...answer.promptIds, ...answer.ids.slice(0, at)], token: token.textContent });
+  const ids = [...answer.promptIds, ...answer.ids.slice(0, at)];
+  lens.open({ model: answer.model, ids, token: answer.textAt(at) });
 }
 
 log.addEventListener("click", ({ target }) => {
   const token = target.closest(".token");
-  if (token && getSelection().isCollapsed) inspect(token);
+  if (token && !target.closest("a") && getSelection().isCollapsed) inspect(token);
 });
 log.addEventListener("keydown", (event) => {
   if (!event.target.matches(".token")) return;
