@@ -215,14 +215,14 @@ export function reach(token) {
   token.setAttribute("role", "button");
 }
 
-/** The token that an arrow key, Home or End leads to, or null. Of one in several parts, the first one is meant. */
+/** The token that an arrow key, Home or End leads to, or null. Of one in several parts, the first part with a word. */
 export function beside(token, key) {
   const tokens = [...token.closest(".text").querySelectorAll(CHOOSABLE)];
-  const number = ({ dataset }) => Number(dataset.at);
-  if (key === "Home") return tokens[0];
-  if (key === "End") return tokens.find((other) => number(other) === number(tokens.at(-1)));
-  if (key === "ArrowRight" || key === "ArrowDown") return tokens.find((other) => number(other) > number(token)) ?? null;
-  if (key !== "ArrowLeft" && key !== "ArrowUp") return null;
-  const before = tokens.findLast((other) => number(other) < number(token));
-  return before ? tokens.find((other) => number(other) === number(before)) : null;
+  const numberOf = ({ dataset }) => Number(dataset.at);
+  const [numbers, here] = [tokens.map(numberOf), numberOf(token)];
+  const next = numbers.find((number) => number > here);
+  const last = numbers.findLast((number) => number < here);
+  const to = { Home: numbers[0], End: numbers.at(-1), ArrowRight: next, ArrowDown: next, ArrowLeft: last, ArrowUp: last };
+  const parts = tokens.filter((other) => numberOf(other) === to[key]);
+  return parts.find((part) => part.textContent.trim()) ?? parts[0] ?? null;
 }

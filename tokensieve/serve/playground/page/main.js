@@ -54,9 +54,9 @@ function store() {
 const documents = new Documents(find("tray"), refresh, say);
 const chat = new Chat(log, refresh, edit);
 const lens = new Lens(find("lens"), () => {
+  document.body.classList.remove("with-lens"); // first: on a phone the conversation is hidden by it
   chosenToken?.classList.remove("chosen");
   chosenToken?.focus();
-  document.body.classList.remove("with-lens");
 });
 
 // asking
@@ -126,6 +126,13 @@ find("new").addEventListener("click", () => {
   question.focus();
 });
 
+// A button that was pressed by a key, and goes with what it did, hands the focus to the question.
+for (const part of [log, find("tray"), find("stop")]) {
+  part.addEventListener("click", ({ detail, target }) => {
+    if (detail === 0 && (part === target || !target.isConnected)) question.focus();
+  });
+}
+
 // the conversation outside of the page
 
 find("export").addEventListener("click", () => download("conversation.md", markdown(chat.turns)));
@@ -141,13 +148,14 @@ addEventListener("beforeunload", (event) => {
 
 // documents
 
-find("example").addEventListener("click", async () => {
+find("example").addEventListener("click", async ({ detail }) => {
   try {
     const { file, text } = await example();
     await documents.add([file]);
     await documents.measuring;
     question.value = text;
     send();
+    if (detail === 0) question.focus();
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     say(error.message);
