@@ -107,9 +107,9 @@ def test_all_of_the_page_by_keys(page: Page, context, tmp_path: Path, width: int
     page.keyboard.press("ArrowLeft")
     expect(page.locator(".detail")).to_contain_text("Token 0 “a”")
     press(page, "All", "ArrowRight", by="Shift+Tab")
-    expect(page.locator(".summary")).to_contain_text("Layer 0 read 2 of 4 tokens")
+    expect(page.locator(".summary")).to_contain_text("Layer 0 read only 2 of 4 tokens")
     page.keyboard.press("ArrowRight")
-    expect(page.locator(".summary")).to_contain_text("Layer 1 read 2 of 4 tokens")
+    expect(page.locator(".summary")).to_contain_text("Layer 1 read only 2 of 4 tokens")
     press(page, "Read", "ArrowLeft", by="Shift+Tab")  # the last view follows the first
     expect(page.locator(".summary")).to_contain_text("in place of")
     press(page, "Weaker", by="Tab")
