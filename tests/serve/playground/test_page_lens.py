@@ -208,6 +208,12 @@ def test_the_first_look_leaves_out_what_every_token_reads(page: Page) -> None:
     assert page.locator("mark.aside").all_inner_texts() == ["a", "u", "m"]
     assert page.locator(".context .marker").all_inner_texts() == ["u"]
     assert page.locator(".also label").all_inner_texts() == ["chat markers, 50.0%", "last 8 tokens, 40.0%"]
+    # a longer line is cut, and says so
+    around = """async () => { const { ContextText } = await import("./page/context.js");
+        const text = new ContextText(document.createElement("p"));
+        text.load({ text: "ab\\ncdefghi", starts: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], markers: [] }, "");
+        return [4, 6, 9].map((at) => Object.values(text.around(at, 2))); }"""
+    assert page.evaluate(around) == [["c", "ef…"], ["…de", "gh…"], ["…gh", ""]]
     page.get_by_label("last 8 tokens").focus()
     page.keyboard.press("Space")
     assert page.locator("mark.a9").all_inner_texts() == ["m"]
