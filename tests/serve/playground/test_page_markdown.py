@@ -1,5 +1,6 @@
 """The page in Chromium shows an answer's Markdown, token by token, and nothing else of what an answer may hold."""
 
+import random
 import re
 
 from playwright.sync_api import Page, Route, expect
@@ -160,3 +161,35 @@ def test_plain_text_has_no_markup(page: Page) -> None:
     written(page, "def f(x):\n    return x", 5)
     assert said(page) == "def f(x):\n    return x"
     expect(page.get_by_role("button", name="Markup")).to_be_hidden()
+
+
+FUZZ = """async ([pieces, texts]) => {
+    const { AnswerText } = await import("./page/answer.js");
+    const shown = (parts) => {
+        const text = new AnswerText(document.createElement("div"));
+        for (const [i, part] of parts.entries()) {
+            text.push(part, i);
+            text.draw();
+        }
+        const copy = text.root.cloneNode(true);
+        for (const one of copy.querySelectorAll("button")) one.remove();
+        for (const one of copy.querySelectorAll("span")) one.replaceWith(...one.childNodes);
+        return [copy.innerHTML, copy.textContent];
+    };
+    const same = (parts) => {
+        const [html, text] = shown(parts);
+        return text === parts.join("") && html === shown([text])[0];
+    };
+    return texts.map((choices) => choices.map((i) => pieces[i])).filter((parts) => !same(parts));
+}"""
+MARKS = ["**", "~~", "```", "```py\n", "    ", "- ", "1. ", "> ", "---", "|-|-|\n", "[ ] ", "\\", "\t", "\n\n", "\r\n"]
+LINKS = ["[x]", "(http://a.b)", "![", "](", "http://c.d", "<http://e>", "[r]: http://f\n", "www.g.h", "i@j.k"]
+HTML = ["<b>", "<div>", "</div>\n", "&amp;", "<!--", "-->"]
+PIECES = [*" \n*_`|#-=>$é🙂", "word ", *MARKS, *LINKS, *HTML]
+
+
+def test_an_answer_that_comes_in_parts_looks_like_one_that_comes_whole(page: Page) -> None:
+    """What was shown before stays right, whatever follows: --- is a rule, and ---x goes on with the text before."""
+    draw = random.Random(5)
+    texts = [draw.choices(range(len(PIECES)), k=draw.randrange(1, 30)) for _ in range(800)]
+    assert page.evaluate(FUZZ, [PIECES, texts]) == []

@@ -57,7 +57,8 @@ export class AnswerText {
     this.text = "";
     this.tokens = []; // {at, end}: end in the text
     this.spans = new Map(); // by the part of the text: a token that stays where it is stays the same element
-    // Only the last block can still change: those before it are complete, up to `settled.end` of the text.
+    // Up to `settled.end` of the text nothing changes any more: only the last block can still grow, and a block can
+    // only join the one before it while its first line is not complete (--- is a rule, ---x goes on with the text).
     this.settled = { end: 0, nodes: 0, tokens: 0 };
   }
 
@@ -78,7 +79,8 @@ export class AnswerText {
     for (let node = document.firstChild; node; node = node.nextSibling) {
       const line = Math.max(this.text.lastIndexOf("\n", base + node.from - 1) + 1 - base, end);
       this.markup(this.root, end, line);
-      this.settled = { end: base + line, nodes: this.root.childNodes.length, tokens: this.next };
+      const isLineComplete = this.text.indexOf("\n", base + node.from) >= 0;
+      if (isLineComplete) this.settled = { end: base + line, nodes: this.root.childNodes.length, tokens: this.next };
       this.markup(this.root, line, node.from);
       this.build(this.root, node);
       end = node.to;
