@@ -3,7 +3,7 @@
 import random
 import re
 
-from playwright.sync_api import Page, Route, expect
+from playwright.sync_api import BrowserContext, Page, Route, expect
 
 from tests.support.browser import answered, answers, ask, chunk, looks, said
 
@@ -86,14 +86,19 @@ def written(page: Page, text: str, *sizes: int) -> None:
     answered(page)
 
 
-def test_markdown_is_shown_and_every_character_kept(page: Page) -> None:
+def test_markdown_is_shown_and_every_character_kept(page: Page, context: BrowserContext) -> None:
     for sizes in ((1,), (3, 1, 5), (len(WRITTEN),)):  # however the answer is cut into tokens
         written(page, WRITTEN, *sizes)
         text = page.locator(".answer > .text").last
         assert text.evaluate(OUTLINE) == SHOWN
         assert text.evaluate(WHOLE) == WRITTEN
     assert page.locator("ol").last.get_attribute("start") == "3"
-    expect(page.get_by_role("button", name="Copy the code")).to_have_count(6)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copy = page.get_by_role("button", name="Copy the code")
+    expect(copy).to_have_count(6)
+    copy.first.click()
+    expect(copy.first).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "x = 1\n\ny"
 
 
 def test_a_block_is_shown_before_it_ends(page: Page) -> None:

@@ -224,7 +224,8 @@ export function beside(token, key) {
   const [numbers, here] = [tokens.map(numberOf), numberOf(token)];
   const next = numbers.find((number) => number > here);
   const last = numbers.findLast((number) => number < here);
-  const to = { Home: numbers[0], End: numbers.at(-1), ArrowRight: next, ArrowDown: next, ArrowLeft: last, ArrowUp: last };
-  const parts = tokens.filter((other) => numberOf(other) === to[key]);
+  const arrows = { ArrowRight: next, ArrowDown: next, ArrowLeft: last, ArrowUp: last };
+  const to = { Home: numbers[0], End: numbers.at(-1), ...arrows }[key];
+  const parts = tokens.filter((other) => numberOf(other) === to);
   return parts.find((part) => part.textContent.trim()) ?? parts[0] ?? null;
 }

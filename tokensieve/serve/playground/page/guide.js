@@ -43,14 +43,15 @@ export class Guide {
     const some = `this one first picks the ${count.format(read)} that seem to matter most, and reads only those`;
     const here = read < context ? some : "so does this one here";
     const lines = [
-      [`A model writes one token, a piece of a word, at a time. For each it looks back at the ${count.format(context)} `,
-        `tokens so far. An ordinary, “dense” model reads all of them; ${here}. The lens shows what it read.`],
+      ["A model writes one token, a piece of a word, at a time. For each it looks back at the ",
+        `${count.format(context)} tokens so far. An ordinary, “dense” model reads all of them; ${here}. `,
+        "The lens shows what it read."],
       [colour("heat", "Coloured"), " tokens were read: the stronger the colour, the more attention they got, that is, ",
         "the more they counted. Grey text was not read at all."],
       [dotted, " tokens were read too, but get attention whatever is written: the chat's markers, which look like ",
         element("span", { className: "marker" }, "chips"), ", and the last tokens."],
-      [`The model has ${layers.length} layers, which work one after the other, and each picks for itself. The bar at a `,
-        "layer's number shows how good its choice was: which share of dense attention it holds, from ",
+      [`The model has ${layers.length} layers, which work one after the other, and each picks for itself. The bar `,
+        "at a layer's number shows how good its choice was: which share of dense attention it holds, from ",
         `${least} to ${most}. The rest would have gone to tokens that were not read.`],
       ["Difference: what was ", colour("extra", "read"), " in place of what was ", colour("missed", "missed"), "."],
     ];

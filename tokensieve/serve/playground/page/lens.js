@@ -185,8 +185,8 @@ export class Lens {
       return [`The ${of} that would get most attention in ${where} if everything were read${together}.`];
     }
     const kept = one ? one.kept : layers.reduce((sum, layer) => sum + layer.kept, 0) / layers.length;
-    const fall = `If everything were read, ${percent(kept)} of the attention would fall on them${one ? "" : ", on average"}.`;
-    return [`${who} read only ${of}, ${percent(read / context)}${together}. ${fall}`];
+    const fall = `${percent(kept)} of the attention would fall on them${one ? "" : ", on average"}`;
+    return [`${who} read only ${of}, ${percent(read / context)}${together}. If everything were read, ${fall}.`];
   }
 
   /** Makes a token the current one, from which steps go on. position: null for none. */
