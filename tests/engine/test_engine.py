@@ -72,6 +72,22 @@ def tokens(outputs: list[Output]) -> list[int]:
     return [token for o in outputs for token in o.tokens]
 
 
+def test_the_progress_of_a_prompt_is_reported_if_it_is_wanted(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """After every chunk but the last, which gives the first token. What the cache holds counts as read."""
+    engine = Engine(sparse, tokenizer, SMALL)
+    asked, quiet = replace(ask("a", 200), progress=True), ask("b", 200)
+    outputs = run(engine, [asked])["a"]
+    reading = [o for o in outputs if o.reading]
+    assert [o.read_tokens for o in reading] == [64, 128, 192]
+    assert all(o == Output("a", "", (), prompt_tokens=200, read_tokens=o.read_tokens) for o in reading)
+    assert outputs[:3] == reading and all(o.tokens and o.read_tokens == 200 for o in outputs[3:])
+
+    longer = Request("c", asked.prompt[:130] + prompt(190), asked.sampling, progress=True)
+    reading = [o for o in run(engine, [longer])["c"] if o.reading]
+    assert [(o.cached_tokens, o.read_tokens) for o in reading] == [(128, 192), (128, 256)]
+    assert [replace(o, id="a") for o in run(Engine(sparse, tokenizer, SMALL), [quiet])["b"]] == outputs[3:]
+
+
 def test_answers_are_those_of_generate(model: DecoderForCausalLM, tokenizer: Any) -> None:
     """Prompts of less and more than k = 24 tokens, of one chunk and more, all at once."""
     requests = [ask(str(n), n) for n in LENGTHS]

@@ -170,7 +170,7 @@ def test_requests_travel_as_they_are() -> None:
         Sampling(grammar="start: 'x'"),
         Sampling(min_tokens=2, prompt_logprobs=1),
     ]
-    requests = [Request("ä", (1, 2, 3), sampling, "dense", True) for sampling in samplings]
+    requests = [Request("ä", (1, 2, 3), sampling, "dense", True, True) for sampling in samplings]
     default = Request("", ())
     for name, value in (vars(default) | vars(default.sampling)).items():  # a new field belongs into this test
         assert any(value != (vars(r) | vars(r.sampling))[name] for r in requests), name

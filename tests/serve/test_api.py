@@ -66,6 +66,39 @@ def test_chat(client, model: str) -> None:
     assert again.choices[0].finish_reason == "length" and again.usage.completion_tokens == 3
 
 
+def test_the_progress_of_a_prompt_streams_if_it_is_wanted(loaded) -> None:
+    """Only a client that asks for it gets other chunks; openai's client passes over them."""
+    engine = EngineConfig(pages=64, running=4, chunk=64, prefix_cache=False)
+    with servers.running(loaded, engine, max_prompt_tokens=0) as (at, service):
+        client = openai.OpenAI(base_url=at + "/v1", api_key="none", max_retries=0)
+        asked = {"model": "sparse", "messages": [{"role": "user", "content": "word " * 150}], "max_tokens": 3}
+        asked |= {"temperature": 0, "stream": True, "n": 2, "stream_options": {"include_usage": True}}
+        extra = {"return_token_ids": True}
+        usual = list(client.chat.completions.create(**asked, extra_body=extra))
+        assert all("prompt_progress" not in chunk.model_extra for chunk in usual)
+        chunks = list(client.chat.completions.create(**asked, extra_body=extra | {"return_progress": True}))
+        told = [chunk for chunk in chunks if "prompt_progress" in chunk.model_extra]
+        total = usual[-1].usage.prompt_tokens
+        assert told == chunks[: len(told)] and [chunk.choices for chunk in told] == [[]] * len(told)
+        progress = [chunk.prompt_progress for chunk in told]
+        assert [one["processed"] for one in progress] == list(range(64, total, 64)) and len(progress) > 1
+        assert {(one["total"], one["cache"]) for one in progress} == {(total, 0)}
+        times = [one["time_ms"] for one in progress]
+        assert times == sorted(times) and times[-1] > 0
+        assert [len(chunk.model_extra.get("prompt_token_ids", [])) for chunk in chunks[:2]] == [total, 0]
+        assert [chunk.choices for chunk in chunks[len(told) :]] == [chunk.choices for chunk in usual]
+
+        with pytest.raises(openai.BadRequestError, match="return_progress is for stream: true"):
+            client.completions.create(model="sparse", prompt="a", extra_body={"return_progress": True})
+
+        # an error that comes while the prompt is read is an event of the stream
+        with client.chat.completions.create(**asked, extra_body={"return_progress": True}) as stream:
+            next(stream)
+            service.stop(drain=False)
+            with pytest.raises(openai.APIError, match="stopping"):
+                list(stream)
+
+
 def test_chat_streams_the_same(client) -> None:
     asked = {"model": "sparse", "messages": QUESTION, "temperature": 0, "max_tokens": 12}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
@@ -203,6 +236,7 @@ REFUSED = [
     ("chat/completions", {"n": 20}, 400, "20 answers are asked for at once, and 12"),
     ("completions", {"n": 65, "prompt": ["a", "b"]}, 400, "more than 128 answers"),
     ("completions", {"prompt": ["a", "b"], "return_token_ids": True}, 400, "one prompt"),
+    ("completions", {"prompt": ["a", "b"], "stream": True, "return_progress": True}, 400, "one prompt"),
     ("chat/completions", {"logit_bias": {"5": 101}}, 400, "logit_bias"),
     ("chat/completions", {"logit_bias": {"a": 1}}, 400, "logit_bias"),
     ("chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias"),

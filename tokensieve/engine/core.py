@@ -200,9 +200,22 @@ class Engine:
             self._score(generation, logits, a)
             logits = logits[-1]
         self.scheduler.ran(running, b)
-        if b < running.prompt or running.answered > 0:
+        if running.answered > 0:
             return []
+        if b < running.prompt:
+            return [self._reading(running)] if running.request.progress else []
         return self._extend([running], logits[None]) if sampling.max_tokens else [self._end(generation, "length")]
+
+    def _reading(self, running: Running) -> Output:
+        """Output that reports how much of a prompt has been read."""
+        return Output(
+            running.request.id,
+            "",
+            (),
+            prompt_tokens=running.prompt,
+            read_tokens=running.cached,
+            cached_tokens=running.reused,
+        )
 
     def _score(self, generation: Generation, logits_SV: Tensor, past: int) -> None:
         """Adds the log probabilities of the prompt's tokens after each of the S tokens from `past` on."""
@@ -303,6 +316,7 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
             finish=finish,
             prompt_tokens=r.prompt,
+            read_tokens=min(r.cached, r.prompt),
             cached_tokens=r.reused,
             completion_tokens=r.answered,
             error=error,

@@ -103,6 +103,7 @@ class Request:
     selector: what selects keys: "indexer", "dense" for attention to every key of the same model, any other name that
         `tokensieve.selecting` takes (`module:function` too), or a name under which the engine was given a function.
     trace: whether the first output brings a record of what the prompt's last token attended to.
+    progress: whether outputs before the first token report how much of the prompt has been read.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     selector: str = "indexer"
     trace: bool = False
+    progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Output:
         none.
     finish: why the request ended; None while it runs.
     prompt_tokens: tokens of the prompt.
+    read_tokens: tokens of the prompt that were read so far, including those found in the cache.
     cached_tokens: tokens of the prompt that were found in the cache.
     completion_tokens: tokens of the answer so far.
     error: message, if finish is "error".
@@ -152,8 +155,14 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish: Finish | None = None
     prompt_tokens: int = 0
+    read_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
     error: str = ""
     refused: bool = False
     trace: tuple[LayerTrace, ...] = ()
+
+    @property
+    def reading(self) -> bool:
+        """Whether the prompt is still being read. Such an output has neither tokens nor text."""
+        return self.finish is None and self.read_tokens < self.prompt_tokens

@@ -1,7 +1,8 @@
 """Many asyncio callers on one engine, which a thread of its own steps.
 
 Only that thread touches the engine. Callers put requests and ids to abort into an inbox. Outputs go to a queue per
-caller, so that a slow reader delays nobody. The size of a queue is bounded by the `max_tokens` of its requests.
+caller, so that a slow reader delays nobody. The size of a queue is bounded by the `max_tokens` of its requests, and by
+the chunks of their prompts if they want to know the progress.
 """
 
 import asyncio

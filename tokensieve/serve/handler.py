@@ -91,10 +91,12 @@ class Handler:
         first = body.sampling(min(wanted, limit), seed, prepared.constraint)
         samplings = [first, *(replace(first, seed=(seed + i * SEED_STRIDE) % 2**64) for i in range(1, body.n))]
         record.model, record.prompt_tokens = body.model, sum(map(len, prompts))
-        return [
+        requests = [
             engine_request(f"{record.id}-{i}" if i else record.id, prompt, sampling, selector)
             for i, (prompt, sampling) in enumerate(itertools.product(map(tuple, prompts), samplings))
         ]
+        # all have the same prompt, and the first one reads it
+        return [replace(requests[0], progress=body.return_progress), *requests[1:]]
 
     async def _outputs(self, requests: list[engine.Request], n: int, record: Record) -> AsyncGenerator[Output, None]:
         """The engine's outputs, counted. ApiError if a request ends without an answer."""

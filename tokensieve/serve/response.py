@@ -60,7 +60,7 @@ class ResponseBuilder:
         self._prompt = list(prompt) if body.return_token_ids else None
         self._numbers = {id: number for number, id in enumerate(choices)}
         self._new_tokens: dict[str, list[int]] = {id: [] for id in choices}  # ids that no choice has shown yet
-        self._created = int(time.time())
+        self._created, self._begun = int(time.time()), time.perf_counter()
 
     async def whole(self, outputs: AsyncGenerator[Output, None]) -> Json:
         """The response, once the last output has come."""
@@ -76,15 +76,19 @@ class ResponseBuilder:
         wants_usage = options is not None and options.include_usage
         sent = False
 
-        def chunk(choices: list[Json], usage: Json | None = None) -> bytes:
+        def chunk(choices: list[Json], usage: Json | None = None, **more: Json) -> bytes:
             envelope = self._envelope(self._labels.chunk, choices, usage, with_prompt=not sent)
             if not wants_usage:
                 del envelope["usage"]
-            return event(envelope)
+            return event(envelope | more)
 
         async with aclosing(outputs) as stream:
             try:
                 async for output in stream:
+                    if output.reading:
+                        yield chunk([], prompt_progress=self._progress(output))
+                        sent = True
+                        continue
                     for one in self._numbered(output.id, self._push(output)):
                         yield chunk([one])
                         sent = True
@@ -96,6 +100,12 @@ class ResponseBuilder:
         if wants_usage:
             yield chunk([], self._usage())
         yield DONE
+
+    def _progress(self, output: Output) -> Json:
+        """llama.cpp's fields. time_ms: since the request was made, because a client waits in the queue too."""
+        time_ms = round(1000 * (time.perf_counter() - self._begun))
+        counts = {"total": output.prompt_tokens, "cache": output.cached_tokens, "processed": output.read_tokens}
+        return counts | {"time_ms": time_ms}
 
     def _push(self, output: Output) -> list[Json]:
         self._new_tokens[output.id] += output.tokens

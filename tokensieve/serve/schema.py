@@ -92,6 +92,7 @@ class Common(Strict, ABC):
     seed: int | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     return_token_ids: bool = False  # from vLLM
+    return_progress: bool = False  # from llama.cpp
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +113,8 @@ class Common(Strict, ABC):
     def _check(self) -> "Common":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream: true")
+        if self.return_progress and not self.stream:
+            raise ValueError("return_progress is for stream: true")
         if self.limit == 0 and not self.may_be_silent:
             raise fault(self.limit_name, "is 0; it must be at least 1, or -1 for all the room there is")
         if self.limit not in (None, ALL_ROOM) and self.min_tokens > self.limit:
@@ -314,6 +317,7 @@ class CompletionRequest(Common):
             raise ValueError(
                 f"{count} prompts with n = {self.n} are more than {MAX_CHOICES} answers; send them in several requests"
             )
-        if count > 1 and self.return_token_ids:
-            raise ValueError("return_token_ids is for one prompt; send the others on their own")
+        for name in ("return_token_ids", "return_progress"):
+            if count > 1 and getattr(self, name):
+                raise ValueError(f"{name} is for one prompt; send the others on their own")
         return self

@@ -124,15 +124,6 @@ def test_nothing_is_read_as_html(page: Page) -> None:
     assert page.locator("main script, main img, aside script, aside img").count() == 0
 
 
-def test_code_stands_in_a_block(page: Page) -> None:
-    text = "Look:\n```python\nx = 1\n```\nand ``` is no code"
-    answers(page, *(chunk(text=c, ids=(7,)) for c in re.findall(r"[\s\S]{1,5}", text)), "[DONE]")
-    ask(page, "?")
-    answered(page)
-    assert page.locator(".answer pre").inner_text().split("\n") == ["```python", "x = 1", "```", ""]
-    assert page.locator(".answer > .text").evaluate("e => e.textContent") == text
-
-
 # documents
 
 
@@ -259,7 +250,7 @@ def test_settings_are_sent_and_kept(page: Page) -> None:
     page.click("#close-settings")
     with page.expect_request("**/v1/chat/completions") as asked:
         ask(page, "Hi")
-    usual = {"model", "messages", "stream", "stream_options", "return_token_ids", "temperature"}
+    usual = {"model", "messages", "stream", "stream_options", "return_token_ids", "return_progress", "temperature"}
     assert set(asked.value.post_data_json) == usual and asked.value.post_data_json["model"] == "sparse:dense"
 
 
@@ -346,6 +337,7 @@ def test_its_files_and_no_others(served) -> None:
     assert whole.headers["content-type"] == "text/html; charset=utf-8"
     linked = re.findall(r'(?:href|src)="(page/[^"]+)"', whole.text)
     assert len(linked) == 3
+    assert "MIT License" in httpx.get(f"{at}/page/lezer-markdown.js").text[:2000]
     for path in ("", *linked):
         answer = httpx.get(f"{at}/{path}")
         policy = answer.headers["content-security-policy"]

@@ -147,6 +147,18 @@ def test_the_wait_is_counted(page: Page) -> None:
     expect(page.locator(".answer .wait")).to_have_count(0)
 
 
+def test_the_time_left_is_told(page: Page) -> None:
+    page.clock.install(time=0)
+    page.clock.pause_at(3_600)
+    make = """async () => { const { Answer } = await import("./page/reply.js");
+        window.answer = new Answer("sparse", 0, () => {}); document.body.append(window.answer.root); }"""
+    page.evaluate(make)
+    for processed, told in ((512, ""), (10_752, ", about 10 s left"), (15_872, ", about 7 s left")):
+        page.evaluate("(processed) => window.answer.progress({ total: 20_992, processed })", processed)
+        expect(page.locator(".wait")).to_have_text(f"Reading: {processed:,} of 20,992 tokens{told}")
+        page.clock.run_for(10_000)
+
+
 def test_words_can_be_chosen_is_always_said(page: Page) -> None:
     expect(page.locator("#words")).to_be_hidden()
     spoken(page, "One.", "Two.")

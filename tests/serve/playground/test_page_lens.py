@@ -1,6 +1,7 @@
 """The page's lens in Chromium shows exactly what the server sends."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -12,13 +13,32 @@ from tests.support.browser import answered, answers, ask, chunk, drop, looks, sa
 pytest_plugins = ["tests.support.browser"]
 
 
+WAITING = """() => {
+    const told = [];
+    const look = () => {
+        const bar = document.querySelector("progress:not([hidden])");
+        if (bar && told.at(-1)?.[1] !== bar.position) told.push([bar.parentElement.textContent, bar.position]);
+    };
+    const what = {childList: true, subtree: true, attributes: true};
+    new MutationObserver(look).observe(document.getElementById("log"), what);
+    return told;
+}"""
+
+
 def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None:
     """From the document to the lens: the answer's digits were read where the document has them."""
     drop(page, browser.document(6000), "textwrap.py")
     expect(page.locator(".chip")).to_contain_text("textwrap.py")
+    told = page.evaluate_handle(WAITING)
     ask(page, browser.QUESTION)
     expect(page.locator(".chip")).to_have_count(0)
     answered(page)
+    progress, total = told.json_value(), page.locator(".usage").inner_text().split()[0]
+    shares = [share for _, share in progress]
+    assert len(progress) > 2 and shares == sorted(shares) and 0 < shares[0] < shares[-1] < 1
+    assert all(re.fullmatch(rf"Reading: [\d,]+ of {total} tokens(, about \d+ s left)?", line) for line, _ in progress)
+    assert "left" in progress[-1][0]
+    expect(page.locator(".answer progress")).to_have_count(0)
     assert said(page) == browser.ANSWER
     page.click(".question summary")
     assert "access code of silver-harbor is 482913" in page.locator(".question pre").inner_text()
@@ -36,8 +56,9 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
     kept = sum(layer["kept"] for layer in told["layers"]) / 8
     assert page.locator(".lens mark").count() == len(union)
     expect(page.locator(".summary")).to_have_text(
-        f"8 layers read {read} of {told['context']:,} tokens each, {100 * read / told['context']:.1f}% "
-        f"({len(union):,} different ones together). On average they hold {100 * kept:.1f}% of dense attention."
+        f"Each of the 8 layers read only {read} of {told['context']:,} tokens, {100 * read / told['context']:.1f}% "
+        f"({len(union):,} different ones together). "
+        f"If everything were read, {100 * kept:.1f}% of the attention would fall on them, on average."
     )
     code = told["text"].index("482913.")
     assert page.locator("mark.at").get_attribute("data-position") == str(told["starts"].index(code))
@@ -47,8 +68,9 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
     for layer in told["layers"][1::3]:
         page.locator(".choices fieldset").last.locator("label").nth(1 + layer["layer"]).click()
         expect(page.locator(".summary")).to_contain_text(
-            f"Layer {layer['layer']} read {read} of {told['context']:,} tokens, "
-            f"{100 * read / told['context']:.1f}%, which hold {100 * layer['kept']:.1f}% of dense attention."
+            f"Layer {layer['layer']} read only {read} of {told['context']:,} tokens, "
+            f"{100 * read / told['context']:.1f}%. "
+            f"If everything were read, {100 * layer['kept']:.1f}% of the attention would fall on them."
         )
         marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
         assert marks == layer["selected"]
@@ -133,10 +155,12 @@ def test_views_of_the_lens(page: Page) -> None:
         kinds = "all => all.map((m) => m.textContent + ['extra', 'missed'].filter((k) => m.classList.contains(k)))"
         return page.locator(".lens mark").evaluate_all(kinds), page.locator(".summary").inner_text()
 
-    assert see("Read", "0") == (["a", "c"], "Layer 0 read 2 of 4 tokens, 50.0%, which hold 90.0% of dense attention.")
-    assert see("Difference", "0") == ([], "Layer 0 read exactly what dense attention would.")
+    fall = "If everything were read, 90.0% of the attention would fall on them."
+    assert see("Read", "0") == (["a", "c"], f"Layer 0 read only 2 of 4 tokens, 50.0%. {fall}")
+    would = "would get most attention if everything were read."
+    assert see("Difference", "0") == ([], f"Layer 0 read exactly the tokens that {would}")
     assert page.locator(".steps button:enabled").count() == 0
-    different = "Layer 1 read 1 tokens in place of 1 tokens to which dense attention gives more."
+    different = f"Layer 1 read 1 token in place of 1 token that {would}"
     assert see("Difference", "1") == (["bmissed", "cextra"], different)
     page.click("text=Strongest")
     expect(page.locator(".detail")).to_have_text(
@@ -145,7 +169,8 @@ def test_views_of_the_lens(page: Page) -> None:
     page.click("text=Weaker")
     expect(page.locator(".detail")).to_have_text("Token 1 “b”: not read by layer 1; 35% of dense attention.")
     assert see("Difference", "All")[0] == ["aextra", "bmissed", "cextra"]
-    assert see("Dense would read", "2")[0] == ["b"]
+    chosen = "The 1 of 4 tokens that would get most attention in layer 2 if everything were read."
+    assert see("Dense would read", "2") == (["b"], chosen)
     see("Read", "All")
     box = page.locator(".strip").bounding_box()
     page.mouse.click(box["x"] + 1, box["y"] + 5)
@@ -183,6 +208,12 @@ def test_the_first_look_leaves_out_what_every_token_reads(page: Page) -> None:
     assert page.locator("mark.aside").all_inner_texts() == ["a", "u", "m"]
     assert page.locator(".context .marker").all_inner_texts() == ["u"]
     assert page.locator(".also label").all_inner_texts() == ["chat markers, 50.0%", "last 8 tokens, 40.0%"]
+    # a longer line is cut, and says so
+    around = """async () => { const { ContextText } = await import("./page/context.js");
+        const text = new ContextText(document.createElement("p"));
+        text.load({ text: "ab\\ncdefghi", starts: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], markers: [] }, "");
+        return [4, 6, 9].map((at) => Object.values(text.around(at, 2))); }"""
+    assert page.evaluate(around) == [["c", "ef…"], ["…de", "gh…"], ["…gh", ""]]
     page.get_by_label("last 8 tokens").focus()
     page.keyboard.press("Space")
     assert page.locator("mark.a9").all_inner_texts() == ["m"]
@@ -193,7 +224,7 @@ def test_the_lens_explains_itself_without_a_mouse(page: Page) -> None:
     first_look(page)
     guide = page.locator(".guide")
     expect(guide).to_have_attribute("open", "")
-    for words in ("Grey text was not read", "Dense attention reads everything", "73.2% (layer 7)"):
+    for words in ("Grey text was not read", "picks the 5 that seem to matter", "73.2% (layer 7)"):
         expect(guide).to_contain_text(words)
     expect(page.get_by_role("radio", name="Layer 7, holds 73.2% of dense attention")).to_have_count(1)
     for width, height in ((1280, 600), (390, 700)):  # opened, it leaves room for the context
@@ -224,6 +255,8 @@ def test_a_long_context_stays_smooth(page: Page) -> None:
     answered(page)
     page.click(".answer .token")
     expect(page.locator(".summary")).to_contain_text("26,768 weakest are not marked", timeout=15_000)
+    expect(page.locator(".summary")).to_contain_text("Each of the 4 layers read all 32,768 tokens.")
+    expect(page.locator(".guide")).to_contain_text("so does this one here")
     begin = time.monotonic()
     page.locator(".choices fieldset").last.locator("label").nth(4).click()
     expect(page.locator(".summary")).to_contain_text("Layer 3")

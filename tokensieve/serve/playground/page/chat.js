@@ -19,6 +19,7 @@ export class Chat {
    */
   constructor(log, changed, edit) {
     Object.assign(this, { log, changed, edit, turns: [], stopping: null, welcome: [...log.children] });
+    Object.assign(this, { drawing: null, pause: 0 }); // the timer of the next drawing, and its milliseconds
   }
 
   get busy() {
@@ -121,20 +122,31 @@ export class Chat {
     let problem;
     try {
       for await (const chunk of chat({ model, messages: this.messages(), ...sampling() }, stopping.signal)) {
-        const atEnd = this.isAtEnd();
         turn.answer.push(chunk);
-        this.follow(atEnd);
+        this.drawSoon(turn.answer);
       }
     } catch (error) {
       if (error.name !== "AbortError" && !(error instanceof Failure)) throw error;
       problem = error instanceof Failure ? error.message : STOPPED;
     } finally {
+      clearTimeout(this.drawing);
+      Object.assign(this, { drawing: null, pause: 0 });
       const atEnd = this.isAtEnd();
       turn.answer.end(problem);
       if (this.stopping === stopping) this.stopping = null;
       this.follow(atEnd);
       this.changed();
     }
+  }
+
+  /** Draws an answer and keeps its end in sight. The longer that takes, as for a long block of code, the less often. */
+  drawSoon(answer) {
+    this.drawing ??= setTimeout(() => {
+      const [begin, atEnd] = [performance.now(), this.isAtEnd()];
+      answer.draw();
+      this.follow(atEnd);
+      Object.assign(this, { drawing: null, pause: 4 * (performance.now() - begin) });
+    }, this.pause);
   }
 
   isAtEnd() {

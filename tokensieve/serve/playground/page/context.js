@@ -48,9 +48,12 @@ export class ContextText {
     const [from, to] = [this.units[first], this.units[last]];
     while (first > 0 && !this.markers.has(first - 1) && this.units[first] > from - length) first--;
     while (last < this.units.length - 1 && !this.markers.has(last) && this.units[last] < to + length) last++;
-    const before = this.text.slice(this.units[first], from);
-    const after = this.text.slice(to, this.units[last]);
-    return { before: before.slice(before.lastIndexOf("\n") + 1), after: after.split("\n")[0] };
+    const before = this.text.slice(this.units[first], from).split("\n");
+    const after = this.text.slice(to, this.units[last]).split("\n");
+    // what is cut within its line
+    const begins = before.length > 1 || first === 0 || this.markers.has(first - 1);
+    const ends = after.length > 1 || last === this.units.length - 1 || this.markers.has(last);
+    return { before: (begins ? "" : "…") + before.at(-1), after: after[0] + (ends ? "" : "…") };
   }
 
   /** Marks tokens, and returns how many. The markers of the chat template look like chips, read or not. */

@@ -4,6 +4,7 @@ import { element } from "./elements.js";
 import { choose, chosen } from "./store.js";
 
 const WIDE = 960; // pixels; on a narrower screen the explanation is closed until it is asked for
+const count = new Intl.NumberFormat("en");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 
 export class Guide {
@@ -30,7 +31,7 @@ export class Guide {
     this.explained.hidden = this.key.hidden = true;
   }
 
-  load({ layers }, { neighbours }) {
+  load({ layers, context }, { neighbours }) {
     this.explained.open = chosen().guide && innerWidth > WIDE;
     this.explained.hidden = this.key.hidden = false;
     this.neighbours = neighbours.length;
@@ -38,14 +39,20 @@ export class Guide {
     const [least, most] = [byKept[0], byKept.at(-1)].map((one) => `${percent(one.kept)} (layer ${one.layer})`);
     const colour = (name, text) => element("span", { className: `key ${name}` }, text);
     const dotted = element("span", { className: "aside" }, "Dotted");
+    const read = Math.max(...layers.map((one) => one.read));
+    const some = `this one first picks the ${count.format(read)} that seem to matter most, and reads only those`;
+    const here = read < context ? some : "so does this one here";
     const lines = [
-      [colour("heat", "Coloured"), " tokens were read before this one was written: the stronger the colour, the more ",
-        "attention they got. Grey text was not read at all."],
+      ["A model writes one token, a piece of a word, at a time. For each it looks back at the ",
+        `${count.format(context)} tokens so far. An ordinary, “dense” model reads all of them; ${here}. `,
+        "The lens shows what it read."],
+      [colour("heat", "Coloured"), " tokens were read: the stronger the colour, the more attention they got, that is, ",
+        "the more they counted. Grey text was not read at all."],
       [dotted, " tokens were read too, but get attention whatever is written: the chat's markers, which look like ",
         element("span", { className: "marker" }, "chips"), ", and the last tokens."],
-      ["Dense attention reads everything. What “holds 90% of dense attention” would get 90% of it if everything were ",
-        "read: only 10% was missed."],
-      [`Each layer reads its own choice. The bar at its number shows what it holds: from ${least} to ${most}.`],
+      [`The model has ${layers.length} layers, which work one after the other, and each picks for itself. The bar `,
+        "at a layer's number shows how good its choice was: which share of dense attention it holds, from ",
+        `${least} to ${most}. The rest would have gone to tokens that were not read.`],
       ["Difference: what was ", colour("extra", "read"), " in place of what was ", colour("missed", "missed"), "."],
     ];
     this.list.replaceChildren(...lines.map((line) => element("li", {}, ...line)));

@@ -13,6 +13,7 @@ const count = new Intl.NumberFormat("en");
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
 const exact = (share) => `${Number((100 * share).toPrecision(3))}%`;
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
+const tokens = (number) => `${count.format(number)} ${number === 1 ? "token" : "tokens"}`;
 const quoted = (text) => `“${visible(text)}”`;
 
 /** Radio buttons in a row; arrow keys move between them. */
@@ -75,7 +76,7 @@ export class Lens {
     this.panel.classList.add("waiting");
     this.panel.ariaBusy = "true";
     this.data = null;
-    this.title.replaceChildren("What led to ", element("q", {}, token.replaceAll("\n", "↵")));
+    this.title.replaceChildren("What was read for ", element("q", {}, token.replaceAll("\n", "↵")));
     this.summary.textContent = `Reading ${count.format(ids.length)} tokens again…`;
     this.detail.textContent = "";
     this.lead.textContent = "";
@@ -154,8 +155,7 @@ export class Lens {
     place.append(element("b", {}, visible(this.text.token(position))), visible(after));
     const one = this.layer === null ? "the model" : `layer ${this.data.layers[this.layer].layer}`;
     const looked = this.view === "dense" ? `dense attention would make ${one} look` : `${one} looked`;
-    const back = this.data.context - position;
-    const far = `${count.format(back)} ${back === 1 ? "token" : "tokens"} back`;
+    const far = `${tokens(this.data.context - position)} back`;
     const share = `${exact(values[position])} of the attention`;
     const uncounted = coloured.length < ranked.length ? " Dotted tokens are not counted." : "";
     return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, ` ${far}: ${share}.${uncounted}`];
@@ -166,26 +166,27 @@ export class Lens {
     const { context, layers } = this.data;
     const { ranked, kinds } = this.shares;
     const one = this.layer === null ? null : layers[this.layer];
-    const who = one ? `Layer ${one.layer}` : `${layers.length} layers`;
+    const who = one ? `Layer ${one.layer}` : `Each of the ${layers.length} layers`;
     const read = one ? one.read : Math.max(...layers.map((layer) => layer.read));
-    const of = `${count.format(read)} of ${count.format(context)} tokens`;
-    const share = percent(read / context);
     if (this.view === "difference") {
       const missed = ranked.filter((position) => kinds[position] === ONLY_DENSE).length;
-      if (!ranked.length) return [`${who} read exactly what dense attention would.`];
-      const key = (kind, number) => element("span", { className: `key ${kind}` }, `${count.format(number)} tokens`);
-      const extra = key("extra", ranked.length - missed);
-      return [`${who} read `, extra, " in place of ", key("missed", missed), " to which dense attention gives more."];
+      const would = "get most attention if everything were read.";
+      if (!ranked.length) return [`${who} read exactly the tokens that would ${would}`];
+      const key = (kind, number) => element("span", { className: `key ${kind}` }, tokens(number));
+      const all = one ? who : `The ${layers.length} layers`;
+      const [extra, other] = [key("extra", ranked.length - missed), key("missed", missed)];
+      return [`${all} read `, extra, " in place of ", other, ` that would ${would}`];
     }
-    const kept = one ? one.kept : layers.reduce((sum, layer) => sum + layer.kept, 0) / layers.length;
-    const each = one ? "" : " each";
+    if (read >= context) return [`${who} read all ${tokens(context)}.`];
+    const of = `${count.format(read)} of ${tokens(context)}`;
     const together = one ? "" : ` (${count.format(ranked.length)} different ones together)`;
     if (this.view === "dense") {
-      return [`${who}: the ${of}${each} that dense attention gives most to${together}.`];
+      const where = one ? `layer ${one.layer}` : `each of the ${layers.length} layers`;
+      return [`The ${of} that would get most attention in ${where} if everything were read${together}.`];
     }
-    const holds = one ? "which hold" : "On average they hold";
-    const stop = one ? `, ${holds}` : `${together}. ${holds}`;
-    return [`${who} read ${of}${each}, ${share}${stop} ${percent(kept)} of dense attention.`];
+    const kept = one ? one.kept : layers.reduce((sum, layer) => sum + layer.kept, 0) / layers.length;
+    const fall = `${percent(kept)} of the attention would fall on them${one ? "" : ", on average"}`;
+    return [`${who} read only ${of}, ${percent(read / context)}${together}. If everything were read, ${fall}.`];
   }
 
   /** Makes a token the current one, from which steps go on. position: null for none. */

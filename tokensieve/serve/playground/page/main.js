@@ -54,9 +54,9 @@ function store() {
 const documents = new Documents(find("tray"), refresh, say);
 const chat = new Chat(log, refresh, edit);
 const lens = new Lens(find("lens"), () => {
+  document.body.classList.remove("with-lens"); // first: on a phone the conversation is hidden by it
   chosenToken?.classList.remove("chosen");
   chosenToken?.focus();
-  document.body.classList.remove("with-lens");
 });
 
 // asking
@@ -126,6 +126,13 @@ find("new").addEventListener("click", () => {
   question.focus();
 });
 
+// A button that was pressed by a key, and goes with what it did, hands the focus to the question.
+for (const part of [log, find("tray"), find("stop")]) {
+  part.addEventListener("click", ({ detail, target }) => {
+    if (detail === 0 && (part === target || !target.isConnected)) question.focus();
+  });
+}
+
 // the conversation outside of the page
 
 find("export").addEventListener("click", () => download("conversation.md", markdown(chat.turns)));
@@ -141,13 +148,14 @@ addEventListener("beforeunload", (event) => {
 
 // documents
 
-find("example").addEventListener("click", async () => {
+find("example").addEventListener("click", async ({ detail }) => {
   try {
     const { file, text } = await example();
     await documents.add([file]);
     await documents.measuring;
     question.value = text;
     send();
+    if (detail === 0) question.focus();
   } catch (error) {
     if (!(error instanceof Failure)) throw error;
     say(error.message);
@@ -191,12 +199,13 @@ function inspect(token) {
   reach(token);
   document.body.classList.add("with-lens");
   const at = Number(token.dataset.at);
-  lens.open({ model: answer.model, ids: [...answer.promptIds, ...answer.ids.slice(0, at)], token: token.textContent });
+  const ids = [...answer.promptIds, ...answer.ids.slice(0, at)];
+  lens.open({ model: answer.model, ids, token: answer.textAt(at) });
 }
 
 log.addEventListener("click", ({ target }) => {
   const token = target.closest(".token");
-  if (token && getSelection().isCollapsed) inspect(token);
+  if (token && !target.closest("a") && getSelection().isCollapsed) inspect(token);
 });
 log.addEventListener("keydown", (event) => {
   if (!event.target.matches(".token")) return;

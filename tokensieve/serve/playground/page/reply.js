@@ -22,11 +22,18 @@ export class Answer {
     const summary = element("summary", {}, "Reasoning");
     this.reasoning = element("details", { className: "reasoning", hidden: true }, summary, this.thought);
     this.failure = element("p", { className: "failure", hidden: true });
-    this.waiting = element("p", { className: "wait", ariaHidden: "true" });
+    this.bar = element("progress", { ariaLabel: "Reading", hidden: true });
+    this.told = element("span", { ariaHidden: "true" });
+    this.waiting = element("p", { className: "wait" }, this.told, this.bar);
     this.usage = element("span", { className: "usage" });
+    this.source = element("button", { type: "button", className: "quiet", ariaPressed: "false" }, "Markup");
+    this.source.title = "Show the marks of Markdown, which are tokens too";
+    this.source.addEventListener("click", () => {
+      this.source.ariaPressed = String(this.root.classList.toggle("source"));
+    });
     this.retry = element("button", { type: "button", className: "quiet" }, "Retry");
     this.retry.addEventListener("click", retry);
-    const buttons = [copyButton("Copy the answer", () => this.content), this.retry];
+    const buttons = [this.source, copyButton("Copy the answer", () => this.content), this.retry];
     this.foot = element("footer", { hidden: true }, this.usage, element("span", { className: "space" }), ...buttons);
     this.root = element("article", { className: "answer", ariaLabel: "Answer", ariaBusy: "true" });
     this.root.append(this.reasoning, this.said, this.waiting, this.failure, this.foot);
@@ -41,9 +48,19 @@ export class Answer {
       const seconds = Math.floor((performance.now() - asked) / 1000);
       const read = this.promptIds?.length ?? this.expected;
       const what = read ? `${count.format(read)} tokens` : "your question";
-      if (seconds > 0) this.waiting.textContent = `Reading ${what}… ${seconds} s`;
+      if (seconds > 0 && this.bar.hidden) this.told.textContent = `Reading ${what}… ${seconds} s`;
     };
     this.timer = setInterval(tell, 250);
+  }
+
+  /** Shows how much of the prompt has been read, and how long the rest will take at the pace so far. */
+  progress({ total, processed }) {
+    const now = performance.now();
+    this.first ??= { processed, now };
+    const pace = (processed - this.first.processed) / (now - this.first.now); // tokens per millisecond
+    const left = pace > 0 ? `, about ${Math.ceil((total - processed) / pace / 1000)} s left` : "";
+    this.told.textContent = `Reading: ${count.format(processed)} of ${count.format(total)} tokens${left}`;
+    Object.assign(this.bar, { max: total, value: processed, hidden: false });
   }
 
   waited() {
@@ -54,6 +71,7 @@ export class Answer {
   push(chunk) {
     this.promptIds ??= chunk.prompt_token_ids ?? null;
     if (chunk.usage) this.counts = chunk.usage;
+    if (chunk.prompt_progress) this.progress(chunk.prompt_progress);
     for (const { delta, token_ids: ids = [], finish_reason: finish } of chunk.choices) {
       this.unshown.push(...ids);
       this.finish = finish ?? this.finish;
@@ -65,6 +83,10 @@ export class Answer {
         this.unshown = [];
       }
     }
+  }
+
+  draw() {
+    for (const text of Object.values(this.texts)) text.draw();
   }
 
   write(kind, text, at) {
@@ -88,7 +110,13 @@ export class Answer {
     this.failure.hidden = !this.failure.textContent;
     this.usage.textContent ||= this.usageText();
     this.foot.hidden = false;
+    this.source.hidden = !Object.values(this.texts).some((text) => text.isMarkedUp);
     this.root.classList.toggle("failed", problem !== undefined && problem !== STOPPED);
+  }
+
+  /** A token's text, which may be shown in several parts. at: number of the answer's tokens before it. */
+  textAt(at) {
+    return this.pieces.filter(([, , one]) => one === at).map(([, text]) => text).join("");
   }
 
   /** What `restore` makes the same answer from. */

@@ -32,6 +32,8 @@ async function guarded(work, message) {
   }
 }
 
+const REPORTS = { return_token_ids: true, return_progress: true };
+
 const posted = (body, signal) => ({
   method: "POST",
   headers: { "Content-Type": "application/json" },
@@ -68,7 +70,7 @@ export async function lens(model, tokenIds, signal) {
 
 /** The chunks of an answer, as they come. */
 export async function* chat(body, signal) {
-  const asked = { ...body, stream: true, stream_options: { include_usage: true }, return_token_ids: true };
+  const asked = { ...body, ...REPORTS, stream: true, stream_options: { include_usage: true } };
   const response = await ask("v1/chat/completions", posted(asked, signal));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
