@@ -73,8 +73,20 @@ def test_decoding_agrees_with_the_whole_forward(model: DecoderForCausalLM, selec
         some = slice(a, a + 3)
         logits = runner.step([t[-1] for t in tokens[some]], list(LENGTHS[some]), pages[some], selection).float()
         for got, expected in zip(logits, whole[some], strict=True):
-            # three layers on entries that E4M3 rounds by up to a 16th
-            assert float((got - expected).norm()) < 0.25 * float(expected.norm())
+            # Three layers on entries that E4M3 rounds by up to a 16th. The oracle also ranks rounded keys, so that some
+            # of those near the k-th place change.
+            rounding = 0.4 if selection == "oracle" else 0.25
+            assert float((got - expected).norm()) < rounding * float(expected.norm())
+
+
+def test_a_float32_model_with_experts_decodes() -> None:
+    """Without a CUDA graph, since its experts run one by one."""
+    model = on_gpu("v32", index_dtype="bf16", **SPARSE).float()
+    runner = Runner(model, 64)
+    tokens, pages = fill(runner, (300,))
+    with torch.inference_mode():
+        whole = model(torch.tensor(tokens, device="cuda")).logits[0, -1]
+    torch.testing.assert_close(runner.step([tokens[0][-1]], [300], pages, "indexer")[0], whole, atol=0.25, rtol=0.1)
 
 
 @pytest.mark.parametrize("selection", ["indexer", "dense"])

@@ -112,7 +112,9 @@ class Runner:
         self.pools = make_pools(model, pages)
         self.device = model.device
         self.entry = family_of(model.config).entry(model.config)
-        self._graphs = Graphs(self._run_step, self.device) if self.device.type == "cuda" else None
+        # In other dtypes experts run one by one, by counts that the host reads, which no graph can record.
+        recordable = self.device.type == "cuda" and model.dtype == torch.bfloat16
+        self._graphs = Graphs(self._run_step, self.device) if recordable else None
 
     def selector(self, name: str) -> Selector:
         """Selector of this name. Raises UserError if there is none."""
@@ -163,7 +165,7 @@ class Runner:
         lengths: tokens of each sequence, with the new one.
         pages: pages of each sequence. A list may grow from call to call, and must not change in any other way.
 
-        On a GPU a step is recorded as a CUDA graph if the selector is one of `RECORDED`.
+        On a GPU a step of a bfloat16 model is recorded as a CUDA graph if the selector is one of `RECORDED`.
         """
         if self._graphs is not None and self.selector(selector) in RECORDED:
             return self._graphs(tokens, lengths, pages, selector)

@@ -19,8 +19,9 @@ from tokensieve.train.forecast import Forecast
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
 SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are shorter
-AFFORDABLE = 6.0  # seconds for which longer rows are timed too: a short one makes a long run seem up to twice as long
-PASSES = 3  # of which the median counts, for the first one also pays for one-time setup, such as compiled kernels
+AFFORDABLE = 5.0  # seconds of a pass for which longer rows are timed too: short ones make a run seem twice as long
+AGREEMENT = 1.15  # passes are repeated until the last two differ by no more than this factor,
+ENOUGH = 12.0  # or have taken so many seconds
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def estimate(
         one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
         return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
 
-    def timed(tokens: int, rows: int, passes: int = PASSES) -> Rehearsal:
-        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, passes, device))
+    def timed(tokens: int, rows: int) -> Rehearsal:
+        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, device))
 
     if device.type == "cuda":
         found = timed(config.phases[0].context, config.phases[0].micro_batch)
@@ -57,7 +58,7 @@ def estimate(
             expected = found.seconds * counted(tokens, 1) / found.flops
             if expected > AFFORDABLE:
                 break
-            found = timed(tokens, 1, PASSES if PASSES * expected < AFFORDABLE else 1)
+            found = timed(tokens, 1)
     rate = found.flops / found.seconds
     needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
     return replace(needed, process_bytes=process_bytes(model, device)), found
@@ -94,19 +95,19 @@ def rehearse(
     model: DecoderForCausalLM,
     tokens: int,
     rows: int,
-    passes: int,
     device: torch.device,
 ) -> float:
-    """Seconds of a forward and a backward pass over `rows` rows: the median of `passes`.
+    """Seconds of a forward and a backward pass over `rows` rows, as the last two of several passes agree.
 
-    Leaves the model as it was, and draws no random number.
+    The first pass also pays for one-time setup, such as compiled kernels, and beside other processes passes differ. If
+    no two agree in time, it is the mean of all but the first. Leaves the model as it was, and draws no random number.
     """
     positions = torch.arange(tokens).expand(rows, -1)
     ids = positions % model.config.vocab_size
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    while len(seconds) < passes:
+    while len(seconds) < 2 or not _agree(*seconds[-2:]) and (len(seconds) < 3 or sum(seconds) < ENOUGH):
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)
@@ -117,4 +118,8 @@ def rehearse(
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     model.zero_grad(set_to_none=True)
-    return statistics.median(seconds)
+    return statistics.fmean(seconds[-2:] if _agree(*seconds[-2:]) else seconds[1:])
+
+
+def _agree(a: float, b: float) -> bool:
+    return max(a, b) <= AGREEMENT * min(a, b)

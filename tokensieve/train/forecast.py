@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from tokensieve import cost
 
-WINDOW = 30.0  # seconds: a change of the machine's load is forgotten no later
+WINDOW = 30.0  # seconds: a change of the machine's load is seen no later
+PAUSE = 10.0  # seconds between two announcements
 
 
 class Forecast:
@@ -39,11 +40,12 @@ class Forecast:
 
     def news(self) -> str | None:
         """What is left as a range, if by now the run would end outside of the range that was said last."""
-        soonest, latest = self._said
-        if soonest <= self._then + self.seconds <= latest:
+        soonest, latest = self._range
+        if soonest <= self._then + self.seconds <= latest or self._then < self._said + PAUSE:
             return None
         self._announce()
         return cost.time_range(self.seconds)
 
     def _announce(self) -> None:
-        self._said = self._then + cost.SHORTER * self.seconds, self._then + cost.LONGER * self.seconds
+        self._said = self._then
+        self._range = self._then + cost.SHORTER * self.seconds, self._then + cost.LONGER * self.seconds
