@@ -107,7 +107,7 @@ def rehearse(
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    while len(seconds) < 2 or not _agree(*seconds[-2:]) and (len(seconds) < 3 or sum(seconds) < ENOUGH):
+    while len(seconds) < 2 or (not _agree(*seconds[-2:]) and (len(seconds) < 3 or sum(seconds) < ENOUGH)):
         begin = time.perf_counter()
         try:
             backward(stage, model, batch, totals, options, device)
