@@ -86,7 +86,8 @@ def test_a_float32_model_with_experts_decodes() -> None:
     tokens, pages = fill(runner, (300,))
     with torch.inference_mode():
         whole = model(torch.tensor(tokens, device="cuda")).logits[0, -1]
-    torch.testing.assert_close(runner.step([tokens[0][-1]], [300], pages, "indexer")[0], whole, atol=0.25, rtol=0.1)
+    logits = runner.step([tokens[0][-1]], [300], pages, "indexer")[0]
+    assert float((logits - whole).norm()) < 0.25 * float(whole.norm())  # E4M3 entries, as above
 
 
 @pytest.mark.parametrize("selection", ["indexer", "dense"])
