@@ -127,6 +127,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "base": config.model,
         "parameters": size,
         "questions": len(prompts.needles),
+        "texts": {"all": len(prompts.texts), "shared": evals.shared_texts(scores)},
         "loss_by_position": evals.loss_by_position(scores),
         "heat": heat,
         "cache_reads": {name: {c: n for c, n in by.items() if int(c) in timed} for name, by in reads.items()},
@@ -157,7 +158,14 @@ def _compare(
             bar.update(line, description=what, completed=done, total=total)
 
         scores = evals.compare(
-            arms, prompts.encode, prompts.texts, prompts.task, prompts.needles, config.top_k, on_progress
+            arms,
+            prompts.encode,
+            prompts.texts,
+            prompts.task,
+            prompts.needles,
+            config.top_k,
+            on_progress,
+            other_texts=config.other_texts,
         )
         heat = {
             name: evals.needle_heat(

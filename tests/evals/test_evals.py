@@ -1,5 +1,6 @@
 """Evaluation: what is counted, on which hidden states, in how much memory, and what a criterion decides."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -95,7 +96,7 @@ def test_perplexity_counts_positions_that_see_more_than_k(dense, texts):
     assert found.tokens == 3 * (CONTEXT - 1 - K)
     assert found.edges[0] == 0 and found.edges[-1] == CONTEXT - 1
     widths = [b - a for a, b in zip(found.edges, found.edges[1:])]
-    whole = sum(w * x for w, x in zip(widths, found.loss, strict=True)) / (CONTEXT - 1)
+    whole = sum(w * x for w, x in zip(widths, found.loss_of(3), strict=True)) / (CONTEXT - 1)
     assert whole == pytest.approx(float(losses.mean()))
 
 
@@ -188,6 +189,14 @@ def test_recall_needs_an_indexer_and_long_sequences(dense, sparse, texts):
         evals.recall(sparse, texts, top_k=5000)
 
 
+def test_a_model_whose_logits_are_not_finite_is_not_scored(dense, texts):
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite; are its weights damaged"):
+        evals.perplexity(broken, texts, K)
+
+
 # parity
 
 
@@ -213,6 +222,27 @@ def test_compare_scores_every_arm_on_the_same_prompts(encode, dense, sparse, tex
     assert of_window["n"] == len(texts) and metrics["compared"]["needle"]["window"]["n"] == len(questions)
     curves = evals.loss_by_position(scores)
     assert all(len(curve) == len(curves["edges"]) - 1 for curve in curves["loss"].values())
+
+
+def test_arms_that_nothing_is_decided_on_may_read_fewer_texts(encode, dense, sparse, texts, task, questions):
+    arms = {
+        "dense": evals.Arm(dense, "dense"),
+        "sparse": evals.Arm(sparse, "indexer"),
+        "window": evals.Arm(sparse, "window"),
+    }
+    whole = evals.compare(arms, encode, texts, task, questions, K)
+    told = []
+    scores = evals.compare(
+        arms, encode, texts, task, questions, K, lambda *progress: told.append(progress), other_texts=2
+    )
+    assert told[-1] == ("window", len(told), len(told)) and len(told) == 3 + 3 + 2 + 3 * 2
+    assert [len(s.text.by_text) for s in scores.values()] == [3, 3, 2]
+    metrics = evals.metrics_of(scores)
+    assert metrics["compared"]["ppl"]["dense"] == evals.metrics_of(whole)["compared"]["ppl"]["dense"]
+    assert metrics["compared"]["ppl"]["window"]["n"] == 2
+    first = scores["dense"].text
+    assert metrics["dense"]["ppl"] == pytest.approx(first.ppl_of(2))  # beside the window's, on the same texts
+    assert evals.loss_by_position(scores)["loss"]["dense"] == pytest.approx(first.loss_of(2))
 
 
 def test_controls_share_the_adapted_trunk(dense, sparse):

@@ -10,7 +10,17 @@ from tokensieve.evals.judge import judge_sparse
 from tokensieve.evals.longcontext import acceptance, context_gain, needle_heat
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences, token_losses
 from tokensieve.evals.mass import Recall, recall
-from tokensieve.evals.parity import ARMS, Arm, ArmScores, arms_of, compare, demo_arms, loss_by_position, metrics_of
+from tokensieve.evals.parity import (
+    ARMS,
+    Arm,
+    ArmScores,
+    arms_of,
+    compare,
+    demo_arms,
+    loss_by_position,
+    metrics_of,
+    shared_texts,
+)
 from tokensieve.evals.progress import OnProgress
 from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
 
@@ -42,6 +52,7 @@ __all__ = [
     "parity_criteria",
     "perplexity",
     "recall",
+    "shared_texts",
     "text_sequences",
     "token_losses",
 ]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 PPL_RATIO = 1.01  # sparse perplexity, against selection by the true attention, of as many keys
 NEEDLE_LOSS = 0.03  # needle accuracy that sparse may lose against dense
 RECALL = 0.95
-CONTROL_GAP = 0.60  # needle accuracy by which a control without a trained selection stays below dense
+CONTROL_GAP = 0.50  # needle accuracy by which a control without a trained selection stays below dense; a window over
+# an eighth of the context finds an eighth of the needles and guesses more
 
 NEEDLES_TO_8K, NEEDLES_BEYOND = 0.98, 0.95  # accuracy at every depth decile
 CONTEXT_GAIN = 0.02  # nats

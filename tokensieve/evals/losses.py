@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
     tokens before it.
 
     The logits of `HEAD_ROWS` positions exist at a time.
+
+    Raises:
+        UserError: a loss is not finite.
     """
     device = model.lm_head.weight.device
     ids = ids_S.to(device)
@@ -63,7 +67,10 @@ def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
         hidden = model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
         pairs = zip(hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True)
         parts = [F.cross_entropy(model.lm_head(h).float(), target, reduction="none") for h, target in pairs]
-    return torch.cat(parts).cpu()
+    losses = torch.cat(parts).cpu()
+    if not bool(losses.isfinite().all()):
+        raise UserError("the model's logits are not finite; are its weights damaged, or too large for their dtype?")
+    return losses
 
 
 @dataclass(frozen=True)
@@ -71,16 +78,24 @@ class Perplexity:
     """`ppl`: exp of the mean loss at positions that see more than k tokens, where there is something to select;
     `ppl_all`: at all positions.
 
-    `loss[i]`: mean in nats of the positions with edges[i] < tokens seen <= edges[i + 1]. `tokens`: number of losses
-    that `ppl` is the mean of. `by_text`: their mean in each text, all of the same length.
+    `loss_by_text[j][i]`: mean in nats, in text j, of the positions with edges[i] < tokens seen <= edges[i + 1].
+    `tokens`: number of losses that `ppl` is the mean of. `by_text`: their mean in each text, all of the same length.
     """
 
     ppl: float
     ppl_all: float
     edges: tuple[int, ...]
-    loss: tuple[float, ...]
+    loss_by_text: tuple[tuple[float, ...], ...]
     tokens: int
     by_text: tuple[float, ...]
+
+    def ppl_of(self, texts: int) -> float:
+        """`ppl` of the first so many texts."""
+        return math.exp(fmean(self.by_text[:texts]))
+
+    def loss_of(self, texts: int) -> list[float]:
+        """The loss by position, in nats, of the first so many texts."""
+        return [fmean(stretch) for stretch in zip(*self.loss_by_text[:texts], strict=True)]
 
 
 def perplexity(
@@ -116,7 +131,7 @@ def perplexity(
         ppl=math.exp(float(selected.mean())),
         ppl_all=math.exp(float(losses.mean())),
         edges=tuple(edges),
-        loss=tuple(float(losses[:, a:b].mean()) for a, b in pairwise(edges)),
+        loss_by_text=tuple(tuple(float(row[a:b].mean()) for a, b in pairwise(edges)) for row in losses),
         tokens=selected.numel(),
         by_text=tuple(selected.mean(1).tolist()),
     )

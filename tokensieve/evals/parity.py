@@ -30,6 +30,7 @@ ARMS = {
 }
 
 CONTROLS = ("untrained_indexer", "window")  # selections that are not trained
+JUDGED = ("dense", "sparse", "oracle")  # whose perplexities' ratios come with an interval that decides
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,13 @@ def compare(
     top_k: int,
     on_progress: OnProgress | None = None,
     ppl_after: int = 0,
+    other_texts: int | None = None,
 ) -> dict[str, ArmScores]:
     """Perplexity and needle accuracy of every arm on the same held-out sequences and the same questions of `task`.
 
     Each arm reads a needle context once, by its own selection, and answers every question from that cache.
-    Perplexity is that of the tokens after the first `top_k`, or after the first `ppl_after` if these are more.
+    Perplexity is that of the tokens after the first `top_k`, or after the first `ppl_after` if these are more. If
+    `other_texts` is given, all arms but the `JUDGED` read only so many of the sequences, the first ones.
     `on_progress` is called with the arm's name after each sequence and each context.
 
     Raises:
@@ -100,12 +103,14 @@ def compare(
             f"needle contexts of {shortest} tokens are not longer than k = {top_k} and test nothing; use longer ones"
         )
     scores = {}
-    each = len(sequences) + len(by_context(needles))
-    for number, (name, arm) in enumerate(arms.items()):
-        texts = part(on_progress, name, number * each, len(arms) * each)
-        questions = part(on_progress, name, number * each + len(sequences), len(arms) * each)
+    read = {name: sequences if name in JUDGED else sequences[:other_texts] for name in arms}
+    total, done = sum(map(len, read.values())) + len(arms) * len(by_context(needles)), 0
+    for name, arm in arms.items():
+        texts = part(on_progress, name, done, total)
+        questions = part(on_progress, name, done + len(read[name]), total)
+        done += len(read[name]) + len(by_context(needles))
         with evaluating(arm.model), selecting(arm.model, arm.selection, top_k):
-            text = perplexity(arm.model, sequences, max(top_k, ppl_after), on_progress=texts)
+            text = perplexity(arm.model, read[name], max(top_k, ppl_after), on_progress=texts)
             scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, needles, on_progress=questions))
     return scores
 
@@ -114,10 +119,10 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     """{arm: {"ppl", "needle", "needle_interval"}} in the order of `ARMS`, and "compared" with what the arms are to each
     other.
 
-    ppl: where more than k tokens are seen. needle: share of the questions answered, with its 95% interval. compared:
-    {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm: share of sparse - the arm's}}, each an `Estimate` over
-    the same texts or questions; in "needle" the arms `untrained_indexer` and `window` are compared with dense, from
-    which they shall differ, as dense - the arm.
+    ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the
+    questions answered, with its 95% interval. compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm:
+    share of sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
+    `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm.
     """
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
     figures: dict[str, dict[str, Any]] = {}
@@ -125,11 +130,16 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
         found = _answered(scores[arm])
         interval = intervals.share(sum(found), len(found))
         figures[arm] = {
-            "ppl": scores[arm].text.ppl,
+            "ppl": scores[arm].text.ppl_of(shared_texts(scores)),
             "needle": interval.value,
             "needle_interval": [interval.low, interval.high],
         }
     return figures | {"compared": _compared(scores)}
+
+
+def shared_texts(scores: Mapping[str, ArmScores]) -> int:
+    """The number of texts that all arms read: the first ones."""
+    return min(len(found.text.by_text) for found in scores.values())
 
 
 def _answered(scores: ArmScores) -> list[float]:
@@ -142,7 +152,7 @@ def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     for name, other in scores.items():
         if name == "sparse":
             continue
-        differences = [a - b for a, b in zip(sparse.text.by_text, other.text.by_text, strict=True)]
+        differences = [a - b for a, b in zip(sparse.text.by_text, other.text.by_text, strict=False)]
         ppl[name] = intervals.ratio(differences).to_dict()
         a, b = (dense, other) if name in CONTROLS else (sparse, other)
         needle[name] = intervals.difference(_answered(a), _answered(b)).to_dict()
@@ -150,6 +160,6 @@ def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
 
 
 def loss_by_position(scores: Mapping[str, ArmScores]) -> dict[str, Any]:
-    """The report's curves: {"edges": tokens, "loss": {arm: nats per stretch}}."""
-    edges = next(iter(scores.values())).text.edges
-    return {"edges": list(edges), "loss": {name: list(s.text.loss) for name, s in scores.items()}}
+    """The report's curves, of the texts that all arms read: {"edges": tokens, "loss": {arm: nats per stretch}}."""
+    edges, texts = next(iter(scores.values())).text.edges, shared_texts(scores)
+    return {"edges": list(edges), "loss": {name: s.text.loss_of(texts) for name, s in scores.items()}}

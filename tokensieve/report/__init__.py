@@ -48,9 +48,10 @@ def write_report(
     Args:
         metrics: a demo's metrics.json.
         history: rows {"stage", "step", "kl"?, "recall"?}, in order; steps count from 1 within a stage (0: before it).
-        details: {"base": name, "parameters", "questions": counts, "run": `environment()`, "heat": {arm: {"lengths",
-            "accuracy", "counts"}}, "loss_by_position": {"edges", "loss": {arm: nats}}, "cache_reads": {"dense",
-            "sparse", "index_keys": {context: bytes}}, "recall": {"by_layer", "held", "best": one share per layer}}.
+        details: {"base": name, "parameters", "questions": counts, "texts": {"all", "shared": counts}, "run":
+            `environment()`, "heat": {arm: {"lengths", "accuracy", "counts"}}, "loss_by_position": {"edges", "loss":
+            {arm: nats}}, "cache_reads": {"dense", "sparse", "index_keys": {context: bytes}}, "recall": {"by_layer",
+            "held", "best": one share per layer}}.
 
     Raises:
         UserError: the file cannot be written.
