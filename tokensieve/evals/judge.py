@@ -20,6 +20,7 @@ FIGURES = (
     "recall",
     "kv_read_fraction",
     "decode_ms",
+    "chunk_ms",
     "top_k",
     "context",
     "selections",
