@@ -33,7 +33,7 @@ def test_an_answer_streams_and_is_counted(page: Page) -> None:
     lengths = grown.json_value()
     assert len(set(lengths)) > 5 and lengths == sorted(lengths)  # it came in parts
     told = page.locator(".answer .usage").inner_text()
-    assert re.fullmatch(r"\d+ tokens read · \d+ written · [\d.]+ tokens/s", told), told
+    assert re.fullmatch(r"\d+ tokens in the conversation · \d+ written · [\d.]+ tokens/s", told), told
     tokens = page.locator(".answer .token").count()
     assert tokens + 1 == int(re.search(r"(\d+) written", told)[1])  # the end's token has no text
     expect(page.locator("#question")).to_have_value("")

@@ -56,9 +56,8 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
     kept = sum(layer["kept"] for layer in told["layers"]) / 8
     assert page.locator(".lens mark").count() == len(union)
     expect(page.locator(".summary")).to_have_text(
-        f"Each of the 8 layers read only {read} of {told['context']:,} tokens, {100 * read / told['context']:.1f}% "
-        f"({len(union):,} different ones together). "
-        f"If everything were read, {100 * kept:.1f}% of the attention would fall on them, on average."
+        f"Each layer read {read} of {told['context']:,} tokens; {len(union):,} were read by at least one layer. "
+        f"On average, a layer's {read} would hold {100 * kept:.1f}% of the attention of a model that reads everything."
     )
     code = told["text"].index("482913.")
     assert page.locator("mark.at").get_attribute("data-position") == str(told["starts"].index(code))
@@ -68,16 +67,15 @@ def test_a_document_is_asked_about_and_seen_through_the_lens(page: Page) -> None
     for layer in told["layers"][1::3]:
         page.locator(".choices fieldset").last.locator("label").nth(1 + layer["layer"]).click()
         expect(page.locator(".summary")).to_contain_text(
-            f"Layer {layer['layer']} read only {read} of {told['context']:,} tokens, "
-            f"{100 * read / told['context']:.1f}%. "
-            f"If everything were read, {100 * layer['kept']:.1f}% of the attention would fall on them."
+            f"Layer {layer['layer']} read {read} of {told['context']:,} tokens. "
+            f"They would hold {100 * layer['kept']:.1f}% of the attention of a model that reads everything."
         )
         marks = page.locator(".lens mark").evaluate_all("all => all.map((m) => Number(m.dataset.position))")
         assert marks == layer["selected"]
         everyday = {0, *told["markers"], *range(told["context"] - 8, told["context"])}
         others = [i for i in range(read) if layer["selected"][i] not in everyday]
         strongest = max(others, key=lambda i: layer["attention"][i])
-        page.click("text=Strongest")
+        page.click("text=Go to strongest")
         share = float(f"{100 * layer['attention'][strongest]:.3g}")
         expect(page.locator(".detail")).to_contain_text(f"{share:g}% of layer {layer['layer']}'s attention")
     page.click(".lens label >> text=Dense would read")
@@ -128,10 +126,11 @@ def test_the_lens_by_keyboard_alone(page: Page) -> None:
     assert page.locator(".context").evaluate("e => e.textContent") == "🙂é𝄞z two"
     assert page.evaluate("document.activeElement.textContent") == "𝄞"
     expect(page.locator(".detail")).to_have_text(
-        "Token 2 “𝄞”: 53.3% of the attention, from 2 of 3 layers; 23.3% of dense attention."
+        "Token 2 “𝄞”: 53.3% of the attention, read by 2 of 3 layers; reading everything would give it at least 23.3%."
     )
     page.keyboard.press("ArrowLeft")
-    expect(page.locator(".detail")).to_contain_text("Token 0 “🙂”: 46.7% of the attention, from 3 of 3 layers; 20% of")
+    expect(page.locator(".detail")).to_contain_text("Token 0 “🙂”: 46.7% of the attention, read by 3 of 3 layers; ")
+    expect(page.locator(".detail")).to_contain_text("reading everything would give it at least 20%.")
     page.keyboard.press("Escape")
     expect(page.locator("#lens")).to_be_hidden()
     assert page.evaluate("document.activeElement.textContent") == " two"
@@ -155,23 +154,34 @@ def test_views_of_the_lens(page: Page) -> None:
         kinds = "all => all.map((m) => m.textContent + ['extra', 'missed'].filter((k) => m.classList.contains(k)))"
         return page.locator(".lens mark").evaluate_all(kinds), page.locator(".summary").inner_text()
 
-    fall = "If everything were read, 90.0% of the attention would fall on them."
-    assert see("Read", "0") == (["a", "c"], f"Layer 0 read only 2 of 4 tokens, 50.0%. {fall}")
+    hold = "They would hold 90.0% of the attention of a model that reads everything."
+    assert see("Read", "0") == (["a", "c"], f"Layer 0 read 2 of 4 tokens. {hold}")
+    expect(page.locator(".detail")).to_have_text(
+        "Token 2 “c”: 80% of layer 0's attention; reading everything would give it 70%."
+    )
     would = "would get most attention if everything were read."
     assert see("Difference", "0") == ([], f"Layer 0 read exactly the tokens that {would}")
     assert page.locator(".steps button:enabled").count() == 0
     different = f"Layer 1 read 1 token in place of 1 token that {would}"
     assert see("Difference", "1") == (["bmissed", "cextra"], different)
-    page.click("text=Strongest")
+    page.click("text=Go to strongest")
     expect(page.locator(".detail")).to_have_text(
-        "Token 2 “c”: 80% of layer 1's attention; not among dense attention's choice."
+        "Token 2 “c”: 80% of layer 1's attention; reading everything would not put it among the strongest."
     )
-    page.click("text=Weaker")
-    expect(page.locator(".detail")).to_have_text("Token 1 “b”: not read by layer 1; 35% of dense attention.")
+    page.click("text=Next weaker")
+    expect(page.locator(".detail")).to_have_text(
+        "Token 1 “b”: not read by layer 1; reading everything would give it 35%."
+    )
     assert see("Difference", "All")[0] == ["aextra", "bmissed", "cextra"]
+    unread = "Token 1 “b”: not read by any layer; reading everything would give it at least 31.7%."
+    expect(page.locator(".detail")).to_have_text(unread)
+    assert page.locator(".colours > :visible").all_inner_texts() == ["token you chose", "described at the bottom"]
     chosen = "The 1 of 4 tokens that would get most attention in layer 2 if everything were read."
     assert see("Dense would read", "2") == (["b"], chosen)
+    together = "in each layer if everything were read; 3 are among them in at least one layer."
+    assert see("Dense would read", "All")[1] == f"The 2 of 4 tokens that would get most attention {together}"
     see("Read", "All")
+    expect(page.locator(".caption")).to_contain_text("The whole conversation, from start to end; the grey part")
     box = page.locator(".strip").bounding_box()
     page.mouse.click(box["x"] + 1, box["y"] + 5)
     expect(page.locator(".detail")).to_contain_text("Token 0 “a”")
@@ -199,8 +209,8 @@ def test_the_first_look_leaves_out_what_every_token_reads(page: Page) -> None:
     """The begin, markers of the template and the last tokens do not hide what the answer was read from."""
     first_look(page)
     expect(page.locator(".lead")).to_have_text(
-        "To write “x”, the model looked most at abcdefghijklmnopqrst 30 tokens back: 5% of the attention. "
-        "Dotted tokens are not counted."
+        "To write “x”, the model looked most at abcdefghijklmnopqrst 30 tokens back, which got 5% of the "
+        "attention. Attention is how much each token counts; it adds up to 100%. Dotted tokens are set aside."
     )
     expect(page.locator(".lead b")).to_have_text("k")
     assert page.locator("mark.at").inner_text() == "k"
@@ -224,7 +234,7 @@ def test_the_lens_explains_itself_without_a_mouse(page: Page) -> None:
     first_look(page)
     guide = page.locator(".guide")
     expect(guide).to_have_attribute("open", "")
-    for words in ("Grey text was not read", "picks the 5 that seem to matter", "73.2% (layer 7)"):
+    for words in ("Grey text was not read", "picks the 5 that seem to matter", "73.2% (layer 7)", "the last 8 tokens"):
         expect(guide).to_contain_text(words)
     expect(page.get_by_role("radio", name="Layer 7, holds 73.2% of dense attention")).to_have_count(1)
     for width, height in ((1280, 600), (390, 700)):  # opened, it leaves room for the context
@@ -255,8 +265,8 @@ def test_a_long_context_stays_smooth(page: Page) -> None:
     answered(page)
     page.click(".answer .token")
     expect(page.locator(".summary")).to_contain_text("26,768 weakest are not marked", timeout=15_000)
-    expect(page.locator(".summary")).to_contain_text("Each of the 4 layers read all 32,768 tokens.")
-    expect(page.locator(".guide")).to_contain_text("so does this one here")
+    expect(page.locator(".summary")).to_contain_text("Each layer read all 32,768 tokens.")
+    expect(page.locator(".guide")).to_contain_text("So does this one.")
     begin = time.monotonic()
     page.locator(".choices fieldset").last.locator("label").nth(4).click()
     expect(page.locator(".summary")).to_contain_text("Layer 3")
@@ -275,5 +285,6 @@ def test_a_lens_that_fails(page: Page) -> None:
     answered(page)
     page.click(".answer .token")
     expect(page.locator(".summary")).to_have_text("No lens today.")
+    expect(page.locator(".caption")).to_be_hidden()
     page.click("button[aria-label='Close the lens']")
     expect(page.locator("#lens")).to_be_hidden()

@@ -24,7 +24,9 @@ export class Guide {
       box.addEventListener("change", changed);
       this.also.append(element("label", {}, box, (this.numbers[name] = element("span", {}))));
     }
-    this.key = element("div", { className: "colours", hidden: true }, this.scale, this.also);
+    const written = element("span", { className: "next" }, "token you chose");
+    const current = element("span", { className: "outlined" }, "described at the bottom");
+    this.key = element("div", { className: "colours", hidden: true }, this.scale, written, current, this.also);
   }
 
   hide() {
@@ -40,19 +42,15 @@ export class Guide {
     const colour = (name, text) => element("span", { className: `key ${name}` }, text);
     const dotted = element("span", { className: "aside" }, "Dotted");
     const read = Math.max(...layers.map((one) => one.read));
-    const some = `this one first picks the ${count.format(read)} that seem to matter most, and reads only those`;
-    const here = read < context ? some : "so does this one here";
+    const picks = `This one picks the ${count.format(read)} that seem to matter most, and reads only those.`;
     const lines = [
-      ["A model writes one token, a piece of a word, at a time. For each it looks back at the ",
-        `${count.format(context)} tokens so far. An ordinary, “dense” model reads all of them; ${here}. `,
-        "The lens shows what it read."],
-      [colour("heat", "Coloured"), " tokens were read: the stronger the colour, the more attention they got, that is, ",
-        "the more they counted. Grey text was not read at all."],
-      [dotted, " tokens were read too, but get attention whatever is written: the chat's markers, which look like ",
-        element("span", { className: "marker" }, "chips"), ", and the last tokens."],
-      [`The model has ${layers.length} layers, which work one after the other, and each picks for itself. The bar `,
-        "at a layer's number shows how good its choice was: which share of dense attention it holds, from ",
-        `${least} to ${most}. The rest would have gone to tokens that were not read.`],
+      ["A model writes one token, a piece of a word, at a time. An ordinary, “dense” model reads all ",
+        `${count.format(context)} tokens so far. ${read < context ? picks : "So does this one."}`],
+      [colour("heat", "Coloured"), " tokens were read. A stronger colour is more attention. Grey text was not read."],
+      [dotted, " tokens are set aside. They get attention whatever is written: the chat's markers, which look like ",
+        element("span", { className: "marker" }, "chips"), `, and the last ${this.neighbours} tokens.`],
+      [`Each of the ${layers.length} layers picks for itself. The bar at its number shows how much of a dense model's `,
+        `attention its choice holds: ${least} to ${most}.`],
       ["Difference: what was ", colour("extra", "read"), " in place of what was ", colour("missed", "missed"), "."],
     ];
     this.list.replaceChildren(...lines.map((line) => element("li", {}, ...line)));
@@ -65,7 +63,7 @@ export class Guide {
 
   /** The attention that both kinds got in this view. The difference has other colours, and leaves nothing out. */
   show({ values, ranked }, apart, view) {
-    this.key.hidden = view === "difference";
+    this.scale.hidden = this.also.hidden = view === "difference";
     const labels = { markers: "chat markers", neighbours: `last ${this.neighbours} tokens` };
     const listed = new Set(ranked);
     for (const [name, label] of Object.entries(labels)) {

@@ -38,18 +38,22 @@ export class Lens {
     this.summary = element("p", { className: "summary", role: "status" });
     this.guide = new Guide(() => this.show({}));
     this.choices = element("div", { className: "choices" });
+    const far = element("span", {}, ", from start to end"); // left out on a phone
+    const caption = ["The whole conversation", far, "; the grey part is shown below"];
+    this.caption = element("p", { className: "caption", hidden: true }, ...caption);
     this.canvas = element("canvas", { className: "strip", ariaHidden: "true" });
     const label = "The context that was read";
     this.body = element("div", { className: "context", tabIndex: 0, role: "region", ariaLabel: label });
     this.detail = element("p", { className: "detail", role: "status" });
-    this.stronger = element("button", { type: "button", className: "quiet" }, "Stronger");
-    this.weaker = element("button", { type: "button", className: "quiet" }, "Weaker");
-    this.strongest = element("button", { type: "button", className: "quiet" }, "Strongest");
+    this.stronger = element("button", { type: "button", className: "quiet" }, "Next stronger");
+    this.weaker = element("button", { type: "button", className: "quiet" }, "Next weaker");
+    this.strongest = element("button", { type: "button", className: "quiet" }, "Go to strongest");
     const steps = element("div", { className: "steps" }, this.strongest, this.stronger, this.weaker);
     const foot = element("footer", {}, this.detail, steps);
     const head = element("header", {}, this.title, element("span", { className: "space" }), this.close_);
     const { explained, key } = this.guide;
-    panel.append(head, this.lead, this.summary, explained, this.choices, key, this.canvas, this.body, foot);
+    const above = [head, this.lead, this.summary, explained, this.choices, key, this.caption, this.canvas];
+    panel.append(...above, this.body, foot);
     this.text = new ContextText(this.body);
     this.strip = new Strip(this.canvas, (position) => this.text.reveal(position));
     this.strongest.addEventListener("click", () => this.step(-Infinity));
@@ -81,6 +85,7 @@ export class Lens {
     this.detail.textContent = "";
     this.lead.textContent = "";
     this.guide.hide();
+    this.caption.hidden = true;
     this.choices.replaceChildren();
     this.body.replaceChildren();
     this.close_.focus();
@@ -118,6 +123,7 @@ export class Lens {
     };
     const layers = data.layers.map((one, i) => [i, `${one.layer}`, bar(one.kept)]);
     this.guide.load(data, this.apart);
+    this.caption.hidden = false;
     this.choices.append(
       choice("view", "Show", Object.entries(VIEWS), (view) => this.show({ view })),
       choice("layer", "Layer", [[null, "All"], ...layers], (layer) => this.show({ layer })),
@@ -156,9 +162,11 @@ export class Lens {
     const one = this.layer === null ? "the model" : `layer ${this.data.layers[this.layer].layer}`;
     const looked = this.view === "dense" ? `dense attention would make ${one} look` : `${one} looked`;
     const far = `${tokens(this.data.context - position)} back`;
-    const share = `${exact(values[position])} of the attention`;
-    const uncounted = coloured.length < ranked.length ? " Dotted tokens are not counted." : "";
-    return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, ` ${far}: ${share}.${uncounted}`];
+    const got = `${this.view === "dense" ? "would get" : "got"} ${exact(values[position])} of the attention`;
+    const meaning = "Attention is how much each token counts; it adds up to 100%.";
+    const apart = coloured.length < ranked.length ? " Dotted tokens are set aside." : "";
+    const end = ` ${far}, which ${got}. ${meaning}${apart}`;
+    return [`To write ${quoted(this.text.next)}, ${looked} most at `, place, end];
   }
 
   /** The view in a sentence or two, as texts and elements. */
@@ -166,7 +174,7 @@ export class Lens {
     const { context, layers } = this.data;
     const { ranked, kinds } = this.shares;
     const one = this.layer === null ? null : layers[this.layer];
-    const who = one ? `Layer ${one.layer}` : `Each of the ${layers.length} layers`;
+    const who = one ? `Layer ${one.layer}` : "Each layer";
     const read = one ? one.read : Math.max(...layers.map((layer) => layer.read));
     if (this.view === "difference") {
       const missed = ranked.filter((position) => kinds[position] === ONLY_DENSE).length;
@@ -179,14 +187,16 @@ export class Lens {
     }
     if (read >= context) return [`${who} read all ${tokens(context)}.`];
     const of = `${count.format(read)} of ${tokens(context)}`;
-    const together = one ? "" : ` (${count.format(ranked.length)} different ones together)`;
+    const together = (verb) => (one ? "" : `; ${count.format(ranked.length)} ${verb} at least one layer`);
     if (this.view === "dense") {
-      const where = one ? `layer ${one.layer}` : `each of the ${layers.length} layers`;
-      return [`The ${of} that would get most attention in ${where} if everything were read${together}.`];
+      const where = one ? `layer ${one.layer}` : "each layer";
+      const would = `would get most attention in ${where} if everything were read`;
+      return [`The ${of} that ${would}${together("are among them in")}.`];
     }
     const kept = one ? one.kept : layers.reduce((sum, layer) => sum + layer.kept, 0) / layers.length;
-    const fall = `${percent(kept)} of the attention would fall on them${one ? "" : ", on average"}`;
-    return [`${who} read only ${of}, ${percent(read / context)}${together}. If everything were read, ${fall}.`];
+    const these = one ? "They" : `On average, a layer's ${count.format(read)}`;
+    const hold = `would hold ${percent(kept)} of the attention of a model that reads everything`;
+    return [`${who} read ${of}${together("were read by")}. ${these} ${hold}.`];
   }
 
   /** Makes a token the current one, from which steps go on. position: null for none. */
@@ -202,17 +212,17 @@ export class Lens {
     if (position === null || !this.data) return;
     const shares = sharesAt(this.data, position);
     const name = `Token ${count.format(position)} ${quoted(this.text.token(position))}: `;
-    if (this.layer !== null) {
-      const { layer, read, dense } = shares[this.layer];
-      const got = read === null ? `not read by layer ${layer}` : `${exact(read)} of layer ${layer}'s attention`;
-      const would = dense === null ? "not among dense attention's choice" : `${exact(dense)} of dense attention`;
-      this.detail.textContent = `${name}${got}; ${would}.`;
-      return;
-    }
-    const sum = (kind) => shares.reduce((all, one) => all + (one[kind] ?? 0), 0) / shares.length;
-    const readers = shares.filter((one) => one.read !== null).length;
-    const share = `${exact(sum("read"))} of the attention, from ${readers} of ${shares.length} layers`;
-    this.detail.textContent = `${name}${share}; ${exact(sum("dense"))} of dense attention.`;
+    const chosen = this.layer === null ? shares : [shares[this.layer]];
+    const readers = chosen.filter((one) => one.read !== null).length;
+    const sum = (kind) => chosen.reduce((all, one) => all + (one[kind] ?? 0), 0) / chosen.length;
+    const layer = this.layer === null ? null : `layer ${chosen[0].layer}`;
+    const whose = layer ? `${layer}'s attention` : `the attention, read by ${readers} of ${chosen.length} layers`;
+    const got = readers ? `${exact(sum("read"))} of ${whose}` : `not read by ${layer ?? "any layer"}`;
+    // a layer lists only its strongest tokens, so that the mean is a lower bound if one lacks this token
+    const listed = chosen.filter((one) => one.dense !== null).length;
+    const share = `${listed < chosen.length ? "at least " : ""}${exact(sum("dense"))}`;
+    const would = listed ? `give it ${share}` : "not put it among the strongest";
+    this.detail.textContent = `${name}${got}; reading everything would ${would}.`;
   }
 
   /** Moves to the token that is so many places weaker; negative: stronger. */

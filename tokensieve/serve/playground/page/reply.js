@@ -135,9 +135,9 @@ export class Answer {
 
   usageText() {
     if (!this.counts) return "";
-    const { prompt_tokens: read, completion_tokens: written, prompt_tokens_details: details } = this.counts;
+    const { prompt_tokens: conversation, completion_tokens: written, prompt_tokens_details: details } = this.counts;
     const seconds = (performance.now() - this.begun) / 1000;
-    const parts = [`${count.format(read)} tokens read`];
+    const parts = [`${count.format(conversation)} tokens in the conversation`];
     if (details?.cached_tokens) parts.push(`${count.format(details.cached_tokens)} of them cached`);
     parts.push(`${count.format(written)} written`);
     if (written > 1 && seconds > 0) parts.push(`${((written - 1) / seconds).toFixed(1)} tokens/s`);
