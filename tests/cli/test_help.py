@@ -14,7 +14,7 @@ KEYS = {
     "warmup": ["optimizer.lr=0.001", "phases.0.steps=200", 'track=["tensorboard"]', "optimizer.indexer_lr (none)"],
     "adapt": ["data.sources.0.source=", "selection=true"],
     "pretrain": ["shape.hidden_size=256", "shape.rope_parameters.factor=4.0"],
-    "demo": ["top_k=128", "warmup.phases.1.context=2048", "heat_lengths=[1024, 4096]"],
+    "demo": ["top_k=256", "warmup.phases.1.context=2048", "heat_lengths=[1024]"],
     "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
     "eval": ["sparse.contexts=[8192]", "base.needles="],
 }
