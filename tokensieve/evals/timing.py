@@ -51,7 +51,7 @@ def context_ms(
     models: Mapping[str, DecoderForCausalLM],
     prompt_T: Tensor,
     contexts: Sequence[int],
-    token_rounds: int = 11,
+    token_rounds: int = 9,
     chunk_rounds: int = 3,
     on_progress: OnProgress | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:

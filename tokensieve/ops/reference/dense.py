@@ -180,9 +180,10 @@ def head_mass(q_SHD: Tensor, k_TGD: Tensor, starts_S: Tensor, ends_S: Tensor, sc
     mass_ST = torch.zeros(q_SHD.shape[0], k_TGD.shape[0], dtype=compute_dtype(q_SHD), device=q_SHD.device)
     blocks, excluded = dense_blocks(q_SHD, starts_S, ends_S)
     for block in blocks:
+        a, b, lo, hi = block
         logits = block_logits(q_SHD, k_TGD, block, scale)
-        mask = excluded(block)
+        mask, first = excluded(block), int(ends_S[a:b].min()) - lo  # all of the block's queries see the keys before
         if mask is not None:
-            logits.masked_fill_(mask, float("-inf"))
-        mass_ST[block.a : block.b, block.lo : block.hi] = softmax_with_lse(logits)[0].mean(0)
+            logits[..., first:].masked_fill_(mask[:, first:], float("-inf"))
+        mass_ST[a:b, lo:hi] = softmax_with_lse(logits)[0].mean(0)
     return mass_ST
