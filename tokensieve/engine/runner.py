@@ -172,7 +172,7 @@ class Runner:
         padding = -len(lengths) % ORDINARY_ROWS
         inputs = StepInputs(len(lengths) + padding, -(-max(lengths) // PAGE_TOKENS), self.device)
         inputs.fill(tokens, lengths, pages)
-        real = len(lengths) if self.device.type == "cpu" else None
+        real = len(lengths) if self.device.type == "cpu" else None  # a GPU computes the padding too
         return self._run_step(inputs, selector, real)[: len(lengths)]
 
     def _run_step(

@@ -15,6 +15,7 @@ from tokensieve import cost
 from tokensieve.engine.runner import Runner
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.entries import INDEX_ROOM
 from tokensieve.model.positions import check_positions
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -30,7 +31,7 @@ def filled(model: DecoderForCausalLM, prompt_T: Tensor, tokens: int, seed: int =
     noise, because exact copies would tie.
     """
     pages = -(-tokens // PAGE_TOKENS)
-    runner = Runner(model, pages)
+    runner = Runner(model, pages + INDEX_ROOM)  # as in a served cache, no key is copied for want of room behind it
     real = min(len(prompt_T), tokens) // PAGE_TOKENS
     for begin in range(0, real * PAGE_TOKENS, CHUNK):
         chunk = prompt_T[begin : min(begin + CHUNK, real * PAGE_TOKENS)].tolist()
@@ -43,7 +44,7 @@ def filled(model: DecoderForCausalLM, prompt_T: Tensor, tokens: int, seed: int =
             if pool.is_floating_point():
                 noise = torch.randn(copies.shape, generator=generator, device=model.device)
                 copies += (NOISE * pool[:real].float().std() * noise).to(copies.dtype)
-            pool[real:] = copies
+            pool[real:pages] = copies
     return runner
 
 
@@ -68,7 +69,7 @@ def context_ms(
     for name, model in models.items():
         what = f"{name}: a context of {longest} tokens is"
         check_positions(model.config.max_position_embeddings, longest, what, "time shorter contexts")
-    runners = {name: filled(model.eval(), prompt_T, longest) for name, model in models.items()}
+    runners = {name: filled(model, prompt_T, longest) for name, model in models.items()}
     token_ms: dict[str, dict[str, float]] = {name: {} for name in models}
     chunk_ms: dict[str, dict[str, float]] = {name: {} for name in models}
     for done, context in enumerate(contexts, 1):

@@ -84,6 +84,7 @@ def write_report(
         verdicts=_count(criteria),
         ratios=[(plots.label(arm), _figure(found)) for arm, found in metrics["compared"]["ppl"].items()],
         seen=_seen(metrics, details),
+        chunk=CHUNK,
         figures={name: Markup(figure) for name, figure in drawn.items()},
         maps=[Markup(plots.heat_plot(heat, arm)) for arm, heat in details["heat"].items()],
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from tokensieve.config import UserError
 from tokensieve.tasks.turns import (
@@ -144,8 +144,8 @@ class PlainEncoder:
         if isinstance(prompt, str):
             return [*self.begin, *self(prompt)]
         if not prompt or isinstance(prompt[0], int):
-            return list(prompt)  # type: ignore[arg-type]
-        messages: list[Message] = list(prompt)  # type: ignore[arg-type]
+            return list(cast("Sequence[int]", prompt))
+        messages = list(cast("Sequence[Message]", prompt))
         if self.markers:
             return [*deepseek_conversation(self.markers, self, messages), *self.turns.reply]
         return self._by_template(messages, generate=True)

@@ -7,7 +7,8 @@ take long; only a whole micro-batch keeps a GPU busy.
 
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -24,8 +25,7 @@ AGREEMENT = 1.15  # passes are repeated until the last two differ by no more tha
 ENOUGH = 12.0  # or have taken so many seconds
 
 
-@dataclass(frozen=True)
-class Rehearsal:
+class Rehearsal(NamedTuple):
     """A timed pass: its counted FLOPs, and its seconds."""
 
     flops: float
@@ -68,7 +68,7 @@ def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehears
     """The forecast of a run that goes on after `first` steps."""
     phases = cost.phase_estimates(model.config, config, 1.0)
     steps = [e.flops / p.steps for p, e in zip(config.phases, phases, strict=True) for _ in range(p.steps)]
-    return Forecast(steps[first:], (rehearsal.flops, rehearsal.seconds))
+    return Forecast(steps[first:], rehearsal)
 
 
 def process_bytes(model: DecoderForCausalLM, device: torch.device) -> int:

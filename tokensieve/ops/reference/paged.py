@@ -34,11 +34,7 @@ def index_keys(index_pages: Tensor, pages_p: Tensor) -> tuple[Tensor, Tensor | N
     Three pages follow them, whatever those hold: products of keys need room at their end.
     """
     room = KEY_PAD // PAGE_TOKENS
-    # Consecutive pages are read in place: a long sequence gets them from a pool that few share.
-    if pages_p.is_cpu and bool((pages_p.diff() == 1).all()):
-        pages = index_pages[int(pages_p[0]) : int(pages_p[-1]) + 1 + room]
-    else:
-        pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, room)))
+    pages = index_pages.index_select(0, torch.nn.functional.pad(pages_p, (0, room)))
     if pages.dtype != torch.uint8:
         return pages.flatten(0, 1), None
     keys, scales = quant.unpack_index_page(pages)
