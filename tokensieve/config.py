@@ -146,7 +146,7 @@ class DemoConfig:
     needle_contexts: int  # each holds 16 needles, every one asked for
     ppl_sequences: int  # texts of `context` tokens on which dense, sparse and oracle are compared
     decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
-    other_texts: int | None = None  # how many of them the other arms read; None: all
+    other_prompts: int | None = None  # texts and needle contexts of arms on which nothing is decided; None: all
     texts: str = "bundled"  # source of the texts to evaluate on, all of it: those of the package, or a source of data
     heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
     recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last

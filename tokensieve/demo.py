@@ -30,6 +30,7 @@ from tokensieve.train.schedule import total_steps
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
+REHEARSED = 10  # steps: the estimate of a shorter run would take as long as the run
 
 Row = dict[str, Any]
 
@@ -96,7 +97,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     history += _train(replace(config.adapt, out=str(out / "adapt")), sparse, prompts)
     say("The dense model on the same further tokens, to compare with")
     dense = replace(config.adapt, selection=False, out=str(out / "adapt-dense"))
-    dense_adapted = train.run(dense, tokensieve.load(config.model))
+    dense_adapted = train.run(dense, tokensieve.load(config.model), rehearse=total_steps(dense.phases) >= REHEARSED)
     tokensieve.save(sparse, out / "sparse")
 
     say("Compare: every arm on the same prompts")
@@ -165,7 +166,7 @@ def _compare(
             prompts.needles,
             config.top_k,
             on_progress,
-            other_texts=config.other_texts,
+            other_prompts=config.other_prompts,
         )
         heat = {
             name: evals.needle_heat(
@@ -209,7 +210,7 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> 
         if step == steps or (step in prompts.config.recall_steps and 3 * step <= 2 * steps):
             measured[step] = prompts.recall(model).overall
 
-    train.run(config, model, on_step=on_step)
+    train.run(config, model, on_step=on_step, rehearse=steps >= REHEARSED)
     rows = [{"stage": STAGES[config.stage], **row} for row in train.history(config.out)]
     return [row | {"recall": measured[row["step"]]} if row["step"] in measured else row for row in rows]
 

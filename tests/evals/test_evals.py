@@ -224,25 +224,31 @@ def test_compare_scores_every_arm_on_the_same_prompts(encode, dense, sparse, tex
     assert all(len(curve) == len(curves["edges"]) - 1 for curve in curves["loss"].values())
 
 
-def test_arms_that_nothing_is_decided_on_may_read_fewer_texts(encode, dense, sparse, texts, task, questions):
+def test_arms_that_nothing_is_decided_on_may_read_fewer_prompts(encode, dense, sparse, texts, task, questions):
     arms = {
         "dense": evals.Arm(dense, "dense"),
         "sparse": evals.Arm(sparse, "indexer"),
         "window": evals.Arm(sparse, "window"),
     }
-    whole = evals.compare(arms, encode, texts, task, questions, K)
+    arms["oracle"] = evals.Arm(sparse, "oracle")
+    whole = evals.metrics_of(evals.compare(arms, encode, texts, task, questions, K))["compared"]
     told = []
     scores = evals.compare(
-        arms, encode, texts, task, questions, K, lambda *progress: told.append(progress), other_texts=2
+        arms, encode, texts, task, questions, K, lambda *progress: told.append(progress), other_prompts=1
     )
-    assert told[-1] == ("window", len(told), len(told)) and len(told) == 3 + 3 + 2 + 3 * 2
-    assert [len(s.text.by_text) for s in scores.values()] == [3, 3, 2]
+    assert told[-1] == ("oracle", len(told), len(told)) and len(told) == (3 + 2) + (3 + 2) + (1 + 2) + (3 + 1)
+    assert [len(s.text.by_text) for s in scores.values()] == [3, 3, 1, 3]
+    asked = [[record.example for record in s.needles.records] for s in scores.values()]
+    assert asked[:3] == [questions] * 3 and asked[3] == questions[: len(questions) // 2]
     metrics = evals.metrics_of(scores)
-    assert metrics["compared"]["ppl"]["dense"] == evals.metrics_of(whole)["compared"]["ppl"]["dense"]
-    assert metrics["compared"]["ppl"]["window"]["n"] == 2
+    compared = metrics["compared"]
+    assert compared["ppl"]["dense"] == whole["ppl"]["dense"] and compared["ppl"]["oracle"] == whole["ppl"]["oracle"]
+    assert compared["needle"]["dense"] == whole["needle"]["dense"]
+    assert compared["needle"]["window"] == whole["needle"]["window"]
+    assert compared["ppl"]["window"]["n"] == 1 and compared["needle"]["oracle"]["n"] == len(asked[3])
     first = scores["dense"].text
-    assert metrics["dense"]["ppl"] == pytest.approx(first.ppl_of(2))  # beside the window's, on the same texts
-    assert evals.loss_by_position(scores)["loss"]["dense"] == pytest.approx(first.loss_of(2))
+    assert metrics["dense"]["ppl"] == pytest.approx(first.ppl_of(1))  # beside the window's, on the same text
+    assert evals.loss_by_position(scores)["loss"]["dense"] == pytest.approx(first.loss_of(1))
 
 
 def test_controls_share_the_adapted_trunk(dense, sparse):

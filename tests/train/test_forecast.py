@@ -57,3 +57,10 @@ def test_the_last_step_leaves_nothing(clock):
     clock[0] += 1.0
     left.advance()
     assert left.seconds == 0.0
+
+
+def test_without_a_rehearsal_the_first_step_tells_what_is_left(clock):
+    left = Forecast([1.0] * 10, None)
+    clock[0] += 60.0
+    left.advance()
+    assert left.seconds == 540.0 and left.news() is None  # no time was said, so none is revised

@@ -30,7 +30,8 @@ ARMS = {
 }
 
 CONTROLS = ("untrained_indexer", "window")  # selections that are not trained
-JUDGED = ("dense", "sparse", "oracle")  # whose perplexities' ratios come with an interval that decides
+JUDGED_ON_TEXTS = ("dense", "sparse", "oracle")  # arms whose perplexity decides something
+JUDGED_ON_NEEDLES = ("dense", "sparse", *CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,15 @@ def compare(
     top_k: int,
     on_progress: OnProgress | None = None,
     ppl_after: int = 0,
-    other_texts: int | None = None,
+    other_prompts: int | None = None,
 ) -> dict[str, ArmScores]:
     """Perplexity and needle accuracy of every arm on the same held-out sequences and the same questions of `task`.
 
     Each arm reads a needle context once, by its own selection, and answers every question from that cache.
     Perplexity is that of the tokens after the first `top_k`, or after the first `ppl_after` if these are more. If
-    `other_texts` is given, all arms but the `JUDGED` read only so many of the sequences, the first ones.
-    `on_progress` is called with the arm's name after each sequence and each context.
+    `other_prompts` is given, arms that are not `JUDGED_ON_TEXTS` read only so many of the sequences, the first ones,
+    and arms that are not `JUDGED_ON_NEEDLES` only so many of the needle contexts. `on_progress` is called with the
+    arm's name after each sequence and each context.
 
     Raises:
         UserError: a prompt of at most k tokens, or no prompts.
@@ -103,15 +105,18 @@ def compare(
             f"needle contexts of {shortest} tokens are not longer than k = {top_k} and test nothing; use longer ones"
         )
     scores = {}
-    read = {name: sequences if name in JUDGED else sequences[:other_texts] for name in arms}
-    total, done = sum(map(len, read.values())) + len(arms) * len(by_context(needles)), 0
+    contexts = [[needles[place] for place in places] for places in by_context(needles)]
+    read = {name: sequences if name in JUDGED_ON_TEXTS else sequences[:other_prompts] for name in arms}
+    asked = {name: contexts if name in JUDGED_ON_NEEDLES else contexts[:other_prompts] for name in arms}
+    total, done = sum(map(len, (*read.values(), *asked.values()))), 0
     for name, arm in arms.items():
         texts = part(on_progress, name, done, total)
         questions = part(on_progress, name, done + len(read[name]), total)
-        done += len(read[name]) + len(by_context(needles))
+        done += len(read[name]) + len(asked[name])
+        examples = [example for context in asked[name] for example in context]
         with evaluating(arm.model), selecting(arm.model, arm.selection, top_k):
             text = perplexity(arm.model, read[name], max(top_k, ppl_after), on_progress=texts)
-            scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, needles, on_progress=questions))
+            scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, examples, on_progress=questions))
     return scores
 
 
@@ -119,7 +124,7 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     """{arm: {"ppl", "needle", "needle_interval"}} in the order of `ARMS`, and "compared" with what the arms are to each
     other.
 
-    ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the
+    ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the arm's
     questions answered, with its 95% interval. compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm:
     share of sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
     `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm.
@@ -155,7 +160,8 @@ def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
         differences = [a - b for a, b in zip(sparse.text.by_text, other.text.by_text, strict=False)]
         ppl[name] = intervals.ratio(differences).to_dict()
         a, b = (dense, other) if name in CONTROLS else (sparse, other)
-        needle[name] = intervals.difference(_answered(a), _answered(b)).to_dict()
+        both = [*zip(_answered(a), _answered(b), strict=False)]  # the first questions, if one arm was asked fewer
+        needle[name] = intervals.difference(*zip(*both, strict=True)).to_dict()
     return {"ppl": ppl, "needle": needle}
 
 

@@ -64,7 +64,7 @@ def estimate(
     return replace(needed, process_bytes=process_bytes(model, device)), found
 
 
-def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehearsal: Rehearsal) -> Forecast:
+def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehearsal: Rehearsal | None) -> Forecast:
     """The forecast of a run that goes on after `first` steps."""
     phases = cost.phase_estimates(model.config, config, 1.0)
     steps = [e.flops / p.steps for p, e in zip(config.phases, phases, strict=True) for _ in range(p.steps)]

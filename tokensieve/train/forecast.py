@@ -16,12 +16,16 @@ class Forecast:
     Whatever happens between two steps counts as the later one's time: data, measurements, checkpoints.
     """
 
-    def __init__(self, work: Sequence[float], rehearsed: tuple[float, float]):
-        """work: FLOPs of each step that is left. rehearsed: FLOPs and seconds of a pass before the first step."""
+    def __init__(self, work: Sequence[float], rehearsed: tuple[float, float] | None):
+        """work: FLOPs of each step that is left. rehearsed: FLOPs and seconds of a pass before the first step; if None,
+        no time was said before the run, and there is no news of one.
+        """
         self._left, self._work = sum(work), deque(work)
-        self._samples = deque([rehearsed])
+        self._samples = deque([] if rehearsed is None else [rehearsed])
         self._then = time.monotonic()
-        self._announce()
+        self._range: tuple[float, float] | None = None
+        if rehearsed is not None:
+            self._announce()
 
     def advance(self) -> None:
         """A step has ended."""
@@ -34,12 +38,14 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """The time left after the last step."""
+        """The time left after the last step, which has ended or was rehearsed."""
         flops, seconds = map(sum, zip(*self._samples, strict=True))
         return max(0.0, self._left) * seconds / flops
 
     def news(self) -> str | None:
         """What is left as a range, if by now the run would end outside of the range that was said last."""
+        if self._range is None:
+            return None
         soonest, latest = self._range
         if soonest <= self._then + self.seconds <= latest or self._then < self._said + PAUSE:
             return None

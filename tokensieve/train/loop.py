@@ -63,10 +63,14 @@ class Run:
     Raises UserError for bad configs and data, before anything is trained.
     """
 
-    def __init__(self, config: TrainConfig, model: DecoderForCausalLM | None = None, resume: bool = False):
+    def __init__(
+        self, config: TrainConfig, model: DecoderForCausalLM | None = None, resume: bool = False, rehearse: bool = True
+    ):
         """model: trained in place of `config.model`.
 
         resume: continue from the newest checkpoint of `config.out`, if there is one.
+
+        rehearse: time a pass before the first step, and say how long the run will take and what memory it needs.
         """
         if (size := rank_info().size) > 1:
             raise UserError(
@@ -75,6 +79,7 @@ class Run:
         check_phases(config.phases)
         self.config, self.out = config, Path(config.out)
         self.resume, self._resumed = resume, newest(self.out, resume)
+        self._rehearse = rehearse
         self.device = torch.device(choose_device(config.device))
         if self._resumed:
             self._state = read_state(self._resumed)
@@ -102,10 +107,11 @@ class Run:
                 self._load_data()
                 self._restore()
                 model.train()
-                if self.first < self.last:
+                rehearsal = None
+                if self._rehearse and self.first < self.last:
                     needed, rehearsal = estimate(config, self.stage, model, self.device)
                     log.info("%s: %s", config.stage, needed)
-                    self.forecast = forecast(config, model, self.first, rehearsal)
+                self.forecast = forecast(config, model, self.first, rehearsal)
                 if config.compile:
                     compiled = self._compile()
                 yield self
@@ -237,15 +243,17 @@ def run(
     resume: bool = False,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = True,
+    rehearse: bool = True,
 ) -> DecoderForCausalLM:
     """Trains and returns the model, in evaluation mode, its last checkpoint in `config.out`.
 
     `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the
     last step and is otherwise as it was. `resume`: continue from the newest checkpoint of `config.out`, or begin if
-    there is none. `on_step(step, figures)` is called after every step. Raises UserError for bad configs and data, a NaN
+    there is none. `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the
+    run needs (a run of a few steps takes hardly longer than that). Raises UserError for bad configs and data, a NaN
     loss or a full disk (the last checkpoint stays), and Interrupted after Ctrl-C.
     """
-    this = Run(config, model, resume)
+    this = Run(config, model, resume, rehearse)
     with contextlib.ExitStack() as stack:
         stack.enter_context(this.prepared())
         tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first)))
