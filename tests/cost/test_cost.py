@@ -284,7 +284,7 @@ def test_autocast_keeps_a_copy_of_the_weights() -> None:
 
 def test_estimate_reads_well() -> None:
     estimate = cost.Estimate(81920, 1e12, 205.0, 2**30, 2**30, 2**30, 2**29)
-    assert str(estimate) == "about 3.5 GiB and 2 min 7 s to 6 min 19 s for 81,920 tokens"
+    assert str(estimate) == "about 3.5 GiB and 1 min 34 s to 4 min 43 s for 81,920 tokens"
     assert [cost.duration(s) for s in (0.2, 59.4, 60, 3600, 90000)] == [
         "1 s",
         "59 s",

@@ -46,7 +46,7 @@ def test_news_are_told_once(clock):
     left = Forecast([1.0] * 10, (1.0, 1.0))
     clock[0] += 60.0
     left.advance()
-    assert left.news() == "5 min 35 s to 16 min 39 s" and left.news() is None
+    assert left.news() == "4 min 8 s to 12 min 25 s" and left.news() is None
     clock[0] += 1.0  # a step that fast would end the run soon, but it is too early to say so again
     left.advance()
     assert left.news() is None

@@ -17,7 +17,7 @@ Stage = Literal["pretrain", "warmup", "adapt"]
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
 INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: of its projections only the weights have gradients
-SHORTER, LONGER = 0.62, 1.85  # the range around an estimated time
+SHORTER, LONGER = 0.46, 1.38  # the range around an estimated time, that of the measured runs (docs/results/training.md)
 LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 2 GiB in float32
 
 

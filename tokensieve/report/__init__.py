@@ -104,10 +104,11 @@ def _count(criteria: Sequence[Criterion]) -> str:
 
 
 def _figure(found: Mapping[str, Any]) -> str:
-    """An `Estimate` as text."""
+    """An `Estimate` of texts, in words."""
+    texts = f"{found['n']} text{'s' if found['n'] > 1 else ''}"
     if found["low"] is None:
-        return f"{found['value']:.3f}"
-    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+        return f"{found['value']:.3f} ({texts})"
+    return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}, {texts})"
 
 
 def _row(c: Criterion) -> dict[str, Any]:
@@ -130,11 +131,11 @@ def _seen(metrics: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, A
     """The figures in the page's paragraphs beside those in the metrics."""
     by_layer = details["recall"]["by_layer"]
     worst = min(range(len(by_layer)), key=by_layer.__getitem__)
-    better = min((a for a in ("dense", "dense_adapted") if a in metrics), key=lambda a: metrics[a]["ppl"])
+    ratio = metrics["compared"]["ppl"]["dense"]
     contexts = sorted(map(int, metrics["decode_ms"]["dense"]))
     return {
-        "better": plots.label(better),
-        "ppl_change": 100 * (metrics["sparse"]["ppl"] / metrics[better]["ppl"] - 1),
+        "ratio": ratio,
+        "ppl_change": 100 * (ratio["value"] - 1),
         "worst_layer": worst,
         "worst_recall": by_layer[worst],
         "worst_best": details["recall"]["best"][worst],
