@@ -16,7 +16,8 @@ from tests.support.training import OPTIMIZER, batch, indexers, step_gradients
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.engine.runner import Runner
-from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, SelectionContext, with_options
+from tokensieve.families import family_of
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, SelectionContext, model_path, with_options
 from tokensieve.model.grouped import GroupedAttention
 from tokensieve.model.rope import frequencies
 from tokensieve.model.selection import indexer
@@ -56,6 +57,26 @@ def test_dense_logits_equal_those_of_transformers(kind: str, seed: int, tmp_path
     assert type(again) is type(oracle) and again.state_dict().keys() == oracle.state_dict().keys()
     assert all(torch.equal(x, oracle.state_dict()[n]) for n, x in again.state_dict().items())
     assert torch.equal(again(ids).logits, want)
+
+
+@families
+def test_the_drawn_configs_are_many_kinds(kind: str) -> None:
+    """Chance decides what a seed draws, so it is checked once."""
+    drawn = [random_config(kind, seed) for seed in range(len(ROPES))]
+    kinds: dict[str, set[Any]] = {
+        "groups": {c.num_key_value_heads for c in drawn},
+        "heads of another width than hidden_size / heads": {
+            family_of(c).width(vars(c)) * c.num_attention_heads == c.hidden_size for c in drawn
+        },
+        "tied": {c.tie_word_embeddings for c in drawn},
+        "layers": {c.num_hidden_layers for c in drawn},
+    }
+    if "attention_bias" in vars(drawn[0]):
+        kinds["bias"] = {c.attention_bias for c in drawn}
+    if kind == "qwen3_moe":
+        kinds["normalized"] = {c.norm_topk_prob for c in drawn}
+        kinds["dense layers"] = {family_of(c).moe_layers(vars(c)) == c.num_hidden_layers for c in drawn}
+    assert {name: len(values) for name, values in kinds.items() if len(values) < 2} == {}
 
 
 @families
@@ -148,11 +169,15 @@ def test_sparse_attention_is_that_over_the_selected_keys(kind: str, rope: dict[s
 
 
 @families
+@pytest.mark.parametrize("dims", [8, 16])
 @pytest.mark.parametrize("rope", [LLAMA3, QWEN], ids=["llama3", "yarn"])
 @torch.no_grad()
-def test_the_indexer_shares_the_frequencies_over_its_own_width(kind: str, rope: dict[str, Any]) -> None:
-    """Scores of equation (1) on the layer's normalized input, half-split, without YaRN's factor on cos and sin."""
-    model, ids = sparse(kind, rope_parameters=rope), tokens(1, LENGTH)
+def test_the_indexer_shares_the_frequencies_over_its_own_width(kind: str, rope: dict[str, Any], dims: int) -> None:
+    """Scores of equation (1) on the layer's normalized input, half-split, without YaRN's factor on cos and sin.
+
+    The rotated dims are half of an index head, or as many as those of the attention.
+    """
+    model, ids = sparse(kind, rope_parameters=rope, index_rope_head_dim=dims), tokens(1, LENGTH)
     layer = model.model.layers[0].self_attn
     inputs: list[Tensor] = []
     scores: list[Tensor] = []
@@ -168,9 +193,9 @@ def test_the_indexer_shares_the_frequencies_over_its_own_width(kind: str, rope: 
     q = F.linear(h, part.wq_b.weight.double()).view(LENGTH, 8, 16)
     norm = part.k_norm
     k = F.layer_norm(F.linear(h, part.wk.weight.double()), (16,), norm.weight.double(), norm.bias.double(), 1e-6)
-    inverse, factor = frequencies(rope, 8, 1024)
+    inverse, factor = frequencies(rope, dims, 1024)
     assert (factor > 1.1) == (rope is QWEN)
-    q, k = (torch.cat((rotated(x[..., :8], inverse), x[..., 8:]), -1) for x in (q, k[:, None]))
+    q, k = (torch.cat((rotated(x[..., :dims], inverse), x[..., dims:]), -1) for x in (q, k[:, None]))
     w = F.linear(h, part.weights_proj.weight.double()) * 8**-0.5 * 16**-0.5
     want = torch.einsum("nh,nht->nt", w, torch.einsum("nhd,td->nht", q, k[:, 0]).relu())
     visible = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -244,6 +269,7 @@ def test_from_dense_to_an_answer(kind: str, tmp_path: Path) -> None:
     generate.
     """
     dense = ours(config(kind, vocab_size=4096, rope_parameters=LLAMA3, tie_word_embeddings=True))
+    dense.folder = model_path("base")  # so that its tokenizer goes with the model
     model = tokensieve.sparsify(dense, top_k=K, index_heads=8, index_dim=16)
     assert model.config.model_type == f"{kind}_dsa" and model.is_sparse and not dense.is_sparse
     assert model.config.index_rope_head_dim == 16
@@ -270,7 +296,7 @@ def test_from_dense_to_an_answer(kind: str, tmp_path: Path) -> None:
     ids = tokens(1, 100)
     with torch.no_grad():
         want = again.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 100:]
-    engine = Engine(again, tokensieve.load_tokenizer("base"), EngineConfig(pages=8, chunk=64))
+    engine = Engine(again, tokensieve.load_tokenizer(tmp_path / "sparse"), EngineConfig(pages=8, chunk=64))
     engine.add(Request("x", tuple(ids[0].tolist()), Sampling(max_tokens=6, ignore_eos=True)))
     got: list[int] = []
     while engine.busy:

@@ -1,11 +1,14 @@
 """Frequencies of every type of RoPE against those of transformers, over the widths of heads and of indexers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.support.grouped import ROPES
+from tests.support import models
+from tests.support.grouped import LINEAR, LLAMA3, ROPES
 from tokensieve.model.rope import frequencies
 
 PUBLISHED = {
@@ -34,3 +37,13 @@ def test_the_published_scaling_keeps_fast_pairs_and_slows_the_others() -> None:
     ratio = plain / scaled
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(8) and ratio.diff().min() > -1e-6
     assert ((ratio > 1.001) & (ratio < 7.999)).any()
+
+
+@pytest.mark.parametrize("rope", [LINEAR, LLAMA3], ids=["linear", "llama3"])
+@torch.no_grad()
+def test_latent_attention_takes_them_too(rope: dict, tmp_path: Path) -> None:
+    oracle, model = models.pair(models.config("v3", rope_parameters=rope), tmp_path)
+    ids = models.tokens(1, 90)
+    with models.margins(model) as gaps:
+        assert models.difference(model(ids).logits, oracle(ids).logits) < 1e-4
+    assert min(gaps) > 1e-6

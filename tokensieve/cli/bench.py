@@ -118,8 +118,10 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
 
     if shape not in FAMILIES:
         raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")
-    fields: dict[str, Any] = {} if experts is None else {FAMILIES[shape].experts_field: experts}
-    known = FAMILIES[shape].config()
+    known, counted = FAMILIES[shape].config(), FAMILIES[shape].experts_field
+    if experts is not None and not hasattr(known, counted):
+        raise UserError(f"--experts {experts}: a model of type {shape} has no experts; leave it out")
+    fields: dict[str, Any] = {} if experts is None else {counted: experts}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not hasattr(known, key):

@@ -17,7 +17,7 @@ from tokensieve.families import deepseek, grouped
 from tokensieve.families.deepseek import SparseConfig
 from tokensieve.families.family import AttentionCost, Entry, Experts, Family
 from tokensieve.families.rope_fields import check_rope
-from tokensieve.families.unsupported import nearest
+from tokensieve.families.unsupported import refusal
 
 __all__ = [
     "FAMILIES",
@@ -43,10 +43,7 @@ def family_of(config: Any, where: str = "config.json") -> Family:
     """The row of a config object, or of the fields of a config.json. UserError for a model_type without a row."""
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {kind!r} is not supported; use a checkpoint of type {', '.join(FAMILIES)}"
-            f"{nearest(kind, FAMILIES)}"
-        )
+        raise UserError(f"{where}: {refusal(kind, FAMILIES)}")
     return FAMILIES[str(kind)]
 
 
