@@ -1,10 +1,15 @@
-"""tokensieve: DeepSeek Sparse Attention for DeepSeek and Llama models: make them sparse, train, measure.
+"""tokensieve: DeepSeek Sparse Attention for DeepSeek, Llama, Mistral and Qwen models: make them sparse, train, measure.
 
 Names are resolved when first used, so that `from tokensieve import ops` loads torch and the operators and nothing else.
 """
 
 import importlib
 import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,3 +68,31 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_PACKAGES})
+
+
+# transformers' Auto classes open a `llama_dsa` folder once `tokensieve.model` is loaded, which takes seconds. So it is
+# loaded when a program loads the Auto classes, and not before.
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+
+
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        if "tokensieve.model" not in sys.modules:  # else it is being loaded, and registers itself at its end
+            importlib.import_module("tokensieve.model")
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path) if fullname == _AUTO_CLASSES else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _Loader(fullname, spec.origin)
+        return spec
+
+
+if _AUTO_CLASSES in sys.modules:
+    importlib.import_module("tokensieve.model")
+else:
+    sys.meta_path.insert(0, _Finder())

@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
 
 import tokensieve
-from tests.model.test_llama import SHAPE
-from tests.support import commands, models
+from tests.support import commands, grouped, models
 from tests.support.checkpoints import listing, random_tensors, sparse_config, write_folder
 from tokensieve import checkpoint
 
@@ -100,7 +98,7 @@ def test_bad_shards(case: str, run, tmp_path: Path) -> None:
 
 
 def test_a_family_that_ranks_cannot_divide(run, tmp_path: Path) -> None:
-    tokensieve.save(models.ours(LlamaConfig(**SHAPE)), tmp_path / "llama")
+    tokensieve.save(models.ours(grouped.config("llama")), tmp_path / "llama")
     refused = commands.refusal(run)
     for options in (("--model-parallel", 2), ("--reverse",)):
         refused(("type llama", "cannot be divided"), "convert", tmp_path / "llama", tmp_path / "out", *options)

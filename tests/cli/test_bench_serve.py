@@ -13,6 +13,9 @@ from tests.support import commands
 from tests.support.models import config, ours
 from tokensieve.bench import Workload, random_model, random_prompts, serve_load
 from tokensieve.bench.load import fill_with_noise
+from tokensieve.cli import bench
+from tokensieve.config import UserError
+from tokensieve.cost import shape_of
 from tokensieve.engine import Engine, EngineConfig
 from tokensieve.engine.runner import Runner
 from tokensieve.families import FAMILIES
@@ -137,3 +140,10 @@ def test_random_weights_are_drawn_and_norms_are_one() -> None:
 def test_bad_input(options: list[str], says: str, capsys) -> None:
     ended = commands.runner(capsys)("bench", "serve", *options)
     assert ended.status == 2 and says in str(ended)
+
+
+def test_experts_are_set_under_each_familys_own_name() -> None:
+    for shape in ("deepseek_v32", "qwen3_moe", "qwen3_moe_dsa"):
+        assert shape_of(bench._config(shape, ["num_hidden_layers=4"], 16)).experts == 16
+    with pytest.raises(UserError, match="--experts 16: a model of type llama has no experts"):
+        bench._config("llama", [], 16)

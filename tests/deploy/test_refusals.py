@@ -180,5 +180,5 @@ def test_refused_asks(home: Path, tmp_path: Path) -> None:
     assert "have no FP8" in reasons("sglang", home / "fp8", hardware="npu-a2", gpus=2)[0]
     assert "4096 positions" in reasons("vllm", sparse, context=4097)[0]
     grouped = shutil.copytree(sparse, tmp_path / "gqa")
-    edit(model_type="qwen3", architectures=["Qwen3ForCausalLM"])(grouped)
-    assert "'qwen3' is not supported" in reasons("vllm", grouped)[0]
+    edit(model_type="gemma3", architectures=["Gemma3ForCausalLM"])(grouped)
+    assert "'gemma3' is not supported" in reasons("vllm", grouped)[0]

@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 import tokensieve
-from tests.support import models
+from tests.support import grouped, models
 from tokensieve.engine.runner import Runner
 
 LENGTH, K = 200, 16
 NAMES = ("indexer", "dense", "window", "oracle")
 
 
-@pytest.fixture(scope="module", params=["v3", "llama"])
+@pytest.fixture(scope="module", params=["v3", "llama", "qwen3_moe"])
 def model(request):
-    if request.param == "llama":
+    if request.param in grouped.DENSE:
         widths = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-        config = LlamaConfig(**widths, num_hidden_layers=2, vocab_size=96, max_position_embeddings=512)
+        config = grouped.config(request.param, **widths, num_hidden_layers=2, vocab_size=96)
     else:
         config = models.config(request.param, num_hidden_layers=2)
     dense = models.ours(config)

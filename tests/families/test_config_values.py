@@ -12,7 +12,6 @@ from tests.support.models import SHAPE, config, ours, tokens
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.families import FAMILIES, model_config
-from tokensieve.families.llama import Grouped
 from tokensieve.model import DecoderForCausalLM
 
 
@@ -64,12 +63,12 @@ def test_other_values_are_refused_in_one_line(fields: dict[str, Any], complaint:
         DecoderForCausalLM(model_config(SHAPE | {"model_type": "deepseek_v3"} | fields))
 
 
-def test_each_projection_has_its_own_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family says which projections of the attention have a bias: llama all four, others may leave o_proj out."""
-    raw = SHAPE | {"model_type": "llama", "attention_bias": True, "num_key_value_heads": 2}
-    monkeypatch.setattr(Grouped, "biased", lambda self, config: ("q_proj", "k_proj", "v_proj"))
-    with torch.device("meta"):
-        model = DecoderForCausalLM(model_config(raw))
-    names = {name for name in model.state_dict() if name.endswith("_proj.bias")}
-    assert names == {f"model.layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in "qkv"}
-    assert model.state_dict().keys() == checkpoint.memory_layout(model.config).keys()
+def test_each_projection_has_its_own_bias() -> None:
+    """A family says which projections of the attention have a bias: llama all four if config.json does, qwen2 three."""
+    for kind, biased in (("llama", "qkvo"), ("qwen2", "qkv"), ("mistral", ""), ("qwen3", "qkvo")):
+        raw = SHAPE | {"model_type": kind, "attention_bias": True, "num_key_value_heads": 2, "sliding_window": None}
+        with torch.device("meta"):
+            model = DecoderForCausalLM(model_config(raw))
+        names = {name for name in model.state_dict() if name.endswith("_proj.bias")}
+        assert names == {f"model.layers.{i}.self_attn.{x}_proj.bias" for i in range(3) for x in biased}, kind
+        assert model.state_dict().keys() == checkpoint.memory_layout(model.config).keys()

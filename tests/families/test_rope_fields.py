@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.grouped import LLAMA3
 from tests.support.models import SHAPE, YARN
 from tokensieve.config import UserError
 from tokensieve.families import FAMILIES, model_config
@@ -11,7 +12,17 @@ from tokensieve.families import FAMILIES, model_config
 SCALED = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
 REFUSED: list[tuple[Any, str]] = [
     ({"type": "yarn", "original_max_position_embeddings": 64}, "of type 'yarn' lacks factor; copy it"),
-    *(({"type": kind}, f"rope type '{kind}' is not supported") for kind in ("longrope", "dynamic", "linear", "llama3")),
+    *(({"type": kind}, f"rope type '{kind}' is not supported, since its freq") for kind in ("longrope", "dynamic")),
+    ({"type": "mrope", "mrope_section": [1]}, "rope type 'mrope' is not supported, since it is for models that see"),
+    ({"type": "su"}, "rope type 'su' is not supported; tokensieve implements default, linear, llama3, yarn"),
+    ({"type": ["yarn"]}, r"rope type \['yarn'\] is not supported; tokensieve"),
+    ({"type": "linear"}, "of type 'linear' lacks factor; copy it"),
+    ({"type": "linear", "factor": None}, r"\.factor is None; it must be a number of at least 1"),
+    ({"type": "linear", "factor": 0.5}, r"\.factor is 0.5; it must be a number of at least 1"),
+    ({k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}, "of type 'llama3' lacks low_freq_factor; copy it"),
+    (LLAMA3 | {"high_freq_factor": 0}, r"\.high_freq_factor is 0; it must be a number above 0"),
+    (LLAMA3 | {"low_freq_factor": 4.0}, r"\.high_freq_factor is 4.0; it must be above low_freq_factor 4.0"),
+    (LLAMA3 | {"original_max_position_embeddings": None}, r"\.original_max_position_embeddings is None"),
     (SCALED | {"factor": "4"}, r"\.factor is '4'; it must be a number of at least 1"),
     (SCALED | {"factor": float("nan")}, r"\.factor is nan"),
     (SCALED | {"original_max_position_embeddings": 0}, r"\.original_max_position_embeddings is 0"),

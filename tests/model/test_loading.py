@@ -204,7 +204,7 @@ def test_an_fp8_checkpoint_with_its_mtp_layer(tmp_path: Path) -> None:
         ({"hidden_size": -3}, "hidden_size is -3; it must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
         ({"qk_rope_head_dim": 7}, "even"),
         ({"index_dtype": "int4"}, "index_dtype"),
         ({"index_dtype": "fp8", "index_head_dim": 24}, "index_head_dim 24 must be a power of two"),

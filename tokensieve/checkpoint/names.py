@@ -49,14 +49,14 @@ def _feed_forward(config: Any, layer: int) -> dict[str, tuple[int, ...]]:
 
     if family.dense_layer(config, layer):
         return mlp("mlp", config.intermediate_size, family.mlp_bias(config))
-    width, experts = config.moe_intermediate_size, config.n_routed_experts
-    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts, hidden)}
+    experts = family.experts(vars(config))
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (experts.routed, hidden)}
     if not family.softmax_router(config):
-        shapes["mlp.gate.e_score_correction_bias"] = (experts,)
-    for expert in range(experts):
-        shapes |= mlp(f"mlp.experts.{expert}", width)
-    if config.n_shared_experts:
-        shapes |= mlp("mlp.shared_experts", width * config.n_shared_experts)
+        shapes["mlp.gate.e_score_correction_bias"] = (experts.routed,)
+    for expert in range(experts.routed):
+        shapes |= mlp(f"mlp.experts.{expert}", experts.width)
+    if experts.shared:
+        shapes |= mlp("mlp.shared_experts", experts.width * experts.shared)
     return shapes
 
 

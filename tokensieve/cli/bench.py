@@ -58,6 +58,7 @@ def serve(
         known_folder(model)
     import tokensieve
     from tokensieve.bench import Workload, random_model, serve_load
+    from tokensieve.cost import shape_of
     from tokensieve.engine.tensor_parallel import load_rank
     from tokensieve.mesh import join_mesh
     from tokensieve.model.selection import resolve
@@ -85,7 +86,7 @@ def serve(
                 for load in (replace(load, top_k=k) for load in loads):
                     with stderr().status(f"{load.requests} requests of {load.prompt} tokens, {load.selection}"):
                         result = serve_load(served, tokenizer, load, prompts[load.prompt], mesh)
-                    sizes = {"ranks": mesh.size, "top_k": k, "experts": getattr(served.config, "n_routed_experts", 0)}
+                    sizes = {"ranks": mesh.size, "top_k": k, "experts": shape_of(served.config).experts}
                     rows.append(asdict(load) | sizes | asdict(result))
                     if mesh.leads:  # at once: the next load may be one too many
                         file = write_json(out / "metrics.json", figures)
@@ -117,8 +118,10 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
 
     if shape not in FAMILIES:
         raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")
-    fields: dict[str, Any] = {} if experts is None else {"n_routed_experts": experts}
-    known = FAMILIES[shape].config()
+    known, counted = FAMILIES[shape].config(), FAMILIES[shape].experts_field
+    if experts is not None and not hasattr(known, counted):
+        raise UserError(f"--experts {experts}: a model of type {shape} has no experts; leave it out")
+    fields: dict[str, Any] = {} if experts is None else {counted: experts}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals or not hasattr(known, key):

@@ -5,6 +5,7 @@ Source: the official demo's model.py for the shapes; sections 1 and 2 of the tec
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from tokensieve.families import AttentionCost, family_of
@@ -25,6 +26,7 @@ class Shape:
     shared_experts: int
     experts_per_token: int
     router_bias: bool
+    mlp_bias: bool
     vocabulary: int
     tied: bool
     index_heads: int
@@ -44,6 +46,7 @@ def shape_of(config: Any) -> Shape:
     family = family_of(config)
     fields = config if isinstance(config, Mapping) else vars(config) | {"model_type": family.model_type}
     moe_layers = family.moe_layers(fields)
+    experts = family.experts(fields) if moe_layers else None
 
     def read(name: str, present: bool = True) -> int:
         return required(fields, name) if present else 0
@@ -54,11 +57,12 @@ def shape_of(config: Any) -> Shape:
         moe_layers=moe_layers,
         attention=family.attention_cost(fields),
         dense_ffn=read("intermediate_size"),
-        expert_ffn=read("moe_intermediate_size", moe_layers > 0),
-        experts=read("n_routed_experts", moe_layers > 0),
-        shared_experts=(fields.get("n_shared_experts") or 0) if moe_layers else 0,
-        experts_per_token=read("num_experts_per_tok", moe_layers > 0),
+        expert_ffn=experts.width if experts else 0,
+        experts=experts.routed if experts else 0,
+        shared_experts=experts.shared if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
         router_bias=family.router_bias(fields),
+        mlp_bias=family.mlp_bias(SimpleNamespace(**fields)),
         vocabulary=read("vocab_size"),
         tied=bool(fields.get("tie_word_embeddings")),
         index_heads=read("index_n_heads", family.sparse),
@@ -94,11 +98,14 @@ def parameters(shape: Shape) -> Parameters:
     router = hidden * shape.experts
     dense_layers = shape.layers - shape.moe_layers
     dense_ffn = dense_layers * 3 * hidden * shape.dense_ffn
+    mlp_bias = dense_layers * (2 * shape.dense_ffn + hidden) * shape.mlp_bias
     moe_total = shape.moe_layers * ((shape.experts + shape.shared_experts) * expert + router)
     moe_active = shape.moe_layers * ((shape.experts_per_token + shape.shared_experts) * expert + router)
-    bias = shape.moe_layers * shape.experts * shape.router_bias
+    biases = shape.moe_layers * shape.experts * shape.router_bias + mlp_bias
     table = shape.vocabulary * hidden
-    fixed = shape.layers * (attention + norms) + hidden + indexer + dense_ffn + bias + table * (1 if shape.tied else 2)
+    fixed = (
+        shape.layers * (attention + norms) + hidden + indexer + dense_ffn + biases + table * (1 if shape.tied else 2)
+    )
     return Parameters(
         total=fixed + moe_total,
         active=fixed + moe_active,

@@ -1,7 +1,8 @@
 """The families of models that tokensieve knows: a table of rows, and the look-up of a config's row.
 
-To add a family, write its rows in one file beside `llama.py`, dense and sparse: the abstract methods of `Family`, and a
-config class of the sparse form. If no class of `tokensieve.model` attends as it does, that class is a second file.
+To add a family, write its rows, dense and sparse: in `grouped.py` if it has grouped keys and values, else in a file
+beside it with the abstract methods of `Family` and a config class of the sparse form. If no class of `tokensieve.model`
+attends as it does, that class is a second file.
 """
 
 from collections.abc import Mapping
@@ -12,20 +13,20 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from tokensieve.config import UserError
-from tokensieve.families import deepseek, llama
+from tokensieve.families import deepseek, grouped
 from tokensieve.families.deepseek import SparseConfig
-from tokensieve.families.family import AttentionCost, Entry, Family
-from tokensieve.families.llama import SparseLlamaConfig
+from tokensieve.families.family import AttentionCost, Entry, Experts, Family
 from tokensieve.families.rope_fields import check_rope
+from tokensieve.families.unsupported import refusal
 
 __all__ = [
     "FAMILIES",
     "AttentionCost",
     "Entry",
+    "Experts",
     "Family",
     "ModelConfig",
     "SparseConfig",
-    "SparseLlamaConfig",
     "family_of",
     "is_sparse",
     "model_config",
@@ -34,7 +35,7 @@ __all__ = [
 ModelConfig: TypeAlias = PreTrainedConfig  # of any family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {row.model_type: row for row in (*deepseek.FAMILIES, *llama.FAMILIES)}
+    {row.model_type: row for row in (*deepseek.FAMILIES, *grouped.FAMILIES)}
 )
 
 
@@ -42,9 +43,7 @@ def family_of(config: Any, where: str = "config.json") -> Family:
     """The row of a config object, or of the fields of a config.json. UserError for a model_type without a row."""
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type {kind!r} is not supported; use a checkpoint of type {', '.join(FAMILIES)}"
-        )
+        raise UserError(f"{where}: {refusal(kind, FAMILIES)}")
     return FAMILIES[str(kind)]
 
 

@@ -40,7 +40,8 @@ class Entry(NamedTuple):
 class AttentionCost(NamedTuple):
     """Costs of the attention of one layer, in numbers; `tokensieve.cost` converts them to FLOPs and bytes.
 
-    heads: query heads. weights: parameters that multiply each token. norms: parameters of norms inside the attention.
+    heads: query heads. weights: parameters that multiply each token. norms: parameters of norms and biases inside the
+    attention.
     masked: multiplications per head, query and key, score and value, if keys and values are read per head.
     gathered: the same if the cached entries themselves are read. score: those of the score alone, per head.
     cached: numbers per token in the cache. rotated: how many of them carry positions and stay bfloat16 in an FP8 cache.
@@ -57,6 +58,24 @@ class AttentionCost(NamedTuple):
     rotated: int
     kept: int
     index_source: int
+
+
+class Experts(NamedTuple):
+    """The experts of one layer.
+
+    routed: their number, of which `per_token` get a token. width: the inner width of each. shared: further experts,
+    which every token passes through. groups, best_groups: a token's experts are in `best_groups` of `groups` groups.
+    scale: a factor on the routed experts' weights. normalize: whether the weights sum to 1 before it.
+    """
+
+    routed: int
+    per_token: int
+    width: int
+    shared: int
+    groups: int
+    best_groups: int
+    scale: float
+    normalize: bool
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,10 @@ class Family(ABC):
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
     engines_encode_chat: bool = False  # whether vLLM and SGLang encode chats without a chat template
+    head_norms: bool = False  # whether queries and keys are normalized per head before they are rotated
     divisible: ClassVar[bool] = False  # whether ranks can divide such a model, as the official demo's shards do
+    index_rope_scaled: ClassVar[bool] = True  # whether YaRN's factor on cos and sin is the indexer's too
+    experts_field: ClassVar[str] = "n_routed_experts"  # field with the number of routed experts
 
     @property
     def sparse(self) -> bool:
@@ -119,7 +141,21 @@ class Family(ABC):
         """Whether the router's scores are a softmax without a correction bias, rather than sigmoids with one."""
         return False
 
+    def experts(self, fields: Mapping[str, Any]) -> Experts:
+        """The experts of a layer that has them, from the fields of config.json. UserError for a missing field."""
+        return Experts(
+            routed=required(fields, self.experts_field),
+            per_token=required(fields, "num_experts_per_tok"),
+            width=required(fields, "moe_intermediate_size"),
+            shared=fields.get("n_shared_experts") or 0,
+            groups=fields.get("n_group") or 1,
+            best_groups=fields.get("topk_group") or 1,
+            scale=fields.get("routed_scaling_factor", 1.0),
+            normalize=bool(fields.get("norm_topk_prob")),
+        )
+
     def mlp_bias(self, config: Any) -> bool:
+        """Whether the MLPs of layers without experts have biases."""
         return False
 
     def biased(self, config: Any) -> tuple[str, ...]:
@@ -191,7 +227,9 @@ COMMON_SIZES = (
 ).split()
 
 
-SWITCHES = ("attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob")
+SWITCHES = (
+    "attention_bias mlp_bias tie_word_embeddings norm_topk_prob use_sliding_window output_router_logits"
+).split()
 
 
 def required(fields: Mapping[str, Any], name: str) -> int:

@@ -1,7 +1,7 @@
-"""The fields of config.json about rotary positions: which types are supported, and which values YaRN needs.
+"""The fields of config.json about rotary positions: which types are supported, and which values they need.
 
 The published form is `rope_scaling` beside `rope_theta`, that of transformers 5 is `rope_parameters` with both in it.
-Source: YaRN, arXiv 2309.00071; the config.json of DeepSeek-V3.2-Exp.
+Source: YaRN, arXiv 2309.00071; the config.json of DeepSeek-V3.2-Exp, Llama 3.1 and Qwen2.5.
 """
 
 import math
@@ -10,17 +10,26 @@ from typing import Any
 
 from tokensieve.config import UserError
 
-_SUPPORTED = ("default", "yarn")
-# field: the smallest value, and whether the field may be null or missing
-_NUMBERS = {
-    "factor": (1.0, True),
-    "original_max_position_embeddings": (1.0, False),
-    "beta_fast": (1e-6, True),
-    "beta_slow": (1e-6, True),
-    "mscale": (0.0, True),
-    "mscale_all_dim": (0.0, True),
-    "attention_factor": (1e-6, True),
+# of each type: field: the smallest value, and whether null stands for a default
+_SCALE = {"factor": (1.0, False)}
+_ORIGINAL = {"original_max_position_embeddings": (1.0, False)}
+_NUMBERS: dict[str, dict[str, tuple[float, bool]]] = {
+    "default": {},
+    "linear": _SCALE,
+    "llama3": _SCALE | _ORIGINAL | {"low_freq_factor": (1e-6, False), "high_freq_factor": (1e-6, False)},
+    "yarn": {
+        "factor": (1.0, True),
+        **_ORIGINAL,
+        "beta_fast": (1e-6, True),
+        "beta_slow": (1e-6, True),
+        "mscale": (0.0, True),
+        "mscale_all_dim": (0.0, True),
+        "attention_factor": (1e-6, True),
+    },
 }
+_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")  # the others have defaults
+_CHANGING = "its frequencies change with the length of the text, and keys in a cache are rotated already"
+_REASONS = {"dynamic": _CHANGING, "longrope": _CHANGING, "mrope": "it is for models that see images"}
 
 
 def rope_type(rope: Mapping[str, Any]) -> Any:
@@ -29,7 +38,7 @@ def rope_type(rope: Mapping[str, Any]) -> Any:
 
 
 def check_rope(name: str, rope: Any) -> None:
-    """Raises UserError, naming the field, for an unsupported type and for values that YaRN cannot have.
+    """Raises UserError, naming the field, for an unsupported type and for values that a type cannot have.
 
     name: the field of config.json that holds `rope`, which is a mapping, or None or empty for plain frequencies.
     """
@@ -44,17 +53,24 @@ def check_rope(name: str, rope: Any) -> None:
                 "which are not supported; give one set of rotary fields"
             )
     kind = rope_type(rope)
-    if kind not in _SUPPORTED:
-        raise UserError(f"config.json: rope type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'")
+    if str(kind) not in _NUMBERS:
+        reason = f", since {_REASONS[str(kind)]}" if str(kind) in _REASONS else ""
+        raise UserError(
+            f"config.json: rope type {kind!r} is not supported{reason}; tokensieve implements {', '.join(_NUMBERS)}"
+        )
     check_number(f"{name}.rope_theta", rope.get("rope_theta", 10000.0), 1e-6)
-    if kind == "default":
-        return
-    if "factor" not in rope:
-        raise UserError(f"config.json: {name} of type 'yarn' lacks factor; copy it from the original config.json")
-    for field, (least, optional) in _NUMBERS.items():
-        value = rope.get(field, None if optional else 1)  # transformers replaces a missing original by the model's own
-        if value is not None or not optional:
-            check_number(f"{name}.{field}", value, least)
+    for field, (least, nullable) in _NUMBERS[kind].items():
+        if field in rope and not (nullable and rope[field] is None):
+            check_number(f"{name}.{field}", rope[field], least)
+        elif field not in rope and field in _NEEDED:
+            raise UserError(
+                f"config.json: {name} of type {kind!r} lacks {field}; copy it from the original config.json"
+            )
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UserError(
+            f"config.json: {name}.high_freq_factor is {rope['high_freq_factor']}; it must be above low_freq_factor "
+            f"{rope['low_freq_factor']}"
+        )
 
 
 def check_number(name: str, value: Any, least: float) -> None:

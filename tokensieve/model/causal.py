@@ -155,10 +155,16 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     ) -> "DecoderForCausalLM":
         """`tokensieve.load` under transformers' name.
 
-        `AutoModelForCausalLM` opens these folders too, but in transformers' own class. `torch_dtype` is the old name of
-        `dtype`. Of transformers' other options those are accepted that change nothing here (`NEUTRAL`), and any that is
-        None. Raises UserError for the rest, for an unknown dtype or device, and as `load` does.
+        `AutoModelForCausalLM` opens these folders too, in this class if transformers has none of its own for the family
+        (`llama_dsa`, not `deepseek_v32`). `torch_dtype` is the old name of `dtype`. Of transformers' other options
+        those are accepted that change nothing here (`NEUTRAL`), and any that is None. Raises UserError for the rest,
+        for an unknown dtype or device, and as `load` does.
         """
+        others.pop("_from_auto", None)
+        if not (others.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+            others.pop(
+                "adapter_kwargs", None
+            )  # of AutoModelForCausalLM if PEFT is installed, whether or not there is one
         for name, value in others.items():
             if value is not None and value not in NEUTRAL.get(name, ()):
                 raise UserError(f"from_pretrained: {name}={value!r} is not supported; leave it out")

@@ -36,19 +36,20 @@ class Router(nn.Module):
 
     V3 ("sigmoid"): scores = sigmoid(logits); a correction bias is added for the choice only. Groups are ranked by the
     sum of their two best biased scores and only the best `topk_group` groups are considered. Weights = unbiased scores,
-    normalized to sum 1, times the scale. V2 ("softmax"): scores = softmax(logits); groups are ranked by their best
-    score; weights = scores times the scale. Source: DeepSeek-V3 report, section 2.1.2; official demo, class Gate.
+    normalized to sum 1, times the scale. V2 and Qwen3 ("softmax"): scores = softmax(logits); groups are ranked by their
+    best score; weights = scores (Qwen3: normalized if `norm_topk_prob`) times the scale. Source: DeepSeek-V3 report,
+    section 2.1.2; official demo, class Gate; Qwen3, arXiv 2505.09388, section 2.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.experts = config.n_routed_experts
-        self.groups, self.best_groups = config.n_group or 1, config.topk_group or 1
-        self.scale = config.routed_scaling_factor
-        self.softmax = family_of(config).softmax_router(config)
+        family = family_of(config)
+        experts = family.experts(vars(config))
+        self.top_k, self.experts = experts.per_token, experts.routed
+        self.groups, self.best_groups = experts.groups, experts.best_groups
+        self.scale, self.normalize = experts.scale, experts.normalize
+        self.softmax = family.softmax_router(config)
         self.limited = getattr(config, "topk_method", "noaux_tc") != "greedy"
-        self.normalize = bool(config.norm_topk_prob)
         self.weight = nn.Parameter(torch.empty(self.experts, config.hidden_size))
         if not self.softmax:
             self.e_score_correction_bias: Tensor
@@ -88,7 +89,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        experts = family_of(config).experts(vars(config))
+        E, D, width = experts.routed, config.hidden_size, experts.width
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
@@ -184,13 +186,14 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts plus the shared one, which every token passes through."""
+    """Routed experts plus the shared one, if there is one, which every token passes through."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        shared = config.moe_intermediate_size * (config.n_shared_experts or 0)
+        experts = family_of(config).experts(vars(config))
+        shared = experts.width * experts.shared
         self.shared_experts = MLP(config.hidden_size, shared) if shared else None
 
     def forward(self, x_ND: Tensor, real: int | None = None) -> tuple[Tensor, Tensor | None]:

@@ -1,11 +1,12 @@
-"""Rotary position embedding: YaRN frequencies, and the two layouts that must not be confused.
+"""Rotary position embedding: scaled frequencies, and the two layouts that must not be confused.
 
 MLA rotates the last dims of q and the shared k_R in the INTERLEAVED layout: dims (0, 1), (2, 3), ... form the pairs.
 The indexer rotates the first dims of q_I and k_I in the HALF-SPLIT layout: dims (0, d/2), (1, d/2 + 1), ... form the
 pairs. Swapping them does not crash; it ruins retrieval. The cache stores rotated MLA keys in the interleaved order of
 the official demo (transformers stores them de-interleaved; dot products agree, cache contents do not).
 
-Sources: official demo, `precompute_freqs_cis` and `apply_rotary_emb`; YaRN, arXiv 2309.00071.
+Sources: official demo, `precompute_freqs_cis` and `apply_rotary_emb`; YaRN, arXiv 2309.00071; linear interpolation,
+arXiv 2306.15595; Llama 3.1's scaling, `apply_scaling` of its reference implementation.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokensieve.families.rope_fields import rope_type
 from tokensieve.ops.eager import is_single_token
 
 Rows = slice | Tensor | None  # some of a pass's tokens: a slice, their indices, or None for all
@@ -54,42 +56,65 @@ def _mscale(factor: float, mscale: float) -> float:
 def frequencies(rope: dict[str, Any], width: int, max_positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies (width/2) float32 in radians per token, and the factor on cos and sin.
 
-    `rope` is the config's rope_parameters. YaRN divides the slow frequencies (under beta_slow turns in the original
-    context) by `factor`, keeps the fast ones (over beta_fast turns), and blends linearly in between,
-    from and to whole dims unless `truncate` is false.
+    `rope` is the config's rope_parameters. A scaled type divides the slow frequencies by `factor`, keeps the fast ones,
+    and blends linearly in between. They differ in which are slow: all of them ("linear"), those under low_freq_factor
+    turns in the original context, the blend reaching to high_freq_factor turns ("llama3"), or those under beta_slow
+    turns, the blend reaching to beta_fast turns ("yarn"). "llama3" blends by turns. "yarn" blends by dims, from and to
+    whole ones unless `truncate` is false, and alone has a factor on cos and sin other than 1.
     """
-    theta = float(rope.get("rope_theta", 10000.0))
     exponent = torch.arange(0, width, 2, dtype=torch.float32) / width
-    plain = 1.0 / (theta**exponent)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    plain = 1.0 / (_theta(rope) ** exponent)
+    kind = rope_type(rope)
     if kind == "default":
         return plain, 1.0
-    if kind != "yarn":
-        raise ValueError(f"rope_type {kind!r} is not supported; tokensieve implements 'default' and 'yarn'")
-    original = rope["original_max_position_embeddings"]
-    factor = rope.get("factor") or max_positions / original
+    if kind not in _SLOW:
+        raise ValueError(f"rope_type {kind!r} is not supported; tokensieve implements default, {', '.join(_SLOW)}")
+    factor = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
+    slow = _SLOW[kind](rope, plain)
+    return plain / factor * slow + plain * (1 - slow), _attention_factor(rope, factor) if kind == "yarn" else 1.0
+
+
+def _theta(rope: dict[str, Any]) -> float:
+    return float(rope.get("rope_theta", 10000.0))
+
+
+def _slow_in_llama3(rope: dict[str, Any], plain: Tensor) -> Tensor:
+    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    return 1 - ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _slow_in_yarn(rope: dict[str, Any], plain: Tensor) -> Tensor:
+    original, width = rope["original_max_position_embeddings"], 2 * len(plain)
 
     def dim_with(turns: float) -> float:
-        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(_theta(rope)))
 
     low, high = dim_with(rope.get("beta_fast") or 32), dim_with(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
-    blended = plain / factor * ramp + plain * (1 - ramp)
+    return ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+# type: the share (width/2) of each frequency that is divided by the factor
+_SLOW: dict[str, Callable[[dict[str, Any], Tensor], Tensor]] = {
+    "linear": lambda rope, plain: torch.ones_like(plain),
+    "llama3": _slow_in_llama3,
+    "yarn": _slow_in_yarn,
+}
+
+
+def _attention_factor(rope: dict[str, Any], factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
     mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    attention_factor = rope.get("attention_factor")
-    if attention_factor is None:
-        attention_factor = (
-            _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
-        )
-    return blended, float(attention_factor)
+    return _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
 
 
 def softmax_factor(rope: dict[str, Any], max_positions: int) -> float:
     """A factor on width**-0.5: the squared YaRN mscale if `mscale_all_dim` is set, else 1. The indexer has none."""
-    if rope.get("rope_type", rope.get("type", "default")) == "default" or not rope.get("mscale_all_dim"):
+    if rope_type(rope) == "default" or not rope.get("mscale_all_dim"):
         return 1.0
     factor = rope.get("factor") or max_positions / rope["original_max_position_embeddings"]
     return _mscale(factor, rope["mscale_all_dim"]) ** 2

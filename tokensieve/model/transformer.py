@@ -102,7 +102,8 @@ class Frequencies(NamedTuple):
 
     attention: Tensor  # (width / 2)
     indexer: Tensor | None  # None: the tables of the attention serve the indexer too
-    factor: float
+    factor: float  # on cos and sin
+    index_factor: float
     interleaved: bool
     softmax_factor: float
 
@@ -256,7 +257,7 @@ class Trunk(DecoderPreTrainedModel):
         known = self._frequencies[yarn, device]
         attention = index = tables(positions_N, known.attention, known.factor, known.interleaved)
         if known.indexer is not None:
-            index = tables(positions_N, known.indexer, known.factor, False)
+            index = tables(positions_N, known.indexer, known.index_factor, False)
         return Rotation(attention, index, known.softmax_factor)
 
     def _frequencies_on(self, device: torch.device, yarn: bool) -> "Frequencies":
@@ -268,11 +269,13 @@ class Trunk(DecoderPreTrainedModel):
         with torch.device("cpu"):
             inverse, factor = frequencies(rope, width, longest)
             index = frequencies(rope, family.index_rope(config), longest)[0] if family.sparse else None
-        same = not interleaved and index is not None and len(index) == len(inverse)
+        index_factor = factor if family.index_rope_scaled else 1.0
+        same = not interleaved and index is not None and len(index) == len(inverse) and index_factor == factor
         return Frequencies(
             inverse.to(device),
             None if index is None or same else index.to(device),
             factor,
+            index_factor,
             interleaved,
             softmax_factor(rope, longest) if family.softmax_mscale else 1.0,
         )
