@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from tokensieve.config import UserError
-from tokensieve.families import deepseek, glm, llama
+from tokensieve.families import deepseek, glm, kimi, llama
 from tokensieve.families.deepseek import SparseConfig
 from tokensieve.families.family import AttentionCost, Entry, Family
 from tokensieve.families.llama import SparseLlamaConfig
@@ -34,7 +34,7 @@ __all__ = [
 ModelConfig: TypeAlias = PreTrainedConfig  # of any family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {row.model_type: row for row in (*deepseek.FAMILIES, *glm.FAMILIES, *llama.FAMILIES)}
+    {row.model_type: row for row in (*deepseek.FAMILIES, *kimi.FAMILIES, *glm.FAMILIES, *llama.FAMILIES)}
 )
 
 

@@ -1,5 +1,6 @@
 """The model: a decoder of a known family, dense or with a lightning indexer, as a Hugging Face `PreTrainedModel`."""
 
+from tokensieve.model.auto import register
 from tokensieve.model.cache import LatentCache
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.context import ForwardOptions, selecting, with_options
@@ -28,3 +29,5 @@ __all__ = [
     "sparsify",
     "with_options",
 ]
+
+register()
