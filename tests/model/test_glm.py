@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Glm4MoeLiteConfig, GlmMoeDsaConfig
 
 import tokensieve
+from tests.support import oracle
 from tests.support.models import SHAPE, config, difference, margins, ours, pair, random_config, tokens
 from tests.support.training import OPTIMIZER, apart, batch, indexers, step_gradients
 from tokensieve import cost
@@ -42,31 +43,44 @@ def glm(kinds: str = "FSFS", seed: int = 0, **changes: Any) -> DecoderForCausalL
 @torch.no_grad()
 def test_logits_equal_those_of_transformers(seed: int, tmp_path: Path) -> None:
     """Whole, up to k, in chunks, step by step and padded; and both programs open what we save, bit for bit."""
-    oracle, model = pair(random_config("glm", seed), tmp_path / "theirs", seed)
-    assert type(oracle).__name__ == "GlmMoeDsaForCausalLM"
+    reference, model = pair(random_config("glm", seed), tmp_path / "theirs", seed)
+    assert type(reference).__name__ == "GlmMoeDsaForCausalLM"
     ids = tokens(2, LENGTH, seed)
-    want = oracle(ids).logits
+    want = reference(ids).logits
     with margins(model) as gaps:
         got = model(ids).logits
         assert float(want.abs().max()) > 1.0 and difference(got, want) < TOLERANCE
         short = ids[:, : model.config.index_topk]
-        assert difference(model(short).logits, oracle(short).logits) < TOLERANCE
+        assert difference(model(short).logits, reference(short).logits) < TOLERANCE
         cache, parts = LatentCache(), []
         for a, b in ((0, 40), (40, 41), (41, 42), (42, LENGTH)):
             parts.append(model(ids[:, a:b], past_key_values=cache, use_cache=True).logits)
         assert difference(torch.cat(parts, 1), want) < TOLERANCE
         mask = torch.ones_like(ids)
         mask[0, :17] = 0
-        a, b = model(ids, attention_mask=mask).logits, oracle(ids, attention_mask=mask).logits
+        a, b = model(ids, attention_mask=mask).logits, reference(ids, attention_mask=mask).logits
         assert difference(a[mask == 1], b[mask == 1]) < TOLERANCE
     assert min(gaps, default=1.0) > CLEAR, "a choice hangs on rounding: take another seed"
     assert tokensieve.save(model, tmp_path / "ours")[0].startswith("vLLM, SGLang")  # of the small widths alone
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert type(again) is type(oracle) and torch.equal(again(ids).logits, want)
+    assert type(again) is type(reference) and torch.equal(again(ids).logits, want)
     assert torch.equal(tokensieve.load(tmp_path / "ours")(ids).logits, model(ids).logits)
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     kinds = "".join(kind[0].upper() for kind in written["indexer_types"])
-    assert written["indexer_rope_interleave"] is True and written.get("index_topk_pattern", kinds) == kinds
+    assert written["indexer_rope_interleave"] is True
+    assert written.get("index_topk_pattern") == (kinds if "S" in kinds else None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 9])
+def test_e4m3_queries_are_rotated_as_the_others(length: int) -> None:
+    """What quantized pages are scored with: the same q_I and w, but for the scales that are folded into w."""
+    model = glm(index_dtype="fp8", index_head_dim=128)
+    layer, h, source = model.model.layers[0].self_attn.indexer, torch.randn(length, 48), torch.randn(length, 32)
+    rotation = model.model.rotation(torch.arange(5, 5 + length))
+    (q, w), (q8, w8) = (x(source, h, rotation.indexer) for x in (layer.queries, layer.e4m3_queries))
+    assert q8.dtype == torch.float8_e4m3fn
+    oracle.assert_close(q8.float() * w8.unsqueeze(-1), q * w.unsqueeze(-1), 1e-5, 1e-5)
 
 
 @torch.no_grad()
@@ -173,8 +187,14 @@ def test_costs_are_those_of_transformers() -> None:
     shape = cost.shape_of(PUBLISHED)
     assert (every.index_layers, shape.index_layers) == (78, 21)
     assert cost.cache_bytes_per_token(every, "fp8") - cost.cache_bytes_per_token(shape, "fp8") == 57 * 132
+    reads = [cost.decode_cache_bytes(x, 100_000, "fp8") for x in (every, shape)]
+    assert reads[0] - reads[1] == 57 * 100_000 * 132
     one = 2 * 100_000 * (2048 * 32 * 128 + 6144 * 160) + 100_000 * 100_001 // 2 * 2 * 32 * 129
     assert cost.forward_flops(every, 100_000) - cost.forward_flops(shape, 100_000) == 57 * one
+    learning = one * 2 + 100_000 * 100_001 // 2 * (2 * 64 * 256 + 4 * 32 * 128 - 2 * 32 * 129)
+    assert cost.train_flops(every, "warmup", 100_000) - cost.train_flops(shape, "warmup", 100_000) == 57 * learning
+    kept = [cost.activation_bytes(x, "adapt", 1, 2, checkpointing=False) for x in (every, shape)]
+    assert kept[0] - kept[1] == 57 * (2 * (2 * 33 * 128 + 32) + 4 * 2048)
 
 
 def test_the_published_shape() -> None:
@@ -214,15 +234,17 @@ def test_null_is_the_default_of_the_fields_about_sharing() -> None:
 @torch.no_grad()
 def test_the_dense_relative_becomes_a_glm_5(tmp_path: Path) -> None:
     """Its logits are transformers', and those of the sparse form up to k; transformers opens that as GLM-5."""
-    dense_config = Glm4MoeLiteConfig(**SHAPE | {"n_group": 1, "topk_group": 1})
-    oracle, dense = pair(dense_config, tmp_path / "theirs")
+    shape = {k: v for k, v in SHAPE.items() if k != "first_k_dense_replace"} | {"n_group": 1, "topk_group": 1}
+    dense_config = Glm4MoeLiteConfig(**shape)
+    reference, dense = pair(dense_config, tmp_path / "theirs")
     ids = tokens(2, LENGTH)
-    assert difference(dense(ids).logits, oracle(ids).logits) < TOLERANCE
-    counted = sum(x.numel() for x in oracle.parameters()) + 2 * 8
+    assert difference(dense(ids).logits, reference(ids).logits) < TOLERANCE
+    counted = sum(x.numel() for x in reference.parameters()) + 2 * 8
     assert cost.parameters(cost.shape_of(dense.config)).total == counted
-    tokensieve.save(dense, tmp_path / "dense")
+    assert tokensieve.save(dense, tmp_path / "dense") == []
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["first_k_dense_replace"] == 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-    assert type(again) is type(oracle) and torch.equal(again(ids).logits, oracle(ids).logits)
+    assert type(again) is type(reference) and torch.equal(again(ids).logits, reference(ids).logits)
     sparse = tokensieve.sparsify(dense, top_k=16, index_heads=32, index_dim=16)
     assert sparse.config.model_type == "glm_moe_dsa" and sparse.config.mlp_layer_types == ["dense", "sparse", "sparse"]
     assert difference(sparse(ids[:, :16]).logits, dense(ids[:, :16]).logits) < TOLERANCE

@@ -98,8 +98,8 @@ def random_config(family: str, seed: int) -> Any:
         changes |= {"index_n_heads": draw.choice([32, 48]), "index_head_dim": draw.choice([rope, 24, 32])}
         changes |= {"index_topk": draw.choice([8, 16, 31])}
     if family == "glm":
-        kinds = draw.choice(["FFF", "FSS", "FFSS", "FSFS"])
-        changes |= {"index_topk_pattern": kinds, "num_hidden_layers": len(kinds)}
+        kinds = [{"F": "full", "S": "shared"}[kind] for kind in draw.choice(["FFF", "FSS", "FFSS", "FSFS"])]
+        changes |= {"indexer_types": kinds, "num_hidden_layers": len(kinds)}
     return config(family, **changes)
 
 

@@ -245,7 +245,7 @@ class DeepSeek(Family):
             )
         kinds = getattr(config, "mlp_layer_types", None)
         if kinds is not None and kinds != _layer_kinds(
-            config.num_hidden_layers, getattr(config, "first_k_dense_replace", None) or 0
+            config.num_hidden_layers, getattr(config, "first_k_dense_replace", kinds.count("dense"))
         ):
             reasons.append(engines + "dense layers can only come first (mlp_layer_types)")
         if not self.sparse:

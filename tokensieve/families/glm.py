@@ -28,13 +28,11 @@ class SparseGlmConfig(GlmMoeDsaConfig):
 
 
 class Glm4(DeepSeek):
-    def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """As in `DeepSeek`; one dense layer comes first unless the config says otherwise, as in transformers."""
-        return super().readable({"first_k_dense_replace": 1} | dict(raw))
-
     def sparse_fields(self, config: Any) -> dict[str, Any]:
-        kinds = config.mlp_layer_types
-        return super().sparse_fields(config) | {"mlp_layer_types": kinds, "first_k_dense_replace": kinds.count("dense")}
+        return super().sparse_fields(config) | _layer_kinds(config.mlp_layer_types)
+
+    def tidy(self, fields: dict[str, Any], mtp: bool) -> dict[str, Any]:
+        return super().tidy(fields, mtp) | _layer_kinds(fields["mlp_layer_types"])
 
 
 class Glm5(DeepSeek):
@@ -75,6 +73,11 @@ class Glm5(DeepSeek):
         fields = {"indexer_rope_interleave": True} | super().tidy(fields, mtp)
         kinds = fields.get("indexer_types") or ()
         return fields | ({"index_topk_pattern": "".join(k[0].upper() for k in kinds)} if "shared" in kinds else {})
+
+
+def _layer_kinds(kinds: list[str]) -> dict[str, Any]:
+    """The fields that say which layers are dense: transformers reads the list, vLLM and SGLang the number."""
+    return {"mlp_layer_types": kinds, "first_k_dense_replace": kinds.count("dense")}
 
 
 FAMILIES = (
