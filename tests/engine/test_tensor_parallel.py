@@ -31,6 +31,7 @@ KINDS: dict[str, Any] = {
     "sparse fp8": config("v32", index_dtype="fp8"),
     "tied": config("v32", tie_word_embeddings=True),
     "no shared expert": config("v3", n_shared_experts=0),
+    "layers share a selection": config("glm", index_topk_pattern="FSS"),
 }
 # Sums over ranks have another order: float32 rounds each by 2^-24 of about 5, a few dozen times one after the other.
 TOLERANCE = 3e-5

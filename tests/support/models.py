@@ -12,11 +12,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, Dee
 
 import tokensieve
 from tokensieve.families import SparseConfig
+from tokensieve.families.glm import SparseGlmConfig
 from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.moe import Router
 from tokensieve.model.selection import indexer
 
-CLASSES = {"v2": DeepseekV2Config, "v3": DeepseekV3Config, "v32": SparseConfig}
+CLASSES = {"v2": DeepseekV2Config, "v3": DeepseekV3Config, "v32": SparseConfig, "glm": SparseGlmConfig}
+SPARSE = ("v32", "glm")
 VOCAB = 96
 SHAPE = {
     "vocab_size": VOCAB,
@@ -54,7 +56,7 @@ ROPES: list[dict[str, Any] | None] = [
 
 
 def config(family: str, **changes: Any) -> Any:
-    own = INDEXER if family == "v32" else {"topk_method": "group_limited_greedy"} if family == "v2" else {}
+    own = INDEXER if family in SPARSE else {"topk_method": "group_limited_greedy"} if family == "v2" else {}
     return CLASSES[family](**(SHAPE | own | changes))
 
 
@@ -77,7 +79,7 @@ def random_config(family: str, seed: int) -> Any:
         "routed_scaling_factor": draw.choice([1.0, 2.5]),
         "first_k_dense_replace": draw.choice([0, 0, 1, 1, 3]),
         "kv_lora_rank": draw.choice([16, 24, 40]),
-        "q_lora_rank": draw.choice([20, 32]) if family == "v32" else draw.choice([None, 20, 32]),
+        "q_lora_rank": draw.choice([20, 32]) if family in SPARSE else draw.choice([None, 20, 32]),
         "qk_rope_head_dim": rope,
         "qk_nope_head_dim": draw.choice([8, 12, 24]),
         "v_head_dim": draw.choice([8, 20, 32]),
@@ -92,9 +94,12 @@ def random_config(family: str, seed: int) -> Any:
         changes |= {"norm_topk_prob": draw.random() < 0.7}
     if family == "v3":
         changes |= {"rope_interleave": draw.random() < 0.6}
-    if family == "v32":
+    if family in SPARSE:
         changes |= {"index_n_heads": draw.choice([32, 48]), "index_head_dim": draw.choice([rope, 24, 32])}
         changes |= {"index_topk": draw.choice([8, 16, 31])}
+    if family == "glm":
+        kinds = [{"F": "full", "S": "shared"}[kind] for kind in draw.choice(["FFF", "FSS", "FFSS", "FSFS"])]
+        changes |= {"indexer_types": kinds, "num_hidden_layers": len(kinds)}
     return config(family, **changes)
 
 

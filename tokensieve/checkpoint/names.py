@@ -30,7 +30,7 @@ def expected_tensors(config: Any) -> dict[str, tuple[int, ...]]:
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
         }
-        attention = family.attention_tensors(config) | family.indexer_tensors(config)
+        attention = family.attention_tensors(config) | family.indexer_tensors(config, layer)
         parts |= {f"self_attn.{name}": shape for name, shape in attention.items()} | _feed_forward(config, layer)
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in parts.items()}
     shapes["model.norm.weight"] = (hidden,)

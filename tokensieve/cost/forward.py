@@ -71,7 +71,8 @@ def forward_flops(
     if mode is None:
         mode = "mqa" if tokens == 1 or (sparse and mqa < mha) else "mha"
     attention = shape.layers * (mha if mode == "mha" else mqa)
-    index = 2 * counts.indexer_matmul * tokens + shape.layers * visible * index_flops_per_key(shape) if sparse else 0
+    scores = shape.index_layers * visible * index_flops_per_key(shape)
+    index = 2 * counts.indexer_matmul * tokens + scores if sparse else 0
     return float(linear + attention + index)
 
 
@@ -84,7 +85,7 @@ def latent_bytes(shape: Shape, layout: Layout) -> int:
 
 
 def index_bytes(shape: Shape, layout: Layout) -> int:
-    """Bytes of one token's index key in one layer: 132 in FP8 for the 671B model, 0 for a dense model."""
+    """Bytes of one token's index key in a layer with an indexer: 132 in FP8 for the 671B model, 0 for a dense model."""
     if layout == "fp8":
         return shape.index_dim + 4 * -(-shape.index_dim // FP8_BLOCK)
     return VALUE_BYTES[layout] * shape.index_dim
@@ -92,7 +93,7 @@ def index_bytes(shape: Shape, layout: Layout) -> int:
 
 def cache_bytes_per_token(shape: Shape, layout: Layout) -> int:
     """Bytes that one token occupies in the caches of all layers."""
-    return shape.layers * (latent_bytes(shape, layout) + index_bytes(shape, layout))
+    return shape.layers * latent_bytes(shape, layout) + shape.index_layers * index_bytes(shape, layout)
 
 
 def kv_read_fraction(context: int, top_k: int) -> float:
@@ -115,7 +116,7 @@ def decode_cache_bytes(shape: Shape, context: int, layout: Layout, *, sparse: bo
     latent = latent_bytes(shape, layout)
     if not sparse or context <= shape.top_k:
         return shape.layers * context * latent
-    return shape.layers * (shape.top_k * latent + context * index_bytes(shape, layout))
+    return shape.layers * shape.top_k * latent + shape.index_layers * context * index_bytes(shape, layout)
 
 
 def decode_weight_bytes(shape: Shape, batch: int, bytes_per_weight: float) -> float:

@@ -29,6 +29,7 @@ class Shape:
     mlp_bias: bool
     vocabulary: int
     tied: bool
+    index_layers: int  # layers with an indexer; the others of a sparse model read the keys of the layer before
     index_heads: int
     index_dim: int
     top_k: int
@@ -65,6 +66,7 @@ def shape_of(config: Any) -> Shape:
         mlp_bias=family.mlp_bias(SimpleNamespace(**fields)),
         vocabulary=read("vocab_size"),
         tied=bool(fields.get("tie_word_embeddings")),
+        index_layers=family.index_layers(fields),
         index_heads=read("index_n_heads", family.sparse),
         index_dim=read("index_head_dim", family.sparse),
         top_k=read("index_topk", family.sparse),
@@ -93,7 +95,7 @@ def parameters(shape: Shape) -> Parameters:
     norms = shape.attention.norms + 2 * hidden
     source = shape.attention.index_source
     indexer_matmul = source * shape.index_heads * shape.index_dim + hidden * (shape.index_dim + shape.index_heads)
-    indexer = shape.layers * (indexer_matmul + 2 * shape.index_dim)
+    indexer = shape.index_layers * (indexer_matmul + 2 * shape.index_dim)
     expert = 3 * hidden * shape.expert_ffn
     router = hidden * shape.experts
     dense_layers = shape.layers - shape.moe_layers
@@ -111,6 +113,6 @@ def parameters(shape: Shape) -> Parameters:
         active=fixed + moe_active,
         indexer=indexer,
         matmul=shape.layers * attention + dense_ffn + moe_active,
-        indexer_matmul=shape.layers * indexer_matmul,
+        indexer_matmul=shape.index_layers * indexer_matmul,
         head=table,
     )

@@ -82,9 +82,9 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     index_linear = 2 * counts.indexer_matmul * context
     if stage == "warmup":
         trunk = forward_flops(shape, context, sparse=False, logits=0)
-        target = shape.layers * visible * 2 * shape.attention.heads * shape.attention.score
+        target = shape.index_layers * visible * 2 * shape.attention.heads * shape.attention.score
         scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * visible * scoring
+        index = INDEX_FORWARD_BACKWARD * index_linear + shape.index_layers * visible * scoring
         return trunk + target + index
     linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
     if stage == "pretrain":
@@ -93,7 +93,7 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     selected = visible_keys(context, top_k=shape.top_k)
     attention = selected * attention_flops_per_key(shape, "mqa")
     scoring = (visible + 2 * selected) * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
-    index = INDEX_FORWARD_BACKWARD * index_linear + shape.layers * scoring
+    index = INDEX_FORWARD_BACKWARD * index_linear + shape.index_layers * scoring
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 
@@ -106,13 +106,20 @@ def index_gradient_flops_per_key(shape: Shape) -> int:
 
 
 def layer_values(shape: Shape, moe: bool) -> int:
-    """Numbers per token that one layer keeps for its backward pass: inputs of norms and products, heads around RoPE."""
+    """Numbers per token that one layer keeps for its backward pass: inputs of norms and products, heads around RoPE.
+
+    Those of its indexer are counted apart, by `index_values`.
+    """
     ffn = 4 * shape.dense_ffn
     if moe:
         ffn = 4 * shape.expert_ffn * (shape.experts_per_token + shape.shared_experts)
         ffn += 2 * shape.hidden * shape.experts_per_token + shape.experts
-    index = 2 * (shape.index_heads + 1) * shape.index_dim + shape.index_heads
-    return 5 * shape.hidden + shape.attention.kept + ffn + index
+    return 5 * shape.hidden + shape.attention.kept + ffn
+
+
+def index_values(shape: Shape) -> int:
+    """Numbers per token that one indexer keeps for its backward pass."""
+    return 2 * (shape.index_heads + 1) * shape.index_dim + shape.index_heads
 
 
 def head_rows(vocabulary: int) -> int:
@@ -126,16 +133,17 @@ def activation_bytes(shape: Shape, stage: Stage, tokens: int, value_bytes: int, 
     warmup keeps one layer, whatever the depth. Checkpointing keeps every layer's input and one whole layer. The logits
     and their gradient are float32, for at most `head_rows` tokens; the selected indices are int32.
     """
-    moe_values, dense_values = layer_values(shape, True), layer_values(shape, False)
+    moe_values, dense_values, index = layer_values(shape, True), layer_values(shape, False), index_values(shape)
     dense_layers = shape.layers - shape.moe_layers
-    widest = max(moe_values if shape.moe_layers else 0, dense_values if dense_layers else 0)
+    widest = max(moe_values if shape.moe_layers else 0, dense_values if dense_layers else 0) + index
     if stage == "warmup":
         return tokens * value_bytes * (widest + shape.hidden)
     logits = 2 * 4 * shape.vocabulary * min(tokens, head_rows(shape.vocabulary))
     if checkpointing:
-        return tokens * (value_bytes * (shape.layers * shape.hidden + widest) + 4 * shape.top_k) + logits
-    values = shape.moe_layers * moe_values + dense_layers * dense_values
-    return tokens * (value_bytes * values + shape.layers * 4 * shape.top_k) + logits
+        held = shape.index_layers if shape.index_layers < shape.layers else 1  # borrowed indices are a layer's inputs
+        return tokens * (value_bytes * (shape.layers * shape.hidden + widest) + held * 4 * shape.top_k) + logits
+    values = shape.moe_layers * moe_values + dense_layers * dense_values + shape.index_layers * index
+    return tokens * (value_bytes * values + shape.index_layers * 4 * shape.top_k) + logits
 
 
 def train_estimate(

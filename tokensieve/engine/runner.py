@@ -53,9 +53,10 @@ def page_bytes(model: DecoderForCausalLM) -> int:
     c, size = model.config, torch.finfo(model.dtype).bits // 8
     entries, index = is_quantized(model)
     layer = PAGE_TOKENS * (quant.LATENT_TOKEN_BYTES if entries else family_of(c).entry(c).numbers * size)
+    keys = 0
     if model.is_sparse:
-        layer += quant.INDEX_PAGE_BYTES if index else PAGE_TOKENS * c.index_head_dim * size
-    return layer * c.num_hidden_layers
+        keys = quant.INDEX_PAGE_BYTES if index else PAGE_TOKENS * c.index_head_dim * size
+    return layer * c.num_hidden_layers + keys * model.model.indexers
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,22 +72,27 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def make_pools(model: DecoderForCausalLM, pages: int) -> Pools:
-    """Empty pages for entries and index keys, on the model's device."""
+    """Empty pages for entries, and for the index keys of layers with an indexer, on the model's device."""
     c, device = model.config, model.device
     entries_fp8, index_fp8 = is_quantized(model)
 
-    def pool(*shape: int, quantized: bool) -> Tensor:
+    def pool(*shape: int, quantized: bool = False) -> Tensor:
         return _zeros((pages, *shape), torch.uint8 if quantized else model.dtype, device)
 
-    entry = family_of(c).entry(c)
+    family = family_of(c)
+    entry = family.entry(c)
     widths = (entry.width,) if entry.groups == 1 else (entry.groups, entry.width)
     widths = (quant.LATENT_TOKEN_BYTES,) if entries_fp8 else widths
-    index_width = c.index_head_dim if model.is_sparse else 0
-    keys = (quant.INDEX_PAGE_BYTES,) if index_fp8 else (PAGE_TOKENS, index_width)
+
+    def index_pool(layer: int) -> Tensor:
+        if not family.has_indexer(c, layer):
+            return pool(PAGE_TOKENS, 0)
+        return pool(quant.INDEX_PAGE_BYTES, quantized=True) if index_fp8 else pool(PAGE_TOKENS, c.index_head_dim)
+
     layers = range(c.num_hidden_layers)
     return Pools(
         tuple(pool(PAGE_TOKENS, *widths, quantized=entries_fp8) for _ in layers),
-        tuple(pool(*keys, quantized=index_fp8) for _ in layers),
+        tuple(index_pool(layer) for layer in layers),
     )
 
 

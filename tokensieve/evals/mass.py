@@ -18,7 +18,8 @@ ROWS = 128  # queries whose probabilities over all keys are held at a time
 
 @dataclass(frozen=True)
 class Recall:
-    """Means over queries that see more than k keys. `overall`: of held / best, layers averaged; `by_layer`: per layer.
+    """Means over queries that see more than k keys. `overall`: of held / best, layers averaged; `by_layer`: per layer
+    with an indexer.
 
     `held`, `best`: share of the attention's head-summed mass in the selected set, and in the best set of the same
     size, per layer.

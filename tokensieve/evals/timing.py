@@ -139,5 +139,5 @@ def cache_reads(shape: cost.Shape, contexts: Sequence[int], layout: cost.Layout)
         name: {str(c): cost.decode_cache_bytes(shape, c, layout, sparse=name == "sparse") for c in contexts}
         for name in ("dense", "sparse")
     }
-    key = shape.layers * cost.index_bytes(shape, layout)
+    key = shape.index_layers * cost.index_bytes(shape, layout)
     return reads | {"index_keys": {str(c): c * key if c > shape.top_k else 0 for c in contexts}}

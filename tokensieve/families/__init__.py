@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from tokensieve.config import UserError
-from tokensieve.families import deepseek, grouped
+from tokensieve.families import deepseek, glm, grouped, kimi
 from tokensieve.families.deepseek import SparseConfig
 from tokensieve.families.family import AttentionCost, Entry, Experts, Family
 from tokensieve.families.rope_fields import check_rope
@@ -35,7 +35,7 @@ __all__ = [
 ModelConfig: TypeAlias = PreTrainedConfig  # of any family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {row.model_type: row for row in (*deepseek.FAMILIES, *grouped.FAMILIES)}
+    {row.model_type: row for row in (*deepseek.FAMILIES, *kimi.FAMILIES, *glm.FAMILIES, *grouped.FAMILIES)}
 )
 
 

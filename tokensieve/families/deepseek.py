@@ -244,7 +244,9 @@ class DeepSeek(Family):
                 programs + "MLA rotates interleaved pairs there, here halves of the vector (rope_interleave is false)"
             )
         kinds = getattr(config, "mlp_layer_types", None)
-        if kinds is not None and kinds != _layer_kinds(config.num_hidden_layers, config.first_k_dense_replace):
+        if kinds is not None and kinds != _layer_kinds(
+            config.num_hidden_layers, getattr(config, "first_k_dense_replace", kinds.count("dense"))
+        ):
             reasons.append(engines + "dense layers can only come first (mlp_layer_types)")
         if not self.sparse:
             return reasons

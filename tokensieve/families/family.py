@@ -93,6 +93,7 @@ class Family(ABC):
     attention: ClassVar[Literal["latent", "grouped"]]  # the class of `tokensieve.model` that attends
     sizes: ClassVar[tuple[str, ...]]  # fields that must be at least 1 if they are given
     index_rope_field: ClassVar[str]  # field with the number of dims of an index head that carry positions
+    index_interleaved: ClassVar[bool] = False  # whether neighbours form the indexer's rotated pairs (or halves)
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
@@ -176,15 +177,22 @@ class Family(ABC):
 
     @abstractmethod
     def index_rope(self, config: Any) -> int:
-        """Dims of the indexer's queries and keys that carry positions; they come first, halves form the pairs."""
+        """Dims of the indexer's queries and keys that carry positions; they come first."""
 
     def index_source(self, config: Any) -> int:
         """Width of the input of the index queries: the normalized query latent, or the layer's normalized input."""
         return config.hidden_size
 
-    def indexer_tensors(self, config: Any) -> Shapes:
-        """The indexer's tensors, named as in the published checkpoint; none if the family has no indexer."""
-        if not self.sparse:
+    def has_indexer(self, config: Any, layer: int) -> bool:
+        """Whether this layer has an indexer.
+
+        A layer of a sparse model without one reads the keys that the layer before it reads.
+        """
+        return self.sparse
+
+    def indexer_tensors(self, config: Any, layer: int) -> Shapes:
+        """The indexer's tensors, named as in the published checkpoint; none if the layer has no indexer."""
+        if not self.has_indexer(config, layer):
             return {}
         heads, width, hidden = config.index_n_heads, config.index_head_dim, config.hidden_size
         return {
@@ -200,6 +208,10 @@ class Family(ABC):
     @abstractmethod
     def attention_cost(self, fields: Mapping[str, Any]) -> AttentionCost:
         """Costs of one layer's attention, from the fields of config.json. UserError for a missing field."""
+
+    def index_layers(self, fields: Mapping[str, Any]) -> int:
+        """Layers with an indexer, from the fields of config.json."""
+        return required(fields, "num_hidden_layers") if self.sparse else 0
 
     def moe_layers(self, fields: Mapping[str, Any]) -> int:
         """Layers with experts, from the fields of config.json."""

@@ -39,6 +39,9 @@ Queries = Any  # whatever a family's `project` returns and its other methods rea
 class Attention(nn.Module, ABC):
     """Attention of one layer. Parameter names are the published checkpoint's; `indexer` exists in sparse models only.
 
+    borrows: a layer of a sparse model that has no indexer reads the keys that the layer before it reads. lends: the
+    layer after this one does so.
+
     Each kind of attention implements the abstract methods: the projection of tokens, and the two forms in which keys
     are read (`tokensieve.model.context.Form`).
     """
@@ -55,7 +58,11 @@ class Attention(nn.Module, ABC):
 
     def add_indexer(self, config: ModelConfig) -> None:
         """Called last by a family's constructor, so that parameters keep the order of the published checkpoint."""
-        self.indexer = Indexer(config) if family_of(config).sparse else None
+        family = family_of(config)
+        has = [family.has_indexer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.indexer = Indexer(config) if has[self.layer] else None
+        self.borrows = family.sparse and not has[self.layer]
+        self.lends = family.sparse and not all(has[self.layer + 1 : self.layer + 2])
 
     # implemented by each kind of attention
 
@@ -88,7 +95,8 @@ class Attention(nn.Module, ABC):
 
     # common to all
 
-    def forward(self, h_ND: Tensor, ctx: ForwardContext) -> tuple[Tensor, LayerResult]:
+    def forward(self, h_ND: Tensor, ctx: ForwardContext, borrowed: Tensor | None = None) -> tuple[Tensor, LayerResult]:
+        """borrowed (N, K): the indices of the layer before, for a layer that borrows; None if that is dense."""
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
         index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)
         keys = ctx.entries.append(self.layer, entries_NW, None if index is None else index.keys)
@@ -98,20 +106,25 @@ class Attention(nn.Module, ABC):
         else:
             # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad.
             index_tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
-            indices = self._select(queries, keys, index, ctx)
+            indices = self._select(queries, keys, index, ctx, borrowed)
             if index_tensors is not None and indices is not None:
                 out, kl = self._adapt(queries, keys, indices, index_tensors, ctx)
             else:
                 out = self._attend(queries, keys, indices, ctx)
-        return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices else None)
+        return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices or self.lends else None)
 
-    def _select(self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext) -> Tensor | None:
+    def _select(
+        self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext, borrowed: Tensor | None
+    ) -> Tensor | None:
         """(N, K) indices, or None for dense attention.
 
         A built-in selector is not asked if no query sees more than k keys: attention is dense then. Your own always is.
+        No selector is asked in a layer that borrows.
         """
         if ctx.replay is not None:
             return ctx.replay[self.layer]
+        if self.borrows and ctx.trace is None:
+            return borrowed
         selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
         needed = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
         if not needed and is_own(selector) and keys.all_within(ctx.top_k):
@@ -124,7 +137,9 @@ class Attention(nn.Module, ABC):
 
         with torch.no_grad():
             c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention))
-            indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
+            indices = borrowed
+            if not self.borrows:
+                indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
             if indices is not None and ctx.check_selection and not is_own(selector):
                 check_indices(selector, c, indices)
             if ctx.trace is not None:
@@ -169,12 +184,17 @@ class Attention(nn.Module, ABC):
 
     def _warm_up(
         self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext
-    ) -> tuple[Tensor, Tensor]:
-        """Dense attention, from which the indexer learns equation (3) layer by layer. Returns its output and the KL."""
-        assert self.indexer is not None and index is not None and isinstance(keys, ContiguousKeys)
+    ) -> tuple[Tensor, Tensor | None]:
+        """Dense attention, from which the indexer learns equation (3) layer by layer. Returns its output and the KL.
+
+        The KL is None in a layer that borrows: the indexer that it follows learns from its own layer alone.
+        """
+        assert isinstance(keys, ContiguousKeys)
         scale, weight, pack = self.softmax_scale(ctx.rotation), ctx.kl_weight, ctx.pack
-        assert weight is not None
         out, lse, q, k = self._dense(queries, keys, scale, ctx)
+        if self.borrows:
+            return out, None
+        assert self.indexer is not None and index is not None and weight is not None
 
         def loss() -> Tensor:
             q_I, w = index.queries(None, keys.quantized_index)

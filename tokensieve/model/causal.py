@@ -29,6 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (True,),
     "low_cpu_mem_usage": (True, False),
     "revision": ("main",),
+    "adapter_kwargs": ({}, {"revision": None}),  # AutoModelForCausalLM's, if the folder holds no adapter
 }
 
 

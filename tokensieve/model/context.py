@@ -76,7 +76,7 @@ class LayerResult(NamedTuple):
     It is a tuple, so that hooks on outputs, such as FSDP2's, see its tensors.
 
     kl (): sum over queries of weight * KL, which carries gradients in warm-up. indices (N, K). load_E: tokens sent to
-    each expert.
+    each expert. The trunk drops the indices that the next layer has borrowed, unless the caller asked for them.
     """
 
     kl: Tensor | None = None

@@ -169,7 +169,10 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Pools:
-    """All pages of all layers, as `tokensieve.ops.paged` describes them; index pages of a dense model have no width."""
+    """All pages of all layers, as `tokensieve.ops.paged` describes them.
+
+    The index pages of a layer without an indexer have no width.
+    """
 
     entries: tuple[Tensor, ...]
     index: tuple[Tensor, ...]

@@ -10,7 +10,7 @@ from torch import Tensor
 from tokensieve import ops
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of
-from tokensieve.model.rope import Rotation, Rows, Tables, rotate_half_split, taken
+from tokensieve.model.rope import Rotation, Rows, Tables, rotate_half_split, rotate_interleaved, taken
 from tokensieve.ops import quant
 from tokensieve.ops.eager import without_autocast
 
@@ -31,7 +31,7 @@ class _RoundStraightThrough(torch.autograd.Function):
 class Indexer(nn.Module):
     """q_I = wq_b(c_Q), k_I = LayerNorm(wk(h)), w = weights_proj(h) * H**-0.5 * D**-0.5.
 
-    RoPE acts on the first dims of q_I and k_I, half-split.
+    RoPE acts on the first dims of q_I and k_I, half-split (interleaved in GLM-5).
 
     `source` is the normalized query latent c_Q, or h itself in a model without one. Inputs are detached by the caller:
     the indexer learns from its own loss only. With index_dtype "fp8", the returned q_I and k_I are rounded to E4M3.
@@ -43,6 +43,7 @@ class Indexer(nn.Module):
         super().__init__()
         family = family_of(config)
         self.heads, self.width, self.rope = config.index_n_heads, config.index_head_dim, family.index_rope(config)
+        self.interleaved = family.index_interleaved
         self.fp8 = getattr(config, "index_dtype", "bf16") == "fp8"
         if self.width < self.rope:
             raise UserError(
@@ -72,7 +73,7 @@ class Indexer(nn.Module):
     def e4m3_queries(self, source_NL: Tensor, h_ND: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """q_I (N, H, D) float8_e4m3fn, for keys in quantized pages; its scales are folded into w (N, H) float32."""
         q = self.wq_b(source_NL).view(-1, self.heads, self.width)
-        if len(tables) == 2:
+        if len(tables) == 2 and not self.interleaved:
             return ops.quantize_queries(q, self._weights(h_ND), *tables)
         return ops.quantize_queries(self._rotated(q, tables), self._weights(h_ND))
 
@@ -87,8 +88,8 @@ class Indexer(nn.Module):
         return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
     def _rotated(self, x_NHD: Tensor, tables: Tables) -> Tensor:
-        rotated = rotate_half_split(x_NHD[..., : self.rope], tables)
-        return torch.cat((rotated, x_NHD[..., self.rope :]), dim=-1)
+        rotate = rotate_interleaved if self.interleaved else rotate_half_split
+        return torch.cat((rotate(x_NHD[..., : self.rope], tables), x_NHD[..., self.rope :]), dim=-1)
 
     def _finish(self, x_NHD: Tensor, tables: Tables, rounded: bool = True) -> Tensor:
         x = self._rotated(x_NHD, tables)

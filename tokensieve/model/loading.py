@@ -54,7 +54,7 @@ def load(
 def save(
     model: DecoderForCausalLM, folder: str | Path, dtype: torch.dtype | None = None, shard_bytes: float = 5e9
 ) -> list[str]:
-    """Writes a folder in Hugging Face format that transformers, vLLM and SGLang open.
+    """Writes a folder in Hugging Face format that transformers (in its own class), vLLM and SGLang open.
 
     Returns (and logs) the reasons if they cannot open it. The tokenizer and the multi-token-prediction layer of the
     folder that the model was loaded from go with it. `dtype`: of the floating-point tensors; their own unless given.

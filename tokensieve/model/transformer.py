@@ -60,8 +60,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, ctx: ForwardContext) -> tuple[Tensor, LayerResult]:
-        attended, result = self.self_attn(self.input_layernorm(x_ND), ctx)
+    def forward(self, x_ND: Tensor, ctx: ForwardContext, borrowed: Tensor | None = None) -> tuple[Tensor, LayerResult]:
+        """borrowed: the indices of the layer before, for a layer whose attention borrows."""
+        attended, result = self.self_attn(self.input_layernorm(x_ND), ctx, borrowed)
         x_ND = x_ND + attended
         x = self.post_attention_layernorm(x_ND)
         if not isinstance(self.mlp, MoE):
@@ -105,6 +106,7 @@ class Frequencies(NamedTuple):
     factor: float  # on cos and sin
     index_factor: float
     interleaved: bool
+    index_interleaved: bool
     softmax_factor: float
 
 
@@ -130,6 +132,12 @@ class Trunk(DecoderPreTrainedModel):
     @property
     def is_sparse(self) -> bool:
         return family_of(self.config).sparse
+
+    @property
+    def indexers(self) -> int:
+        """Number of layers with an indexer."""
+        family = family_of(self.config)
+        return sum(family.has_indexer(self.config, layer) for layer in range(len(self.layers)))
 
     @property
     def top_k(self) -> int:
@@ -179,7 +187,7 @@ class Trunk(DecoderPreTrainedModel):
             entries,
             options,
             objective=objective.kind,
-            kl_weight=None if objective.kind == "none" else query_weights(objective.scale, pack, len(self.layers)),
+            kl_weight=None if objective.kind == "none" else query_weights(objective.scale, pack, max(1, self.indexers)),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             keep_indices=return_selection,
         )
@@ -235,13 +243,15 @@ class Trunk(DecoderPreTrainedModel):
 
         states: every layer's output (B, S, D) is appended to it.
         """
-        results = []
+        results: list[LayerResult] = []
+        indices: Tensor | None = None
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and ctx.objective != "warmup":
-                x_ND, result = checkpoint(layer, x_ND, ctx, use_reentrant=False)
+                x_ND, result = checkpoint(layer, x_ND, ctx, indices, use_reentrant=False)
             else:
-                x_ND, result = layer(x_ND, ctx)
-            results.append(result)
+                x_ND, result = layer(x_ND, ctx, indices)
+            indices = result.indices
+            results.append(result if ctx.keep_indices else result._replace(indices=None))
             if states is not None:
                 states.append(x_ND.unflatten(0, (ctx.pack.batch, ctx.pack.length)))
         return x_ND, results
@@ -257,7 +267,7 @@ class Trunk(DecoderPreTrainedModel):
         known = self._frequencies[yarn, device]
         attention = index = tables(positions_N, known.attention, known.factor, known.interleaved)
         if known.indexer is not None:
-            index = tables(positions_N, known.indexer, known.index_factor, False)
+            index = tables(positions_N, known.indexer, known.index_factor, known.index_interleaved)
         return Rotation(attention, index, known.softmax_factor)
 
     def _frequencies_on(self, device: torch.device, yarn: bool) -> "Frequencies":
@@ -270,13 +280,15 @@ class Trunk(DecoderPreTrainedModel):
             inverse, factor = frequencies(rope, width, longest)
             index = frequencies(rope, family.index_rope(config), longest)[0] if family.sparse else None
         index_factor = factor if family.index_rope_scaled else 1.0
-        same = not interleaved and index is not None and len(index) == len(inverse) and index_factor == factor
+        same = index is not None and len(index) == len(inverse)
+        same = same and interleaved == family.index_interleaved and index_factor == factor
         return Frequencies(
             inverse.to(device),
             None if index is None or same else index.to(device),
             factor,
             index_factor,
             interleaved,
+            family.index_interleaved,
             softmax_factor(rope, longest) if family.softmax_mscale else 1.0,
         )
 
