@@ -2,8 +2,9 @@
 
 MLA rotates the last dims of q and the shared k_R in the INTERLEAVED layout: dims (0, 1), (2, 3), ... form the pairs.
 The indexer rotates the first dims of q_I and k_I in the HALF-SPLIT layout: dims (0, d/2), (1, d/2 + 1), ... form the
-pairs. Swapping them does not crash; it ruins retrieval. The cache stores rotated MLA keys in the interleaved order of
-the official demo (transformers stores them de-interleaved; dot products agree, cache contents do not).
+pairs; GLM-5's interleaves them too. Swapping the layouts does not crash; it ruins retrieval. The cache stores rotated
+MLA keys in the interleaved order of the official demo (transformers stores them de-interleaved; dot products agree,
+cache contents do not).
 
 Sources: official demo, `precompute_freqs_cis` and `apply_rotary_emb`; YaRN, arXiv 2309.00071; linear interpolation,
 arXiv 2306.15595; Llama 3.1's scaling, `apply_scaling` of its reference implementation.
@@ -35,7 +36,7 @@ instead: one product replaces seven operators.
 
 
 class Rotation(NamedTuple):
-    """The rotations of one pass: for the attention in the family's layout, for the indexer in the half-split layout.
+    """The rotations of one pass: for the attention and for the indexer, each in the family's layout.
 
     `softmax_factor` is the factor on the softmax scale that belongs to these frequencies (YaRN's mscale squared).
     """
