@@ -94,8 +94,8 @@ def evaluate(
         typer.Option(
             "--arm",
             metavar="NAME=SELECTION",
-            help="Of a sparse model: one more arm. SELECTION is indexer, window, oracle, dense or module:function, a "
-            "function that selects; may be repeated.",
+            help="Of a sparse model: one more arm. SELECTION is indexer, window, sinks, oracle, dense or "
+            "module:function, a function that selects; may be repeated.",
         ),
     ] = None,
     config: Config = "evaluate",

@@ -36,7 +36,7 @@ JUDGED_ON_NEEDLES = ("dense", "sparse", *CONTROLS)
 
 @dataclass(frozen=True)
 class Arm:
-    """A model and its selection, which `selecting` takes: indexer, window, oracle, dense, or a function."""
+    """A model and its selection, which `selecting` takes: one of SELECTOR_NAMES, or a function."""
 
     model: DecoderForCausalLM
     selection: str | Selector
