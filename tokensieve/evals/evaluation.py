@@ -143,7 +143,7 @@ def _after_context(model: Any, encode: PlainEncoder, examples: Sequence[Example]
     return [answers[place] for place in range(len(prompts))]
 
 
-def _repeated(cache: LatentCache, rows: int) -> LatentCache:
+def repeated(cache: LatentCache, rows: int) -> LatentCache:
     """A cache with so many rows, all of them the one row of `cache`, which stays as it is."""
     repeated = copy(cache)  # its buffers are made anew for the rows
     repeated.batch_repeat_interleave(rows)
@@ -173,7 +173,7 @@ def _judged(rows: Sequence[tuple[list[int], list[int]]]) -> int:
 
 def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
     """The best token at each position of each target; every (prompt, target) is a row after the one cached context."""
-    rows = _repeated(cache, len(asked))
+    rows = repeated(cache, len(asked))
     turns = [[*prompt, *target[:-1]] for prompt, target in asked]
     # Shorter rows are filled up at the end, which nothing before it sees.
     width, kept = max(map(len, turns)), _judged(asked)
@@ -204,7 +204,7 @@ def _generate(
         do_sample=False,
         eos_token_id=encode.ends or None,
         pad_token_id=pad,
-        past_key_values=None if cache is None else _repeated(cache, len(prompts)),
+        past_key_values=None if cache is None else repeated(cache, len(prompts)),
     )
     answers = []
     for row in output[:, width:].tolist():
