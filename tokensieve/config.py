@@ -202,6 +202,7 @@ class LongSizes:
     key: Literal["words", "numbers", "uuids"] = "words"  # of needles
     value: Literal["words", "numbers", "uuids"] = "numbers"  # of needles
     keys: int = 16  # multikey and multiquery: hidden in a context
+    asked: int = 4  # multikey and multiquery: questions of one context, which is read once for them, at most
     values: int = 4  # multivalue: of the key
     together: int = 4  # multiquery: keys that one question asks for
     chains: int = 4  # variables: in a context, each asked for

@@ -19,7 +19,7 @@ from tokensieve.tasks.short import ChoiceExample, Choices
 
 VOCABULARY, K = 512, 40
 LONG = LongSizes((500, 700), prompts=4, keys=4, together=2, values=2, chains=2, common=2, often=4, rarely=1, texts=2)
-LONG = replace(LONG, buckets=3)
+LONG = replace(LONG, buckets=3, asked=4)
 SHORT = ShortSizes(prompts=6, texts=2, tokens=200)
 
 

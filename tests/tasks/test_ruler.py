@@ -36,6 +36,7 @@ def all_tasks(encode, documents):
 
 def test_the_suites_tasks_are_those_that_the_config_names(all_tasks, encode, documents):
     assert tuple(all_tasks) == LONG_TASKS
+    assert [all_tasks[name].asked for name in ("single", "multikey", "multiquery")] == [1, 4, 2]
     assert [t.name for t in long_tasks(encode, documents, LongSizes(tasks=("variables",)))] == ["variables"]
     with pytest.raises(UserError, match="long.tasks: task 'best' is unknown; use some of single, multikey"):
         long_tasks(encode, documents, LongSizes(tasks=("single", "best")))

@@ -30,11 +30,12 @@ def long_tasks(tokenizer: Any, documents: Documents, sizes: LongSizes) -> list[L
     around: dict[str, Any] = {"tokenizer": tokenizer, "documents": documents, "haystack": sizes.haystack}
     needles = around | {"key": sizes.key, "value": sizes.value}
     keys, together = sizes.keys, sizes.together
+    groups = min(sizes.asked, max(1, keys // max(1, together)))
     tasks: list[LongTask] = [
         Pairs(name="single", **needles),
-        Pairs(name="multikey", keys=keys, asked=keys, **needles),
+        Pairs(name="multikey", keys=keys, asked=min(sizes.asked, keys), **needles),
         Pairs(name="multivalue", values=sizes.values, **needles),
-        Pairs(name="multiquery", keys=keys, together=together, asked=max(1, keys // max(1, together)), **needles),
+        Pairs(name="multiquery", keys=keys, together=together, asked=groups, **needles),
         Variables(chains=sizes.chains, hops=sizes.hops, **around),
         CommonWords(tokenizer=tokenizer, common=sizes.common, often=sizes.often, rarely=sizes.rarely),
     ]
