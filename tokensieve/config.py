@@ -31,7 +31,7 @@ class UserError(Exception):
         return "; ".join(map(str, self.args))
 
 
-SELECTOR_NAMES = ("indexer", "window", "oracle", "dense")  # the names of tokensieve.model.selection's own
+SELECTOR_NAMES = ("indexer", "window", "sinks", "oracle", "dense")  # the names of tokensieve.model.selection's own
 
 
 def check_selector(name: str) -> str:
@@ -187,12 +187,56 @@ class ParitySizes:
         return tuple(max(context, self.times_k * top_k) for context in self.contexts)
 
 
+LONG_TASKS = ("single", "multikey", "multivalue", "multiquery", "variables", "common_words")
+
+
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """`tokensieve eval`, and the last part of a speedrun."""
+class LongSizes:
+    """How much `tokensieve eval --suite long` asks, and how hard it is: RULER's kinds of tasks, and perplexity."""
+
+    contexts: tuple[int, ...] = (4096, 8192)  # tokens of a prompt with its answer
+    tasks: tuple[str, ...] = LONG_TASKS
+    prompts: int = 64  # questions of each task in each context
+    top_k: tuple[int, ...] = ()  # keys that the sparse arms select; none: as many as the model's config says
+    haystack: Literal["documents", "filler", "pairs"] = "documents"  # around what is hidden
+    key: Literal["words", "numbers", "uuids"] = "words"  # of needles
+    value: Literal["words", "numbers", "uuids"] = "numbers"  # of needles
+    keys: int = 16  # multikey and multiquery: hidden in a context
+    asked: int = 4  # multikey and multiquery: questions of one context, which is read once for them, at most
+    values: int = 4  # multivalue: of the key
+    together: int = 4  # multiquery: keys that one question asks for
+    chains: int = 4  # variables: in a context, each asked for
+    hops: int = 2  # variables: assignments after the first
+    common: int = 5  # common_words: asked for
+    often: int = 30  # common_words: times that each of these comes
+    rarely: int = 3  # common_words: times that each of the others comes
+    texts: int = 8  # held-out sequences of the longest context whose perplexity is measured; 0: none
+    buckets: int = 16  # stretches of a sequence
+
+
+@dataclass(frozen=True)
+class ShortSizes:
+    """How much `tokensieve eval --suite short` asks, all of it in prompts of less than 512 tokens."""
+
+    prompts: int = 200  # questions of each task
+    texts: int = 32  # held-out sequences whose perplexity is measured
+    tokens: int = 512  # of a sequence
+
+
+@dataclass(frozen=True)
+class OwnSizes:
+    """What is measured of a model unless a suite is named, and at the end of a speedrun."""
 
     base: AcceptanceSizes  # of a dense model
     sparse: ParitySizes
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(OwnSizes):
+    """`tokensieve eval`."""
+
+    long: LongSizes = LongSizes()
+    short: ShortSizes = ShortSizes()
 
 
 @dataclass(frozen=True)
@@ -209,7 +253,7 @@ class SpeedrunConfig:
     pretrain: TrainConfig
     warmup: TrainConfig
     adapt: TrainConfig
-    evaluate: EvaluateConfig
+    evaluate: OwnSizes
 
 
 def config_path(name: str) -> Path:

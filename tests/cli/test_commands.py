@@ -112,6 +112,25 @@ def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) ->
     assert ended.status == 0 and set(json.loads(Path("e/metrics.json").read_text())) >= {"needles", "criteria", "chat"}
 
 
+def test_the_suites(run, home: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ("--quick", "--data", home / "text" / "*.py", "--held-out-share", "1")
+    few = {"tasks": ["single"], "prompts": 1, "texts": 1, "contexts": [400]}
+    sizes = [word for key, value in few.items() for word in ("--set", f"long.{key}={json.dumps(value)}")]
+    ended = run(
+        "eval", home / "sparse", "--suite", "long", "--context", "300", *data, *sizes, "--arm", "[/mine]=window"
+    )
+    assert ended.status == 0, ended
+    assert "[/mine] k=24" in ended.out and "runs/eval-sparse-long/metrics.json" in ended.out
+    figures = json.loads(Path("runs/eval-sparse-long/metrics.json").read_text())["long"]
+    assert {row["context"] for row in figures["tasks"]} == {300} and len(figures["positions"]["ppl"]) == 5
+    short = ("--set", "short.prompts=2", "--set", "short.texts=1", "--set", "short.tokens=100")
+    ended = run("eval", home / "sparse", "--suite", "short", *data, *short, "--before", home / "dense")
+    assert ended.status == 0 and "chance is 25%" in ended.out
+    figures = json.loads(Path("runs/eval-sparse-short/metrics.json").read_text())
+    assert [row["arm"] for row in figures["short"]["texts"]] == ["before", "model"] and figures["seconds"] > 0
+
+
 def test_a_tokenizer_without_deepseeks_markers(run, home: Path, tmp_path: Path, monkeypatch) -> None:
     """Plain text works from sparsify to generate; sparsify says what does not, before warm-up would."""
     monkeypatch.chdir(tmp_path)

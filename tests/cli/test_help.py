@@ -16,7 +16,7 @@ KEYS = {
     "pretrain": ["shape.hidden_size=256", "shape.rope_parameters.factor=4.0"],
     "demo": ["top_k=256", "warmup.phases.1.context=2048", "heat_lengths=[1024]"],
     "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
-    "eval": ["sparse.contexts=[8192]", "base.needles="],
+    "eval": ["sparse.contexts=[8192]", "base.needles=", "long.keys=16", "short.tokens=512"],
 }
 
 
@@ -67,6 +67,9 @@ REFUSALS = [
     ("sparsify", "base", "."),
     ("eval", "nowhere"),
     ("eval", "sparse", "--arm", "best"),
+    ("eval", "sparse", "--before", "base"),
+    ("eval", "sparse", "--before", "nowhere", "--suite", "short"),
+    ("eval", "sparse", "--context", "64", "--suite", "short"),
     ("eval", "sparse", "--arm", "mine=best"),
     ("eval", "sparse", "--arm", "mine=no_such_module:select"),
     ("convert", "nowhere", "new"),

@@ -8,7 +8,7 @@ from tests.support import grouped, models
 from tokensieve.engine.runner import Runner
 
 LENGTH, K = 200, 16
-NAMES = ("indexer", "dense", "window", "oracle")
+NAMES = ("indexer", "dense", "window", "sinks", "oracle")
 
 
 @pytest.fixture(scope="module", params=["v3", "llama", "qwen3_moe"])

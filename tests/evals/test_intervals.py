@@ -45,3 +45,45 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(n: int) -> None:
     questions = draw.random((2000, 64)) < 0.8
     held = [(e := intervals.share(int(row.sum()), 64)).low <= 0.8 <= e.high for row in questions]
     assert 0.93 < np.mean(held) < 0.97
+
+
+@pytest.mark.parametrize("together", [0.0, 0.7])
+def test_intervals_of_clusters_hold_the_truth(together: float) -> None:
+    """16 questions in each of 12 contexts; with the probability `together` a question goes as its context does."""
+    draw = np.random.default_rng(1)
+    clusters = [i // 16 for i in range(192)]
+
+    def answers(p: float) -> list[float]:
+        context = np.repeat(draw.random(12) < p, 16)
+        return np.where(draw.random(192) < together, context, draw.random(192) < p).astype(float).tolist()
+
+    shares, differences, naive = [], [], []
+    for _ in range(500):
+        a, b = answers(0.8), answers(0.6)
+        found = intervals.clustered_share(a, clusters)
+        assert found.n == 192 and 0 <= found.low <= found.value <= found.high <= 1
+        shares.append(found.low <= 0.8 <= found.high)
+        other = intervals.clustered_difference(a, b, clusters)
+        differences.append(other.low <= 0.2 <= other.high)
+        naive.append((e := intervals.share(sum(a), 192)).low <= 0.8 <= e.high)
+    assert 0.89 < np.mean(shares) < 0.99 and 0.9 < np.mean(differences) < 0.99  # of few contexts a little too narrow
+    assert np.mean(naive) > 0.93 if not together else np.mean(naive) < 0.7
+
+
+def test_clusters_of_one_are_prompts() -> None:
+    a, b = [1.0] * 40 + [0.0] * 24, [1.0] * 30 + [0.0] * 34
+    alone = intervals.clustered_share(a, range(64))
+    assert alone.low == pytest.approx(intervals.share(40, 64).low, abs=0.01)
+    paired = intervals.clustered_difference(a, b, range(64))
+    known = intervals.difference(a, b)
+    assert (paired.low, paired.high) == (pytest.approx(known.low, abs=0.005), pytest.approx(known.high, abs=0.005))
+
+
+def test_clusters_that_agree_wholly_still_bound_something() -> None:
+    clusters = [i // 16 for i in range(128)]
+    found = intervals.clustered_share([1.0] * 128, clusters)
+    assert (found.value, found.high) == (1.0, 1.0) and found.low == pytest.approx(intervals.share(8, 8).low)
+    same = intervals.clustered_difference([1.0] * 128, [1.0] * 128, clusters)
+    assert same.value == 0 and same.low == pytest.approx(-same.high) and 0.1 < same.high < 0.3
+    assert intervals.clustered_share([1.0, 0.0], ["a", "a"]) == intervals.Estimate(0.5, None, None, 2)
+    assert intervals.clustered_difference([1.0], [0.0], ["a"]) == intervals.Estimate(1.0, None, None, 1)

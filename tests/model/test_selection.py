@@ -200,7 +200,7 @@ def test_fp8_rounding_passes_the_gradient() -> None:
 def test_the_arms_by_name(sparse: DecoderForCausalLM, trunk: DecoderForCausalLM) -> None:
     ids = tokens(2, LENGTH)
     logits = {"indexer": sparse(ids).logits}
-    for name in ("window", "oracle", "dense"):
+    for name in ("window", "sinks", "oracle", "dense"):
         with tokensieve.selecting(sparse, name):
             logits[name] = sparse(ids).logits
             cache = LatentCache()
@@ -212,7 +212,7 @@ def test_the_arms_by_name(sparse: DecoderForCausalLM, trunk: DecoderForCausalLM)
     assert all(difference(logits[a], logits[b]) > 0.1 for i, a in enumerate(names) for b in names[:i])
     trunk.load_state_dict({n: x for n, x in sparse.state_dict().items() if ".indexer." not in n})
     assert torch.equal(trunk(ids).logits, logits["dense"])
-    for name in ("window", "oracle"):  # on a model without indexers too
+    for name in ("window", "sinks", "oracle"):  # on a model without indexers too
         with tokensieve.selecting(trunk, name, top_k=K):
             assert torch.equal(trunk(ids).logits, logits[name]), name
     with tokensieve.selecting(trunk, "indexer"):  # nothing to select with is nothing to leave out
@@ -244,6 +244,17 @@ def test_window_and_oracle_are_what_they_say(sparse: DecoderForCausalLM) -> None
         assert torch.equal(c.rows(rows).scores()[:, visible], c.scores()[rows, visible])
         some = c.rows(torch.tensor([3, 60, 85]))
         assert torch.equal(some.rows(slice(1, 3)).topk(), c.topk()[[60, 85]]) and len(some) == 3
+
+
+def test_sinks_are_the_first_four_keys_and_the_last(sparse: DecoderForCausalLM) -> None:
+    ids = tokens(2, LENGTH)
+    with tokensieve.selecting(sparse, "sinks", top_k=6):
+        chosen = sparse(ids, attention_mask=padded(ids), return_selection=True).selection[0]
+    assert chosen[0, 50].tolist() == [0, 1, 2, 3, 49, 50] and chosen[1, 50].tolist() == [30, 31, 32, 33, 49, 50]
+    assert chosen[0, 5].tolist() == [0, 1, 2, 3, 4, 5] and chosen[0, 6].tolist() == [0, 1, 2, 3, 5, 6]
+    assert chosen[1, 31].tolist() == [30, 31, -1, -1, -1, -1] and chosen[1, 29].tolist() == [-1] * 6
+    with pytest.raises(UserError, match="k = 4 is too few"), tokensieve.selecting(sparse, "sinks", top_k=4):
+        sparse(ids)
 
 
 def held(mass_NT: Tensor, indices_NK: Tensor) -> Tensor:

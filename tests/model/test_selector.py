@@ -21,6 +21,7 @@ from tokensieve.model.selection import indexer, oracle, resolve, window
 
 RECENT = 10
 NAME = "tests.model.test_selector:with_recent"
+SELECTING = ("indexer", "window", "sinks", "oracle")
 
 
 def with_recent(c: SelectionContext) -> Tensor:
@@ -52,8 +53,8 @@ def engine_answers(model: Any, ids: Tensor, **requests: str) -> dict[str, list[i
 def test_the_engine_answers_as_generate_does(seed: int) -> None:
     """Each selector with its own answer, all in one batch."""
     model, ids = ours(config("v32", vocab_size=4096), seed), tokens(1, 150, seed)
-    found = engine_answers(model, ids, own=NAME, given="recent", indexer="indexer", window="window", oracle="oracle")
-    expected = {name: generated(model, ids, name) for name in ("indexer", "window", "oracle")}
+    found = engine_answers(model, ids, own=NAME, given="recent", **{name: name for name in SELECTING})
+    expected = {name: generated(model, ids, name) for name in SELECTING}
     expected |= {"own": generated(model, ids, with_recent), "given": generated(model, ids, NAME)}
     assert found == expected and expected["own"] == expected["given"]
     assert len({tuple(answer) for answer in expected.values()}) >= 3  # they do select differently
@@ -171,7 +172,7 @@ def test_no_later_token_changes_an_earlier_one() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("best", "'best' is unknown; use one of indexer, window, oracle, dense, or module:function"),
+        ("best", "'best' is unknown; use one of indexer, window, sinks, oracle, dense, or module:function"),
         ("no_such_module:f", "there is no module no_such_module"),
         ("tests.no_such:f", "there is no module tests.no_such"),
         ("tests.model.test_selector:absent", "has no absent"),

@@ -14,9 +14,11 @@ from tokensieve.tasks.completion import Completion
 from tokensieve.tasks.dialogue import Chat
 from tokensieve.tasks.documents import is_held_out
 from tokensieve.tasks.retrieval import Needles
+from tokensieve.tasks.ruler import CommonWords, Pairs, Variables
 
 MODULES = "argparse ast inspect textwrap typing random shutil enum pathlib tarfile zipfile pprint".split()
 TASKS = ("needles", "completion", "chat")
+LONG = ("pairs", "variables", "common_words")  # their splits and difficulty: test_ruler.py
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def encode(documents, tmp_path_factory) -> PlainEncoder:
 
 @pytest.fixture(scope="module")
 def tasks(documents, encode) -> dict:
-    made = (Needles(encode, documents, needles=4, context=600), Completion(encode, documents), Chat(documents))
+    made = [Needles(encode, documents, needles=4, context=600), Completion(encode, documents), Chat(documents)]
+    around = {"tokenizer": encode, "documents": documents, "context": 800}
+    made += [Pairs(**around, keys=4, asked=4), Variables(**around, chains=2), CommonWords(**around, common=3, often=9)]
     return {task.name: task for task in made}
 
 
@@ -43,7 +47,7 @@ def test_documents_are_divided_by_their_names_alone(documents):
         Documents([Document("a", "x")], [Document("b", "x"), Document("a", "y")])
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASKS + LONG)
 def test_examples_depend_on_the_arguments_alone(tasks, name):
     task = tasks[name]
     first, again, other = (task.examples("test", 8, seed=seed) for seed in (3, 3, 4))
@@ -98,7 +102,7 @@ def test_difficulty_is_a_bound(tasks, encode, name, easy, hard):
 ANSWERS = ("", "x = 1", "    return 1\n", "12345", "def (", "a\n" * 50)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TASKS + LONG)
 def test_scores_and_rewards_are_shares(tasks, name):
     task, draw = tasks[name], random.Random(0)
     for example in task.examples("test", 12):

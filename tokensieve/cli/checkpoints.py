@@ -13,8 +13,10 @@ from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, 
 
 if TYPE_CHECKING:
     import torch
+    from rich.status import Status
 
     from tokensieve.config import EvaluateConfig
+    from tokensieve.evals import OnProgress
     from tokensieve.model import DecoderForCausalLM
 
 log = logging.getLogger("tokensieve")
@@ -23,6 +25,12 @@ log = logging.getLogger("tokensieve")
 class IndexDtype(StrEnum):
     bf16 = "bf16"
     fp8 = "fp8"
+
+
+class Suite(StrEnum):
+    own = "own"
+    long = "long"
+    short = "short"
 
 
 @app.command()
@@ -83,7 +91,9 @@ def _say_what_its_tokenizer_lacks(folder: Path, model: "DecoderForCausalLM") -> 
 def evaluate(
     model: Model = "base",
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME unless given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of metrics.json; runs/eval-NAME, or runs/eval-NAME-SUITE, unless given.")
+    ] = None,
     data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
     held_out_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of --data that is held out; 1 takes all of it.")
@@ -94,9 +104,20 @@ def evaluate(
         typer.Option(
             "--arm",
             metavar="NAME=SELECTION",
-            help="Of a sparse model: one more arm. SELECTION is indexer, window, oracle, dense or module:function, a "
-            "function that selects; may be repeated.",
+            help="Of a sparse model: one more arm. SELECTION is indexer, window, sinks, oracle, dense or "
+            "module:function, a function that selects; may be repeated.",
         ),
+    ] = None,
+    suite: Annotated[
+        Suite,
+        typer.Option(
+            help="own: what is said above. long: RULER's kinds of tasks and perplexity by position. short: small tasks "
+            "with choices and the perplexity of short texts."
+        ),
+    ] = Suite.own,
+    before: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="With --suite short: the model before its adaptation, to compare with."),
     ] = None,
     config: Config = "evaluate",
     set_: Set = None,
@@ -105,7 +126,8 @@ def evaluate(
     """Measure a model: a dense one's use of its context, a sparse one against its own dense attention.
 
     A sparse model is measured as it is (sparse), attending to every key (dense), to the last k (window) and to the k
-    that attention itself weighs most (oracle). --arm puts further selections beside these.
+    that attention itself weighs most (oracle). --arm puts further selections beside these. --suite asks something else:
+    its sizes are the keys long.* or short.*.
 
     Example: tokensieve eval base --quick
     """
@@ -117,7 +139,13 @@ def evaluate(
         raise UserError("--quick is --config evaluate-quick; give one of the two")
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
+    if before is not None and suite != Suite.short:
+        raise UserError("--before is compared with in --suite short; give both, or neither")
+    if suite == Suite.short and (selections or context is not None):
+        raise UserError("--suite short takes no --arm and no --context; its texts have short.tokens tokens")
     known_folder(model)
+    if before is not None:
+        known_folder(before)
     check_source(data)
     import tokensieve
     from tokensieve.data import read_documents
@@ -132,13 +160,17 @@ def evaluate(
         raise UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
     documents = list(read_documents(data, "test", held_out_share))
-    metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
+    if suite == Suite.own:
+        metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
+    else:
+        other = tokensieve.load(before, device=choose_device(device)) if before is not None else None
+        metrics = {suite.value: _measure_suite(suite, loaded, other, tokenizer, documents, sizes, context, selections)}
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
     path = Path(model)
     name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
-    folder = out or Path("runs") / f"eval-{name}"
+    folder = out or Path("runs") / (f"eval-{name}" if suite == Suite.own else f"eval-{name}-{suite}")
     file = write_json(folder / "metrics.json", metrics)
-    _print_figures(loaded, metrics)
+    _print_figures(loaded, metrics, suite)
     typer.echo(f"\nFigures: {file}")
 
 
@@ -200,16 +232,10 @@ def _measure(
     selections: dict[str, str],
 ) -> dict[str, Any]:
     """A sparse model's arms or a dense one's use of its context, in the config's contexts or the one given."""
-    from rich.markup import escape
-
     from tokensieve import evals
     from tokensieve.config import UserError
 
-    status = stderr().status("Measuring")
-
-    def on_progress(what: str, done: int, total: int) -> None:
-        status.update(f"Measuring: {escape(what)}, {done} of {total}")
-
+    status, on_progress = _status()
     if model.is_sparse:
         lengths = sizes.sparse.lengths(model.top_k) if context is None else (context,)
         if len(lengths) != 1:
@@ -231,11 +257,47 @@ def _measure(
         return evals.acceptance(model, tokenizer, documents, base, on_progress)
 
 
-def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any]) -> None:
+def _measure_suite(
+    suite: Suite,
+    model: "DecoderForCausalLM",
+    before: "DecoderForCausalLM | None",
+    tokenizer: Any,
+    documents: list,
+    sizes: "EvaluateConfig",
+    context: int | None,
+    selections: dict[str, str],
+) -> dict[str, Any]:
     from tokensieve import evals
-    from tokensieve.report import show, show_criteria
 
-    if model.is_sparse:
+    status, on_progress = _status()
+    with status:
+        if suite == Suite.short:
+            arms = evals.short_arms(model, before)
+            return evals.judge_short(arms, tokenizer, documents, sizes.short, on_progress)
+        long = sizes.long if context is None else replace(sizes.long, contexts=(context,))
+        arms = evals.long_arms(model, long.top_k, selections)
+        return evals.judge_long(arms, tokenizer, documents, long, on_progress)
+
+
+def _status() -> "tuple[Status, OnProgress]":
+    """A line that shows what is being measured, and the callback that changes it."""
+    from rich.markup import escape
+
+    status = stderr().status("Measuring")
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        status.update(f"Measuring: {escape(what)}, {done} of {total}")
+
+    return status, on_progress
+
+
+def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any], suite: Suite) -> None:
+    from tokensieve import evals
+    from tokensieve.report import show, show_criteria, show_long, show_short
+
+    if suite != Suite.own:
+        (show_long if suite == Suite.long else show_short)(stdout(), metrics[suite.value])
+    elif model.is_sparse:
         show(stdout(), metrics)
     else:
         show_criteria(stdout(), evals.acceptance_criteria(metrics))

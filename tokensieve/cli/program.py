@@ -80,7 +80,7 @@ def with_keys(kind: str, default: str) -> type[OneProcess]:
     return WithKeys
 
 
-SELECTOR = "Selector of keys: indexer (the default), window, oracle, dense, or module:function for your own."
+SELECTOR = "Selector of keys: indexer (the default), window, sinks, oracle, dense, or module:function for your own."
 
 
 def checked_selection(name: str | None) -> str | None:

@@ -4,6 +4,7 @@ and data to figures.
 Losses are in nats per token, shares in [0, 1], times in milliseconds if the name says ms.
 """
 
+from tokensieve.evals.choices import choose
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
 from tokensieve.evals.evaluation import Evaluation, Record, evaluate
 from tokensieve.evals.judge import judge_sparse
@@ -22,6 +23,7 @@ from tokensieve.evals.parity import (
     shared_texts,
 )
 from tokensieve.evals.progress import OnProgress
+from tokensieve.evals.suites import judge_long, judge_short, long_arms, short_arms
 from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
 
 __all__ = [
@@ -39,13 +41,17 @@ __all__ = [
     "acceptance_criteria",
     "arms_of",
     "cache_reads",
+    "choose",
     "compare",
     "context_gain",
     "context_ms",
     "crossover",
     "demo_arms",
     "evaluate",
+    "judge_long",
+    "judge_short",
     "judge_sparse",
+    "long_arms",
     "loss_by_position",
     "metrics_of",
     "needle_heat",
@@ -53,6 +59,7 @@ __all__ = [
     "perplexity",
     "recall",
     "shared_texts",
+    "short_arms",
     "text_sequences",
     "token_losses",
 ]

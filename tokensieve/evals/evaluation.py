@@ -56,9 +56,12 @@ class Evaluation:
 
 
 def by_context(examples: Sequence[Example]) -> list[list[int]]:
-    """The places of the examples that have a target, one list for each stretch of them that shares a context."""
-    targeted = [place for place, example in enumerate(examples) if example.target]
-    return [list(places) for _, places in groupby(targeted, key=lambda place: id(examples[place].context))]
+    """The places of the examples that have a target or a context, one list for each stretch of them that shares a
+    context; all of a stretch have a target, or none.
+    """
+    read = [place for place, example in enumerate(examples) if example.target or example.context]
+    kinds = groupby(read, key=lambda place: (id(examples[place].context), bool(examples[place].target)))
+    return [list(places) for _, places in kinds]
 
 
 def evaluate(
@@ -76,8 +79,9 @@ def evaluate(
     best token at each of its positions is the target's. So its answer is the best token at each position. Neighbours
     that share a context read it once and go through the model together, as rows after its one cache.
 
-    All other answers are generated, `batch_size` at a time from the shortest prompt to the longest; the rows of a batch
-    are padded on the left and masked.
+    All other answers are generated. Neighbours that share a context read it once for this too, and those whose prompts
+    are equally long are rows after its one cache. Examples without a context are generated `batch_size` at a time from
+    the shortest prompt to the longest; the rows of a batch are padded on the left and masked.
 
     Args:
         tokenizer: the model's, or an encoder.
@@ -85,16 +89,17 @@ def evaluate(
         on_progress: told after each context and each batch.
 
     Raises:
-        UserError: no examples; messages, and the tokenizer has no chat format; a target after an empty prompt.
+        UserError: no examples; messages, and the tokenizer has no chat format; a target, or a context that is shared
+            without one, before an empty prompt.
     """
     if not examples:
         raise UserError(f"no examples of {task.name} to score; ask for at least one")
     encode = encoder(tokenizer)
     shared = by_context(examples)
     prompts = {
-        place: [*example.context, *encode.prompt(example.prompt)]
+        place: encode.prompt(example.prompt)
         for place, example in enumerate(examples)
-        if not example.target
+        if not example.target and not example.context
     }
     order = sorted(prompts, key=lambda place: len(prompts[place]))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -102,7 +107,7 @@ def evaluate(
     with evaluating(model), torch.inference_mode():
         for done, places in enumerate([*shared, *batches], 1):
             if done <= len(shared):
-                batch = _check_targets(model, encode, [examples[place] for place in places])
+                batch = _after_context(model, encode, [examples[place] for place in places], max_new_tokens)
             else:
                 batch = _generate(model, encode, [prompts[place] for place in places], max_new_tokens)
             answers.update(zip(places, batch, strict=True))
@@ -112,18 +117,45 @@ def evaluate(
     return Evaluation(tuple(Record(example, answer, task.score(example, answer)) for example, answer in pairs))
 
 
-def _check_targets(model: Any, encode: PlainEncoder, examples: Sequence[Example]) -> list[Answer]:
-    """What greedy decoding gives, as far as the target; all examples share their context, which is read once."""
+def _after_context(model: Any, encode: PlainEncoder, examples: Sequence[Example], max_new_tokens: int) -> list[Answer]:
+    """Answers to examples that share their context, which is read once, and of which all have a target or none."""
     context = list(examples[0].context)
-    asked = [(encode.prompt(example.prompt), list(example.target)) for example in examples]
-    for (prompt, _), example in zip(asked, examples, strict=True):
+    prompts = [encode.prompt(example.prompt) for example in examples]
+    for prompt, example in zip(prompts, examples, strict=True):
         if not prompt:
-            raise UserError(f"{example.name} has a target and an empty prompt; begin it with the context's last token")
-    longest = max(len(context), *(len(prompt) + len(target) for prompt, target in asked))
+            what = "a target" if example.target else "a context"
+            raise UserError(f"{example.name} has {what} and an empty prompt; begin it with the context's last token")
     cache = LatentCache()
     ids = torch.tensor([context], device=next(model.parameters()).device)
     for begin in range(0, ids.shape[1], PREFILL_CHUNK):
         model(ids[:, begin : begin + PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if examples[0].target:
+        return _check_targets(model, encode, cache, prompts, examples)
+    together = max(1, TOGETHER // max(len(context), *map(len, prompts)))
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    for _, same in groupby(order, key=lambda place: len(prompts[place])):
+        places = list(same)
+        for begin in range(0, len(places), together):
+            rows = places[begin : begin + together]
+            whole = [[*context, *prompts[place]] for place in rows]
+            answers.update(zip(rows, _generate(model, encode, whole, max_new_tokens, cache), strict=True))
+    return [answers[place] for place in range(len(prompts))]
+
+
+def repeated(cache: LatentCache, rows: int) -> LatentCache:
+    """A cache with so many rows, all of them the one row of `cache`, which stays as it is."""
+    repeated = copy(cache)  # its buffers are made anew for the rows
+    repeated.batch_repeat_interleave(rows)
+    return repeated
+
+
+def _check_targets(
+    model: Any, encode: PlainEncoder, cache: LatentCache, prompts: Sequence[list[int]], examples: Sequence[Example]
+) -> list[Answer]:
+    """What greedy decoding gives after the cached context, as far as the target."""
+    asked = [(prompt, list(example.target)) for prompt, example in zip(prompts, examples, strict=True)]
+    longest = max(len(examples[0].context), *(len(prompt) + len(target) for prompt, target in asked))
     answers: list[Answer] = []
     while len(answers) < len(asked):
         rows = asked[len(answers) : len(answers) + max(1, TOGETHER // longest)]
@@ -141,8 +173,7 @@ def _judged(rows: Sequence[tuple[list[int], list[int]]]) -> int:
 
 def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
     """The best token at each position of each target; every (prompt, target) is a row after the one cached context."""
-    rows = copy(cache)  # its buffers are made anew for the rows
-    rows.batch_repeat_interleave(len(asked))
+    rows = repeated(cache, len(asked))
     turns = [[*prompt, *target[:-1]] for prompt, target in asked]
     # Shorter rows are filled up at the end, which nothing before it sees.
     width, kept = max(map(len, turns)), _judged(asked)
@@ -154,7 +185,14 @@ def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[tuple[list[int]
     return [row[end - len(target) : end] for (_, target), end, row in zip(asked, ends, best, strict=True)]
 
 
-def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+def _generate(
+    model: Any,
+    encode: PlainEncoder,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    cache: LatentCache | None = None,
+) -> list[Answer]:
+    """Greedy answers to the prompts, which are equally long if `cache` holds what they all begin with."""
     device = next(model.parameters()).device
     width, pad = max(map(len, prompts)), 0 if encode.pad is None else encode.pad
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -166,6 +204,7 @@ def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], ma
         do_sample=False,
         eos_token_id=encode.ends or None,
         pad_token_id=pad,
+        past_key_values=None if cache is None else repeated(cache, len(prompts)),
     )
     answers = []
     for row in output[:, width:].tolist():

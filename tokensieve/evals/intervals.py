@@ -1,10 +1,10 @@
 """95% intervals of figures that stand on a sample of texts or prompts.
 
-Legend: n texts or prompts, drawn independently.
+Legend: n texts or prompts, drawn independently unless they are in clusters; m clusters, which always are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -43,12 +43,12 @@ def ratio(logarithms: Sequence[float]) -> Estimate:
     return Estimate(math.exp(found.value), low, high, found.n)
 
 
-def share(successes: float, n: int) -> Estimate:
+def share(successes: float, n: float) -> Estimate:
     """successes / n, by Wilson's score interval. Source: Wilson 1927."""
     p, z2 = successes / n, Z * Z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), n)
+    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), int(n))
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
@@ -62,6 +62,55 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
     middle = (gained - lost) / (n + 2)
     half = Z * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
     return Estimate(fmean(a) - fmean(b), max(-1.0, middle - half), min(1.0, middle + half), n)
+
+
+def clustered_share(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """Mean of values in [0, 1], of which those of one cluster (such as the questions of one context) may err together.
+
+    Wilson's interval for the effective number of values. n: of values. low, high: None for one cluster.
+
+    Source: Korn and Graubard, Survey Methodology 24 (1998) 193, with Wilson's interval in place of an exact one.
+    """
+    p, effective = fmean(values), _effective(values, clusters)
+    if effective is None:
+        return Estimate(p, None, None, len(values))
+    found = share(p * effective, effective)
+    return Estimate(p, found.low, found.high, len(values))
+
+
+def clustered_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
+    """mean(a) - mean(b) of the same prompts, of which those of one cluster may err together.
+
+    The interval of `difference` for the effective number of prompts. n: of prompts. low, high: None for one cluster.
+    """
+    d = [x - y for x, y in zip(a, b, strict=True)]
+    value, effective = fmean(d), _effective(d, clusters)
+    if effective is None:
+        return Estimate(value, None, None, len(d))
+    net, differing = value * effective, fmean([x * x for x in d]) * effective + 1
+    middle = net / (effective + 2)
+    half = Z * math.sqrt(differing - net**2 / (effective + 2)) / (effective + 2)
+    return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half), len(d))
+
+
+def _effective(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """The number of independent values whose mean is as uncertain; None for one cluster.
+
+    It is n over the design effect: the variance of the mean over clusters, over that of n independent values, and never
+    less than 1. It is corrected for few clusters. If all values are equal, nothing is known of the design effect, and
+    every cluster counts as one value.
+    """
+    n, middle = len(values), fmean(values)
+    members: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        members.setdefault(cluster, []).append(value - middle)
+    m, independent = len(members), sum((value - middle) ** 2 for value in values)
+    if m < 2:
+        return None
+    if independent == 0:
+        return m
+    together = m / (m - 1) * sum(sum(deviations) ** 2 for deviations in members.values())
+    return n / max(1.0, together / independent) * (Z / student(m - 1)) ** 2
 
 
 def student(freedom: int) -> float:

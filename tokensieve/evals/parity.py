@@ -36,10 +36,14 @@ JUDGED_ON_NEEDLES = ("dense", "sparse", *CONTROLS)
 
 @dataclass(frozen=True)
 class Arm:
-    """A model and its selection, which `selecting` takes: indexer, window, oracle, dense, or a function."""
+    """A model and its selection, which `selecting` takes: one of SELECTOR_NAMES, or a function.
+
+    top_k: keys that it selects; None leaves them to the caller, or to the model's config.
+    """
 
     model: DecoderForCausalLM
     selection: str | Selector
+    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def compare(
         questions = part(on_progress, name, done + len(read[name]), total)
         done += len(read[name]) + len(asked[name])
         examples = [example for context in asked[name] for example in context]
-        with evaluating(arm.model), selecting(arm.model, arm.selection, top_k):
+        with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k or top_k):
             text = perplexity(arm.model, read[name], max(top_k, ppl_after), on_progress=texts)
             scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, examples, on_progress=questions))
     return scores

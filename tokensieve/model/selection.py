@@ -167,6 +167,24 @@ def window(c: SelectionContext, width: int | None = None) -> Tensor:
     return torch.where(position < ends, position, -1).to(torch.int32)
 
 
+FIRST = 4  # keys at the beginning that attention falls back on: attention sinks
+
+
+def sinks(c: SelectionContext) -> Tensor:
+    """The first 4 keys that a query may see, and the last k - 4: a sliding window that keeps its attention sinks.
+
+    UserError for k of 4 or less. Source: Xiao et al., arXiv 2309.17453.
+    """
+    if c.k <= FIRST:
+        raise UserError(f"sinks selects the first {FIRST} keys and some of the last; k = {c.k} is too few for both")
+    width = c.keys.columns(c.k)
+    starts, ends = c.starts_N[:, None], c.ends_N[:, None]
+    column = torch.arange(width, device=starts.device, dtype=torch.int32)
+    last = torch.where(column < FIRST, starts, ends - width)
+    position = torch.maximum(starts, last) + column
+    return torch.where(position < ends, position, -1).to(torch.int32)
+
+
 def oracle(c: SelectionContext) -> Tensor:
     """The k keys with the most probability in dense attention, averaged over heads. A reference, not an upper bound."""
     return torch.cat([block.select(block.head_mass()) for block in c.blocks()])
@@ -192,7 +210,7 @@ def join(a_NK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 SELECTORS: Mapping[str, Selector] = MappingProxyType(
-    dict(zip(SELECTOR_NAMES, (indexer, window, oracle, dense), strict=True))
+    dict(zip(SELECTOR_NAMES, (indexer, window, sinks, oracle, dense), strict=True))
 )
 
 

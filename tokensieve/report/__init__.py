@@ -14,9 +14,10 @@ from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.origin import environment
+from tokensieve.report.suites import show_long, show_short
 from tokensieve.report.table import crossover_text, show, show_criteria
 
-__all__ = ["environment", "show", "show_criteria", "write_report", "write_run"]
+__all__ = ["environment", "show", "show_criteria", "show_long", "show_short", "write_report", "write_run"]
 
 RELATIONS = {"<=": "≤", ">=": "≥"}
 

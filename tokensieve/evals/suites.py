@@ -1,0 +1,219 @@
+"""Suites of `tokensieve eval --suite`: long contexts by task, length and depth; short prompts; every figure with its
+interval, and every arm beside the first one, on the same prompts and texts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from tokensieve.config import LongSizes, ShortSizes, UserError
+from tokensieve.evals import intervals
+from tokensieve.evals.choices import choose
+from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
+from tokensieve.evals.longcontext import depths
+from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
+from tokensieve.evals.parity import Arm
+from tokensieve.evals.progress import OnProgress, part
+from tokensieve.model import DecoderForCausalLM, selecting
+from tokensieve.model.positions import check_positions
+from tokensieve.tasks import Document, Documents, encoder
+from tokensieve.tasks.ruler import LongExample, long_tasks
+from tokensieve.tasks.short import MAKES, Choices
+
+CONTROLS = {"sparse": "indexer", "window": "window", "sinks": "sinks"}
+
+
+def long_arms(
+    model: DecoderForCausalLM, top_k: Sequence[int] = (), selections: Mapping[str, str] | None = None
+) -> dict[str, Arm]:
+    """Arms of one model: it attending to every key, and if it is sparse, for each k its indexer's choice, the last k
+    keys (window) and the first 4 with the last k - 4 (sinks); `selections`: further ones, {name: selection}.
+
+    Raises:
+        UserError: several k or selections for a dense model, an unknown selection, or k that is too few for sinks.
+    """
+    arms = {"dense": Arm(model, "dense")}
+    if not model.is_sparse:
+        if top_k or selections:
+            raise UserError("a dense model selects nothing: leave out long.top_k and --arm, or sparsify it first")
+        return arms
+    for k in top_k or (model.top_k,):
+        if k < 5:
+            raise UserError(f"long.top_k: {k} keys are too few for the arm sinks; use 5 or more")
+        for name, selection in (CONTROLS | dict(selections or {})).items():
+            with selecting(model, selection):  # an unknown one is refused now rather than after the other arms
+                pass
+            arms[f"{name} k={k}"] = Arm(model, selection, k)
+    return arms
+
+
+def judge_long(
+    arms: Mapping[str, Arm],
+    tokenizer: Any,
+    documents: Sequence[Document],
+    sizes: LongSizes,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """RULER's kinds of tasks, and perplexity by position, of every arm on the same held-out prompts and texts.
+
+    An arm is not asked where its k keys are all there are: prompts of at most k tokens. Scores and differences have
+    intervals over contexts, whose questions may err together.
+
+    Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "difference": `Estimate` of
+    the arm's score less the first arm's (None for that one), "by_depth": shares by tenth (None: nothing lay there),
+    "counts"}], "positions": {"edges": tokens, "ppl": {arm: [`Estimate`]}, "ratio": {arm: [`Estimate` of the arm's
+    perplexity over the first arm's]}}, "sizes"}. Depth is that of questions for one hidden line.
+
+    Raises:
+        UserError: prompts past a model's positions, sizes that do not go together, or too little text.
+    """
+    encode, longest = encoder(tokenizer), max(sizes.contexts, default=0)
+    if not longest or sizes.prompts < 1:
+        raise UserError("long.contexts and long.prompts: ask at least one question in at least one context")
+    for arm in arms.values():
+        limit, what = arm.model.config.max_position_embeddings, f"prompts of {longest} tokens are"
+        check_positions(limit, longest, what, "shorten them with --context")
+    tasks = long_tasks(encode, Documents(test=documents), sizes)
+    for task in tasks:
+        task.examples("test", 1, min(sizes.contexts))  # what cannot be asked is refused now
+    sequences = text_sequences(encode, documents, longest, sizes.texts) if sizes.texts else []
+    cells = [(task, context, _selecting(arms, context)) for context in sizes.contexts for task in tasks]
+    read = _selecting(arms, longest - 1)
+    total = sizes.prompts * sum(len(asking) for _, _, asking in cells) + len(read) * len(sequences)
+    done, rows = 0, []
+    for task, context, asking in cells:
+        examples = task.examples("test", sizes.prompts, context)
+        room, first = max(example.room for example in examples), None
+        for name, arm in asking.items():
+            what = f"{task.name} in {context:,} tokens, {name}"
+            callback = _scaled(on_progress, what, done, sizes.prompts, total)
+            with selecting(arm.model, arm.selection, arm.top_k):
+                found = evaluate(arm.model, encode, task, examples, room, on_progress=callback)
+            rows.append({"task": task.name, "context": context, "arm": name} | _row(examples, found, first))
+            first, done = first or found, done + sizes.prompts
+    figures: dict[str, Any] = {"tasks": rows}
+    if sequences:
+        figures["positions"] = _positions(read, sequences, sizes.buckets, done, total, on_progress)
+    return figures | {"sizes": asdict(sizes)}
+
+
+def _selecting(arms: Mapping[str, Arm], tokens: int) -> dict[str, Arm]:
+    """The arms that do not select all of so many tokens."""
+    return {name: arm for name, arm in arms.items() if arm.top_k is None or arm.top_k < tokens}
+
+
+def _row(examples: Sequence[LongExample], found: Evaluation, first: Evaluation | None) -> dict[str, Any]:
+    values, groups = _values(found), by_context(examples)
+    clusters = [number for number, places in enumerate(groups) for _ in places]
+    difference = None
+    if first is not None:
+        difference = intervals.clustered_difference(values, _values(first), clusters).to_dict()
+    at = [(e.depth, value) for e, value in zip(examples, values, strict=True) if e.depth is not None]
+    by_depth = depths(at)
+    return {
+        "score": intervals.clustered_share(values, clusters).to_dict(),
+        "contexts": len(groups),
+        "difference": difference,
+        "by_depth": list(by_depth.by_depth),
+        "counts": list(by_depth.counts),
+    }
+
+
+def _values(found: Evaluation) -> list[float]:
+    return [record.score.value for record in found.records]
+
+
+def _scaled(on_progress: OnProgress | None, what: str, before: int, units: int, total: int) -> OnProgress | None:
+    """The callback for a part that is `units` of the whole, however many units the part itself counts."""
+    if on_progress is None:
+        return None
+    return lambda _, done, of: on_progress(what, before + units * done // of, total)
+
+
+def _positions(
+    arms: Mapping[str, Arm],
+    sequences: Sequence[Tensor],
+    buckets: int,
+    before: int,
+    total: int,
+    on_progress: OnProgress | None,
+) -> dict[str, Any]:
+    found: dict[str, Perplexity] = {}
+    for number, (name, arm) in enumerate(arms.items()):
+        callback = part(on_progress, f"perplexity, {name}", before + number * len(sequences), total)
+        with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k):
+            found[name] = perplexity(arm.model, sequences, 0, buckets, callback)
+    first, *others = found
+    return {
+        "edges": list(found[first].edges),
+        "ppl": {name: [e.to_dict() for e in text.by_position()] for name, text in found.items()},
+        "ratio": {name: [e.to_dict() for e in found[name].ratios_to(found[first])] for name in others},
+    }
+
+
+def short_arms(model: DecoderForCausalLM, before: DecoderForCausalLM | None = None) -> dict[str, Arm]:
+    """The model as it is, after the model that it was before its adaptation if there is one; without that, a sparse
+    model after its own dense attention.
+    """
+    own = Arm(model, "indexer" if model.is_sparse else "dense")
+    if before is not None:
+        return {"before": Arm(before, "indexer" if before.is_sparse else "dense"), "model": own}
+    return {"dense": Arm(model, "dense"), "sparse": own} if model.is_sparse else {"dense": own}
+
+
+def judge_short(
+    arms: Mapping[str, Arm],
+    tokenizer: Any,
+    documents: Sequence[Document],
+    sizes: ShortSizes,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Small generated tasks with four choices (`tasks.short`), and the perplexity of short held-out texts.
+
+    Returns {"tasks": [{"task", "arm", "score": `Estimate`, "difference": `Estimate` of the arm's score less the first
+    arm's (None for that one)}], "texts": [{"arm", "ppl": `Estimate`, "ratio": `Estimate` of the arm's perplexity over
+    the first arm's}], "sizes"}.
+
+    Raises:
+        UserError: nothing asked for, texts past a model's positions, or too little text.
+    """
+    if min(sizes.prompts, sizes.texts) < 1 or sizes.tokens < 2:
+        raise UserError("short: ask for at least one prompt and one text of two tokens")
+    for arm in arms.values():
+        limit, what = arm.model.config.max_position_embeddings, f"texts of {sizes.tokens} tokens are"
+        check_positions(limit, sizes.tokens, what, "lower short.tokens")
+    encode = encoder(tokenizer)
+    sequences = text_sequences(encode, documents, sizes.tokens, sizes.texts)
+    total, done = len(arms) * (len(MAKES) * sizes.prompts + len(sequences)), 0
+    rows, texts = [], []
+    for task in map(Choices, MAKES):
+        examples = task.examples("test", sizes.prompts)
+        first: list[float] | None = None
+        for name, arm in arms.items():
+            with _asked(arm):
+                callback = part(on_progress, f"{task.name}, {name}", done, total)
+                values = _values(choose(arm.model, encode, task, examples, callback))
+            score = intervals.share(sum(values), len(values)).to_dict()
+            difference = None if first is None else intervals.difference(values, first).to_dict()
+            rows.append({"task": task.name, "arm": name, "score": score, "difference": difference})
+            first, done = first or values, done + sizes.prompts
+    known: list[float] | None = None
+    for name, arm in arms.items():
+        with _asked(arm):
+            callback = part(on_progress, f"texts, {name}", done, total)
+            losses = perplexity(arm.model, sequences, 0, 1, callback).by_text
+        ratio = None
+        if known is not None:
+            ratio = intervals.ratio([a - b for a, b in zip(losses, known, strict=True)]).to_dict()
+        texts.append({"arm": name, "ppl": intervals.ratio(losses).to_dict(), "ratio": ratio})
+        known, done = known or list(losses), done + len(sequences)
+    return {"tasks": rows, "texts": texts, "sizes": asdict(sizes)}
+
+
+@contextmanager
+def _asked(arm: Arm) -> Iterator[None]:
+    with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k):
+        yield
