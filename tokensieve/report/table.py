@@ -14,7 +14,7 @@ from tokensieve.evals.timing import CHUNK, crossover
 
 def show(console: Console, metrics: Mapping[str, Any]) -> None:
     """Prints the arms, the times of a token and of a chunk if they were measured, and which criteria hold."""
-    arms = _table("arm", "perplexity", "needles", "95% interval", "")
+    arms = table("arm", "perplexity", "needles", "95% interval", "")
     more = {name: f"as sparse, but {selection} selects" for name, selection in metrics.get("selections", {}).items()}
     for name, what in (ARMS | more).items():
         if name in metrics:
@@ -28,7 +28,7 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
         if key not in metrics:
             continue
         contexts = next(iter(metrics[key].values()))
-        times = _table(f"ms for {what} at a context of", *(f"{int(c):,}" for c in contexts))
+        times = table(f"ms for {what} at a context of", *(f"{int(c):,}" for c in contexts))
         for name, by_context in metrics[key].items():
             times.add_row(name, *(f"{ms:,.1f}" for ms in by_context.values()))
         console.print()
@@ -65,7 +65,7 @@ def _estimate(found: Mapping[str, Any], unit: str) -> str:
     return f"{found['value']:.3f} ({interval}{found['n']} {unit})"
 
 
-def _table(*columns: str) -> Table:
+def table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for place, column in enumerate(columns):
         figure = column and place
