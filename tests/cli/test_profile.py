@@ -38,8 +38,8 @@ def test_sparse_is_recommended(run: Any, home: Path, tmp_path: Path) -> None:
     assert ended.status == 0, ended
     for words in (
         "11 documents", "all of the source", "Attention in 3 texts, cut at 600 tokens: 24 queries in each layer",
-        "no text is longer", "Use: sparse attention: ", "k: 64: the best 64 keys hold", "Stay dense below: ",
-        "Layers with one indexer: none: every layer loses", "warm-up", "adaptation", "timed on this machine",
+        "no text is longer", "Use sparse attention: ", "k = 64: the best 64 keys hold", "Stay dense below ",
+        "Every layer needs its own indexer: every layer loses", "warm-up", "adaptation", "timed on this machine",
     ):  # fmt: skip
         assert words in ended.out, (words, ended.out)
     metrics = json.loads((out / "metrics.json").read_text())
@@ -63,7 +63,7 @@ def test_short_data_stay_dense(run: Any, home: Path, tmp_path: Path) -> None:
     )
     source = f"{tmp_path / 'rows.jsonl'}#body"
     ended = run("profile", source, "--model", home / "sparse", "--out", tmp_path / "out")
-    assert ended.status == 0 and "Use: dense attention: no text has more than 128 tokens" in ended.out
+    assert ended.status == 0 and "Stay with dense attention: no text has more than 128 tokens" in ended.out
     assert "training" not in ended.out and not (tmp_path / "out" / "mass.svg").exists()
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["training"] is None and metrics["attention"]["texts"] == 0

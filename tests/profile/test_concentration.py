@@ -137,16 +137,16 @@ def timed(model: DecoderForCausalLM, clock: Clock, lengths: list[int], seconds: 
 def test_it_takes_what_fits_into_the_time(dense: DecoderForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concentration, "REHEARSAL", 50)
     clock = Clock(0.1, monkeypatch)
-    found = timed(dense, clock, [100] * 8, 65)
-    assert clock.read == [50] + [100] * 6 and (len(found.texts), found.wanted, found.context) == (6, 8, 100)
-    assert found.seconds == pytest.approx(65) and found.flops_per_second > 0
+    found = timed(dense, clock, [100] * 12, 106)
+    assert clock.read == [50] + [100] * 10 and (len(found.texts), found.wanted, found.context) == (10, 12, 100)
+    assert found.seconds == pytest.approx(105) and found.flops_per_second > 0
 
 
 def test_texts_are_cut_if_few_would_fit(dense: DecoderForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(concentration, "REHEARSAL", 20)
     clock = Clock(0.1, monkeypatch)
-    found = timed(dense, clock, [100] * 5, 26)
-    assert found.context == 50 and clock.read == [20] + [50] * 4
+    found = timed(dense, clock, [100] * 5, 28)  # after 2 s of rehearsal five texts of 10 s do not fit, of 5 s they do
+    assert found.context == 50 and clock.read == [20] + [50] * 5
     clock = Clock(1.0, monkeypatch)
     found = timed(dense, clock, [100] * 5, 0)
     assert len(found.texts) == 1 and found.context > KS[0]  # one is measured, however long it takes

@@ -23,7 +23,7 @@ from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
 ROWS = 128  # queries whose probabilities over all keys are held at a time
 REACH = 3  # layers behind a layer that are tried with its best keys
 REHEARSAL = 1024  # tokens of the pass that is timed first
-FEWEST = 4  # texts that have to fit into the time; if they do not, texts are cut shorter
+FEWEST = 8  # texts that have to fit into the time; if they do not, all are cut shorter
 
 Pair = tuple[int, int]  # (layer whose best keys, layer whose attention)
 
@@ -227,7 +227,8 @@ def measure(
     _watch(model, short, ks, queries)
     rate = flops(len(short)) / max(clock() - begin, 1e-6)
     context = longest
-    while context // 2 > ks[0] and sum(flops(min(len(t), context)) for t in texts[:FEWEST]) > rate * seconds:
+    fewest = min(FEWEST, len(texts))
+    while context // 2 > ks[0] and fewest * fmean(flops(min(len(t), context)) for t in texts) > rate * seconds:
         context //= 2
     figures: list[TextFigures] = []
     spent, started = 0.0, clock()

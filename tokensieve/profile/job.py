@@ -66,8 +66,8 @@ def profile(
     if advice.verdict == "sparse" and advice.top_k and advice.dense_below:
         saved = spent(shapes[advice.top_k], sample.lengths.tolist(), advice.dense_below)
         sparse = model if model.is_sparse else sparsify(model, advice.top_k, heads, dim)
-        rate = attention.flops_per_second
-        costs = training_costs(sparse, advice.top_k, attention.context, rate, peak_flops, settings.utilization)
+        length, rate = min(context or positions, int(sample.lengths.max())), attention.flops_per_second
+        costs = training_costs(sparse, advice.top_k, length, rate, peak_flops, settings.utilization)
         training = [asdict(stage) for stage in costs]
     return {
         "lengths": sample.to_dict(),

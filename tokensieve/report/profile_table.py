@@ -8,7 +8,6 @@ from rich.console import Console
 from tokensieve import cost
 from tokensieve.report.table import table
 
-PARTS = {"verdict": "Use", "top_k": "k", "dense_below": "Stay dense below", "groups": "Layers with one indexer"}
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}
 
 
@@ -29,8 +28,8 @@ def show_profile(console: Console, metrics: Mapping[str, Any]) -> None:
             masses.add_row(*row)
         console.print(masses)
         console.print()
-    for name, answer, reason in answers(metrics["advice"]):
-        console.print(f"[bold]{name}: {answer}[/bold]: {reason}.", highlight=False)
+    for answer, reason in answers(metrics["advice"]):
+        console.print(f"[bold]{answer}[/bold]: {reason}.", highlight=False)
     if metrics["spent"]:
         console.print(spent_text(metrics["spent"]), highlight=False)
     if metrics["training"]:
@@ -86,20 +85,16 @@ def mass_rows(attention: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def answers(advice: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(question, answer, reason) for each part of the recommendation that has a reason."""
+def answers(advice: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(answer, reason) for each part of the recommendation that has a reason."""
+    groups = ", ".join(f"{group[0]} to {group[-1]}" for group in advice["groups"] if len(group) > 1)
     shown = {
-        "verdict": f"{advice['verdict']} attention",
-        "top_k": f"{advice['top_k'] or 0:,}",
-        "dense_below": f"{advice['dense_below'] or 0:,} tokens",
-        "groups": groups_text(advice["groups"]),
+        "verdict": "Use sparse attention" if advice["verdict"] == "sparse" else "Stay with dense attention",
+        "top_k": f"k = {advice['top_k'] or 0:,}",
+        "dense_below": f"Stay dense below {advice['dense_below'] or 0:,} tokens",
+        "groups": f"Layers {groups} can share an indexer" if groups else "Every layer needs its own indexer",
     }
-    return [(PARTS[name], shown[name], advice["reasons"][name]) for name in PARTS if name in advice["reasons"]]
-
-
-def groups_text(groups: list[list[int]]) -> str:
-    """ "0-2, 5-6": the groups of more than one layer."""
-    return ", ".join(f"{group[0]}-{group[-1]}" for group in groups if len(group) > 1) or "none"
+    return [(answer, advice["reasons"][part]) for part, answer in shown.items() if part in advice["reasons"]]
 
 
 def spent_text(spent: Mapping[str, float]) -> str:
