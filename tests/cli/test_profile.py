@@ -37,7 +37,7 @@ def test_sparse_is_recommended(run: Any, home: Path, tmp_path: Path) -> None:
     )
     assert ended.status == 0, ended
     for words in (
-        "11 documents", "all of the source", "Attention in 3 texts, cut at 600 tokens: 24 queries in each layer",
+        "11 documents", "all of the source", "Attention in 3 texts, of at most 600 tokens: 24 queries in each layer",
         "no text is longer", "Use sparse attention: ", "k = 64: the best 64 keys hold", "Stay dense below ",
         "Every layer needs its own indexer: every layer loses", "warm-up", "adaptation", "timed on this machine",
     ):  # fmt: skip
@@ -73,7 +73,7 @@ def test_short_data_stay_dense(run: Any, home: Path, tmp_path: Path) -> None:
 def test_a_sparse_model_keeps_its_indexer(run: Any, home: Path, tmp_path: Path) -> None:
     text = ("profile", home / "text", "--model", home / "sparse", *FEW)
     ended = run(*text, "--set", "mass=0.05", "--context", "300", "--peak-flops", "1e12", "--out", tmp_path)
-    assert ended.status == 0 and "cut at 300 tokens" in ended.out and "40% of the peak given" in ended.out, ended
+    assert ended.status == 0 and "of at most 300 tokens" in ended.out and "40% of the peak given" in ended.out, ended
     assert json.loads((tmp_path / "metrics.json").read_text())["indexer"] == {"heads": 4, "dim": 16}
     commands.refusal(run)(("for dense models",), *text, "--set", "index_heads=2")
 

@@ -25,7 +25,7 @@ def test_answers_have_names() -> None:
 
 def test_a_sample_that_time_has_cut_says_so() -> None:
     figures = {"texts": 5, "texts_wanted": 24, "context": 4096, "queries": 320, "seconds": 61.0}
-    assert attention_text(figures).startswith("Attention in 5 texts of 24, for want of time, cut at 4,096 tokens")
+    assert attention_text(figures).startswith("Attention in 5 texts of 24, for want of time, of at most 4,096 tokens")
     assert ", for want of time" not in attention_text(figures | {"texts": 24})
 
 

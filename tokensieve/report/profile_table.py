@@ -56,7 +56,7 @@ def attention_text(attention: Mapping[str, Any]) -> str:
     wanted = attention["texts_wanted"]
     left = "" if attention["texts"] == wanted else f" of {wanted}, for want of time"
     return (
-        f"Attention in {attention['texts']} texts{left}, cut at {attention['context']:,} tokens: "
+        f"Attention in {attention['texts']} texts{left}, of at most {attention['context']:,} tokens: "
         f"{attention['queries']:,} queries in each layer, {cost.duration(attention['seconds'])}"
     )
 
