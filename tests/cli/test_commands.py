@@ -16,7 +16,9 @@ import tokensieve
 from tests.support import commands
 from tests.support.commands import tiny
 
-COMMANDS = "demo doctor pretrain speedrun sparsify warmup adapt eval generate convert deploy serve bench".split()
+COMMANDS = (
+    "demo doctor pretrain speedrun sparsify warmup adapt eval profile generate convert deploy serve bench".split()
+)
 BENCHES = ["bench serve"]
 
 

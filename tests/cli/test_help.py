@@ -17,6 +17,7 @@ KEYS = {
     "demo": ["top_k=256", "warmup.phases.1.context=2048", "heat_lengths=[1024]"],
     "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
     "eval": ["sparse.contexts=[8192]", "base.needles=", "long.keys=16", "short.tokens=512"],
+    "profile": ["mass=", "top_k=[128, 256", "index_heads (none)"],
 }
 
 
@@ -72,6 +73,11 @@ REFUSALS = [
     ("eval", "sparse", "--context", "64", "--suite", "short"),
     ("eval", "sparse", "--arm", "mine=best"),
     ("eval", "sparse", "--arm", "mine=no_such_module:select"),
+    ("profile", "nowhere"),
+    ("profile", "retrieval"),
+    ("profile", ".", "--model", "nowhere"),
+    ("profile", ".", "--set", "mass=2"),
+    ("profile", ".", "--set", "top_k=[512, 256]"),
     ("convert", "nowhere", "new"),
     ("convert", "base", "new"),
     ("deploy", "vllm", "nowhere"),

@@ -17,13 +17,19 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-COMMANDS = ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "sparsify", "convert", "deploy"]
+COMMANDS = ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "profile", "sparsify", "convert", "deploy"]
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_one_line(stage: str, two: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own = {"eval": ["sparse"], "deploy": ["vllm", "sparse"], "sparsify": ["base", "out"], "convert": ["base", "out"]}
+    own = {
+        "eval": ["sparse"],
+        "profile": ["."],
+        "deploy": ["vllm", "sparse"],
+        "sparsify": ["base", "out"],
+        "convert": ["base", "out"],
+    }
     arguments = own.get(stage, ["--out", "out"])
     commands.refusal(run)((f"torchrun started 2 processes, and {stage} runs in one so far",), stage, *arguments)
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tokensieve import cost
@@ -14,10 +13,23 @@ from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.origin import environment
+from tokensieve.report.profile_page import write_profile
+from tokensieve.report.profile_table import show_profile
 from tokensieve.report.suites import show_long, show_short
 from tokensieve.report.table import crossover_text, show, show_criteria
+from tokensieve.report.templates import render
 
-__all__ = ["environment", "show", "show_criteria", "show_long", "show_short", "write_report", "write_run"]
+__all__ = [
+    "environment",
+    "show",
+    "show_criteria",
+    "show_long",
+    "show_profile",
+    "show_short",
+    "write_profile",
+    "write_report",
+    "write_run",
+]
 
 RELATIONS = {"<=": "≤", ">=": "≥"}
 
@@ -57,13 +69,6 @@ def write_report(
     Raises:
         UserError: the file cannot be written.
     """
-    page = Environment(
-        loader=PackageLoader("tokensieve.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("page.html.j2")
     criteria = parity_criteria(metrics)
     loss, top_k = details["loss_by_position"], metrics["top_k"]
     drawn = {
@@ -75,7 +80,8 @@ def write_report(
         "token": plots.time_plot(metrics["decode_ms"], "a token"),
         "chunk": plots.time_plot(metrics["chunk_ms"], f"{CHUNK} tokens"),
     }
-    text = page.render(
+    text = render(
+        "page.html.j2",
         metrics=metrics,
         details=details,
         run=details["run"],
