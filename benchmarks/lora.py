@@ -15,6 +15,7 @@ lora.json.
 import argparse
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def main() -> None:
         torch.set_num_threads(asked.threads)
     if asked.out.exists():
         shutil.rmtree(asked.out)
-    prompts, console = Prompts(asked), Console()
+    prompts, console = Prompts(asked), Console(width=None if sys.stdout.isatty() else 200)
     data = DataConfig(SOURCES, limit_bytes=12_000_000)
     warmup = TrainConfig(
         "warmup",

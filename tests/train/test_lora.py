@@ -60,7 +60,7 @@ def learned(base: dict[str, Tensor], adapter: dict[str, Tensor], scale: float) -
 def test_adapters_and_indexers_learn(family: str, here: Workplace) -> None:
     """The adapter's file is all that was learned, and merged/ is the model that is returned."""
     settings = here.run("adapt", f"learns-{family}", model=str(here.root / family), lora=LORA)
-    made = run(settings, progress=False)
+    made = run(settings, progress=False, rehearse=False)
     base, out = tensors_of(here.root / family), Path(settings.out)
     (last,) = checkpoints(out)
     assert not list(last.glob("model*")) and (last / "adapter_config.json").is_file()
@@ -84,7 +84,7 @@ def test_adapters_and_indexers_learn(family: str, here: Workplace) -> None:
 
 def test_experts_learn_through_their_tensors(here: Workplace) -> None:
     settings = here.run("adapt", "experts", lora=replace(LORA, targets=EXPERTS, alpha=8))
-    run(settings, progress=False)
+    run(settings, progress=False, rehearse=False)
     base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / lora.MERGED)
     moved = {n.rpartition(".mlp.")[2] or n for n in merged if not torch.equal(merged[n], base[n])}
     moved = {n for n in moved if ".indexer." not in n}
@@ -97,7 +97,7 @@ def test_experts_learn_through_their_tensors(here: Workplace) -> None:
 
 def test_without_selection_the_indexers_stay(here: Workplace) -> None:
     settings = here.run("adapt", "dense", lora=LORA, selection=False)
-    run(settings, progress=False)
+    run(settings, progress=False, rehearse=False)
     base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / lora.MERGED)
     assert all(
         torch.equal(merged[n], base[n]) == (".indexer." in n) for n in base if "_proj" in n and "experts" not in n
@@ -116,7 +116,9 @@ def test_the_callers_model_is_left_as_it_was(here: Workplace, tmp_path: Path) ->
             raise KeyError("stop")
 
     with pytest.raises(KeyError):
-        run(here.run("adapt", "fails", lora=LORA, out=str(tmp_path)), made, on_step=fail, progress=False)
+        run(
+            here.run("adapt", "fails", lora=LORA, out=str(tmp_path)), made, on_step=fail, progress=False, rehearse=False
+        )
     assert kinds == {name: type(module) for name, module in made.named_modules()}
     assert [n for n, x in made.named_parameters() if not x.requires_grad] == ["lm_head.weight"]
     assert not hasattr(made, "peft_config") and not hasattr(made.model, "peft_config")
@@ -178,17 +180,17 @@ def test_resumed_bit_for_bit(here: Workplace) -> None:
 def test_an_adapter_that_does_not_fit_is_refused(here: Workplace, tmp_path: Path) -> None:
     """Another base of other shapes, a run without adapters, and the other way round: nothing is changed."""
     settings = here.run("adapt", "fits", lora=LORA, save_every=2, keep=1)
-    run(settings, progress=False)
+    run(settings, progress=False, rehearse=False)
     before = {p: p.read_bytes() for p in Path(settings.out).rglob("*") if p.is_file()}
     other = model(q_lora_rank=24)
     weights = {n: t.clone() for n, t in other.state_dict().items()}
     with pytest.raises(UserError, match=r"adapter_model.safetensors: .*q_[ab]_proj.*the model that the run began with"):
-        run(settings, other, resume=True, progress=False)
+        run(settings, other, resume=True, progress=False, rehearse=False)
     assert all(torch.equal(t, weights[n]) for n, t in other.state_dict().items())
     with pytest.raises(UserError, match=r"lora\.\w+ is"):
-        run(replace(settings, lora=None), resume=True, progress=False)
+        run(replace(settings, lora=None), resume=True, progress=False, rehearse=False)
     with pytest.raises(UserError, match=r"lora.rank is 8, in the run that is there 4"):
-        run(replace(settings, lora=replace(LORA, rank=8)), resume=True, progress=False)
+        run(replace(settings, lora=replace(LORA, rank=8)), resume=True, progress=False, rehearse=False)
     assert before == {p: p.read_bytes() for p in Path(settings.out).rglob("*") if p.is_file()}
 
 
@@ -202,7 +204,7 @@ def test_a_target_that_names_no_layer_is_refused(targets: Any, here: Workplace, 
     with pytest.raises(
         UserError, match=rf"lora.targets: '{named}' names no linear layer.* kv_b_proj.*experts.down_proj"
     ):
-        run(settings, progress=False)
+        run(settings, progress=False, rehearse=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -257,8 +259,8 @@ def test_the_command_refuses_in_one_line(
 
 def test_a_damaged_adapter_is_named(here: Workplace) -> None:
     settings = here.run("adapt", "damaged", lora=LORA)
-    run(settings, progress=False)
+    run(settings, progress=False, rehearse=False)
     (last,) = checkpoints(Path(settings.out))
     save_file({"x": torch.zeros(1)}, last / lora.TENSORS)
     with pytest.raises(UserError, match=r"adapter_model.safetensors: is damaged"):
-        run(settings, resume=True, progress=False)
+        run(settings, resume=True, progress=False, rehearse=False)

@@ -3,6 +3,7 @@
 The trainers are unchanged. They get the same rows in the same order, the same schedule and the same optimizer settings.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import Run, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
-STEPS, ROWS, CLIP = 6, 4, 0.3  # steps, rows of a step in two micro-batches, and a norm that clips every step
+STEPS, ROWS, CLIP = 4, 4, 0.3  # steps, rows of a step in two micro-batches, and a norm that clips every step
 LR = 1e-3
 TARGETS = {"latent": ["q_b_proj", "kv_b_proj", "o_proj"], "grouped": ["q_proj", "v_proj", "o_proj", "down_proj"]}
-# Largest difference of a weight, which may move by 6e-3 in 6 steps. Gradients differ by the order of their sums,
-# which Adam enlarges where they are nearly zero.
-TOLERANCE = 1e-5
+# Largest difference of a weight; the weights move by up to 2.5e-3. Gradients differ by the order of their sums, which
+# Adam enlarges where they are nearly zero: 8e-7 is measured.
+TOLERANCE = 5e-6
 FAMILIES = ["latent", "grouped"]
 
 
@@ -117,7 +118,9 @@ def adapter_of(family: str) -> peft.LoraConfig:
 def test_the_weights_of_our_loop(
     stage: Any, trainer: str, family: str, here: Workplace, data: list, tmp_path: Path
 ) -> None:
-    expected = run(settings(here, stage, stage, out=str(tmp_path / "ours")), fresh(family), progress=False)
+    expected = run(
+        settings(here, stage, stage, out=str(tmp_path / "ours")), fresh(family), progress=False, rehearse=False
+    )
     made = fresh(family)
     with tokensieve.training(made, stage, clip=CLIP) as kl:
         if trainer == "trl":
@@ -131,7 +134,7 @@ def test_the_weights_of_our_loop(
 def test_the_weights_of_our_loop_by_lora(family: str, here: Workplace, data: list, tmp_path: Path) -> None:
     """peft_config given to SFTTrainer; PEFT's model given to Trainer. What they save is the same model."""
     config = settings(here, "lora", lora=LoraConfig(4, targets=tuple(TARGETS[family])), out=str(tmp_path / "ours"))
-    expected = run(config, fresh(family), progress=False)
+    expected = run(config, fresh(family), progress=False, rehearse=False)
     base = fresh(family)
     for trainer in ("transformers", "trl"):
         made, out = fresh(family), tmp_path / trainer
@@ -148,7 +151,7 @@ def test_the_weights_of_our_loop_by_lora(family: str, here: Workplace, data: lis
         assert apart(this.model.merge_and_unload(), expected, base) < TOLERANCE, trainer
 
 
-@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("adapters", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_trainer_resumes(adapters: bool, data: list, tmp_path: Path) -> None:
     def trained(out: Path, seed: int, resume: str | None = None) -> Trainer:
         torch.manual_seed(seed)
@@ -160,7 +163,7 @@ def test_a_trainer_resumes(adapters: bool, data: list, tmp_path: Path) -> None:
         return this
 
     straight = trained(tmp_path / "straight", 0)
-    again = trained(tmp_path / "again", 1, str(tmp_path / "straight" / "checkpoint-4"))
+    again = trained(tmp_path / "again", 1, str(tmp_path / "straight" / "checkpoint-2"))
     mine, theirs = straight.model.state_dict(), again.model.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
     straight.save_model(str(tmp_path / "saved"))
@@ -169,13 +172,28 @@ def test_a_trainer_resumes(adapters: bool, data: list, tmp_path: Path) -> None:
         assert all(torch.equal(saved[n], mine[n]) for n in mine)
 
 
+def test_the_documents_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of docs/training.md, as it is written but for the number of steps and the dtype of a CPU."""
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"<!-- run -->\n```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    datasets = pytest.importorskip("datasets")
+    code = code.replace("max_steps=100", "max_steps=1, use_cpu=True, bf16=False, per_device_train_batch_size=1")
+    exec(code, {"dataset": datasets.Dataset.from_list([{"text": "def f(x):\n    return x + 1\n" * 20}])})
+    before, after = tokensieve.load("sparse").state_dict(), tokensieve.load("runs/merged").state_dict()
+    moved = {n.rpartition("self_attn.")[2].split(".")[0] for n in after if not torch.equal(before[n], after[n])}
+    assert moved == {"q_b_proj", "kv_b_proj", "o_proj", "indexer"}
+
+
 def test_one_norm_for_all_is_another_run(here: Workplace, data: list, tmp_path: Path) -> None:
     """If the trainer clips, indexers and trunk share one norm: the weights differ, and two clippings are refused."""
-    expected = run(settings(here, "joint", out=str(tmp_path / "ours")), fresh("latent"), progress=False)
+    expected = run(settings(here, "joint", out=str(tmp_path / "ours")), fresh("latent"), progress=False, rehearse=False)
     made = fresh("latent")
     with tokensieve.training(made, "adapt") as kl:
         hugging_face(tmp_path, made, data, kl, max_grad_norm=CLIP).train()
-    assert apart(made, expected, fresh("latent")) > 10 * TOLERANCE
+    base = dict(fresh("latent").named_parameters())
+    moved = max(float((x - base[name]).abs().max()) for name, x in expected.named_parameters())
+    assert apart(made, expected, fresh("latent")) > 0.05 * moved
     with tokensieve.training(fresh("latent"), "adapt", clip=CLIP) as kl:
         with pytest.raises(UserError, match="max_grad_norm to 0"):
             kl.on_train_begin(TrainingArguments(**arguments(tmp_path, max_grad_norm=1.0)), None, None)
