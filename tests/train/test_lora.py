@@ -208,10 +208,23 @@ def test_a_target_that_names_no_layer_is_refused(targets: Any, here: Workplace, 
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_peft_would_misread_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    for config, warned in ((LORA, False), (replace(LORA, merge=False), True)):
+        with lora.adapted(model(), config):
+            assert ("down_proj, gate_proj, up_proj into the experts" in caplog.text) == warned
+    caplog.clear()
+    with lora.adapted(model(), LoraConfig(merge=False, targets="o_proj")):
+        assert not caplog.text
+
+
 def test_bad_settings_are_refused(here: Workplace) -> None:
     for changes, message in (({"rank": 0}, "lora.rank is 0"), ({"dropout": 1.0}, "lora.dropout is 1.0")):
         with pytest.raises(UserError, match=message):
             LoraConfig(**changes)
+    for targets in ("all-linear", ("o_proj", "experts.down_proj")):
+        setting = LoraConfig(dropout=0.1, targets=targets)
+        with pytest.raises(UserError, match="lora.dropout is 0.1"), lora.adapted(model(), setting):
+            raise AssertionError("not reached")
     with pytest.raises(UserError, match="lora is a setting of adapt"):
         here.run("warmup", "bad", lora=LORA)
     with pytest.raises(UserError, match="lora.targets names no layer"), lora.adapted(model(), LoraConfig(targets=())):

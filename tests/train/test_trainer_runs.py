@@ -156,8 +156,8 @@ def test_a_trainer_resumes(adapters: bool, data: list, tmp_path: Path) -> None:
     def trained(out: Path, seed: int, resume: str | None = None) -> Trainer:
         torch.manual_seed(seed)
         made = fresh("grouped")
-        with tokensieve.training(made, "adapt", clip=CLIP) as kl:
-            whole = peft.get_peft_model(made, adapter_of("grouped")) if adapters else made
+        whole = peft.get_peft_model(made, adapter_of("grouped")) if adapters else made
+        with tokensieve.training(whole, "adapt", clip=CLIP) as kl:
             this = hugging_face(out, whole, data, kl, save_strategy="steps", save_steps=2)
             this.train(resume_from_checkpoint=resume)
         return this

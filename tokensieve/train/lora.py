@@ -4,6 +4,7 @@ The indexers are small and learn whole, as without adapters. PEFT calls such mod
 and writes it into the adapter's file, so this file is all that a run has learned.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,10 @@ from tokensieve.model import DecoderForCausalLM, Trunk
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
 
+log = logging.getLogger("tokensieve")
+
 TENSORS = "adapter_model.safetensors"  # PEFT's name, in a checkpoint
+MISREAD = {"gate_proj", "up_proj", "down_proj"}  # by PEFT, in a model with experts
 MERGED = "merged"  # the folder of a run that holds the model with its adapter merged
 
 
@@ -48,7 +52,8 @@ def adapted(
     Yields PEFT's model, or None if `config` is None.
 
     seed: of the adapters' first weights. base: what adapter_config.json names as the model. indexers: whether they
-    learn, whole. UserError, before anything is changed, for targets that the model does not have.
+    learn, whole. UserError, before anything is changed, for targets that the model does not have, and for dropout at
+    targets that cannot have it.
     """
     if config is None:
         yield None
@@ -57,6 +62,17 @@ def adapted(
 
     learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     layers, tensors = _targets(model.model, config.targets)
+    if config.dropout and (tensors or any(name.endswith("kv_b_proj") for name in layers)):
+        raise UserError(
+            f"lora.dropout is {config.dropout}, and adapters of kv_b_proj and of experts have no input to drop from; "
+            "set it to 0, or leave these out of lora.targets"
+        )
+    misread = {name.rpartition(".")[2] for name in layers} & MISREAD
+    if not config.merge and misread and any(isinstance(module, Experts) for module in model.modules()):
+        log.warning(
+            "PEFT by itself would load the adapters of %s into the experts; to merge them, resume with lora.merge=true",
+            ", ".join(sorted(misread)),
+        )
     torch.manual_seed(seed)
     settings = peft.LoraConfig(
         r=config.rank,
