@@ -98,6 +98,26 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that learn in place of the trunk's weights W: W + alpha / rank * B A.
+
+    Source: arXiv 2106.09685.
+    """
+
+    rank: int = 16
+    alpha: int | None = None  # None: twice the rank
+    dropout: float = 0.0  # of an adapter's input; 0 if kv_b_proj or experts are among the targets
+    targets: str | tuple[str, ...] = "all-linear"  # of the trunk; or names of layers, of experts' tensors too
+    merge: bool = True  # at the end of the run, write the model with its adapter merged into OUT/merged
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"lora.rank is {self.rank}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}; it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     stage: Literal["pretrain", "warmup", "adapt"]
     model: str  # checkpoint or bundled name to start from; for pretrain a [shape] is given instead
@@ -109,6 +129,7 @@ class TrainConfig:
     selection: bool | str = (
         True  # adapt: by the indexer; False or "dense": none, the dense model on the same tokens; or a selector's name
     )
+    lora: LoraConfig | None = None  # adapt: adapters learn instead of the trunk's weights; None: the weights themselves
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     backend: Literal["auto", "reference"] = "auto"  # of the ops; reference: plain PyTorch throughout
@@ -127,6 +148,8 @@ class TrainConfig:
                 f"selection takes a name, and got {self.selection!r}; write your own function as module:function, or "
                 "run inside a tokensieve.selecting block"
             )
+        if self.lora is not None and self.stage != "adapt":
+            raise UserError(f"lora is a setting of adapt, and the stage is {self.stage}; leave it out")
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from transformers import LlamaConfig
 
 import tokensieve
-from tests.support.models import config, difference, ours, tokens
+from tests.support.models import config, difference, ours, randomize, tokens
 from tokensieve.config import UserError
 from tokensieve.engine.runner import Runner
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, LatentCache, save_indexers, with_options
@@ -22,10 +23,18 @@ TOLERANCE = 1e-4  # of logits of about 4, float32: the adapter's product is summ
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::FutureWarning")
 
 
-def adapted(target: Any, **settings: Any) -> tuple[DecoderForCausalLM, Any]:
+def base_model(family: str) -> DecoderForCausalLM:
+    if family == "latent":
+        return ours(config("v32"), seed=1)
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True}
+    return randomize(tokensieve.sparsify(ours(LlamaConfig(**sizes, **heads)), K, 32, 16), 1)
+
+
+def adapted(target: Any, family: str = "latent", **settings: Any) -> tuple[DecoderForCausalLM, Any]:
     """The base model, and a LoRA of drawn weights around it."""
     torch.manual_seed(0)
-    base = ours(config("v32"), seed=1)
+    base = base_model(family)
     lora = peft.LoraConfig(target_modules=target, init_lora_weights=False, r=4, **settings)
     return base, peft.get_peft_model(base, lora).eval()
 
@@ -47,10 +56,26 @@ def every_way(model: DecoderForCausalLM, ids: Tensor) -> dict[str, Tensor]:
     return ways
 
 
-@pytest.mark.parametrize("target", [["kv_b_proj"], ["weights_proj"], ["q_b_proj", "wq_b", "o_proj"], "all-linear"])
+INDEXER = ["wq_b", "wk", "weights_proj"]
+EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+CASES = [
+    ("latent", ["kv_b_proj"], {}),
+    ("latent", ["weights_proj"], {}),
+    ("latent", ["q_b_proj", "wq_b", "o_proj"], {}),
+    ("latent", "all-linear", {}),  # which PEFT takes to hold router and experts too
+    ("latent", [], EXPERTS),
+    ("latent", ["kv_b_proj", "q_a_proj", *INDEXER], {"use_dora": True}),
+    ("latent", ["kv_b_proj", *INDEXER], {"use_rslora": True}),
+    ("grouped", INDEXER, {}),
+    ("grouped", ["q_proj", "k_proj", "v_proj"], {"use_dora": True}),
+    ("grouped", "all-linear", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "target", "settings"), CASES)
 @torch.no_grad()
-def test_an_adapter_acts_in_every_form_as_merged(target: Any) -> None:
-    base, lora = adapted(target)
+def test_an_adapter_acts_in_every_form_as_merged(family: str, target: Any, settings: dict[str, Any]) -> None:
+    base, lora = adapted(target, family, **settings)
     ids = tokens(1, LENGTH)
     with lora.disable_adapter():
         without = base(ids).logits[0, -1]
@@ -92,6 +117,39 @@ def test_a_hook_acts_in_every_form() -> None:
     watched: list[tuple[int, ...]] = []
     watching = every_way(hooked(lambda out: watched.append(tuple(out.shape))), ids)
     assert watched and difference(watching["pages"], every_way(ours(config("v32"), seed=1), ids)["pages"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["latent", "grouped"])
+@torch.no_grad()
+def test_hooks_on_every_linear_layer_act_in_every_form(family: str) -> None:
+    """Each hook scales its layer's outputs one by one, so that no norm behind it undoes that."""
+    hooked, plain, ids = base_model(family), base_model(family), tokens(1, LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: 0.5 + torch.rand(module.out_features, generator=generator)
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    assert len(factors) > 20 and any("indexer.wk" in name for name in factors)
+    for name, factor in factors.items():
+        hooked.get_submodule(name).register_forward_hook(lambda _, args, out, factor=factor: out * factor)
+    acting = every_way(hooked, ids)
+    whole = every_way(changed(plain, factors), ids)
+    for way, logits in acting.items():
+        assert difference(logits, whole[way]) < TOLERANCE, way
+    for name, factor in factors.items():  # a hook that did not act would be seen: every factor matters
+        without = changed(plain, {name: 1 / factor})(ids).logits[0, -1]
+        assert difference(without, whole["masked"]) > 10 * TOLERANCE, name
+        changed(plain, {name: factor})
+
+
+def changed(model: DecoderForCausalLM, factors: dict[str, Tensor]) -> DecoderForCausalLM:
+    for name, factor in factors.items():
+        layer = model.get_submodule(name)
+        layer.weight.mul_(factor[:, None])
+        if layer.bias is not None:
+            layer.bias.mul_(factor)
+    return model
 
 
 @torch.no_grad()

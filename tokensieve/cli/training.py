@@ -1,11 +1,10 @@
 """Commands that train: the demo, the three stages, and the speedrun through all of them."""
 
-import json
 import time
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +21,9 @@ from tokensieve.cli.program import (
     stdout,
     with_keys,
 )
+
+if TYPE_CHECKING:
+    from tokensieve.config import TrainConfig
 
 
 class Until(StrEnum):
@@ -87,8 +89,8 @@ def warmup(
 
     Example: tokensieve warmup --model runs/untrained --out runs/warmup
     """
-    run = _train("warmup", config, overrides(set_, model, out), resume)
-    typer.echo(f"Next: tokensieve adapt --model {_newest(run)}")
+    _, trained = _train("warmup", config, overrides(set_, model, out), resume)
+    typer.echo(f"Next: tokensieve adapt --model {trained}")
 
 
 @app.command(cls=with_keys("TrainConfig", "adapt"))
@@ -109,19 +111,22 @@ def adapt(
 ) -> None:
     """Sparse training, stage 2: selection is on and everything trains.
 
-    With --selection dense (or --set selection=false) the dense model trains on the same tokens, for comparison.
+    With --set lora.rank=16 adapters train in place of the trunk's weights, and the indexers as ever. With --selection
+    dense (or --set selection=false) the dense model trains on the same tokens, for comparison.
 
     Example: tokensieve adapt --model runs/warmup/step-000200 --out runs/adapt
     """
-    run = _train("adapt", config, overrides(set_, model, out, selection), resume)
-    trained = json.loads((run / "config.json").read_text(encoding="utf-8"))["selection"]
+    settings, trained = _train("adapt", config, overrides(set_, model, out, selection), resume)
+    if settings.lora is not None and not settings.lora.merge:
+        typer.echo("Next, to merge it into the model: the same command with --resume --set lora.merge=true")
+        return
     # A checkpoint holds no selector: `eval` measures the indexer unless it is told.
-    arm = f" --arm trained={trained}" if isinstance(trained, str) else ""
-    typer.echo(f"Next: tokensieve eval {_newest(run)}{arm}")
+    arm = f" --arm trained={settings.selection}" if isinstance(settings.selection, str) else ""
+    typer.echo(f"Next: tokensieve eval {trained}{arm}")
 
 
-def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> Path:
-    """Runs a stage, writes its metrics.json, and returns the run folder."""
+def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> tuple["TrainConfig", Path]:
+    """Runs a stage and writes its metrics.json. Returns its config, and the folder of the model that it trained."""
     from tokensieve.config import TrainConfig, UserError, check_selector, load_config
     from tokensieve.files import check_source, known_folder, write_json
     from tokensieve.machine import check_device
@@ -142,15 +147,13 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
         check_selector(config.selection)
     from tokensieve import train
     from tokensieve.train.figures import summary
+    from tokensieve.train.lora import MERGED
+    from tokensieve.train.state import checkpoints
 
     begin = time.perf_counter()
     train.run(config, resume=resume)
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
-    typer.echo(f"{_newest(Path(config.out))}: the trained model")
-    return Path(config.out)
-
-
-def _newest(run: Path) -> Path:
-    from tokensieve.train.state import checkpoints
-
-    return checkpoints(run)[-1]
+    merged = config.lora is not None and config.lora.merge
+    trained = Path(config.out) / MERGED if merged else checkpoints(Path(config.out))[-1]
+    typer.echo(f"{trained}: the trained {'model' if merged or config.lora is None else 'adapter'}")
+    return config, trained

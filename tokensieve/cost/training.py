@@ -16,6 +16,7 @@ Stage = Literal["pretrain", "warmup", "adapt"]
 # A fused attention backward recomputes the probabilities, so it has five products and the forward has two.
 ATTENTION_FORWARD_BACKWARD = 3.5
 LINEAR_FORWARD_BACKWARD = 3.0
+FROZEN_FORWARD_BACKWARD = 2.0  # a frozen layer passes the gradient on and has none of its own
 INDEX_FORWARD_BACKWARD = 2.0  # the indexer's inputs are detached: of its projections only the weights have gradients
 SHORTER, LONGER = 0.46, 1.38  # the range around an estimated time, that of the measured runs (docs/results/training.md)
 LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 2 GiB in float32
@@ -65,7 +66,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def train_flops(shape: Shape, stage: Stage, context: int) -> float:
+def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = None) -> float:
     """FLOPs of one training sequence of `context` tokens, forward and backward, without recomputation of whole layers.
 
     pretrain: all parameters train, attention is dense (dense adaptation costs the same). The linear layers count three
@@ -76,6 +77,8 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
     adapt: as pretrain, but attention reads the selected keys, always in MQA form, whatever the context. Index scores of
     every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
     both gradients.
+
+    adapter: parameters of the adapters that learn in the trunk's place, each in one product per token; None: none do.
     """
     counts = parameters(shape)
     visible = visible_keys(context)
@@ -86,7 +89,8 @@ def train_flops(shape: Shape, stage: Stage, context: int) -> float:
         scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
         index = INDEX_FORWARD_BACKWARD * index_linear + shape.index_layers * visible * scoring
         return trunk + target + index
-    linear = LINEAR_FORWARD_BACKWARD * 2 * (counts.matmul + counts.head) * context
+    own = LINEAR_FORWARD_BACKWARD if adapter is None else FROZEN_FORWARD_BACKWARD
+    linear = 2 * (own * (counts.matmul + counts.head) + LINEAR_FORWARD_BACKWARD * (adapter or 0)) * context
     if stage == "pretrain":
         attention = visible * attention_flops_per_key(shape, "mha")
         return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
@@ -158,6 +162,7 @@ def train_estimate(
     weight_bytes: int = 4,
     value_bytes: int = 4,
     checkpointing: bool = False,
+    adapter: int | None = None,
 ) -> Estimate:
     """Memory and time of a training run, before it starts.
 
@@ -166,7 +171,9 @@ def train_estimate(
     micro_batch_tokens: tokens of one forward and backward pass (None: the whole step). weight_bytes: of a stored
     parameter and of its gradient. value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the
     weights). The optimizer is Adam with two float32 moments for each trainable parameter; in warmup only the indexer's
-    are trainable. Raises UserError if a number is below 1, or if the stage trains the indexer and the model has none.
+    are trainable. adapter: number of parameters of the adapters that train in the trunk's place (LoRA); in adapt a
+    frozen copy of the indexers is kept then. Raises UserError if a number is below 1, or if a stage trains the indexer
+    and the model has none.
     """
     numbers = {
         "tokens_per_step": tokens_per_step,
@@ -183,8 +190,11 @@ def train_estimate(
     counts = parameters(shape)
     weights = counts.total - (counts.indexer if stage == "pretrain" else 0)
     trainable = counts.indexer if stage == "warmup" else weights
+    if adapter is not None:
+        trainable = adapter + (counts.indexer if stage == "adapt" else 0)
+        weights += trainable
     copies = value_bytes if value_bytes < weight_bytes else 0
-    sequence = train_flops(shape, stage, context)
+    sequence = train_flops(shape, stage, context, adapter)
     if checkpointing and stage != "warmup":
         mode: Mode = "mqa" if stage == "adapt" else "mha"
         sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0, mode=mode)
@@ -203,7 +213,7 @@ def train_estimate(
 
 
 def phase_estimates(
-    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4
+    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4, adapter: int | None = None
 ) -> list[Estimate]:
     """Memory and time of each phase of a configured run; arguments and errors as in `run_estimate`."""
     if not run.phases:
@@ -219,18 +229,21 @@ def phase_estimates(
             micro_batch_tokens=phase.micro_batch * phase.context,
             value_bytes=value_bytes,
             checkpointing=run.activation_checkpointing,
+            adapter=adapter,
         )
         for phase in run.phases
     ]
 
 
-def run_estimate(model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4) -> Estimate:
+def run_estimate(
+    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4, adapter: int | None = None
+) -> Estimate:
     """Memory and time of a configured run: the sum of its phases' times, the peak of their memory.
 
     model_config: the config of the model to train. Adaptation without selection costs as much as pretraining.
-    flops_per_second and value_bytes as in train_estimate. Raises UserError as train_estimate does.
+    flops_per_second, value_bytes and adapter as in train_estimate. Raises UserError as train_estimate does.
     """
-    phases = phase_estimates(model_config, run, flops_per_second, value_bytes=value_bytes)
+    phases = phase_estimates(model_config, run, flops_per_second, value_bytes=value_bytes, adapter=adapter)
     return dataclasses.replace(
         max(phases, key=lambda phase: phase.memory_bytes),
         tokens=sum(phase.tokens for phase in phases),

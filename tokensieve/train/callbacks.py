@@ -26,7 +26,9 @@ from tokensieve.train.learning import check_indexers, is_indexer, learning
 
 
 @contextmanager
-def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterator["KLCallback"]:
+def training(
+    model: nn.Module, objective: Literal["warmup", "adapt"], clip: float | None = None
+) -> Iterator["KLCallback"]:
     """Within the block `model` trains its indexers, whatever loop calls it. Afterwards only its weights have changed.
 
     "warmup": only the indexers learn, on equation (3); `loss` is the KL and no logits are computed. "adapt": the
@@ -39,12 +41,15 @@ def training(model: nn.Module, objective: Literal["warmup", "adapt"]) -> Iterato
     Hugging Face trainers need the callback, which maintains the KL's scale; in a loop of your own the KL is the mean
     over each call's valid queries. `model` may be wrapped (PEFT). UserError for a model without indexers. Source:
     equations (3) and (4).
+
+    clip: the largest gradient norm of the indexers together, and that of all other parameters together, as in our own
+    loop. The trainer, which clips all of them together, must then not clip: max_grad_norm=0. None: only it clips.
     """
     trunk = next((m for m in model.modules() if isinstance(m, Trunk)), None)
     if trunk is None:
         raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
     check_indexers(model, objective)
-    callback = KLCallback(trunk, objective)
+    callback = KLCallback(trunk, objective, clip)
     with learning(model, "indexers" if objective == "warmup" else "all"):
         hook = trunk.register_forward_pre_hook(callback.before_forward, prepend=True, with_kwargs=True)
         try:
@@ -60,17 +65,17 @@ class KLCallback(TrainerCallback):
     They do not depend on how the step is cut up. `training` creates the callback. Micro-batches may hold different
     numbers of valid queries (padding, several processes), so the mean is a running one: each call is weighted by its
     share of the queries so far, and the gradients that are already there by the rest. `kl`, in nats per query and
-    layer, is added to the logs. The trainer clips all gradients together; our own loop clips the indexers apart.
+    layer, is added to the logs.
 
     Raises UserError, when training begins, for a setting under which it cannot be exact: a model without indexers to
     train, float16 (its gradient scaler would divide a gradient that was never multiplied), several GPUs in one process,
-    FSDP and DeepSpeed (they keep gradients elsewhere), tensor and context parallelism, torch_compile, and label
-    smoothing (transformers smooths this model's labels unshifted). Raises UserError, while training, for two forward
-    passes before one backward pass.
+    FSDP and DeepSpeed (they keep gradients elsewhere), tensor and context parallelism, torch_compile, label smoothing
+    (transformers smooths this model's labels unshifted), and clipping by both. Raises UserError, while training, for
+    two forward passes before one backward pass.
     """
 
-    def __init__(self, trunk: Trunk, objective: Literal["warmup", "adapt"]) -> None:
-        self._trunk, self._objective = trunk, objective
+    def __init__(self, trunk: Trunk, objective: Literal["warmup", "adapt"], clip: float | None = None) -> None:
+        self._trunk, self._objective, self._clip = trunk, objective, clip
         self._scale: KLScale | None = None  # None: no trainer has begun
         self._hooks: list[Any] = []
         self._indexers: list[torch.nn.Parameter] = []
@@ -95,6 +100,7 @@ class KLCallback(TrainerCallback):
             (parallelism is not None, "parallelism_config is not supported; use data parallelism"),
             (args.torch_compile, "torch_compile is not supported here; set it to False"),
             (args.label_smoothing_factor > 0, "labels would be smoothed unshifted; set label_smoothing_factor to 0"),
+            (self._clip and args.max_grad_norm, "clip is given, and the trainer clips too; set max_grad_norm to 0"),
         ):
             if wrong:
                 raise UserError(f"KLCallback: {reason}")
@@ -112,6 +118,15 @@ class KLCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._seen, self._waiting = 0.0, False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self._clip is None:
+            return
+        for indexers in (True, False):
+            apart = [x for name, x in model.named_parameters() if is_indexer(name) == indexers and x.grad is not None]
+            torch.nn.utils.clip_grad_norm_(apart, self._clip)
 
     def on_log(
         self,

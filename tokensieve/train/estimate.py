@@ -17,6 +17,7 @@ from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train.forecast import Forecast
+from tokensieve.train.lora import adapter_size
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
 SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are shorter
@@ -39,11 +40,11 @@ def estimate(
 
     Preparing data, writing checkpoints and compiling are left out.
     """
-    value_bytes = 2 if device.type == "cuda" else 4
+    value_bytes, adapter = 2 if device.type == "cuda" else 4, adapter_size(model)
 
     def counted(tokens: int, rows: int) -> float:
         one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
-        return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes).flops
+        return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes, adapter=adapter).flops
 
     def timed(tokens: int, rows: int) -> Rehearsal:
         return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, device))
@@ -60,13 +61,13 @@ def estimate(
                 break
             found = timed(tokens, 1)
     rate = found.flops / found.seconds
-    needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes)
+    needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes, adapter=adapter)
     return replace(needed, process_bytes=process_bytes(model, device)), found
 
 
 def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehearsal: Rehearsal | None) -> Forecast:
     """The forecast of a run that goes on after `first` steps."""
-    phases = cost.phase_estimates(model.config, config, 1.0)
+    phases = cost.phase_estimates(model.config, config, 1.0, adapter=adapter_size(model))
     steps = [e.flops / p.steps for p, e in zip(config.phases, phases, strict=True) for _ in range(p.steps)]
     return Forecast(steps[first:], rehearsal)
 
@@ -110,7 +111,8 @@ def rehearse(
     while len(seconds) < 2 or (not _agree(*seconds[-2:]) and (len(seconds) < 3 or sum(seconds) < ENOUGH)):
         begin = time.perf_counter()
         try:
-            backward(stage, model, batch, totals, options, device)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an adapter's dropout draws numbers
+                backward(stage, model, batch, totals, options, device)
         except ValueError as error:
             if "NaN" not in str(error):  # if weights are NaN, the first step reports it, with its number
                 raise

@@ -12,8 +12,8 @@ Learners = Literal["all", "indexers", "trunk"]
 
 
 def is_indexer(name: str) -> bool:
-    """Whether a parameter of this name belongs to an indexer."""
-    return ".indexer." in name
+    """Whether a parameter of this name belongs to an indexer. PEFT's frozen original of a copy that learns does not."""
+    return ".indexer." in name and ".original_module." not in name
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.files import locked, write_json
 from tokensieve.machine import choose_device, rank_info
-from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
+from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path, save
 from tokensieve.model.transformer import DecoderLayer
-from tokensieve.train import adapt, pretrain, warmup
+from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
@@ -77,16 +77,21 @@ class Run:
                 f"torchrun started {size} processes, and training runs in one so far; start it without torchrun"
             )
         check_phases(config.phases)
+        if config.lora is not None:
+            import peft  # noqa: F401  before anything takes long; the command names a package that is missing
         self.config, self.out = config, Path(config.out)
         self.resume, self._resumed = resume, newest(self.out, resume)
         self._rehearse = rehearse
         self.device = torch.device(choose_device(config.device))
         if self._resumed:
             self._state = read_state(self._resumed)
-            self.first = self._state.step
+            if (self._resumed / lora.TENSORS).exists() != (config.lora is not None):
+                raise self._other_run()
+        self.first = self._state.step if self._resumed else 0
+        if self._resumed and config.lora is None:
             self.model = load(self._resumed, torch.float32, self.device)
         else:
-            self.model, self.first = _start(config, model).to(self.device), 0
+            self.model = _start(config, model).to(self.device)
         self.last = total_steps(config.phases)
         self.stage = STAGES[config.stage]
         self.options = options_of(self.stage, config)
@@ -99,7 +104,9 @@ class Run:
         config, model = self.config, self.model
         was_training, checkpointing = model.training, model.model.gradient_checkpointing
         compiled: list[torch.nn.Module] = []
-        with locked(self.out), learning(model, self.stage.learners(config)):
+        learners = self.stage.learners(config)
+        adapters = lora.adapted(model, config.lora, config.seed, config.model, learners == "all" and model.is_sparse)
+        with locked(self.out), adapters as self.adapter, learning(model, learners):
             if newest(self.out, self.resume) != self._resumed:
                 raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
             model.model.gradient_checkpointing = config.activation_checkpointing
@@ -139,6 +146,8 @@ class Run:
         torch.manual_seed(self.config.seed)
         if self._resumed is not None:
             self._check_same(self._state)
+            if self.adapter is not None:
+                lora.restore_adapter(self.adapter, self._resumed)
             restore_optimizer(self._resumed, self.model, self.optimizer)
         elif not began_as(self.out, to_dict(self.config)):
             raise self._other_run()
@@ -234,7 +243,7 @@ class Run:
     def save(self, done: int) -> Path:
         """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact."""
         state = RunState(done, self.fingerprint, self.config.phases)
-        return save_state(self.out, self.model, self.optimizer, state, self.config.keep)
+        return save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
 
 
 def run(
@@ -246,6 +255,8 @@ def run(
     rehearse: bool = True,
 ) -> DecoderForCausalLM:
     """Trains and returns the model, in evaluation mode, its last checkpoint in `config.out`.
+
+    Under LoRA the adapter is merged into the model that is returned, and that is saved in `config.out`/merged.
 
     `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the
     last step and is otherwise as it was. `resume`: continue from the newest checkpoint of `config.out`, or begin if
@@ -277,6 +288,9 @@ def run(
                 folder = this.save(done)
             if stop.requested:
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
+    if config.lora is not None and config.lora.merge:
+        with locked(this.out):
+            save(this.model, this.out / lora.MERGED)
     return this.model.eval()
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written atomically, rotated, and sufficient to continue as if nothing had happened.
 
-A checkpoint is a folder `step-000120` of the run. It holds the model in Hugging Face format, the optimizer's moments
-and the random state as safetensors, and state.json (step, phases, fingerprint of config and data, checksums of the
-safetensors). Data order needs no state: a sequence is a function of seed and number.
+A checkpoint is a folder `step-000120` of the run. It holds the model in Hugging Face format (under LoRA the adapter in
+PEFT's), the optimizer's moments and the random state as safetensors, and state.json (step, phases, fingerprint of
+config and data, checksums of the safetensors). Data order needs no state: a sequence is a function of seed and number.
 """
 
 import json
@@ -21,6 +21,7 @@ from tokensieve import checkpoint
 from tokensieve.config import PhaseConfig, UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import copy_tokenizer
+from tokensieve.train.lora import save_adapter
 from tokensieve.train.tracking import METRICS
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
@@ -47,15 +48,21 @@ def save_state(
     state: RunState,
     keep: int,
     shard_bytes: float = 5e9,
+    adapter: Any = None,
 ) -> Path:
     """Writes a checkpoint and removes the oldest ones beyond `keep`.
+
+    adapter: PEFT's model; the checkpoint then holds what it trains instead of the model.
 
     UserError on a full disk, with all older checkpoints intact.
     """
     folder = folder_of(run, state.step)
     names = {id(p): n for n, p in model.named_parameters()}
     with checkpoint.replacing_folder(folder) as new:
-        checkpoint.save_tensors(new, model.config.to_dict(), model.state_dict().items(), model.extras, shard_bytes)
+        if adapter is None:
+            checkpoint.save_tensors(new, model.config.to_dict(), model.state_dict().items(), model.extras, shard_bytes)
+        else:
+            save_adapter(adapter, new)
         tensors: dict[str, Tensor] = {}
         for parameter, moments in optimizer.state.items():
             for key, value in moments.items():
@@ -138,7 +145,9 @@ def _checksum(path: Path) -> int:
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide the losses; others, such as the run folder or the saving interval, become constants."""
     data = settings["data"] | {"cache": ""}
-    return settings | {
+    lora = settings.get("lora")
+    rest = {name: value for name, value in settings.items() if name != "lora"}  # checkpoints of before lora have none
+    return (rest | {"lora": lora | {"merge": True}} if lora else rest) | {
         "out": "",
         "save_every": 0,
         "keep": 0,

@@ -1,0 +1,155 @@
+"""Adaptation by LoRA: the trunk's weights are frozen, and PEFT's adapters learn in their place.
+
+The indexers are small and learn whole, as without adapters. PEFT calls such modules `modules_to_save`: it trains a copy
+and writes it into the adapter's file, so this file is all that a run has learned.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tokensieve.config import LoraConfig, UserError
+from tokensieve.model import DecoderForCausalLM, Trunk
+from tokensieve.model.moe import Experts
+from tokensieve.train.learning import is_indexer
+
+log = logging.getLogger("tokensieve")
+
+TENSORS = "adapter_model.safetensors"  # PEFT's name, in a checkpoint
+MISREAD = {"gate_proj", "up_proj", "down_proj"}  # by PEFT, in a model with experts
+MERGED = "merged"  # the folder of a run that holds the model with its adapter merged
+
+
+class _WithoutConfig(nn.Module):
+    """The parts of a model under the names that they have in it, without a config that PEFT could find.
+
+    In a model whose config names a mixture of experts, PEFT takes gate_proj, up_proj and down_proj for the experts'
+    fused tensors, and leaves out the dense and the shared layers, which have these names.
+    """
+
+    def __init__(self, model: DecoderForCausalLM):
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+
+
+@contextmanager
+def adapted(
+    model: DecoderForCausalLM,
+    config: LoraConfig | None,
+    seed: int = 0,
+    base: str = "",
+    indexers: bool = True,
+) -> Iterator[Any]:
+    """Within the block adapters learn in place of the trunk's weights; afterwards they are merged into these.
+
+    Yields PEFT's model, or None if `config` is None.
+
+    seed: of the adapters' first weights. base: what adapter_config.json names as the model. indexers: whether they
+    learn, whole. UserError, before anything is changed, for targets that the model does not have, and for dropout at
+    targets that cannot have it.
+    """
+    if config is None:
+        yield None
+        return
+    import peft
+
+    learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers, tensors = _targets(model.model, config.targets)
+    if config.dropout and (tensors or any(name.endswith("kv_b_proj") for name in layers)):
+        raise UserError(
+            f"lora.dropout is {config.dropout}, and adapters of kv_b_proj and of experts have no input to drop from; "
+            "set it to 0, or leave these out of lora.targets"
+        )
+    misread = {name.rpartition(".")[2] for name in layers} & MISREAD
+    if not config.merge and misread and any(isinstance(module, Experts) for module in model.modules()):
+        log.warning(
+            "PEFT by itself would load the adapters of %s into the experts; to merge them, resume with lora.merge=true",
+            ", ".join(sorted(misread)),
+        )
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=layers,
+        target_parameters=tensors or None,
+        modules_to_save=["indexer"] if indexers else None,
+    )
+    adapter = peft.get_peft_model(_WithoutConfig(model), settings)
+    settings.base_model_name_or_path, settings.task_type = base, "CAUSAL_LM"
+    try:
+        yield adapter
+    finally:
+        adapter.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learned[name])
+
+
+def save_adapter(adapter: Any, folder: Path) -> None:
+    """Writes PEFT's two files, adapter_model.safetensors and adapter_config.json."""
+    save_file(_tensors(adapter), folder / TENSORS, metadata={"format": "pt"})
+    adapter.peft_config["default"].save_pretrained(folder)
+
+
+def restore_adapter(adapter: Any, folder: Path) -> None:
+    """Loads the adapter of a checkpoint. UserError, before anything is changed, if it is damaged or of other shapes."""
+    import peft
+
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / TENSORS}: cannot be read ({error}); remove {folder} to go on before it") from error
+    shapes, there = ({n: tuple(t.shape) for n, t in x.items()} for x in (_tensors(adapter), tensors))
+    for name in shapes | there:
+        if shapes.get(name) != there.get(name):
+            raise UserError(
+                f"{folder / TENSORS}: {name} is {there.get(name, 'missing')}, and the model's is "
+                f"{shapes.get(name, 'missing')}; give the model that the run began with"
+            )
+    peft.set_peft_model_state_dict(adapter, tensors)
+
+
+def adapter_size(model: nn.Module) -> int | None:
+    """Number of the adapters' parameters; None if the model has none."""
+    return sum(x.numel() for name, x in model.named_parameters() if ".lora_" in name) or None
+
+
+def _tensors(adapter: Any) -> dict[str, torch.Tensor]:
+    import peft
+
+    tensors = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _targets(trunk: Trunk, targets: str | tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Names of linear layers, and of the experts' fused tensors, that get adapters. UserError for an unknown one."""
+    layers = [name for name, m in trunk.named_modules() if isinstance(m, nn.Linear) and not is_indexer(name + ".")]
+    experts = [
+        f"{name}.{tensor}"
+        for name, module in trunk.named_modules()
+        if isinstance(module, Experts)
+        for tensor, _ in module.named_parameters()
+    ]
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    if targets == "all-linear":
+        return names, []
+    chosen: tuple[list[str], list[str]] = [], []
+    for target in (targets,) if isinstance(targets, str) else targets:
+        places = [any(f".{name}".endswith(f".{target}") for name in known) for known in (layers, experts)]
+        if not any(places):
+            fused = sorted({f"experts.{name.rpartition('.')[2]}" for name in experts})
+            raise UserError(
+                f"lora.targets: {target!r} names no linear layer of the trunk (the indexers learn whole); use "
+                f"all-linear, or of {', '.join(names + fused)}"
+            )
+        chosen[not places[0]].append(target)
+    if not any(chosen):
+        raise UserError("lora.targets names no layer; use all-linear, or names of layers")
+    return chosen
