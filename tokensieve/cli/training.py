@@ -141,12 +141,15 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> P
     if isinstance(config.selection, str):
         check_selector(config.selection)
     from tokensieve import train
+    from tokensieve.checkpoint import write_card
     from tokensieve.train.figures import summary
 
     begin = time.perf_counter()
     train.run(config, resume=resume)
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
-    typer.echo(f"{_newest(Path(config.out))}: the trained model")
+    newest = _newest(Path(config.out))
+    write_card(newest, newest, replace=True)  # now with the figures of the run
+    typer.echo(f"{newest}: the trained model")
     return Path(config.out)
 
 
