@@ -36,7 +36,7 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
 def file(model: LlamaForCausalLM, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In Q8_0, with a stranger's tokenizer beside it."""
     path = tmp_path_factory.mktemp("gguf") / "tiny-q8.gguf"
-    gguf_files.write(path, model, tokenizer, Kind.Q8_0, tokenizer__ggml__eot_token_id=4)
+    gguf_files.write(path, model, tokenizer, Kind.Q8_0, tokenizer__ggml__eot_token_id=4, general__license="apache-2.0")
     (path.parent / "tokenizer.json").write_text("{}")
     (path.parent / "config.json").write_text("{}")
     return path
@@ -78,7 +78,8 @@ def test_commands_read_it(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert sparse.model.embed_tokens.weight.equal(dense.model.embed_tokens.weight.float())
     assert json.loads((tmp_path / "sparse" / "config.json").read_text())["eos_token_id"] == [1, 4]
     assert AutoTokenizer.from_pretrained(tmp_path / "sparse", config=sparse.config).chat_template == LLAMA_3
-    assert "Base: tiny-q8.gguf" in (tmp_path / "sparse" / "README.md").read_text()
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert "- Base: tiny-q8.gguf\n- Licence: apache-2.0\n" in card and "\nlicense: apache-2.0\n" in card
     for name in (file, tmp_path / "sparse"):
         ended = run("generate", name, "--prompt", "import os", "--max-new-tokens", "3")
         assert ended.status == 0, ended

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
+from tokensieve.checkpoint import gguf
 from tokensieve.checkpoint.export import exportable
 from tokensieve.families import is_sparse, model_config
 from tokensieve.files import write_text
@@ -42,6 +43,8 @@ def write_card(folder: Path, source: Path | None, replace: bool = False) -> None
     raw, stage = _json(folder / "config.json"), _stage(folder)
     there = source.resolve() if source is not None and source.is_dir() else None
     before = _front_matter(there / CARD) if there is not None else {}
+    if source is not None and gguf.is_gguf(source):
+        before = {"license": gguf.read_licence(source)}
     known: dict[str, Any] = before[OWN] if isinstance(before.get(OWN), dict) else {}
     if there not in (None, folder.resolve()):
         _take_along(there / (BASE_CARD if known else CARD), folder / BASE_CARD)

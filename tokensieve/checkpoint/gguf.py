@@ -21,7 +21,7 @@ from tokensieve.config import UserError
 from tokensieve.families import family_of
 from tokensieve.files import is_gguf
 
-__all__ = ["is_gguf", "load_tensors", "read_config", "read_tokenizer", "save_tokenizer"]
+__all__ = ["is_gguf", "load_tensors", "read_config", "read_licence", "read_tokenizer", "save_tokenizer"]
 
 _ORIGINAL = "use the safetensors that it was made from"
 _FAULTS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, OSError, struct.error)
@@ -129,6 +129,14 @@ def read_tokenizer(path: Path) -> Any:
         name_or_path=str(path),
         **{key: token for key, token in special.items() if read.convert_tokens_to_ids(token) < count},
     )
+
+
+def read_licence(path: Path) -> str | None:
+    """The licence that a GGUF file states, as the hub writes it."""
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    with _alone(path):
+        return read_gguf_metadata(str(path))[0].get("general.license")
 
 
 def save_tokenizer(path: Path, folder: Path) -> None:
