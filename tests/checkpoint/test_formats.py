@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import tokensieve
 from tests.support.checkpoints import random_tensors, sparse_config, write_folder
+from tests.support.models import config, ours
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.model import model_path
@@ -108,14 +110,24 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         checkpoint.load_tensors(tmp_path, sparse_config(), torch.float32)
 
 
-def test_a_gguf_file_and_other_files(tmp_path: Path) -> None:
-    file = tmp_path / "model-q4.gguf"
-    file.write_bytes(b"GGUF")
-    for read in (model_path, checkpoint.read_config):
-        with pytest.raises(UserError, match=r"model-q4.gguf: a GGUF file, which is not read; give the folder"):
-            read(str(file))
-    with pytest.raises(UserError, match="a GGUF file"):
-        checkpoint.read_config(tmp_path)
+def test_what_the_refusal_of_an_adapter_says_works(tmp_path: Path) -> None:
+    base = ours(config("v3"))
+    tokensieve.save(base, tmp_path / "base")
+    lora = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    peft.get_peft_model(tokensieve.load(tmp_path / "base"), lora).save_pretrained(tmp_path / "adapter")
+    for read in (tokensieve.load, tokensieve.load_tokenizer):
+        with pytest.raises(
+            UserError, match=r"a PEFT adapter, not a model; merge it into its base.*then tokensieve.save"
+        ):
+            read(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(tokensieve.load(tmp_path / "base"), tmp_path / "adapter").merge_and_unload()
+    tokensieve.save(merged, tmp_path / "merged")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    again = tokensieve.load(tmp_path / "merged").get_parameter(name)
+    assert again.equal(merged.get_parameter(name)) and not again.equal(base.get_parameter(name))
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     single = tmp_path / "model.safetensors"
     single.write_bytes(b"")
     with pytest.raises(UserError, match=r"model.safetensors: a file; give the folder that holds it"):

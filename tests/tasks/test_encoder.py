@@ -13,6 +13,7 @@ import torch
 
 import tokensieve
 from tests.support import models, stdlib
+from tests.support.tokenizers import BEGIN, CHATML, END, LLAMA, bpe, fast
 from tokensieve import evals
 from tokensieve.config import AcceptanceSizes, DataConfig, SourceConfig, UserError
 from tokensieve.data import TokenStore, build_dataset
@@ -22,65 +23,11 @@ from tokensieve.tasks.dialogue import Chat
 from tokensieve.tasks.retrieval import Needles
 
 MODULES = ("argparse", "ast", "inspect", "textwrap")
-BEGIN, END = "<s>", "</s>"
-# Like Llama 2's, with spaces around the texts and an end that is no marker alone.
-LLAMA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}"
-    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
-)
-# Like Qwen's: every turn ends with a marker that is not eos, and thinking can be switched off.
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def corpus() -> list[Document]:
     return stdlib.documents(*MODULES)
-
-
-# Of Llama 3 and Qwen: a run of line ends is the end of its token. GPT-2's go on over the next line's indentation.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-
-
-def bpe(texts, *special: str, kind: str = "llama 3"):
-    """A small tokenizer: byte-level as in Llama 3 or GPT-2, or with word marks and byte fallback as in Llama 2."""
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
-
-    if kind == "llama 2":
-        tokenizer = Tokenizer(kinds.BPE(unk_token="<unk>", byte_fallback=True))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first", split=True)]
-        )
-        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-        special = ("<unk>", *special)
-        alphabet = ["\n"]
-    else:
-        tokenizer = Tokenizer(kinds.BPE())
-        split = pre_tokenizers.Split(Regex(PIECES), "isolated")
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt 2")
-        tokenizer.pre_tokenizer = level if kind == "gpt 2" else pre_tokenizers.Sequence([split, level])
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([*texts, *(str(i) for i in range(2000))], trainer)
-    return tokenizer
-
-
-def fast(raw, template: str | None = None, **special: str):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,15 @@
 """Checkpoints on disk: tensor names as data, safetensors streamed in and out, folders replaced all at once.
 
 names.py lists the tensors of a checkpoint, export.py writes the config that other programs read, reading.py streams a
-checkpoint in, writing.py streams it out, companions.py says which other files go with it, folder.py replaces one folder
-by another, and formats.py recognizes what is not read. demo_names.py and demo_shards.py do for the shards of the
-official inference demo what names.py, reading.py and writing.py do for a checkpoint.
+checkpoint in, and writing.py streams it out. blocks.py and to_blocks.py do that in FP8, and gguf.py reads a GGUF file
+in place of a folder. companions.py says which other files go with it, card.py writes the model card, folder.py replaces
+one folder by another, and formats.py recognizes what is not read. demo_names.py and demo_shards.py do for the shards of
+the official inference demo what names.py, reading.py and writing.py do for a checkpoint.
 """
 
+from tokensieve.checkpoint import gguf
+from tokensieve.checkpoint.blocks import in_blocks
+from tokensieve.checkpoint.card import write_card
 from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer
 from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
@@ -24,6 +28,7 @@ from tokensieve.checkpoint.reading import (
     read_end_tokens,
     tensor_headers,
 )
+from tokensieve.checkpoint.to_blocks import Rounding, convert_to_blocks
 from tokensieve.checkpoint.writing import save_tensors
 
 __all__ = [
@@ -31,13 +36,17 @@ __all__ = [
     "OTHER_WEIGHTS",
     "Extras",
     "Header",
+    "Rounding",
     "block_tensors",
     "check_division",
+    "convert_to_blocks",
     "copy_tokenizer",
     "demo_name",
     "expected_tensors",
     "export_config",
     "exportable",
+    "gguf",
+    "in_blocks",
     "join_shards",
     "load_shard",
     "load_tensors",
@@ -54,5 +63,6 @@ __all__ = [
     "shard_axis",
     "shard_blocks",
     "tensor_headers",
+    "write_card",
     "write_shards",
 ]

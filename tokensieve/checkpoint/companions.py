@@ -11,6 +11,9 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from tokensieve.checkpoint import gguf
+from tokensieve.config import UserError
+
 log = logging.getLogger("tokensieve")
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "*.npy", "*.npz")
@@ -44,8 +47,15 @@ def is_companion(path: Path) -> bool:
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies the tokenizer, and all else that goes along, from one checkpoint folder into another.
 
-    What is there already under the same name stays. If ``source`` is gone, a warning says so, and no weights are lost.
+    What is there already under the same name stays. The tokenizer of a GGUF file is written as files of its own. If
+    ``source`` is gone or its tokenizer cannot be read, a warning says so, and no weights are lost.
     """
+    if gguf.is_gguf(source):
+        try:
+            gguf.save_tokenizer(source, folder)
+        except UserError as error:
+            log.warning("%s: without a tokenizer: %s", folder, error)
+        return
     if not source.is_dir():
         log.warning("%s: without a tokenizer, since %s is gone; copy the tokenizer's files into it", folder, source)
         return

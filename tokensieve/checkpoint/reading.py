@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tokensieve.checkpoint import gguf
 from tokensieve.checkpoint.folder import previous_of
 from tokensieve.checkpoint.formats import refuse_quantized, refuse_renamed
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_tensors, memory_layout
@@ -29,10 +30,12 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1, POWERS: 1}  # bytes o
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Return the ``config.json`` of a checkpoint folder, unchanged.
+    """Return the ``config.json`` of a checkpoint folder, unchanged, or that of a GGUF file's metadata.
 
     Raises UserError if the folder or the file is missing, is not a JSON object, or is of another architecture.
     """
+    if gguf.is_gguf(folder):
+        return gguf.read_config(Path(folder))
     path = Path(folder) / "config.json"
     refuse_file(Path(folder))
     if not Path(folder).is_dir():
@@ -195,6 +198,8 @@ def _stored(folder: Path) -> dict[str, tuple[Path, str]]:
 def rank_files(folder: Path) -> dict[int, set[str]]:
     """Return the names of the inference demo's shards in a folder, by the number of ranks that they are for."""
     by_ranks: dict[int, set[str]] = {}
+    if gguf.is_gguf(folder):
+        return by_ranks
     for path in folder.iterdir():
         if file := RANK_FILE.fullmatch(path.name):
             by_ranks.setdefault(int(file[2]), set()).add(path.name)
@@ -229,6 +234,11 @@ def _find_single(folder: Path) -> Path:
 
 def open_shards(folder: str | Path) -> Shards:
     """Open a checkpoint folder. Raises UserError for damaged files and for a quantization that is not FP8 in blocks."""
+    if gguf.is_gguf(folder):
+        raise UserError(
+            f"{folder}: a GGUF file, and safetensors are needed here; write them: "
+            f"tokensieve.save(tokensieve.load({str(folder)!r}), FOLDER)"
+        )
     block = fp8_block(folder)
     return Shards(_stored(Path(folder)), block)
 
@@ -310,7 +320,7 @@ def block_tensors(folder: str | Path, config: Any) -> set[str]:
 
     The parts of a fused tensor must consist of whole blocks.
     """
-    return blocks_in(open_shards(folder), memory_layout(config))
+    return set() if gguf.is_gguf(folder) else blocks_in(open_shards(folder), memory_layout(config))
 
 
 def blocks_in(shards: Shards, layout: dict[str, list[str]]) -> set[str]:
@@ -338,7 +348,10 @@ def load_tensors(
     ``lm_head`` is not yielded.
     Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
     corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
+    A GGUF file is read by `gguf.load_tensors` instead.
     """
+    if gguf.is_gguf(folder):
+        return gguf.load_tensors(Path(folder), config, dtype)
     shards = open_shards(folder)
     check_tensors(folder, expected_tensors(config), config, shards)
     check_tied(folder, config, shards)
@@ -410,5 +423,5 @@ def mtp_tensors(folder: str | Path, config: Any) -> Extras | None:
     They belong to the ``num_nextn_predict_layers`` layers from ``num_hidden_layers`` on. Only headers are read. A
     config that counts such a layer while the folder has none is fine. Raises UserError for an unreadable file.
     """
-    names = mtp_names(open_shards(folder), config)
+    names = [] if gguf.is_gguf(folder) else mtp_names(open_shards(folder), config)
     return Extras(Path(folder).resolve(), tuple(names)) if names else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tokensieve.checkpoint.blocks import PUBLISHED, quantized
 from tokensieve.checkpoint.export import export_config
 from tokensieve.checkpoint.folder import replacing_folder
 from tokensieve.checkpoint.names import expected_tensors, memory_layout
@@ -24,14 +25,16 @@ def save_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     extras: Extras | None = None,
     shard_bytes: float = 5e9,
+    in_fp8: bool = False,
 ) -> None:
     """Write a checkpoint folder in the published layout; the old one stays whole until all is on disk.
 
     config: a dict of config fields, rewritten by :func:`export_config`. tensors: (in-memory name, tensor) in any order,
     on any device; they are written in their own dtype, experts split up again, a tied ``lm_head`` left out. extras: the
-    result of :func:`mtp_tensors`. The folder gets shards of at most ``shard_bytes`` (a larger tensor gets one of its
-    own) and an index, or a single file. Other files of the folder (tokenizer, README) stay. Raises UserError for a full
-    disk or a folder that cannot be replaced, ValueError for tensors that do not make up ``config``'s model.
+    result of :func:`mtp_tensors`. in_fp8: matrices are quantized in blocks, as `blocks.py` says. The folder gets shards
+    of at most ``shard_bytes`` (a larger tensor gets one of its own) and an index, or a single file. Other files of the
+    folder (tokenizer, README) stay. Raises UserError for a full disk or a folder that cannot be replaced, ValueError
+    for tensors that do not make up ``config``'s model.
     """
     model = SimpleNamespace(**config)
     shapes, layout = expected_tensors(model), memory_layout(model)
@@ -54,13 +57,16 @@ def save_tensors(
             if dtype is None or name == "model.embed_tokens.weight":
                 dtype = tensor.dtype
             for part, piece in zip(parts, rows.split([shapes[part][0] for part in parts]), strict=True):
-                writer.add(part, piece)
+                for stored, values in quantized(part, piece) if in_fp8 else ((part, piece),):
+                    writer.add(stored, values)
         if layout or dtype is None:
             raise ValueError(f"{len(layout)} tensors are missing, the first is {next(iter(layout), None)}")
         for name, tensor in extras.read() if extras else ():
-            writer.add(name, tensor)
+            for stored, values in quantized(name, tensor) if in_fp8 else ((name, tensor),):
+                writer.add(stored, values)
         writer.close()
-        text = json.dumps(export_config(config, dtype, mtp=extras is not None), indent=2)
+        exported = export_config(config, dtype, mtp=extras is not None)
+        text = json.dumps(exported | ({"quantization_config": PUBLISHED} if in_fp8 else {}), indent=2)
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -181,14 +181,25 @@ def convert(
     n_experts: Annotated[int | None, typer.Option(help="Routed experts; checked against config.json.")] = None,
     model_parallel: Annotated[int | None, typer.Option(min=1, help="Shards, one for each GPU of the demo.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="HF_DIR holds shards: make a checkpoint of them.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Write the checkpoint in FP8 blocks instead.")] = False,
 ) -> None:
     """Write a checkpoint as the shards of the official inference demo, or with --reverse go back; every bit stays.
+
+    With --fp8 write it as a checkpoint in FP8 blocks, as DeepSeek publishes them, and show what the rounding lost.
 
     Example: tokensieve convert base runs/shards --n-experts 16 --model-parallel 2
     """
     from tokensieve.config import UserError
     from tokensieve.files import known_folder
 
+    if fp8:
+        if reverse or model_parallel is not None or n_experts is not None:
+            raise UserError("--fp8 writes a checkpoint, not shards; leave --reverse, --model-parallel, --n-experts out")
+        known_folder(source)
+        from tokensieve.cli.fp8 import convert_to_fp8
+
+        convert_to_fp8(source, out)
+        return
     if not reverse:
         known_folder(source)
         if model_parallel is None:

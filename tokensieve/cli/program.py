@@ -30,7 +30,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 Model = Annotated[
-    str, typer.Argument(help="Checkpoint folder in Hugging Face format, or a bundled name (base, sparse).")
+    str,
+    typer.Argument(help="Checkpoint folder in Hugging Face format, a GGUF file, or a name (base, sparse, smollm2)."),
 ]
 Config = Annotated[str, typer.Option(metavar="NAME_OR_PATH", help="A .toml file, or a bundled config by name.")]
 Set = Annotated[

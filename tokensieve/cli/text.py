@@ -98,13 +98,16 @@ def _write(
 
     import tokensieve
     from tokensieve.model.positions import check_positions
+    from tokensieve.tasks import end_tokens
 
     what = f"{len(ids)} prompt tokens and {tokens} new ones are"
     check_positions(model.config.max_position_embeddings, len(ids) + tokens, what, "shorten one")
     torch.manual_seed(seed)
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    end_tokens = sorted(model.end_tokens(tokenizer))
-    ends = {"eos_token_id": end_tokens or None, "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id}
+    ends = {
+        "eos_token_id": sorted(end_tokens(model, tokenizer)) or None,
+        "pad_token_id": tokenizer.pad_token_id or tokenizer.eos_token_id,
+    }
     with torch.inference_mode(), held_log(), tokensieve.selecting(model, selection or "indexer"):
         model.generate(
             torch.tensor([ids], device=model.device),

@@ -146,6 +146,7 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> t
     if isinstance(config.selection, str):
         check_selector(config.selection)
     from tokensieve import train
+    from tokensieve.checkpoint import write_card
     from tokensieve.train.figures import summary
     from tokensieve.train.lora import MERGED
     from tokensieve.train.state import checkpoints
@@ -153,7 +154,11 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> t
     begin = time.perf_counter()
     train.run(config, resume=resume)
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
-    merged = config.lora is not None and config.lora.merge
-    trained = Path(config.out) / MERGED if merged else checkpoints(Path(config.out))[-1]
-    typer.echo(f"{trained}: the trained {'model' if merged or config.lora is None else 'adapter'}")
+    if config.lora is not None and not config.lora.merge:
+        trained = checkpoints(Path(config.out))[-1]
+        typer.echo(f"{trained}: the trained adapter")
+        return config, trained
+    trained = checkpoints(Path(config.out))[-1] if config.lora is None else Path(config.out) / MERGED
+    write_card(trained, trained, replace=True)  # now with the figures of the run
+    typer.echo(f"{trained}: the trained model")
     return config, trained

@@ -25,6 +25,7 @@ from tokensieve.engine.trace import AttentionTrace
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.selection import Selector
 from tokensieve.ops.quant import PAGE_TOKENS
+from tokensieve.tasks import end_tokens
 
 log = logging.getLogger("tokensieve.engine")
 
@@ -134,7 +135,7 @@ class Engine:
         self.longest = min(model.config.max_position_embeddings, pages * PAGE_TOKENS)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._generations: dict[str, Generation] = {}
-        self._ends = model.end_tokens(tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         taken = "up to " if model.device.type == "cpu" else ""
         log.info("cache: %d pages, %s%.1f MiB", pages, taken, self.runner.pools.bytes / 2**20)
 

@@ -6,8 +6,9 @@ from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.context import ForwardOptions, selecting, with_options
 from tokensieve.model.files import model_path
 from tokensieve.model.kl import KLScale, Objective
-from tokensieve.model.loading import check_tokenizer, load, load_tokenizer, save, save_indexers, sparsify
+from tokensieve.model.loading import load, save, save_indexers, sparsify
 from tokensieve.model.selection import SelectionContext, join
+from tokensieve.model.tokenizer import check_tokenizer, load_tokenizer
 from tokensieve.model.transformer import Trunk
 
 __all__ = [

@@ -13,14 +13,15 @@ from torch import Tensor
 from tokensieve import checkpoint
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, model_config
-from tokensieve.files import known_folder
+from tokensieve.files import is_gguf, known_folder
 from tokensieve.model import fp8
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def model_path(name: str | Path) -> Path:
-    """The folder of a checkpoint: a path as given, a bundled model by name (`base`, `sparse`), or one of the hub's.
+    """The folder of a checkpoint, or its GGUF file: a path as given, a bundled model by name (`base`, `sparse`), one
+    that a package brings (`smollm2`), or one of the hub's.
 
     A hub id (owner/name) is the folder in the Hugging Face cache.
     """
@@ -84,7 +85,8 @@ def fitting_device(device_map: Any) -> torch.device:
 def came_from(model: Any, folder: Path) -> None:
     """Notes the folder that a model was read from, and the tokens that end an answer, which its files name."""
     model.folder = folder
-    model.generation_config.eos_token_id = checkpoint.read_end_tokens(folder) or None
+    named = model.config.eos_token_id if is_gguf(folder) else checkpoint.read_end_tokens(folder)
+    model.generation_config.eos_token_id = named or None
 
 
 def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -133,5 +135,7 @@ def save_into(model: Any, folder: Path, state: dict[str, Tensor], shard_bytes: f
             stale.unlink()
         for path in files:
             os.replace(path, folder / path.name)
-    if getattr(model, "folder", None) is not None:
-        checkpoint.copy_tokenizer(Path(model.folder), folder)
+    source = getattr(model, "folder", None)
+    if source is not None:
+        checkpoint.copy_tokenizer(Path(source), folder)
+    checkpoint.write_card(folder, None if source is None else Path(source))

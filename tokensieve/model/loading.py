@@ -14,15 +14,13 @@ from tokensieve import checkpoint
 from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
-from tokensieve.files import refuse_pointer
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
-from tokensieve.model.files import check_savable, fill, model_path
+from tokensieve.model.files import check_savable, fill
 
 log = logging.getLogger("tokensieve")
 
 INDEXERS = "indexer.safetensors"
-_OTHER_TOKENIZERS = ("*.model", "*.tiktoken", "vocab.*")  # SentencePiece, tiktoken, and BPE in two files
 
 
 def load(
@@ -35,12 +33,12 @@ def load(
 ) -> DecoderForCausalLM:
     """A model of any family in `tokensieve.families`, dense or sparse, in evaluation mode.
 
-    `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a bundled name, or a hub
-    id. `dtype`: float32 on the CPU and bfloat16 elsewhere unless given; the router's bias and the indexer's head
-    weights stay float32. `config`: used in place of the folder's config.json. `keep_fp8`: FP8 blocks stay as they are,
-    and are multiplied as they are; such a model can neither be trained nor saved. A multi-token-prediction layer is not
-    run but carried along, and written again by `save`. UserError for missing, damaged or unsuitable files, and for
-    options of transformers that have another name here.
+    `name`: a folder in Hugging Face format (safetensors only; FP8 blocks are multiplied out), a GGUF file, a bundled
+    name, `smollm2`, or a hub id. `dtype`: float32 on the CPU and bfloat16 elsewhere unless given; the router's bias and
+    the indexer's head weights stay float32. `config`: used in place of the folder's config.json. `keep_fp8`: FP8 blocks
+    stay as they are, and are multiplied as they are; such a model can neither be trained nor saved. A
+    multi-token-prediction layer is not run but carried along, and written again by `save`. UserError for missing,
+    damaged or unsuitable files, and for options of transformers that have another name here.
     """
     for option in others:
         instead = {"device_map": "device", "torch_dtype": "dtype"}.get(option)
@@ -52,20 +50,30 @@ def load(
 
 
 def save(
-    model: DecoderForCausalLM, folder: str | Path, dtype: torch.dtype | None = None, shard_bytes: float = 5e9
+    model: DecoderForCausalLM,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: float = 5e9,
+    fp8: bool = False,
 ) -> list[str]:
-    """Writes a folder in Hugging Face format that transformers (in its own class), vLLM and SGLang open.
+    """Writes a folder in Hugging Face format, with a model card, that transformers (in its own class), vLLM and SGLang
+    open.
 
     Returns (and logs) the reasons if they cannot open it. The tokenizer and the multi-token-prediction layer of the
     folder that the model was loaded from go with it. `dtype`: of the floating-point tensors; their own unless given.
+    `fp8`: matrices in E4M3 blocks of 128 x 128 with a power of two as scale, as DeepSeek-V3.2-Exp is published, and the
+    rest in bfloat16 unless `dtype` is given. A matrix that was read from such blocks keeps its values; to keep the bits
+    of FP8 files too, `tokensieve convert --fp8`.
     The old contents of `folder` stay whole until the new files are complete. UserError on a full disk.
     """
     check_savable(model)
+    dtype = torch.bfloat16 if fp8 and dtype is None else dtype
     tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
-    checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes)
+    checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes, fp8)
     source = getattr(model, "folder", None)
     if source is not None and Path(source).resolve() != Path(folder).resolve():
         copy_tokenizer(Path(source), Path(folder))
+    checkpoint.write_card(Path(folder), None if source is None else Path(source))
     reasons = checkpoint.exportable(model.config)
     for reason in reasons:
         log.warning("%s: %s", folder, reason)
@@ -150,41 +158,3 @@ def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor
     if "k_norm" in name:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
-
-
-def load_tokenizer(name: str | Path):
-    """The tokenizer beside a checkpoint, as transformers reads it. UserError if there is none, or if it is damaged."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer, PreTrainedConfig
-
-    folder = model_path(name)
-    if not (folder / "tokenizer.json").is_file():
-        other = next((file.name for form in _OTHER_TOKENIZERS for file in folder.glob(form)), None)
-        raise UserError(
-            f"{folder}: no tokenizer.json; copy the tokenizer files of the original checkpoint into the folder"
-            if other is None
-            else f"{folder}: its tokenizer is {other}, and tokensieve reads tokenizer.json only; write that with "
-            "transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    try:
-        try:
-            return AutoTokenizer.from_pretrained(folder)
-        except (
-            StrictDataclassError
-        ):  # transformers' config refuses models that ours allows, as those without q_lora_rank
-            return AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())
-    except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        for path in sorted(folder.glob("*.json")):
-            refuse_pointer(path)
-        raise UserError(
-            f"{folder}: the tokenizer cannot be read ({' '.join(str(error).split())[:200]}); copy it again"
-        ) from error
-
-
-def check_tokenizer(tokenizer, config: ModelConfig) -> None:
-    """UserError if the tokenizer has tokens that the model's embedding lacks."""
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary is {config.vocab_size}; "
-            "use the checkpoint's own tokenizer"
-        )

@@ -8,7 +8,7 @@ the ids around the texts of a conversation (`turns`).
 
 from tokensieve.tasks.contract import Answer, Example, Prompt, Score, Task
 from tokensieve.tasks.documents import Document, Documents, Split, parse_python, stable_fraction
-from tokensieve.tasks.encoder import PlainEncoder, encoder
+from tokensieve.tasks.encoder import PlainEncoder, encoder, end_tokens
 from tokensieve.tasks.turns import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, Turns
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Task",
     "Turns",
     "encoder",
+    "end_tokens",
     "parse_python",
     "stable_fraction",
 ]

@@ -170,3 +170,11 @@ class PlainEncoder:
 def encoder(tokenizer: Any) -> PlainEncoder:
     """The tokenizer's encoder; an encoder as it is."""
     return tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: those of the checkpoint's files, eos, and what the chat template closes answers with.
+
+    The last is needed for a tokenizer whose eos ends documents only, as `<|end_of_text|>` of Llama 3.
+    """
+    return {*model.end_tokens(tokenizer), *encoder(tokenizer).ends}
