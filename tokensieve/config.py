@@ -155,30 +155,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """The main job: base -> sparse, with every arm measured on the same prompts."""
-
-    model: str
-    out: str
-    context: int  # tokens, of training sequences and evaluation prompts
-    top_k: int  # selected keys per query
-    index_heads: int  # of every layer's indexer
-    index_dim: int  # width of an index head
-    warmup: TrainConfig
-    adapt: TrainConfig
-    needle_contexts: int  # each holds 16 needles, every one asked for
-    ppl_sequences: int  # texts of `context` tokens on which dense, sparse and oracle are compared
-    decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
-    other_prompts: int | None = None  # texts and needle contexts of arms on which nothing is decided; None: all
-    texts: str = "bundled"  # source of the texts to evaluate on, all of it: those of the package, or a source of data
-    heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
-    recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last
-    recall_sequences: int = 2  # held-out sequences in which recall is measured
-    recall_queries: int = 128  # queries measured in each layer of each of these sequences
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class AcceptanceSizes:
     """How much a base model is asked. Without completions or answers these parts are left out."""
 
@@ -260,6 +236,32 @@ class EvaluateConfig(OwnSizes):
 
     long: LongSizes = LongSizes()
     short: ShortSizes = ShortSizes()
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The main job: dense -> sparse, with every arm measured on the same prompts."""
+
+    model: str
+    out: str
+    context: int  # tokens, of training sequences and evaluation prompts
+    top_k: int  # selected keys per query
+    index_heads: int  # of every layer's indexer
+    index_dim: int  # width of an index head
+    warmup: TrainConfig
+    adapt: TrainConfig
+    needle_contexts: int  # each holds 16 needles, every one asked for
+    ppl_sequences: int  # texts of `context` tokens on which dense, sparse and oracle are compared
+    decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
+    other_prompts: int | None = None  # texts and needle contexts of arms on which nothing is decided; None: all
+    texts: str = "bundled"  # to evaluate on: those of the package, or a source of data; its held-out part if it trains
+    heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
+    recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last
+    recall_sequences: int = 2  # held-out sequences in which recall is measured
+    recall_queries: int = 128  # queries measured in each layer of each of these sequences
+    long: LongSizes | None = None  # RULER's kinds of tasks, beside the needles; None: none
+    short: ShortSizes | None = None  # prompts far below k; None: none
+    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The main job as a script: a dense long-context model becomes a sparse one, and a page shows what was lost and gained.
 
-From the base model: sparsify, warm the indexers up, adapt everything, and train the dense model on the same further
+From the dense model: sparsify, warm the indexers up, adapt everything, and train the dense model on the same further
 tokens, for a fair comparison. Then every arm answers the same prompts, one more token is timed, and the report is
-written.
+written. The model is the bundled base, or any that tokensieve reads.
 """
 
 import importlib.resources
@@ -23,7 +23,7 @@ from tokensieve.config import DemoConfig, TrainConfig, UserError
 from tokensieve.data import read_documents
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.positions import check_positions
-from tokensieve.report import environment, show, write_run
+from tokensieve.report import environment, show, show_long, show_short, write_run
 from tokensieve.tasks import Document, Documents, PlainEncoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, NeedleExample, Needles
 from tokensieve.train.schedule import total_steps
@@ -49,7 +49,7 @@ class Prompts:
     @classmethod
     def of(cls, config: DemoConfig) -> "Prompts":
         encode = PlainEncoder(tokensieve.load_tokenizer(config.model))
-        documents = list(read_documents(held_out(config.texts), "all"))
+        documents = held_out(config)
         texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
         task = Needles(encode, Documents(test=documents), context=config.context)
         needles = task.examples("test", config.needle_contexts * MAX_NEEDLES, seed=config.seed)
@@ -59,9 +59,16 @@ class Prompts:
         return evals.recall(model, self.texts[: self.config.recall_sequences], queries=self.config.recall_queries)
 
 
-def held_out(source: str) -> str:
-    """The data source of the evaluation's texts; "bundled" are those of the package, which no training source reads."""
-    return str(importlib.resources.files("tokensieve") / "bundled" / "texts.jsonl") if source == "bundled" else source
+def held_out(config: DemoConfig) -> list[Document]:
+    """The documents to evaluate on: those of the package, which no training source reads; or those of another source,
+    and of one that is trained on the part that training leaves out.
+    """
+    if config.texts == "bundled":
+        return list(read_documents(str(importlib.resources.files("tokensieve") / "bundled" / "texts.jsonl"), "all"))
+    trained = {entry.source for stage in (config.warmup, config.adapt) for entry in stage.data.sources}
+    if config.texts not in trained:
+        return list(read_documents(config.texts, "all"))
+    return list(read_documents(config.texts, "test", config.adapt.data.held_out_share))
 
 
 def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
@@ -76,6 +83,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{text}[/bold]", highlight=False)
 
+    config = _with_tokenizer(config)
     base = tokensieve.load(config.model)
     _check(config, base)
     size = sum(p.numel() for p in base.parameters())
@@ -102,9 +110,10 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
 
     say("Compare: every arm on the same prompts")
     base, untrained = base.to(sparse.device), untrained.to(sparse.device)
-    pair = {"dense": base, "sparse": sparse}
-    scores, heat = _compare(config, evals.demo_arms(base, dense_adapted, sparse, untrained), pair, prompts, console)
+    pair, arms = {"dense": base, "sparse": sparse}, evals.demo_arms(base, dense_adapted, sparse, untrained)
+    scores, heat = _compare(config, arms, pair, prompts, console)
     last = prompts.recall(sparse)
+    suites = _suites(config, arms, prompts, console)
     say(f"Time one more token, and a chunk of {evals.CHUNK}")
     decode_ms, chunk_ms = evals.context_ms(pair, prompts.texts[0], config.decode_contexts)
 
@@ -122,6 +131,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "bytes_read_fraction": reads["sparse"][at] / reads["dense"][at],
         "top_k": config.top_k,
         "context": config.context,
+        **suites,
         "seconds": time.perf_counter() - begin,
     }
     details = {
@@ -138,10 +148,40 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     page = write_run(out, metrics, history, details)
     console.print()
     show(console, metrics)
+    if config.long is not None:
+        console.print()
+        show_long(console, suites["long"])
+    if config.short is not None:
+        console.print()
+        show_short(console, suites["short"])
     console.print(f"\nDone in {cost.duration(metrics['seconds'])}. The report: {page}\nNext:", highlight=False)
     for command in (f"tokensieve eval {out / 'sparse'}", "tokensieve adapt --help", "tokensieve doctor"):
         console.print(f"  {command}", style="bold", highlight=False)
     return metrics
+
+
+def _suites(config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, console: Console) -> Row:
+    """Figures of the suites "long" and "short", for those that the config asks for.
+
+    The first arm, beside which the others are put, is the dense model after the same further tokens.
+    """
+    found: Row = {}
+    sparse, dense = arms["sparse"].model, {name: arms[name] for name in ("dense_adapted", "dense")}
+    with _progress(console) as bar:
+        line = bar.add_task("")
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            bar.update(line, description=what, completed=done, total=total)
+
+        if config.long is not None:
+            chosen = evals.long_arms(sparse, config.long.top_k or (config.top_k,))
+            untrained = {"untrained_indexer": replace(arms["untrained_indexer"], top_k=config.top_k)}
+            asked = dense | {name: arm for name, arm in chosen.items() if name != "dense"} | untrained
+            found["long"] = evals.judge_long(asked, prompts.encode, prompts.documents, config.long, on_progress)
+        if config.short is not None:
+            asked = dense | {"sparse": arms["sparse"]}
+            found["short"] = evals.judge_short(asked, prompts.encode, prompts.documents, config.short, on_progress)
+    return found
 
 
 def _compare(
@@ -191,6 +231,12 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
     longest = max(config.context, *config.decode_contexts, *config.heat_lengths)
     limit, what = base.config.max_position_embeddings, f"a context of {longest} tokens is"
     check_positions(limit, longest, what, "shorten it")
+
+
+def _with_tokenizer(config: DemoConfig) -> DemoConfig:
+    """The config, whose training reads text by the model's own tokenizer."""
+    warmup, adapt = (replace(s, data=replace(s.data, tokenizer=config.model)) for s in (config.warmup, config.adapt))
+    return replace(config, warmup=warmup, adapt=adapt)
 
 
 def _clear(out: Path) -> None:

@@ -1,5 +1,6 @@
 """Commands that train: the demo, the three stages, and the speedrun through all of them."""
 
+import json
 import time
 from dataclasses import replace
 from enum import StrEnum
@@ -34,15 +35,30 @@ class Until(StrEnum):
 
 
 @app.command(cls=with_keys("DemoConfig", "demo"))
-def demo(config: Config = "demo", set_: Set = None, out: Out = None) -> None:
-    """Turn the bundled dense model into a sparse one, compare the two, and write a report.
+def demo(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="A .toml file, or a bundled config by name; demo unless given, or with --model demo-model.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The dense model: a folder, a GGUF file, or a name (base, smollm2).")
+    ] = None,
+    set_: Set = None,
+    out: Out = None,
+) -> None:
+    """Turn the bundled dense model, or your own, into a sparse one, compare the two, and write a report.
 
     Example: tokensieve demo --out runs/demo
     """
     from tokensieve.config import DemoConfig, load_config
     from tokensieve.files import known_folder, locked
 
-    settings = load_config(DemoConfig, config, overrides(set_, out=out))
+    name = config or ("demo" if model in (None, "base") else "demo-model")
+    changes = [*([] if model is None else [f"model={json.dumps(model)}"]), *(set_ or [])]
+    settings = load_config(DemoConfig, name, overrides(changes, out=out))
     known_folder(settings.model)
     from tokensieve import demo as main_job
 

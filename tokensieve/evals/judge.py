@@ -24,6 +24,8 @@ FIGURES = (
     "top_k",
     "context",
     "selections",
+    "long",
+    "short",
     "model",
     "seconds",
     "run",

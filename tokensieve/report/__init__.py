@@ -92,6 +92,8 @@ def write_report(
         ratios=[(plots.label(arm), _figure(found)) for arm, found in metrics["compared"]["ppl"].items()],
         seen=_seen(metrics, details),
         chunk=CHUNK,
+        share=lambda x: f"{100 * x:.1f}%",
+        points=lambda x: f"{100 * x:+.1f}",
         figures={name: Markup(figure) for name, figure in drawn.items()},
         maps=[Markup(plots.heat_plot(heat, arm)) for arm, heat in details["heat"].items()],
     )
