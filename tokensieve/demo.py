@@ -22,6 +22,7 @@ from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
 from tokensieve.data import read_documents
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.files import model_path
 from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, show_long, show_short, write_run
 from tokensieve.tasks import Document, Documents, PlainEncoder
@@ -83,11 +84,11 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{text}[/bold]", highlight=False)
 
-    config = _with_tokenizer(config)
-    base = tokensieve.load(config.model)
+    name, base = config.model, tokensieve.load(config.model)
     _check(config, base)
+    config = _from_folder(config, base)
     size = sum(p.numel() for p in base.parameters())
-    say(f"{config.model}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
+    say(f"{name}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
     prompts = Prompts.of(config)
     say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts, {len(prompts.needles)} questions")
 
@@ -135,7 +136,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - begin,
     }
     details = {
-        "base": config.model,
+        "base": name,
         "parameters": size,
         "questions": len(prompts.needles),
         "texts": {"all": len(prompts.texts), "shared": evals.shared_texts(scores)},
@@ -233,8 +234,14 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
     check_positions(limit, longest, what, "shorten it")
 
 
-def _with_tokenizer(config: DemoConfig) -> DemoConfig:
-    """The config, whose training reads text by the model's own tokenizer."""
+def _from_folder(config: DemoConfig, base: DecoderForCausalLM) -> DemoConfig:
+    """The config, whose training reads text by the model's own tokenizer.
+
+    A GGUF file, which is slow to read, becomes the folder `dense` first, and is read from there.
+    """
+    if model_path(config.model).is_file():
+        tokensieve.save(base, dense := Path(config.out) / "dense")
+        config = replace(config, model=str(dense))
     warmup, adapt = (replace(s, data=replace(s.data, tokenizer=config.model)) for s in (config.warmup, config.adapt))
     return replace(config, warmup=warmup, adapt=adapt)
 

@@ -39,7 +39,8 @@ def with_indexer(shape: cost.Shape, top_k: int, heads: int | None = None, dim: i
     if shape.sparse:
         return replace(shape, top_k=top_k)
     value = shape.attention.masked - shape.attention.score
-    return replace(shape, top_k=top_k, index_heads=heads or max(1, shape.attention.heads // 2), index_dim=dim or value)
+    heads = heads or max(1, shape.attention.heads // 2)
+    return replace(shape, top_k=top_k, index_layers=shape.layers, index_heads=heads, index_dim=dim or value)
 
 
 def crossover(shape: cost.Shape) -> Crossover:

@@ -75,7 +75,8 @@ def save_state(
         (new / STATE).write_text(json.dumps(asdict(replace(state, checksums=checksums))))
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
-    checkpoint.write_card(folder, None if getattr(model, "folder", None) is None else Path(model.folder))
+    if adapter is None:
+        checkpoint.write_card(folder, None if getattr(model, "folder", None) is None else Path(model.folder))
     newest = checkpoints(run)[-max(1, keep) :]
     for old in run.glob("step-*"):
         if old.is_dir() and old not in newest:
