@@ -27,8 +27,7 @@ from rich.table import Table
 import tokensieve
 from tokensieve import cost, evals
 from tokensieve.config import DataConfig, LoraConfig, OptimizerConfig, PhaseConfig, SourceConfig, TrainConfig
-from tokensieve.data import read_documents
-from tokensieve.demo import held_out
+from tokensieve.demo import bundled_texts
 from tokensieve.evals import intervals
 from tokensieve.evals.intervals import Estimate
 from tokensieve.model import DecoderForCausalLM
@@ -63,7 +62,7 @@ class Prompts:
 
     def __init__(self, asked: argparse.Namespace):
         encode = PlainEncoder(tokensieve.load_tokenizer("base"))
-        documents = list(read_documents(held_out("bundled"), "all"))
+        documents = bundled_texts()
         self.encode, self.texts = encode, evals.text_sequences(encode, documents, asked.context, asked.texts)
         self.task = Needles(encode, Documents(test=documents), context=asked.context)
         self.needles = self.task.examples("test", asked.needle_contexts * MAX_NEEDLES, seed=0)

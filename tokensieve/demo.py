@@ -60,12 +60,17 @@ class Prompts:
         return evals.recall(model, self.texts[: self.config.recall_sequences], queries=self.config.recall_queries)
 
 
+def bundled_texts() -> list[Document]:
+    """The documents of the package, which no training source reads."""
+    return list(read_documents(str(importlib.resources.files("tokensieve") / "bundled" / "texts.jsonl"), "all"))
+
+
 def held_out(config: DemoConfig) -> list[Document]:
-    """The documents to evaluate on: those of the package, which no training source reads; or those of another source,
-    and of one that is trained on the part that training leaves out.
+    """The documents to evaluate on: those of the package, or those of another source; of a source that is trained on,
+    the part that training leaves out.
     """
     if config.texts == "bundled":
-        return list(read_documents(str(importlib.resources.files("tokensieve") / "bundled" / "texts.jsonl"), "all"))
+        return bundled_texts()
     trained = {entry.source for stage in (config.warmup, config.adapt) for entry in stage.data.sources}
     if config.texts not in trained:
         return list(read_documents(config.texts, "all"))
