@@ -26,12 +26,12 @@ def test_crossovers_are_the_first_of_a_scan(name: str) -> None:
     assert found.token_bytes == first(lambda c, sparse: cost.decode_cache_bytes(shape, c, LAYOUT, sparse=sparse))
     assert found.token_flops == first(lambda c, sparse: cost.forward_flops(shape, 1, c - 1, sparse=sparse))
     assert found.prompt_flops == first(lambda c, sparse: cost.forward_flops(shape, c, sparse=sparse, logits=1))
-    assert found.all == max(found.token_bytes, found.token_flops, found.prompt_flops)
+    assert found.dense_below == max(found.token_bytes, found.token_flops, found.prompt_flops)
 
 
 def test_an_indexer_that_costs_more_than_attention_never_pays() -> None:
     found = crossover(with_indexer(cost.shape_of(GROUPED), 20, 64, 128))
-    assert found.token_bytes is None and found.token_flops is None and found.all is None
+    assert found.token_bytes is None and found.token_flops is None and found.dense_below is None
 
 
 def test_the_indexer_is_in_the_published_models_proportion() -> None:

@@ -39,8 +39,8 @@ Queries = Any  # whatever a family's `project` returns and its other methods rea
 class Attention(nn.Module, ABC):
     """Attention of one layer. Parameter names are the published checkpoint's; `indexer` exists in sparse models only.
 
-    borrows: a layer of a sparse model that has no indexer reads the keys that the layer before it reads. lends: the
-    layer after this one does so.
+    borrows: a layer of a sparse model that has no indexer reads the keys that the layer before it reads (GLM-5 calls it
+    "shared"). lends: the layer after this one does so.
 
     Each kind of attention implements the abstract methods: the projection of tokens, and the two forms in which keys
     are read (`tokensieve.model.context.Form`).

@@ -67,7 +67,7 @@ def advise(
         return Advice("dense", None, None, [], {"verdict": why})
     reasons = {"top_k": _reason_for_k(k, measured, mass, settings)}
     cheaper, beyond = crossover_of(k), past(k)
-    below = cheaper.all
+    below = cheaper.dense_below
     if beyond < settings.tokens_past_k:
         reasons["verdict"] = (
             f"the data is mostly shorter than k = {k:,}: {beyond:.0%} of its tokens see more than k keys, and "

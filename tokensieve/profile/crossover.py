@@ -24,7 +24,7 @@ class Crossover:
     prompt_flops: int | None
 
     @property
-    def all(self) -> int | None:
+    def dense_below(self) -> int | None:
         """The shortest context from which on sparse is cheaper in every respect."""
         found = (self.token_bytes, self.token_flops, self.prompt_flops)
         return None if None in found else max(n for n in found if n is not None)
