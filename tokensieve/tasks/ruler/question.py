@@ -63,7 +63,8 @@ class LongTask(ABC):
 
     Examples of one context stand together and share it: their errors are not independent, so an interval is to be
     taken over contexts (`intervals.clustered_share`). Contexts are drawn independently, but for the documents around
-    what is hidden. No string that is hidden or asked for is in both splits; the phrasing is, since nobody trains on it here.
+    what is hidden. No string that is hidden or asked for is in both splits; the phrasing is, since nobody trains on it
+    here.
 
     An answer is generated, after its beginning: models say the same in many ways, so there is no one target.
     With a chat template the context is the user's turn and the answer's beginning the assistant's; without one they
