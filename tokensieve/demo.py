@@ -28,8 +28,10 @@ from tokensieve.report import environment, show, show_long, show_short, write_ru
 from tokensieve.tasks import Document, Documents, PlainEncoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, NeedleExample, Needles
 from tokensieve.train.schedule import total_steps
+from tokensieve.train.state import checkpoints
 
 RUNS = ("warmup", "adapt", "adapt-dense")  # folders of the training runs, in the demo's own
+MODELS = ("dense", "sparse")  # folders of models; dense: a GGUF file's
 STAGES = {"warmup": "warm-up", "adapt": "adaptation"}  # as the report calls them
 REHEARSED = 10  # steps: the estimate of a shorter run would take as long as the run
 
@@ -91,6 +93,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
 
     name, base = config.model, tokensieve.load(config.model)
     _check(config, base)
+    _clear(out := Path(config.out))
     config = _from_folder(config, base)
     size = sum(p.numel() for p in base.parameters())
     say(f"{name}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
@@ -102,7 +105,6 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
         for dense in (tokensieve.load(config.model), base)
     )
-    _clear(out := Path(config.out))
     first = prompts.recall(sparse).overall
     history: list[Row] = [{"stage": STAGES["warmup"], "step": 0, "recall": first}]
     say("Warm up: attention stays dense, and the indexers learn where it looks")
@@ -232,6 +234,8 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
     """Refuses settings that would otherwise fail only after minutes."""
     if base.is_sparse:
         raise UserError(f"model {config.model} is sparse already; the demo starts from a dense one, for example base")
+    if model_path(config.model).resolve() in {(Path(config.out) / folder).resolve() for folder in MODELS}:
+        raise UserError(f"model {config.model} is one that this demo would replace; name another folder with --out")
     if config.context <= config.top_k:
         raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
     longest = max(config.context, *config.decode_contexts, *config.heat_lengths)
@@ -252,9 +256,14 @@ def _from_folder(config: DemoConfig, base: DecoderForCausalLM) -> DemoConfig:
 
 
 def _clear(out: Path) -> None:
-    """Removes the training runs of an earlier demo, which a new one cannot continue."""
+    """Removes what an earlier demo left: its training runs, which a new one cannot continue, and its models, whose
+    tokenizer and card a save would keep.
+    """
     for name in RUNS:
         if (out / name / "metrics.jsonl").is_file():
+            shutil.rmtree(out / name)
+    for name in MODELS:
+        if (out / name / "config.json").is_file():
             shutil.rmtree(out / name)
 
 
@@ -269,6 +278,7 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> 
             measured[step] = prompts.recall(model).overall
 
     train.run(config, model, on_step=on_step, rehearse=steps >= REHEARSED)
+    model.folder = checkpoints(Path(config.out))[-1]  # whose card says what the model has been trained on
     rows = [{"stage": STAGES[config.stage], **row} for row in train.history(config.out)]
     return [row | {"recall": measured[row["step"]]} if row["step"] in measured else row for row in rows]
 

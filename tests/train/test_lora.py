@@ -251,6 +251,8 @@ def test_the_command(run: Command, home: Path, tmp_path: Path) -> None:
     assert f"{tmp_path}/merged: the trained model" in ended.out
     assert f"Next: tokensieve eval {tmp_path}/merged" in ended.out
     assert tokensieve.load(tmp_path / "merged").is_sparse
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "Training, `adapt`: 3 steps" in card and "choose at random" not in card
 
 
 def test_the_command_refuses_in_one_line(

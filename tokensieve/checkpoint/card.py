@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from tokensieve.checkpoint import gguf
 from tokensieve.checkpoint.export import exportable
-from tokensieve.families import is_sparse, model_config
+from tokensieve.families import family_of, is_sparse, model_config
 from tokensieve.files import write_text
 
 log = logging.getLogger("tokensieve")
@@ -30,17 +30,19 @@ _LICENCE = ("license", "license_name", "license_link")
 _NOT_STATED = "not stated: see the base"
 
 
-def write_card(folder: Path, source: Path | None, replace: bool = False) -> None:
+def write_card(folder: Path, source: Path | None, replace: bool = False, trained: Path | None = None) -> None:
     """Writes README.md into a checkpoint folder that is complete otherwise.
 
-    `source`: the folder or file that the model was read from, if any. If `folder` is a checkpoint of a training run,
-    data and figures are those of the run so far. `replace`: also if there is a card, which otherwise stays.
+    `source`: the folder or file that the model was read from, if any. `trained`: the checkpoint of the run that made
+    the model, `folder` itself unless given; if it is one, data and figures are those of the run so far. `replace`: also
+    if there is a card, which otherwise stays.
     """
+    trained = trained or folder
     card = folder / CARD
     if card.exists() and not replace:
         log.info("%s stays as it is; remove it to get a new card with the next save", card)
         return
-    raw, stage = _json(folder / "config.json"), _stage(folder)
+    raw, stage = _json(folder / "config.json"), _stage(trained)
     there = source.resolve() if source is not None and source.is_dir() else None
     before = _front_matter(there / CARD) if there is not None else {}
     if source is not None and gguf.is_gguf(source):
@@ -49,7 +51,8 @@ def write_card(folder: Path, source: Path | None, replace: bool = False) -> None
     if there not in (None, folder.resolve()):
         _take_along(there / (BASE_CARD if known else CARD), folder / BASE_CARD)
     earlier = list(known.get("training") or ())
-    if stage and there is not None and there.parent == folder.resolve().parent:
+    beside = there is not None and there.parent == folder.resolve().parent
+    if beside and stage and earlier and earlier[-1]["stage"] == stage["stage"]:
         earlier = earlier[:-1]  # an earlier checkpoint of the same run, whose steps are part of this one's
     pretrained = stage is not None and stage["stage"] == "pretrain"
     base = None if pretrained else known.get("base") or _name_of(source)
@@ -67,13 +70,13 @@ def write_card(folder: Path, source: Path | None, replace: bool = False) -> None
         tags=[raw["model_type"], *(["sparse-attention", "deepseek-sparse-attention"] if is_sparse(config) else [])],
         **{OWN: {"base": base, "training": training}},
     )
-    run = folder if stage else there if there is not None and _stage(there) else None
+    run = trained if stage else there if there is not None and _stage(there) else None
     figures = _json(run.parent / "metrics.json") if run is not None else {}
     parts = [
         f"---\n{ModelCardData(**front).to_yaml()}\n---\n# {folder.resolve().name}",
         _what(raw, config, base, training),
         _origin(base, licence, training, (folder / BASE_CARD).exists()),
-        _use(folder, is_sparse(config)),
+        _use(folder),
         _measured(figures),
         _others(reasons),
     ]
@@ -121,15 +124,14 @@ def _licence(before: dict[str, Any], folder: Path) -> dict[str, str]:
 def _stage(folder: Path) -> dict[str, Any] | None:
     """Stage, steps, tokens and data of the run that `folder` is a checkpoint of; None if it is of none."""
     run, step = _json(folder.parent / "config.json"), _json(folder / "state.json").get("step")
-    try:
-        left, tokens = int(step), 0  # type: ignore[arg-type]
-        for phase in run["phases"]:
-            steps = min(left, phase["steps"])
-            left, tokens = left - steps, tokens + steps * phase["sequences"] * phase["context"]
-        data = [_data_name(entry["source"]) for entry in run["data"]["sources"]]
-        return {"stage": run["stage"], "steps": int(step), "tokens": tokens, "data": data}  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError):
+    if not isinstance(step, int) or not {"stage", "phases", "data"} <= run.keys():
         return None
+    left, tokens = step, 0
+    for phase in run["phases"]:
+        steps = min(left, phase["steps"])
+        left, tokens = left - steps, tokens + steps * phase["sequences"] * phase["context"]
+    data = [_data_name(entry["source"]) for entry in run["data"]["sources"]]
+    return {"stage": run["stage"], "steps": step, "tokens": tokens, "data": data}
 
 
 def _data_name(source: str) -> str:
@@ -140,9 +142,12 @@ def _what(raw: dict[str, Any], config: Any, base: str | None, training: list[dic
     if not is_sparse(config):
         return f"A dense model of type `{raw['model_type']}`, {config.num_hidden_layers} layers."
     trained = {entry["stage"] for entry in training} & {"warmup", "adapt"}
+    layers = config.num_hidden_layers
+    owners = sum(family_of(config).has_indexer(config, layer) for layer in range(layers))
     lines = [
-        f"A model of type `{raw['model_type']}` with DeepSeek Sparse Attention: in each of its "
-        f"{config.num_hidden_layers} layers a lightning indexer chooses the keys that a query attends to.",
+        f"A model of type `{raw['model_type']}` with DeepSeek Sparse Attention: in {owners} of its {layers} layers a "
+        "lightning indexer chooses the keys that a query attends to."
+        + ("" if owners == layers else " The others read the keys of the layer before."),
         "",
         "| | |",
         "|---|---|",
@@ -168,9 +173,8 @@ def _origin(base: str | None, licence: dict[str, str], training: list[dict[str, 
     return "\n".join(lines if training else [*lines, "- Training with tokensieve: none recorded; data: see the base"])
 
 
-def _use(folder: Path, sparse: bool) -> str:
+def _use(folder: Path) -> str:
     name = folder.resolve().name
-    look = f"tokensieve eval {name}" + (" --context 8192" if sparse else "")
     return "\n".join(
         [
             "## Use",
@@ -178,7 +182,7 @@ def _use(folder: Path, sparse: bool) -> str:
             "```console",
             f'$ tokensieve generate {name} --prompt "Once upon a time"',
             f"$ tokensieve serve {name}",
-            f"$ {look}",
+            f"$ tokensieve eval {name}",
             "```",
             "",
             "```python",

@@ -150,6 +150,7 @@ def evaluate(
     import tokensieve
     from tokensieve.data import read_documents
     from tokensieve.machine import choose_device
+    from tokensieve.model import check_tokenizer
     from tokensieve.model.selection import resolve
     from tokensieve.report import environment
 
@@ -164,6 +165,8 @@ def evaluate(
         metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
     else:
         other = tokensieve.load(before, device=choose_device(device)) if before is not None else None
+        if other is not None:
+            check_tokenizer(tokenizer, other.config)
         metrics = {suite.value: _measure_suite(suite, loaded, other, tokenizer, documents, sizes, context, selections)}
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
     path = Path(model)

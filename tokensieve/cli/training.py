@@ -170,11 +170,11 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> t
     begin = time.perf_counter()
     train.run(config, resume=resume)
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
+    last = checkpoints(Path(config.out))[-1]
     if config.lora is not None and not config.lora.merge:
-        trained = checkpoints(Path(config.out))[-1]
-        typer.echo(f"{trained}: the trained adapter")
-        return config, trained
-    trained = checkpoints(Path(config.out))[-1] if config.lora is None else Path(config.out) / MERGED
-    write_card(trained, trained, replace=True)  # now with the figures of the run
+        typer.echo(f"{last}: the trained adapter")
+        return config, last
+    trained = last if config.lora is None else Path(config.out) / MERGED
+    write_card(trained, trained, replace=True, trained=last)  # now with the figures of the run
     typer.echo(f"{trained}: the trained model")
     return config, trained

@@ -12,15 +12,15 @@ from torch import Tensor
 from tokensieve.config import LongSizes, ShortSizes, UserError
 from tokensieve.evals import intervals
 from tokensieve.evals.choices import choose
-from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
+from tokensieve.evals.evaluation import Evaluation, Record, by_context, evaluate, evaluating
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
 from tokensieve.evals.parity import Arm
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.positions import check_positions
-from tokensieve.tasks import Document, Documents, encoder
-from tokensieve.tasks.ruler import LongExample, long_tasks
+from tokensieve.tasks import Document, Documents, PlainEncoder, encoder
+from tokensieve.tasks.ruler import LongExample, LongTask, long_tasks
 from tokensieve.tasks.short import MAKES, Choices
 
 CONTROLS = {"sparse": "indexer", "window": "window", "sinks": "sinks"}
@@ -36,6 +36,8 @@ def long_arms(
         UserError: several k or selections for a dense model, an unknown selection, or k that is too few for sinks.
     """
     arms = {"dense": Arm(model, "dense")}
+    for name in {*(selections or {})} & {"dense", *CONTROLS}:
+        raise UserError(f"an arm cannot be called {name}, which is one of the suite's own; rename it")
     if not model.is_sparse:
         if top_k or selections:
             raise UserError("a dense model selects nothing: leave out long.top_k and --arm, or sparsify it first")
@@ -86,18 +88,36 @@ def judge_long(
     done, rows = 0, []
     for task, context, asking in cells:
         examples = task.examples("test", sizes.prompts, context)
-        room, first = max(example.room for example in examples), None
+        first: Evaluation | None = None
         for name, arm in asking.items():
             what = f"{task.name} in {context:,} tokens, {name}"
             callback = _scaled(on_progress, what, done, sizes.prompts, total)
             with selecting(arm.model, arm.selection, arm.top_k):
-                found = evaluate(arm.model, encode, task, examples, room, on_progress=callback)
+                found = _asked_by_context(arm.model, encode, task, examples, callback)
             rows.append({"task": task.name, "context": context, "arm": name} | _row(examples, found, first))
             first, done = first or found, done + sizes.prompts
     figures: dict[str, Any] = {"tasks": rows}
     if sequences:
         figures["positions"] = _positions(read, sequences, sizes.buckets, done, total, on_progress)
     return figures | {"sizes": asdict(sizes)}
+
+
+def _asked_by_context(
+    model: DecoderForCausalLM,
+    encode: PlainEncoder,
+    task: LongTask,
+    examples: Sequence[LongExample],
+    on_progress: OnProgress | None,
+) -> Evaluation:
+    """The answers, each as long as its own context leaves room for: a longer one could pass the model's positions."""
+    contexts = by_context(examples)
+    records: list[Record] = []
+    for done, places in enumerate(contexts, 1):
+        same = [examples[place] for place in places]
+        records += evaluate(model, encode, task, same, max(example.room for example in same)).records
+        if on_progress is not None:
+            on_progress(task.name, done, len(contexts))
+    return Evaluation(tuple(records))
 
 
 def _selecting(arms: Mapping[str, Arm], tokens: int) -> dict[str, Arm]:

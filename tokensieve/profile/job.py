@@ -41,6 +41,14 @@ def profile(
             has one, or one whose heads cannot hold the positions.
     """
     positions, ks = model.config.max_position_embeddings, settings.top_k
+    shape = cost.shape_of(model.config)
+    if model.is_sparse and shape.index_layers < shape.layers:
+        raise UserError("layers of this model share indexers already, which profile cannot measure; give a dense model")
+    if positions <= ks[0]:
+        raise UserError(
+            f"the model has {positions} positions, and nothing is selected up to k = {ks[0]}; try fewer keys with "
+            f"--set top_k=[{max(1, positions // 4)}]"
+        )
     if context is not None:
         check_positions(positions, context, f"texts of {context} tokens are", "shorten them with --context")
         if context <= ks[0]:
@@ -49,7 +57,6 @@ def profile(
         raise UserError("index_heads and index_dim are for dense models, and this one has an indexer; leave them out")
     texts = draw(sample, encode, settings.texts, ks[0], context or positions)
     attention = measure(model, texts, ks, settings.queries, seconds, on_progress)
-    shape = cost.shape_of(model.config)
     shapes = {k: with_indexer(shape, k, settings.index_heads, settings.index_dim) for k in ks}
     crossovers = {k: crossover(shapes[k]) for k in ks}
     advice = advise(
