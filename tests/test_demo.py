@@ -106,6 +106,8 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
         assert all(list(ms) == ["64", "600"] for ms in metrics[timed].values())
     assert metrics["kv_read_fraction"] == 32 / 1000 and metrics["top_k"] == 32 and metrics["context"] == CONTEXT
     details = json.loads((out / "details.json").read_text())
+    card = (out / "sparse" / "README.md").read_text()
+    assert "Training, `warmup`: 3 steps" in card and "Training, `adapt`: 2 steps" in card
     page = (out / "report.html").read_text()
     assert [row["arm"] for row in metrics["long"]["tasks"]][:3] == ["dense_adapted", "dense", "sparse k=32"]
     assert "Long contexts, by task" in page and "<td>untrained_indexer</td>" in page and "Short prompts" in page
@@ -141,6 +143,16 @@ def test_the_bundled_texts_suffice_for_the_bundled_demo():
     assert all(len(encode(document.text)) + len(encode.begin) >= settings.context for document in documents)
     trained = {file.name for file in source_files("python")}
     assert not any(name.split(".")[0] == "tokensieve" for name in trained)
+
+
+def test_models_of_an_earlier_demo_are_removed_and_nothing_else(base, tmp_path):
+    for name in ("dense", "sparse", "mine"):
+        tokensieve.save(models.ours(models.config("v3", vocab_size=1024, num_hidden_layers=1)), tmp_path / name)
+    (tmp_path / "sparse" / "tokenizer.json").write_text("of another model")
+    with pytest.raises(UserError, match="dense is one that this demo would replace; name another folder with --out"):
+        demo.run(config(base, out=str(tmp_path), model=str(tmp_path / "dense")), Console(quiet=True))
+    demo._clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow

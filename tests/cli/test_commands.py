@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 import tokensieve
-from tests.support import commands
+from tests.support import commands, models
 from tests.support.commands import tiny
 
 COMMANDS = (
@@ -131,6 +131,9 @@ def test_the_suites(run, home: Path, tmp_path: Path, monkeypatch) -> None:
     assert ended.status == 0 and "chance is 25%" in ended.out
     figures = json.loads(Path("runs/eval-sparse-short/metrics.json").read_text())
     assert [row["arm"] for row in figures["short"]["texts"]] == ["before", "model"] and figures["seconds"] > 0
+    tokensieve.save(models.ours(models.config("v3", vocab_size=300, num_hidden_layers=1)), tmp_path / "other")
+    ended = run("eval", home / "sparse", "--suite", "short", *data, *short, "--before", tmp_path / "other")
+    assert ended.status == 2 and "but the model's vocabulary is 300" in ended.err, ended
 
 
 def test_a_tokenizer_without_deepseeks_markers(run, home: Path, tmp_path: Path, monkeypatch) -> None:

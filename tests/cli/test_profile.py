@@ -9,7 +9,7 @@ import pytest
 
 import tokensieve
 from tests.report.test_report import Nesting
-from tests.support import commands
+from tests.support import commands, models
 from tokensieve.report import plots
 
 FEW = ("--minutes", "1", "--set", "top_k=[16,64,2048]", "--set", "texts=3", "--set", "queries=8")
@@ -89,7 +89,14 @@ def test_bad_input(run: Any, home: Path, tmp_path: Path) -> None:
     refused(("short.txt", "shorter than 2 tokens"), "profile", tmp_path / "short.txt", *model)
     refused(("5000 tokens", "1600 positions", "--context"), "profile", home / "text", *model, "--context", "5000")
     refused(("--context 100", "k = 128"), "profile", home / "text", *model, "--context", "100")
+    short = "top_k=[1600, 3200]"
+    refused(("1600 positions", "k = 1600", "top_k=[400]"), "profile", home / "text", *model, "--set", short)
     bare = tokensieve.load(home / "dense")
+    kinds = {"num_hidden_layers": 2, "indexer_types": ["full", "shared"]}
+    sharing = models.ours(models.config("glm", vocab_size=bare.config.vocab_size, **kinds))
+    sharing.folder = bare.folder
+    tokensieve.save(sharing, tmp_path / "sharing")
+    refused(("share indexers already",), "profile", home / "text", "--model", tmp_path / "sharing")
     bare.folder = None
     tokensieve.save(bare, tmp_path / "bare")
     refused(("no tokenizer.json",), "profile", home / "text", "--model", tmp_path / "bare")

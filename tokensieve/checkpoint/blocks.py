@@ -1,6 +1,7 @@
 """FP8 blocks as DeepSeek publishes them: which tensors are stored so, and what config.json says of it.
 
-Source: config.json and the index of DeepSeek-V3.1 and V3.2-Exp.
+Source: the official demo's inference/convert.py and kernel.py (blocks, names of the scales). The fields of `PUBLISHED`
+and the list of tensors that stay were not compared with a published folder.
 """
 
 import re
