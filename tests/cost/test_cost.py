@@ -207,6 +207,8 @@ def test_warmup_by_hand() -> None:
     projections = 2 * 2 * cost.parameters(SPARSE).indexer_matmul * context
     scores = 61 * every * 2 * 64 * (129 + 128 + 128)
     assert cost.train_flops(SPARSE, "warmup", context) == trunk + target + projections + scores
+    fewer = cost.train_flops(SPARSE, "warmup", context, kl_every=4)
+    assert fewer == pytest.approx(trunk + (target + scores) / 4 + projections, rel=1e-12)
 
 
 @pytest.mark.parametrize("context", [1024, 131072])

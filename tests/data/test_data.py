@@ -164,6 +164,21 @@ def test_store_is_rebuilt_for_another_tokenizer_only(corpus, encode, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
 
 
+def test_two_runs_may_build_a_store_at_once(corpus, encode, tmp_path):
+    """The other run's store, which appears while ours is written, stays, as another tokenizer's does not."""
+    folder = tmp_path / "store"
+    other = PlainEncoder(_tokenizer(corpus[0].text, tmp_path / "other"))
+
+    def documents(meanwhile):
+        yield corpus[0]
+        TokenStore.build(corpus[:2], meanwhile, folder)
+        yield from corpus[1:3]
+
+    assert len(TokenStore.build(documents(encode), encode, folder)) == 2
+    assert len(TokenStore.build(documents(encode), other, folder)) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "store"]
+
+
 def _tokenizer(text: str, folder: Path):
     from tokenizers import Tokenizer
 

@@ -45,18 +45,31 @@ def weighted(step: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---- one step
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_do_not_depend_on_the_micro_batches(stage: str) -> None:
+@pytest.mark.parametrize(("stage", "every"), [("pretrain", 1), ("warmup", 1), ("warmup", 4), ("adapt", 1)])
+def test_gradients_do_not_depend_on_the_micro_batches(stage: str, every: int) -> None:
     """Rows hold different numbers of labels, documents and weights, so that a mean of means would differ."""
     step = weighted(batch(4, 48, documents=True))
     step["labels"][2, 10:] = -100
-    whole, figures = step_gradients(config(stage), fresh(stage).double(), [step])
+    settings = config(stage, kl_every=every)
+    whole, figures = step_gradients(settings, fresh(stage).double(), [step])
     for parts in (2, 4):
-        found, again = step_gradients(config(stage), fresh(stage).double(), cut(step, parts))
+        found, again = step_gradients(settings, fresh(stage).double(), cut(step, parts))
         assert apart(found, whole) < 1e-6
         for name in ("loss", "lm", "kl", "grad_norm", "indexer_grad_norm"):
             assert (name in again) == (name in figures)
             assert name not in again or again[name] == pytest.approx(figures[name], rel=1e-6)
+
+
+def test_every_step_has_the_kl_at_other_queries(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, backward = [], loop.backward
+
+    def recording(stage, model, batch, totals, options, device):
+        queries.append(options.objective.queries)
+        return backward(stage, model, batch, totals, options, device)
+
+    monkeypatch.setattr(loop, "backward", recording)
+    run(here.run("warmup", "every", kl_every=3, phases=(PhaseConfig(4, 48, 1),)), progress=False, rehearse=False)
+    assert queries == [slice(first, None, 3) for first in (0, 1, 2, 0)]
 
 
 def test_labels_are_weighted_over_the_whole_step() -> None:

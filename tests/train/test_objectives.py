@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tokensieve
 from tests.support.training import OPTIMIZER, apart, batch, indexers, model, step_gradients
-from tokensieve.config import PhaseConfig, TrainConfig
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective, SelectionContext, attention
 from tokensieve.model.kl import LayerLocalLoss
 from tokensieve.model.selection import indexer
@@ -235,6 +235,26 @@ def test_warmup_goes_on_past_8192_keys() -> None:
     assert torch.isclose(whole[0] - short[0], found[0].detach(), rtol=1e-4)
     difference = {n: g - short[1][n] for n, g in whole[1].items()}
     assert apart(difference, gradients(made, found[0])) < 2e-3
+
+
+def test_a_kl_at_some_queries_is_the_whole_one_in_the_mean() -> None:
+    """Over all first queries, losses and gradients are those of every query; and no two of them are the same."""
+    made, inputs = model().train(), batch(2, 60)
+    whole = made(**inputs, options=ForwardOptions(objective=Objective("warmup"))).loss
+    expected = indexers(gradients(made, whole))
+    parts = []
+    for first in range(4):
+        loss = made(**inputs, options=ForwardOptions(objective=Objective("warmup", every=4, first=first))).loss
+        parts.append((loss.detach(), indexers(gradients(made, loss))))
+    values = torch.stack([value for value, _ in parts])
+    assert torch.isclose(values.mean(), whole.detach(), rtol=1e-5) and len(values.unique()) == 4
+    assert apart({n: torch.stack([g[n] for _, g in parts]).mean(0) for n in expected}, expected) < 1e-4
+
+
+def test_a_kl_at_some_queries_is_refused_where_it_cannot_be() -> None:
+    for stage, every, message in (("adapt", 2, "in warmup alone"), ("warmup", 0, "at least 1"), ("warmup", 7, "divide")):
+        with pytest.raises(UserError, match=f"kl_every is {every}.*{message}"):
+            TrainConfig(stage, "base", "out", (PhaseConfig(1, 64, 1),), kl_every=every)  # type: ignore[arg-type]
 
 
 # ---- packing and padding, in both

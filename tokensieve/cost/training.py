@@ -66,14 +66,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = None) -> float:
+def train_flops(
+    shape: Shape, stage: Stage, context: int, adapter: int | None = None, kl_every: int = 1
+) -> float:
     """FLOPs of one training sequence of `context` tokens, forward and backward, without recomputation of whole layers.
 
     pretrain: all parameters train, attention is dense (dense adaptation costs the same). The linear layers count three
     times, attention three and a half times.
     warmup: the trunk runs forward, without the output head, and its probabilities are computed once more for the
     target. The indexer's projections run forward and get their weights' gradients. Index scores and both their
-    gradients are computed once, in one pass.
+    gradients are computed once, in one pass. Target and scores are those of every `kl_every`-th query.
     adapt: as pretrain, but attention reads the selected keys, always in MQA form, whatever the context. Index scores of
     every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
     both gradients.
@@ -87,8 +89,8 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
         trunk = forward_flops(shape, context, sparse=False, logits=0)
         target = shape.index_layers * visible * 2 * shape.attention.heads * shape.attention.score
         scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = INDEX_FORWARD_BACKWARD * index_linear + shape.index_layers * visible * scoring
-        return trunk + target + index
+        index = shape.index_layers * visible * scoring + kl_every * INDEX_FORWARD_BACKWARD * index_linear
+        return trunk + (target + index) / kl_every
     own = LINEAR_FORWARD_BACKWARD if adapter is None else FROZEN_FORWARD_BACKWARD
     linear = 2 * (own * (counts.matmul + counts.head) + LINEAR_FORWARD_BACKWARD * (adapter or 0)) * context
     if stage == "pretrain":
@@ -163,6 +165,7 @@ def train_estimate(
     value_bytes: int = 4,
     checkpointing: bool = False,
     adapter: int | None = None,
+    kl_every: int = 1,
 ) -> Estimate:
     """Memory and time of a training run, before it starts.
 
@@ -172,7 +175,7 @@ def train_estimate(
     parameter and of its gradient. value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the
     weights). The optimizer is Adam with two float32 moments for each trainable parameter; in warmup only the indexer's
     are trainable. adapter: number of parameters of the adapters that train in the trunk's place (LoRA); in adapt a
-    frozen copy of the indexers is kept then. Raises UserError if a number is below 1, or if a stage trains the indexer
+    frozen copy of the indexers is kept then. kl_every: warmup has a KL at every so many queries. Raises UserError if a number is below 1, or if a stage trains the indexer
     and the model has none.
     """
     numbers = {
@@ -194,7 +197,7 @@ def train_estimate(
         trainable = adapter + (counts.indexer if stage == "adapt" else 0)
         weights += trainable
     copies = value_bytes if value_bytes < weight_bytes else 0
-    sequence = train_flops(shape, stage, context, adapter)
+    sequence = train_flops(shape, stage, context, adapter, kl_every)
     if checkpointing and stage != "warmup":
         mode: Mode = "mqa" if stage == "adapt" else "mha"
         sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0, mode=mode)
@@ -230,6 +233,7 @@ def phase_estimates(
             value_bytes=value_bytes,
             checkpointing=run.activation_checkpointing,
             adapter=adapter,
+            kl_every=run.kl_every,
         )
         for phase in run.phases
     ]

@@ -4,6 +4,7 @@ Folder: tokens.bin (uint16, or uint32 for vocabularies above 65536), offsets.npy
 store.json (names and the tokenizer's hash). A store appears under its name only when it is complete.
 """
 
+import errno
 import json
 import os
 import re
@@ -114,16 +115,14 @@ class TokenStore:
     ) -> "TokenStore":
         """As `build`, from (name, token ids) pairs."""
         folder = Path(folder)
-        if (folder / "store.json").is_file():
-            present = cls.open(folder)
-            if present.tokenizer_hash == encode.fingerprint:
-                return present
+        if _is_there(folder, encode):
+            return cls.open(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
             try:
                 _write(partial, pieces, encode)
-                _put_in_place(partial, folder)
+                _put_in_place(partial, folder, encode)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
@@ -171,11 +170,20 @@ def _write(folder: Path, pieces: Iterable[tuple[str, Sequence[int] | np.ndarray]
     (folder / "store.json").write_text(json.dumps(header), encoding="utf-8")
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        os.replace(folder, old)
+def _is_there(folder: Path, encode: PlainEncoder) -> bool:
+    """Whether the folder holds a store made with this tokenizer."""
+    return (folder / "store.json").is_file() and TokenStore.open(folder).tokenizer_hash == encode.fingerprint
+
+
+def _put_in_place(partial: Path, folder: Path, encode: PlainEncoder) -> None:
+    """Makes `partial` the folder. The store that another run has made there meanwhile stays."""
+    try:
         os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _is_there(folder, encode):
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.replace(folder, old)
+            os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)

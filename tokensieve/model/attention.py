@@ -197,10 +197,12 @@ class Attention(nn.Module, ABC):
         assert self.indexer is not None and index is not None and weight is not None
 
         def loss() -> Tensor:
-            q_I, w = index.queries(None, keys.quantized_index)
+            rows = ctx.kl_queries
+            q_I, w = index.queries(rows, keys.quantized_index)
             return ops.indexer_kl_dense_sum(
-                q, k, lse, scale, q_I, keys.index[0], w, pack.starts_N, pack.ends_N, weight, backend=ctx.backend
-            )
+                q[rows], k, lse[rows], scale, q_I, keys.index[0], w, pack.starts_N[rows], pack.ends_N[rows], weight,
+                backend=ctx.backend,
+            )  # fmt: skip
 
         parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
         if torch.is_grad_enabled() and parameters:

@@ -6,7 +6,7 @@ by itself (generation, trainers), the caller opens a `with_options` block around
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch.nn as nn
@@ -62,7 +62,8 @@ class ForwardContext:
     form: Form = "auto"
     backend: str = "auto"
     objective: Literal["none", "warmup", "adapt"] = "none"
-    kl_weight: Tensor | None = None  # (N): gradient weight of each query's KL in every layer
+    kl_queries: slice = field(default_factory=lambda: slice(None))  # the queries that have a KL, of the N
+    kl_weight: Tensor | None = None  # of each of these: gradient weight of its KL in every layer
     replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
     keep_indices: bool = False
     check_selection: bool = False

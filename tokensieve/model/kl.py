@@ -33,15 +33,28 @@ class Objective:
     "warmup": equation (3); attention stays dense and the model's loss is the KL. "adapt": equation (4); its gradient is
     injected in the attention's backward pass. "none": the indexers learn nothing (pretraining, dense models,
     evaluation). scale None: the mean over each pass's queries.
+
+    every, first: "warmup" takes the KL at the queries first, first + every, ... of the pass alone, and counts each of
+    them `every` times. Over all values of `first` this is equation (3).
     """
 
     kind: Literal["none", "warmup", "adapt"] = "none"
     scale: KLScale | None = None
+    every: int = 1
+    first: int = 0
+
+    @property
+    def queries(self) -> slice:
+        """The queries of a pass that have a KL."""
+        return slice(self.first, None, self.every)
 
 
-def query_weights(scale: KLScale | None, pack: Pack, layers: int) -> Tensor:
-    """Weight of each query in the mean over queries and layers of equations (3) and (4): (N) float32, 0 for padding."""
-    scale = scale or KLScale()
+def query_weights(objective: Objective, pack: Pack, layers: int) -> Tensor:
+    """Weights in the mean over queries and layers of equations (3) and (4), of the objective's own queries.
+
+    (N) float32, or as many as `objective.queries` leaves; 0 for padding.
+    """
+    scale = objective.scale or KLScale()
     device = pack.positions_N.device
     if scale.per_query is not None:
         weight: float | Tensor = scale.per_query
@@ -49,7 +62,7 @@ def query_weights(scale: KLScale | None, pack: Pack, layers: int) -> Tensor:
         count = pack.valid_count
         weight = scale.share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
     valid = torch.ones(pack.positions_N.shape[0], device=device) if pack.valid_N is None else pack.valid_N.float()
-    return valid * (weight / layers)
+    return valid[objective.queries] * (weight * objective.every / layers)
 
 
 def reported(kl: Tensor, scale: KLScale | None) -> Tensor:

@@ -187,7 +187,8 @@ class Trunk(DecoderPreTrainedModel):
             entries,
             options,
             objective=objective.kind,
-            kl_weight=None if objective.kind == "none" else query_weights(objective.scale, pack, max(1, self.indexers)),
+            kl_queries=objective.queries,
+            kl_weight=None if objective.kind == "none" else query_weights(objective, pack, max(1, self.indexers)),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             keep_indices=return_selection,
         )

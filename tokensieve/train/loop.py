@@ -197,6 +197,8 @@ class Run:
             labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
         )
         yarn = config.phases[position(config.phases, number).phase].yarn
+        assert self.options.objective is not None
+        objective = replace(self.options.objective, first=number % config.kl_every)
         share = lr_share(config.optimizer, config.phases, number)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -204,7 +206,7 @@ class Run:
         loads: tuple[Tensor, ...] = ()
         try:
             for batch in micro:
-                options = replace(self.options, yarn=yarn)
+                options = replace(self.options, yarn=yarn, objective=objective)
                 losses = backward(self.stage, model, batch, totals, options, self.device)
                 for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
                     if value is not None:

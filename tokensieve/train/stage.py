@@ -65,7 +65,7 @@ def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
     return ForwardOptions(
         selector=None if selection is True else resolve(selection),
         backend=config.backend,
-        objective=Objective(stage.objective(config)),
+        objective=Objective(stage.objective(config), every=config.kl_every),
     )
 
 

@@ -148,7 +148,8 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide the losses; others, such as the run folder or the saving interval, become constants."""
     data = settings["data"] | {"cache": ""}
     lora = settings.get("lora")
-    rest = {name: value for name, value in settings.items() if name != "lora"}  # checkpoints of before lora have none
+    # Checkpoints from before these settings have none of them.
+    rest = {k: v for k, v in settings.items() if k != "lora" and (k, v) != ("kl_every", 1)}
     return (rest | {"lora": lora | {"merge": True}} if lora else rest) | {
         "out": "",
         "save_every": 0,
