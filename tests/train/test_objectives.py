@@ -252,7 +252,8 @@ def test_a_kl_at_some_queries_is_the_whole_one_in_the_mean() -> None:
 
 
 def test_a_kl_at_some_queries_is_refused_where_it_cannot_be() -> None:
-    for stage, every, message in (("adapt", 2, "in warmup alone"), ("warmup", 0, "at least 1"), ("warmup", 7, "divide")):
+    wrong = (("adapt", 2, "in warmup alone"), ("warmup", 0, "at least 1"), ("warmup", 7, "divide"))
+    for stage, every, message in wrong:
         with pytest.raises(UserError, match=f"kl_every is {every}.*{message}"):
             TrainConfig(stage, "base", "out", (PhaseConfig(1, 64, 1),), kl_every=every)  # type: ignore[arg-type]
 

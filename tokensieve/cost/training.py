@@ -66,9 +66,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def train_flops(
-    shape: Shape, stage: Stage, context: int, adapter: int | None = None, kl_every: int = 1
-) -> float:
+def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = None, kl_every: int = 1) -> float:
     """FLOPs of one training sequence of `context` tokens, forward and backward, without recomputation of whole layers.
 
     pretrain: all parameters train, attention is dense (dense adaptation costs the same). The linear layers count three
@@ -175,8 +173,8 @@ def train_estimate(
     parameter and of its gradient. value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the
     weights). The optimizer is Adam with two float32 moments for each trainable parameter; in warmup only the indexer's
     are trainable. adapter: number of parameters of the adapters that train in the trunk's place (LoRA); in adapt a
-    frozen copy of the indexers is kept then. kl_every: warmup has a KL at every so many queries. Raises UserError if a number is below 1, or if a stage trains the indexer
-    and the model has none.
+    frozen copy of the indexers is kept then. kl_every: warmup has a KL at every so many queries. Raises UserError if a
+    number is below 1, or if a stage trains the indexer and the model has none.
     """
     numbers = {
         "tokens_per_step": tokens_per_step,
