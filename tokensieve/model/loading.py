@@ -64,16 +64,18 @@ def save(
     `fp8`: matrices in E4M3 blocks of 128 x 128 with a power of two as scale, as DeepSeek-V3.2-Exp is published, and the
     rest in bfloat16 unless `dtype` is given. A matrix that was read from such blocks keeps its values; to keep the bits
     of FP8 files too, `tokensieve convert --fp8`.
-    The old contents of `folder` stay whole until the new files are complete. UserError on a full disk.
+    The old contents of `folder` stay whole until the new files are complete. What is there beside a checkpoint stays;
+    of a model of another size or vocabulary, tokenizer and card are replaced. UserError on a full disk.
     """
     check_savable(model)
     dtype = torch.bfloat16 if fp8 and dtype is None else dtype
     tensors = ((name, _cast(name, tensor, dtype)) for name, tensor in model.state_dict().items())
+    another = checkpoint.holds_another(Path(folder), model.config.to_dict())
     checkpoint.save_tensors(folder, model.config.to_dict(), tensors, model.extras, shard_bytes, fp8)
     source = getattr(model, "folder", None)
     if source is not None and Path(source).resolve() != Path(folder).resolve():
-        copy_tokenizer(Path(source), Path(folder))
-    checkpoint.write_card(Path(folder), None if source is None else Path(source))
+        copy_tokenizer(Path(source), Path(folder), replace=another)
+    checkpoint.write_card(Path(folder), None if source is None else Path(source), replace=another)
     reasons = checkpoint.exportable(model.config)
     for reason in reasons:
         log.warning("%s: %s", folder, reason)
