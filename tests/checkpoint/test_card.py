@@ -88,10 +88,11 @@ def test_another_models_card_and_tokenizer_are_replaced(base: Path, tmp_path: Pa
     (base / "tokenizer.json").write_text("its own")
     model, out = tokensieve.load(base), tmp_path / "out"
     tokensieve.save(ours(config("v3", vocab_size=90)), out)
-    for name in ("tokenizer.json", "notes.txt", CARD):
+    for name in ("tokenizer.json", "notes.txt", CARD, BASE_CARD):
         (out / name).write_text("of the other")
     tokensieve.save(model, out)
     assert (out / "tokenizer.json").read_text() == "its own" and "of the other" not in text(out)
+    assert (out / BASE_CARD).read_text() == BASE
     assert (out / "notes.txt").read_text() == "of the other"
     (out / "tokenizer.json").write_text("edited")
     tokensieve.save(tokensieve.sparsify(model, 24, 4, 16), out)  # the same model: what is there stays

@@ -256,6 +256,9 @@ def test_a_kl_at_some_queries_is_refused_where_it_cannot_be() -> None:
     for stage, every, message in wrong:
         with pytest.raises(UserError, match=f"kl_every is {every}.*{message}"):
             TrainConfig(stage, "base", "out", (PhaseConfig(1, 64, 1),), kl_every=every)  # type: ignore[arg-type]
+    for kind, every, first in (("adapt", 2, 0), ("warmup", 2, 2), ("warmup", 2, -1), ("warmup", 0, 0)):
+        with pytest.raises(ValueError, match=f"every is {every} and first {first}"):
+            Objective(kind, every=every, first=first)  # type: ignore[arg-type]
 
 
 # ---- packing and padding, in both

@@ -48,6 +48,8 @@ def write_card(folder: Path, source: Path | None, replace: bool = False, trained
     if source is not None and gguf.is_gguf(source):
         before = {"license": gguf.read_licence(source)}
     known: dict[str, Any] = before[OWN] if isinstance(before.get(OWN), dict) else {}
+    if replace and there != folder.resolve():
+        (folder / BASE_CARD).unlink(missing_ok=True)  # of another base
     if there not in (None, folder.resolve()):
         _take_along(there / (BASE_CARD if known else CARD), folder / BASE_CARD)
     earlier = list(known.get("training") or ())

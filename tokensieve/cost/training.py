@@ -85,10 +85,10 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
     index_linear = 2 * counts.indexer_matmul * context
     if stage == "warmup":
         trunk = forward_flops(shape, context, sparse=False, logits=0)
-        target = shape.index_layers * visible * 2 * shape.attention.heads * shape.attention.score
+        target = 2 * shape.attention.heads * shape.attention.score
         scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        index = shape.index_layers * visible * scoring + kl_every * INDEX_FORWARD_BACKWARD * index_linear
-        return trunk + (target + index) / kl_every
+        loss = shape.index_layers * visible * (target + scoring) / kl_every
+        return trunk + INDEX_FORWARD_BACKWARD * index_linear + loss
     own = LINEAR_FORWARD_BACKWARD if adapter is None else FROZEN_FORWARD_BACKWARD
     linear = 2 * (own * (counts.matmul + counts.head) + LINEAR_FORWARD_BACKWARD * (adapter or 0)) * context
     if stage == "pretrain":

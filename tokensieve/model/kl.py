@@ -35,13 +35,21 @@ class Objective:
     evaluation). scale None: the mean over each pass's queries.
 
     every, first: "warmup" takes the KL at the queries first, first + every, ... of the pass alone, and counts each of
-    them `every` times. Over all values of `first` this is equation (3).
+    them `every` times. Over all values of `first` this is equation (3). ValueError for an `every` that is not 1 in
+    another kind, or a `first` that is not below it.
     """
 
     kind: Literal["none", "warmup", "adapt"] = "none"
     scale: KLScale | None = None
     every: int = 1
     first: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.every or (self.every > 1 and self.kind != "warmup"):
+            raise ValueError(
+                f"objective {self.kind!r}: every is {self.every} and first {self.first}; first is at least 0 and less "
+                "than every, which is more than 1 in 'warmup' alone"
+            )
 
     @property
     def queries(self) -> slice:
