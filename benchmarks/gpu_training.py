@@ -189,7 +189,11 @@ def text(folder: Path, limit_bytes: int) -> DataConfig:
 def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
     """The model that a stage begins with. Pretraining goes on with the base: from nothing, two runs diverge."""
     model = tokensieve.load("sparse" if stage == "adapt" else "base", torch.float32)
-    model.model.layers, model.config.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
+    c = model.config
+    model.model.layers, c.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
+    for kinds in ("mlp_layer_types", "indexer_types"):  # of each layer, where transformers' config has them
+        if getattr(c, kinds, None) is not None:
+            setattr(c, kinds, getattr(c, kinds)[: sizes.layers])
     if stage == "warmup":
         return tokensieve.sparsify(model, sizes.top_k, index_heads=8, index_dim=32)
     model.config.index_topk = sizes.top_k

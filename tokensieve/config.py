@@ -203,6 +203,7 @@ class LongSizes:
     contexts: tuple[int, ...] = (4096, 8192)  # tokens of a prompt with its answer
     tasks: tuple[str, ...] = LONG_TASKS
     prompts: int = 64  # questions of each task in each context
+    other_prompts: int | None = None  # for arms on which nothing is decided: as many of these; None: all
     top_k: tuple[int, ...] = ()  # keys that the sparse arms select; none: as many as the model's config says
     haystack: Literal["documents", "filler", "pairs"] = "documents"  # around what is hidden
     key: Literal["words", "numbers", "uuids"] = "words"  # of needles

@@ -43,6 +43,7 @@ class Prompts:
     """What every arm is asked: held-out texts, and a question for each needle of the needle contexts."""
 
     config: DemoConfig
+    tokenizer: Any
     encode: PlainEncoder
     documents: list[Document]
     texts: list[Tensor]
@@ -51,12 +52,12 @@ class Prompts:
 
     @classmethod
     def of(cls, config: DemoConfig) -> "Prompts":
-        encode = PlainEncoder(tokensieve.load_tokenizer(config.model))
+        encode = PlainEncoder(tokenizer := tokensieve.load_tokenizer(config.model))
         documents = held_out(config)
         texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
         task = Needles(encode, Documents(test=documents), context=config.context)
         needles = task.examples("test", config.needle_contexts * MAX_NEEDLES, seed=config.seed)
-        return cls(config, encode, documents, texts, task, needles)
+        return cls(config, tokenizer, encode, documents, texts, task, needles)
 
     def recall(self, model: DecoderForCausalLM) -> evals.Recall:
         return evals.recall(model, self.texts[: self.config.recall_sequences], queries=self.config.recall_queries)
@@ -174,6 +175,8 @@ def _suites(config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, co
     The first arm, beside which the others are put, is the dense model after the same further tokens.
     """
     found: Row = {}
+    if config.long is None and config.short is None:
+        return found
     sparse, dense = arms["sparse"].model, {name: arms[name] for name in ("dense_adapted", "dense")}
     with _progress(console) as bar:
         line = bar.add_task("")
@@ -182,10 +185,18 @@ def _suites(config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, co
             bar.update(line, description=what, completed=done, total=total)
 
         if config.long is not None:
-            chosen = evals.long_arms(sparse, config.long.top_k or (config.top_k,))
-            untrained = {"untrained_indexer": replace(arms["untrained_indexer"], top_k=config.top_k)}
-            asked = dense | {name: arm for name, arm in chosen.items() if name != "dense"} | untrained
-            found["long"] = evals.judge_long(asked, prompts.encode, prompts.documents, config.long, on_progress)
+            k = config.top_k
+            untrained = {"untrained_indexer": replace(arms["untrained_indexer"], top_k=k)}
+            swept = {f"sparse k={n}": evals.Arm(sparse, "indexer", n) for n in config.long.top_k}
+            chosen = {name: arm for name, arm in evals.long_arms(sparse, (k,)).items() if name != "dense"}
+            found["long"] = evals.judge_long(
+                dense | chosen | untrained | swept,
+                prompts.tokenizer,
+                prompts.documents,
+                config.long,
+                on_progress,
+                judged=("dense_adapted", f"sparse k={k}"),
+            )
         if config.short is not None:
             asked = dense | {"sparse": arms["sparse"]}
             found["short"] = evals.judge_short(asked, prompts.encode, prompts.documents, config.short, on_progress)

@@ -14,7 +14,7 @@ from tokensieve import evals
 from tokensieve.config import LONG_TASKS, LongSizes, ShortSizes, UserError
 from tokensieve.evals import choices, suites
 from tokensieve.report import show_long, show_short
-from tokensieve.tasks import Answer, Document
+from tokensieve.tasks import Answer, Document, PlainEncoder
 from tokensieve.tasks.short import ChoiceExample, Choices
 
 VOCABULARY, K = 512, 40
@@ -29,8 +29,13 @@ def documents() -> list[Document]:
 
 
 @pytest.fixture(scope="module")
-def encode(documents, tmp_path_factory):
-    return stdlib.encoder(documents, tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+def tokenizer(documents, tmp_path_factory):
+    return stdlib.tokenizer(documents, tmp_path_factory.mktemp("tokenizer"), VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    return PlainEncoder(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +49,10 @@ def sparse(dense):
     return tokensieve.sparsify(dense, top_k=K, index_heads=4, index_dim=16)
 
 
-def test_prompts_may_reach_the_last_position(dense, encode, documents):
+def test_prompts_may_reach_the_last_position(dense, tokenizer, documents):
     """Rooms for an answer differ by context, and each prompt leaves its own."""
     sizes = replace(LONG, contexts=(800,), tasks=("common_words", "variables"), prompts=8, texts=0)
-    figures = evals.judge_long(evals.long_arms(dense), encode, documents, sizes)
+    figures = evals.judge_long(evals.long_arms(dense), tokenizer, documents, sizes)
     assert [row["score"]["n"] for row in figures["tasks"]] == [8, 8]
 
 
@@ -70,12 +75,12 @@ def test_the_arms_of_a_model(dense, sparse):
             evals.long_arms(sparse, (), {name: "oracle"})
 
 
-def test_every_arm_is_asked_the_same_in_every_cell(sparse, encode, documents):
+def test_every_arm_is_asked_the_same_in_every_cell(sparse, tokenizer, documents):
     told = []
     arms = {name: evals.Arm(sparse, "window", k) for name, k in (("few", K), ("many", 550))}
     arms = {"dense": evals.Arm(sparse, "dense")} | arms
     sizes = replace(LONG, tasks=("multikey", "multivalue"), prompts=2)
-    found = evals.judge_long(arms, encode, documents, sizes, lambda *progress: told.append(progress))
+    found = evals.judge_long(arms, tokenizer, documents, sizes, lambda *progress: told.append(progress))
     asked = {500: ["dense", "few"], 700: list(arms)}  # 500 tokens are all within k = 550
     expected = [(task, context, arm) for context in asked for task in sizes.tasks for arm in asked[context]]
     assert [(row["task"], row["context"], row["arm"]) for row in found["tasks"]] == expected
@@ -99,34 +104,36 @@ def test_every_arm_is_asked_the_same_in_every_cell(sparse, encode, documents):
 
 
 @pytest.mark.parametrize("name", LONG_TASKS)
-def test_a_real_model_is_asked_every_task(dense, encode, documents, name):
+def test_a_real_model_is_asked_every_task(dense, tokenizer, documents, name):
     sizes = replace(LONG, contexts=(500,), tasks=(name,), prompts=2, texts=0)
-    (row,) = evals.judge_long(evals.long_arms(dense), encode, documents, sizes)["tasks"]
+    (row,) = evals.judge_long(evals.long_arms(dense), tokenizer, documents, sizes)["tasks"]
     assert row["task"] == name and row["score"]["n"] == 2 and 0 <= row["score"]["value"] < 1
 
 
-def test_scores_and_differences_are_those_of_the_answers(sparse, encode, documents, monkeypatch):
+def test_scores_and_differences_are_those_of_the_answers(sparse, tokenizer, documents, monkeypatch):
     """One arm answers all, the other every second question: the whole table without a model's luck."""
-    calls = []
 
-    def answers(model, tokenizer, task, examples, room, on_progress=None):
-        calls.append(room)
-        call = len(calls) - 1  # one a context, 24 an arm
-        said = [", ".join(e.expected) if call < 24 or call % 2 else "" for e in examples]
-        records = [evals.Record(e, Answer(t), task.score(e, Answer(t))) for e, t in zip(examples, said, strict=True)]
-        return evals.Evaluation(tuple(records))
+    class Answering:
+        def __init__(self, arm, tokenizer, longest):
+            self.right = arm.selection == "dense"
 
-    monkeypatch.setattr(suites, "evaluate", answers)
-    sizes = replace(LONG, contexts=(700,), tasks=("single",), prompts=24, texts=0)
+        def __call__(self, task, examples, on_progress=None):
+            said = [Answer(", ".join(e.expected) if self.right or i % 2 else "") for i, e in enumerate(examples)]
+            pairs = zip(examples, said, strict=True)
+            return evals.Evaluation(tuple(evals.Record(e, answer, task.score(e, answer)) for e, answer in pairs))
+
+    monkeypatch.setattr(suites, "Answering", Answering)
+    sizes = replace(LONG, contexts=(700,), tasks=("single",), prompts=24, other_prompts=6, texts=0)
     arms = {"dense": evals.Arm(sparse, "dense"), "other": evals.Arm(sparse, "window", K)}
-    found = evals.judge_long(arms, encode, documents, sizes)
+    found = evals.judge_long(arms, tokenizer, documents, sizes)
     first, second = found["tasks"]
     assert first["score"]["value"] == 1 and first["score"]["high"] == 1 and first["score"]["low"] < 0.9
     assert second["score"]["value"] == 0.5 and second["difference"]["value"] == -0.5
     assert second["difference"]["low"] < -0.5 < second["difference"]["high"] < 0 and "positions" not in found
-    assert len(calls) == 48 and min(calls) >= 17
     nearest = [share for share in second["by_depth"] if share is not None]
     assert sum(c * s for c, s in zip((c for c in second["counts"] if c), nearest, strict=True)) == pytest.approx(12)
+    found = evals.judge_long(arms, tokenizer, documents, sizes, judged=("dense",))
+    assert [row["score"]["n"] for row in found["tasks"]] == [24, 6] and found["tasks"][1]["difference"]["n"] == 6
 
 
 @pytest.mark.parametrize(
@@ -135,15 +142,20 @@ def test_scores_and_differences_are_those_of_the_answers(sparse, encode, documen
         ({"contexts": (900,)}, "prompts of 900 tokens are past the model's 800 positions"),
         ({"contexts": ()}, "at least one question in at least one context"),
         ({"prompts": 0}, "at least one question"),
+        ({"other_prompts": 0}, "at least one question"),
         ({"tasks": ("best",)}, "'best' is unknown"),
         ({"contexts": (700, 60)}, "do not fit in 60 tokens"),
         ({"texts": 10_000}, "not 10000"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_anything_is_measured(sparse, encode, documents, changes, message):
+def test_what_cannot_be_asked_is_refused_before_anything_is_measured(sparse, tokenizer, documents, changes, message):
     with pytest.raises(UserError, match=message):
         evals.judge_long(
-            evals.long_arms(sparse), encode, documents, replace(LONG, **changes), lambda *_: pytest.fail("it measured")
+            evals.long_arms(sparse),
+            tokenizer,
+            documents,
+            replace(LONG, **changes),
+            lambda *_: pytest.fail("it measured"),
         )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from tokensieve.data import train_tokenizer
+from tokensieve.model import load_tokenizer
 from tokensieve.tasks import Document, PlainEncoder
 
 
@@ -24,3 +26,8 @@ def encoder(texts: Iterable[Document], folder: Path, vocab_size: int) -> PlainEn
     """An encoder whose tokenizer is trained on `texts` and saved in `folder`."""
     saved = train_tokenizer((document.text for document in texts), folder, vocab_size=vocab_size)
     return PlainEncoder(Tokenizer.from_file(str(saved / "tokenizer.json")))
+
+
+def tokenizer(texts: Iterable[Document], folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
+    """The same tokenizer, of transformers."""
+    return load_tokenizer(train_tokenizer((document.text for document in texts), folder, vocab_size=vocab_size))

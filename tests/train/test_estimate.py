@@ -40,7 +40,7 @@ def test_a_cold_pass_is_not_the_only_sample(here: Workplace, monkeypatch: pytest
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
     with learning(made, "indexers"):
         stage = loop.STAGES["warmup"]
-        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu")) == pytest.approx(0.525)
+        assert estimate.rehearse(settings, stage, made, 48, 1, torch.device("cpu"), 9) == pytest.approx(0.525)
 
 
 def test_passes_that_never_agree_are_averaged(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,8 +48,29 @@ def test_passes_that_never_agree_are_averaged(here: Workplace, monkeypatch: pyte
     settings, made, clock = here.run("warmup", "busy"), model().train(), iter(map(float, times))
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
     with learning(made, "indexers"):
-        took = estimate.rehearse(settings, loop.STAGES["warmup"], made, 48, 1, torch.device("cpu"))
+        took = estimate.rehearse(settings, loop.STAGES["warmup"], made, 48, 1, torch.device("cpu"), 9)
     assert took == pytest.approx(4.5) and len(list(clock)) == 2  # 18 seconds were enough
+
+
+@pytest.mark.parametrize(
+    ("lost", "passes", "expected", "taken"),
+    [(100, 1000, 2.0, 5), (10, 1000, 1.0, 3), (100, 20, 1.0, 3)],  # shared; alone; shared, and a run of 20 s
+)
+def test_passes_that_agree_are_not_enough_beside_busy_processes(
+    lost: int, passes: float, expected: float, taken: int, here: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [
+        float(t) for begin, took in zip((0, 2, 3, 4, 7), (2, 1, 1, 3, 3), strict=True) for t in (begin, begin + took)
+    ]
+    clock, told = iter(times), iter(range(0, 10_000, lost))
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(estimate, "_preemptions", lambda: next(told) * 3)
+    made = model().train()
+    with learning(made, "indexers"):
+        took = estimate.rehearse(
+            here.run("warmup", "shared"), loop.STAGES["warmup"], made, 48, 1, torch.device("cpu"), passes
+        )
+    assert took == expected and len(list(clock)) == 10 - 2 * taken
 
 
 def test_a_short_row_leads_to_the_runs_own_where_that_is_affordable(here: Workplace, monkeypatch: Any) -> None:

@@ -23,7 +23,7 @@ from tokensieve.model.context import Trace
 from tokensieve.model.entries import Entries, PagedChunk, PagedStep, Pools
 from tokensieve.model.moe import ORDINARY_ROWS
 from tokensieve.model.pack import Pack
-from tokensieve.model.selection import Selector, dense, indexer, resolve, window
+from tokensieve.model.selection import Selector, dense, indexer, resolve, sinks, window
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -33,7 +33,7 @@ QUANTIZED_ENTRY = Entry(
 )
 
 # Selectors whose decode steps can be recorded as CUDA graphs. The others read values while they select, or may.
-RECORDED = (indexer, window, dense)
+RECORDED = (indexer, window, sinks, dense)
 
 
 def is_quantized(model: DecoderForCausalLM) -> tuple[bool, bool]:

@@ -79,9 +79,8 @@ def evaluate(
     best token at each of its positions is the target's. So its answer is the best token at each position. Neighbours
     that share a context read it once and go through the model together, as rows after its one cache.
 
-    All other answers are generated. Neighbours that share a context read it once for this too, and those whose prompts
-    are equally long are rows after its one cache. Examples without a context are generated `batch_size` at a time from
-    the shortest prompt to the longest; the rows of a batch are padded on the left and masked.
+    All other answers are generated, `batch_size` at a time from the shortest prompt to the longest. The rows of a batch
+    are padded on the left and masked. Each reads its own context (`Answering` reads a shared one once).
 
     Args:
         tokenizer: the model's, or an encoder.
@@ -89,17 +88,16 @@ def evaluate(
         on_progress: told after each context and each batch.
 
     Raises:
-        UserError: no examples; messages, and the tokenizer has no chat format; a target, or a context that is shared
-            without one, before an empty prompt.
+        UserError: no examples; messages, and the tokenizer has no chat format; a target after an empty prompt.
     """
     if not examples:
         raise UserError(f"no examples of {task.name} to score; ask for at least one")
     encode = encoder(tokenizer)
-    shared = by_context(examples)
+    shared = [places for places in by_context(examples) if examples[places[0]].target]
     prompts = {
-        place: encode.prompt(example.prompt)
+        place: [*example.context, *encode.prompt(example.prompt)]
         for place, example in enumerate(examples)
-        if not example.target and not example.context
+        if not example.target
     }
     order = sorted(prompts, key=lambda place: len(prompts[place]))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -107,7 +105,7 @@ def evaluate(
     with evaluating(model), torch.inference_mode():
         for done, places in enumerate([*shared, *batches], 1):
             if done <= len(shared):
-                batch = _after_context(model, encode, [examples[place] for place in places], max_new_tokens)
+                batch = _after_context(model, encode, [examples[place] for place in places])
             else:
                 batch = _generate(model, encode, [prompts[place] for place in places], max_new_tokens)
             answers.update(zip(places, batch, strict=True))
@@ -117,30 +115,18 @@ def evaluate(
     return Evaluation(tuple(Record(example, answer, task.score(example, answer)) for example, answer in pairs))
 
 
-def _after_context(model: Any, encode: PlainEncoder, examples: Sequence[Example], max_new_tokens: int) -> list[Answer]:
-    """Answers to examples that share their context, which is read once, and of which all have a target or none."""
+def _after_context(model: Any, encode: PlainEncoder, examples: Sequence[Example]) -> list[Answer]:
+    """Answers to examples that have targets and share their context, which is read once."""
     context = list(examples[0].context)
     prompts = [encode.prompt(example.prompt) for example in examples]
     for prompt, example in zip(prompts, examples, strict=True):
         if not prompt:
-            what = "a target" if example.target else "a context"
-            raise UserError(f"{example.name} has {what} and an empty prompt; begin it with the context's last token")
+            raise UserError(f"{example.name} has a target and an empty prompt; begin it with the context's last token")
     cache = LatentCache()
     ids = torch.tensor([context], device=next(model.parameters()).device)
     for begin in range(0, ids.shape[1], PREFILL_CHUNK):
         model(ids[:, begin : begin + PREFILL_CHUNK], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    if examples[0].target:
-        return _check_targets(model, encode, cache, prompts, examples)
-    together = max(1, TOGETHER // max(len(context), *map(len, prompts)))
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for _, same in groupby(order, key=lambda place: len(prompts[place])):
-        places = list(same)
-        for begin in range(0, len(places), together):
-            rows = places[begin : begin + together]
-            whole = [[*context, *prompts[place]] for place in rows]
-            answers.update(zip(rows, _generate(model, encode, whole, max_new_tokens, cache), strict=True))
-    return [answers[place] for place in range(len(prompts))]
+    return _check_targets(model, encode, cache, prompts, examples)
 
 
 def repeated(cache: LatentCache, rows: int) -> LatentCache:
@@ -162,7 +148,7 @@ def _check_targets(
         while len(rows) > 1 and len(rows) * _judged(rows) > LOGITS:
             rows = rows[: len(rows) // 2]
         for (_, target), best in zip(rows, _best_tokens(model, cache, rows), strict=True):
-            answers.append(_answer(encode, best[:-1], ended=best[-1] == target[-1]))
+            answers.append(answer_of(encode, best[:-1], ended=best[-1] == target[-1]))
     return answers
 
 
@@ -185,14 +171,8 @@ def _best_tokens(model: Any, cache: LatentCache, asked: Sequence[tuple[list[int]
     return [row[end - len(target) : end] for (_, target), end, row in zip(asked, ends, best, strict=True)]
 
 
-def _generate(
-    model: Any,
-    encode: PlainEncoder,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    cache: LatentCache | None = None,
-) -> list[Answer]:
-    """Greedy answers to the prompts, which are equally long if `cache` holds what they all begin with."""
+def _generate(model: Any, encode: PlainEncoder, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Answer]:
+    """Greedy answers to the prompts, which go through the model together."""
     device = next(model.parameters()).device
     width, pad = max(map(len, prompts)), 0 if encode.pad is None else encode.pad
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -204,16 +184,15 @@ def _generate(
         do_sample=False,
         eos_token_id=encode.ends or None,
         pad_token_id=pad,
-        past_key_values=None if cache is None else repeated(cache, len(prompts)),
     )
     answers = []
     for row in output[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in encode.ends), None)
-        answers.append(_answer(encode, row[:end], ended=end is not None))
+        answers.append(answer_of(encode, row[:end], ended=end is not None))
     return answers
 
 
-def _answer(encode: PlainEncoder, ids: list[int], ended: bool) -> Answer:
+def answer_of(encode: PlainEncoder, ids: list[int], ended: bool) -> Answer:
     """The answer in `ids`, which do not hold the token that ended it, but may hold what closes an answer before it."""
     before = list(encode.turns.close[:-1])
     if ended and before and ids[-len(before) :] == before:

@@ -2,7 +2,7 @@
 interval, and every arm beside the first one, on the same prompts and texts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tokensieve.config import LongSizes, ShortSizes, UserError
 from tokensieve.evals import intervals
+from tokensieve.evals.answers import Answering
 from tokensieve.evals.choices import choose
-from tokensieve.evals.evaluation import Evaluation, Record, by_context, evaluate, evaluating
+from tokensieve.evals.evaluation import Evaluation, by_context, evaluating
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
 from tokensieve.evals.parity import Arm
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.positions import check_positions
-from tokensieve.tasks import Document, Documents, PlainEncoder, encoder
+from tokensieve.tasks import Document, Documents, encoder
 from tokensieve.tasks.ruler import LongExample, LongTask, long_tasks
 from tokensieve.tasks.short import MAKES, Choices
 
@@ -58,11 +59,15 @@ def judge_long(
     documents: Sequence[Document],
     sizes: LongSizes,
     on_progress: OnProgress | None = None,
+    judged: Container[str] | None = None,
 ) -> dict[str, Any]:
     """RULER's kinds of tasks, and perplexity by position, of every arm on the same held-out prompts and texts.
 
     An arm is not asked where its k keys are all there are: prompts of at most k tokens. Scores and differences have
-    intervals over contexts, whose questions may err together.
+    intervals over contexts, whose questions may err together. Answers are those of the arm's engine (`Answering`).
+
+    tokenizer: the arms', of transformers. judged: arms that are asked all prompts, the others being asked the first
+    `sizes.other_prompts`; None: all arms.
 
     Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "difference": `Estimate` of
     the arm's score less the first arm's (None for that one), "by_depth": shares by tenth (None: nothing lay there),
@@ -73,7 +78,7 @@ def judge_long(
         UserError: prompts past a model's positions, sizes that do not go together, or too little text.
     """
     encode, longest = encoder(tokenizer), max(sizes.contexts, default=0)
-    if not longest or sizes.prompts < 1:
+    if not longest or sizes.prompts < 1 or (sizes.other_prompts is not None and sizes.other_prompts < 1):
         raise UserError("long.contexts and long.prompts: ask at least one question in at least one context")
     for arm in arms.values():
         limit, what = arm.model.config.max_position_embeddings, f"prompts of {longest} tokens are"
@@ -82,42 +87,48 @@ def judge_long(
     for task in tasks:
         task.examples("test", 1, min(sizes.contexts))  # what cannot be asked is refused now
     sequences = text_sequences(encode, documents, longest, sizes.texts) if sizes.texts else []
-    cells = [(task, context, _selecting(arms, context)) for context in sizes.contexts for task in tasks]
     read = _selecting(arms, longest - 1)
-    total = sizes.prompts * sum(len(asking) for _, _, asking in cells) + len(read) * len(sequences)
-    done, rows = 0, []
-    for task, context, asking in cells:
-        examples = task.examples("test", sizes.prompts, context)
-        first: Evaluation | None = None
-        for name, arm in asking.items():
-            what = f"{task.name} in {context:,} tokens, {name}"
-            callback = _scaled(on_progress, what, done, sizes.prompts, total)
-            with selecting(arm.model, arm.selection, arm.top_k):
-                found = _asked_by_context(arm.model, encode, task, examples, callback)
-            rows.append({"task": task.name, "context": context, "arm": name} | _row(examples, found, first))
-            first, done = first or found, done + sizes.prompts
-    figures: dict[str, Any] = {"tasks": rows}
+    cells = [(task, context) for context in sizes.contexts for task in tasks]
+    prompts = [task.examples("test", sizes.prompts, context) for task, context in cells]
+    counts = {name: None if judged is None or name in judged else sizes.other_prompts for name in arms}
+    asked = {
+        (name, cell): prompts[cell][: counts[name]]
+        for name in arms
+        for cell, (_, context) in enumerate(cells)
+        if name in _selecting(arms, context)
+    }
+    total, done = sum(map(len, asked.values())) + len(read) * len(sequences), 0
+    found: dict[tuple[str, int], Evaluation] = {}
+    for name, arm in arms.items():
+        answering = Answering(arm, tokenizer, longest)
+        for cell, (task, context) in enumerate(cells):
+            if (name, cell) in asked:
+                callback = part(on_progress, f"{task.name} in {context:,} tokens, {name}", done, total)
+                found[name, cell] = answering(task, asked[name, cell], callback)
+                done += len(asked[name, cell])
+        del answering  # and its cache, before the next one is made
+    figures: dict[str, Any] = {"tasks": _rows(list(arms), cells, asked, found)}
     if sequences:
         figures["positions"] = _positions(read, sequences, sizes.buckets, done, total, on_progress)
     return figures | {"sizes": asdict(sizes)}
 
 
-def _asked_by_context(
-    model: DecoderForCausalLM,
-    encode: PlainEncoder,
-    task: LongTask,
-    examples: Sequence[LongExample],
-    on_progress: OnProgress | None,
-) -> Evaluation:
-    """The answers, each as long as its own context leaves room for: a longer one could pass the model's positions."""
-    contexts = by_context(examples)
-    records: list[Record] = []
-    for done, places in enumerate(contexts, 1):
-        same = [examples[place] for place in places]
-        records += evaluate(model, encode, task, same, max(example.room for example in same)).records
-        if on_progress is not None:
-            on_progress(task.name, done, len(contexts))
-    return Evaluation(tuple(records))
+def _rows(
+    arms: Sequence[str],
+    cells: Sequence[tuple[LongTask, int]],
+    asked: Mapping[tuple[str, int], Sequence[LongExample]],
+    found: Mapping[tuple[str, int], Evaluation],
+) -> list[dict[str, Any]]:
+    """A row for each cell and arm, an arm beside the first one that was asked there."""
+    rows = []
+    for cell, (task, context) in enumerate(cells):
+        first: Evaluation | None = None
+        for name in arms:
+            if (name, cell) in asked:
+                row = _row(asked[name, cell], found[name, cell], first)
+                rows.append({"task": task.name, "context": context, "arm": name} | row)
+                first = first or found[name, cell]
+    return rows
 
 
 def _selecting(arms: Mapping[str, Arm], tokens: int) -> dict[str, Arm]:
@@ -130,7 +141,9 @@ def _row(examples: Sequence[LongExample], found: Evaluation, first: Evaluation |
     clusters = [number for number, places in enumerate(groups) for _ in places]
     difference = None
     if first is not None:
-        difference = intervals.clustered_difference(values, _values(first), clusters).to_dict()
+        both = min(len(values), len(first.records))  # the first questions, if one of the two was asked fewer
+        pair = values[:both], _values(first)[:both], clusters[:both]
+        difference = intervals.clustered_difference(*pair).to_dict()
     at = [(e.depth, value) for e, value in zip(examples, values, strict=True) if e.depth is not None]
     by_depth = depths(at)
     return {
@@ -144,13 +157,6 @@ def _row(examples: Sequence[LongExample], found: Evaluation, first: Evaluation |
 
 def _values(found: Evaluation) -> list[float]:
     return [record.score.value for record in found.records]
-
-
-def _scaled(on_progress: OnProgress | None, what: str, before: int, units: int, total: int) -> OnProgress | None:
-    """The callback for a part that is `units` of the whole, however many units the part itself counts."""
-    if on_progress is None:
-        return None
-    return lambda _, done, of: on_progress(what, before + units * done // of, total)
 
 
 def _positions(

@@ -24,7 +24,7 @@ class Example:
     name: where it comes from, the same on every machine.
     prompt: what the model reads before it answers.
     context: token ids that stand before the prompt (then token ids too). Neighbours that hold the same object share
-        it: it is read once for all of them.
+        it.
     target: token ids of the only right answer, its end included; empty if there are several. One pass over them shows
         whether greedy decoding gives them, so nothing is generated.
     """

@@ -24,6 +24,9 @@ SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are s
 AFFORDABLE = 5.0  # seconds of a pass for which longer rows are timed too: short ones make a run seem twice as long
 AGREEMENT = 1.15  # passes are repeated until the last two differ by no more than this factor,
 ENOUGH = 12.0  # or have taken so many seconds
+PREEMPTED = 50.0  # times a second that this process lost a processor: others want it too, so that two passes may agree
+SHARED = 8.0  # by chance, and all of so many seconds count,
+SHARE = 0.1  # or of this part of the run, if that is less
 
 
 class Rehearsal(NamedTuple):
@@ -42,12 +45,15 @@ def estimate(
     """
     value_bytes, adapter = 2 if device.type == "cuda" else 4, adapter_size(model)
 
+    def flops(run: TrainConfig) -> float:
+        return cost.run_estimate(model.config, run, 1.0, value_bytes=value_bytes, adapter=adapter).flops
+
     def counted(tokens: int, rows: int) -> float:
-        one = replace(config, phases=(PhaseConfig(1, tokens, rows, rows),))
-        return cost.run_estimate(model.config, one, 1.0, value_bytes=value_bytes, adapter=adapter).flops
+        return flops(replace(config, phases=(PhaseConfig(1, tokens, rows, rows),)))
 
     def timed(tokens: int, rows: int) -> Rehearsal:
-        return Rehearsal(counted(tokens, rows), rehearse(config, stage, model, tokens, rows, device))
+        one = counted(tokens, rows)
+        return Rehearsal(one, rehearse(config, stage, model, tokens, rows, device, flops(config) / one))
 
     if device.type == "cuda":
         found = timed(config.phases[0].context, config.phases[0].micro_batch)
@@ -97,18 +103,23 @@ def rehearse(
     tokens: int,
     rows: int,
     device: torch.device,
+    passes: float,
 ) -> float:
     """Seconds of a forward and a backward pass over `rows` rows, as the last two of several passes agree.
 
-    The first pass also pays for one-time setup, such as compiled kernels, and beside other processes passes differ. If
-    no two agree in time, it is the mean of all but the first. Leaves the model as it was, and draws no random number.
+    The first pass also pays for one-time setup, such as compiled kernels. If no two agree in time, or if other
+    processes use the same processors, it is the mean of all but the first. Leaves the model as it was, and draws no
+    random number.
+
+    passes: how many of them the whole run is worth.
     """
     positions = torch.arange(tokens).expand(rows, -1)
     ids = positions % model.config.vocab_size
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
     totals, options = StepTotals(labels=ids.numel(), queries=ids.numel()), options_of(stage, config)
     seconds: list[float] = []
-    while len(seconds) < 2 or (not _agree(*seconds[-2:]) and (len(seconds) < 3 or sum(seconds) < ENOUGH)):
+    shared, before = False, _preemptions()
+    while len(seconds) < 2 or not _enough(seconds, passes if shared else 0.0):
         begin = time.perf_counter()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an adapter's dropout draws numbers
@@ -119,9 +130,23 @@ def rehearse(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
+        shared = device.type == "cpu" and _preemptions() - before > PREEMPTED * sum(seconds)
     model.zero_grad(set_to_none=True)
-    return statistics.fmean(seconds[-2:] if _agree(*seconds[-2:]) else seconds[1:])
+    return statistics.fmean(seconds[-2:] if _agree(seconds) and not shared else seconds[1:])
 
 
-def _agree(a: float, b: float) -> bool:
-    return max(a, b) <= AGREEMENT * min(a, b)
+def _preemptions() -> int:
+    """How often this process lost a processor so far to another one that wanted it."""
+    return psutil.Process().num_ctx_switches().involuntary
+
+
+def _enough(seconds: list[float], passes: float) -> bool:
+    """Whether these tell how long a pass takes. passes: of the run if processors are shared, else 0."""
+    if not _agree(seconds):
+        return len(seconds) > 2 and sum(seconds) >= ENOUGH
+    return sum(seconds) >= min(SHARED, SHARE * passes * seconds[-1])
+
+
+def _agree(seconds: list[float]) -> bool:
+    """Whether the last two do."""
+    return max(seconds[-2:]) <= AGREEMENT * min(seconds[-2:])
