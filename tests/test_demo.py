@@ -24,7 +24,7 @@ from tokensieve.config import (
 )
 from tokensieve.data import train_tokenizer
 from tokensieve.data.sources import source_files
-from tokensieve.evals import ARMS
+from tokensieve.evals import ARMS, parity_criteria
 from tokensieve.tasks import PlainEncoder
 
 MODULES = ("argparse", "ast", "inspect", "textwrap", "typing", "random", "shutil", "dataclasses", "enum", "pathlib")
@@ -132,6 +132,17 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
         assert not torch.equal(sparse(tokens).logits, dense(tokens).logits)
     shown = console.export_text()
     assert "untrained_indexer" in shown and str(out / "report.html") in shown.replace("\n", "")
+
+
+def test_a_demo_without_needles(base, tmp_path):
+    """For a model that was never trained to read them: perplexity, recall and times, and no figure of 0%."""
+    console = Console(record=True, width=120)
+    few = {"needle_contexts": 0, "heat_lengths": (), "long": None, "short": None, "decode_contexts": (64,)}
+    metrics = demo.run(config(base, out=str(tmp_path / "out"), **few), console)
+    assert set(metrics["sparse"]) == {"ppl"} and metrics["compared"]["needle"] == {}
+    assert {c.name.split()[0] for c in parity_criteria(metrics)} == {"sparse", "recall"}
+    page, shown = (tmp_path / "out" / "report.html").read_text(), console.export_text()
+    assert "acts found" not in page and "</html>" in page and "needles -" not in shown and "questions" not in shown
 
 
 def test_the_bundled_texts_suffice_for_the_bundled_demo():

@@ -258,7 +258,7 @@ class DemoConfig:
     index_dim: int  # width of an index head
     warmup: TrainConfig
     adapt: TrainConfig
-    needle_contexts: int  # each holds 16 needles, every one asked for
+    needle_contexts: int  # each holds 16 needles, every one asked for; 0: none, for a model not trained on them
     ppl_sequences: int  # texts of `context` tokens on which dense, sparse and oracle are compared
     decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
     other_prompts: int | None = None  # texts and needle contexts of arms on which nothing is decided; None: all

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What every arm is asked: held-out texts, and a question for each needle of the needle contexts."""
+    """What every arm is asked: held-out texts, and a question for each needle of any needle contexts."""
 
     config: DemoConfig
     tokenizer: Any
@@ -99,7 +99,8 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     size = sum(p.numel() for p in base.parameters())
     say(f"{name}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
     prompts = Prompts.of(config)
-    say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts, {len(prompts.needles)} questions")
+    questions = f", {len(prompts.needles)} questions" if prompts.needles else ""
+    say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts{questions}")
 
     say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
     sparse, untrained = (
@@ -234,9 +235,10 @@ def _compare(
                 prompts.documents,
                 config.heat_lengths,
                 seed=config.seed,
-                known={config.context: scores[name].needles},
+                known={config.context: known},
             )
             for name, model in pair.items()
+            if (known := scores[name].needles) is not None
         }
     return scores, heat
 

@@ -345,6 +345,31 @@ def test_parity_criteria(changes, name, verdict):
     assert set(found.values()) == {"holds"}
 
 
+def test_tasks_that_the_dense_arm_has_mastered_are_judged():
+    def row(task, arm, difference, score=0.5):
+        return {"task": task, "context": 8192, "arm": arm, "score": {"value": score}, "difference": difference}
+
+    rows = [
+        row(task, arm, difference, score)
+        for task, score in (("single", 0.6), ("variables", 0.59))
+        for arm, difference in (
+            ("dense_adapted", None),
+            ("dense", estimate(-0.2, 0.1)),
+            ("sparse k=64", estimate(-0.005, 0.01, 500)),
+            ("sparse k=32", estimate(-0.3, 0.1)),
+            ("window k=64", estimate(-0.5, 0.1)),
+            ("untrained_indexer", {"value": -0.25, "low": -0.29, "high": -0.2, "n": 100}),
+        )
+    ]
+    found = evals.parity_criteria(metrics(long={"tasks": rows}, top_k=64))[5:]
+    assert [(c.name, c.verdict, c.value, c.n) for c in found] == [
+        ("single in 8,192 tokens: sparse - dense_adapted", "holds", -0.005, 500),
+        ("single in 8,192 tokens: dense_adapted - window k=64", "holds", 0.5, 64),
+        ("single in 8,192 tokens: dense_adapted - untrained_indexer", "fails", 0.25, 100),
+    ]
+    assert (found[1].low, found[1].high) == (pytest.approx(0.4), pytest.approx(0.6))
+
+
 # long contexts
 
 

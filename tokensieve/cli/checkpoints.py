@@ -290,7 +290,8 @@ def _measure_suite(
             return evals.judge_short(arms, tokenizer, documents, sizes.short, on_progress)
         long = sizes.long if context is None else replace(sizes.long, contexts=(context,))
         arms = evals.long_arms(model, long.top_k, selections)
-        return evals.judge_long(arms, tokenizer, documents, long, on_progress)
+        judged = [name for name, arm in arms.items() if arm.selection in ("dense", "indexer")]
+        return evals.judge_long(arms, tokenizer, documents, long, on_progress, judged)
 
 
 def _status() -> "tuple[Status, OnProgress]":

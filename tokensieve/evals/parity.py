@@ -49,7 +49,7 @@ class Arm:
 @dataclass(frozen=True)
 class ArmScores:
     text: Perplexity
-    needles: Evaluation
+    needles: Evaluation | None  # None: no needles were asked for
 
 
 def arms_of(model: DecoderForCausalLM) -> dict[str, Arm]:
@@ -94,17 +94,17 @@ def compare(
 ) -> dict[str, ArmScores]:
     """Perplexity and needle accuracy of every arm on the same held-out sequences and the same questions of `task`.
 
-    Each arm reads a needle context once, by its own selection, and answers every question from that cache.
-    Perplexity is that of the tokens after the first `top_k`, or after the first `ppl_after` if these are more. If
-    `other_prompts` is given, arms that are not `JUDGED_ON_TEXTS` read only so many of the sequences, the first ones,
-    and arms that are not `JUDGED_ON_NEEDLES` only so many of the needle contexts. `on_progress` is called with the
-    arm's name after each sequence and each context.
+    Each arm reads a needle context once, by its own selection, and answers every question from that cache. Without
+    `needles` there is perplexity alone. Perplexity is that of the tokens after the first `top_k`, or after the first
+    `ppl_after` if these are more. If `other_prompts` is given, arms that are not `JUDGED_ON_TEXTS` read only so many of
+    the sequences, the first ones, and arms that are not `JUDGED_ON_NEEDLES` only so many of the needle contexts.
+    `on_progress` is called with the arm's name after each sequence and each context.
 
     Raises:
-        UserError: a prompt of at most k tokens, or no prompts.
+        UserError: a prompt of at most k tokens, or no texts.
     """
-    shortest = min((len(example.context) for example in needles), default=0)
-    if shortest <= top_k:
+    shortest = min((len(example.context) for example in needles), default=None)
+    if shortest is not None and shortest <= top_k:
         raise UserError(
             f"needle contexts of {shortest} tokens are not longer than k = {top_k} and test nothing; use longer ones"
         )
@@ -120,7 +120,8 @@ def compare(
         examples = [example for context in asked[name] for example in context]
         with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k or top_k):
             text = perplexity(arm.model, read[name], max(top_k, ppl_after), on_progress=texts)
-            scores[name] = ArmScores(text, evaluate(arm.model, tokenizer, task, examples, on_progress=questions))
+            found = evaluate(arm.model, tokenizer, task, examples, on_progress=questions) if examples else None
+            scores[name] = ArmScores(text, found)
     return scores
 
 
@@ -131,18 +132,16 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the arm's
     questions answered, with its 95% interval. compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm:
     share of sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
-    `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm.
+    `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm. What
+    has to do with needles is left out if none were asked for.
     """
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
     figures: dict[str, dict[str, Any]] = {}
     for arm in order:
-        found = _answered(scores[arm])
-        interval = intervals.share(sum(found), len(found))
-        figures[arm] = {
-            "ppl": scores[arm].text.ppl_of(shared_texts(scores)),
-            "needle": interval.value,
-            "needle_interval": [interval.low, interval.high],
-        }
+        figures[arm] = {"ppl": scores[arm].text.ppl_of(shared_texts(scores))}
+        if found := _answered(scores[arm]):
+            interval = intervals.share(sum(found), len(found))
+            figures[arm] |= {"needle": interval.value, "needle_interval": [interval.low, interval.high]}
     return figures | {"compared": _compared(scores)}
 
 
@@ -152,7 +151,7 @@ def shared_texts(scores: Mapping[str, ArmScores]) -> int:
 
 
 def _answered(scores: ArmScores) -> list[float]:
-    return [record.score.value for record in scores.needles.records]
+    return [] if scores.needles is None else [record.score.value for record in scores.needles.records]
 
 
 def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
@@ -165,7 +164,8 @@ def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
         ppl[name] = intervals.ratio(differences).to_dict()
         a, b = (dense, other) if name in CONTROLS else (sparse, other)
         both = [*zip(_answered(a), _answered(b), strict=False)]  # the first questions, if one arm was asked fewer
-        needle[name] = intervals.difference(*zip(*both, strict=True)).to_dict()
+        if both:
+            needle[name] = intervals.difference(*zip(*both, strict=True)).to_dict()
     return {"ppl": ppl, "needle": needle}
 
 

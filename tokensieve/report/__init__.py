@@ -121,7 +121,7 @@ def _figure(found: Mapping[str, Any]) -> str:
 
 
 def _row(c: Criterion) -> dict[str, Any]:
-    points = "needles" in c.name
+    points = c.relation == ">=" and "recall" not in c.name
 
     def text(x: float) -> str:
         return f"{100 * x:+.1f}" if points else f"{x:.3f}"

@@ -20,8 +20,10 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
         if name in metrics:
             figures = metrics[name]
             style = "bold" if name == "sparse" else None
-            low, high = figures["needle_interval"]
-            accuracy = f"{100 * figures['needle']:.1f}%", f"{100 * low:.0f} to {100 * high:.0f}%"
+            accuracy = "", ""
+            if "needle" in figures:
+                low, high = figures["needle_interval"]
+                accuracy = f"{100 * figures['needle']:.1f}%", f"{100 * low:.0f} to {100 * high:.0f}%"
             arms.add_row(escape(name), f"{figures['ppl']:.3f}", *accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
     for key, what in (("decode_ms", "a token"), ("chunk_ms", f"{CHUNK} tokens")):

@@ -24,7 +24,7 @@ SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are s
 AFFORDABLE = 5.0  # seconds of a pass for which longer rows are timed too: short ones make a run seem twice as long
 AGREEMENT = 1.15  # passes are repeated until the last two differ by no more than this factor,
 ENOUGH = 12.0  # or have taken so many seconds
-PREEMPTED = 50.0  # times a second that this process lost a processor: others want it too, so that two passes may agree
+PREEMPTED = 100.0  # times a second that this process lost a processor: others want it too, so that two passes may agree
 SHARED = 8.0  # by chance, and all of so many seconds count,
 SHARE = 0.1  # or of this part of the run, if that is less
 
