@@ -177,6 +177,8 @@ def test_a_second_demo_takes_the_first_ones_place(base, tmp_path):
     ("changes", "message"),
     [
         ({"top_k": 1000}, "context 1000 is not longer than top_k 1000"),
+        ({"needle_contexts": 0}, "heat_lengths asks for needles"),
+        ({"long": LongSizes((500,), top_k=(0,))}, "each k must be at least 1"),
         ({"decode_contexts": (1025,)}, "1025 tokens is past the model's 1024 positions"),
     ],
 )

@@ -204,12 +204,13 @@ class LongSizes:
     tasks: tuple[str, ...] = LONG_TASKS
     prompts: int = 64  # questions of each task in each context
     other_prompts: int | None = None  # for arms on which nothing is decided: as many of these; None: all
-    top_k: tuple[int, ...] = ()  # keys that the sparse arms select; none: as many as the model's config says
+    top_k: tuple[int, ...] = ()  # keys that the sparse arms select; none: as many as the model's config says; in a demo
+    # further ones, for the indexer alone
     haystack: Literal["documents", "filler", "pairs"] = "documents"  # around what is hidden
     key: Literal["words", "numbers", "uuids"] = "words"  # of needles
     value: Literal["words", "numbers", "uuids"] = "numbers"  # of needles
     keys: int = 16  # multikey and multiquery: hidden in a context
-    asked: int = 4  # multikey and multiquery: questions of one context, which is read once for them, at most
+    asked: int = 4  # multikey and multiquery: questions of one context, at most
     values: int = 4  # multivalue: of the key
     together: int = 4  # multiquery: keys that one question asks for
     chains: int = 4  # variables: in a context, each asked for

@@ -249,6 +249,12 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
         raise UserError(f"model {config.model} is sparse already; the demo starts from a dense one, for example base")
     if model_path(config.model).resolve() in {(Path(config.out) / folder).resolve() for folder in MODELS}:
         raise UserError(f"model {config.model} is one that this demo would replace; name another folder with --out")
+    if config.heat_lengths and not config.needle_contexts:
+        raise UserError(
+            "heat_lengths asks for needles and needle_contexts is 0; set heat_lengths to [] or ask for some"
+        )
+    if config.long is not None and min(config.long.top_k, default=1) < 1:
+        raise UserError(f"long.top_k is {list(config.long.top_k)}; each k must be at least 1")
     if config.context <= config.top_k:
         raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
     longest = max(config.context, *config.decode_contexts, *config.heat_lengths)

@@ -7,7 +7,7 @@ import tokensieve
 from tests.support import models, stdlib
 from tokensieve.config import UserError
 from tokensieve.evals import Arm, evaluate
-from tokensieve.evals.answers import Answering
+from tokensieve.evals.answers import Answering, answering
 from tokensieve.model.selection import indexer, join, window
 from tokensieve.tasks import Example, PlainEncoder, Score
 from tokensieve.tasks.ruler import LongExample
@@ -40,9 +40,18 @@ def examples_of(encode, contexts, rooms=(6,)):
     ]
 
 
+def chunks_of(answer, monkeypatch):
+    """The lengths of the chunks that will be read."""
+    lengths, chunk = [], answer._engine.runner.chunk
+    monkeypatch.setattr(
+        answer._engine.runner, "chunk", lambda ids, *rest: lengths.append(len(ids)) or chunk(ids, *rest)
+    )
+    return lengths
+
+
 def test_answers_are_those_that_each_prompt_gets_alone(model, tokenizer, monkeypatch):
     """Of more contexts than run at once; a context is read once, and only the rest of it by its other questions."""
-    encode, read = PlainEncoder(tokenizer), []
+    encode = PlainEncoder(tokenizer)
     contexts = [tuple(encode(stdlib.documents(name)[0].text)[:900]) for name in ("textwrap", "random", "argparse")]
     examples = examples_of(encode, contexts, (6, 3))
     expected = []
@@ -51,13 +60,11 @@ def test_answers_are_those_that_each_prompt_gets_alone(model, tokenizer, monkeyp
         answer = model.generate(ids, max_new_tokens=example.room, do_sample=False, eos_token_id=None, pad_token_id=0)
         expected.append(encode.decode(answer[0, ids.shape[1] :]))
     monkeypatch.setattr("tokensieve.evals.answers.RUNNING", 2)
-    answering = Answering(Arm(model, "indexer" if model.is_sparse else "dense"), tokenizer, 1000)
-    chunk = answering._engine.runner.chunk
-    monkeypatch.setattr(
-        answering._engine.runner, "chunk", lambda ids, *rest: read.append(len(ids)) or chunk(ids, *rest)
-    )
     told = []
-    found = answering(Anything(), examples, lambda *progress: told.append(progress))
+    with answering(Arm(model, "indexer" if model.is_sparse else "dense"), tokenizer, 1000) as answer:
+        read = chunks_of(answer, monkeypatch)
+        found = answer(Anything(), examples, lambda *progress: told.append(progress))
+    assert not hasattr(answer, "_engine")  # its cache is gone with the block
     assert [record.answer.text for record in found.records] == expected
     assert [record.example for record in found.records] == examples
     assert told == [("anything", n, 9) for n in range(1, 10)]
@@ -87,10 +94,29 @@ def test_what_cannot_be_answered_says_why(model, tokenizer):
     (example, *_), (long, *_) = (examples_of(encode, [tuple(encode("x = 1\n" * n))] * 3) for n in (99, 999))
     with pytest.raises(UserError, match="have room for"):
         Answering(Arm(model, "dense"), tokenizer, 500)(Anything(), [long])
+    broken = models.ours(model.config)
     with torch.no_grad():
-        model.lm_head.weight.fill_(float("nan"))
+        broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="x: the model's logits are not finite"):
-        Answering(Arm(model, "dense"), tokenizer, 500)(Anything(), [example])
+        Answering(Arm(broken, "dense"), tokenizer, 500)(Anything(), [example])
+
+
+def test_as_many_contexts_are_in_work_as_the_cache_has_room_for(model, tokenizer, monkeypatch):
+    """Otherwise a context's pages would be gone before its second question is asked."""
+    encode = PlainEncoder(tokenizer)
+    contexts = [tuple(encode(stdlib.documents(name)[0].text)[:900]) for name in ("textwrap", "random", "argparse")]
+    arm = Arm(model, "indexer" if model.is_sparse else "dense")
+    monkeypatch.setattr("tokensieve.evals.answers.default_pages", lambda *_: 20)
+    with answering(arm, tokenizer, 1000) as answer:
+        read = chunks_of(answer, monkeypatch)
+        assert len(answer(Anything(), examples_of(encode, contexts)).records) == 9
+    assert read.count(512) == 3 and len(read) == 3 + 9
+    monkeypatch.setattr("tokensieve.evals.answers.default_pages", lambda *_: 15)
+    with (
+        pytest.raises(UserError, match="memory for a cache of 960 tokens, not of 1000"),
+        answering(arm, tokenizer, 1000),
+    ):
+        pass
 
 
 def test_a_context_without_a_target_is_read_by_each_of_its_questions(model, tokenizer):

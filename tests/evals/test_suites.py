@@ -1,6 +1,7 @@
 """The suites: every arm on the same prompts, intervals over contexts, differences to the first arm, and refusals."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -113,16 +114,19 @@ def test_a_real_model_is_asked_every_task(dense, tokenizer, documents, name):
 def test_scores_and_differences_are_those_of_the_answers(sparse, tokenizer, documents, monkeypatch):
     """One arm answers all, the other every second question: the whole table without a model's luck."""
 
-    class Answering:
-        def __init__(self, arm, tokenizer, longest):
-            self.right = arm.selection == "dense"
-
-        def __call__(self, task, examples, on_progress=None):
-            said = [Answer(", ".join(e.expected) if self.right or i % 2 else "") for i, e in enumerate(examples)]
+    @contextmanager
+    def answering(arm, tokenizer, longest):
+        def answer(task, examples, on_progress=None):
+            said = [
+                Answer(", ".join(e.expected) if arm.selection == "dense" or i % 2 else "")
+                for i, e in enumerate(examples)
+            ]
             pairs = zip(examples, said, strict=True)
-            return evals.Evaluation(tuple(evals.Record(e, answer, task.score(e, answer)) for e, answer in pairs))
+            return evals.Evaluation(tuple(evals.Record(e, a, task.score(e, a)) for e, a in pairs))
 
-    monkeypatch.setattr(suites, "Answering", Answering)
+        yield answer
+
+    monkeypatch.setattr(suites, "answering", answering)
     sizes = replace(LONG, contexts=(700,), tasks=("single",), prompts=24, other_prompts=6, texts=0)
     arms = {"dense": evals.Arm(sparse, "dense"), "other": evals.Arm(sparse, "window", K)}
     found = evals.judge_long(arms, tokenizer, documents, sizes)

@@ -9,7 +9,7 @@ NEEDLE_LOSS = 0.03  # needle accuracy that sparse may lose against dense
 RECALL = 0.95
 CONTROL_GAP = 0.50  # needle accuracy by which a control without a trained selection stays below dense; a window over
 # an eighth of the context finds an eighth of the needles and guesses more
-MASTERED = 0.60  # score of the dense arm on a task of the suite "long" from which on the other arms are judged by it
+MASTERED = 0.60  # tasks of the suite "long" on which the dense arm scores at least this are judged
 TASK_LOSS = 0.02  # score that sparse may lose there
 TASK_GAP = 0.30  # score by which the controls stay below dense there
 
@@ -39,7 +39,7 @@ class Criterion:
 
     @property
     def verdict(self) -> Verdict:
-        if self.n == 1:
+        if self.n is not None and self.low is None:  # of one text, or of one context's questions
             return "within noise"
         low = self.value if self.low is None else self.low
         high = self.value if self.high is None else self.high

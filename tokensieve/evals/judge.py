@@ -60,6 +60,8 @@ def judge_sparse(
     k, more = model.top_k, dict(selections or {})
     limit, what = model.config.max_position_embeddings, f"prompts of {context} tokens are"
     check_positions(limit, context, what, "shorten them with --context")
+    if sizes.needle_contexts < 1:
+        raise UserError("sparse.needle_contexts is 0; ask for the needles of at least one context")
     if context <= k:
         raise UserError(f"prompts of {context} tokens are not longer than k = {k}: nothing is selected; see --context")
     for name, selection in more.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokensieve.config import LongSizes, ShortSizes, UserError
 from tokensieve.evals import intervals
-from tokensieve.evals.answers import Answering
+from tokensieve.evals.answers import answering
 from tokensieve.evals.choices import choose
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluating
 from tokensieve.evals.longcontext import depths
@@ -64,15 +64,16 @@ def judge_long(
     """RULER's kinds of tasks, and perplexity by position, of every arm on the same held-out prompts and texts.
 
     An arm is not asked where its k keys are all there are: prompts of at most k tokens. Scores and differences have
-    intervals over contexts, whose questions may err together. Answers are those of the arm's engine (`Answering`).
+    intervals over contexts, whose questions may err together. Answers are those of an engine (`Answering`).
 
     tokenizer: the arms', of transformers. judged: arms that are asked all prompts, the others being asked the first
     `sizes.other_prompts`; None: all arms.
 
     Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "difference": `Estimate` of
-    the arm's score less the first arm's (None for that one), "by_depth": shares by tenth (None: nothing lay there),
-    "counts"}], "positions": {"edges": tokens, "ppl": {arm: [`Estimate`]}, "ratio": {arm: [`Estimate` of the arm's
-    perplexity over the first arm's]}}, "sizes"}. Depth is that of questions for one hidden line.
+    the arm's score less the first arm's, over the questions that both answered (None for that one), "by_depth": shares
+    by tenth (None: nothing lay there), "counts"}], "positions": {"edges": tokens, "ppl": {arm: [`Estimate`]}, "ratio":
+    {arm: [`Estimate` of the arm's perplexity over the first arm's]}}, "sizes"}. Depth is that of questions for one
+    hidden line.
 
     Raises:
         UserError: prompts past a model's positions, sizes that do not go together, or too little text.
@@ -99,14 +100,13 @@ def judge_long(
     }
     total, done = sum(map(len, asked.values())) + len(read) * len(sequences), 0
     found: dict[tuple[str, int], Evaluation] = {}
-    for name, arm in arms.items():
-        answering = Answering(arm, tokenizer, longest)
-        for cell, (task, context) in enumerate(cells):
-            if (name, cell) in asked:
-                callback = part(on_progress, f"{task.name} in {context:,} tokens, {name}", done, total)
-                found[name, cell] = answering(task, asked[name, cell], callback)
-                done += len(asked[name, cell])
-        del answering  # and its cache, before the next one is made
+    for name in dict.fromkeys(name for name, _ in asked):
+        with answering(arms[name], tokenizer, longest) as answer:
+            for cell, (task, context) in enumerate(cells):
+                if (name, cell) in asked:
+                    callback = part(on_progress, f"{task.name} in {context:,} tokens, {name}", done, total)
+                    found[name, cell] = answer(task, asked[name, cell], callback)
+                    done += len(asked[name, cell])
     figures: dict[str, Any] = {"tasks": _rows(list(arms), cells, asked, found)}
     if sequences:
         figures["positions"] = _positions(read, sequences, sizes.buckets, done, total, on_progress)

@@ -24,8 +24,8 @@ SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are s
 AFFORDABLE = 5.0  # seconds of a pass for which longer rows are timed too: short ones make a run seem twice as long
 AGREEMENT = 1.15  # passes are repeated until the last two differ by no more than this factor,
 ENOUGH = 12.0  # or have taken so many seconds
-PREEMPTED = 100.0  # times a second that this process lost a processor: others want it too, so that two passes may agree
-SHARED = 8.0  # by chance, and all of so many seconds count,
+PREEMPTED = 100.0  # times a second that the main thread lost its processor: others want it too, and two passes may
+SHARED = 8.0  # agree by chance, so that passes of so many seconds count,
 SHARE = 0.1  # or of this part of the run, if that is less
 
 
@@ -136,8 +136,11 @@ def rehearse(
 
 
 def _preemptions() -> int:
-    """How often this process lost a processor so far to another one that wanted it."""
-    return psutil.Process().num_ctx_switches().involuntary
+    """How often the main thread lost its processor so far to another one; 0 if the system cannot tell."""
+    try:
+        return psutil.Process().num_ctx_switches().involuntary
+    except NotImplementedError:  # some sandboxes count none
+        return 0
 
 
 def _enough(seconds: list[float], passes: float) -> bool:
