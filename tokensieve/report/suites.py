@@ -31,13 +31,17 @@ def show_long(console: Console, figures: Mapping[str, Any]) -> None:
 
 
 def _show_positions(console: Console, edges: Sequence[int], ppl: Mapping[str, Any], ratio: Mapping[str, Any]) -> None:
-    positions = table("perplexity after tokens", *map(escape, ppl), *(f"{escape(name)}, ratio" for name in ratio))
+    """The first arm's perplexity, and the others' over it: with ten arms there is no room for more."""
+    first, stretches = next(iter(ppl.items()))
+    positions = table("perplexity after tokens", escape(first), *map(escape, ratio))
     for place, (begin, end) in enumerate(pairwise(edges)):
-        found = [by_arm[place] for by_arm in (*ppl.values(), *ratio.values())]
-        positions.add_row(f"{begin:,} to {end:,}", *map(_interval, found))
+        found = [by_arm[place] for by_arm in (stretches, *ratio.values())]
+        positions.add_row(f"{begin:,} to {end:,}", *map(_plus_minus, found))
     console.print()
     console.print(positions)
-    console.print(f"[dim]{next(iter(ppl.values()))[0]['n']} texts, 95% intervals over them[/dim]", highlight=False)
+    over = f"; the other arms' over that of {escape(first)}" if ratio else ""
+    texts = f"{stretches[0]['n']} text{'' if stretches[0]['n'] == 1 else 's'}"
+    console.print(f"[dim]{texts}, ± half of the 95% interval over them{over}[/dim]", highlight=False)
 
 
 def show_short(console: Console, figures: Mapping[str, Any]) -> None:
@@ -65,6 +69,11 @@ def _difference(found: Mapping[str, Any] | None) -> str:
         return ""
     interval = "" if found["low"] is None else f" ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
     return f"{100 * found['value']:+.1f}{interval}"
+
+
+def _plus_minus(found: Mapping[str, Any]) -> str:
+    half = "" if found["low"] is None else f" ± {(found['high'] - found['low']) / 2:.3f}"
+    return f"{found['value']:.3f}{half}"
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:

@@ -41,7 +41,7 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
     for arm in ("dense", "dense_adapted"):
         if arm in metrics["compared"]["ppl"]:
             found = metrics["compared"]["ppl"][arm]
-            console.print(f"       sparse perplexity / {arm}: {_estimate(found, 'texts')}", highlight=False)
+            console.print(f"       sparse perplexity / {arm}: {_estimate(found, 'text')}", highlight=False)
 
 
 def crossover_text(ms: Mapping[str, Mapping[str, float]]) -> str:
@@ -57,14 +57,14 @@ def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:
     colors = {"holds": "green", "fails": "red", "within noise": "yellow"}
     for c in criteria:
         verdict = f"[{colors[c.verdict]}]{c.verdict}[/{colors[c.verdict]}]"
-        unit = "texts" if "perplexity" in c.name else "prompts"
+        unit = "text" if "perplexity" in c.name else "prompt"
         figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), unit)
         console.print(f"{verdict}  {c.name}: {figure}, needed {c.relation} {c.bound:.2f}", highlight=False)
 
 
 def _estimate(found: Mapping[str, Any], unit: str) -> str:
     interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}, "
-    return f"{found['value']:.3f} ({interval}{found['n']} {unit})"
+    return f"{found['value']:.3f} ({interval}{found['n']} {unit}{'' if found['n'] == 1 else 's'})"
 
 
 def table(*columns: str) -> Table:
