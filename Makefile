@@ -47,7 +47,7 @@ LIMIT := 45m
 # machine may lack, for root and for an ordinary user. It comes last and on top of the 45 minutes, in which it has no room;
 # in full, as `make fresh`, it would take them again. With PY there is no set-up, so that there is nothing to see.
 BRIEF := DEMO='--set context=1024 --set needle_contexts=1 --set ppl_sequences=1 --set decode_contexts=[512] \
-  --set heat_lengths=[512] --set recall_steps=[1] --set recall_sequences=1 --set warmup.phases.0.steps=1 \
+  --set heat_lengths=[] --set recall_steps=[1] --set recall_sequences=1 --set warmup.phases.0.steps=1 \
   --set warmup.phases.0.context=256 --set warmup.phases.1.steps=1 --set warmup.phases.1.context=256 \
   --set adapt.phases.0.steps=1 --set adapt.phases.0.context=256 --set adapt.phases.0.sequences=1'
 BRIEF += OPTIONS='tests/cli tests/ops/test_compile.py tests/serve/playground/test_page.py tests/test_doctor.py tests/test_files.py'

@@ -178,6 +178,9 @@ def test_a_second_demo_takes_the_first_ones_place(base, tmp_path):
     [
         ({"top_k": 1000}, "context 1000 is not longer than top_k 1000"),
         ({"needle_contexts": 0}, "heat_lengths asks for needles"),
+        ({"heat_lengths": (500,)}, "16 needles do not fit in a context of 500 tokens"),
+        ({"long": LongSizes((500,), ("riddles",))}, "'riddles' is unknown"),
+        ({"long": LongSizes((1030,))}, "1030 tokens is past the model's 1024 positions"),
         ({"long": LongSizes((500,), top_k=(0,))}, "each k must be at least 1"),
         ({"decode_contexts": (1025,)}, "1025 tokens is past the model's 1024 positions"),
     ],

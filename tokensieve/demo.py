@@ -57,6 +57,10 @@ class Prompts:
         texts = evals.text_sequences(encode, documents, config.context, config.ppl_sequences)
         task = Needles(encode, Documents(test=documents), context=config.context)
         needles = task.examples("test", config.needle_contexts * MAX_NEEDLES, seed=config.seed)
+        for length in config.heat_lengths:  # what cannot be asked is refused now rather than after the training
+            task.examples("test", 1, length)
+        if config.long is not None:
+            evals.checked_tasks(encode, documents, config.long)
         return cls(config, tokenizer, encode, documents, texts, task, needles)
 
     def recall(self, model: DecoderForCausalLM) -> evals.Recall:
@@ -94,11 +98,11 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
 
     name, base = config.model, tokensieve.load(config.model)
     _check(config, base)
+    prompts = Prompts.of(config)
     _clear(out := Path(config.out))
     config = _from_folder(config, base)
     size = sum(p.numel() for p in base.parameters())
     say(f"{name}: {size / 1e6:.1f}M parameters, {base.config.max_position_embeddings:,} positions, dense")
-    prompts = Prompts.of(config)
     questions = f", {len(prompts.needles)} questions" if prompts.needles else ""
     say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts{questions}")
 
@@ -257,7 +261,8 @@ def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
         raise UserError(f"long.top_k is {list(config.long.top_k)}; each k must be at least 1")
     if config.context <= config.top_k:
         raise UserError(f"context {config.context} is not longer than top_k {config.top_k}; set a longer context")
-    longest = max(config.context, *config.decode_contexts, *config.heat_lengths)
+    asked = () if config.long is None else config.long.contexts
+    longest = max(config.context, *config.decode_contexts, *config.heat_lengths, *asked)
     limit, what = base.config.max_position_embeddings, f"a context of {longest} tokens is"
     check_positions(limit, longest, what, "shorten it")
 

@@ -23,7 +23,7 @@ from tokensieve.evals.parity import (
     shared_texts,
 )
 from tokensieve.evals.progress import OnProgress
-from tokensieve.evals.suites import judge_long, judge_short, long_arms, short_arms
+from tokensieve.evals.suites import checked_tasks, judge_long, judge_short, long_arms, short_arms
 from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "acceptance_criteria",
     "arms_of",
     "cache_reads",
+    "checked_tasks",
     "choose",
     "compare",
     "context_gain",

@@ -53,6 +53,20 @@ def long_arms(
     return arms
 
 
+def checked_tasks(tokenizer: Any, documents: Sequence[Document], sizes: LongSizes) -> list[LongTask]:
+    """The tasks of the suite "long". What cannot be asked is refused now rather than after the first arms.
+
+    Raises:
+        UserError: nothing asked for, or sizes that do not go together.
+    """
+    if not sizes.contexts or sizes.prompts < 1 or (sizes.other_prompts is not None and sizes.other_prompts < 1):
+        raise UserError("long.contexts and long.prompts: ask at least one question in at least one context")
+    tasks = long_tasks(tokenizer, Documents(test=documents), sizes)
+    for task in tasks:
+        task.examples("test", 1, min(sizes.contexts))
+    return tasks
+
+
 def judge_long(
     arms: Mapping[str, Arm],
     tokenizer: Any,
@@ -78,15 +92,11 @@ def judge_long(
     Raises:
         UserError: prompts past a model's positions, sizes that do not go together, or too little text.
     """
-    encode, longest = encoder(tokenizer), max(sizes.contexts, default=0)
-    if not longest or sizes.prompts < 1 or (sizes.other_prompts is not None and sizes.other_prompts < 1):
-        raise UserError("long.contexts and long.prompts: ask at least one question in at least one context")
+    tasks = checked_tasks(tokenizer, documents, sizes)
+    encode, longest = encoder(tokenizer), max(sizes.contexts)
     for arm in arms.values():
         limit, what = arm.model.config.max_position_embeddings, f"prompts of {longest} tokens are"
         check_positions(limit, longest, what, "shorten them with --context")
-    tasks = long_tasks(encode, Documents(test=documents), sizes)
-    for task in tasks:
-        task.examples("test", 1, min(sizes.contexts))  # what cannot be asked is refused now
     sequences = text_sequences(encode, documents, longest, sizes.texts) if sizes.texts else []
     read = _selecting(arms, longest - 1)
     cells = [(task, context) for context in sizes.contexts for task in tasks]
