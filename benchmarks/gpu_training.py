@@ -191,9 +191,8 @@ def start(stage: str, sizes: Sizes) -> DecoderForCausalLM:
     model = tokensieve.load("sparse" if stage == "adapt" else "base", torch.float32)
     c = model.config
     model.model.layers, c.num_hidden_layers = model.model.layers[: sizes.layers], sizes.layers
-    for kinds in ("mlp_layer_types", "indexer_types"):  # of each layer, where transformers' config has them
-        if getattr(c, kinds, None) is not None:
-            setattr(c, kinds, getattr(c, kinds)[: sizes.layers])
+    if stage == "adapt":  # the config of a sparse model lists the kind of each layer
+        c.mlp_layer_types = c.mlp_layer_types[: sizes.layers]
     if stage == "warmup":
         return tokensieve.sparsify(model, sizes.top_k, index_heads=8, index_dim=32)
     model.config.index_topk = sizes.top_k

@@ -73,6 +73,15 @@ def test_passes_that_agree_are_not_enough_beside_busy_processes(
     assert took == expected and len(list(clock)) == 10 - 2 * taken
 
 
+def test_a_system_that_counts_no_preemptions_seems_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(process: psutil.Process) -> None:
+        raise NotImplementedError
+
+    assert estimate._preemptions() >= 0
+    monkeypatch.setattr(psutil.Process, "num_ctx_switches", none)
+    assert estimate._preemptions() == 0
+
+
 def test_a_short_row_leads_to_the_runs_own_where_that_is_affordable(here: Workplace, monkeypatch: Any) -> None:
     settings, made = here.run("warmup", "affordable", PhaseConfig(1, 2048, 1)), model().train()
     for per_token, rows in ((1e-4, [512, 2048]), (1.0, [512])):  # seconds a token, and the rows that are timed

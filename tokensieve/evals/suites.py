@@ -61,7 +61,7 @@ def checked_tasks(tokenizer: Any, documents: Sequence[Document], sizes: LongSize
     """
     if not sizes.contexts or sizes.prompts < 1 or (sizes.other_prompts is not None and sizes.other_prompts < 1):
         raise UserError("long.contexts and long.prompts: ask at least one question in at least one context")
-    tasks = long_tasks(tokenizer, Documents(test=documents), sizes)
+    tasks = long_tasks(encoder(tokenizer), Documents(test=documents), sizes)
     for task in tasks:
         task.examples("test", 1, min(sizes.contexts))
     return tasks
