@@ -5,8 +5,9 @@ Text is put together as text and tokenized as a whole, so no token ends where a 
 
 import random
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate, cycle
 from typing import Literal
 
@@ -77,13 +78,14 @@ def hiding(encode: PlainEncoder, head: str, lines: Hidden, source: Iterator[str]
 
     Depths are shares of the pieces' tokens. A line stands on a line of its own, or between sentences.
     """
+    size = cache(lambda piece: len(encode(piece)))  # a filler's few sentences come again and again
     taken: list[str] = []
     tokens: list[int] = []
 
     def build(count: int) -> str:
         while len(taken) < count:
             taken.append(next(source))
-            tokens.append(len(encode(taken[-1])))
+            tokens.append(size(taken[-1]))
         ends = list(accumulate(tokens[:count]))
         places: list[list[str]] = [[] for _ in range(count + 1)]
         for line, share in sorted(lines, key=lambda hidden: hidden[1]):
@@ -104,9 +106,21 @@ def fitted(encode: PlainEncoder, build: Callable[[int], str], budget: int) -> st
     def size(count: int) -> int:
         return len(encode(build(count)))
 
-    if size(0) > budget:
+    # Sizes grow almost evenly: where the line through two of them meets the budget is a good guess.
+    fits, high = 0, 1
+    least, most = size(0), size(1)
+    if least > budget:
         return None
-    high = 1
-    while size(high) <= budget:
-        high *= 2
-    return build(bisect_right(range(high), budget, lo=high // 2, key=size) - 1)
+    while most <= budget:
+        ahead = (high - fits) * (budget - most) // max(1, most - least) + 1
+        fits, least, high = high, most, high + min(ahead, 3 * high)
+        most = size(high)
+    while high - fits > 1:
+        guess = fits + (high - fits) * (budget - least) // (most - least)
+        guess = min(max(guess, fits + 1), high - 1)
+        tokens = size(guess)
+        if tokens <= budget:
+            fits, least = guess, tokens
+        else:
+            high, most = guess, tokens
+    return build(fits)
