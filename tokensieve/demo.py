@@ -107,10 +107,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts{questions}")
 
     say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
-    sparse, untrained = (
-        tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
-        for dense in (tokensieve.load(config.model), base)
-    )
+    sparse = _sparsified(config, base)
     first = prompts.recall(sparse).overall
     history: list[Row] = [{"stage": STAGES["warmup"], "step": 0, "recall": first}]
     say("Warm up: attention stays dense, and the indexers learn where it looks")
@@ -119,12 +116,17 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     history += _train(replace(config.adapt, out=str(out / "adapt")), sparse, prompts)
     say("The dense model on the same further tokens, to compare with")
     dense = replace(config.adapt, selection=False, out=str(out / "adapt-dense"))
-    dense_adapted = train.run(dense, tokensieve.load(config.model), rehearse=total_steps(dense.phases) >= REHEARSED)
+    train.run(dense, tokensieve.load(config.model), rehearse=total_steps(dense.phases) >= REHEARSED)
     tokensieve.save(sparse, out / "sparse")
 
     say("Compare: every arm on the same prompts")
-    base, untrained = base.to(sparse.device), untrained.to(sparse.device)
-    pair, arms = {"dense": base, "sparse": sparse}, evals.demo_arms(base, dense_adapted, sparse, untrained)
+    # Training is in float32. What is measured is what will be used: the models as they are loaded, in bfloat16 on a GPU.
+    base, dense_adapted, sparse = (
+        tokensieve.load(folder, device=sparse.device)
+        for folder in (config.model, checkpoints(Path(dense.out))[-1], out / "sparse")
+    )
+    pair = {"dense": base, "sparse": sparse}
+    arms = evals.demo_arms(base, dense_adapted, sparse, untrained=_sparsified(config, base))
     scores, heat = _compare(config, arms, pair, prompts, console)
     last = prompts.recall(sparse)
     suites = _suites(config, arms, prompts, console)
@@ -289,6 +291,10 @@ def _clear(out: Path) -> None:
     for name in MODELS:
         if (out / name / "config.json").is_file():
             shutil.rmtree(out / name)
+
+
+def _sparsified(config: DemoConfig, dense: DecoderForCausalLM) -> DecoderForCausalLM:
+    return tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
 
 
 def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> list[Row]:
