@@ -120,7 +120,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     tokensieve.save(sparse, out / "sparse")
 
     say("Compare: every arm on the same prompts")
-    # Training is in float32. What is measured is what will be used: the models as they are loaded, in bfloat16 on a GPU.
+    # Training is in float32. Measured is what will be used: the models as they are loaded, in bfloat16 on a GPU.
     base, dense_adapted, sparse = (
         tokensieve.load(folder, device=sparse.device)
         for folder in (config.model, checkpoints(Path(dense.out))[-1], out / "sparse")
