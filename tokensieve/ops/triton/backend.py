@@ -1,7 +1,5 @@
 """The Triton backend: the function of each op."""
 
-from tokensieve.ops.triton.attention import sparse_attention, sparse_attention_backward
-from tokensieve.ops.triton.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
 from tokensieve.ops.triton.index import index_scores, index_scores_backward
 from tokensieve.ops.triton.linear import block_linear
 from tokensieve.ops.triton.loss import indexer_kl_dense, indexer_kl_dense_backward, indexer_kl_dense_step
@@ -10,6 +8,12 @@ from tokensieve.ops.triton.paged_attention import sparse_attention_paged
 from tokensieve.ops.triton.paged_index import index_scores_paged
 from tokensieve.ops.triton.paged_write import write_caches
 from tokensieve.ops.triton.queries import quantize_queries
+from tokensieve.ops.triton.selected import (
+    sparse_attention,
+    sparse_attention_backward,
+    sparse_attention_kl,
+    sparse_attention_kl_backward,
+)
 from tokensieve.ops.triton.topk import index_topk, select_topk
 
 __all__ = [

@@ -1,0 +1,243 @@
+"""Sparse attention of one layer with few heads to a group, beside dense attention, on one GPU.
+
+    python benchmarks/gpu_few_heads.py [--lengths 32768 65536 131072] [--out FILE]
+
+Forward and backward with the indexer's loss, index and selection included, k = 2048 (512 at a head width of 64). The
+peer is cuDNN's attention, forward and backward, in the same run. Selections are drawn, since random tensors select at
+random:
+
+near    neighbouring queries select nearly the same keys, as measured on real text (`NEAR`)
+diffuse as in the layers where they differ most (`DIFFUSE`)
+random  every query selects on its own, as no model does: the worst case
+
+The sizes of the unions that were drawn are printed. Results of the smallest length are compared with the kernels that
+take one query a program (`attention_kl`), which are timed there too.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tokensieve import ops
+from tokensieve.ops.triton import attention_kl, union_kl
+from tokensieve.report.origin import environment
+
+ROOT = Path(__file__).parents[1]
+
+# Shares of a query's places, by the number of keys among which such a place changes from query to query; the others
+# stay. Fitted to the unions of B neighbouring queries that were measured on real text, in units of k:
+#     B        2     4     8     16    32    64    128
+#     NEAR     1.17  1.36  1.59  1.82  2.15  2.57  3.21
+#     DIFFUSE  1.67  2.70  4.02  5.30  6.50  7.60  8.57
+NEAR = {2: 0.1869, 6: 0.0505, 16: 0.0131, 32: 0.0095, 256: 0.003, 512: 0.0088}
+DIFFUSE = {4: 0.2734, 6: 0.3451, 8: 0.0422, 16: 0.0546, 32: 0.0652, 64: 0.0163, 128: 0.0011, 256: 0.0028, 512: 0.0059}
+SELECTIONS = {"near": NEAR, "diffuse": DIFFUSE, "random": None}
+BLOCK = 128  # queries that draw from one pool
+KEPT = 0.5  # of a pool, from block to block
+DIFFERENCE = 1e-2  # both round probabilities to bf16, in another order of sums
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    heads: int
+    groups: int
+    width: int
+    index_heads: int
+    index_width: int
+    k: int
+
+
+SHAPES = (
+    Shape("32 heads, 8 groups x 128", 32, 8, 128, 16, 128, 2048),
+    Shape("16 heads, 2 groups x 128", 16, 2, 128, 8, 128, 2048),
+    Shape("9 heads, 3 groups x 64", 9, 3, 64, 4, 64, 512),
+)
+
+
+def draw(S: int, k: int, places: dict[int, float] | None, device: torch.device) -> Tensor:
+    """(S, k) int32 selections of a causal pack, ascending, then -1. places None: every query on its own."""
+    generator = torch.Generator(device).manual_seed(0)
+    counts = [round(share * k) for share in (places or {}).values()]
+    width = torch.ones(k, dtype=torch.int64, device=device)  # keys of each place's pool
+    width[: sum(counts)] = torch.repeat_interleave(
+        torch.tensor(list(places or {1: 0}), device=device), torch.tensor(counts or [0], device=device)
+    )
+    begins, pool_size = width.cumsum(0) - width, int(width.sum())
+    selected = torch.full((S, k), -1, dtype=torch.int32, device=device)
+    pool = None
+    for first in range(0, S, BLOCK):
+        rows = min(BLOCK, S - first)
+        past = first + 1  # keys that all of the block's queries see
+        if past < k:
+            keys = torch.arange(k, device=device, dtype=torch.int32).expand(rows, k)
+            own = torch.arange(first, first + rows, device=device)[:, None]
+            selected[first : first + rows] = torch.where(keys <= own, keys, -1)
+        elif places is None or past < pool_size:
+            scores = torch.rand(rows, past, generator=generator, device=device)
+            selected[first : first + rows] = scores.topk(k, 1).indices.sort(1).values.int()
+        else:
+            fresh = torch.randperm(past, generator=generator, device=device)
+            if pool is None:
+                pool = fresh[:pool_size]
+            else:  # half of it is drawn anew, from what it does not hold
+                stays = torch.rand(pool_size, generator=generator, device=device) < KEPT
+                others = fresh[~torch.isin(fresh, pool)]
+                change = (~stays).nonzero()[: len(others), 0]
+                pool = pool.index_copy(0, change, others[: len(change)])
+            offset = (torch.rand(rows, k, generator=generator, device=device) * width).long()
+            selected[first : first + rows] = pool[begins + offset].sort(1).values.int()
+    return selected
+
+
+def unions(selected: Tensor, B: int) -> float:
+    """Keys that B neighbouring queries select together, in units of k, in the second half."""
+    S, k = selected.shape
+    tiles = range(S // 2 // B * B, S - B + 1, max(B, S // 64 // B * B))
+    return statistics.fmean(len(selected[a : a + B].unique()) / k for a in tiles)
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 3) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+@dataclass
+class Row:
+    """Milliseconds of one shape, length and kind of selection."""
+
+    shape: str
+    tokens: int
+    selection: str
+    unions: dict[int, float]  # keys that so many neighbouring queries select together, in units of k
+    dense_forward: float
+    dense: float  # both ways
+    index: float  # scores and selection
+    forward: float  # with the KL
+    backward: float
+    one_query: tuple[float, float] | None = None  # forward and backward of the kernels that take one query a program
+
+    @property
+    def faster(self) -> float:
+        return self.dense / (self.index + self.forward + self.backward)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float]:
+    """Milliseconds of cuDNN's attention, forward, and both ways."""
+    q, k, v = (x.transpose(0, 1)[None].detach().requires_grad_() for x in (q, k, v))
+    dout = torch.randn_like(q)
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return milliseconds(lambda: forward().detach()), milliseconds(
+        lambda: torch.autograd.grad(forward(), (q, k, v), dout)
+    )
+
+
+def operands(shape: Shape, S: int, device: torch.device) -> tuple[Tensor, ...]:
+    """q, kv, q_I, k_I, w, dout, dkl."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
+
+    D = shape.width
+    q, kv, dout = normal(S, shape.heads, D), normal(S, shape.groups, 2 * D), normal(S, shape.heads, D)
+    q_I, k_I = normal(S, shape.index_heads, shape.index_width), normal(S, shape.index_width)
+    w = normal(S, shape.index_heads).float() / (shape.index_heads * shape.index_width) ** 0.5
+    return q, kv, q_I, k_I, w, dout, torch.full((S,), 1 / S, device=device)
+
+
+def sparse(module: ModuleType, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Milliseconds forward and backward."""
+    q, kv, q_I, k_I, w, dout, dkl = given
+    D = shape.width
+    operands = (q, kv, selected, D**-0.5, D, D, D, q_I, k_I, w)
+    out, lse, _ = module.sparse_attention_kl(*operands)
+    return (
+        milliseconds(lambda: module.sparse_attention_kl(*operands)),
+        milliseconds(lambda: module.sparse_attention_kl_backward(dout, None, dkl, out, lse, *operands)),
+    )
+
+
+def index(shape: Shape, S: int, given: tuple[Tensor, ...]) -> float:
+    """Milliseconds of equations (1) and (2)."""
+    _, _, q_I, k_I, w, _, _ = given
+    starts = torch.zeros(S, dtype=torch.int32, device=q_I.device)
+    ends = torch.arange(1, S + 1, dtype=torch.int32, device=q_I.device)
+    return milliseconds(lambda: ops.index_topk(q_I, k_I, w, shape.k, starts, ends), 1)
+
+
+def compared(shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative differences of the two ways' results."""
+    q, kv, q_I, k_I, w, dout, dkl = given
+    D = shape.width
+    found = []
+    for module in (union_kl, attention_kl):
+        more = (q, kv, selected, D**-0.5, D, D, D, q_I, k_I, w)
+        out, lse, kl = module.sparse_attention_kl(*more)
+        found.append((out, lse, kl, *module.sparse_attention_kl_backward(dout, None, dkl, out, lse, *more)))
+    names = ("out", "lse", "kl", "dq", "dkv", "dq_I", "dk_I", "dw")
+    return {
+        name: float((a.double() - b.double()).norm() / b.double().norm())
+        for name, a, b in zip(names, *found, strict=True)
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_few_heads.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_few_heads: torch sees no CUDA device here", file=sys.stderr)
+        return 2
+    device, rows, wrong = torch.device("cuda"), list[Row](), False
+    differences: dict[str, dict[str, float]] = {}
+    for shape in SHAPES:
+        for S in options.lengths:
+            given = operands(shape, S, device)
+            q, kv = given[:2]
+            both_ways = dense(q, kv[..., : shape.width], kv[..., shape.width :])
+            scored = index(shape, S, given)
+            for name, places in SELECTIONS.items():
+                selected = draw(S, shape.k, places, device)
+                found = {B: unions(selected, B) for B in (2, 8, 32)}
+                row = Row(shape.name, S, name, found, *both_ways, scored, *sparse(union_kl, shape, selected, given))
+                if min(options.lengths) == S:
+                    row.one_query = sparse(attention_kl, shape, selected, given)
+                    differences[f"{shape.name}, {name}"] = compared(shape, selected, given)
+                rows.append(row)
+                print(f"{row}\nfaster than dense: {row.faster:.2f}")
+                figures = {"run": environment(), "rows": [asdict(row) for row in rows], "differences": differences}
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for what, found in differences.items():
+        worst = max(found.values())
+        wrong = wrong or not worst <= DIFFERENCE
+        print(f"{what}: {worst:.1e}" + ("  wrong" if not worst <= DIFFERENCE else ""))
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

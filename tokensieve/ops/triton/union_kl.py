@@ -1,0 +1,275 @@
+"""Attention over selected entries with the indexer's loss, equation (4), on tiles of queries that share a union.
+
+Legend: S queries, T key tokens, K selected; index heads I (HP padded), D index width (DP padded); B queries of a tile,
+of which BQ share a matrix product of BQ * HP rows; C places of a tile's list, of which a program takes BN.
+
+Target, scores and their gradients lie as the lists do: (tiles, B, C) float32. Only places that a query selected are
+read there.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokensieve.ops.triton import union_attention
+from tokensieve.ops.triton.in_order import add_in_order, wanted_in_order
+from tokensieve.ops.triton.index import exact, load_rows, padded, relu
+from tokensieve.ops.triton.masked import finite
+from tokensieve.ops.triton.union_attention import load_keys
+from tokensieve.ops.triton.unions import FIT, Unions, strips
+
+ROWS = 128
+SCORES = {"BN": 128, "num_warps": 8, "num_stages": 2}
+GRADIENTS = {"BN": 128, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _index_rows(q, w, first, last, H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
+                BQ: tl.constexpr):  # fmt: skip
+    """Rows (BQ * HP, D) and weights of the index queries from `first` on, before `last`; where each lies; which are."""
+    r = tl.arange(0, BQ * HP)
+    t, head = first + r // HP, r % HP
+    real = (t < last) & (head < H)
+    row = t.to(tl.int64) * H + head
+    q_RD = load_rows(q, row, real, tl.arange(0, DP), D)
+    return q_RD, tl.load(w + row, mask=real, other=0.0).to(tl.float32), row, real
+
+
+@triton.jit
+def _place(tile, b, n, B: tl.constexpr, C):
+    return (tile.to(tl.int64) * B + b[:, None]) * C + n[None, :]
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _scores_kernel(
+    q, k, w, keys, counts, scores, S, C,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Equation (1) of every query of a tile with BN keys of its list."""
+    tile, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    count = tl.load(counts + tile)
+    if tl.program_id(1) * BN >= count:
+        return
+    key = load_keys(keys, tile.to(tl.int64) * C + n, n < count)
+    k_ND = load_rows(k, key, n < count, tl.arange(0, DP), D)
+    last = tl.minimum(tile * B + B, S)
+    for first in range(tile * B, last, BQ):
+        q_RD, w_R, _row, _real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
+        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
+        score_QN = tl.sum(tl.reshape(relu(dots_RN) * w_R[:, None], (BQ, HP, BN)), 1)
+        b = first - tile * B + tl.arange(0, BQ)
+        tl.store(scores + _place(tile, b, n, B, C), score_QN, mask=(b < B)[:, None] & (n < count)[None, :])
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _kl_kernel(
+    mass, scores, marks, counts, weight, kl, S, C, heads, B: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr
+):  # fmt: skip
+    """One query: kl = KL(p || softmax(score)). If WEIGHTED, weight * d kl / d score instead, in the scores' place."""
+    t, n = tl.program_id(0), tl.arange(0, BN)
+    tile, b = t // B, t % B
+    count = tl.load(counts + tile)
+    if count < 0:
+        return
+    row = (tile.to(tl.int64) * B + b) * C
+    largest, total = tl.zeros((BN,), tl.float32) + float("-inf"), tl.zeros((BN,), tl.float32)
+    p_sum = tl.zeros((BN,), tl.float32)
+    for s in range(0, count, BN):
+        mark = tl.load(marks + tile.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
+        seen = ((mark >> b) & 1) != 0
+        score = tl.load(scores + row + s + n, mask=seen, other=float("-inf"))
+        now = tl.maximum(largest, score, propagate_nan=tl.PropagateNan.ALL)
+        relative = tl.where(now == float("-inf"), 0.0, now)
+        total = total * tl.exp(largest - relative) + tl.exp(score - relative)
+        p_sum += tl.load(mass + row + s + n, mask=seen, other=0.0) / heads
+        largest = now
+    highest = tl.max(tl.where(finite(largest) | (largest == float("-inf")), largest, float("inf")))
+    broken = highest == float("inf")
+    highest = tl.where((highest == float("-inf")) | broken, 0.0, highest)
+    sum = tl.sum(total * tl.exp(largest - highest))
+    sum = tl.where(broken, float("nan"), tl.where(sum > 0, sum, 1.0))
+    lse, p_total = highest + tl.log(sum), tl.sum(p_sum)
+    by = tl.load(weight + t).to(tl.float32) if WEIGHTED else 1.0
+    found = tl.zeros((BN,), tl.float32)
+    for s in range(0, count, BN):
+        mark = tl.load(marks + tile.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
+        seen = ((mark >> b) & 1) != 0
+        score = tl.load(scores + row + s + n, mask=seen, other=0.0)
+        p = tl.load(mass + row + s + n, mask=seen, other=0.0) / heads
+        if WEIGHTED:
+            d = (tl.exp(score - lse) * p_total - p) * by
+            tl.store(scores + row + s + n, tl.where(seen, d, 0.0), mask=s + n < count)
+        else:
+            found += tl.where(seen, p * (tl.log(tl.where(p > 0, p, 1.0)) - score + lse), 0.0)
+    if not WEIGHTED:
+        tl.store(kl + t, tl.sum(found))
+
+
+@triton.jit
+def _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
+            BN: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """The score's gradient g of each row's query where the row's product is above 0. A NaN passes."""
+    dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
+    g_QN = tl.load(slopes + _place(tile, b, n, B, C), mask=(b < B)[:, None] & (n < count)[None, :], other=0.0)
+    g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BN)), (BQ * HP, BN))
+    return tl.where(dots_RN <= 0, 0.0, g_RN).to(k_ND.dtype)
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _dq_kernel(
+    q, k, w, slopes, keys, counts, dq, dw, S, C,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """dq = w * sum_s g[s] 1[q.k > 0] k[s], of BQ queries. dw is the same sum times q."""
+    parts: tl.constexpr = (B + BQ - 1) // BQ
+    tile, part, n, d = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.arange(0, BN), tl.arange(0, DP)
+    count, first = tl.load(counts + tile), tile * B + part * BQ
+    if count < 0:
+        return
+    last, b = tl.minimum(tile * B + B, S), part * BQ + tl.arange(0, BQ)
+    q_RD, w_R, row, real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
+    moved_RD = tl.zeros((BQ * HP, DP), tl.float32)
+    for s in range(0, count, BN):
+        key = load_keys(keys, tile.to(tl.int64) * C + s + n, s + n < count)
+        k_ND = load_rows(k, key, s + n < count, d, D)
+        opened_RN = _opened(q_RD, k_ND, slopes, tile, b, s + n, count, C, HP, B, BQ, BN, EXACT)
+        # Who selected a broken key has NaN in g. Others must not get it: zero times NaN is NaN.
+        moved_RD = tl.dot(opened_RN, tl.where(finite(k_ND), k_ND, 0.0), moved_RD, input_precision=EXACT)
+    tl.store(dq + row[:, None] * D + d[None, :], moved_RD * w_R[:, None], mask=real[:, None] & (d < D)[None, :])
+    tl.store(dw + row, tl.sum(moved_RD * q_RD.to(tl.float32), 1), mask=real)
+
+
+@triton.jit(do_not_specialize=["S", "C"])
+def _dk_kernel(
+    q, k, w, slopes, keys, counts, dk, S, C,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, IN_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Adds sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j] of a tile's queries to BN keys of its list."""
+    tile, d = tl.program_id(0), tl.arange(0, DP)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    count = tl.load(counts + tile)
+    if tl.program_id(1) * BN >= count:
+        return
+    key = load_keys(keys, tile.to(tl.int64) * C + n, n < count)
+    k_ND = load_rows(k, key, n < count, d, D)
+    last = tl.minimum(tile * B + B, S)
+    dk_ND = tl.zeros((BN, DP), tl.float32)
+    for first in range(tile * B, last, BQ):
+        q_RD, w_R, _row, _real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
+        b = first - tile * B + tl.arange(0, BQ)
+        opened_RN = _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP, B, BQ, BN, EXACT)
+        weighted_RD = (q_RD.to(tl.float32) * w_R[:, None]).to(q_RD.dtype)
+        weighted_RD = tl.where(finite(weighted_RD), weighted_RD, 0.0)  # a broken query has NaN in g
+        dk_ND = tl.dot(tl.trans(opened_RN), weighted_RD, dk_ND, input_precision=EXACT)
+    target = tile.to(tl.int64) * C + n if IN_ORDER else key  # in order every place has its own row
+    tl.atomic_add(
+        dk + target[:, None] * D + d[None, :], dk_ND, mask=(n < count)[:, None] & (d < D)[None, :], sem="relaxed"
+    )
+
+
+def _launch(u: Unions, q_I: Tensor, settings: dict[str, int]) -> dict[str, Any]:
+    _, H, D = q_I.shape
+    HP, DP = padded(H), padded(D)
+    BQ = max(1, min(u.B, ROWS // HP))
+    return {"C": u.C, "H": H, "D": D, "HP": HP, "DP": DP, "B": u.B, "BQ": BQ, "EXACT": exact(q_I), **settings}
+
+
+def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
+    scores = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q_I.device)
+    _scores_kernel[(len(u), triton.cdiv(u.C, SCORES["BN"]))](
+        q_I, k_I, w, u.keys, u.counts, scores, q_I.shape[0], **_launch(u, q_I, SCORES)
+    )
+    return scores
+
+
+def _kept(K: int) -> int:
+    """Bytes of target and scores that a query has at both levels."""
+    return 2 * 4 * (FIT + FIT) * K
+
+
+def sparse_attention_kl(
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
+    out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
+    kl = torch.empty(S, dtype=torch.float32, device=q_SHD.device)
+    q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
+    shape = union_attention.shape_of(q, kv, d_k, v_start, d_v)
+    for part in strips(S, T, K, others=_kept(K)):
+        levels = union_attention.levels(indices[part], T, shape["MP"])
+        union_attention.forward(levels, q[part], kv, out[part], lse[part], scale, shape)
+        for u in levels:
+            mass = union_attention.head_mass(u, q[part], kv, lse[part], scale, shape)
+            scores, rows = _scores(u, q_I[part], k_I, w[part]), part.stop - part.start
+            _kl_kernel[(rows,)](
+                mass, scores, u.marks, u.counts, kl[part], kl[part], rows, u.C, H, B=u.B, BN=512, WEIGHTED=False
+            )
+    return out, lse, kl
+
+
+def sparse_attention_kl_backward(
+    dout_SHV: Tensor,
+    dlse_SH: Tensor | None,
+    dkl_S: Tensor,
+    out_SHV: Tensor,
+    lse_SH: Tensor,
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    q_I: Tensor,
+    k_I: Tensor,
+    w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
+    dq, dq_I, dw = q_SHD.new_empty(q_SHD.shape), q_I.new_empty(q_I.shape), w.new_empty(w.shape)
+    dkv, dk_I = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (kv_TGE, k_I))
+    q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
+    q_I, k_I, w, dkl = (x.contiguous() for x in (q_I, k_I, w, dkl_S))
+    dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), union_attention.shape_of(q, kv, d_k, v_start, d_v)
+    for part in strips(S, T, K, others=_kept(K) + union_attention.bytes_in_order(K, kv)):
+        levels = union_attention.levels(indices[part], T, shape["MP"])
+        union_attention.backward(
+            levels, dout[part], None if dlse is None else dlse[part], out_SHV[part], lse_SH[part], q[part], kv,
+            dq[part], dkv, scale, shape,
+        )  # fmt: skip
+        for u in levels:
+            mass = union_attention.head_mass(u, q[part], kv, lse_SH[part], scale, shape)
+            slopes, rows = _scores(u, q_I[part], k_I, w[part]), part.stop - part.start
+            _kl_kernel[(rows,)](
+                mass, slopes, u.marks, u.counts, dkl[part], dkl[part], rows, u.C, H, B=u.B, BN=512, WEIGHTED=True
+            )
+            _index_gradients(u, q_I[part], k_I, w[part], slopes, dq_I[part], dk_I, dw[part])
+    return dq, dkv.to(kv_TGE.dtype), dq_I, dk_I.to(k_I.dtype), dw
+
+
+def _index_gradients(
+    u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor, slopes: Tensor, dq_I: Tensor, dk_I: Tensor, dw: Tensor
+) -> None:
+    """Writes dq_I and dw of the queries of these tiles, and adds to dk_I (T, D) float32."""
+    shape, (S, D), in_order = _launch(u, q_I, GRADIENTS), (q_I.shape[0], k_I.shape[1]), wanted_in_order()
+    _dq_kernel[(len(u) * triton.cdiv(u.B, shape["BQ"]),)](q_I, k_I, w, slopes, u.keys, u.counts, dq_I, dw, S, **shape)
+    sums = torch.zeros(len(u) * u.C, D, dtype=torch.float32, device=k_I.device) if in_order else dk_I
+    _dk_kernel[(len(u), triton.cdiv(u.C, GRADIENTS["BN"]))](
+        q_I, k_I, w, slopes, u.keys, u.counts, sums, S, **shape, IN_ORDER=in_order
+    )
+    if in_order:
+        add_in_order(dk_I, u.named(), sums)
