@@ -188,9 +188,9 @@ def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
     return scores
 
 
-def _kept(K: int) -> int:
-    """Bytes of target and scores that a query has at both levels."""
-    return 2 * 4 * (FIT + FIT) * K
+def _kept(K: int, MP: int) -> int:
+    """Bytes of target and scores that a query has in a wide tile and in a narrow one."""
+    return 2 * 4 * (FIT + union_attention.NARROW // MP) * K
 
 
 def sparse_attention_kl(
@@ -210,7 +210,7 @@ def sparse_attention_kl(
     kl = torch.empty(S, dtype=torch.float32, device=q_SHD.device)
     q, kv, indices, q_I, k_I, w = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
     shape = union_attention.shape_of(q, kv, d_k, v_start, d_v)
-    for part in strips(S, T, K, others=_kept(K)):
+    for part in strips(S, T, K, others=_kept(K, shape["MP"])):
         levels = union_attention.levels(indices[part], T, shape["MP"])
         union_attention.forward(levels, q[part], kv, out[part], lse[part], scale, shape)
         for u in levels:
@@ -245,7 +245,7 @@ def sparse_attention_kl_backward(
     q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
     q_I, k_I, w, dkl = (x.contiguous() for x in (q_I, k_I, w, dkl_S))
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), union_attention.shape_of(q, kv, d_k, v_start, d_v)
-    for part in strips(S, T, K, others=_kept(K) + union_attention.bytes_in_order(K, kv)):
+    for part in strips(S, T, K, others=_kept(K, shape["MP"]) + union_attention.bytes_in_order(K, kv)):
         levels = union_attention.levels(indices[part], T, shape["MP"])
         union_attention.backward(
             levels, dout[part], None if dlse is None else dlse[part], out_SHV[part], lse_SH[part], q[part], kv,
