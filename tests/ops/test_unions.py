@@ -107,6 +107,24 @@ def test_broken_numbers_reach_only_who_selected_them(where: str, value: float, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_broken_gradient_reaches_only_what_its_query_selected(device: str) -> None:
+    x, _ = given(Case("broken gradient", causal(13), keys=13, k=3, **GROUPED), device)
+    operands = (x.q_SHD, x.kv_TGE, x.indices_SK, x.scale, *x.parts.values())
+    out, lse = union_attention.sparse_attention(*operands)
+    dlse = torch.zeros_like(lse)
+    dlse[9] = math.nan
+    dq, dkv = union_attention.sparse_attention_backward(torch.ones_like(out), dlse, out, lse, *operands)
+    assert (~dq.isfinite().all((1, 2))).nonzero().tolist() == [[9]]
+    assert (~dkv.isfinite().all((1, 2))).nonzero()[:, 0].tolist() == x.indices_SK[9].tolist()
+
+
+def test_no_keys_at_all() -> None:
+    x, how = given(Case("no keys", (Document(0, 0, 5),), keys=0, k=2, **GROUPED), "cpu")
+    for name, a in results(x, how, SPARSE).items():
+        assert (a == -math.inf if name.endswith(": lse") else a == 0).all(), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_strips_are_one_whole(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, how = given(PACK, device)
     whole = results(x, how, SPARSE)

@@ -227,9 +227,9 @@ def _sum_gradients(
         logit_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
         p_RN = tl.where(seen, tl.exp2(logit_RN * (scale * LOG2E) - lse_R[:, None]), 0.0)
         dp_RN = tl.dot(dout_RV, tl.trans(v_NV), input_precision=EXACT)
-        ds_RN = p_RN * (dp_RN - delta_R[:, None])
+        # A product that overflows, or a broken gradient of lse, must not reach a key that its query did not select.
+        ds_RN = tl.where(seen, p_RN * (dp_RN - delta_R[:, None]), 0.0)
         if GUARD:  # a query that selected a broken key or value has NaN in ds itself
-            ds_RN = tl.where(seen, ds_RN, 0.0)
             p_RN = tl.where(seen & ~finite(delta_R)[:, None], float("nan"), p_RN)  # of a broken dout
             k_ND = tl.where(finite(k_ND), k_ND, 0.0)
         ds_RN = ds_RN.to(k_ND.dtype)
@@ -287,7 +287,7 @@ def _backward_kernel(
 
 def bytes_in_order(K: int, kv: Tensor) -> int:
     """Bytes that a query's sums take in the deterministic mode."""
-    return 4 * K * kv[0].numel() if wanted_in_order() else 0
+    return 4 * K * kv.shape[1] * kv.shape[2] if wanted_in_order() else 0
 
 
 def backward(

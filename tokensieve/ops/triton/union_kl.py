@@ -165,7 +165,8 @@ def _dk_kernel(
         b = first - tile * B + tl.arange(0, BQ)
         opened_RN = _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP, B, BQ, BN, EXACT)
         weighted_RD = (q_RD.to(tl.float32) * w_R[:, None]).to(q_RD.dtype)
-        weighted_RD = tl.where(finite(weighted_RD), weighted_RD, 0.0)  # a broken query has NaN in g
+        healthy = finite(q_RD) & finite(w_R)[:, None]  # a broken query has NaN in g
+        weighted_RD = tl.where(healthy, weighted_RD, 0.0)
         dk_ND = tl.dot(tl.trans(opened_RN), weighted_RD, dk_ND, input_precision=EXACT)
     target = tile.to(tl.int64) * C + n if IN_ORDER else key  # in order every place has its own row
     tl.atomic_add(

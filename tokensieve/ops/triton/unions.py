@@ -95,10 +95,10 @@ def unions(indices_SK: Tensor, T: int, wide: int, narrow: int) -> list[Unions]:
     """Tiles of `wide` queries, and of `narrow` queries for those that do not fit. Both divide 32."""
     S, K = indices_SK.shape
     bits, firsts, ends = selection_bits(indices_SK, T, by_key=True)
-    fit = min(wide, FIT if wide > narrow else wide) * K
-    levels = [_level(bits, firsts, ends, None, wide, fit, S, T)]
-    if fit < wide * K:
-        levels.append(_level(bits, firsts, ends, levels[0], narrow, narrow * K, S, T))
+    fit, most = min(wide, FIT if wide > narrow else wide) * K, min(wide * K, T)
+    levels = [_level(bits, firsts, ends, None, wide, max(1, min(fit, most)), S, T)]
+    if fit < most:
+        levels.append(_level(bits, firsts, ends, levels[0], narrow, min(narrow * K, T), S, T))
     return levels
 
 
