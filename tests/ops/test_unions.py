@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +118,34 @@ def test_a_broken_gradient_reaches_only_what_its_query_selected(device: str) -> 
     dq, dkv = union_attention.sparse_attention_backward(torch.ones_like(out), dlse, out, lse, *operands)
     assert (~dq.isfinite().all((1, 2))).nonzero().tolist() == [[9]]
     assert (~dkv.isfinite().all((1, 2))).nonzero()[:, 0].tolist() == x.indices_SK[9].tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_does_not_overflow_before_it_must(device: str) -> None:
+    """A query times its weight is past 65504 here, though every result is far below."""
+    case = Case("large weights", causal(13), keys=13, k=3, dtype="float16", **GROUPED)
+    x = make(case, device)
+    x = dataclasses.replace(x, q_SID=x.q_SID * 64, k_TD=x.k_TD / 64, w_SI=x.w_SI.float() * 2048)
+    how = "triton" if device == "cuda" else "interpreter"
+    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, how, SPARSE)
+    name = "sparse_attention_kl: d k_I"
+    assert (x.q_SID.float() * x.w_SI[..., None]).abs().max() > 65504
+    oracle.assert_close(actual[name].double(), expected[name], 4e-3, 1.0, name)
+
+
+@pytest.mark.parametrize(("places", "units"), [("NEAR", (1.17, 1.59)), ("DIFFUSE", (1.67, 4.02)), (None, None)])
+def test_the_benchmark_draws_what_was_measured(
+    places: str | None, units: tuple[float, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    drawing = runpy.run_path(str(benchmarks / "gpu_few_heads.py"))
+    selected = drawing["draw"](4096, 128, drawing[places] if places else None, torch.device("cpu"))
+    for t, row in enumerate(selected.tolist()):
+        keys = [key for key in row if key >= 0]
+        assert len(keys) == min(t + 1, 128) and keys == sorted(set(keys)) and keys[-1] <= t
+    if units:
+        assert [drawing["unions"](selected, B) for B in (2, 8)] == pytest.approx(units, rel=0.05)
 
 
 def test_no_keys_at_all() -> None:

@@ -116,7 +116,7 @@ def _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP: tl.constexpr, B: tl.co
     dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
     g_QN = tl.load(slopes + _place(tile, b, n, B, C), mask=(b < B)[:, None] & (n < count)[None, :], other=0.0)
     g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BN)), (BQ * HP, BN))
-    return tl.where(dots_RN <= 0, 0.0, g_RN).to(k_ND.dtype)
+    return tl.where(dots_RN <= 0, 0.0, g_RN)
 
 
 @triton.jit(do_not_specialize=["S", "C"])
@@ -139,7 +139,8 @@ def _dq_kernel(
         k_ND = load_rows(k, key, s + n < count, d, D)
         opened_RN = _opened(q_RD, k_ND, slopes, tile, b, s + n, count, C, HP, B, BQ, BN, EXACT)
         # Who selected a broken key has NaN in g. Others must not get it: zero times NaN is NaN.
-        moved_RD = tl.dot(opened_RN, tl.where(finite(k_ND), k_ND, 0.0), moved_RD, input_precision=EXACT)
+        k_ND = tl.where(finite(k_ND), k_ND, 0.0)
+        moved_RD = tl.dot(opened_RN.to(k_ND.dtype), k_ND, moved_RD, input_precision=EXACT)
     tl.store(dq + row[:, None] * D + d[None, :], moved_RD * w_R[:, None], mask=real[:, None] & (d < D)[None, :])
     tl.store(dw + row, tl.sum(moved_RD * q_RD.to(tl.float32), 1), mask=real)
 
@@ -164,10 +165,10 @@ def _dk_kernel(
         q_RD, w_R, _row, _real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
         b = first - tile * B + tl.arange(0, BQ)
         opened_RN = _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP, B, BQ, BN, EXACT)
-        weighted_RD = (q_RD.to(tl.float32) * w_R[:, None]).to(q_RD.dtype)
-        healthy = finite(q_RD) & finite(w_R)[:, None]  # a broken query has NaN in g
-        weighted_RD = tl.where(healthy, weighted_RD, 0.0)
-        dk_ND = tl.dot(tl.trans(opened_RN), weighted_RD, dk_ND, input_precision=EXACT)
+        # A broken query has NaN in g. Keys that it did not select must not get it.
+        opened_RN *= tl.where(finite(w_R), w_R, 0.0)[:, None]
+        q_RD = tl.where(finite(q_RD), q_RD, 0.0)
+        dk_ND = tl.dot(tl.trans(opened_RN.to(q_RD.dtype)), q_RD, dk_ND, input_precision=EXACT)
     target = tile.to(tl.int64) * C + n if IN_ORDER else key  # in order every place has its own row
     tl.atomic_add(
         dk + target[:, None] * D + d[None, :], dk_ND, mask=(n < count)[:, None] & (d < D)[None, :], sem="relaxed"

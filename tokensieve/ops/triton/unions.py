@@ -85,14 +85,17 @@ def _level(bits, firsts, ends, above: Unions | None, B: int, C: int, S: int, T: 
     keys, marks = (torch.empty(tiles, C, dtype=torch.int32, device=device) for _ in range(2))
     counts = torch.empty(tiles, dtype=torch.int32, device=device)
     _union_kernel[(tiles,)](
-        bits, firsts, ends, above and above.counts, keys, marks, counts, S, T, C,
-        B=B, BP=triton.next_power_of_2(B), ABOVE=above.B if above else 0, BT=1024, num_warps=4,
+        bits, firsts, ends, None if above is None else above.counts, keys, marks, counts, S, T, C,
+        B=B, BP=triton.next_power_of_2(B), ABOVE=0 if above is None else above.B, BT=1024, num_warps=4,
     )  # fmt: skip
     return Unions(keys, marks, counts, B)
 
 
 def unions(indices_SK: Tensor, T: int, wide: int, narrow: int) -> list[Unions]:
-    """Tiles of `wide` queries, and of `narrow` queries for those that do not fit. Both divide 32."""
+    """Tiles of `wide` queries, and of `narrow` queries for those that do not fit. Both divide 32.
+
+    indices_SK (S, K) int32, as in `tokensieve.ops`; what names none of the T keys counts for nothing.
+    """
     S, K = indices_SK.shape
     bits, firsts, ends = selection_bits(indices_SK, T, by_key=True)
     fit, most = min(wide, FIT if wide > narrow else wide) * K, min(wide * K, T)
