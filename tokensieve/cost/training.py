@@ -73,7 +73,8 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
     times, attention three and a half times.
     warmup: the trunk runs forward, without the output head, and its probabilities are computed once more for the
     target. The indexer's projections run forward and get their weights' gradients. Index scores and both their
-    gradients are computed once, in one pass. Target and scores are those of every `kl_every`-th query.
+    gradients are computed once, in one pass. Target and scores are those of every `kl_every`-th query. A layer without
+    an indexer costs as much, since it teaches the one that it shares.
     adapt: as pretrain, but attention reads the selected keys, always in MQA form, whatever the context. Index scores of
     every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
     both gradients.
@@ -87,8 +88,9 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
         trunk = forward_flops(shape, context, sparse=False, logits=0)
         target = 2 * shape.attention.heads * shape.attention.score
         scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        loss = shape.index_layers * visible * (target + scoring) / kl_every
-        return trunk + INDEX_FORWARD_BACKWARD * index_linear + loss
+        loss = shape.layers * visible * (target + scoring) / kl_every
+        taught = index_linear * shape.layers / max(1, shape.index_layers)
+        return trunk + INDEX_FORWARD_BACKWARD * taught + loss
     own = LINEAR_FORWARD_BACKWARD if adapter is None else FROZEN_FORWARD_BACKWARD
     linear = 2 * (own * (counts.matmul + counts.head) + LINEAR_FORWARD_BACKWARD * (adapter or 0)) * context
     if stage == "pretrain":
@@ -96,8 +98,9 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
         return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
     selected = visible_keys(context, top_k=shape.top_k)
     attention = selected * attention_flops_per_key(shape, "mqa")
-    scoring = (visible + 2 * selected) * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
-    index = INDEX_FORWARD_BACKWARD * index_linear + shape.index_layers * scoring
+    selecting = shape.index_layers * visible * index_flops_per_key(shape)
+    scoring = 2 * selected * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
+    index = INDEX_FORWARD_BACKWARD * index_linear + selecting + shape.layers * scoring
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 

@@ -6,7 +6,7 @@ Sources: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3 report, section
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config
@@ -31,6 +31,19 @@ class SparseConfig(DeepseekV32Config):
     index_dtype: Literal["bf16", "fp8"] = "bf16"
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     topk_method: str = "noaux_tc"
+
+
+@strict
+class SharingConfig(SparseConfig):
+    """A `deepseek_v32` in which layers share indexers, as `indexer_types` says: "full" or "shared", for each layer.
+
+    It has a model_type of its own, since transformers' class would give every layer an indexer, a random one if the
+    folder has none.
+    """
+
+    model_type = "deepseek_v32_sharing"
+
+    indexer_types: list[str] | None = None
 
 
 # Fields that vLLM and SGLang need: they replace missing ones by the 671B model's numbers, or assume V2's router.
@@ -65,6 +78,7 @@ class DeepSeek(Family):
     derived = ("head_dim", "qk_head_dim")
     softmax_mscale = True
     divisible = True
+    sharing_form: ClassVar[str | None] = "deepseek_v32_sharing"
     sizes = (
         "moe_intermediate_size",
         "kv_lora_rank",
@@ -232,6 +246,10 @@ class DeepSeek(Family):
             reasons.append(
                 everything + "the indexer reads the query latent, and this model has none (q_lora_rank is null)"
             )
+        if getattr(config, "indexer_types", None) is not None and self.model_type == self.sharing_form:
+            reasons.append(
+                everything + "layers share indexers, which they know in glm_moe_dsa alone; tokensieve runs it"
+            )
         if not self.softmax_scores and self.softmax_router(config):
             reasons.append(everything + f"the router is sigmoid there, here it is {config.scoring_func}")
         if config.tie_word_embeddings:
@@ -280,4 +298,5 @@ FAMILIES = (
     DeepSeek("deepseek_v2", "DeepseekV2ForCausalLM", DeepseekV2Config, "deepseek_v32", softmax_scores=True),
     DeepSeek("deepseek_v3", "DeepseekV3ForCausalLM", DeepseekV3Config, "deepseek_v32", engine_fields=READ_OF_V3),
     DeepSeek("deepseek_v32", "DeepseekV32ForCausalLM", SparseConfig, None, READ_OF_V32, engines_encode_chat=True),
+    DeepSeek("deepseek_v32_sharing", "DeepseekV32SharingForCausalLM", SharingConfig, None, engine_fields=()),
 )

@@ -82,7 +82,8 @@ class Experts(NamedTuple):
 class Family(ABC):
     """One family. Methods take the family's config object; those with a `fields` parameter take its fields.
 
-    sparse_form: model_type of the same model with indexers; None for a family that has them.
+    sparse_form: model_type of the same model with indexers; None for a family that has them. sharing_form: model_type
+    of a sparse model in which layers share indexers; None: its own.
     """
 
     model_type: str
@@ -95,6 +96,7 @@ class Family(ABC):
     index_rope_field: ClassVar[str]  # field with the number of dims of an index head that carry positions
     index_interleaved: ClassVar[bool] = False  # whether neighbours form the indexer's rotated pairs (or halves)
     derived: ClassVar[tuple[str, ...]] = ()  # fields that follow from others: they are not written
+    sharing_form: ClassVar[str | None] = None
     engine_fields: tuple[str, ...] = ()  # of config.json, needed by vLLM and SGLang; none: `deploy` has no plan for it
     softmax_mscale: ClassVar[bool] = False  # whether YaRN's mscale_all_dim is a factor of the softmax scale too
     engines_encode_chat: bool = False  # whether vLLM and SGLang encode chats without a chat template
@@ -117,6 +119,14 @@ class Family(ABC):
         if config.hidden_act != "silu":
             raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
         check_rope("rope_parameters", config.rope_parameters)
+        kinds, layers = getattr(config, "indexer_types", None), config.num_hidden_layers
+        if not self.sparse or kinds is None:
+            return
+        if len(kinds) < layers or kinds[0] != "full" or not {*kinds} <= {"full", "shared"}:
+            raise UserError(
+                f"config.json: indexer_types must be 'full' or 'shared' for each of {layers} layers, and 'full' for "
+                "the first, since no layer before it selects; copy it from the original config.json"
+            )
 
     def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a config.json with the types of the config class: `routed_scaling_factor` 1 becomes 1.0.
@@ -186,9 +196,11 @@ class Family(ABC):
     def has_indexer(self, config: Any, layer: int) -> bool:
         """Whether this layer has an indexer.
 
-        A layer of a sparse model without one reads the keys that the layer before it reads.
+        A layer of a sparse model without one ("shared" in `indexer_types`) reads the keys that the layer before it
+        reads.
         """
-        return self.sparse
+        kinds = getattr(config, "indexer_types", None)
+        return self.sparse and (kinds is None or kinds[layer] == "full")
 
     def indexer_tensors(self, config: Any, layer: int) -> Shapes:
         """The indexer's tensors, named as in the published checkpoint; none if the layer has no indexer."""
@@ -211,7 +223,10 @@ class Family(ABC):
 
     def index_layers(self, fields: Mapping[str, Any]) -> int:
         """Layers with an indexer, from the fields of config.json."""
-        return required(fields, "num_hidden_layers") if self.sparse else 0
+        layers, kinds = required(fields, "num_hidden_layers"), fields.get("indexer_types")
+        if not self.sparse:
+            return 0
+        return layers if kinds is None else list(kinds[:layers]).count("full")
 
     def moe_layers(self, fields: Mapping[str, Any]) -> int:
         """Layers with experts, from the fields of config.json."""

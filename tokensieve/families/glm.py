@@ -14,7 +14,6 @@ from transformers import Glm4MoeLiteConfig, GlmMoeDsaConfig
 
 from tokensieve.config import UserError
 from tokensieve.families.deepseek import DeepSeek
-from tokensieve.families.family import required
 
 
 @strict
@@ -37,15 +36,10 @@ class Glm4(DeepSeek):
 
 class Glm5(DeepSeek):
     index_interleaved = True
+    sharing_form = None
 
     def check(self, config: Any) -> None:
         super().check(config)
-        kinds, layers = config.indexer_types[: config.num_hidden_layers], config.num_hidden_layers
-        if len(kinds) < layers or kinds[0] != "full" or not {*kinds} <= {"full", "shared"}:
-            raise UserError(
-                f"config.json: indexer_types must be 'full' or 'shared' for each of {layers} layers, and 'full' for "
-                "the first, since no layer before it selects; copy it from the original config.json"
-            )
         if not getattr(config, "indexer_rope_interleave", True):
             raise UserError(
                 "config.json: indexer_rope_interleave is false, which is not supported; in published models it is true"
@@ -61,12 +55,9 @@ class Glm5(DeepSeek):
         defaults = {name for name in ("index_topk_freq", "index_skip_topk_offset") if raw.get(name) is None}
         return {k: v for k, v in super().readable(raw).items() if k not in defaults}
 
-    def has_indexer(self, config: Any, layer: int) -> bool:
-        return bool(config.indexer_types[layer] == "full")
-
     def index_layers(self, fields: Mapping[str, Any]) -> int:
         kinds = fields.get("indexer_types") or self.config.from_dict(self.readable(fields)).indexer_types
-        return kinds[: required(fields, "num_hidden_layers")].count("full")
+        return super().index_layers({**fields, "indexer_types": kinds})
 
     def tidy(self, fields: dict[str, Any], mtp: bool) -> dict[str, Any]:
         """As in `DeepSeek`. vLLM and SGLang rotate halves by default, and read the pattern, not `indexer_types`."""

@@ -19,10 +19,12 @@ from tokensieve.families.family import AttentionCost, Entry, Experts, Family, Sh
 
 @dataclass(kw_only=True, repr=False)
 class IndexerFields:
-    """Fields of a config whose model has a lightning indexer in every layer.
+    """Fields of a config whose model has lightning indexers.
 
     `index_topk`: keys per query. `index_n_heads`, `index_head_dim`: number and width of the index heads.
     `index_rope_head_dim`: the first dims of an index head, which carry positions. `index_dtype`: as in `SparseConfig`.
+    `indexer_types`: "full" for a layer with an indexer, "shared" for one that reads the keys of the layer before it;
+    None: every layer has one.
     """
 
     index_topk: int = 2048
@@ -30,6 +32,7 @@ class IndexerFields:
     index_head_dim: int = 128
     index_rope_head_dim: int = 64
     index_dtype: Literal["bf16", "fp8"] = "bf16"
+    indexer_types: list[str] | None = None
 
 
 @strict

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokensieve import ops
 from tokensieve.families import ModelConfig, family_of
-from tokensieve.model.context import ForwardContext, LayerResult
+from tokensieve.model.context import ForwardContext, LayerResult, Lent
 from tokensieve.model.entries import ContiguousKeys, Keys
 from tokensieve.model.indexer import Indexer, IndexInputs
 from tokensieve.model.kl import InjectedKL, LayerLocalLoss
@@ -39,8 +39,8 @@ Queries = Any  # whatever a family's `project` returns and its other methods rea
 class Attention(nn.Module, ABC):
     """Attention of one layer. Parameter names are the published checkpoint's; `indexer` exists in sparse models only.
 
-    borrows: a layer of a sparse model that has no indexer reads the keys that the layer before it reads (GLM-5 calls it
-    "shared"). lends: the layer after this one does so.
+    borrows: a layer of a sparse model that has no indexer reads the keys that the layer before it reads (config.json
+    calls it "shared"). lends: the layer after this one does so.
 
     Each kind of attention implements the abstract methods: the projection of tokens, and the two forms in which keys
     are read (`tokensieve.model.context.Form`).
@@ -95,28 +95,34 @@ class Attention(nn.Module, ABC):
 
     # common to all
 
-    def forward(self, h_ND: Tensor, ctx: ForwardContext, borrowed: Tensor | None = None) -> tuple[Tensor, LayerResult]:
-        """borrowed (N, K): the indices of the layer before, for a layer that borrows; None if that is dense."""
+    def forward(self, h_ND: Tensor, ctx: ForwardContext, lent: Lent = Lent()) -> tuple[Tensor, LayerResult]:
+        """lent: by the layer before."""
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
         index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)
         keys = ctx.entries.append(self.layer, entries_NW, None if index is None else index.keys)
         kl = indices = None
         if ctx.objective == "warmup":
-            out, kl = self._warm_up(queries, keys, index, ctx)
+            teaches = lent.learner if self.borrows else index
+            assert teaches is not None
+            out, kl = self._warm_up(queries, keys, teaches, ctx)
+            lends = Lent(learner=teaches if self.lends else None)
         else:
             # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad.
-            index_tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
-            indices = self._select(queries, keys, index, ctx, borrowed)
-            if index_tensors is not None and indices is not None:
-                out, kl = self._adapt(queries, keys, indices, index_tensors, ctx)
+            tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
+            tensors = lent.tensors if self.borrows else tensors
+            indices = self._select(queries, keys, index, ctx, lent.indices)
+            if tensors is not None and indices is not None:
+                out, kl = self._adapt(queries, keys, indices, tensors, ctx)
             else:
                 out = self._attend(queries, keys, indices, ctx)
-        return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices or self.lends else None)
+            shown = self.lends or not is_own(ctx.selector)  # a selector may read what the layer before selected
+            lends = Lent(indices if shown else None, tensors=tensors if self.lends else None)
+        return self.o_proj(out.flatten(1)), LayerResult(kl, indices if ctx.keep_indices else None, lent=lends)
 
     def _select(
-        self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext, borrowed: Tensor | None
+        self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext, before: Tensor | None
     ) -> Tensor | None:
-        """(N, K) indices, or None for dense attention.
+        """(N, K) indices, or None for dense attention. before: those of the layer before.
 
         A built-in selector is not asked if no query sees more than k keys: attention is dense then. Your own always is.
         No selector is asked in a layer that borrows.
@@ -124,7 +130,7 @@ class Attention(nn.Module, ABC):
         if ctx.replay is not None:
             return ctx.replay[self.layer]
         if self.borrows and ctx.trace is None:
-            return borrowed
+            return before
         selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
         needed = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
         if not needed and is_own(selector) and keys.all_within(ctx.top_k):
@@ -136,8 +142,8 @@ class Attention(nn.Module, ABC):
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
         with torch.no_grad():
-            c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention))
-            indices = borrowed
+            c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention), before)
+            indices = before
             if not self.borrows:
                 indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))
             if indices is not None and ctx.check_selection and not is_own(selector):
@@ -182,29 +188,24 @@ class Attention(nn.Module, ABC):
         )
         return out, lse, q, k
 
-    def _warm_up(
-        self, queries: Queries, keys: Keys, index: IndexInputs | None, ctx: ForwardContext
-    ) -> tuple[Tensor, Tensor | None]:
+    def _warm_up(self, queries: Queries, keys: Keys, index: IndexInputs, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Dense attention, from which the indexer learns equation (3) layer by layer. Returns its output and the KL.
 
-        The KL is None in a layer that borrows: the indexer that it follows learns from its own layer alone.
+        index: of this layer, or the one that it shares. An indexer that several layers share learns from each of them.
         """
-        assert isinstance(keys, ContiguousKeys)
         scale, weight, pack = self.softmax_scale(ctx.rotation), ctx.kl_weight, ctx.pack
+        assert isinstance(keys, ContiguousKeys) and weight is not None
         out, lse, q, k = self._dense(queries, keys, scale, ctx)
-        if self.borrows:
-            return out, None
-        assert self.indexer is not None and index is not None and weight is not None
 
         def loss() -> Tensor:
             rows = ctx.kl_queries
-            q_I, w = index.queries(rows, keys.quantized_index)
+            q_I, w = index.queries(rows, False)
             return ops.indexer_kl_dense_sum(
-                q[rows], k, lse[rows], scale, q_I, keys.index[0], w, pack.starts_N[rows], pack.ends_N[rows], weight,
+                q[rows], k, lse[rows], scale, q_I, index.keys(True), w, pack.starts_N[rows], pack.ends_N[rows], weight,
                 backend=ctx.backend,
             )  # fmt: skip
 
-        parameters = tuple(x for x in self.indexer.parameters() if x.requires_grad)
+        parameters = tuple(x for x in index.parameters() if x.requires_grad)
         if torch.is_grad_enabled() and parameters:
             return out, LayerLocalLoss.apply(loss, *parameters)
         return out, loss().detach()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.entries import Entries
+from tokensieve.model.indexer import IndexInputs
 from tokensieve.model.kl import Objective
 from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation
@@ -71,18 +72,31 @@ class ForwardContext:
     real: int | None = None  # the first `real` rows are tokens; the others are padding, which no expert sees
 
 
+class Lent(NamedTuple):
+    """What a layer hands to the next one, which may read the same keys.
+
+    indices (N, K): its selection; None: attention was dense. learner: the indexer behind it in warm-up; tensors: its
+    q_I, k_I and w in adaptation. A layer that borrows the selection teaches that indexer too.
+    """
+
+    indices: Tensor | None = None
+    learner: IndexInputs | None = None
+    tensors: tuple[Tensor, Tensor, Tensor] | None = None
+
+
 class LayerResult(NamedTuple):
     """Results of a layer beside its hidden states.
 
-    It is a tuple, so that hooks on outputs, such as FSDP2's, see its tensors.
+    It is a tuple of tensors and tuples, so that hooks on outputs, such as FSDP2's, see its tensors.
 
-    kl (): sum over queries of weight * KL, which carries gradients in warm-up. indices (N, K). load_E: tokens sent to
-    each expert. The trunk drops the indices that the next layer has borrowed, unless the caller asked for them.
+    kl (): sum over queries of weight * KL, which carries gradients in warm-up. indices (N, K), if the caller asked for
+    them. load_E: tokens sent to each expert. lent: for the next layer alone; the trunk keeps none.
     """
 
     kl: Tensor | None = None
     indices: Tensor | None = None
     load_E: Tensor | None = None
+    lent: Lent = Lent()
 
 
 @contextmanager

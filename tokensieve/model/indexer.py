@@ -3,6 +3,8 @@
 Legend: N tokens, H index heads, D index width. Parameter names are the published checkpoint's.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -106,6 +108,10 @@ class IndexInputs:
         self._indexer, self._rotation = indexer, rotation
         self._source, self._h = source_NL.detach(), h_ND.detach()
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What learns from a loss of these queries and keys."""
+        return self._indexer.parameters()
 
     def keys(self, rounded: bool) -> Tensor:
         """k_I (N, D) of the tokens of this pass."""

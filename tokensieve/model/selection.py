@@ -76,7 +76,8 @@ class SelectionContext:
     layer: its index. k: the most keys to select per query, which may be more than a query sees. starts_N, ends_N
     (int32): each query may see the keys [start, end). Positions count along the packed keys of the pass, or on pages
     from each sequence's own beginning; a selector that keeps to [start, end), as `topk` and `select` do, need not know
-    which. Everything is computed only if it is used.
+    which. before (N, K): what the layer before reads, which a selector may read again; None in the first layer, and
+    behind one that attends to every key. Everything is computed only if it is used.
     """
 
     def __init__(
@@ -86,12 +87,17 @@ class SelectionContext:
         keys: Keys,
         index: IndexInputs | None,
         attention: Callable[[], tuple[Tensor, float]],
+        before: Tensor | None = None,
         rows: Rows = None,
     ):
         """attention: returns the main attention's queries (N, H, D), all heads in the entries' form, and its scale."""
         self.layer, self.k, self.keys = layer, k, keys
-        self._index, self._attention, self._rows = index, attention, rows
+        self._index, self._attention, self._before, self._rows = index, attention, before, rows
         self.starts_N, self.ends_N = taken(keys.starts_N, rows), taken(keys.ends_N, rows)
+
+    @property
+    def before(self) -> Tensor | None:
+        return None if self._before is None else taken(self._before, self._rows)
 
     def __len__(self) -> int:
         return self.ends_N.shape[0]
@@ -101,7 +107,7 @@ class SelectionContext:
         if self._rows is not None:
             numbers = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
             rows = numbers[self._rows][rows]
-        return SelectionContext(self.layer, self.k, self.keys, self._index, self._attention, rows)
+        return SelectionContext(self.layer, self.k, self.keys, self._index, self._attention, self._before, rows)
 
     def blocks(self) -> "Iterator[SelectionContext]":
         """These queries in blocks of at most 256, for selectors that read whole rows of scores or probabilities."""

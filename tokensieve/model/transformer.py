@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.attention import Attention
 from tokensieve.model.cache import Cached, LatentCache
-from tokensieve.model.context import ForwardContext, ForwardOptions, LayerResult
+from tokensieve.model.context import ForwardContext, ForwardOptions, LayerResult, Lent
 from tokensieve.model.entries import Entries, Fresh
 from tokensieve.model.grouped import GroupedAttention
 from tokensieve.model.kl import InjectedKL, Objective, query_weights
@@ -60,9 +60,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, ctx: ForwardContext, borrowed: Tensor | None = None) -> tuple[Tensor, LayerResult]:
-        """borrowed: the indices of the layer before, for a layer whose attention borrows."""
-        attended, result = self.self_attn(self.input_layernorm(x_ND), ctx, borrowed)
+    def forward(self, x_ND: Tensor, ctx: ForwardContext, lent: Lent = Lent()) -> tuple[Tensor, LayerResult]:
+        """lent: by the layer before."""
+        attended, result = self.self_attn(self.input_layernorm(x_ND), ctx, lent)
         x_ND = x_ND + attended
         x = self.post_attention_layernorm(x_ND)
         if not isinstance(self.mlp, MoE):
@@ -188,7 +188,7 @@ class Trunk(DecoderPreTrainedModel):
             options,
             objective=objective.kind,
             kl_queries=objective.queries,
-            kl_weight=None if objective.kind == "none" else query_weights(objective, pack, max(1, self.indexers)),
+            kl_weight=None if objective.kind == "none" else query_weights(objective, pack, len(self.layers)),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             keep_indices=return_selection,
         )
@@ -245,14 +245,14 @@ class Trunk(DecoderPreTrainedModel):
         states: every layer's output (B, S, D) is appended to it.
         """
         results: list[LayerResult] = []
-        indices: Tensor | None = None
+        lent = Lent()
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and ctx.objective != "warmup":
-                x_ND, result = checkpoint(layer, x_ND, ctx, indices, use_reentrant=False)
+                x_ND, result = checkpoint(layer, x_ND, ctx, lent, use_reentrant=False)
             else:
-                x_ND, result = layer(x_ND, ctx, indices)
-            indices = result.indices
-            results.append(result if ctx.keep_indices else result._replace(indices=None))
+                x_ND, result = layer(x_ND, ctx, lent)
+            lent = result.lent
+            results.append(result._replace(lent=Lent()))
             if states is not None:
                 states.append(x_ND.unflatten(0, (ctx.pack.batch, ctx.pack.length)))
         return x_ND, results
