@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokensieve import ops
     from tokensieve.config import UserError
     from tokensieve.families import SparseConfig
-    from tokensieve.model import LatentCache, join, load, load_tokenizer, save, selecting, sparsify
+    from tokensieve.model import LatentCache, join, load, load_tokenizer, save, selecting, share, sparsify
     from tokensieve.train.callbacks import training
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ops",
     "save",
     "selecting",
+    "share",
     "sparsify",
     "training",
 ]
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "load_tokenizer": "tokensieve.model",
     "save": "tokensieve.model",
     "selecting": "tokensieve.model",
+    "share": "tokensieve.model",
     "sparsify": "tokensieve.model",
     "training": "tokensieve.train.callbacks",
 }

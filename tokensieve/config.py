@@ -291,6 +291,19 @@ class SpeedrunConfig:
 
 
 @dataclass(frozen=True)
+class ShareConfig:
+    """`tokensieve share`: the texts by whose loss layers are chosen that give up their indexer."""
+
+    context: int  # tokens of a text, more than k
+    texts: int
+
+    def __post_init__(self) -> None:
+        for name in ("context", "texts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class ProfileConfig:
     """`tokensieve profile`: how much it measures, and the thresholds of its recommendation."""
 

@@ -17,6 +17,7 @@ KEYS = {
     "demo": ["top_k=256", "warmup.phases.1.context=2048", "heat_lengths=[1024]"],
     "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
     "eval": ["sparse.contexts=[8192]", "base.needles=", "long.keys=16", "short.tokens=512"],
+    "share": ["context=4096", "texts=4"],
     "profile": ["mass=", "top_k=[128, 256", "index_heads (none)"],
 }
 

@@ -11,10 +11,11 @@ from tokensieve.cli.missing import report_missing
 with report_missing():
     from tokensieve.cli import training  # noqa: I001
     from tokensieve.cli import checkpoints
+    from tokensieve.cli import sharing
     from tokensieve.cli import profiling
     from tokensieve.cli import text
     from tokensieve.cli import serving
     from tokensieve.cli import bench
     from tokensieve.cli.program import app, main
 
-__all__ = ["app", "bench", "checkpoints", "main", "profiling", "serving", "text", "training"]
+__all__ = ["app", "bench", "checkpoints", "main", "profiling", "serving", "sharing", "text", "training"]

@@ -1,6 +1,7 @@
 """Commands that measure how fast something runs."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,7 +49,7 @@ def serve(
     from tokensieve.config import UserError, check_selector
     from tokensieve.files import known_folder, write_json
 
-    who = [check_selector(name) for name in selection.split(",")]
+    who = [check_selector(name) for name in re.split(r",(?![^(]*\))", selection)]  # not at commas between options
     if shape is None and (experts or set_ or fp8):
         raise UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
     counts = _numbers("--experts", experts) if experts else [None]

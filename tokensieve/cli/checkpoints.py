@@ -53,6 +53,9 @@ def sparsify(
     index_dim: Annotated[int, typer.Option(help="Width of an indexer head.")] = 128,
     index_dtype: Annotated[IndexDtype, typer.Option(help="Arithmetic of the index scores.")] = IndexDtype.bf16,
     seed: Annotated[int, typer.Option(help="Of the new indexer's weights.")] = 0,
+    share_every: Annotated[
+        int, typer.Option(min=1, help="Layers that share an indexer, which the first of them has; 1: each has its own.")
+    ] = 1,
 ) -> None:
     """Add an untrained indexer to a dense checkpoint: the start of warm-up.
 
@@ -65,7 +68,7 @@ def sparsify(
     import tokensieve
 
     dense = tokensieve.load(model, dtype=_stored_dtype(model))
-    sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed)
+    sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed, share_every)
     tokensieve.save(sparse, out)
     count = sum(p.numel() for p in sparse.indexer_parameters())
     typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")

@@ -4,6 +4,7 @@ and data to figures.
 Losses are in nats per token, shares in [0, 1], times in milliseconds if the name says ms.
 """
 
+from tokensieve.evals.budget import fitted_k, fitted_share
 from tokensieve.evals.choices import choose
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
 from tokensieve.evals.evaluation import Evaluation, Record, evaluate
@@ -23,6 +24,7 @@ from tokensieve.evals.parity import (
     shared_texts,
 )
 from tokensieve.evals.progress import OnProgress
+from tokensieve.evals.sharing import greedy_choice
 from tokensieve.evals.suites import checked_tasks, judge_long, judge_short, long_arms, short_arms
 from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
 
@@ -49,6 +51,9 @@ __all__ = [
     "crossover",
     "demo_arms",
     "evaluate",
+    "fitted_k",
+    "fitted_share",
+    "greedy_choice",
     "judge_long",
     "judge_short",
     "judge_sparse",

@@ -8,6 +8,7 @@ from tokensieve.model.files import model_path
 from tokensieve.model.kl import KLScale, Objective
 from tokensieve.model.loading import load, save, save_indexers, sparsify
 from tokensieve.model.selection import SelectionContext, join
+from tokensieve.model.sharing import share
 from tokensieve.model.tokenizer import check_tokenizer, load_tokenizer
 from tokensieve.model.transformer import Trunk
 
@@ -27,6 +28,7 @@ __all__ = [
     "save",
     "save_indexers",
     "selecting",
+    "share",
     "sparsify",
     "with_options",
 ]

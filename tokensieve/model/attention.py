@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokensieve import ops
 from tokensieve.families import ModelConfig, family_of
-from tokensieve.model.context import ForwardContext, LayerResult, Lent
+from tokensieve.model.context import NOTHING, ForwardContext, LayerResult, Lent
 from tokensieve.model.entries import ContiguousKeys, Keys
 from tokensieve.model.indexer import Indexer, IndexInputs
 from tokensieve.model.kl import InjectedKL, LayerLocalLoss
@@ -95,7 +95,7 @@ class Attention(nn.Module, ABC):
 
     # common to all
 
-    def forward(self, h_ND: Tensor, ctx: ForwardContext, lent: Lent = Lent()) -> tuple[Tensor, LayerResult]:
+    def forward(self, h_ND: Tensor, ctx: ForwardContext, lent: Lent = NOTHING) -> tuple[Tensor, LayerResult]:
         """lent: by the layer before."""
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
         index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)

@@ -84,6 +84,9 @@ class Lent(NamedTuple):
     tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
 
+NOTHING = Lent()
+
+
 class LayerResult(NamedTuple):
     """Results of a layer beside its hidden states.
 
@@ -96,7 +99,7 @@ class LayerResult(NamedTuple):
     kl: Tensor | None = None
     indices: Tensor | None = None
     load_E: Tensor | None = None
-    lent: Lent = Lent()
+    lent: Lent = NOTHING
 
 
 @contextmanager

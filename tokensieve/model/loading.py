@@ -17,6 +17,7 @@ from tokensieve.families import ModelConfig, family_of, model_config
 from tokensieve.model import files
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import check_savable, fill
+from tokensieve.model.sharing import sharing_fields
 
 log = logging.getLogger("tokensieve")
 
@@ -117,8 +118,10 @@ def sparsify(
     index_dim: int = 128,
     index_dtype: str = "bf16",
     seed: int = 0,
+    share_every: int = 1,
 ) -> DecoderForCausalLM:
-    """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer.
+    """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer, or
+    with `share_every` n in the layers 0, n, 2n, ...; the others then read the keys of the layer before them.
 
     `top_k` keys are selected per query. The indexer has `index_heads` heads of width `index_dim`, of which the first
     dims (MLA: qk_rope_head_dim; grouped attention: up to 64) carry positions. Its weights are normal with std
@@ -133,11 +136,15 @@ def sparsify(
     family = family_of(model.config)
     if family.sparse:
         raise UserError("the model already has indexers; train them with: tokensieve warmup")
-    for name, value in (("top_k", top_k), ("index_heads", index_heads)):
+    for name, value in (("top_k", top_k), ("index_heads", index_heads), ("share_every", share_every)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     indexer = {"index_topk": top_k, "index_n_heads": index_heads, "index_head_dim": index_dim}
-    config = model_config(family.sparse_fields(model.config) | indexer | {"index_dtype": index_dtype})
+    fields = family.sparse_fields(model.config) | indexer | {"index_dtype": index_dtype}
+    if share_every > 1:
+        layers = model.config.num_hidden_layers
+        fields |= sharing_fields(fields, ["shared" if layer % share_every else "full" for layer in range(layers)])
+    config = model_config(fields)
     with torch.device("meta"):
         sparse = DecoderForCausalLM(config)
     state = model.state_dict()

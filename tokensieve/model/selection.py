@@ -14,9 +14,11 @@ last 64 tokens:
 
     with tokensieve.selecting(model, with_recent): ...
 
-On the command line its name is `module:function` (`--selection my_module:with_recent`).
+On the command line its name is `module:function` (`--selection my_module:with_recent`). A call with literal options,
+`tokensieve.selectors:Recent(last=64)`, names what it returns.
 """
 
+import ast
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -221,12 +223,16 @@ SELECTORS: Mapping[str, Selector] = MappingProxyType(
 
 
 def resolve(selector: str | Selector) -> Selector:
-    """A selector by its name or `module:function`; a function is returned as it is. UserError for an unknown name."""
+    """A selector by its name, `module:function` or `module:function(options)`; a function is returned as it is.
+
+    UserError for an unknown name, and for options that are not literals or that the function does not take.
+    """
     if not isinstance(selector, str):
         return selector
     if selector in SELECTORS:
         return SELECTORS[selector]
-    module, _, name = check_selector(selector).partition(":")
+    module, _, called = check_selector(selector).partition(":")
+    name, options = _parsed(selector, called)
     try:
         target: Any = importlib.import_module(module)
         for part in name.split("."):
@@ -239,7 +245,30 @@ def resolve(selector: str | Selector) -> Selector:
         raise UserError(f"selection {selector}: module {module} has no {name}") from error
     if not callable(target):
         raise UserError(f"selection {selector}: {name} is not callable")
-    return target
+    if options is None and isinstance(target, type):
+        raise UserError(f"selection {selector}: {name} has options; write {module}:{name}(...)")
+    if options is None:
+        return target
+    try:
+        return target(*options[0], **options[1])
+    except TypeError as error:
+        raise UserError(f"selection {selector}: {error}") from error
+
+
+def _parsed(selector: str, called: str) -> tuple[str, tuple[list[Any], dict[str, Any]] | None]:
+    """The dotted name in `name` or `name(options)`, and the options, which are literals of Python."""
+    name, bracket, _ = called.partition("(")
+    if not bracket:
+        return called, None
+    wrong = UserError(f"selection {selector}: write options as in Python, for instance {name}(layers=[1, 2])")
+    try:
+        call = ast.parse(called, mode="eval").body
+        if not isinstance(call, ast.Call) or any(keyword.arg is None for keyword in call.keywords):
+            raise wrong
+        by_place = [ast.literal_eval(value) for value in call.args]
+        return name, (by_place, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, ValueError) as error:
+        raise wrong from error
 
 
 def is_own(selector: Selector) -> bool:

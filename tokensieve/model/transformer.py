@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.attention import Attention
 from tokensieve.model.cache import Cached, LatentCache
-from tokensieve.model.context import ForwardContext, ForwardOptions, LayerResult, Lent
+from tokensieve.model.context import NOTHING, ForwardContext, ForwardOptions, LayerResult, Lent
 from tokensieve.model.entries import Entries, Fresh
 from tokensieve.model.grouped import GroupedAttention
 from tokensieve.model.kl import InjectedKL, Objective, query_weights
@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
 
-    def forward(self, x_ND: Tensor, ctx: ForwardContext, lent: Lent = Lent()) -> tuple[Tensor, LayerResult]:
+    def forward(self, x_ND: Tensor, ctx: ForwardContext, lent: Lent = NOTHING) -> tuple[Tensor, LayerResult]:
         """lent: by the layer before."""
         attended, result = self.self_attn(self.input_layernorm(x_ND), ctx, lent)
         x_ND = x_ND + attended
@@ -245,14 +245,14 @@ class Trunk(DecoderPreTrainedModel):
         states: every layer's output (B, S, D) is appended to it.
         """
         results: list[LayerResult] = []
-        lent = Lent()
+        lent = NOTHING
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and ctx.objective != "warmup":
                 x_ND, result = checkpoint(layer, x_ND, ctx, lent, use_reentrant=False)
             else:
                 x_ND, result = layer(x_ND, ctx, lent)
             lent = result.lent
-            results.append(result._replace(lent=Lent()))
+            results.append(result._replace(lent=NOTHING))
             if states is not None:
                 states.append(x_ND.unflatten(0, (ctx.pack.batch, ctx.pack.length)))
         return x_ND, results

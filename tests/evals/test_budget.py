@@ -1,0 +1,72 @@
+"""How a budget of keys is spent: the share that selects k in the mean, and a k for each layer."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokensieve
+from tests.support.models import config, ours, tokens
+from tokensieve.config import UserError
+from tokensieve.evals import fitted_k, fitted_share
+from tokensieve.evals.budget import STEP
+from tokensieve.model import SelectionContext
+from tokensieve.selectors import AtLeast
+
+K = 16
+
+
+def model_and_texts() -> tuple[tokensieve.model.DecoderForCausalLM, list[Tensor]]:
+    return ours(config("v32", index_topk=K)), [tokens(1, 90, seed=seed)[0] for seed in (1, 2)]
+
+
+def watched(model: tokensieve.model.DecoderForCausalLM, texts: list[Tensor], watch) -> None:
+    """Calls `watch` with the context of every layer, while attention stays dense."""
+    with torch.no_grad(), tokensieve.selecting(model, watch):
+        for ids in texts:
+            model(ids[None])
+
+
+@pytest.mark.parametrize("most", [2, 4])
+def test_the_share_selects_k_keys_in_the_mean(most: int) -> None:
+    model, texts = model_and_texts()
+    share, counts = fitted_share(model, texts, most=most, queries=1000), []
+
+    def watch(c: SelectionContext) -> None:
+        seen = c.ends_N - c.starts_N
+        counts.extend((AtLeast(share, most)(c) >= 0).sum(1)[seen > K].tolist())
+
+    watched(model, texts, watch)
+    assert abs(sum(counts) / len(counts) - K) < 0.1 and len(set(counts)) > 5
+
+
+def test_no_other_numbers_of_keys_hold_more_mass() -> None:
+    """Against every way to spend the same budget in steps, from the mean curves of a naive count."""
+    model, texts = model_and_texts()
+    found, held = fitted_k(model, texts, queries=1000), {}
+
+    def watch(c: SelectionContext) -> None:
+        rows = torch.nonzero(c.ends_N - c.starts_N > K).flatten()
+        scores, mass = c.scores(), c.head_mass()
+        for t in rows.tolist():
+            end = int(c.ends_N[t])
+            order = scores[t, :end].argsort(descending=True, stable=True)
+            curve = torch.nn.functional.pad(mass[t, order], (0, 4 * K))[: 4 * K]
+            total, n = held.get(c.layer, (0.0, 0))
+            held[c.layer] = total + curve.double(), n + 1
+
+    watched(model, texts, watch)
+    means = [held[layer][0] / held[layer][1] for layer in range(3)]
+    choices = [ks for ks in itertools.product(range(STEP, 4 * K + 1, STEP), repeat=3) if sum(ks) == 3 * K]
+    best = max(choices, key=lambda ks: sum(float(m[:k].sum()) for m, k in zip(means, ks, strict=True)))
+    assert found == best and sum(found) == 3 * K and len(choices) > 10
+
+
+def test_what_is_refused() -> None:
+    model, texts = model_and_texts()
+    for fit in (fitted_share, fitted_k):
+        with pytest.raises(UserError, match="no sequence is longer than k = 200 tokens"):
+            fit(model, texts, 200)
+    with pytest.raises(UserError, match="share indexers"):
+        fitted_k(tokensieve.share(model, [0, 2]), texts)

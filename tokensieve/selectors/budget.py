@@ -1,0 +1,62 @@
+"""A number of keys that differs between queries or layers, under one budget.
+
+Legend: N queries, K selected keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokensieve.config import UserError
+from tokensieve.model.selection import SelectionContext
+from tokensieve.selectors.shares import best_shares, keep, stacked
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Of the best `most` * k keys, those whose share of the index scores' softmax is `share` or more; at least one.
+
+    Among all selections with as many keys in the mean, this one holds the most mass, if the shares are attention's: a
+    key more is worth as much in every query and every layer. `tokensieve.evals.budget.fitted_share` finds the share
+    that selects k keys in the mean. share: one for all layers, or one for each.
+    """
+
+    share: float | tuple[float, ...]
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        shares = self.share if isinstance(self.share, tuple | list) else (self.share,)
+        if not shares or not all(0 <= share <= 1 for share in shares) or self.most < 1:
+            raise UserError(f"AtLeast(share={self.share}, most={self.most}): a share is from 0 to 1, most at least 1")
+
+    def __call__(self, c: SelectionContext) -> Tensor:
+        share = _of_layer("AtLeast", "share", self.share, c.layer)
+        return stacked([_least(block, self.most * c.k, share) for block in c.blocks()])
+
+
+def _least(c: SelectionContext, most: int, share: float) -> Tensor:
+    indices, shares = best_shares(c, most)
+    return keep(indices, (shares >= share) | (shares == shares.amax(1, keepdim=True)))
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """The top k with a k of its own in each layer. `tokensieve.evals.budget.fitted_k` learns them from attention."""
+
+    k: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise UserError(f"PerLayer(k={list(self.k)}): give each layer at least 1 key")
+
+    def __call__(self, c: SelectionContext) -> Tensor:
+        return c.topk(_of_layer("PerLayer", "k", self.k, c.layer))
+
+
+def _of_layer(name: str, option: str, given: Any, layer: int) -> Any:
+    if not isinstance(given, tuple | list):
+        return given
+    if layer >= len(given):
+        raise UserError(f"{name} has {option} for {len(given)} layers, and the model has more; give one for each")
+    return given[layer]
