@@ -29,6 +29,8 @@ class Recorder:
 
     def __call__(self, c: SelectionContext) -> None:
         rows = torch.nonzero(c.ends_N - c.starts_N > c.k).flatten()
+        if not len(rows):
+            return
         if len(rows) > self.queries:
             rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
         for r in rows.split(ROWS):
