@@ -72,3 +72,15 @@ def test_gpu_benchmark_without_a_gpu() -> None:
     child = subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (child.returncode, child.stdout) == (2, ""), child.stderr
     assert child.stderr.splitlines() == ["bench-gpu: torch sees no CUDA device here"]
+
+
+@pytest.mark.slow
+def test_selections_are_compared(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "selections.json"
+    sizes = ("--context", "700", "--texts", "2", "--needles", "0", "--fit", "1", "--device", "cpu", "--out", str(out))
+    child = benchmark("selections", *sizes)
+    assert child.returncode == 0, child.stderr
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["sparse"]["keys"] == 512 and rows["dense"]["keys"] > 512 and rows["window"]["keys"] == 512
+    assert rows["k by query"]["keys"] == pytest.approx(512, rel=0.1) and rows["window"]["indexers"] == 0
+    assert all(f"| {name} |" in child.stdout for name in rows)

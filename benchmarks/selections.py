@@ -1,0 +1,157 @@
+"""Ways to select, on one model and the same prompts: quality beside the keys read and the indexer's work.
+
+    python benchmarks/selections.py --model sparse --context 8192 --texts 16 --needles 8
+    python benchmarks/selections.py --also distilled-4=runs/warm-4/step-000100
+
+Prints a table in Markdown, with 95% intervals, and writes every figure as JSON. Perplexity and needles are compared
+with the top k of the model, prompt by prompt. `--also` adds another checkpoint, which selects its own. Keys are the
+mean over layers and over queries that see more than k; indexers are those that work, in units of one in every layer.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokensieve
+from tokensieve import evals
+from tokensieve.config import DataConfig
+from tokensieve.data import read_documents
+from tokensieve.evals import Arm
+from tokensieve.machine import choose_device
+from tokensieve.model import DecoderForCausalLM, SelectionContext
+from tokensieve.model.selection import dense, indexer, window
+from tokensieve.report import environment
+from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared
+from tokensieve.tasks import Documents, encoder
+from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
+
+
+class Counting:
+    """A selector that selects as another one, and counts the keys of queries that see more than k."""
+
+    def __init__(self, selector: Callable[[SelectionContext], Tensor | None]):
+        self.selector, self.keys, self.queries = selector, 0, 0
+        self.__name__ = type(selector).__name__
+
+    def __call__(self, c: SelectionContext) -> Tensor | None:
+        indices, seen = self.selector(c), c.ends_N - c.starts_N
+        past = seen > c.k
+        self.keys += int((seen if indices is None else (indices >= 0).sum(1))[past].sum())
+        self.queries += int(past.sum())
+        return indices
+
+    @property
+    def mean(self) -> float:
+        return self.keys / max(1, self.queries)
+
+
+def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
+    """Each selector, fitted to a budget of k keys on `texts`, and the share of the layers whose indexer works."""
+    layers = len(model.model.layers)
+    arms: dict[str, tuple[Any, float]] = {
+        "dense": (dense, 0.0),
+        "sparse": (indexer, 1.0),
+        "window": (window, 0.0),
+        "top k, sinks, window": (Recent(last=min(64, k // 4)), 1.0),
+        "k by query": (AtLeast(evals.fitted_share(model, texts, k)), 1.0),
+        "k by layer": (PerLayer(evals.fitted_k(model, texts, k)), 1.0),
+        "dense in layer 0": (DenseLayers((0,)), (layers - 1) / layers),
+        "dense below 4 k": (DenseBelow(4 * k), 1.0),
+        "dense if spread": (DenseIfSpread(0.7), 1.0),
+    }
+    for keep in (layers // 2, layers // 4):
+        with tokensieve.selecting(model, "indexer", k):
+            chosen = evals.greedy_choice(model, texts, keep)
+        shared = tuple(layer for layer in range(layers) if layer not in chosen.kept)
+        arms[f"{keep} indexers, kept {chosen.kept}"] = (Shared(shared), keep / layers)
+        every = layers // keep
+        regular = tuple(layer for layer in range(layers) if layer % every)
+        arms[f"{keep} indexers, every {every}th"] = (Shared(regular), keep / layers)
+    return arms
+
+
+def rows_of(
+    models: dict[str, DecoderForCausalLM], tokenizer: Any, sizes: argparse.Namespace, k: int
+) -> list[dict[str, Any]]:
+    model, encode = models["sparse"], encoder(tokenizer)
+    training = list(read_documents("python", "train", DataConfig().held_out_share))
+    fitted_on = evals.text_sequences(encode, training, sizes.context, sizes.fit)
+    selectors = arms_of(model, fitted_on, k)
+    held_out = list(read_documents("python", "test", DataConfig().held_out_share))
+    sequences = evals.text_sequences(encode, held_out, sizes.context, sizes.texts)
+    task = Needles(encode, Documents(test=held_out), context=sizes.context)
+    needles = task.examples("test", sizes.needles * MAX_NEEDLES)
+    counting = {name: Counting(selector) for name, (selector, _) in selectors.items()}
+    arms = {name: Arm(model, counted) for name, counted in counting.items()}
+    work = {name: share for name, (_, share) in selectors.items()}
+    for name, other in models.items():
+        if name != "sparse":
+            counting[name] = Counting(indexer)
+            arms[name] = Arm(other, counting[name])
+            work[name] = other.model.indexers / len(other.model.layers)
+    scores = evals.compare(arms, encode, sequences, task, needles, k)
+    metrics = evals.metrics_of(scores)
+    rows = []
+    for name in arms:
+        ppl = metrics["compared"]["ppl"].get(name)
+        needle = metrics["compared"]["needle"].get(name) if name != "window" else None
+        rows.append(
+            {
+                "arm": name, "k": k, "selector": repr(counting[name].selector), "ppl": metrics[name]["ppl"],
+                "sparse_over_arm": ppl, "needle": metrics[name].get("needle"), "sparse_less_arm": needle,
+                "keys": counting[name].mean, "indexers": work[name],
+            }
+        )  # fmt: skip
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    ratio, needle = "1", ""
+    if row["sparse_over_arm"] is not None:
+        r = row["sparse_over_arm"]
+        ratio = f"{1 / r['value']:.4f} ({1 / r['high']:.4f} to {1 / r['low']:.4f})"
+    if row["needle"] is not None:
+        needle = f"{row['needle']:.1%}"
+        if row["sparse_less_arm"] is not None:
+            d = row["sparse_less_arm"]
+            needle += f" ({-100 * d['value']:+.1f}: {-100 * d['high']:+.1f} to {-100 * d['low']:+.1f})"
+    return f"| {row['arm']} | {ratio} | {needle} | {row['keys']:.0f} | {row['indexers']:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="sparse")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--texts", type=int, default=16, help="held-out texts")
+    parser.add_argument("--needles", type=int, default=8, help="contexts with 16 needles each")
+    parser.add_argument("--fit", type=int, default=4, help="training texts that budgets and layers are fitted on")
+    parser.add_argument("--top-k", default="", help="budgets in keys, with commas; the model's own unless given")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/selections.json"))
+    sizes = parser.parse_args()
+    device = choose_device(sizes.device)
+    models = {"sparse": tokensieve.load(sizes.model, device=device)}
+    for also in sizes.also:
+        name, _, folder = also.partition("=")
+        models[name] = tokensieve.load(folder, device=device)
+    tokenizer = tokensieve.load_tokenizer(sizes.model)
+    rows: list[dict[str, Any]] = []
+    for k in [int(k) for k in sizes.top_k.split(",") if k] or [models["sparse"].top_k]:
+        found = rows_of(models, tokenizer, sizes, k)
+        print(f"\nk = {k}, {sizes.context} tokens, {sizes.texts} texts, {sizes.needles * MAX_NEEDLES} questions\n")
+        print("| selection | perplexity / top k | needles (less top k) | keys | indexers |\n|---|---|---|---|---|")
+        print("\n".join(map(line, found)), flush=True)
+        rows += found
+        sizes.out.parent.mkdir(parents=True, exist_ok=True)
+        sizes.out.write_text(json.dumps({"rows": rows, "run": environment()}, indent=1))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
