@@ -19,7 +19,7 @@ PACKAGE = ROOT / "tokensieve"
 # which the demo uses as a reader would.
 ORDER = (
     "config families machine files mesh cost ops checkpoint model selectors tasks data engine evals bench train "
-    "profile serve deploy report __init__ demo speedrun doctor cli __main__"
+    "posttrain profile serve deploy report __init__ demo speedrun doctor cli __main__"
 ).split()
 
 MAX_LINES = 450

@@ -1,0 +1,21 @@
+"""Post-training: what an answer is rewarded with. Specialists, distillation and reinforcement learning build on it.
+
+Rewards are functions of texts and numbers, so that TRL, verl and evaluation call the same ones.
+"""
+
+from tokensieve.posttrain.judge import Criterion, Judge, JudgeSettings, Question
+from tokensieve.posttrain.language import LanguageShare
+from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward, split_thinking
+
+__all__ = [
+    "Criterion",
+    "Judge",
+    "JudgeSettings",
+    "LanguageShare",
+    "Question",
+    "Terms",
+    "Weights",
+    "length_penalty",
+    "reward",
+    "split_thinking",
+]
