@@ -45,6 +45,8 @@ class EngineConfig:
     backend: backend of the ops.
     top_k: keys selected per query. 0 takes the number in the model's config.
     check_selection: whether what your own selectors return is checked. None checks it on the CPU only.
+    keep_selection: whether the last output of a request brings the keys that each token's attention read. Memory: 4 k
+        bytes for each token of the cache and layer.
 
     Raises UserError for values outside of these ranges.
     """
@@ -57,6 +59,7 @@ class EngineConfig:
     backend: Literal["auto", "reference"] = "auto"
     top_k: int = 0
     check_selection: bool | None = None
+    keep_selection: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -126,7 +129,13 @@ class Engine:
         pages = self.config.pages or default_pages(model, self.config.running)
         _check_pages(model, pages)
         self.runner = Runner(
-            model, pages, self.config.backend, selectors, self.config.top_k, self.config.check_selection
+            model,
+            pages,
+            self.config.backend,
+            selectors,
+            self.config.top_k,
+            self.config.check_selection,
+            self.config.keep_selection,
         )
         self.scheduler = Scheduler(
             pages, self.config.running, self.config.chunk, self.config.chunks, self.config.prefix_cache
@@ -294,9 +303,13 @@ class Engine:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
     ) -> Output:
-        self.scheduler.remove(generation.running)
-        del self._generations[generation.running.request.id]
-        return self._output(generation, text + generation.text.finish(), tokens, logprobs, finish, error)
+        running = generation.running
+        selection: tuple[Tensor, ...] = ()
+        if self.runner.selected is not None and finish in ("stop", "length"):
+            selection = self.runner.selected.read(running.pages, running.cached)
+        self.scheduler.remove(running)
+        del self._generations[running.request.id]
+        return self._output(generation, text + generation.text.finish(), tokens, logprobs, finish, error, selection)
 
     def _output(
         self,
@@ -306,6 +319,7 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...],
         finish: Finish | None = None,
         error: str = "",
+        selection: tuple[Tensor, ...] = (),
     ) -> Output:
         r, trace, generation.trace = generation.running, generation.trace, None
         prompt_logprobs, generation.prompt_logprobs = tuple(generation.prompt_logprobs), []
@@ -322,6 +336,7 @@ class Engine:
             completion_tokens=r.answered,
             error=error,
             trace=() if trace is None else tuple(trace.layers),
+            selection=selection,
         )
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from tokensieve.config import UserError
 from tokensieve.engine.trace import LayerTrace
 
@@ -146,6 +148,8 @@ class Output:
     error: message, if finish is "error".
     refused: whether the error lies in the request: it needs something that cannot be done, and would end so again.
     trace: one record per layer, with the first token, if it was requested.
+    selection: with the last output, if the engine keeps it: per layer (T, k) int32, the positions that each token of
+        prompt and answer read, ascending, then -1. The last token has none, since it was not run.
     """
 
     id: str
@@ -161,6 +165,7 @@ class Output:
     error: str = ""
     refused: bool = False
     trace: tuple[LayerTrace, ...] = ()
+    selection: tuple[Tensor, ...] = ()
 
     @property
     def reading(self) -> bool:

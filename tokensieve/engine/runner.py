@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.engine.graphs import Graphs, StepInputs
+from tokensieve.engine.selected_pages import SelectedPages
 from tokensieve.families import Entry, family_of
 from tokensieve.model import DecoderForCausalLM, ForwardOptions
 from tokensieve.model.context import Trace
@@ -105,6 +106,7 @@ class Runner:
         selectors: Mapping[str, Selector] = MappingProxyType({}),
         top_k: int = 0,
         check_selection: bool | None = None,
+        keep_selection: bool = False,
     ):
         """Runner with an empty cache.
 
@@ -112,11 +114,16 @@ class Runner:
         backend: backend of the ops.
         selectors: functions by name, for `chunk` and `step`, besides the names that `resolve` knows.
         top_k: keys selected per query. 0 takes the model's number.
+        keep_selection: whether what each token's attention reads is kept, in `selected`.
         """
         self.model, self.backend, self._selectors, self._top_k = model.eval(), backend, selectors, top_k or None
         self._check_selection = check_selection
         self.pools = make_pools(model, pages)
         self.device = model.device
+        self.selected = None
+        if keep_selection:
+            k = self._top_k or model.top_k
+            self.selected = SelectedPages(model.config.num_hidden_layers, pages, k, self.device)
         self.entry = family_of(model.config).entry(model.config)
         # In other dtypes experts run one by one, by counts that the host reads, which no graph can record.
         recordable = self.device.type == "cuda" and model.dtype == torch.bfloat16
@@ -160,7 +167,7 @@ class Runner:
         entries = PagedChunk(self.pools, table, pack, self.entry, self.model.dtype, self.backend)
         ids = torch.tensor(tokens, device=self.device)
         # The last row is multiplied together with others: alone, it would be another kind of product, with other bits.
-        x = self._forward(ids, pack, entries, self.selector(selector), trace=trace)
+        x = self._forward(ids, pack, entries, self.selector(selector), entries.slots, trace=trace)
         last_V = self.model.lm_head(x[-ORDINARY_ROWS:])[-1]
         return torch.cat((self.model.lm_head(x[:-1]), last_V[None])) if every else last_V
 
@@ -209,7 +216,8 @@ class Runner:
             longest=1,
             valid_N=None,
         )
-        return self.model.lm_head(self._forward(inputs.tokens, pack, step, self.selector(selector), real=real))
+        x = self._forward(inputs.tokens, pack, step, self.selector(selector), inputs.slots, real=real)
+        return self.model.lm_head(x)
 
     def _forward(
         self,
@@ -217,16 +225,19 @@ class Runner:
         pack: Pack,
         entries: Entries,
         selector: Selector,
+        slots: Tensor,
         trace: Trace | None = None,
         real: int | None = None,
     ) -> Tensor:
-        """Hidden states (S, D) of the tokens, which the head multiplies."""
+        """Hidden states (S, D) of the tokens, which the head multiplies. slots: of their entries."""
         trunk = self.model.model
         options = ForwardOptions(
             selector=selector, top_k=self._top_k, backend=self.backend, check_selection=self._check_selection
         )
-        ctx = trunk.context(pack, entries, options, trace=trace, real=real)
-        x, _ = trunk.run(trunk.embed_tokens(tokens), ctx)
+        ctx = trunk.context(pack, entries, options, trace=trace, real=real, keep_indices=self.selected is not None)
+        x, results = trunk.run(trunk.embed_tokens(tokens), ctx)
+        if self.selected is not None:
+            self.selected.write(results, slots)
         return trunk.norm(x)
 
 

@@ -235,14 +235,14 @@ class PagedChunk:
         self._pools, self._table, self._pack, self._entry = pools, table_P, pack, entry
         self._tokens, self._dtype, self._backend = pack.max_keys, dtype, backend
         position = torch.arange(self._tokens - pack.length, self._tokens, device=table_P.device)
-        self._slots = table_P[position // PAGE_TOKENS].long() * PAGE_TOKENS + position % PAGE_TOKENS
+        self.slots = table_P[position // PAGE_TOKENS].long() * PAGE_TOKENS + position % PAGE_TOKENS
 
     def append(self, layer: int, entries_NW: Tensor, index_keys: IndexKeys | None) -> ContiguousKeys:
         """Stores entries and keys, and returns them as stored: rounded if the pages are quantized."""
         pages, index = self._pools.entries[layer], self._pools.index[layer]
         quantized = index.dtype == torch.uint8
         new_keys = None if index_keys is None else index_keys(not quantized)
-        self._pools.write(layer, self._entry, entries_NW, new_keys, self._slots)
+        self._pools.write(layer, self._entry, entries_NW, new_keys, self.slots)
         entries = unpacked(pages.index_select(0, self._table), self._dtype)
         entries_TW = entries.flatten(0, 1)[: self._tokens].flatten(1)
         keys = None if index_keys is None else lambda: self._stored_index(index)

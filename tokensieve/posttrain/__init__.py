@@ -5,7 +5,9 @@ Rewards are functions of texts and numbers, so that TRL, verl and evaluation cal
 
 from tokensieve.posttrain.judge import Criterion, Judge, JudgeSettings, Question
 from tokensieve.posttrain.language import LanguageShare
+from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward, split_thinking
+from tokensieve.posttrain.rollouts import Rollout, Rollouts
 
 __all__ = [
     "Criterion",
@@ -13,9 +15,12 @@ __all__ = [
     "JudgeSettings",
     "LanguageShare",
     "Question",
+    "Rollout",
+    "Rollouts",
     "Terms",
     "Weights",
     "length_penalty",
+    "replaying",
     "reward",
     "split_thinking",
 ]

@@ -1,0 +1,67 @@
+"""Replay: training reads the keys that the rollout read, so that both see the same model.
+
+Legend: B rows, S tokens of a row, T tokens of a rollout, K keys of a query.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokensieve.config import UserError
+from tokensieve.posttrain.rollouts import Rollout
+
+
+@contextmanager
+def replaying(model: nn.Module, rollouts: Sequence[Rollout]) -> Iterator[None]:
+    """Within the block every pass of `model` over rows of these rollouts reads the keys that the rollout read.
+
+    Rows are found by their tokens, whatever their order and padding, so this works for whatever code calls the model
+    (TRL's GRPOTrainer, say). A pass takes `input_ids` and, if rows are padded, `attention_mask`. UserError for a model
+    that is not tokensieve's, a rollout without a selection, and a row that is none of the rollouts.
+    """
+    trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
+    if not trunks:
+        raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
+    if any(not rollout.selection for rollout in rollouts):
+        raise UserError("a rollout has no selection to replay; sample with keep_selection=True")
+    known = {(*rollout.prompt, *rollout.answer): rollout.selection for rollout in rollouts}
+
+    def fill(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        ids = args[0] if args else kwargs["input_ids"]
+        return args, kwargs | {"selection": selection_of(ids, kwargs.get("attention_mask"), known)}
+
+    hooks = [trunk.register_forward_pre_hook(fill, with_kwargs=True) for trunk in trunks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, known: dict[tuple[int, ...], Any]) -> list[Tensor]:
+    """Per layer the positions (B, S, K) within each row; -1 for padding."""
+    kept = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
+    rows: list[list[Tensor]] = []
+    for ids_S, kept_S in zip(ids_BS.tolist(), kept.tolist(), strict=True):
+        first = kept_S.index(True) if True in kept_S else 0
+        tokens = tuple(token for token, real in zip(ids_S, kept_S, strict=True) if real)
+        if tokens not in known:
+            raise UserError(f"a row of {len(tokens)} tokens is none of the rollouts that are replayed")
+        rows.append([_of_row(layer, first, len(ids_S)) for layer in known[tokens]])
+    return [torch.stack(layers).to(ids_BS.device) for layers in zip(*rows, strict=True)]
+
+
+def _of_row(indices_TK: Tensor, first: int, length: int) -> Tensor:
+    """(S, K) for a row whose tokens begin at `first`. The last token, which the rollout did not run, reads what the one
+    before it read.
+    """
+    whole = torch.cat((indices_TK, indices_TK[-1:]))
+    shifted = torch.where(whole < 0, whole, whole + first)
+    return F.pad(shifted, (0, 0, first, length - first - len(whole)), value=-1)
