@@ -3,6 +3,7 @@ are none.
 """
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -59,6 +60,42 @@ def test_training_is_not_measured_without_a_gpu(tmp_path: Path, monkeypatch: pyt
     assert ended.value.code == 2
     assert capsys.readouterr().err == "gpu_training: torch sees no CUDA device here\n"
     assert not list(tmp_path.iterdir())
+
+
+def two_levels(options: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["gpu_two_level.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "gpu_two_level.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_quick_selection_in_two_levels_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "new" / "two.json"
+    assert two_levels(["--quick", "--out", str(out)], monkeypatch) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {(row["keys"], row["precision"]) for row in rows} == {
+        (kind, precision) for kind in ("random", "drifting") for precision in ("fp8", "bf16")
+    }
+    for row in rows:
+        assert row["same_with_all_blocks"] and row["one_level"] > 0 < row["two_levels"]
+        assert row["iou"] < 0.3 if row["keys"] == "random" else 0.7 < row["iou"] < 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_selection_in_two_levels_is_not_measured_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert two_levels([], monkeypatch) == 2
+    assert capsys.readouterr().err == "gpu_two_level: torch sees no CUDA device here; --quick runs without one\n"
+
+
+def test_drifting_keys_are_the_process_that_they_are_named_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    drifting = runpy.run_path(str(ROOT / "benchmarks" / "gpu_two_level.py"))["drifting"]
+    noise, r = torch.randn(500, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), math.exp(-1 / 64)
+    expected = [noise[0]]
+    for e in noise[1:]:
+        expected.append(r * expected[-1] + (1 - r * r) ** 0.5 * e)
+    assert torch.allclose(drifting(noise, 64), torch.stack(expected))
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ def peaks(S, T, H):
     before = peak()
     indices = ops.index_topk(*(x.detach() for x in index), 64, starts, ends)
     selected = peak()
+    ops.index_topk_blocks(*(x.detach() for x in index), 64, starts, ends, block=32, blocks=32)
+    searched = peak()
     out, lse, kl = ops.sparse_attention_kl(q, kv, indices, 0.25, 16, 0, 16, *index)
     (out.sum() + kl.sum()).backward()
     sparse = peak()
@@ -35,7 +37,10 @@ def peaks(S, T, H):
     dense = peak()
     ops.indexer_kl_dense(q, kv, lse, 0.25, *index, starts, ends).sum().backward()
     warmup = peak()
-    return dict(select=selected - before, sparse=sparse - selected, dense=dense - sparse, warmup=warmup - dense)
+    return dict(
+        select=selected - before, blocks=searched - selected, sparse=sparse - searched, dense=dense - sparse,
+        warmup=warmup - dense,
+    )
 
 peaks(8, 128, 2)
 print(json.dumps(peaks(*map(int, sys.argv[1:]))))
@@ -48,6 +53,6 @@ def test_peak_memory() -> None:
     each)."""
     command = [sys.executable, "-c", PROGRAM, str(S), str(T), str(H)]
     growth = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    assert growth.keys() == {"select", "sparse", "dense", "warmup"}
+    assert growth.keys() == {"select", "blocks", "sparse", "dense", "warmup"}
     for what, added in growth.items():
         assert added < HEADS_S_T / 4, f"{what} added {added / 2**20:.0f} MiB"

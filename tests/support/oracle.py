@@ -10,6 +10,8 @@ h // (H / G)), K selected, D key width, V value width, E entry width.
 import torch
 from torch import Tensor
 
+from tokensieve.ops.quant import quantize_e4m3
+
 
 def index_scores(q_SHD: Tensor, k_TD: Tensor, w_SH: Tensor, k_scale_T: Tensor | None = None) -> Tensor:
     """Equation (1) for every pair (t, s), visible or not: I[t,s] = scale[s] * sum_j w[t,j] * relu(q[t,j] . k[s])."""
@@ -32,6 +34,42 @@ def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> 
         best = sorted(sorted(visible, key=lambda s: (-scores_T[s], s))[:k])
         rows.append(best + [-1] * (k - len(best)))
     return torch.tensor(rows, dtype=torch.int32, device=scores_ST.device).reshape(len(rows), k)
+
+
+def block_means(k_TD: Tensor, k_scale_T: Tensor | None, block: int) -> Tensor:
+    """The mean key of every whole block (P, D), rounded to the keys' dtype: E4M3 by one power of two a block."""
+    keys_TD = k_TD.double() if k_scale_T is None else k_TD.double() * k_scale_T.double()[:, None]
+    blocks = len(k_TD) // block
+    means_PD = keys_TD[: blocks * block].reshape(blocks, block, k_TD.shape[1]).mean(1)
+    if k_TD.dtype != torch.float8_e4m3fn:
+        return means_PD.to(k_TD.dtype).double()
+    values, scales = quantize_e4m3(means_PD, k_TD.shape[1], "ue8m0")
+    return values.double() * scales.double()
+
+
+def index_topk_blocks(
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    k: int,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None,
+    block: int,
+    blocks: int,
+) -> Tensor:
+    """Equation (2) among the keys of a query's first and last block, and of the best ones between them."""
+    scores = index_scores(q_SHD, k_TD, w_SH, k_scale_T).tolist()
+    of_blocks = index_scores(q_SHD, block_means(k_TD, k_scale_T, block), w_SH).tolist()
+    rows = []
+    for t, (start, end) in enumerate(zip(starts_S.tolist(), ends_S.tolist(), strict=True)):
+        first, last = start // block, (end - 1) // block
+        between = sorted(range(first + 1, last), key=lambda b: (-of_blocks[t][b], b))
+        searched = {first, last, *between[: blocks - 2]}
+        keys = [s for s in range(start, end) if s // block in searched]
+        best = sorted(sorted(keys, key=lambda s: (-scores[t][s], s))[:k])
+        rows.append(best + [-1] * (k - len(best)))
+    return torch.tensor(rows, dtype=torch.int32, device=q_SHD.device).reshape(len(rows), k)
 
 
 def attend(q_HD: Tensor, k_NGD: Tensor, v_NGV: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,6 +42,7 @@ __all__ = [
     "index_scores",
     "index_scores_paged",
     "index_topk",
+    "index_topk_blocks",
     "indexer_kl_dense",
     "indexer_kl_dense_sum",
     "masked_attention",
@@ -123,6 +124,45 @@ def index_topk(
     checks.scoring("index_topk", q_SHD, k_TD, w_SH, k_scale_T)
     checks.ranges("index_topk", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
     return table.index_topk(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, backend)
+
+
+def index_topk_blocks(
+    q_SHD: Tensor,
+    k_TD: Tensor,
+    w_SH: Tensor,
+    k: int,
+    starts_S: Tensor,
+    ends_S: Tensor,
+    k_scale_T: Tensor | None = None,
+    *,
+    block: int = 128,
+    blocks: int = 64,
+    backend: str = "auto",
+) -> Tensor:
+    """Equation (2) in two levels: the best blocks of keys first, then the best keys of these blocks.
+
+        c[b] = mean of k_scale[s] * k[s] over block b,   J[t,b] = sum_j w[t,j] * relu(q[t,j] . c[b])
+        S_t  = the min(k, end - start) keys with the largest I[t,s], equation (1), among those of t's candidates
+
+    Block b is the keys [b * block, (b + 1) * block) of the key axis. The candidates are `blocks` blocks at most: those
+    that hold the first and the last key of the range, and of the blocks between them, which lie wholly in the range,
+    those with the largest J. Ties go to the smaller block, and among keys to the smaller position. c is a mean in
+    float32, rounded to k's dtype; if that is E4M3, as `quantize_e4m3` does with one power of two as a block's scale.
+
+    A query scores (end - start) / block means and blocks * block keys instead of all keys. If its range touches at most
+    `blocks` blocks, it selects what `index_topk` selects, to the bit within a backend. What it selects depends on its
+    own range and keys alone, and on where these lie on the key axis, which is what blocks are cut from.
+
+    Shapes as in `index_scores`. Returns (S, k) int32, ascending, then -1. No gradient. Errors as in `index_topk`, also
+    for a NaN in a mean that is scored. ValueError too if block is not a power of two of at least 16, if blocks < 2, or
+    if k > (blocks - 2) * block + 2: the candidates could then have fewer than k keys.
+    Source: HISA, arXiv 2603.28458.
+    """
+    checks.selected_count("index_topk_blocks", k)
+    checks.two_levels("index_topk_blocks", k, block, blocks)
+    checks.scoring("index_topk_blocks", q_SHD, k_TD, w_SH, k_scale_T)
+    checks.ranges("index_topk_blocks", q_SHD.shape[0], k_TD.shape[0], starts_S, ends_S)
+    return table.index_topk_blocks(q_SHD, k_TD, w_SH, k, starts_S, ends_S, k_scale_T, block, blocks, backend)
 
 
 def dense_attention(

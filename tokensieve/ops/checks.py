@@ -33,6 +33,18 @@ def selected_count(op: str, k: int) -> None:
         raise ValueError(f"{op}: k must be at least 1, got {k}")
 
 
+def two_levels(op: str, k: int, block: int, blocks: int) -> None:
+    if block < 16 or block & (block - 1):
+        raise ValueError(f"{op}: block must be a power of two of at least 16 keys, got {block}")
+    if blocks < 2:
+        raise ValueError(f"{op}: blocks must be at least 2, a range's first and its last block, got {blocks}")
+    if k > (blocks - 2) * block + 2:  # of its first and its last block a range may hold one key each
+        raise ValueError(
+            f"{op}: {blocks} blocks of {block} keys may hold fewer than k = {k} keys of a range; "
+            f"take at least {2 - (2 - k) // block} blocks"
+        )
+
+
 def indices(op: str, S: int, T: int, indices_SK: Tensor) -> None:
     indices_shape(op, S, indices_SK)
     if has_values(indices_SK):

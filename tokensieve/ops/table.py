@@ -83,6 +83,12 @@ index_topk = Op(
     lambda q, k, w, K, *_: _indices(q, K),
 )
 
+index_topk_blocks = Op(
+    "index_topk_blocks(Tensor q, Tensor k, Tensor w, SymInt K, Tensor starts, Tensor ends, Tensor? k_scale,"
+    " SymInt block, SymInt blocks) -> Tensor indices",
+    lambda q, k, w, K, *_: _indices(q, K),
+)
+
 dense_attention = Op(
     "dense_attention(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor ends, Tensor? bounds, SymInt longest,"
     " float scale) -> (Tensor out, Tensor lse)",

@@ -22,12 +22,14 @@ from tokensieve.ops.reference.sparse import (
     sparse_attention_kl,
     sparse_attention_kl_backward,
 )
+from tokensieve.ops.reference.two_level import index_topk_blocks
 
 PAGED_OPS = ("quantize_queries", "index_scores_paged", "sparse_attention_paged", "write_caches")
 OPS = (
     "index_scores",
     "select_topk",
     "index_topk",
+    "index_topk_blocks",
     "dense_attention",
     "masked_attention",
     "sparse_attention",
@@ -48,6 +50,7 @@ __all__ = [
     "index_scores_backward",
     "index_scores_paged",
     "index_topk",
+    "index_topk_blocks",
     "indexer_kl_dense",
     "indexer_kl_dense_backward",
     "indexer_kl_dense_step",

@@ -15,6 +15,7 @@ from tokensieve.ops.triton.selected import (
     sparse_attention_kl_backward,
 )
 from tokensieve.ops.triton.topk import index_topk, select_topk
+from tokensieve.ops.triton.two_level import index_topk_blocks
 
 __all__ = [
     "block_linear",
@@ -22,6 +23,7 @@ __all__ = [
     "index_scores_backward",
     "index_scores_paged",
     "index_topk",
+    "index_topk_blocks",
     "indexer_kl_dense",
     "indexer_kl_dense_backward",
     "indexer_kl_dense_step",

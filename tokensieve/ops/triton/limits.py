@@ -50,7 +50,7 @@ def limits(op: str, q: torch.Tensor, operands: Mapping[str, Any]) -> str | None:
     if op in ("write_caches", "quantize_queries", "block_linear"):  # rounded to E4M3 before a product
         return no_triton() if q.dtype in FLOATS else f"no kernel takes {q.dtype}"
     key, value, index = (576, 256, 128) if is_hopper(q.device) else (128, 128, 64)
-    if op in ("index_scores", "index_topk", "index_scores_paged"):  # pages come in every layout
+    if op in ("index_scores", "index_topk", "index_topk_blocks", "index_scores_paged"):  # pages come in every layout
         return _product_limits(q, operands.get("k", q), (*HALF, torch.float8_e4m3fn), index) or no_triton()
     if op == "masked_attention":
         k, v = operands["k"], operands["v"]

@@ -255,7 +255,7 @@ def _take_options(C: int) -> dict[str, int]:
     return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 128}
 
 
-def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices_SK: Tensor, before: int) -> Tensor:
+def select_into(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices_SK: Tensor, before: int) -> Tensor:
     """Fills `indices`. Returns a number on the device: 0, or `before` minus the first query with a NaN in its range."""
     S, T = scores_ST.shape
     broken = torch.zeros(1, dtype=torch.int32, device=scores_ST.device)
@@ -303,14 +303,14 @@ def _select(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor, indices
     return broken
 
 
-def _places(S: int, k: int, T: int, device: torch.device) -> Tensor:
+def new_indices(S: int, k: int, T: int, device: torch.device) -> Tensor:
     """int32 (S, k), -1 where the kernels do not write, which is past twice the number of keys."""
     if k <= 2 * T:
         return torch.empty(S, k, dtype=torch.int32, device=device)
     return torch.full((S, k), -1, dtype=torch.int32, device=device)
 
 
-def _reject_nan(broken: Tensor, queries: int) -> None:
+def reject_nan(broken: Tensor, queries: int) -> None:
     reason = "contain NaN: nothing can be selected; check the indexer's inputs and weights"
     if broken.is_cuda and torch.cuda.is_current_stream_capturing():
         # Inside a CUDA graph the device cannot be asked: it stops by itself.
@@ -321,8 +321,8 @@ def _reject_nan(broken: Tensor, queries: int) -> None:
 
 def select_topk(scores_ST: Tensor, k: int, starts_S: Tensor, ends_S: Tensor) -> Tensor:
     S, T = scores_ST.shape
-    indices_SK = _places(S, k, T, scores_ST.device)
-    _reject_nan(_select(scores_ST, k, starts_S, ends_S, indices_SK, S), S)
+    indices_SK = new_indices(S, k, T, scores_ST.device)
+    reject_nan(select_into(scores_ST, k, starts_S, ends_S, indices_SK, S), S)
     return indices_SK
 
 
@@ -340,13 +340,13 @@ def index_topk(
     scores_of: Callable[..., Tensor] = index_scores,
 ) -> Tensor:
     S, T = q_SHD.shape[0], k_TD.shape[0]
-    indices_SK = _places(S, k, T, q_SHD.device)
+    indices_SK = new_indices(S, k, T, q_SHD.device)
     rows, broken = max(1, SCORES // max(T, 1)), torch.zeros(1, dtype=torch.int32, device=q_SHD.device)
     for a in range(0, S, rows):
         part = slice(a, a + rows)
         scores = scores_of(q_SHD[part], k_TD, w_SH[part], starts_S[part], ends_S[part], k_scale_T)
-        broken_part = _select(scores, k, starts_S[part], ends_S[part], indices_SK[part], S - a)
+        broken_part = select_into(scores, k, starts_S[part], ends_S[part], indices_SK[part], S - a)
         broken = torch.maximum(broken, broken_part)
         del scores  # before the next strip is made
-    _reject_nan(broken, S)
+    reject_nan(broken, S)
     return indices_SK
