@@ -5,7 +5,8 @@
 
 Prints a table in Markdown, with 95% intervals, and writes every figure as JSON. Perplexity and needles are compared
 with the top k of the model, prompt by prompt. `--also` adds another checkpoint, which selects its own. Keys are the
-mean over layers and over queries that see more than k; indexers are those that work, in units of one in every layer.
+mean over layers and over queries that see more than k; index scores are those of a text's last query, in units of one
+for every key in every layer.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.selection import dense, indexer, window
 from tokensieve.report import environment
-from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared
+from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared, TwoLevel
 from tokensieve.tasks import Documents, encoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 
@@ -51,8 +52,11 @@ class Counting:
 
 
 def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
-    """Each selector, fitted to a budget of k keys on `texts`, and the share of the layers whose indexer works."""
-    layers = len(model.model.layers)
+    """Each selector, fitted to a budget of k keys on `texts`, and the index scores of its last query, in units of one
+    for every key in every layer.
+    """
+    layers, tokens, block = len(model.model.layers), len(texts[0]), 32
+    blocks = 2 * k // block
     arms: dict[str, tuple[Any, float]] = {
         "dense": (dense, 0.0),
         "sparse": (indexer, 1.0),
@@ -63,6 +67,7 @@ def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str,
         "dense in layer 0": (DenseLayers((0,)), (layers - 1) / layers),
         "dense below 4 k": (DenseBelow(4 * k), 1.0),
         "dense if spread": (DenseIfSpread(0.7), 1.0),
+        f"two levels, {blocks} x {block}": (TwoLevel(block, blocks), 1 / block + blocks * block / tokens),
     }
     for keep in (layers // 2, layers // 4):
         with tokensieve.selecting(model, "indexer", k):
@@ -104,7 +109,7 @@ def rows_of(
             {
                 "arm": name, "k": k, "selector": repr(counting[name].selector), "ppl": metrics[name]["ppl"],
                 "sparse_over_arm": ppl, "needle": metrics[name].get("needle"), "sparse_less_arm": needle,
-                "keys": counting[name].mean, "indexers": work[name],
+                "keys": counting[name].mean, "scores": work[name],
             }
         )  # fmt: skip
     return rows
@@ -120,7 +125,7 @@ def line(row: dict[str, Any]) -> str:
         if row["sparse_less_arm"] is not None:
             d = row["sparse_less_arm"]
             needle += f" ({-100 * d['value']:+.1f}: {-100 * d['high']:+.1f} to {-100 * d['low']:+.1f})"
-    return f"| {row['arm']} | {ratio} | {needle} | {row['keys']:.0f} | {row['indexers']:.2f} |"
+    return f"| {row['arm']} | {ratio} | {needle} | {row['keys']:.0f} | {row['scores']:.2f} |"
 
 
 def main() -> None:
@@ -145,7 +150,7 @@ def main() -> None:
     for k in [int(k) for k in sizes.top_k.split(",") if k] or [models["sparse"].top_k]:
         found = rows_of(models, tokenizer, sizes, k)
         print(f"\nk = {k}, {sizes.context} tokens, {sizes.texts} texts, {sizes.needles * MAX_NEEDLES} questions\n")
-        print("| selection | perplexity / top k | needles (less top k) | keys | indexers |\n|---|---|---|---|---|")
+        print("| selection | perplexity / top k | needles (less top k) | keys | index scores |\n|---|---|---|---|---|")
         print("\n".join(map(line, found)), flush=True)
         rows += found
         sizes.out.parent.mkdir(parents=True, exist_ok=True)

@@ -119,5 +119,5 @@ def test_selections_are_compared(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["sparse"]["keys"] == 512 and rows["dense"]["keys"] > 512 and rows["window"]["keys"] == 512
-    assert rows["k by query"]["keys"] == pytest.approx(512, rel=0.1) and rows["window"]["indexers"] == 0
+    assert rows["k by query"]["keys"] == pytest.approx(512, rel=0.1) and rows["window"]["scores"] == 0
     assert all(f"| {name} |" in child.stdout for name in rows)

@@ -161,7 +161,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(UserError, match="no model of tokensieve"), replaying(torch.nn.Linear(2, 2), kept):
         pass
     for selector, message in (("dense", "attends to every key"), ("tokensieve.selectors:DenseBelow(40)", "selects 40")):
-        asked = Rollouts(model, tokenizer, 256, selector, config=SMALL)
+        asked = Rollouts(model, tokenizer, 256, selector=selector, config=SMALL)
         with pytest.raises(UserError, match=f"rollout of prompt 0 failed: layer 0 {message}.*use the indexer"):
             asked.sample(prompts(90), 1, SAMPLING)
     with pytest.raises(UserError, match="shorten it"):

@@ -15,7 +15,7 @@ from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import SelectionContext
 from tokensieve.model.selection import check_indices, resolve
-from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared
+from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared, TwoLevel
 
 K = 16
 
@@ -52,12 +52,18 @@ def dense_if_spread(scores: list[float], layer: int, before: list[int] | None) -
     return chosen if sum(p[s] for s in chosen) >= 0.6 or len(scores) <= K else list(range(len(scores)))
 
 
+def two_level(scores: list[float], layer: int, before: list[int] | None) -> list[int]:
+    """With so many blocks that none is left out. Which blocks are: tests/ops/test_two_level.py."""
+    return best(scores, K)
+
+
 CASES: dict[str, tuple[Any, Callable[..., list[int]]]] = {
     "recent": (Recent(last=4, first=2), recent),
     "at least": (AtLeast(0.02, most=2), at_least),
     "per layer": (PerLayer((5, 40, 16)), lambda scores, layer, before: best(scores, (5, 40, 16)[layer])),
     "dense below": (DenseBelow(30), lambda s, layer, before: list(range(len(s))) if len(s) <= 30 else best(s, K)),
     "dense if spread": (DenseIfSpread(0.6), dense_if_spread),
+    "two level": (TwoLevel(block=16, blocks=8), two_level),
     "shared": (Shared((1,)), lambda scores, layer, before: before if layer == 1 else best(scores, K)),
 }
 
@@ -88,11 +94,12 @@ def test_each_selects_as_a_naive_loop_does(case: str, kind: str) -> None:
     assert seen == 3
 
 
-@pytest.mark.parametrize("case", [*CASES, "dense layers"])
+@pytest.mark.parametrize("case", [*CASES, "dense layers", "few blocks"])
 @torch.no_grad()
 def test_the_engine_selects_as_generate_does(case: str) -> None:
     """On pages, in chunks and steps; the prompt is several times longer than k."""
-    selector = DenseLayers((1,)) if case == "dense layers" else CASES[case][0]
+    more = {"dense layers": DenseLayers((1,)), "few blocks": TwoLevel(block=16, blocks=3)}
+    selector = more[case] if case in more else CASES[case][0]
     model, ids = model_of("v32", vocab_size=4096), tokens(1, 100)
     with tokensieve.selecting(model, selector):
         whole = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 100:]
@@ -146,6 +153,8 @@ WRONG = {
     "tokensieve.selectors:AtLeast(share=[])": "a share is from 0 to 1",
     "tokensieve.selectors:PerLayer(k=[4, 0])": "at least 1 key",
     "tokensieve.selectors:DenseBelow(0)": "at least 1 token",
+    "tokensieve.selectors:TwoLevel(block=24)": "a power of two of at least 16",
+    "tokensieve.selectors:TwoLevel(blocks=1)": "there are 2 or more",
     "tokensieve.selectors:DenseIfSpread(1)": "between 0 and 1",
 }
 
@@ -161,6 +170,7 @@ def test_what_only_a_model_can_refuse() -> None:
     for selector, message in (
         (PerLayer((4, 4)), "PerLayer has k for 2 layers"),
         (AtLeast((0.1,)), "AtLeast has share for 1 layers"),
+        (TwoLevel(16, 2), "holds 2 keys, and k is 16"),
         (Recent(12, 4), "k = 16 leaves none to the indexer"),
     ):
         with pytest.raises(UserError, match=message), tokensieve.selecting(model, selector):

@@ -60,6 +60,9 @@ class Keys(Protocol):
     def index_topk(self, q_NHD: Tensor, w_NH: Tensor, k: int, rows: Rows) -> Tensor:
         """Equations (1) and (2): (rows, k) int32, ascending, then -1. q and w belong to `rows`."""
 
+    def index_topk_blocks(self, q_NHD: Tensor, w_NH: Tensor, k: int, block: int, blocks: int, rows: Rows) -> Tensor:
+        """As `index_topk`, in two levels: `tokensieve.ops.index_topk_blocks`."""
+
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
         """The k keys with the largest scores: (rows, k) int32, ascending, then -1. The scores belong to `rows`."""
 
@@ -135,6 +138,12 @@ class ContiguousKeys:
         keys, k_scale = self.index
         return ops.index_topk(q_NHD, keys, w_NH, k, *self._ranges(rows), k_scale, backend=self.backend)
 
+    def index_topk_blocks(self, q_NHD: Tensor, w_NH: Tensor, k: int, block: int, blocks: int, rows: Rows) -> Tensor:
+        keys, k_scale = self.index
+        return ops.index_topk_blocks(
+            q_NHD, keys, w_NH, k, *self._ranges(rows), k_scale, block=block, blocks=blocks, backend=self.backend
+        )
+
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:
         return ops.select_topk(scores_NT, k, *self._ranges(rows), backend=self.backend)
 
@@ -199,6 +208,14 @@ def unpacked(pages: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(quant.unpack_latent_page(pages, dtype), -1) if pages.dtype == torch.uint8 else pages
 
 
+def stored_index(pages: Tensor, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """The index keys (T, D) of `tokens` tokens on these pages, and their scales (T) if the pages are quantized."""
+    if pages.dtype != torch.uint8:
+        return pages.flatten(0, 1)[:tokens], None
+    values, scales = quant.unpack_index_page(pages)
+    return values.flatten(0, 1)[:tokens], scales.flatten()[:tokens]
+
+
 @dataclass(frozen=True)
 class PagedSequence:
     """The tokens of one sequence in the pools."""
@@ -245,15 +262,8 @@ class PagedChunk:
         self._pools.write(layer, self._entry, entries_NW, new_keys, self.slots)
         entries = unpacked(pages.index_select(0, self._table), self._dtype)
         entries_TW = entries.flatten(0, 1)[: self._tokens].flatten(1)
-        keys = None if index_keys is None else lambda: self._stored_index(index)
+        keys = None if index_keys is None else lambda: stored_index(index.index_select(0, self._table), self._tokens)
         return ContiguousKeys(self._pack, self._entry, entries_TW, keys, self._backend, quantized)
-
-    def _stored_index(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        keys = index.index_select(0, self._table)
-        if keys.dtype != torch.uint8:
-            return keys.flatten(0, 1)[: self._tokens], None
-        values, scales = quant.unpack_index_page(keys)
-        return values.flatten(0, 1)[: self._tokens], scales.flatten()[: self._tokens]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +346,24 @@ class PagedKeys:
                 ranges = self.starts_N[b : b + 1], self.ends_N[b : b + 1]
                 chosen_1K = ops.index_topk(q_NHD[one], keys, w_NH[one], k, *ranges, backend=self.backend)
                 indices_NK[place] = chosen_1K[0]
+        return indices_NK
+
+    def index_topk_blocks(self, q_NHD: Tensor, w_NH: Tensor, k: int, block: int, blocks: int, rows: Rows) -> Tensor:
+        """One sequence at a time with its index pages gathered, which saves nothing: block means are kept nowhere."""
+        tables, lengths = taken(self.step.page_table, rows), taken(self.step.lengths, rows)
+        indices_NK = torch.full((len(q_NHD), k), -1, dtype=torch.int32, device=q_NHD.device)
+        for place, length in enumerate(lengths.tolist()):
+            if length:
+                pages = self._index.index_select(0, tables[place, : -(-length // PAGE_TOKENS)])
+                (keys, scales), one, end = (
+                    stored_index(pages, length),
+                    slice(place, place + 1),
+                    lengths[place : place + 1],
+                )
+                indices_NK[place] = ops.index_topk_blocks(
+                    q_NHD[one], keys, w_NH[one], k, torch.zeros_like(end), end, scales,
+                    block=block, blocks=blocks, backend=self.backend,
+                )[0]  # fmt: skip
         return indices_NK
 
     def select(self, scores_NT: Tensor, k: int, rows: Rows) -> Tensor:

@@ -143,6 +143,10 @@ class SelectionContext:
         """
         return self.keys.index_topk(*self.index_queries, self._columns(k), self._rows)
 
+    def topk_blocks(self, block: int, blocks: int, k: int | None = None) -> Tensor:
+        """As `topk`, among the keys of the best `blocks` blocks of `block` keys: `tokensieve.ops.index_topk_blocks`."""
+        return self.keys.index_topk_blocks(*self.index_queries, self._columns(k), block, blocks, self._rows)
+
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
         """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
 

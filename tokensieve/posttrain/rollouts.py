@@ -47,6 +47,7 @@ class Rollouts:
         model: DecoderForCausalLM,
         tokenizer: Any,
         tokens: int,
+        *,
         at_once: int = 128,
         selector: str = "indexer",
         keep_selection: bool = True,

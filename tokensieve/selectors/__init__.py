@@ -12,5 +12,6 @@ from tokensieve.selectors.budget import AtLeast, PerLayer
 from tokensieve.selectors.mixture import DenseBelow, DenseIfSpread, DenseLayers
 from tokensieve.selectors.recent import Recent
 from tokensieve.selectors.sharing import Shared
+from tokensieve.selectors.two_level import TwoLevel
 
-__all__ = ["AtLeast", "DenseBelow", "DenseIfSpread", "DenseLayers", "PerLayer", "Recent", "Shared"]
+__all__ = ["AtLeast", "DenseBelow", "DenseIfSpread", "DenseLayers", "PerLayer", "Recent", "Shared", "TwoLevel"]
