@@ -23,6 +23,7 @@ from tokensieve.engine.sampling import SamplingRow, choose, logprobs_of
 from tokensieve.engine.scheduler import Running, Scheduler, pages_for
 from tokensieve.engine.trace import AttentionTrace
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.context import Form
 from tokensieve.model.selection import Selector
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.tasks import end_tokens
@@ -45,6 +46,8 @@ class EngineConfig:
     backend: backend of the ops.
     top_k: keys selected per query. 0 takes the number in the model's config.
     check_selection: whether what your own selectors return is checked. None checks it on the CPU only.
+    form: how chunks of prompts read their keys, as in `tokensieve.model.context.Form`. auto takes what costs less;
+        gathered is what training does, and agrees with it best.
     keep_selection: whether the last output of a request brings the keys that each token's attention read. Memory: 4 k
         bytes for each token of the cache and layer.
 
@@ -59,6 +62,7 @@ class EngineConfig:
     backend: Literal["auto", "reference"] = "auto"
     top_k: int = 0
     check_selection: bool | None = None
+    form: Form = "auto"
     keep_selection: bool = False
 
     def __post_init__(self) -> None:
@@ -135,6 +139,7 @@ class Engine:
             selectors,
             self.config.top_k,
             self.config.check_selection,
+            self.config.form,
             self.config.keep_selection,
         )
         self.scheduler = Scheduler(

@@ -20,7 +20,7 @@ from tokensieve.engine.graphs import Graphs, StepInputs
 from tokensieve.engine.selected_pages import SelectedPages
 from tokensieve.families import Entry, family_of
 from tokensieve.model import DecoderForCausalLM, ForwardOptions
-from tokensieve.model.context import Trace
+from tokensieve.model.context import Form, Trace
 from tokensieve.model.entries import Entries, PagedChunk, PagedStep, Pools
 from tokensieve.model.moe import ORDINARY_ROWS
 from tokensieve.model.pack import Pack
@@ -106,6 +106,7 @@ class Runner:
         selectors: Mapping[str, Selector] = MappingProxyType({}),
         top_k: int = 0,
         check_selection: bool | None = None,
+        form: Form = "auto",
         keep_selection: bool = False,
     ):
         """Runner with an empty cache.
@@ -114,10 +115,11 @@ class Runner:
         backend: backend of the ops.
         selectors: functions by name, for `chunk` and `step`, besides the names that `resolve` knows.
         top_k: keys selected per query. 0 takes the model's number.
+        form: how chunks read their keys; steps on pages always gather.
         keep_selection: whether what each token's attention reads is kept, in `selected`.
         """
         self.model, self.backend, self._selectors, self._top_k = model.eval(), backend, selectors, top_k or None
-        self._check_selection = check_selection
+        self._check_selection, self._form = check_selection, form
         self.pools = make_pools(model, pages)
         self.device = model.device
         self.selected = None
@@ -232,7 +234,11 @@ class Runner:
         """Hidden states (S, D) of the tokens, which the head multiplies. slots: of their entries."""
         trunk = self.model.model
         options = ForwardOptions(
-            selector=selector, top_k=self._top_k, backend=self.backend, check_selection=self._check_selection
+            selector=selector,
+            top_k=self._top_k,
+            form=self._form,
+            backend=self.backend,
+            check_selection=self._check_selection,
         )
         ctx = trunk.context(pack, entries, options, trace=trace, real=real, keep_indices=self.selected is not None)
         x, results = trunk.run(trunk.embed_tokens(tokens), ctx)

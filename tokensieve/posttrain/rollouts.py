@@ -36,7 +36,7 @@ class Rollouts:
     """An engine that samples several answers to each of a batch of prompts, all at once.
 
     The answers to one prompt read it once. The weights are the model's own: a step of training changes them in place,
-    and `sample` forgets what was cached under the old ones.
+    and `sample` forgets what was cached under the old ones. Keys are read in the form in which adaptation reads them.
 
     tokens: of the longest prompt and answer together. at_once: answers that run together. keep_selection: for
     `replaying`. UserError for a model or sizes that the engine does not take.
@@ -54,7 +54,7 @@ class Rollouts:
         config: EngineConfig | None = None,
     ):
         config = config or EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once)
-        self.engine = Engine(model, tokenizer, replace(config, keep_selection=keep_selection))
+        self.engine = Engine(model, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
         self._selector = selector
 
     def sample(
