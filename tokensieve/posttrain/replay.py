@@ -3,7 +3,7 @@
 Legend: B rows, S tokens of a row, T tokens of a rollout, K keys of a query.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,24 +17,26 @@ from tokensieve.posttrain.rollouts import Rollout
 
 
 @contextmanager
-def replaying(model: nn.Module, rollouts: Sequence[Rollout]) -> Iterator[None]:
+def replaying(model: nn.Module, rollouts: Sequence[Rollout] | Callable[[], Sequence[Rollout]]) -> Iterator[None]:
     """Within the block every pass of `model` over rows of these rollouts reads the keys that the rollout read.
 
     Rows are found by their tokens, whatever their order and padding, so this works for whatever code calls the model
-    (TRL's GRPOTrainer, say). A pass takes `input_ids` and, if rows are padded, `attention_mask`. UserError for a model
+    (TRL's GRPOTrainer, say). rollouts: or a function that returns them, for a loop that samples anew. A pass takes `input_ids` and, if rows are padded, `attention_mask`. UserError for a model
     that is not tokensieve's, a rollout without a selection, and a row that is none of the rollouts.
     """
     trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
     if not trunks:
         raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
-    if any(not rollout.selection for rollout in rollouts):
-        raise UserError("a rollout has no selection to replay; sample with keep_selection=True")
-    known = {(*rollout.prompt, *rollout.answer): rollout.selection for rollout in rollouts}
+    if not callable(rollouts):
+        check_replayable(rollouts)
 
     def fill(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = args[0] if args else kwargs["input_ids"]
+        latest = rollouts() if callable(rollouts) else rollouts
+        check_replayable(latest)
+        known = {(*rollout.prompt, *rollout.answer): rollout.selection for rollout in latest}
         return args, kwargs | {"selection": selection_of(ids, kwargs.get("attention_mask"), known)}
 
     hooks = [trunk.register_forward_pre_hook(fill, with_kwargs=True) for trunk in trunks]
@@ -43,6 +45,12 @@ def replaying(model: nn.Module, rollouts: Sequence[Rollout]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_replayable(rollouts: Sequence[Rollout]) -> None:
+    """UserError if a rollout kept no selection."""
+    if any(not rollout.selection for rollout in rollouts):
+        raise UserError("a rollout has no selection to replay; sample with keep_selection=True")
 
 
 def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, known: dict[tuple[int, ...], Any]) -> list[Tensor]:

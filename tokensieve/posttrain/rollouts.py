@@ -70,8 +70,28 @@ class Rollouts:
         `sampling.seed` is replaced by one of each answer's own. UserError for a prompt that the engine cannot run, and
         if the engine fails.
         """
-        engine = self.engine
+        engine, training = self.engine, self.engine.model.training
         engine.scheduler.pool.forget()
+        engine.model.eval()
+        try:
+            found = self._run(prompts, samples, sampling, seed, on_progress)
+        finally:
+            engine.model.train(training)
+        return [
+            [_rollout(tuple(prompt), found[f"{place} {sample}"]) for sample in range(samples)]
+            for place, prompt in enumerate(prompts)
+        ]
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        sampling: Sampling,
+        seed: int,
+        on_progress: OnProgress | None,
+    ) -> dict[str, list[Output]]:
+        """All outputs of each answer, by "PROMPT SAMPLE"."""
+        engine = self.engine
         found: dict[str, list[Output]] = {}
         for place, prompt in enumerate(prompts):
             for sample in range(samples):
@@ -89,10 +109,7 @@ class Rollouts:
                     done += 1
                     if on_progress is not None:
                         on_progress("rollouts", done, len(found))
-        return [
-            [_rollout(tuple(prompt), found[f"{place} {sample}"]) for sample in range(samples)]
-            for place, prompt in enumerate(prompts)
-        ]
+        return found
 
 
 def _rollout(prompt: tuple[int, ...], outputs: Sequence[Output]) -> Rollout:
