@@ -15,8 +15,9 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tokensieve.checkpoint import write_card
 from tokensieve.config import LoraConfig, UserError
-from tokensieve.model import DecoderForCausalLM, Trunk
+from tokensieve.model import DecoderForCausalLM, Trunk, save
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
 
@@ -96,6 +97,17 @@ def save_adapter(adapter: Any, folder: Path) -> None:
     """Writes PEFT's two files, adapter_model.safetensors and adapter_config.json."""
     save_file(_tensors(adapter), folder / TENSORS, metadata={"format": "pt"})
     adapter.peft_config["default"].save_pretrained(folder)
+
+
+def save_merged(model: DecoderForCausalLM, folder: Path, trained: Path) -> None:
+    """Writes the model with its adapter merged, and from then on that folder is what the model comes from.
+
+    trained: the run's last checkpoint, whose training the card records.
+    """
+    save(model, folder)
+    source = getattr(model, "folder", None)
+    write_card(folder, None if source is None else Path(source), replace=True, trained=trained)
+    model.folder = folder
 
 
 def restore_adapter(adapter: Any, folder: Path) -> None:
