@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tokensieve import cost
 from tokensieve.checkpoint import write_card
 from tokensieve.config import LoraConfig, UserError
 from tokensieve.model import DecoderForCausalLM, Trunk, save
@@ -128,9 +129,26 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
     peft.set_peft_model_state_dict(adapter, tensors)
 
 
-def adapter_size(model: nn.Module) -> int | None:
-    """Number of the adapters' parameters; None if the model has none."""
-    return sum(x.numel() for name, x in model.named_parameters() if ".lora_" in name) or None
+def adapters_of(model: nn.Module) -> cost.Adapters | None:
+    """The sizes of the model's adapters; None if it has none."""
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        return None
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    sizes = {
+        layer: sum(x.numel() for part in (layer.lora_A, layer.lora_B) for x in part.parameters())
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    }
+    experts = [layer for layer in sizes if isinstance(layer, ParamWrapper)]
+    of_experts = sum(sizes[layer] for layer in experts)
+    return cost.Adapters(
+        linear=sum(sizes.values()) - of_experts,
+        experts=of_experts,
+        weights=sum(layer.get_param().numel() for layer in experts),
+        layers=len({layer.get_base_layer() for layer in experts}),
+        rank=max(rank for layer in sizes for rank in layer.r.values()),
+    )
 
 
 def _tensors(adapter: Any) -> dict[str, torch.Tensor]:
