@@ -1,6 +1,8 @@
 """Adaptation by LoRA: what learns, what is written, resuming, and refusals."""
 
 import os
+import re
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -231,6 +233,32 @@ def test_bad_settings_are_refused(here: Workplace) -> None:
         here.run("warmup", "bad", lora=LORA)
     with pytest.raises(UserError, match="lora.targets names no layer"), lora.adapted(model(), LoraConfig(targets=())):
         raise AssertionError("not reached")
+
+
+def test_a_run_is_no_model(here: Workplace) -> None:
+    """Nor is its adapter. The refusal names the merged model, or how to write it; else the last checkpoint."""
+    outs = {}
+    for name, lora_config in (("merged", LORA), ("apart", replace(LORA, merge=False)), ("whole", None)):
+        settings = here.run("adapt", f"refused-{name}", PhaseConfig(1, 48, 1), lora=lora_config)
+        run(settings, progress=False, rehearse=False)
+        outs[name] = Path(settings.out)
+    later = "to write its merged model, {}/merged, run the same command with --resume --set lora.merge=true"
+    for name, remedy in (("merged", "give its merged model: {}/merged"), ("apart", later)):
+        out = outs[name]
+        for folder, what in ((out, "folder of a training run"), (out / "step-000001", "adapter of a LoRA run")):
+            for read in (tokensieve.load, tokensieve.load_tokenizer):
+                with pytest.raises(UserError) as error:
+                    read(folder)
+                assert str(error.value) == f"{folder}: the {what}, not a model; {remedy.format(out)}"
+    (outs["merged"] / "step-000001").rename(moved := outs["merged"].parent / "moved")
+    with pytest.raises(UserError, match="a PEFT adapter, not a model; merge it into its base"):
+        tokensieve.load(moved)
+    last = re.escape(str(outs["whole"] / "step-000001"))
+    with pytest.raises(UserError, match=f"a training run, not a model; give its last checkpoint: {last}$"):
+        tokensieve.load(outs["whole"])
+    shutil.rmtree(outs["whole"] / "step-000001")
+    with pytest.raises(UserError, match="has no checkpoint yet; continue it with --resume"):
+        tokensieve.load(outs["whole"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -300,7 +300,7 @@ def run(
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
         with locked(this.out):
-            lora.save_merged(this.model, this.out / lora.MERGED, checkpoints(this.out)[-1])
+            lora.save_merged(this.model, this.out, checkpoints(this.out)[-1])
     return this.model.eval()
 
 

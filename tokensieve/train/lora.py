@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokensieve import cost
 from tokensieve.checkpoint import write_card
 from tokensieve.config import LoraConfig, UserError
+from tokensieve.files import MERGED
 from tokensieve.model import DecoderForCausalLM, Trunk, save
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
@@ -26,7 +27,6 @@ log = logging.getLogger("tokensieve")
 
 TENSORS = "adapter_model.safetensors"  # PEFT's name, in a checkpoint
 MISREAD = {"gate_proj", "up_proj", "down_proj"}  # by PEFT, in a model with experts
-MERGED = "merged"  # the folder of a run that holds the model with its adapter merged
 
 
 class _WithoutConfig(nn.Module):
@@ -100,11 +100,12 @@ def save_adapter(adapter: Any, folder: Path) -> None:
     adapter.peft_config["default"].save_pretrained(folder)
 
 
-def save_merged(model: DecoderForCausalLM, folder: Path, trained: Path) -> None:
-    """Writes the model with its adapter merged, and from then on that folder is what the model comes from.
+def save_merged(model: DecoderForCausalLM, run: Path, trained: Path) -> None:
+    """Writes the model with its adapter merged into a run's folder; from then on the model comes from there.
 
     trained: the run's last checkpoint, whose training the card records.
     """
+    folder = run / MERGED
     save(model, folder)
     source = getattr(model, "folder", None)
     write_card(folder, None if source is None else Path(source), replace=True, trained=trained)
