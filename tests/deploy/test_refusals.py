@@ -25,6 +25,7 @@ from tests.support.deployments import (
 )
 from tokensieve.deploy import plan
 from tokensieve.model import model_path
+from tokensieve.tasks import turns
 
 BOTH = ("vllm", "sglang")
 
@@ -58,6 +59,7 @@ def _elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 REFUSED: dict[str, tuple[str, Damage, tuple[str, ...], tuple[str, ...]]] = {
     # config
     "no index_n_heads": ("sparse", edit(index_n_heads=...), BOTH, ("lacks index_n_heads",)),
@@ -91,11 +93,14 @@ REFUSED: dict[str, tuple[str, Damage, tuple[str, ...], tuple[str, ...]]] = {
     "no tokenizer": ("sparse", no_tokenizer, BOTH, ("tokenizer.json",)),
     "no chat template": ("dense", edit("tokenizer_config.json", chat_template=...), BOTH, ("no chat template",)),
     "a broken chat template": ("dense", edit("tokenizer_config.json", chat_template="{% if %}"), BOTH, ("not render",)),
+    "a wrong chat template": ("dense", edit("tokenizer_config.json", chat_template="{{ 1 // 0 }}"), BOTH, ("zero",)),
+    "an endless chat template": ("dense", edit("tokenizer_config.json", chat_template=ENDLESS), BOTH, ("not end",)),
 }
 
 
 @pytest.mark.parametrize("damage", REFUSED)
-def test_refused(home: Path, tmp_path: Path, damage: str) -> None:
+def test_refused(home: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LONGEST", 1.0)
     of, hurt, engines, words = REFUSED[damage]
     folder = shutil.copytree(home / of, tmp_path / "model")
     hurt(folder)
