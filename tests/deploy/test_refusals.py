@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support import grouped
 from tests.support.deployments import (
     FP8,
+    INDEXER,
     SCALE,
     Damage,
     config,
@@ -24,7 +26,11 @@ from tests.support.deployments import (
     reasons,
 )
 from tokensieve.deploy import plan
+from tokensieve.deploy.planning import LABELS
+from tokensieve.families import FAMILIES
+from tokensieve.families.grouped import Grouped
 from tokensieve.model import model_path
+from tokensieve.tasks import turns
 
 BOTH = ("vllm", "sglang")
 
@@ -58,6 +64,7 @@ def _elsewhere(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 REFUSED: dict[str, tuple[str, Damage, tuple[str, ...], tuple[str, ...]]] = {
     # config
     "no index_n_heads": ("sparse", edit(index_n_heads=...), BOTH, ("lacks index_n_heads",)),
@@ -91,11 +98,57 @@ REFUSED: dict[str, tuple[str, Damage, tuple[str, ...], tuple[str, ...]]] = {
     "no tokenizer": ("sparse", no_tokenizer, BOTH, ("tokenizer.json",)),
     "no chat template": ("dense", edit("tokenizer_config.json", chat_template=...), BOTH, ("no chat template",)),
     "a broken chat template": ("dense", edit("tokenizer_config.json", chat_template="{% if %}"), BOTH, ("not render",)),
+    "a wrong chat template": ("dense", edit("tokenizer_config.json", chat_template="{{ 1 // 0 }}"), BOTH, ("zero",)),
+    "an endless chat template": ("dense", edit("tokenizer_config.json", chat_template=ENDLESS), BOTH, ("not end",)),
 }
 
 
+def small(kind: str, **changes: Any) -> Any:
+    """A config of any family, with the widths that the engines' sparse kernels are built for if it has latents."""
+    if isinstance(FAMILIES[kind], Grouped):
+        return grouped.config(kind, vocab_size=4096, **changes)
+    return config(FAMILIES[kind].config, **(INDEXER if FAMILIES[kind].sparse else {}) | changes)
+
+
+@pytest.mark.parametrize("engine", BOTH)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_has_a_plan_or_a_remedy(kind: str, engine: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", small(kind))
+    label, by_hand = LABELS[engine], {"vllm": "vllm serve", "sglang": "python -m sglang.launch_server --model"}
+    if FAMILIES[kind].engine_fields:
+        assert plan(engine, str(folder), gpus=1)
+        return
+    (reason,) = reasons(engine, folder)
+    assert f"tokensieve serve {folder}" in reason
+    if kind == "kimi_k2":
+        assert label in reason and 'write "model_type": "deepseek_v3" in config.json' in reason
+        edit(model_type="deepseek_v3")(folder)
+        assert plan(engine, str(folder), gpus=1)
+    elif kind.endswith("_dsa") and isinstance(FAMILIES[kind], Grouped):
+        assert label in reason and "no grouped-query attention with an indexer" in reason
+    else:
+        assert f"DeepSeek models only so far, not {kind}; try {by_hand[engine]} {folder}, or" in reason
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_other_widths_have_a_remedy(kind: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", small(kind, index_topk=16, index_head_dim=64))
+    for engine in BOTH:
+        widths, topk = reasons(engine, folder, gpus=1)
+        assert "index_head_dim 128 (here 64)" in widths and "(here 16)" in topk
+        assert all(reason.endswith(f"; tokensieve serve {folder} serves it as it is") for reason in (widths, topk))
+
+
+def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (reason,) = reasons("vllm", file)
+    assert reason.startswith(f"{file}: a GGUF file, and deploy plans for folders; write one")
+    assert reason.endswith(f"or tokensieve serve {file}")
+
+
 @pytest.mark.parametrize("damage", REFUSED)
-def test_refused(home: Path, tmp_path: Path, damage: str) -> None:
+def test_refused(home: Path, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "LONGEST", 1.0)
     of, hurt, engines, words = REFUSED[damage]
     folder = shutil.copytree(home / of, tmp_path / "model")
     hurt(folder)

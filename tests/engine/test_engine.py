@@ -1,6 +1,7 @@
 """The engine's answers: those of the model's own generation, whatever runs beside, and no page is ever lost."""
 
 import json
+import logging
 import random
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 import tokensieve
 from tests.support.models import config, ours
 from tokensieve.config import UserError
-from tokensieve.engine import Engine, EngineConfig, Output, Request, Sampling
+from tokensieve.engine import Engine, EngineConfig, Output, Request, Sampling, engine_on
 from tokensieve.engine.runner import Runner
+from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 
 KINDS: dict[str, Any] = {
@@ -349,3 +351,13 @@ def test_schemas_that_cannot_be_followed_are_errors(tokenizer: Any) -> None:
     while engine.busy:
         last = engine.step() or last
     assert last[-1].finish in ("error", "length"), last
+
+
+def test_whoever_serves_is_told_the_size_of_the_cache(
+    sparse: DecoderForCausalLM, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tokensieve")
+    with engine_on(Mesh(0, 1, torch.device("cpu")), sparse, tokenizer, EngineConfig(pages=8)) as engine:
+        assert engine is not None
+        size = engine.runner.pools.bytes / 2**20
+        assert caplog.messages == [f"cache: {engine.cache_size}"] == [f"cache: 8 pages, up to {size:.1f} MiB"]

@@ -14,12 +14,14 @@ from transformers import AutoTokenizer
 import tokensieve
 from tokensieve.engine.grammar import Grammars
 from tokensieve.engine.request import Sampling
+from tokensieve.serve import chat_template
 from tokensieve.serve.answer_grammar import AnswerGrammar
 from tokensieve.serve.chat_template import ChatTemplate
 from tokensieve.serve.errors import ApiError
 from tokensieve.serve.markers import V3, V31
 from tokensieve.serve.parsing import Piece
 from tokensieve.serve.schema import ChatRequest
+from tokensieve.tasks import turns
 
 TOOLS = "{% if tools %}{% for t in tools %}{{ t.function.name + ': ' + t.function.description }}{% endfor %}{% endif %}"
 V3_CALL = (
@@ -195,3 +197,25 @@ def test_the_mapping_of_arguments(path: str) -> None:
     with pytest.raises(ApiError, match="no JSON object"):
         template.render(asked({"role": "assistant", "tool_calls": [cut]}))
     assert json.loads(template.render(asked({"role": "assistant", "tool_calls": [CALL]})).partition("weather")[2][:16])
+
+
+def test_a_template_that_does_not_end_is_an_error(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while it is tried with a call, and then once instead of in all forms of a call."""
+    calls: list[Any] = []
+
+    def render(*given: Any, **options: Any) -> str:
+        calls.append(given)
+        return turns.render(*given, **options)
+
+    monkeypatch.setattr(turns, "LONGEST", 0.25)
+    monkeypatch.setattr(chat_template, "render", render)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = "{{ tools }}" + loops
+    template = ChatTemplate(tokenizer)
+    with pytest.raises(ApiError, match=r"does not end within 0.25 s; correct chat_template.jinja") as error:
+        template.render(asked())
+    assert error.value.status == 400
+    with pytest.raises(turns.EndlessTemplate):
+        template.render(asked(tools=[TOOL]))
+    assert len(calls) == 2

@@ -1,6 +1,8 @@
 """Adaptation by LoRA: what learns, what is written, resuming, and refusals."""
 
 import os
+import re
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import tokensieve
@@ -22,7 +25,8 @@ from tokensieve import cost
 from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.train import Interrupted, history, lora, run
 from tokensieve.train.learning import learning
-from tokensieve.train.loop import make_optimizer
+from tokensieve.train.loop import STAGES, make_optimizer
+from tokensieve.train.stage import StepTotals, backward, options_of
 from tokensieve.train.state import checkpoints
 
 LORA = LoraConfig(rank=4)
@@ -139,7 +143,7 @@ def test_the_optimizer_has_adapters_and_indexers(here: Workplace) -> None:
         copies = {n for n in names.values() if ".modules_to_save." in n}
         assert peaks == dict.fromkeys(adapters, OPTIMIZER.lr) | dict.fromkeys(copies, OPTIMIZER.indexer_lr)
         assert len(adapters) == 2 * sum(n.endswith("lora_A.default.weight") for n in adapters) and copies
-        estimate = cost.run_estimate(made.config, config, 1e9, adapter=lora.adapter_size(made))
+        estimate = cost.run_estimate(made.config, config, 1e9, adapters=lora.adapters_of(made))
         trainable = sum(p.numel() for p in made.parameters() if p.requires_grad)
         total = sum(p.numel() for p in made.parameters())
     assert estimate.gradient_bytes == 4 * trainable and estimate.optimizer_bytes == 8 * trainable
@@ -229,6 +233,70 @@ def test_bad_settings_are_refused(here: Workplace) -> None:
         here.run("warmup", "bad", lora=LORA)
     with pytest.raises(UserError, match="lora.targets names no layer"), lora.adapted(model(), LoraConfig(targets=())):
         raise AssertionError("not reached")
+
+
+def test_a_run_is_no_model(here: Workplace) -> None:
+    """Nor is its adapter. The refusal names the merged model, or how to write it; else the last checkpoint."""
+    outs = {}
+    for name, lora_config in (("merged", LORA), ("apart", replace(LORA, merge=False)), ("whole", None)):
+        settings = here.run("adapt", f"refused-{name}", PhaseConfig(1, 48, 1), lora=lora_config)
+        run(settings, progress=False, rehearse=False)
+        outs[name] = Path(settings.out)
+    later = "to write its merged model, {}/merged, run the same command with --resume --set lora.merge=true"
+    for name, remedy in (("merged", "give its merged model: {}/merged"), ("apart", later)):
+        out = outs[name]
+        for folder, what in ((out, "folder of a training run"), (out / "step-000001", "adapter of a LoRA run")):
+            for read in (tokensieve.load, tokensieve.load_tokenizer):
+                with pytest.raises(UserError) as error:
+                    read(folder)
+                assert str(error.value) == f"{folder}: the {what}, not a model; {remedy.format(out)}"
+    (outs["merged"] / "step-000001").rename(moved := outs["merged"].parent / "moved")
+    with pytest.raises(UserError, match="a PEFT adapter, not a model; merge it into its base"):
+        tokensieve.load(moved)
+    last = re.escape(str(outs["whole"] / "step-000001"))
+    with pytest.raises(UserError, match=f"a training run, not a model; give its last checkpoint: {last}$"):
+        tokensieve.load(outs["whole"])
+    shutil.rmtree(outs["whole"] / "step-000001")
+    with pytest.raises(UserError, match="has no checkpoint yet; continue it with --resume"):
+        tokensieve.load(outs["whole"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_cost_of_experts_adapters(checkpointing: bool) -> None:
+    """That of W + B A once a pass, and of its gradient for the experts of each token, as torch counts them."""
+
+    def counted(targets: tuple[str, ...], rows: int) -> tuple[int, float]:
+        made, setting = model().train(), replace(LORA, targets=targets)
+        phase = PhaseConfig(1, 48, rows, rows)
+        config = TrainConfig("adapt", "", "", (phase,), lora=setting, activation_checkpointing=checkpointing)
+        made.model.gradient_checkpointing = checkpointing
+        micro = batch(rows, 48)
+        totals = StepTotals(labels=47 * rows, queries=48 * rows)
+        with lora.adapted(made, setting), learning(made, "all"):
+            with FlopCounterMode(display=False) as counter:
+                backward(STAGES["adapt"], made, micro, totals, options_of(STAGES["adapt"], config), torch.device("cpu"))
+            needed = cost.run_estimate(made.config, config, 1.0, adapters=lora.adapters_of(made))
+        return counter.get_total_flops(), needed.flops
+
+    with_experts = ("o_proj", "experts.gate_up_proj", "experts.down_proj")
+    for rows in (1, 4):
+        (more, expected), (fewer, without) = counted(with_experts, rows), counted(("o_proj",), rows)
+        assert more - fewer == expected - without > 0
+
+
+def test_the_memory_of_experts_adapters() -> None:
+    """W + B A is kept for the backward pass, of every layer or of one."""
+    made = model()
+    settings = TrainConfig("adapt", "", "", (PhaseConfig(1, 48, 1),))
+    with lora.adapted(made, replace(LORA, targets=("experts.gate_up_proj",))):
+        adapters = lora.adapters_of(made)
+    weights = made.model.layers[1].mlp.experts.gate_up_proj.numel()
+    assert adapters == cost.Adapters(linear=0, experts=4 * 8 * (32 + 48), weights=weights, layers=1, rank=4)
+    needed, linear = (cost.run_estimate(made.config, settings, 1.0, adapters=a) for a in (adapters, cost.Adapters(1)))
+    assert needed.activation_bytes - linear.activation_bytes == 2 * 4 * weights
+    three = replace(adapters, weights=3 * weights, layers=3)
+    assert three.sum_bytes(4, 2, checkpointing=False) == (3 * 2 + 4) * weights
+    assert three.sum_bytes(4, 2, checkpointing=True) == (2 + 4) * weights
 
 
 # ---- the command

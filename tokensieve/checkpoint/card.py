@@ -57,7 +57,8 @@ def write_card(folder: Path, source: Path | None, replace: bool = False, trained
     if beside and stage and earlier and earlier[-1]["stage"] == stage["stage"]:
         earlier = earlier[:-1]  # an earlier checkpoint of the same run, whose steps are part of this one's
     pretrained = stage is not None and stage["stage"] == "pretrain"
-    base = None if pretrained else known.get("base") or _name_of(source)
+    own_run = there is not None and known and _stage(there)  # its checkpoint is no base: what it began from is one
+    base = None if pretrained else known.get("base") or (None if own_run else _name_of(source))
     hub = None if pretrained else before.get("base_model") if known else base if base and "/" in base else None
     training = [*([] if pretrained else earlier), *([stage] if stage else [])]
     licence = {} if pretrained else _licence(before, folder)

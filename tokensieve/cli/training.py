@@ -144,7 +144,7 @@ def adapt(
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> tuple["TrainConfig", Path]:
     """Runs a stage and writes its metrics.json. Returns its config, and the folder of the model that it trained."""
     from tokensieve.config import TrainConfig, UserError, check_selector, load_config
-    from tokensieve.files import check_source, known_folder, write_json
+    from tokensieve.files import MERGED, check_source, known_folder, write_json
     from tokensieve.machine import check_device
 
     config = load_config(TrainConfig, name, overrides)
@@ -164,7 +164,6 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> t
     from tokensieve import train
     from tokensieve.checkpoint import write_card
     from tokensieve.train.figures import summary
-    from tokensieve.train.lora import MERGED
     from tokensieve.train.state import checkpoints
 
     begin = time.perf_counter()

@@ -21,6 +21,7 @@ from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of
 from tokensieve.cost.training import (
     LONGER,
     SHORTER,
+    Adapters,
     Estimate,
     activation_bytes,
     duration,
@@ -48,6 +49,7 @@ __all__ = [
     "kv_read_fraction",
     "decode_cache_bytes",
     "decode_weight_bytes",
+    "Adapters",
     "Estimate",
     "train_flops",
     "activation_bytes",

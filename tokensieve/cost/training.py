@@ -23,6 +23,38 @@ LOGITS = 1 << 29  # the most logits of the output head that are held at a time: 
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """Adapters (LoRA) that learn in the trunk's place: W + B A, with A and B of width `rank`.
+
+    A linear layer computes B (A x) for each token. Experts' tensors become W + B A, those of all experts, once a pass,
+    and then multiply tokens. The gradients of A and B are made of that of W + B A, which costs as much as W's own.
+    """
+
+    linear: int  # parameters of the adapters of linear layers
+    experts: int = 0  # parameters of the adapters of experts' tensors
+    weights: int = 0  # numbers in these tensors W
+    layers: int = 0  # layers that have such tensors
+    rank: int = 0
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.experts
+
+    def flops(self, context: int, pass_tokens: int) -> tuple[float, float]:
+        """FLOPs of a sequence, forward and backward: of B (A x) for each token, and its share of a pass's B A.
+
+        PEFT forms W + B A twice in a forward pass, the first time to check its shape.
+        """
+        each, once = 2 * self.linear * context, 2 * self.rank * self.weights * context / pass_tokens
+        return each + 2 * once, 2 * each + 2 * once
+
+    def sum_bytes(self, weight_bytes: int, value_bytes: int, *, checkpointing: bool) -> int:
+        """Peak bytes of experts' W + B A, which the backward pass needs, and of its gradient, which one layer has."""
+        one = self.weights // max(1, self.layers)
+        return (one if checkpointing else self.weights) * value_bytes + one * weight_bytes
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Needs of a training run: bytes in one process that holds the whole model, FLOPs of all steps, seconds.
 
@@ -66,7 +98,14 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = None, kl_every: int = 1) -> float:
+def train_flops(
+    shape: Shape,
+    stage: Stage,
+    context: int,
+    adapters: Adapters | None = None,
+    kl_every: int = 1,
+    pass_tokens: int | None = None,
+) -> float:
     """FLOPs of one training sequence of `context` tokens, forward and backward, without recomputation of whole layers.
 
     pretrain: all parameters train, attention is dense (dense adaptation costs the same). The linear layers count three
@@ -79,7 +118,8 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
     every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
     both gradients.
 
-    adapter: parameters of the adapters that learn in the trunk's place, each in one product per token; None: none do.
+    adapters: those that learn in the trunk's place; None: none do. pass_tokens: tokens of a forward and backward pass,
+    which share what the adapters compute once; None: those of the sequence.
     """
     counts = parameters(shape)
     visible = visible_keys(context)
@@ -91,8 +131,12 @@ def train_flops(shape: Shape, stage: Stage, context: int, adapter: int | None = 
         loss = shape.layers * visible * (target + scoring) / kl_every
         taught = index_linear * shape.layers / max(1, shape.index_layers)
         return trunk + INDEX_FORWARD_BACKWARD * taught + loss
-    own = LINEAR_FORWARD_BACKWARD if adapter is None else FROZEN_FORWARD_BACKWARD
-    linear = 2 * (own * (counts.matmul + counts.head) + LINEAR_FORWARD_BACKWARD * (adapter or 0)) * context
+    own = LINEAR_FORWARD_BACKWARD if adapters is None else FROZEN_FORWARD_BACKWARD
+    linear = 2 * own * (counts.matmul + counts.head) * context
+    if adapters is not None:
+        routed = adapters.weights * shape.experts_per_token / max(1, shape.experts)  # the weights that a token meets
+        linear += 2 * (LINEAR_FORWARD_BACKWARD - own) * routed * context
+        linear += sum(adapters.flops(context, pass_tokens or context))
     if stage == "pretrain":
         attention = visible * attention_flops_per_key(shape, "mha")
         return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
@@ -165,7 +209,7 @@ def train_estimate(
     weight_bytes: int = 4,
     value_bytes: int = 4,
     checkpointing: bool = False,
-    adapter: int | None = None,
+    adapters: Adapters | None = None,
     kl_every: int = 1,
 ) -> Estimate:
     """Memory and time of a training run, before it starts.
@@ -175,9 +219,9 @@ def train_estimate(
     micro_batch_tokens: tokens of one forward and backward pass (None: the whole step). weight_bytes: of a stored
     parameter and of its gradient. value_bytes: of an activation (2 under bf16 autocast, which also keeps a copy of the
     weights). The optimizer is Adam with two float32 moments for each trainable parameter; in warmup only the indexer's
-    are trainable. adapter: number of parameters of the adapters that train in the trunk's place (LoRA); in adapt a
-    frozen copy of the indexers is kept then. kl_every: warmup has a KL at every so many queries. Raises UserError if a
-    number is below 1, or if a stage trains the indexer and the model has none.
+    are trainable. adapters: those that train in the trunk's place (LoRA); in adapt a frozen copy of the indexers is
+    kept then. kl_every: warmup has a KL at every so many queries. Raises UserError if a number is below 1, or if a
+    stage trains the indexer and the model has none.
     """
     numbers = {
         "tokens_per_step": tokens_per_step,
@@ -194,14 +238,19 @@ def train_estimate(
     counts = parameters(shape)
     weights = counts.total - (counts.indexer if stage == "pretrain" else 0)
     trainable = counts.indexer if stage == "warmup" else weights
-    if adapter is not None:
-        trainable = adapter + (counts.indexer if stage == "adapt" else 0)
+    if adapters is not None:
+        trainable = adapters.parameters + (counts.indexer if stage == "adapt" else 0)
         weights += trainable
     copies = value_bytes if value_bytes < weight_bytes else 0
-    sequence = train_flops(shape, stage, context, adapter, kl_every)
+    pass_tokens = micro_batch_tokens or tokens_per_step
+    sequence = train_flops(shape, stage, context, adapters, kl_every, pass_tokens)
+    activations = activation_bytes(shape, stage, pass_tokens, value_bytes, checkpointing=checkpointing)
+    if adapters is not None:
+        activations += adapters.sum_bytes(weight_bytes, value_bytes, checkpointing=checkpointing)
     if checkpointing and stage != "warmup":
         mode: Mode = "mqa" if stage == "adapt" else "mha"
         sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0, mode=mode)
+        sequence += 0 if adapters is None else adapters.flops(context, pass_tokens)[0]
     flops = sequence * tokens_per_step * steps / context
     return Estimate(
         tokens=tokens_per_step * steps,
@@ -210,14 +259,17 @@ def train_estimate(
         weight_bytes=weights * (weight_bytes + copies),
         gradient_bytes=trainable * weight_bytes,
         optimizer_bytes=trainable * 8,
-        activation_bytes=activation_bytes(
-            shape, stage, micro_batch_tokens or tokens_per_step, value_bytes, checkpointing=checkpointing
-        ),
+        activation_bytes=activations,
     )
 
 
 def phase_estimates(
-    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4, adapter: int | None = None
+    model_config: Any,
+    run: TrainConfig,
+    flops_per_second: float,
+    *,
+    value_bytes: int = 4,
+    adapters: Adapters | None = None,
 ) -> list[Estimate]:
     """Memory and time of each phase of a configured run; arguments and errors as in `run_estimate`."""
     if not run.phases:
@@ -233,7 +285,7 @@ def phase_estimates(
             micro_batch_tokens=phase.micro_batch * phase.context,
             value_bytes=value_bytes,
             checkpointing=run.activation_checkpointing,
-            adapter=adapter,
+            adapters=adapters,
             kl_every=run.kl_every,
         )
         for phase in run.phases
@@ -241,14 +293,19 @@ def phase_estimates(
 
 
 def run_estimate(
-    model_config: Any, run: TrainConfig, flops_per_second: float, *, value_bytes: int = 4, adapter: int | None = None
+    model_config: Any,
+    run: TrainConfig,
+    flops_per_second: float,
+    *,
+    value_bytes: int = 4,
+    adapters: Adapters | None = None,
 ) -> Estimate:
     """Memory and time of a configured run: the sum of its phases' times, the peak of their memory.
 
     model_config: the config of the model to train. Adaptation without selection costs as much as pretraining.
-    flops_per_second, value_bytes and adapter as in train_estimate. Raises UserError as train_estimate does.
+    flops_per_second, value_bytes and adapters as in train_estimate. Raises UserError as train_estimate does.
     """
-    phases = phase_estimates(model_config, run, flops_per_second, value_bytes=value_bytes, adapter=adapter)
+    phases = phase_estimates(model_config, run, flops_per_second, value_bytes=value_bytes, adapters=adapters)
     return dataclasses.replace(
         max(phases, key=lambda phase: phase.memory_bytes),
         tokens=sum(phase.tokens for phase in phases),

@@ -67,6 +67,11 @@ class Target:
         return LABELS[self.engine]
 
     @property
+    def program(self) -> tuple[str, ...]:
+        """The command's words before the checkpoint."""
+        return ("vllm", "serve") if self.engine == "vllm" else ("python", "-m", "sglang.launch_server", "--model")
+
+    @property
     def machine(self) -> Hardware:
         return HARDWARE[self.hardware]
 
@@ -128,15 +133,17 @@ def plan(
     """
     target = Target(engine, gpus, hardware, context)
     folder = model_path(model).absolute()
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: a GGUF file, and deploy plans for folders; write one with "
+            f"tokensieve.save(tokensieve.load(FILE), FOLDER), or {_serve(folder)}"
+        )
     raw = read_config(folder)
     config = model_config(raw)
     family = family_of(config)
-    if not family.engine_fields:
-        raise UserError(
-            f"{folder}: deploy plans DeepSeek models only so far, not {family.model_type}; "
-            "serve it with tokensieve serve"
-        )
     family.check(config)
+    if not family.engine_fields:
+        raise UserError(*_without_plan(target, folder, config))
     headers, reasons = _refusals(target, folder, raw, config)
     sparse = family.sparse
     encoded = family.engines_encode_chat and not has_chat_template(folder)
@@ -148,7 +155,7 @@ def plan(
         folder=folder,
         gpus=gpus,
         hardware=hardware,
-        program=("vllm", "serve") if engine == "vllm" else ("python", "-m", "sglang.launch_server", "--model"),
+        program=target.program,
         arguments=(*_arguments(target, raw, config), *(ENCODER[engine] if encoded else ()), *options),
         parsers=PARSERS[engine] if encoded and not options else (),
         weights=_weights(headers, config.num_hidden_layers, target),
@@ -167,13 +174,30 @@ def plan(
     return deployment
 
 
+def _without_plan(target: Target, folder: Path, config: ModelConfig) -> list[str]:
+    """Why there is no plan for a family: the engine does not run it, or nobody has planned it yet."""
+    by_hand = shlex.join((*target.program, str(folder)))
+    reason = f"{folder}: deploy plans DeepSeek models only so far, not {family_of(config).model_type}; "
+    return _engine_reasons(target, folder, config) or [reason + f"try {by_hand}, or {_serve(folder)}"]
+
+
+def _engine_reasons(target: Target, folder: Path, config: ModelConfig) -> list[str]:
+    """Why the engine does not run such a model, whatever is in the folder."""
+    reasons = [reason for reason in exportable(config) if target.label in reason.partition(":")[0]]
+    return [f"{reason}; {_serve(folder)} serves it as it is" for reason in reasons]
+
+
+def _serve(folder: Path) -> str:
+    return shlex.join(("tokensieve", "serve", str(folder)))
+
+
 def _refusals(
     target: Target, folder: Path, raw: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, Header], list[str]]:
     """The tensors' headers, empty if they cannot be read; and every reason not to serve except memory."""
     machine, reasons = target.machine, config_reasons(raw)
     headers: dict[str, Header] = {}
-    reasons += [reason for reason in exportable(config) if target.label in reason.partition(":")[0]]
+    reasons += _engine_reasons(target, folder, config)
     try:
         headers = tensor_headers(folder, config)
     except UserError as error:

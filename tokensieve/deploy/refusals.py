@@ -14,6 +14,7 @@ from tokensieve.checkpoint import Header, expected_tensors
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model import check_tokenizer, load_tokenizer
+from tokensieve.tasks.turns import render
 
 FP8_BLOCK = 128  # rows and columns that share a scale: the only size that their kernels are built for
 
@@ -117,8 +118,6 @@ def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
 
     DeepSeek-V3.2 is published without one; both engines bring its encoder.
     """
-    from jinja2 import TemplateError
-
     try:
         tokenizer = load_tokenizer(folder)
         check_tokenizer(tokenizer, config)
@@ -132,11 +131,9 @@ def tokenizer_reasons(folder: Path, config: ModelConfig) -> list[str]:
             "chat_template in its tokenizer_config.json"
         ]
     try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        return [f"{folder}: the chat template does not render a message ({error}); copy the original's again"]
+        render(tokenizer, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except UserError as error:
+        return [f"{folder}: the chat template does not render a message; copy the original's again ({error})"]
     return []
 
 

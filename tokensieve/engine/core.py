@@ -3,7 +3,6 @@
 Only one thread may call it. `service.py` serves many callers through that thread.
 """
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +26,6 @@ from tokensieve.model.context import Form
 from tokensieve.model.selection import Selector
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.tasks import end_tokens
-
-log = logging.getLogger("tokensieve.engine")
 
 NOT_FINITE = "the model's logits are not finite"
 
@@ -150,8 +147,12 @@ class Engine:
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
         self._generations: dict[str, Generation] = {}
         self._ends = end_tokens(model, tokenizer)
-        taken = "up to " if model.device.type == "cpu" else ""
-        log.info("cache: %d pages, %s%.1f MiB", pages, taken, self.runner.pools.bytes / 2**20)
+
+    @property
+    def cache_size(self) -> str:
+        """The cache's size as text: "4096 pages, up to 512.0 MiB", of which a CPU's memory is taken as it is needed."""
+        taken = "up to " if self.model.device.type == "cpu" else ""
+        return f"{self.scheduler.pool.pages} pages, {taken}{self.runner.pools.bytes / 2**20:.1f} MiB"
 
     @property
     def busy(self) -> bool:

@@ -10,6 +10,7 @@ end: the process of the failed rank with an error, and the others by torchrun.
 """
 
 import json
+import logging
 import secrets
 import signal
 import sys
@@ -29,6 +30,8 @@ from tokensieve.engine.request import Output, Request, Sampling
 from tokensieve.engine.sampling import SamplingRow
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
+
+log = logging.getLogger("tokensieve.engine")
 
 NEVER = timedelta(days=3650)  # followers receive nothing while there are no requests
 
@@ -173,13 +176,16 @@ def engine_on(
 
     The leader's block gets the engine. SIGTERM ends that block in order, with status 0. The followers do what the
     leader does; their blocks get None, once the leader's block has ended. On a single rank the block gets an ordinary
-    engine, and signals are handled as before.
+    engine, and signals are handled as before. The size of the cache is logged.
     """
     config = config or EngineConfig()
     if mesh.size == 1:
-        yield Engine(model, tokenizer, config)
+        engine = Engine(model, tokenizer, config)
+        log.info("cache: %s", engine.cache_size)
+        yield engine
     elif mesh.leads:
         leader = Leader(model, tokenizer, config, mesh)
+        log.info("cache: %s", leader.cache_size)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         try:
             yield leader

@@ -187,7 +187,7 @@ class Grouped(Family):
     def refusals(self, config: Any) -> list[str]:
         if not self.sparse:
             return []
-        return ["transformers, vLLM, SGLang: they have no grouped-query attention with an indexer; tokensieve runs it"]
+        return ["transformers, vLLM, SGLang: they have no grouped-query attention with an indexer"]
 
 
 class GroupedExperts(Grouped):

@@ -21,8 +21,8 @@ class KimiConfig(DeepseekV3Config):
 class Kimi(DeepSeek):
     def refusals(self, config: Any) -> list[str]:
         reason = (
-            "transformers, vLLM, SGLang: they know kimi_k2 by the code of the published folder alone, which "
-            'config.json no longer names; write "model_type": "deepseek_v3" in it, for the same model'
+            "transformers, vLLM, SGLang: they know kimi_k2 by the code of the published folder alone, which tokensieve "
+            'neither runs nor saves; write "model_type": "deepseek_v3" in config.json, for the same model'
         )
         return [reason, *super().refusals(config)]
 

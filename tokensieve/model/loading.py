@@ -84,7 +84,8 @@ def save(
 
 
 def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dtype: torch.dtype | None = None) -> None:
-    """Writes the indexers alone, for a trunk that did not change: a small checkpoint whose index points at its files.
+    """Writes the indexers alone, for a trunk that did not change: a small checkpoint whose index points at its files,
+    with a model card.
 
     `trunk` is the trunk's folder (one model.safetensors), relative to `folder`. `load` opens the result like any
     checkpoint; `save` the model whole for other programs.
@@ -102,8 +103,10 @@ def save_indexers(model: DecoderForCausalLM, folder: str | Path, trunk: str, dty
             model.config.to_dict(), dtype or model.model.embed_tokens.weight.dtype, False
         )
         (new / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
-    if getattr(model, "folder", None) is not None:
-        copy_tokenizer(Path(model.folder), Path(folder))
+    source = getattr(model, "folder", None)
+    if source is not None:
+        copy_tokenizer(Path(source), Path(folder))
+    checkpoint.write_card(Path(folder), None if source is None else Path(source))
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

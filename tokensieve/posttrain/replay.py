@@ -21,8 +21,9 @@ def replaying(model: nn.Module, rollouts: Sequence[Rollout] | Callable[[], Seque
     """Within the block every pass of `model` over rows of these rollouts reads the keys that the rollout read.
 
     Rows are found by their tokens, whatever their order and padding, so this works for whatever code calls the model
-    (TRL's GRPOTrainer, say). rollouts: or a function that returns them, for a loop that samples anew. A pass takes `input_ids` and, if rows are padded, `attention_mask`. UserError for a model
-    that is not tokensieve's, a rollout without a selection, and a row that is none of the rollouts.
+    (TRL's GRPOTrainer, say). rollouts: or a function that returns them, for a loop that samples anew. A pass takes
+    `input_ids` and, if rows are padded, `attention_mask`. UserError for a model that is not tokensieve's, a rollout
+    without a selection, and a row that is none of the rollouts.
     """
     trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
     if not trunks:

@@ -25,7 +25,7 @@ from tokensieve.serve.markers import (
 )
 from tokensieve.serve.parsing import OutputParser
 from tokensieve.serve.schema import ChatRequest
-from tokensieve.tasks.turns import render
+from tokensieve.tasks.turns import EndlessTemplate, render
 
 NAME, ARGUMENTS, TEXT = "a_function", {"a_key": "a_value"}, "a_text"  # of the calls by which a template is tried
 SWITCHES = re.compile(r"\b(enable_thinking|thinking|reasoning_effort)\b")
@@ -139,12 +139,14 @@ class ChatTemplate:
         return all(word in text for word in words) and '\\"' not in text  # in JSON once, not twice
 
     def _try(self, content: str | None, is_json: bool) -> str:
-        """What the template writes for a message with a call; nothing if it fails."""
+        """What the template writes for a message with a call; nothing if it fails. EndlessTemplate as for `render`."""
         arguments = json.dumps(ARGUMENTS) if is_json else ARGUMENTS
         call = {"id": "a_call", "type": "function", "function": {"name": NAME, "arguments": arguments}}
         called = {"role": "assistant", "content": content, "tool_calls": [call]}
         try:
             return render(self._tokenizer, [{"role": "user", "content": ""}, called])
+        except EndlessTemplate:  # whatever the form of the call
+            raise
         except UserError:
             return ""
 

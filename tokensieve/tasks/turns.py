@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from tokensieve.config import UserError
+from tokensieve.tasks.time_limit import TimeIsUp, time_limit
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
@@ -38,7 +39,13 @@ class Turns:
 
 
 # What an expression of a template may raise, besides the errors of templates.
-FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+FAULTS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+
+LONGEST = 10.0  # seconds that a template may take; they take milliseconds, and one that loops would never end
+
+
+class EndlessTemplate(UserError):
+    """A chat template that takes longer than `LONGEST`."""
 
 
 def deepseek_turns(ids: Mapping[str, int]) -> Turns:
@@ -79,7 +86,8 @@ def render(
     options: `add_generation_prompt`, `continue_final_message`, and switches of the template.
 
     Raises:
-        UserError: the tokenizer has no template, or one that is no valid template or refuses the messages.
+        UserError: the tokenizer has no template, or one that is no valid template or refuses the messages;
+            EndlessTemplate if it does not end.
     """
     from transformers.utils.chat_template_utils import render_jinja_template  # a second to import
 
@@ -89,8 +97,13 @@ def render(
         )
     try:
         template, known = tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map
-        (text,), _ = render_jinja_template([list(messages)], tools, chat_template=template, **known | options)
+        with time_limit(LONGEST):
+            (text,), _ = render_jinja_template([list(messages)], tools, chat_template=template, **known | options)
         return text
+    except TimeIsUp as error:
+        raise EndlessTemplate(
+            f"the model's chat template does not end within {LONGEST:g} s; correct chat_template.jinja"
+        ) from error
     except TemplateSyntaxError as error:
         raise UserError(
             f"the tokenizer's chat template is no valid template ({error.message}, line {error.lineno}); "

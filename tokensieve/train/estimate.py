@@ -17,7 +17,7 @@ from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train.forecast import Forecast
-from tokensieve.train.lora import adapter_size
+from tokensieve.train.lora import adapters_of
 from tokensieve.train.stage import Stage, StepTotals, backward, options_of
 
 SHORTEST = 512  # tokens of the first timed row, unless the run's own rows are shorter
@@ -43,10 +43,10 @@ def estimate(
 
     Preparing data, writing checkpoints and compiling are left out.
     """
-    value_bytes, adapter = 2 if device.type == "cuda" else 4, adapter_size(model)
+    value_bytes, adapters = 2 if device.type == "cuda" else 4, adapters_of(model)
 
     def flops(run: TrainConfig) -> float:
-        return cost.run_estimate(model.config, run, 1.0, value_bytes=value_bytes, adapter=adapter).flops
+        return cost.run_estimate(model.config, run, 1.0, value_bytes=value_bytes, adapters=adapters).flops
 
     def counted(tokens: int, rows: int) -> float:
         return flops(replace(config, phases=(PhaseConfig(1, tokens, rows, rows),)))
@@ -67,13 +67,13 @@ def estimate(
                 break
             found = timed(tokens, 1)
     rate = found.flops / found.seconds
-    needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes, adapter=adapter)
+    needed = cost.run_estimate(model.config, config, rate, value_bytes=value_bytes, adapters=adapters)
     return replace(needed, process_bytes=process_bytes(model, device)), found
 
 
 def forecast(config: TrainConfig, model: DecoderForCausalLM, first: int, rehearsal: Rehearsal | None) -> Forecast:
     """The forecast of a run that goes on after `first` steps."""
-    phases = cost.phase_estimates(model.config, config, 1.0, adapter=adapter_size(model))
+    phases = cost.phase_estimates(model.config, config, 1.0, adapters=adapters_of(model))
     steps = [e.flops / p.steps for p, e in zip(config.phases, phases, strict=True) for _ in range(p.steps)]
     return Forecast(steps[first:], rehearsal)
 

@@ -26,7 +26,7 @@ from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.files import locked, write_json
 from tokensieve.machine import choose_device, rank_info
-from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path, save
+from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.estimate import estimate, forecast
@@ -37,6 +37,7 @@ from tokensieve.train.state import (
     CONFIG,
     RunState,
     began_as,
+    checkpoints,
     decisive,
     newest,
     read_state,
@@ -243,9 +244,15 @@ class Run:
         }
 
     def save(self, done: int) -> Path:
-        """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact."""
+        """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact.
+
+        From then on it is what the model comes from: a card that is written later takes this training over from it.
+        """
         state = RunState(done, self.fingerprint, self.config.phases)
-        return save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
+        folder = save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
+        if self.adapter is None:
+            self.model.folder = folder
+        return folder
 
 
 def run(
@@ -261,10 +268,11 @@ def run(
     Under LoRA the adapter is merged into the model that is returned, and that is saved in `config.out`/merged.
 
     `model`: trained in place of `config.model` (a path or bundled name); if training fails, it has the weights of the
-    last step and is otherwise as it was. `resume`: continue from the newest checkpoint of `config.out`, or begin if
-    there is none. `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the
-    run needs (a run of a few steps takes hardly longer than that). Raises UserError for bad configs and data, a NaN
-    loss or a full disk (the last checkpoint stays), and Interrupted after Ctrl-C.
+    last step and is otherwise as it was. Its `folder` is the last checkpoint, so that a save of it states this
+    training. `resume`: continue from the newest checkpoint of `config.out`, or begin if there is none.
+    `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the run needs (a
+    run of a few steps takes hardly longer than that). Raises UserError for bad configs and data, a NaN loss or a full
+    disk (the last checkpoint stays), and Interrupted after Ctrl-C.
     """
     this = Run(config, model, resume, rehearse)
     with contextlib.ExitStack() as stack:
@@ -292,7 +300,7 @@ def run(
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
         with locked(this.out):
-            save(this.model, this.out / lora.MERGED)
+            lora.save_merged(this.model, this.out, checkpoints(this.out)[-1])
     return this.model.eval()
 
 

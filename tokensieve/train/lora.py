@@ -15,8 +15,11 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tokensieve import cost
+from tokensieve.checkpoint import write_card
 from tokensieve.config import LoraConfig, UserError
-from tokensieve.model import DecoderForCausalLM, Trunk
+from tokensieve.files import MERGED
+from tokensieve.model import DecoderForCausalLM, Trunk, save
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
 
@@ -24,7 +27,6 @@ log = logging.getLogger("tokensieve")
 
 TENSORS = "adapter_model.safetensors"  # PEFT's name, in a checkpoint
 MISREAD = {"gate_proj", "up_proj", "down_proj"}  # by PEFT, in a model with experts
-MERGED = "merged"  # the folder of a run that holds the model with its adapter merged
 
 
 class _WithoutConfig(nn.Module):
@@ -98,6 +100,18 @@ def save_adapter(adapter: Any, folder: Path) -> None:
     adapter.peft_config["default"].save_pretrained(folder)
 
 
+def save_merged(model: DecoderForCausalLM, run: Path, trained: Path) -> None:
+    """Writes the model with its adapter merged into a run's folder; from then on the model comes from there.
+
+    trained: the run's last checkpoint, whose training the card records.
+    """
+    folder = run / MERGED
+    save(model, folder)
+    source = getattr(model, "folder", None)
+    write_card(folder, None if source is None else Path(source), replace=True, trained=trained)
+    model.folder = folder
+
+
 def restore_adapter(adapter: Any, folder: Path) -> None:
     """Loads the adapter of a checkpoint. UserError, before anything is changed, if it is damaged or of other shapes."""
     import peft
@@ -116,9 +130,26 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
     peft.set_peft_model_state_dict(adapter, tensors)
 
 
-def adapter_size(model: nn.Module) -> int | None:
-    """Number of the adapters' parameters; None if the model has none."""
-    return sum(x.numel() for name, x in model.named_parameters() if ".lora_" in name) or None
+def adapters_of(model: nn.Module) -> cost.Adapters | None:
+    """The sizes of the model's adapters; None if it has none."""
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        return None
+    from peft.tuners.lora import LoraLayer, ParamWrapper
+
+    sizes = {
+        layer: sum(x.numel() for part in (layer.lora_A, layer.lora_B) for x in part.parameters())
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    }
+    experts = [layer for layer in sizes if isinstance(layer, ParamWrapper)]
+    of_experts = sum(sizes[layer] for layer in experts)
+    return cost.Adapters(
+        linear=sum(sizes.values()) - of_experts,
+        experts=of_experts,
+        weights=sum(layer.get_param().numel() for layer in experts),
+        layers=len({layer.get_base_layer() for layer in experts}),
+        rank=max(rank for layer in sizes for rank in layer.r.values()),
+    )
 
 
 def _tensors(adapter: Any) -> dict[str, torch.Tensor]:
