@@ -121,3 +121,13 @@ def test_selections_are_compared(tmp_path: Path) -> None:
     assert rows["sparse"]["keys"] == 512 and rows["dense"]["keys"] > 512 and rows["window"]["keys"] == 512
     assert rows["k by query"]["keys"] == pytest.approx(512, rel=0.1) and rows["window"]["scores"] == 0
     assert all(f"| {name} |" in child.stdout for name in rows)
+
+
+@pytest.mark.slow
+def test_rollouts_are_timed_and_compared(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rollouts.json"
+    child = benchmark("rollouts", "--quick", "--device", "cpu", "--out", str(out))
+    assert child.returncode == 0, child.stderr
+    figures = json.loads(out.read_text())["figures"]
+    assert figures["replayed"]["mean"] < 1e-6 and figures["not replayed"]["tokens"] == 32
+    assert min(figures[name]["tokens_per_second"] for name in ("engine", "generate")) > 0
