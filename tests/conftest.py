@@ -35,6 +35,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         reason = "no C++ compiler, which torch.compile needs: apt-get install g++"
     if reason:
         (pytest.fail if item.config.getoption("complete") else pytest.skip)(reason)
+    if item.get_closest_marker("bubblewrap") and not shutil.which("bwrap"):  # the same tests run by namespaces
+        pytest.skip("no bubblewrap, which the sandbox prefers if it is there: apt-get install bubblewrap")
 
 
 @pytest.fixture
