@@ -39,6 +39,7 @@ def main() -> None:
     request = messages.decode_request(sys.stdin.buffer.read())
     os.umask(0o022)
     try:
+        supervisor.volunteer()
         _enter_namespaces()
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, syscalls.SIGKILL)  # which a change of credentials clears
         _make_root(request)
