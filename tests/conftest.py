@@ -20,7 +20,7 @@ pytest.register_assert_rewrite("tests.support.browser")  # a test file imports i
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "a test that needs a browser or a C++ compiler fails on a machine without one; otherwise it is skipped"
+    text = "a test that needs a browser, a C++ compiler or bubblewrap fails on a machine without one; otherwise it is skipped"
     parser.addoption("--complete", action="store_true", help=text)
 
 
@@ -33,6 +33,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         reason = browser.why_not()
     elif "compiler" in item.fixturenames and not shutil.which(os.environ.get("CXX", "g++")):
         reason = "no C++ compiler, which torch.compile needs: apt-get install g++"
+    elif item.get_closest_marker("bubblewrap") and not shutil.which("bwrap"):  # the same tests run by namespaces
+        reason = "no bubblewrap, which the sandbox prefers if it is there: apt-get install bubblewrap"
     if reason:
         (pytest.fail if item.config.getoption("complete") else pytest.skip)(reason)
 

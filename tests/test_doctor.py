@@ -75,7 +75,7 @@ def test_json() -> None:
 
 def test_table() -> None:
     shown = run()
-    for thing in ("Python", "memory", "GPU", "torch 2", "flash_mla", "base ", "will be used", "operators"):
+    for thing in ("Python", "memory", "GPU", "sandbox", "torch 2", "flash_mla", "base ", "will be used", "operators"):
         assert thing in shown
     assert len(shown.splitlines()) <= 20
 
@@ -105,6 +105,8 @@ def test_what_is_broken_or_missing_is_said(found: dict) -> None:
     assert ("", "flash_mla does not work: OSError: libcuda.so.1 is missing") in shown
     assert ("GPU", "cuda:0: H200, capability 9.0, 9.0 GiB free of 140.0 GiB") in shown
     assert ("models", "base is missing here, sparse 1.0 MiB") in shown
+    refused = {"sandbox": {"isolation": None, "why_not": "unshare: Operation not permitted"}}
+    assert ("sandbox", "none: unshare: Operation not permitted") in doctor.rows(found | refused)
     text = dict(shown)["packages"]
     assert "tilelang" in text and "deep_gemm" not in text
 

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "tokensieve"
 # A file imports only from places to its left; inside a package the order is free. `__init__` is the public interface,
 # which the demo uses as a reader would.
 ORDER = (
-    "config families machine files mesh cost ops checkpoint model selectors tasks data engine evals bench train "
-    "posttrain profile serve deploy report __init__ demo speedrun doctor cli __main__"
+    "config families machine files mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench "
+    "train posttrain profile serve deploy report __init__ demo speedrun doctor cli __main__"
 ).split()
 
 MAX_LINES = 450

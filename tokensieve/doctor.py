@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tokensieve import __version__, ops
+from tokensieve import __version__, ops, sandbox
 from tokensieve.machine import choose_device, processor, usable_cores, version
 
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "triton", "datasets", "trl", "fastapi", "wandb")
@@ -55,6 +55,7 @@ def report() -> dict[str, Any]:
         "vendor": {module: vendor_why_not(module) for module in VENDOR_MODULES},
         "bundled": {name: bundled_bytes(name) for name in BUNDLED},
         "disk": {"path": str(Path.cwd()), "free_bytes": shutil.disk_usage(Path.cwd()).free},
+        "sandbox": isolation(),
         "uses": {
             "device": device,
             "dtype": "float32" if device == "cpu" else "bfloat16",
@@ -76,6 +77,12 @@ def memory() -> dict[str, int | None]:
         "available_bytes": now.available,
         "limit_bytes": int(limit) if limit.isdigit() else None,
     }
+
+
+def isolation() -> dict[str, str | None]:
+    """The isolation of untrusted programs, or the reason why there is none."""
+    why_not = sandbox.why_not()
+    return {"isolation": sandbox.isolation() if why_not is None else None, "why_not": why_not}
 
 
 def accelerators() -> list[dict[str, Any]]:
@@ -162,7 +169,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("", f"{m} does not work: {why}") for m, why in facts["vendor"].items() if why not in (None, NOT_INSTALLED)
     ]
     sizes = [f"{n} {size / 2**20:.1f} MiB" if size else f"{n} is missing here" for n, size in facts["bundled"].items()]
-    table += [("models", ", ".join(sizes)), ("", "")]
+    table.append(("models", ", ".join(sizes)))
+    table += [("sandbox", facts["sandbox"]["isolation"] or f"none: {facts['sandbox']['why_not']}"), ("", "")]
     table.append(("will be used", f"{uses['device']}, {uses['dtype']}, {cpu['torch_threads']} CPU threads"))
     return table + operators(facts)
 
