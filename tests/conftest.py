@@ -20,7 +20,7 @@ pytest.register_assert_rewrite("tests.support.browser")  # a test file imports i
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "a test that needs a browser, a C++ compiler or bubblewrap fails on a machine without one; otherwise it is skipped"
+    text = "a test that needs a browser, a C++ compiler or bubblewrap fails on a machine without; else it is skipped"
     parser.addoption("--complete", action="store_true", help=text)
 
 
