@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tokensieve.config import UserError
-from tokensieve.posttrain import LanguageShare, Terms, Weights, length_penalty, reward, split_thinking
+from tokensieve.posttrain import LanguageShare, Terms, Weights, length_penalty, reward
 
 WEIGHTS = Weights(outcome=1.0, rubric=0.5, language=0.25, length=0.125)
 
@@ -31,21 +31,6 @@ def test_a_missing_judge_is_no_reward_and_not_zero() -> None:
 @pytest.mark.parametrize(("tokens", "penalty"), [(0, 0), (100, 0), (150, 0.5), (200, 1), (10_000, 1)])
 def test_the_length_penalty_is_linear_between_its_bounds(tokens: int, penalty: float) -> None:
     assert length_penalty(tokens, 100, 200) == penalty
-
-
-@pytest.mark.parametrize(
-    ("text", "thoughts", "answer"),
-    [
-        ("<think>so</think>42", "so", "42"),
-        ("so</think> 42 ", "so", "42"),  # the prompt opened the thoughts
-        ("</think>42", "", "42"),
-        ("42", None, "42"),
-        ("<think>never ends", "never ends", ""),
-        ("<think>a</think>b</think>c", "a", "b</think>c"),
-    ],
-)
-def test_thoughts_and_answer(text: str, thoughts: str | None, answer: str) -> None:
-    assert split_thinking(text) == (thoughts, answer)
 
 
 ENGLISH = "The river was wide and slow, and nobody had crossed it for years."

@@ -6,7 +6,7 @@ Rewards are functions of texts and numbers, so that TRL, verl and evaluation cal
 from tokensieve.posttrain.judge import Criterion, Judge, JudgeSettings, Question
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.replay import replaying
-from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward, split_thinking
+from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
 from tokensieve.posttrain.rollouts import Rollout, Rollouts
 
 __all__ = [
@@ -22,5 +22,4 @@ __all__ = [
     "length_penalty",
     "replaying",
     "reward",
-    "split_thinking",
 ]

@@ -8,7 +8,6 @@ and agents; a generative reward model with a rubric for each prompt elsewhere).
 from dataclasses import dataclass, fields
 
 from tokensieve.config import UserError
-from tokensieve.tasks.turns import END_THINK, THINK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +69,3 @@ def length_penalty(tokens: int, free: int, limit: int) -> float:
     if not 0 <= free < limit:
         raise UserError(f"an answer is free up to {free} tokens and at its limit with {limit}; give 0 <= free < limit")
     return min(1.0, max(0.0, (tokens - free) / (limit - free)))
-
-
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """The thoughts of a text and the answer behind them; None if it does not think.
-
-    Thoughts end at the first `</think>`, whether the prompt or the text itself opened them. Without an end everything
-    behind `<think>` is thoughts, and the answer is empty: a model that never stops thinking has not answered.
-    """
-    before, end, after = text.partition(END_THINK)
-    thinks = THINK in before
-    if end:
-        return before.removeprefix(THINK).strip(), after.strip()
-    return (before.partition(THINK)[2].strip(), "") if thinks else (None, text.strip())

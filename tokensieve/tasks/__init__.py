@@ -1,7 +1,8 @@
 """Tasks: questions with a way to judge the answers, all under one contract (`contract.Task`).
 
 One file per task: `retrieval` (needles in real text), `dialogue` (short turns about real functions), `completion`
-(bodies of held-out functions), `short` (small questions with choices), and `ruler/` for those with long contexts. What
+(bodies of held-out functions), `short` (small questions with choices), `ruler/` for those with long contexts, and
+`problems/` for those of post-training. What
 they share: documents and their split (`documents`), an encoder that never mistakes text for a marker (`encoder`), and
 the ids around the texts of a conversation (`turns`).
 """

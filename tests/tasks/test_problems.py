@@ -1,0 +1,131 @@
+"""The problems of post-training: right answers are graded right, splits never meet, prompts are long enough."""
+
+import itertools
+import random
+import string
+
+import pytest
+
+import tokensieve
+from tokensieve.config import UserError
+from tokensieve.tasks import Answer, encoder
+from tokensieve.tasks.problems import DOMAINS, MODES, Problem, Problems, split_thinking
+from tokensieve.tasks.turns import END_THINK, THINK
+
+ALL = [(name, mode, language) for name in DOMAINS for mode in MODES for language in DOMAINS[name].languages]
+
+
+@pytest.fixture(scope="module")
+def encode():
+    return encoder(tokensieve.load_tokenizer("base"))
+
+
+@pytest.mark.parametrize(("name", "mode", "language"), ALL)
+def test_the_demonstration_is_right_and_others_are_not(name: str, mode: str, language: str, encode) -> None:
+    task = Problems(DOMAINS[name], encode, mode, language)
+    least, _, most = DOMAINS[name].difficulty
+    for size in (least, (least + most) // 2, most):
+        for example in task.examples("train", 2, size):
+            right = task.score(example, Answer(example.demonstration))
+            assert right.value == 1 and right.parts == {"ended": 1.0, "format": 1.0}, example.demonstration
+            assert task.reward(example, Answer(example.demonstration)) == 1
+            wrong = [
+                Answer(example.demonstration, ended=False),
+                Answer(example.item.answer if mode == "think" else f"{THINK}so{END_THINK}{example.item.answer}"),
+                Answer(f"{THINK}{example.demonstration}"[: -len(example.item.answer)]),
+                Answer(""),
+                Answer("?"),
+            ]
+            assert [task.score(example, answer).value for answer in wrong] == [0.0] * len(wrong)
+
+
+def test_grades_are_by_the_rule() -> None:
+    rng = random.Random(1)
+    item = DOMAINS["mathematics"].draw(rng, 2, "en", "train")
+    grade, value = DOMAINS["mathematics"].grade, item.data[0]
+    assert grade(item, f"She has {value}.") == 1 and grade(item, f"{value} or {int(value) + 1}") == 0
+    assert grade(item, f"{int(value):,}") == 1 and grade(item, f"0{value}") == 1 and grade(item, f"-{value}") == 0
+    item = DOMAINS["logic"].draw(rng, 4, "en", "train")
+    right, *people = item.data
+    other = next(name for name in people if name != right)
+    grade = DOMAINS["logic"].grade
+    assert grade(item, f"It is {right}.") == 1 and grade(item, other) == 0 and grade(item, f"{right} or {other}") == 0
+    item = DOMAINS["programming"].draw(rng, 1, "en", "train")
+    grade, program = DOMAINS["programming"].grade, item.answer
+    bare = program.removeprefix("```python\n").removesuffix("\n```")
+    assert grade(item, bare) == 1 and grade(item, f"Here it is:\n{program}\nIt reads the line.") == 1
+    assert grade(item, f"{program}\n\n```python\nprint(1)\n```") == 0
+    assert grade(item, f"print({item.data[1]})") == float(len({*item.data[1::2]}) == 1)
+    for hostile in ("while True: pass", "import os; os._exit(0)", "raise SystemExit(0)", "print('x' * 10**7)"):
+        assert grade(item, hostile) == 0
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_the_splits_share_no_problem_no_phrasing_and_no_seed(name: str, encode) -> None:
+    seen: dict[str, list[Problem]] = {}
+    for split in ("train", "test"):
+        tasks = [Problems(DOMAINS[name], encode, mode, "en", tokens=600) for mode in MODES]
+        seen[split] = [e for task in tasks for seed in (0, 1) for e in task.examples(split, 20, seed=seed)]
+    keys = {split: {e.item.key for e in examples} for split, examples in seen.items()}
+    assert keys["train"] and keys["test"] and not keys["train"] & keys["test"]
+    # No sentence of one split, numbers and names taken out, is a sentence of the other: worked examples included.
+    frames = {split: {frame for e in examples for frame in frames_of(e)} for split, examples in seen.items()}
+    assert frames["train"] and frames["test"] and not frames["train"] & frames["test"]
+
+
+def frames_of(example: Problem) -> set[str]:
+    """The question's sentences without what is drawn: capitalized words, numbers and goods."""
+    goods = ("apples", "books", "coins", "shells", "stamps")
+    sentences = example.item.question.replace("?", ".").split(".")
+    found = set()
+    for sentence in sentences:
+        words = [word.strip(string.punctuation) for word in sentence.split()]
+        kept = [
+            w for place, w in enumerate(words) if not w.isdigit() and w not in goods and (place == 0 or w.islower())
+        ]
+        kept = kept[1:] if kept and kept[0] in {"Ana", "Ben", "Cara", "Dev", "Eli", "Fay", "Gus", "Ida", "Jon", "Kim",
+                                                 "Lea", "Max"} else kept  # fmt: skip
+        if kept:
+            found.add(" ".join(kept))
+    return found
+
+
+@pytest.mark.parametrize(("name", "mode", "language"), ALL)
+def test_prompts_are_as_long_as_asked_and_never_show_what_they_ask(name, mode, language, encode) -> None:
+    task = Problems(DOMAINS[name], encode, mode, language, tokens=1500)
+    for example in task.examples("test", 3):
+        assert 1500 <= len(encode.prompt(example.prompt)) < 1500 + 500
+        text = example.prompt[0]["content"]
+        assert text.count(example.item.question) == 1 and text.endswith(example.item.question)
+        assert (THINK in text.replace(f"{THINK} and {END_THINK}", "").replace(f"{THINK} 和", "")) == (mode == "think")
+
+
+def test_the_same_arguments_give_the_same_problems(encode) -> None:
+    for name, (mode, seed) in itertools.product(DOMAINS, (("think", 0), ("direct", 3))):
+        tasks = [Problems(DOMAINS[name], encode, mode, tokens=300) for _ in range(2)]
+        assert tasks[0].examples("train", 4, seed=seed) == tasks[1].examples("train", 4, seed=seed)
+        assert tasks[0].examples("train", 4, seed=seed) != tasks[0].examples("train", 4, seed=seed + 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "thoughts", "answer"),
+    [
+        ("<think>so</think>42", "so", "42"),
+        ("so</think> 42 ", "so", "42"),  # the prompt opened the thoughts
+        ("</think>42", "", "42"),
+        ("42", None, "42"),
+        ("<think>never ends", "never ends", ""),
+        ("<think>a</think>b</think>c", "a", "b</think>c"),
+    ],
+)
+def test_thoughts_and_answer(text: str, thoughts: str | None, answer: str) -> None:
+    assert split_thinking(text) == (thoughts, answer)
+
+
+def test_what_is_refused(encode) -> None:
+    with pytest.raises(UserError, match="mode 'aloud' is unknown; use one of think, direct"):
+        Problems(DOMAINS["logic"], encode, "aloud")
+    with pytest.raises(UserError, match="logic has no problems in language 'de'; use one of en, zh"):
+        Problems(DOMAINS["logic"], encode, language="de")
+    with pytest.raises(UserError, match="mathematics has difficulties from 1 to 12, not 13"):
+        Problems(DOMAINS["mathematics"], encode).examples("train", 1, 13)

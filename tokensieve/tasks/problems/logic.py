@@ -1,0 +1,52 @@
+"""General logical reasoning: an order that is told in pairs, and the question who stands where in it."""
+
+import random
+from dataclasses import dataclass
+
+from tokensieve.tasks.documents import Split
+from tokensieve.tasks.problems.problem import Item
+
+NAMES = {
+    "en": ("Ana", "Ben", "Cara", "Dev", "Eli", "Fay", "Gus", "Ida", "Jon", "Kim", "Lea", "Max"),
+    "zh": ("小明", "小红", "小刚", "小丽", "小军", "小芳", "小伟", "小敏", "小强", "小燕"),
+}
+# By split: a pair, the two questions, and a step of the derivation. No phrasing is in both.
+PHRASES: dict[str, dict[Split, tuple[str, str, str]]] = {
+    "en": {
+        "train": ("{a} is older than {b}.", "Who is the oldest?", "Who is the youngest?"),
+        "test": ("{b} was born after {a}.", "Whose birthday came first?", "Whose birthday came last?"),
+    },
+    "zh": {
+        "train": ("{a}比{b}年长。", "谁最年长？", "谁最年轻？"),
+        "test": ("{b}在{a}之后出生。", "谁最先出生？", "谁最后出生？"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Logic:
+    """A total order of people, told as its neighbouring pairs in any order. Difficulty: people, from 3 to 10.
+
+    An answer is right if it is the name, or names this person alone.
+    """
+
+    name: str = "logic"
+    languages: tuple[str, ...] = ("en", "zh")
+    difficulty: tuple[int, int, int] = (3, 4, 10)
+
+    def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
+        pair, first, last = PHRASES[language][split]
+        people = rng.sample(NAMES[language], difficulty)
+        pairs = [(people[place], people[place + 1]) for place in range(difficulty - 1)]
+        rng.shuffle(pairs)
+        asks_first = rng.random() < 0.5
+        space = " " if language == "en" else ""
+        told = space.join(pair.format(a=a, b=b) for a, b in pairs)
+        answer = people[0] if asks_first else people[-1]
+        key = f"{' '.join(people)} {'first' if asks_first else 'last'}"
+        question = f"{told}{space}{first if asks_first else last}"
+        return Item(key, question, " > ".join(people), answer, (answer, *sorted(people)))
+
+    def grade(self, item: Item, answer: str) -> float:
+        right, *people = item.data
+        return float({name for name in people if name in answer} == {right})

@@ -1,0 +1,173 @@
+"""What a domain is, and the task that makes prompts of its items: worked examples, then one question.
+
+A prompt of post-training must be several times longer than k, or it says nothing of sparse attention. So it begins with
+worked examples of the same kind, as many as fit into its length.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+from tokensieve.config import UserError
+from tokensieve.tasks.contract import Answer, Example, Score
+from tokensieve.tasks.documents import Split, stable_fraction
+from tokensieve.tasks.encoder import PlainEncoder
+from tokensieve.tasks.turns import END_THINK, THINK
+
+Mode = Literal["think", "direct"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+TRIES = 10_000  # draws until an item of the wanted split must have come
+
+ASKS = {
+    ("en", "think"): f"Solve the last problem as the others are solved. Think between {THINK} and {END_THINK}, then "
+    "answer.",
+    ("en", "direct"): "Solve the last problem as the others are solved. Answer at once, without thinking aloud.",
+    ("zh", "think"): f"请像前面的例题那样解答最后一题。先在 {THINK} 和 {END_THINK} 之间思考，然后作答。",
+    ("zh", "direct"): "请像前面的例题那样解答最后一题。直接作答，不要写出思考过程。",
+}
+HEADS = {"en": ("Problem:", "Solution:"), "zh": ("题目：", "解答：")}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question and a right answer. key: what is asked, however it is phrased; no key is in both splits.
+
+    thoughts: a short derivation of the answer. data: what the domain grades by.
+    """
+
+    key: str
+    question: str
+    thoughts: str
+    answer: str
+    data: tuple[str, ...] = ()
+
+
+class Domain(Protocol):
+    """Questions of one kind, in one or several languages."""
+
+    @property
+    def name(self) -> str:
+        """One word, which a dataset and a log have in a column."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Of its questions and answers: ISO 639-1."""
+
+    @property
+    def difficulty(self) -> tuple[int, int, int]:
+        """The least difficulty, the usual one, and the greatest, in the domain's own unit."""
+
+    def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
+        """One item in a phrasing of the split, whichever split its key belongs to."""
+
+    def grade(self, item: Item, answer: str) -> float:
+        """How right an answer without its thoughts is, in [0, 1], by rules. Whatever the answer holds, nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Example):
+    """An item behind its worked examples. demonstration: a right answer in its mode, for cold-start training."""
+
+    domain: str
+    mode: Mode
+    language: str
+    item: Item
+    demonstration: str
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a domain in one mode (a `Task`).
+
+    Difficulty is the domain's. tokens: of a prompt, at least; its worked examples are of the same split, mode, language
+    and difficulty, and none asks what the question asks. UserError for an unknown mode or language.
+    """
+
+    domain: Domain
+    encode: PlainEncoder
+    mode: Mode = "direct"
+    language: str = "en"
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
+        if self.language not in self.domain.languages:
+            known = ", ".join(self.domain.languages)
+            raise UserError(f"{self.domain.name} has no problems in language {self.language!r}; use one of {known}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain.name}-{self.mode}"
+
+    def examples(self, split: Split, count: int, difficulty: int | None = None, seed: int = 0) -> list[Problem]:
+        """As in `Task`. UserError for a difficulty that the domain does not have."""
+        least, usual, most = self.domain.difficulty
+        size = usual if difficulty is None else difficulty
+        if not least <= size <= most:
+            raise UserError(f"{self.domain.name} has difficulties from {least} to {most}, not {size}")
+        rng = random.Random(f"{self.name} {self.language} {split} {size} {seed}")
+        return [self._problem(rng, size, split) for _ in range(count)]
+
+    def _problem(self, rng: random.Random, size: int, split: Split) -> Problem:
+        asked = self._item(rng, size, split)
+        ask, (question, _) = ASKS[self.language, self.mode], HEADS[self.language]
+        end = f"{ask}\n\n{question} {asked.question}"
+        shown: list[str] = []
+        length = len(self.encode(end))
+        while length < self.tokens:
+            item = self._item(rng, size, split)
+            if item.key != asked.key:
+                shown.append(self._worked(item))
+                length += len(self.encode(shown[-1]))
+        prompt = [{"role": "user", "content": "".join(shown) + end}]
+        return Problem(
+            name=f"{self.domain.name} {asked.key}", prompt=prompt, domain=self.domain.name, mode=self.mode,
+            language=self.language, item=asked, demonstration=self._solution(asked),
+        )  # fmt: skip
+
+    def _item(self, rng: random.Random, size: int, split: Split) -> Item:
+        for _ in range(TRIES):
+            item = self.domain.draw(rng, size, self.language, split)
+            if split_of(self.domain.name, item.key) == split:
+                return item
+        raise UserError(f"{self.domain.name} has too few problems of difficulty {size}; use a greater one")
+
+    def _solution(self, item: Item) -> str:
+        return f"{THINK}{item.thoughts}{END_THINK}{item.answer}" if self.mode == "think" else item.answer
+
+    def _worked(self, item: Item) -> str:
+        question, solution = HEADS[self.language]
+        return f"{question} {item.question}\n{solution} {self._solution(item)}\n\n"
+
+    def score(self, example: Problem, answer: Answer) -> Score:
+        """The domain's grade of an answer that ended and kept to its mode; else 0.
+
+        Parts: "ended", and "format": the answer thinks if it should, and only then.
+        """
+        thoughts, text = split_thinking(answer.text)
+        kept = (thoughts is not None) == (example.mode == "think")
+        value = self.domain.grade(example.item, text) if answer.ended and kept else 0.0
+        return Score(value, {"ended": float(answer.ended), "format": float(kept)})
+
+    def reward(self, example: Problem, answer: Answer) -> float:
+        """The score's value: nothing for an answer that does not end."""
+        return self.score(example, answer).value
+
+
+def split_of(domain: str, key: str) -> Split:
+    """The one split that asks this: half of all keys each, by a hash."""
+    return "test" if stable_fraction(f"problem {domain} {key}") < 0.5 else "train"
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """The thoughts of a text and the answer behind them; None if it does not think.
+
+    Thoughts end at the first `</think>`, whether the prompt or the text itself opened them. Without an end everything
+    behind `<think>` is thoughts, and the answer is empty: a model that never stops thinking has not answered.
+    """
+    before, end, after = text.partition(END_THINK)
+    if end:
+        return before.removeprefix(THINK).strip(), after.strip()
+    head, start, thoughts = before.partition(THINK)
+    return (thoughts.strip(), "") if start else (None, head.strip())
