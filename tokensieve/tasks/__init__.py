@@ -2,9 +2,8 @@
 
 One file per task: `retrieval` (needles in real text), `dialogue` (short turns about real functions), `completion`
 (bodies of held-out functions), `short` (small questions with choices), `ruler/` for those with long contexts, and
-`problems/` for those of post-training. What
-they share: documents and their split (`documents`), an encoder that never mistakes text for a marker (`encoder`), and
-the ids around the texts of a conversation (`turns`).
+`problems/` for those of post-training. What they share: documents and their split (`documents`), an encoder that never
+mistakes text for a marker (`encoder`), and the ids around the texts of a conversation (`turns`).
 """
 
 from tokensieve.tasks.contract import Answer, Example, Prompt, Score, Task

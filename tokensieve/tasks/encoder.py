@@ -1,15 +1,19 @@
 """Text -> token ids for any tokenizer with a Rust backend; text is never mistaken for a marker."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from tokensieve.config import UserError
 from tokensieve.tasks.turns import (
+    ASSISTANT,
     BOS,
     DEEPSEEK,
+    END_THINK,
     EOS,
     PAD,
+    THINK,
     Message,
     Turns,
     deepseek_conversation,
@@ -135,8 +139,11 @@ class PlainEncoder:
             raise UserError(self.no_chat)
         return self.turns
 
-    def prompt(self, prompt: "Sequence[int] | str | Sequence[Message]") -> list[int]:
+    def prompt(self, prompt: "Sequence[int] | str | Sequence[Message]", think: bool = False) -> list[int]:
         """The token ids that a model continues: token ids as they are, a text after bos, messages in the chat format.
+
+        think: behind messages with DeepSeek's markers the answer's thoughts are open, instead of closed. A chat
+        template decides by itself what stands before an answer.
 
         Raises:
             UserError: messages, and the tokenizer has no chat format for them.
@@ -147,8 +154,16 @@ class PlainEncoder:
             return list(cast("Sequence[int]", prompt))
         messages = list(cast("Sequence[Message]", prompt))
         if self.markers:
-            return [*deepseek_conversation(self.markers, self, messages), *self.turns.reply]
+            reply = (self.markers[ASSISTANT], self.markers[THINK]) if think else self.turns.reply
+            return [*deepseek_conversation(self.markers, self, messages), *reply]
         return self._by_template(messages, generate=True)
+
+    def solution(self, text: str) -> list[int]:
+        """The ids of an answer, in which `<think>` and `</think>` are tokens if the vocabulary has them."""
+        parts = re.split(f"({re.escape(THINK)}|{re.escape(END_THINK)})", text)
+        marks = {mark: self.raw.token_to_id(mark) for mark in (THINK, END_THINK)}
+        known = {mark: number for mark, number in marks.items() if number is not None}
+        return [token for part in parts if part for token in ([known[part]] if part in known else self(part))]
 
     def conversation(self, messages: "Sequence[Message]") -> list[int]:
         """The token ids of a whole conversation in the chat format.
