@@ -37,3 +37,20 @@ def test_every_public_name_resolves() -> None:
     assert set(tokensieve.__all__) <= set(dir(tokensieve))
     with pytest.raises(AttributeError, match="no attribute 'sparsifie'"):
         _ = tokensieve.sparsifie
+
+
+ORDERS = (
+    "import tokensieve; from transformers import AutoModelForCausalLM as A",
+    "import tokensieve; from transformers import DeepseekV2Config; from transformers import AutoModelForCausalLM as A",
+    "from transformers import AutoModelForCausalLM as A; import tokensieve",
+    "from transformers import LlamaConfig; import tokensieve; from transformers import AutoModelForCausalLM as A",
+)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_auto_classes_know_our_families_in_whatever_order_things_load(order: str) -> None:
+    """transformers loads its Auto classes while it loads a model's config, for the sake of a docstring."""
+    code = f"{order}; from transformers import AutoConfig; c = AutoConfig.for_model('llama_dsa'); "
+    code += "print(type(c).__module__, type(c) in A._model_mapping)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1], capture_output=True)
+    assert shown.stdout.decode().split() == ["tokensieve.families.grouped", "True"], shown.stderr.decode()

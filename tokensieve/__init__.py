@@ -80,8 +80,30 @@ _AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        if "tokensieve.model" not in sys.modules:  # else it is being loaded, and registers itself at its end
+        if _half_loaded():
+            configs = importlib.import_module("transformers.models.auto.configuration_auto")
+            for mapping in (configs.CONFIG_MAPPING, module.MODEL_FOR_CAUSAL_LM_MAPPING):
+                mapping._extra_content = _Later(mapping._extra_content)
+        elif "tokensieve.model" not in sys.modules:  # else it is being loaded, and registers itself at its end
             importlib.import_module("tokensieve.model")
+
+
+class _Later(dict[Any, Any]):
+    """What is registered with a mapping of transformers, which loads `tokensieve.model` when somebody looks into it."""
+
+    def __contains__(self, key: object) -> bool:
+        if "tokensieve.model" not in sys.modules and not _half_loaded():
+            importlib.import_module("tokensieve.model")
+        return super().__contains__(key)
+
+
+def _half_loaded() -> bool:
+    """Whether one of transformers' models is being imported: it may load the Auto classes for its docstrings, and
+    `tokensieve.model` would not find it yet.
+    """
+    models = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    specs = [module.__spec__ for module in models if not module.__name__.startswith("transformers.models.auto")]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 class _Finder(MetaPathFinder):

@@ -73,5 +73,7 @@ def test_what_is_refused() -> None:
     for fit in (fitted_share, fitted_k):
         with pytest.raises(UserError, match="no sequence is longer than k = 200 tokens"):
             fit(model, texts, 200)
+    with pytest.raises(UserError, match="k is 12, and keys are given out 8 at a time"):
+        fitted_k(model, texts, 12)
     with pytest.raises(UserError, match="share indexers"):
         fitted_k(tokensieve.share(model, [0, 2]), texts)

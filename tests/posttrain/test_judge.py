@@ -83,6 +83,8 @@ def test_the_score_is_the_weighted_mean_and_is_asked_for_once(serve: Serve, tmp_
     with judge(endpoint, tmp_path / "kept" / "judge.sqlite") as first:
         assert first.scores([ASKED]) == [pytest.approx((1 + 3 * 0.5) / 4)]
         assert first.scores([ASKED]) == first.scores([ASKED, ASKED])[:1] and first.asked == 1
+        new = Question("Which lake?", "None.", RUBRIC)
+        assert len(first.scores([new] * 5)) == 5 and first.asked == 2
     with judge(endpoint, tmp_path / "kept" / "judge.sqlite") as later:
         assert later.scores([ASKED]) == [pytest.approx(0.625)] and later.asked == 0
         other = Question("Which river?", "The Elbe. It is long.", (Criterion("names the river"), Criterion("is short")))

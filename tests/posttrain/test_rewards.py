@@ -13,10 +13,11 @@ WEIGHTS = Weights(outcome=1.0, rubric=0.5, language=0.25, length=0.125)
 
 def test_the_sum_is_the_definition() -> None:
     everything = Terms(outcome=1.0, rubric=0.5, language=0.8, length=0.4)
-    assert reward(everything, WEIGHTS) == pytest.approx(1 + 0.25 + 0.2 - 0.05)
-    assert reward(Terms(outcome=0.5), WEIGHTS) == 0.5
-    assert reward(Terms(outcome=0.0, length=1.0), WEIGHTS) == -0.125
-    assert reward(everything, Weights(outcome=1, rubric=0, language=0, length=0)) == 1.0
+    rule = ("outcome",)
+    assert reward(everything, WEIGHTS, rule) == pytest.approx(1 + 0.25 + 0.2 - 0.05)
+    assert reward(Terms(outcome=0.5), WEIGHTS, rule) == 0.5
+    assert reward(Terms(outcome=0.0, length=1.0), WEIGHTS, rule) == -0.125
+    assert reward(everything, Weights(outcome=1, rubric=0, language=0, length=0), rule) == 1.0
 
 
 def test_a_missing_judge_is_no_reward_and_not_zero() -> None:

@@ -14,6 +14,7 @@ from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain import Rollout, Rollouts, replaying
+from tokensieve.posttrain.replay import selection_of
 
 K, SAMPLES = 16, 4
 SAMPLING = Sampling(max_tokens=24, temperature=1.0, ignore_eos=True)
@@ -149,6 +150,38 @@ def test_the_indexer_learns_on_the_replayed_keys() -> None:
     assert any(not torch.allclose(grads[0][name], grads[1][name]) for name in grads[0])
 
 
+def test_a_failure_leaves_nothing_behind() -> None:
+    """A prompt that cannot run, and one that is interrupted: the next call samples as if nothing had been."""
+    model = model_of("v32").train()
+    rollouts = Rollouts(model, tokensieve.load_tokenizer("base"), 256, config=SMALL)
+    assert model.training
+    want = rollouts.sample(prompts(90), 2, SAMPLING)
+    with pytest.raises(UserError, match="shorten it"):
+        rollouts.sample([prompts(90)[0], (5,) * 5000], 2, SAMPLING)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.sample(prompts(90, 150), 2, SAMPLING, on_progress=interrupt)
+    assert model.training and not rollouts.engine.busy and rollouts.engine.scheduler.pool.used == 0
+    again = rollouts.sample(prompts(90), 2, SAMPLING)
+    assert [r.answer for r in again[0]] == [r.answer for r in want[0]]
+
+
+def test_equal_rows_take_their_rollouts_in_turn_and_a_masked_answer_its_prompt() -> None:
+    model = model_of("v32")
+    (one, other) = sampled(model)[:2]
+    twin = replace(one, selection=tuple(layer.flip(0) * 0 for layer in one.selection))
+    ids = torch.tensor([[*one.prompt, *one.answer]] * 2 + [[*other.prompt, *([0] * len(other.answer))]])
+    mask = torch.ones_like(ids)
+    mask[2, len(other.prompt) :] = 0
+    chosen = selection_of(ids, mask, [one, twin, other])[0]
+    assert torch.equal(chosen[0, :-1], one.selection[0]) and bool((chosen[1] == 0).all())
+    length = len(other.prompt)
+    assert torch.equal(chosen[2, :length], other.selection[0][:length]) and bool((chosen[2, length:] == -1).all())
+
+
 def test_what_is_refused() -> None:
     model, tokenizer = model_of("v32"), tokensieve.load_tokenizer("base")
     plain = Rollouts(model, tokenizer, 256, config=SMALL, keep_selection=False).sample(prompts(90), 1, SAMPLING)[0]
@@ -164,5 +197,7 @@ def test_what_is_refused() -> None:
         asked = Rollouts(model, tokenizer, 256, selector=selector, config=SMALL)
         with pytest.raises(UserError, match=f"rollout of prompt 0 failed: layer 0 {message}.*use the indexer"):
             asked.sample(prompts(90), 1, SAMPLING)
+    with pytest.raises(UserError, match=r"pages of the cache need .* choose at most"):
+        Rollouts(model, tokenizer, 256, config=EngineConfig(pages=1 << 24))
     with pytest.raises(UserError, match="shorten it"):
         Rollouts(model, tokenizer, 256, config=EngineConfig(pages=1)).sample(prompts(90), 1, SAMPLING)

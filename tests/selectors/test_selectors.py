@@ -1,6 +1,7 @@
 """The selectors beside top k, each against a naive loop over queries, and on every road."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_training_takes_them(selector: Any) -> None:
 
 def test_options_are_written_as_in_python() -> None:
     assert resolve("tokensieve.selectors:Recent(last=8)") == Recent(last=8)
-    assert resolve("tokensieve.selectors:Shared([1, 3])").layers == [1, 3]
+    assert resolve("tokensieve.selectors:Shared([1, 3])") == Shared((1, 3))
+    assert resolve("tokensieve.selectors:DenseIfSpread(mass=0.5)") == DenseIfSpread(0.5)
+    assert resolve("tokensieve.selectors:AtLeast([0.1, 0.2])") == AtLeast((0.1, 0.2))
     assert resolve("tokensieve.selectors:AtLeast(share=(0.1, 0.2), most=2)") == AtLeast((0.1, 0.2), 2)
 
 
@@ -145,23 +148,34 @@ WRONG = {
     "tokensieve.selectors:Recent(last=)": "write options as in Python",
     "tokensieve.selectors:Recent(last=open('x'))": "write options as in Python",
     "tokensieve.selectors:Recent(last=1).x": "write options as in Python",
-    "tokensieve.selectors:Recent(tail=1)": "unexpected keyword argument 'tail'",
+    "tokensieve.selectors:Recent(1)(2)": "write options as in Python",
+    "tokensieve.selectors:Recent(last={[]: 1})": "write options as in Python",
+    "tokensieve.selectors:Recent(**{'last': 1})": "write options as in Python",
+    "os:system('exit')": "options are for a selector that is a dataclass, and system is none",
+    "builtins:dict()": "options are for a selector that is a dataclass, and dict is none",
+    "tokensieve.selectors:Recent(tail=1)": "the options of Recent are last, first, each at most once",
+    "tokensieve.selectors:Recent(1, 2, 3)": "the options of Recent are last, first, each at most once",
+    "tokensieve.selectors:Recent(1, last=2)": "the options of Recent are last, first, each at most once",
+    "tokensieve.selectors:Recent(last=2.5)": 'wrong value type for field "last"',
     "tokensieve.selectors:Recent(last=0)": "give at least 1 of each",
     "tokensieve.selectors:Absent(1)": "has no Absent",
+    "tokensieve.selectors:DenseLayers(0)": "correct the option",
     "tokensieve.selectors:Shared(layers=[0, 1])": "the first layer to read another's keys is layer 1",
+    "tokensieve.selectors:Shared()": 'missing value for field "layers"',
     "tokensieve.selectors:AtLeast(share=2)": "a share is from 0 to 1",
-    "tokensieve.selectors:AtLeast(share=[])": "a share is from 0 to 1",
+    "tokensieve.selectors:AtLeast(share=())": "a share is from 0 to 1",
     "tokensieve.selectors:PerLayer(k=[4, 0])": "at least 1 key",
     "tokensieve.selectors:DenseBelow(0)": "at least 1 token",
     "tokensieve.selectors:TwoLevel(block=24)": "a power of two of at least 16",
     "tokensieve.selectors:TwoLevel(blocks=1)": "there are 2 or more",
     "tokensieve.selectors:DenseIfSpread(1)": "between 0 and 1",
+    "tokensieve.config:SourceConfig('x')": "SourceConfig is not callable",
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_names_with_wrong_options(name: str) -> None:
-    with pytest.raises(UserError, match=WRONG[name].replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(WRONG[name])):
         resolve(name)
 
 

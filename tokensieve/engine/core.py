@@ -78,20 +78,21 @@ class EngineConfig:
             )
 
 
-def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1) -> int:
+def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1, kept_keys: int = 0) -> int:
     """Number of pages if `EngineConfig.pages` is 0.
 
+    kept_keys: of each token's selection that is kept.
     processes: processes that share the processor's memory. On GPUs each process has a GPU of its own.
     """
     share = 0.85 if model.device.type == "cuda" else 1 / (4 * processes)
     budget = int(_free_memory(model.device) * share)
     full_contexts = running * pages_for(model.config.max_position_embeddings)
-    return max(1, min(full_contexts, budget // page_bytes(model)))
+    return max(1, min(full_contexts, budget // page_bytes(model, kept_keys)))
 
 
-def _check_pages(model: DecoderForCausalLM, pages: int) -> None:
+def _check_pages(model: DecoderForCausalLM, pages: int, kept_keys: int) -> None:
     """Raises UserError for more pages than there is memory for."""
-    each, free = page_bytes(model), _free_memory(model.device)
+    each, free = page_bytes(model, kept_keys), _free_memory(model.device)
     if pages * each > free:
         raise UserError(
             f"{pages} pages of the cache need {pages * each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
@@ -127,8 +128,9 @@ class Engine:
         check_servable(model)
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
-        pages = self.config.pages or default_pages(model, self.config.running)
-        _check_pages(model, pages)
+        kept = (self.config.top_k or model.top_k) if self.config.keep_selection else 0
+        pages = self.config.pages or default_pages(model, self.config.running, kept_keys=kept)
+        _check_pages(model, pages, kept)
         self.runner = Runner(
             model,
             pages,

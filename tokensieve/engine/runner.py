@@ -49,15 +49,16 @@ def is_quantized(model: DecoderForCausalLM) -> tuple[bool, bool]:
     return entries, entries and fp8 and c.index_head_dim == quant.INDEX_WIDTH
 
 
-def page_bytes(model: DecoderForCausalLM) -> int:
-    """Bytes of one page, of all layers together."""
+def page_bytes(model: DecoderForCausalLM, kept_keys: int = 0) -> int:
+    """Bytes of one page, of all layers together. kept_keys: of each token's selection that is kept beside it."""
     c, size = model.config, torch.finfo(model.dtype).bits // 8
     entries, index = is_quantized(model)
     layer = PAGE_TOKENS * (quant.LATENT_TOKEN_BYTES if entries else family_of(c).entry(c).numbers * size)
     keys = 0
     if model.is_sparse:
         keys = quant.INDEX_PAGE_BYTES if index else PAGE_TOKENS * c.index_head_dim * size
-    return layer * c.num_hidden_layers + keys * model.model.indexers
+    selected = PAGE_TOKENS * 4 * kept_keys
+    return (layer + selected) * c.num_hidden_layers + keys * model.model.indexers
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -85,8 +85,10 @@ def fitted_k(
     Keys go to the layers STEP at a time, each to the layer that gains most by them.
 
     Raises:
-        UserError: no sequence is longer than k tokens, or layers share indexers.
+        UserError: no sequence is longer than k tokens, layers share indexers, or k is not a multiple of STEP.
     """
+    if (k or model.top_k) % STEP:
+        raise UserError(f"k is {k or model.top_k}, and keys are given out {STEP} at a time; give a multiple of {STEP}")
     recorder, k = _recorded(model, sequences, k, most, queries), k or model.top_k
     if len(recorder.mass) < len(model.model.layers):
         raise UserError("layers of this model share indexers, and so the number of keys; give a model whose do not")

@@ -246,7 +246,7 @@ class DeepSeek(Family):
             reasons.append(
                 everything + "the indexer reads the query latent, and this model has none (q_lora_rank is null)"
             )
-        if getattr(config, "indexer_types", None) is not None and self.model_type == self.sharing_form:
+        if self.sharing_form and "shared" in (getattr(config, "indexer_types", None) or ()):
             reasons.append(
                 everything + "layers share indexers, which they know in glm_moe_dsa alone; tokensieve runs it"
             )

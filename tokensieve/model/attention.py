@@ -4,6 +4,7 @@ Legend: N query tokens, T keys, D hidden width, H heads, W numbers of a token's 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tokensieve import ops
+from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.context import NOTHING, ForwardContext, LayerResult, Lent
 from tokensieve.model.entries import ContiguousKeys, Keys
@@ -34,6 +36,14 @@ from tokensieve.model.selection import (
 MASKED_FORM_KEYS = {"cpu": 3, "cuda": 4}
 
 Queries = Any  # whatever a family's `project` returns and its other methods read
+
+
+def check_whole(parameters: Iterable[Tensor]) -> None:
+    """UserError if FSDP holds a part of them: another layer's indexer is whole while that layer runs, and no longer."""
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise UserError("warm-up of layers that share an indexer does not run under FSDP; warm up in one process")
 
 
 class Attention(nn.Module, ABC):
@@ -104,6 +114,8 @@ class Attention(nn.Module, ABC):
         if ctx.objective == "warmup":
             teaches = lent.learner if self.borrows else index
             assert teaches is not None
+            if self.borrows:
+                check_whole(teaches.parameters())
             out, kl = self._warm_up(queries, keys, teaches, ctx)
             lends = Lent(learner=teaches if self.lends else None)
         else:
@@ -142,7 +154,9 @@ class Attention(nn.Module, ABC):
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
         with torch.no_grad():
-            c = SelectionContext(self.layer, ctx.top_k, keys, index, Once(attention), before)
+            c = SelectionContext(
+                self.layer, ctx.top_k, keys, index, Once(attention), before, self.head_group is not ONE_GROUP
+            )
             indices = before
             if not self.borrows:
                 indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))

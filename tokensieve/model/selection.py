@@ -14,16 +14,18 @@ last 64 tokens:
 
     with tokensieve.selecting(model, with_recent): ...
 
-On the command line its name is `module:function` (`--selection my_module:with_recent`). A call with literal options,
-`tokensieve.selectors:Recent(last=64)`, names what it returns.
+On the command line its name is `module:function` (`--selection my_module:with_recent`). A selector with
+options is a frozen dataclass that can be called, and is written as in Python: `tokensieve.selectors:Recent(last=64)`.
 """
 
 import ast
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
+import dacite
 import torch
 from torch import Tensor
 
@@ -79,7 +81,8 @@ class SelectionContext:
     (int32): each query may see the keys [start, end). Positions count along the packed keys of the pass, or on pages
     from each sequence's own beginning; a selector that keeps to [start, end), as `topk` and `select` do, need not know
     which. before (N, K): what the layer before reads, which a selector may read again; None in the first layer, and
-    behind one that attends to every key. Everything is computed only if it is used.
+    behind one that attends to every key. divided: whether ranks divide the model, so that each chooses for some of the
+    queries: then K and None must not depend on values. Everything is computed only if it is used.
     """
 
     def __init__(
@@ -90,11 +93,13 @@ class SelectionContext:
         index: IndexInputs | None,
         attention: Callable[[], tuple[Tensor, float]],
         before: Tensor | None = None,
+        divided: bool = False,
         rows: Rows = None,
     ):
         """attention: returns the main attention's queries (N, H, D), all heads in the entries' form, and its scale."""
         self.layer, self.k, self.keys = layer, k, keys
         self._index, self._attention, self._before, self._rows = index, attention, before, rows
+        self.divided = divided
         self.starts_N, self.ends_N = taken(keys.starts_N, rows), taken(keys.ends_N, rows)
 
     @property
@@ -109,7 +114,9 @@ class SelectionContext:
         if self._rows is not None:
             numbers = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
             rows = numbers[self._rows][rows]
-        return SelectionContext(self.layer, self.k, self.keys, self._index, self._attention, self._before, rows)
+        return SelectionContext(
+            self.layer, self.k, self.keys, self._index, self._attention, self._before, self.divided, rows
+        )
 
     def blocks(self) -> "Iterator[SelectionContext]":
         """These queries in blocks of at most 256, for selectors that read whole rows of scores or probabilities."""
@@ -249,14 +256,25 @@ def resolve(selector: str | Selector) -> Selector:
         raise UserError(f"selection {selector}: module {module} has no {name}") from error
     if not callable(target):
         raise UserError(f"selection {selector}: {name} is not callable")
-    if options is None and isinstance(target, type):
-        raise UserError(f"selection {selector}: {name} has options; write {module}:{name}(...)")
     if options is None:
+        if isinstance(target, type):
+            raise UserError(f"selection {selector}: {name} has options; write {module}:{name}(...)")
         return target
+    # Whatever else takes literals, such as a function of the operating system, is not called.
+    if not (isinstance(target, type) and is_dataclass(target)):
+        raise UserError(f"selection {selector}: options are for a selector that is a dataclass, and {name} is none")
+    known = [field.name for field in fields(target)]
+    by_place, by_name = options
+    given = dict(zip(known, by_place, strict=False)) | by_name
+    if len(given) < len(by_place) + len(by_name) or not {*given} <= {*known}:
+        raise UserError(f"selection {selector}: the options of {name} are {', '.join(known)}, each at most once")
     try:
-        return target(*options[0], **options[1])
-    except TypeError as error:
-        raise UserError(f"selection {selector}: {error}") from error
+        built: Any = dacite.from_dict(target, given, dacite.Config(cast=[tuple, float]))
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        raise UserError(f"selection {selector}: {' '.join(str(error).split())}; correct the option") from error
+    if not callable(built):
+        raise UserError(f"selection {selector}: {name} is not callable")
+    return built
 
 
 def _parsed(selector: str, called: str) -> tuple[str, tuple[list[Any], dict[str, Any]] | None]:
@@ -267,11 +285,13 @@ def _parsed(selector: str, called: str) -> tuple[str, tuple[list[Any], dict[str,
     wrong = UserError(f"selection {selector}: write options as in Python, for instance {name}(layers=[1, 2])")
     try:
         call = ast.parse(called, mode="eval").body
-        if not isinstance(call, ast.Call) or any(keyword.arg is None for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != name:
+            raise wrong
+        if any(keyword.arg is None for keyword in call.keywords):
             raise wrong
         by_place = [ast.literal_eval(value) for value in call.args]
         return name, (by_place, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError) as error:
         raise wrong from error
 
 

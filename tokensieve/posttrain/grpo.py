@@ -1,11 +1,11 @@
 """GRPO on TRL, with our engine's rollouts and the keys that they read.
 
-TRL has the algorithm: advantages, clipping, the off-policy sequence mask (`off_policy_mask_threshold`) and the unbiased
-KL (`use_bias_correction_kl`) of DeepSeek-V3.2. What is ours: rollouts, replay, and the indexers' loss, equation (4).
+TRL has the algorithm: advantages, clipping, and the off-policy sequence mask of DeepSeek-V3.2
+(`off_policy_mask_threshold`). What is ours: rollouts, replay, and the indexers' loss, equation (4).
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,15 +29,18 @@ class SparseGRPOTrainer(GRPOTrainer):
     |log probability in training - in the rollout|, both under the same weights; `rollout/queries_past_k`, the share of
     the tokens that see more than k keys, for which selection means anything.
 
-    prompts: a column "prompt" of texts or messages, and whatever the rewards need. tokens: of the longest prompt and
-    answer together. selection: "indexer", or "dense" for the dense twin, as a dense model is: nothing is selected or
-        replayed, and no indexer learns.
-    replay: False leaves selection to the training pass, to see what that does. config: the engine's; its size follows
-    from `tokens` and the batch unless given.
+    prompts: a column "prompt" of texts, messages or token ids, and whatever the rewards need; held_out: the same, to
+        evaluate on.
+    tokens: of the longest prompt and answer together.
+    selection: "indexer", or "dense" for the dense twin, as a dense model is: nothing is selected or replayed, and no
+        indexer learns.
+    replay: False leaves selection to the training pass, to see what that does.
+    config: the engine's; its size follows from `tokens` and the batch unless given.
 
     Raises:
-        UserError: a temperature that is not 1 (the rollout's log probabilities are those before it), vLLM or tools,
-            which have other rollouts, or prompts too long for `tokens`.
+        UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
+            before it), vLLM, a reference model (`beta`), adapters, another selection, another k in `config`, and
+            prompts too long for `tokens`.
     """
 
     def __init__(
@@ -49,51 +52,64 @@ class SparseGRPOTrainer(GRPOTrainer):
         prompts: Dataset,
         *,
         tokens: int,
+        held_out: Dataset | None = None,
         selection: str = "indexer",
         replay: bool = True,
         config: EngineConfig | None = None,
     ):
-        if args.temperature != 1:
-            raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
-        if args.use_vllm:
-            raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
+        check_honoured(model, args, selection, config)
         self.selects = model.is_sparse and selection != "dense"
         self.replays = replay and self.selects
         self._encode, self._answers = encoder(tokenizer), args.max_completion_length
         self._longest = tokens
-        self.latest: list[Rollout] = []
+        self.latest: dict[str, list[Rollout]] = {"train": [], "eval": []}
         self._sampled_at = -1
-        self._sampler = Rollouts(
-            model,
-            tokenizer,
-            tokens,
-            at_once=args.generation_batch_size or 128,
-            selector=selection if self.selects else "dense",
-            keep_selection=self.replays,
-            config=config,
-        )
         super().__init__(
             model=model,
             reward_funcs=list(reward_funcs),
             args=args,
             train_dataset=prompts,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             rollout_func=sample_for,
+        )
+        # Behind TRL's own set-up, which moves the model to its device.
+        self._sampler = Rollouts(
+            self.model,
+            tokenizer,
+            tokens,
+            at_once=args.generation_batch_size or 128,
+            selector="indexer" if self.selects else "dense",
+            keep_selection=self.replays,
+            config=config,
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training, in which the indexers learn equation (4) and every pass reads what the rollout read."""
-        with ExitStack() as stack:
+        with self._reading():
             if not self.selects:
-                if self.model.is_sparse:
-                    stack.enter_context(selecting(self.model, "dense"))
                 return super().train(*args, **kwargs)
-            callback = stack.enter_context(training(self.model, "adapt"))
-            self.add_callback(callback)
-            stack.callback(self.remove_callback, callback)
+            with training(self.model, "adapt") as callback:
+                self.add_callback(callback)
+                try:
+                    return super().train(*args, **kwargs)
+                finally:
+                    self.remove_callback(callback)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's evaluation, whose passes read what the rollouts read too."""
+        with self._reading():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Within the block passes of the model read the keys that rollouts read: replayed, all, or selected anew."""
+        with ExitStack() as stack:
             if self.replays:
-                stack.enter_context(replaying(self.model, lambda: self.latest))
-            return super().train(*args, **kwargs)
+                stack.enter_context(replaying(self.model, lambda: [*self.latest["train"], *self.latest["eval"]]))
+            elif self.model.is_sparse and not self.selects:
+                stack.enter_context(selecting(self.model, "dense"))
+            yield
 
     def sample(self, prompts: Sequence[Any]) -> list[Rollout]:
         """One rollout for each of the prompts; equal neighbours are samples of one."""
@@ -123,7 +139,8 @@ class SparseGRPOTrainer(GRPOTrainer):
         else:
             for place, (ids, count) in enumerate(groups):
                 found += self._sampler.sample([ids], count, sampling, seed + place)[0]
-        self.latest, self._sampled_at = found, self.state.global_step
+        mode = "train" if self.model.training else "eval"
+        self.latest[mode], self._sampled_at = found, self.state.global_step
         return found
 
     def _get_per_token_logps_and_entropies(self, model: Any, input_ids: Tensor, attention_mask: Tensor,
@@ -131,12 +148,13 @@ class SparseGRPOTrainer(GRPOTrainer):
         found = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        if model is not self.ref_model and self._sampled_at == self.state.global_step:
+        if self._sampled_at == self.state.global_step:
             self._compare(input_ids, attention_mask, found[0].detach(), logits_to_keep)
         return found
 
     def _compare(self, ids_BS: Tensor, mask_BS: Tensor, logps_BC: Tensor, answers: int) -> None:
-        known = {(*rollout.prompt, *rollout.answer): rollout for rollout in self.latest}
+        mode = "train" if self.model.training else "eval"
+        known = {(*rollout.prompt, *rollout.answer): rollout for rollout in self.latest[mode]}
         differences, past, total = [], 0, 0
         for ids, mask, logps in zip(ids_BS.tolist(), mask_BS.bool().tolist(), logps_BC, strict=True):
             rollout = known.get(tuple(token for token, real in zip(ids, mask, strict=True) if real))
@@ -147,9 +165,28 @@ class SparseGRPOTrainer(GRPOTrainer):
             tokens = len(rollout.prompt) + len(rollout.answer)
             past, total = past + max(0, tokens - self.model.top_k), total + tokens
         if differences:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["rollout/logp_difference"].append(float(torch.cat(differences).mean()))
-            metrics["rollout/queries_past_k"].append(past / total)
+            self._metrics[mode]["rollout/logp_difference"].append(float(torch.cat(differences).mean()))
+            self._metrics[mode]["rollout/queries_past_k"].append(past / total)
+
+
+def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineConfig | None) -> None:
+    """UserError for what `SparseGRPOTrainer` does not honour."""
+    if not isinstance(model, DecoderForCausalLM):
+        raise UserError(
+            f"GRPO by the engine takes a model of tokensieve, not {type(model).__name__}; adapters are not taken yet"
+        )
+    if args.temperature != 1:
+        raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
+    if args.use_vllm:
+        raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
+    if args.beta:
+        raise UserError(
+            f"beta is {args.beta}: there is no reference model beside the engine's rollouts yet; set it to 0"
+        )
+    if selection not in ("indexer", "dense"):
+        raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
+    if config is not None and config.top_k not in (0, model.top_k):
+        raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
 
 
 def sample_for(prompts: list[Any], trainer: SparseGRPOTrainer) -> dict[str, list[Any]]:

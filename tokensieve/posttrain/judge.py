@@ -114,8 +114,10 @@ class Judge:
         None: the judge's reply could not be read, none came after all retries, or the budget is spent. The log says how
         many have no score, and why. UserError if no question got a reply, or if the endpoint refuses them.
         """
+        once = [*dict.fromkeys(questions)]
         with ThreadPoolExecutor(self.settings.at_once) as pool:
-            found = list(pool.map(self._score, questions))
+            by_question = dict(zip(once, pool.map(self._score, once), strict=True))
+        found = [by_question[question] for question in questions]
         causes = [cause for _, cause in found if cause]
         for cause in dict.fromkeys(causes):
             log.warning("%d of %d answers have no score: %s", causes.count(cause), len(questions), cause)

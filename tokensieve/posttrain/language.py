@@ -8,7 +8,7 @@ from tokensieve.config import UserError
 
 # What has no language: code, mathematics, links, markers, and what stands between backticks.
 _NO_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|https?://\S+|<[^<>\n]*>", re.DOTALL
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.{0,2000}?\\\]|https?://\S+|<[^<>\n]*>", re.DOTALL
 )
 _SENTENCE = re.compile(r"[^.!?。！？\n]+")
 _LETTER = re.compile(r"[^\W\d_]")

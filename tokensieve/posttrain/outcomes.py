@@ -63,7 +63,7 @@ def reward_of(
                 language=None if language is None else language(prose, example.language),
                 length=length_penalty(len(ids), free_tokens or 0, limit_tokens or 1) if both else None,
             )
-            found.append(reward(terms, weighed))
+            found.append(reward(terms, weighed, needed=("outcome",)))
         return found
 
     rewards.__name__ = task.name

@@ -37,8 +37,7 @@ def replaying(model: nn.Module, rollouts: Sequence[Rollout] | Callable[[], Seque
         ids = args[0] if args else kwargs["input_ids"]
         latest = rollouts() if callable(rollouts) else rollouts
         check_replayable(latest)
-        known = {(*rollout.prompt, *rollout.answer): rollout.selection for rollout in latest}
-        return args, kwargs | {"selection": selection_of(ids, kwargs.get("attention_mask"), known)}
+        return args, kwargs | {"selection": selection_of(ids, kwargs.get("attention_mask"), latest)}
 
     hooks = [trunk.register_forward_pre_hook(fill, with_kwargs=True) for trunk in trunks]
     try:
@@ -54,23 +53,33 @@ def check_replayable(rollouts: Sequence[Rollout]) -> None:
         raise UserError("a rollout has no selection to replay; sample with keep_selection=True")
 
 
-def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, known: dict[tuple[int, ...], Any]) -> list[Tensor]:
-    """Per layer the positions (B, S, K) within each row; -1 for padding."""
+def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Rollout]) -> list[Tensor]:
+    """Per layer the positions (B, S, K) within each row; -1 for padding.
+
+    A row is a rollout, or the prompt of one whose answer is masked. Rows of equal tokens take their rollouts in turn.
+    """
+    whole: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+    for rollout in rollouts:
+        last = tuple(torch.cat((layer, layer[-1:])) for layer in rollout.selection)  # the last token was not run
+        whole.setdefault((*rollout.prompt, *rollout.answer), []).append(last)
+        prompt = tuple(layer[: len(rollout.prompt)] for layer in rollout.selection)
+        whole.setdefault(rollout.prompt, []).append(prompt)
     kept = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
     rows: list[list[Tensor]] = []
+    used: dict[tuple[int, ...], int] = {}
     for ids_S, kept_S in zip(ids_BS.tolist(), kept.tolist(), strict=True):
         first = kept_S.index(True) if True in kept_S else 0
         tokens = tuple(token for token, real in zip(ids_S, kept_S, strict=True) if real)
-        if tokens not in known:
+        if tokens not in whole:
             raise UserError(f"a row of {len(tokens)} tokens is none of the rollouts that are replayed")
-        rows.append([_of_row(layer, first, len(ids_S)) for layer in known[tokens]])
+        turn = used.get(tokens, 0)
+        used[tokens] = turn + 1
+        layers = whole[tokens][turn % len(whole[tokens])]
+        rows.append([_of_row(layer, first, len(ids_S)) for layer in layers])
     return [torch.stack(layers).to(ids_BS.device) for layers in zip(*rows, strict=True)]
 
 
 def _of_row(indices_TK: Tensor, first: int, length: int) -> Tensor:
-    """(S, K) for a row whose tokens begin at `first`. The last token, which the rollout did not run, reads what the one
-    before it read.
-    """
-    whole = torch.cat((indices_TK, indices_TK[-1:]))
-    shifted = torch.where(whole < 0, whole, whole + first)
-    return F.pad(shifted, (0, 0, first, length - first - len(whole)), value=-1)
+    """(S, K) for a row whose tokens begin at `first`."""
+    shifted = torch.where(indices_TK < 0, indices_TK, indices_TK + first)
+    return F.pad(shifted, (0, 0, first, length - first - len(indices_TK)), value=-1)

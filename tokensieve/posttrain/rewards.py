@@ -48,11 +48,12 @@ class Weights:
                 raise UserError(f"the weight of {field.name} is {value}; give a finite number of at least 0")
 
 
-def reward(terms: Terms, weights: Weights, needed: tuple[str, ...] = ("outcome",)) -> float | None:
+def reward(terms: Terms, weights: Weights, needed: tuple[str, ...]) -> float | None:
     """r = w_outcome outcome + w_rubric rubric + w_language language - w_length length, over the terms that are there.
 
-    None, which is no reward and not a reward of 0, if a term in `needed` is missing: a judge that did not answer must
-    not look like an answer that was judged bad. TRL leaves such answers out of their group's mean.
+    needed: the terms that an answer of this kind is judged by, such as ("outcome",) or ("outcome", "rubric"). None,
+    which is no reward and not a reward of 0, if one of them is missing: a judge that did not answer must not look like
+    an answer that was judged bad. TRL leaves such answers out of their group's mean.
     """
     if any(getattr(terms, name) is None for name in needed if getattr(weights, name) > 0):
         return None

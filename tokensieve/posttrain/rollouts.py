@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Output, Request, Sampling
+from tokensieve.engine.core import check
 from tokensieve.engine.scheduler import pages_for
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
@@ -54,7 +55,9 @@ class Rollouts:
         config: EngineConfig | None = None,
     ):
         config = config or EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once)
+        training = model.training
         self.engine = Engine(model, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
+        model.train(training)  # an engine sets it to evaluation
         self._selector = selector
 
     def sample(
@@ -92,6 +95,8 @@ class Rollouts:
     ) -> dict[str, list[Output]]:
         """All outputs of each answer, by "PROMPT SAMPLE"."""
         engine = self.engine
+        for prompt in prompts:
+            check(Request("", tuple(prompt), sampling), engine.longest, engine.model.config.vocab_size)
         found: dict[str, list[Output]] = {}
         for place, prompt in enumerate(prompts):
             for sample in range(samples):
@@ -100,15 +105,19 @@ class Rollouts:
                 engine.add(Request(name, tuple(prompt), drawn, self._selector))
                 found[name] = []
         done = 0
-        while engine.busy:
-            for output in engine.step():
-                found[output.id].append(output)
-                if output.finish == "error":
-                    raise UserError(f"the rollout of prompt {output.id.split()[0]} failed: {output.error}")
-                if output.finish is not None:
-                    done += 1
-                    if on_progress is not None:
-                        on_progress("rollouts", done, len(found))
+        try:
+            while engine.busy:
+                for output in engine.step():
+                    found[output.id].append(output)
+                    if output.finish == "error":
+                        raise UserError(f"the rollout of prompt {output.id.split()[0]} failed: {output.error}")
+                    if output.finish is not None:
+                        done += 1
+                        if on_progress is not None:
+                            on_progress("rollouts", done, len(found))
+        finally:
+            for name in found:  # those that have not ended
+                engine.abort(name)
         return found
 
 

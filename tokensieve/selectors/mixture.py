@@ -46,7 +46,10 @@ class DenseBelow:
 
 @dataclass(frozen=True)
 class DenseIfSpread:
-    """The top k if these keys hold at least `mass` of the index scores' softmax; else every key that the query sees."""
+    """The top k if these keys hold at least `mass` of the index scores' softmax; else every key that the query sees.
+
+    UserError if ranks divide the model.
+    """
 
     mass: float
 
@@ -55,6 +58,8 @@ class DenseIfSpread:
             raise UserError(f"DenseIfSpread({self.mass}): the mass is a share between 0 and 1")
 
     def __call__(self, c: SelectionContext) -> Tensor:
+        if c.divided:
+            raise UserError("DenseIfSpread reads as many keys as values say, which ranks cannot exchange; use one rank")
         return stacked([self._of_block(block) for block in c.blocks()])
 
     def _of_block(self, c: SelectionContext) -> Tensor:
