@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -71,6 +72,20 @@ def test_wrong_usage_is_status_2(run, arguments: tuple[str, ...]) -> None:
 
 
 # the whole pass
+
+
+@pytest.mark.parametrize("data", ["text", "random"])
+def test_an_indexer_from_the_attention(run, home: Path, tmp_path: Path, data: str) -> None:
+    """Text is read by the model's tokenizer, the same in every run; random tokens need none."""
+    source = home / "text" if data == "text" else data
+    arguments = (*commands.SMALL, "--init", "attention", "--init-data", source)
+    for out in ("a", "b"):
+        assert run("sparsify", home / "dense", tmp_path / out, *arguments).status == 0
+    a, b = (commands.listing(tmp_path / out)["model.safetensors"] for out in ("a", "b"))
+    assert a == b
+    drawn, made = tokensieve.load(home / "sparse").state_dict(), tokensieve.load(tmp_path / "a").state_dict()
+    changed = {name.split(".indexer.")[-1] for name, x in made.items() if not torch.equal(x, drawn[name])}
+    assert changed == {"wq_b.weight", "wk.weight", "k_norm.bias", "weights_proj.weight"}
 
 
 def test_one_pass_over_the_road(run, home: Path, tmp_path: Path, monkeypatch) -> None:

@@ -118,6 +118,14 @@ def test_bad_arguments(refused, home: Path, tmp_path: Path) -> None:
     for bad in (("--top-k", "0"), ("--index-heads", "0"), ("--index-dim", "4")):
         refused((), "sparsify", home / "dense", tmp_path / "new", *bad)
         assert not (tmp_path / "new").exists()
+    (short := tmp_path / "short.txt").write_text("one line of text\n")
+    for words, *bad in (
+        (("--init-data", "--init attention"), "--init-data", "python"),
+        (("'nowhere'", "does not exist"), "--init", "attention", "--init-data", "nowhere"),
+        (("at least 512",), "--init", "attention", "--init-data", short),
+    ):
+        refused(words, "sparsify", home / "dense", tmp_path / "new", *commands.SMALL, *bad)
+        assert not (tmp_path / "new").exists()
     refused(("already has indexers",), "sparsify", home / "sparse", tmp_path / "new")
     before = listing(home / "dense")
     refused(("exists already",), "sparsify", home / "dense", home / "dense", *commands.SMALL)

@@ -14,6 +14,7 @@ from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, 
 if TYPE_CHECKING:
     import torch
     from rich.status import Status
+    from torch import Tensor
 
     from tokensieve.config import EvaluateConfig
     from tokensieve.evals import OnProgress
@@ -21,10 +22,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tokensieve")
 
+CALIBRATION_BYTES = 2_000_000  # of text to draw 8192 tokens from
+
 
 class IndexDtype(StrEnum):
     bf16 = "bf16"
     fp8 = "fp8"
+
+
+class Init(StrEnum):
+    random = "random"
+    attention = "attention"
 
 
 class Suite(StrEnum):
@@ -56,24 +64,59 @@ def sparsify(
     share_every: Annotated[
         int, typer.Option(min=1, help="Layers that share an indexer, which the first of them has; 1: each has its own.")
     ] = 1,
+    init: Annotated[
+        Init, typer.Option(help="Begin from random weights, or from each layer's own queries and keys.")
+    ] = Init.random,
+    init_data: Annotated[
+        str | None,
+        typer.Option(
+            help="With --init attention: source of the text that the model reads for it, 8192 tokens; python unless "
+            "given. 'random' are random tokens."
+        ),
+    ] = None,
 ) -> None:
     """Add an untrained indexer to a dense checkpoint: the start of warm-up.
 
-    Example: tokensieve sparsify base runs/untrained --top-k 128 --index-heads 8 --index-dim 32
+    Example: tokensieve sparsify base runs/untrained --top-k 128 --index-heads 8 --index-dim 32 --init attention
     """
-    from tokensieve.files import check_free, known_folder
+    from tokensieve.config import UserError
+    from tokensieve.files import check_free, check_source, known_folder
 
     known_folder(model)
     check_free(out)
+    if init_data is not None and init != Init.attention:
+        raise UserError("--init-data is text for --init attention; give both, or leave it out")
+    source = init_data or "python"
+    reads_text = init == Init.attention and source != "random"
+    if reads_text:
+        check_source(source)
     import tokensieve
 
     dense = tokensieve.load(model, dtype=_stored_dtype(model))
-    sparse = tokensieve.sparsify(dense, top_k, index_heads, index_dim, index_dtype.value, seed, share_every)
+    calibration = _calibration(source, model, dense) if reads_text else None
+    sparse = tokensieve.sparsify(
+        dense, top_k, index_heads, index_dim, index_dtype.value, seed, share_every, init.value, calibration
+    )
     tokensieve.save(sparse, out)
     count = sum(p.numel() for p in sparse.indexer_parameters())
     typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")
     _say_what_its_tokenizer_lacks(out, sparse)
     typer.echo(f"Next: tokensieve warmup --model {out}")
+
+
+def _calibration(source: str, name: str, model: "DecoderForCausalLM") -> "Tensor":
+    """Token ids (2, S) of a source's training text."""
+    from tokensieve.config import UserError
+    from tokensieve.data import read_documents, sample_rows
+    from tokensieve.model import index_init
+
+    try:
+        tokenizer = tokenizer_of(name, model)
+    except UserError as error:
+        raise UserError(f"{error}; or read no text: --init-data random") from error
+    longest = min(index_init.TOKENS, model.config.max_position_embeddings)
+    documents = read_documents(source, "train", limit_bytes=CALIBRATION_BYTES)
+    return sample_rows(tokenizer, documents, index_init.ROWS, longest)
 
 
 def _say_what_its_tokenizer_lacks(folder: Path, model: "DecoderForCausalLM") -> None:

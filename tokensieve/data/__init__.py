@@ -1,6 +1,7 @@
 """Text to training sequences: sources, the tokenizer, the token store, packing with document bounds, mixing."""
 
 from tokensieve.data.packing import PackedDataset, build_dataset, text_source
+from tokensieve.data.sample import sample_rows
 from tokensieve.data.sources import licences, read_documents
 from tokensieve.data.store import TokenStore
 from tokensieve.data.tokenizer import train_tokenizer
@@ -15,6 +16,7 @@ __all__ = [
     "is_held_out",
     "licences",
     "read_documents",
+    "sample_rows",
     "text_source",
     "train_tokenizer",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokensieve.config import UserError
 from tokensieve.evals.evaluation import evaluating
 from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
+from tokensieve.model.selection import Selector, indexer
 
 ROWS = 128  # queries whose probabilities over all keys are held at a time
 
@@ -34,13 +35,14 @@ class Recall:
 
 @dataclass
 class Recorder:
-    """A selection that only watches: it measures what the indexer would select, and returns None, which leaves
+    """A selection that only watches: it measures what `selector` would select, and returns None, which leaves
     attention dense.
 
-    So every layer sees the hidden states of the dense model, and the indexer is judged on them.
+    So every layer sees the hidden states of the dense model, and the selector is judged on them.
     """
 
     queries: int | None  # measured per sequence and layer, evenly spaced; None: all
+    selector: Selector = indexer
     sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> sums of held / best, held, best, and the count
 
     def __call__(self, c: SelectionContext) -> None:
@@ -51,7 +53,8 @@ class Recorder:
             rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
         for r in rows.split(ROWS):
             block = c.rows(r)
-            chosen_rK, mass_rT = block.topk(), block.head_mass()
+            chosen_rK, mass_rT = self.selector(block), block.head_mass()
+            assert chosen_rK is not None
             held = mass_rT.gather(1, chosen_rK.long()).double().sum(1)  # more than k keys are visible: there is no -1
             best = mass_rT.topk(c.k, dim=1).values.double().sum(1)
             parts = torch.stack((held / best, held, best, torch.ones_like(held))).sum(1)
@@ -59,7 +62,11 @@ class Recorder:
 
 
 def recall(
-    model: DecoderForCausalLM, sequences: Sequence[Tensor], top_k: int | None = None, queries: int | None = None
+    model: DecoderForCausalLM,
+    sequences: Sequence[Tensor],
+    top_k: int | None = None,
+    queries: int | None = None,
+    selector: Selector = indexer,
 ) -> Recall:
     """The attention's mass that the indexer's selection holds, as a share of what the best set of that size holds:
 
@@ -67,13 +74,13 @@ def recall(
 
     S_t is what equation (2) selects and p is the target of equation (3), both on the hidden states of dense attention;
     averaged over queries t with more than k visible keys. `sequences`: int64 (S,) each; `top_k`: the model's unless
-    given; `queries`: how many are measured per sequence and layer (None: all). Memory: `ROWS` x T, whatever the
-    sequence's length.
+    given; `queries`: how many are measured per sequence and layer (None: all); `selector`: in the indexer's place, one
+    of k keys per query. Memory: `ROWS` x T, whatever the sequence's length.
 
     Raises:
         UserError: a model without indexers, or sequences of at most k tokens.
     """
-    recorder = Recorder(queries)
+    recorder = Recorder(queries, selector)
     device = model.lm_head.weight.device
     with evaluating(model), selecting(model, recorder, top_k):
         for ids in sequences:

@@ -81,6 +81,13 @@ class Attention(nn.Module, ABC):
         """Queries, entries (N, W), and the input of the index queries (N, index_source)."""
 
     @abstractmethod
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """The matrices behind queries (H, d_k, index_source) and keys (G, d_k, D) in the form that reads entries.
+
+        They leave out norms (but the one in front of the index queries' input), biases and rotations.
+        """
+
+    @abstractmethod
     def gathered_queries(self, queries: Queries) -> Tensor:
         """Queries (N, H, d_k) in the form that reads entries as they are cached."""
 

@@ -41,6 +41,10 @@ class GroupedAttention(Attention):
         k = rotate_half_split(k, rotation.attention)
         return rotate_half_split(q, rotation.attention), torch.cat((k, v), dim=-1).flatten(1), h_ND
 
+    def projections(self) -> tuple[Tensor, Tensor]:
+        q_proj, k_proj = (layer.weight.unflatten(0, (-1, self.width)) for layer in (self.q_proj, self.k_proj))
+        return q_proj, k_proj
+
     def softmax_scale(self, rotation: Rotation) -> float:
         return self.width**-0.5 * rotation.softmax_factor
 

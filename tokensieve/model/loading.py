@@ -14,7 +14,7 @@ from tokensieve import checkpoint
 from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of, model_config
-from tokensieve.model import files
+from tokensieve.model import files, index_init
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import check_savable, fill
 from tokensieve.model.sharing import sharing_fields
@@ -22,6 +22,7 @@ from tokensieve.model.sharing import sharing_fields
 log = logging.getLogger("tokensieve")
 
 INDEXERS = "indexer.safetensors"
+INITS = ("random", "attention")  # of a new indexer
 
 
 def load(
@@ -122,15 +123,23 @@ def sparsify(
     index_dtype: str = "bf16",
     seed: int = 0,
     share_every: int = 1,
+    init: str = "random",
+    calibration: Tensor | None = None,
 ) -> DecoderForCausalLM:
     """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer, or
     with `share_every` n in the layers 0, n, 2n, ...; the others then read the keys of the layer before them.
 
     `top_k` keys are selected per query. The indexer has `index_heads` heads of width `index_dim`, of which the first
-    dims (MLA: qk_rope_head_dim; grouped attention: up to 64) carry positions. Its weights are normal with std
-    fan_in**-0.5 (and ones for its norm), drawn from `seed`. UserError if the model is sparse already, if a number is
-    below 1, and if `index_dim` cannot hold the positions.
+    dims (MLA: qk_rope_head_dim; grouped attention: up to 64) carry positions. `init` "random": its weights are normal
+    with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. "attention": they are made from the layer's own
+    queries and keys (`tokensieve.model.index_init`), which takes one dense pass over `calibration`: token ids (B, S)
+    int64 of text, or random ones, drawn from `seed`, unless given. UserError if the model is sparse already, if a
+    number is below 1, if `index_dim` cannot hold the positions, for an unknown `init`, and for unsuitable ids.
     """
+    if init not in INITS:
+        raise UserError(f"init is {init!r}; it is one of {', '.join(INITS)}")
+    if calibration is not None and init != "attention":
+        raise UserError(f'calibration is read by init="attention" alone, not by {init!r}; leave it out')
     if not isinstance(model, DecoderForCausalLM):
         raise UserError(
             f"sparsify takes a model of tokensieve, not {type(model).__name__}; load it first: "
@@ -163,7 +172,10 @@ def sparsify(
             "the multi-token-prediction layer is left behind: it has no indexer, and engines expect one in deepseek_v32"
         )
     sparse.folder = getattr(model, "folder", None)
-    return sparse.eval()
+    sparse.eval()
+    if init == "attention":
+        index_init.from_attention(sparse, calibration, seed)
+    return sparse
 
 
 def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

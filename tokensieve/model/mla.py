@@ -7,8 +7,8 @@ Two forms of the same function read it:
   value (its first L).
 
 Legend: N query tokens, T keys, H heads, L latent width (kv_lora_rank), R rope dims, E = L + R entry width, Q = nope + R
-width of a head's query, V value width. Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3.2-Exp report,
-section 2.1.
+width of a head's query, V value width, S width of the queries' input. Source: DeepSeek-V2, arXiv 2405.04434, section
+2.1; DeepSeek-V3.2-Exp report, section 2.1.
 """
 
 from typing import NamedTuple
@@ -67,6 +67,12 @@ class LatentAttention(Attention):
         c_kv, k_rope = entries_NE[:, : self.latent], entries_NE[:, self.latent :]
         k_rope = self.rotate(k_rope.unsqueeze(1), rotation.attention).squeeze(1)
         return queries, torch.cat((self.kv_a_layernorm(c_kv), k_rope), dim=-1), source
+
+    def projections(self) -> tuple[Tensor, Tensor]:
+        up = (self.q_b_proj if self.compresses_queries else self.q_proj).weight
+        nope_HQS, rope_HRS = up.view(self.heads, -1, up.shape[1]).split([self.nope, self.rope], dim=1)
+        w_uk, _ = self._absorbed(up)
+        return torch.cat((w_uk.transpose(1, 2) @ nope_HQS, rope_HRS), dim=1), self.kv_a_proj_with_mqa.weight[None]
 
     def softmax_scale(self, rotation: Rotation) -> float:
         return (self.nope + self.rope) ** -0.5 * rotation.softmax_factor
