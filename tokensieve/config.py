@@ -263,6 +263,7 @@ class DemoConfig:
     ppl_sequences: int  # texts of `context` tokens on which dense, sparse and oracle are compared
     decode_contexts: tuple[int, ...]  # tokens of context when a token and a chunk are timed
     other_prompts: int | None = None  # texts and needle contexts of arms on which nothing is decided; None: all
+    index_init: Literal["random", "attention"] = "random"  # what the indexers begin from; a control stays random
     texts: str = "bundled"  # to evaluate on: those of the package, or a source of data; its held-out part if it trains
     heat_lengths: tuple[int, ...] = ()  # tokens, rows of the needle heat map
     recall_steps: tuple[int, ...] = (10, 50, 200, 500)  # training steps after which recall is measured, beside the last

@@ -20,8 +20,9 @@ from torch import Tensor
 import tokensieve
 from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
-from tokensieve.data import read_documents
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.data import read_documents, sample_rows
+from tokensieve.data.sample import CALIBRATION_BYTES
+from tokensieve.model import DecoderForCausalLM, index_init
 from tokensieve.model.files import model_path
 from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, show_long, show_short, write_run
@@ -107,7 +108,7 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     say(f"Held-out prompts of {config.context:,} tokens: {len(prompts.texts)} texts{questions}")
 
     say(f"Sparsify: an untrained indexer in every layer, {config.top_k} keys per query")
-    sparse = _sparsified(config, base)
+    sparse = _sparsified(config, base, prompts.encode)
     first = prompts.recall(sparse).overall
     history: list[Row] = [{"stage": STAGES["warmup"], "step": 0, "recall": first}]
     say("Warm up: attention stays dense, and the indexers learn where it looks")
@@ -293,8 +294,16 @@ def _clear(out: Path) -> None:
             shutil.rmtree(out / name)
 
 
-def _sparsified(config: DemoConfig, dense: DecoderForCausalLM) -> DecoderForCausalLM:
-    return tokensieve.sparsify(dense, config.top_k, config.index_heads, config.index_dim, seed=config.seed)
+def _sparsified(
+    config: DemoConfig, dense: DecoderForCausalLM, encode: PlainEncoder | None = None
+) -> DecoderForCausalLM:
+    """The dense model with indexers that begin as the config says. Without an encoder: from random weights."""
+    sizes = config.top_k, config.index_heads, config.index_dim
+    if encode is None or config.index_init == "random":
+        return tokensieve.sparsify(dense, *sizes, seed=config.seed)
+    documents = read_documents("python", "train", limit_bytes=CALIBRATION_BYTES)
+    rows = sample_rows(encode, documents, index_init.ROWS, min(index_init.TOKENS, config.context))
+    return tokensieve.sparsify(dense, *sizes, seed=config.seed, init="attention", calibration=rows)
 
 
 def _train(config: TrainConfig, model: DecoderForCausalLM, prompts: Prompts) -> list[Row]:

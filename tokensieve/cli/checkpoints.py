@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tokensieve")
 
-CALIBRATION_BYTES = 2_000_000  # of text to draw 8192 tokens from
-
 
 class IndexDtype(StrEnum):
     bf16 = "bf16"
@@ -108,6 +106,7 @@ def _calibration(source: str, name: str, model: "DecoderForCausalLM") -> "Tensor
     """Token ids (2, S) of a source's training text."""
     from tokensieve.config import UserError
     from tokensieve.data import read_documents, sample_rows
+    from tokensieve.data.sample import CALIBRATION_BYTES
     from tokensieve.model import index_init
 
     try:

@@ -13,6 +13,7 @@ from tokensieve.tasks import Document, encoder
 from tokensieve.tasks.documents import stable_fraction
 
 FEWEST = 256  # tokens of a row
+CALIBRATION_BYTES = 2_000_000  # of text to draw some thousand tokens from
 
 
 def sample_rows(tokenizer: Any, documents: Iterable[Document], rows: int, longest: int) -> Tensor:
