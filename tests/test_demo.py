@@ -145,6 +145,18 @@ def test_a_demo_without_needles(base, tmp_path):
     assert "acts found" not in page and "</html>" in page and "needles -" not in shown and "questions" not in shown
 
 
+def test_indexers_may_begin_from_the_attention(base):
+    """Those that are trained; the control keeps random ones."""
+    settings = config(base, index_init="attention")
+    dense = tokensieve.load(settings.model)
+    encode = PlainEncoder(tokensieve.load_tokenizer(settings.model))
+    begun, control = demo._sparsified(settings, dense, encode), demo._sparsified(settings, dense)
+    name = "model.layers.0.self_attn.indexer.wk.weight"
+    assert not torch.equal(begun.state_dict()[name], control.state_dict()[name])
+    plain = demo._sparsified(config(base), dense, encode)
+    assert torch.equal(plain.state_dict()[name], control.state_dict()[name])
+
+
 def test_the_bundled_texts_suffice_for_the_bundled_demo():
     """24 texts, each a whole stretch of the demo's context, and none of them in the source that it trains on."""
     settings = load_config(DemoConfig, "demo")
