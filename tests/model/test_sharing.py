@@ -11,7 +11,7 @@ import tokensieve
 from tests.support import grouped
 from tests.support.models import config, difference, ours, tokens
 from tests.support.training import OPTIMIZER, apart, batch, indexers, step_gradients
-from tokensieve.checkpoint import exportable
+from tokensieve.checkpoint import exportable, write_shards
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.families import FAMILIES, model_config
 from tokensieve.model import DecoderForCausalLM, SelectionContext
@@ -104,6 +104,8 @@ def test_every_family_shares_and_saves(family: str, tmp_path: Path) -> None:
     if family == "v32":
         assert model.config.model_type == "deepseek_v32_sharing"
         assert any(reason.startswith("transformers, vLLM, SGLang: layers share") for reason in exportable(model.config))
+        with pytest.raises(UserError, match="layers share indexers, and the official demo has one in every layer"):
+            write_shards(tmp_path, tmp_path / "shards", 1)
 
 
 @torch.no_grad()

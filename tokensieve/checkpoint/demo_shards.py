@@ -75,12 +75,14 @@ def write_shards(
     demo has none; a tied ``lm_head``, which the demo does not know, is written as a copy of the embedding.
     Raises UserError for a checkpoint that :func:`load_tensors` refuses, for another number of experts, for a number of
     ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (for which
-    the official conversion stops or gives a rank the wrong scales), for biases, and for a folder that is not empty.
+    the official conversion stops or gives a rank the wrong scales), for biases, for layers that share indexers, and for a folder that is not empty.
     """
     source, out = Path(source), Path(out)
     raw = read_config(source)
     config = model_config(raw)
     check_divisible(source, config)
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        raise UserError(f"{source}: layers share indexers, and the official demo has one in every layer; serve it here")
     check_free(out)
     _check_experts(source, config, n_experts)
     shards = open_shards(source)
