@@ -75,7 +75,8 @@ def write_shards(
     demo has none; a tied ``lm_head``, which the demo does not know, is written as a copy of the embedding.
     Raises UserError for a checkpoint that :func:`load_tensors` refuses, for another number of experts, for a number of
     ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (for which
-    the official conversion stops or gives a rank the wrong scales), for biases, for layers that share indexers, and for a folder that is not empty.
+    the official conversion stops or gives a rank the wrong scales), for biases, for layers that share indexers, and for
+    a folder that is not empty.
     """
     source, out = Path(source), Path(out)
     raw = read_config(source)
