@@ -27,7 +27,7 @@ def share(
     """Let the layers of a sparse model share indexers: those that lose theirs read the keys of the layer before them.
 
     One layer after the other gives its indexer up, each time the one whose loss of it costs the least. Nothing is
-    trained; to train the indexers that stay on all of their layers: tokensieve warmup --model OUT, then adapt.
+    trained. To train the indexers that stay on all of their layers: tokensieve warmup --config warmup-shared.
 
     Example: tokensieve share sparse runs/shared --keep 4
     """
@@ -66,4 +66,4 @@ def share(
         kept = [*choice.kept]
     tokensieve.save(tokensieve.share(loaded, kept), out)
     typer.echo(f"{out}: indexers in layers {', '.join(map(str, kept))}; the others read the keys of the layer before")
-    typer.echo(f"Next, if the loss is too high: tokensieve warmup --model {out}")
+    typer.echo(f"Next, if the loss is too high: tokensieve warmup --config warmup-shared --model {out}")
