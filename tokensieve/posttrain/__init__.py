@@ -8,6 +8,7 @@ from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
 from tokensieve.posttrain.rollouts import Rollout, Rollouts
+from tokensieve.posttrain.scripted_judge import scripted_judge
 
 __all__ = [
     "Criterion",
@@ -22,4 +23,5 @@ __all__ = [
     "length_penalty",
     "replaying",
     "reward",
+    "scripted_judge",
 ]

@@ -11,9 +11,10 @@ from tokensieve.tasks.problems.logic import Logic
 from tokensieve.tasks.problems.mathematics import Mathematics
 from tokensieve.tasks.problems.problem import MODES, Domain, Item, Mode, Problem, Problems, split_thinking
 from tokensieve.tasks.problems.programming import Programming
+from tokensieve.tasks.problems.writing import Writing
 
 DOMAINS: Mapping[str, Domain] = MappingProxyType(
-    {domain.name: domain for domain in (Mathematics(), Logic(), Programming())}
+    {domain.name: domain for domain in (Mathematics(), Logic(), Programming(), Writing())}
 )
 
 __all__ = ["DOMAINS", "MODES", "Domain", "Item", "Mode", "Problem", "Problems", "split_thinking"]

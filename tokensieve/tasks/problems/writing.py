@@ -1,0 +1,53 @@
+"""Writing: a short text on a subject, with a rubric of its own."""
+
+import random
+from dataclasses import dataclass
+
+from tokensieve.tasks.documents import Split
+from tokensieve.tasks.problems.checks import CHECKS, met
+from tokensieve.tasks.problems.problem import Item
+from tokensieve.tasks.words import ADJECTIVES, THINGS
+
+# By split, and no phrasing in both: the task, and how each wish is told.
+ASKS: dict[Split, str] = {
+    "train": "Write a short text about a {a} {b}.",
+    "test": "Compose some lines on this: {a} {b}.",
+}
+WISHES: dict[str, dict[Split, str]] = {
+    "sentences": {"train": "Use {0} sentences.", "test": "It should consist of {0} sentences."},
+    "most words": {"train": "Use no more than {0} words.", "test": "Keep it within {0} words."},
+    "names": {"train": 'The word "{0}" must occur.', "test": 'Work in the word "{0}".'},
+    "avoids": {"train": 'Do not use the word "{0}".', "test": 'Leave the word "{0}" out.'},
+    "begins": {"train": 'Begin with the word "{0}".', "test": 'Let "{0}" be the first word.'},
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Texts that obey wishes. Difficulty: wishes beside the number of sentences, from 1 to 4.
+
+    The rubric has a criterion for each wish (`checks`), which a judge scores; `grade` is the share that rules find met.
+    What rules cannot see, such as sense and style, is the judge's alone.
+    """
+
+    name: str = "writing"
+    languages: tuple[str, ...] = ("en",)
+    difficulty: tuple[int, int, int] = (1, 2, 4)
+
+    def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
+        adjective, thing = rng.choice(ADJECTIVES), rng.choice(THINGS)
+        count = rng.randint(2, 4)
+        other, shunned, opening = rng.sample([word for word in THINGS if word != thing], 3)
+        values = {"most words": 12 * count, "names": other, "avoids": shunned, "begins": opening}
+        chosen = {"sentences": count} | {kind: values[kind] for kind in rng.sample([*values], difficulty)}
+        asked = [ASKS[split].format(a=adjective, b=thing)]
+        asked += [WISHES[kind][split].format(value) for kind, value in chosen.items()]
+        first = opening.capitalize() if "begins" in chosen else "Here"
+        lines = [f"{first} is a {adjective} {thing}."]
+        lines += [f"It stands near the {other}.", "It is quiet.", "Nobody knows it well."][: count - 1]
+        rubric = tuple(CHECKS[kind].criterion(value) for kind, value in chosen.items())
+        key = " ".join([adjective, thing, *(f"{kind}={value}" for kind, value in chosen.items())])
+        return Item(key, " ".join(asked), "\n".join(rubric), " ".join(lines), rubric)
+
+    def grade(self, item: Item, answer: str) -> float:
+        return sum(met(criterion, answer) for criterion in item.data) / len(item.data)
