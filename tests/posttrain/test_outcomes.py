@@ -9,7 +9,7 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 import tokensieve
 from tests.support.models import config, ours
 from tokensieve.engine import EngineConfig
-from tokensieve.posttrain import LanguageShare, Weights
+from tokensieve.posttrain import Judge, JudgeSettings, LanguageShare, Weights, scripted_judge
 from tokensieve.posttrain.grpo import SparseGRPOTrainer
 from tokensieve.posttrain.outcomes import demonstrations_of, prompts_of, reward_of
 from tokensieve.tasks import encoder
@@ -51,6 +51,27 @@ def test_terms_are_weighed(encode) -> None:
     given = reward_of(task, examples, encode, weights, LanguageShare(), free_tokens=0, limit_tokens=2 * len(answer))
     assert given(completion_ids=[answer], number=[0]) == [pytest.approx(1 + 0.5 - 0.125)]
     assert given(completion_ids=[foreign], number=[0]) == [pytest.approx(1 - 0.25)]
+
+
+def test_a_judge_scores_what_has_a_rubric(encode) -> None:
+    """By the scripted judge, which says what the rules say; an answer that it could not score has no reward."""
+    task = Problems(DOMAINS["writing"], encode, "direct")
+    examples = task.examples("train", 2)
+    shown = [[*encode(example.demonstration), encode.eos] for example in examples]
+    bad = [*encode("?"), encode.eos]
+    weights = Weights(outcome=1, rubric=0.5, language=0, length=0)
+    with scripted_judge() as url, Judge(JudgeSettings(url, "scripted")) as judge:
+        given = reward_of(task, examples, encode, weights, judge=judge)
+        assert given(completion_ids=[*shown, bad], number=[0, 1, 0]) == [1.5, 1.5, 0.0]
+    with scripted_judge() as url, Judge(JudgeSettings(url, "scripted", budget=1, at_once=1)) as judge:
+        given = reward_of(task, examples, encode, weights, judge=judge)
+        assert given(completion_ids=shown, number=[0, 1]) == [1.5, None]
+    logic = Problems(DOMAINS["logic"], encode, "direct")
+    examples = logic.examples("train", 1)
+    with scripted_judge() as url, Judge(JudgeSettings(url, "scripted")) as judge:
+        given = reward_of(logic, examples, encode, weights, judge=judge)
+        assert given(completion_ids=[[*encode(examples[0].demonstration), encode.eos]], number=[0]) == [1.0]
+        assert judge.asked == 0
 
 
 def test_a_step_of_cold_start_and_one_of_grpo(encode, tmp_path: Path) -> None:

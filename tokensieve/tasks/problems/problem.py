@@ -32,7 +32,8 @@ HEADS = {"en": ("Problem:", "Solution:"), "zh": ("题目：", "解答：")}
 class Item:
     """One question and a right answer. key: what is asked, however it is phrased; no key is in both splits.
 
-    thoughts: a short derivation of the answer. data: what the domain grades by.
+    thoughts: a short derivation of the answer. data: what the domain grades by. rubric: the criteria of a judge, if the
+    answer is one for a judge.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Item:
     thoughts: str
     answer: str
     data: tuple[str, ...] = ()
+    rubric: tuple[str, ...] = ()
 
 
 class Domain(Protocol):

@@ -47,7 +47,7 @@ class Writing:
         lines += [f"It stands near the {other}.", "It is quiet.", "Nobody knows it well."][: count - 1]
         rubric = tuple(CHECKS[kind].criterion(value) for kind, value in chosen.items())
         key = " ".join([adjective, thing, *(f"{kind}={value}" for kind, value in chosen.items())])
-        return Item(key, " ".join(asked), "\n".join(rubric), " ".join(lines), rubric)
+        return Item(key, " ".join(asked), "\n".join(rubric), " ".join(lines), rubric, rubric)
 
     def grade(self, item: Item, answer: str) -> float:
         return sum(met(criterion, answer) for criterion in item.data) / len(item.data)
