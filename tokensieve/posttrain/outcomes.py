@@ -45,10 +45,10 @@ def reward_of(
 ) -> RewardFunction:
     """The reward function that TRL calls with the answers to `prompts_of(examples)`.
 
-    outcome: the task's reward. rubric: what `judge` says, if one is given, of the answers whose problems have a rubric;
-    an answer that it could not score has no reward. language: of thoughts and answer, in the prompt's language, if a `LanguageShare` is
-    given. length: the penalty from `free_tokens` to `limit_tokens` of an answer, if both are given. The text is decoded
-    here, since TRL's own text has lost the marker that ends the thoughts.
+    outcome: the task's reward. rubric: what `judge` says, if one is given, of answers whose problems have a rubric; one
+    that it could not score has no reward. language: of thoughts and answer, in the prompt's language, if a
+    `LanguageShare` is given. length: the penalty from `free_tokens` to `limit_tokens` of an answer, if both are given.
+    The text is decoded here, since TRL's own text has lost the marker that ends the thoughts.
     """
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
 
