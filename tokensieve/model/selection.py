@@ -104,6 +104,7 @@ class SelectionContext:
 
     @property
     def before(self) -> Tensor | None:
+        """(N, K) int32, ascending, then -1: what the layer before reads."""
         return None if self._before is None else taken(self._before, self._rows)
 
     def __len__(self) -> int:
@@ -234,9 +235,10 @@ SELECTORS: Mapping[str, Selector] = MappingProxyType(
 
 
 def resolve(selector: str | Selector) -> Selector:
-    """A selector by its name, `module:function` or `module:function(options)`; a function is returned as it is.
+    """A selector by its name, `module:function` or `module:Dataclass(options)`; a function is returned as it is.
 
-    UserError for an unknown name, and for options that are not literals or that the function does not take.
+    UserError for an unknown name, and for options that are not literals, that the selector does not take, or that are
+    given to anything but a dataclass.
     """
     if not isinstance(selector, str):
         return selector

@@ -8,7 +8,7 @@ from tokensieve.evals.evaluation import answer_of
 from tokensieve.posttrain.judge import Criterion, Judge, Question
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
-from tokensieve.tasks import Answer, PlainEncoder
+from tokensieve.tasks import THINK, Answer, PlainEncoder
 from tokensieve.tasks.problems import Problem, Problems, split_thinking
 
 RewardFunction = Callable[..., list[float | None]]
@@ -27,7 +27,7 @@ def demonstrations_of(examples: Sequence[Problem], encode: PlainEncoder) -> Data
         prompt = encode.prompt(example.prompt, think=example.mode == "think")
         text = example.demonstration
         if example.mode == "think" and encode.markers:  # the prompt has opened the thoughts
-            text = text.removeprefix("<think>")
+            text = text.removeprefix(THINK)
         answer = [*encode.solution(text), *encode.chat().close]
         rows.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
     return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": [mask for _, mask in rows]})
@@ -77,7 +77,7 @@ def _answer(encode: PlainEncoder, example: Problem, ids: Sequence[int]) -> Answe
     ended = bool(ids) and ids[-1] in encode.ends
     answer = answer_of(encode, list(ids[:-1] if ended else ids), ended)
     opened = example.mode == "think" and encode.markers
-    return Answer(f"<think>{answer.text}", answer.ended) if opened else answer
+    return Answer(f"{THINK}{answer.text}", answer.ended) if opened else answer
 
 
 def _judged(judge: Judge | None, examples: Sequence[Problem], answers: Sequence[Answer]) -> list[float | None]:

@@ -58,12 +58,10 @@ def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Roll
 
     A row is a rollout, or the prompt of one whose answer is masked. Rows of equal tokens take their rollouts in turn.
     """
-    whole: dict[tuple[int, ...], list[tuple[Tensor, ...]]] = {}
+    whole: dict[tuple[int, ...], list[tuple[tuple[Tensor, ...], int]]] = {}
     for rollout in rollouts:
-        last = tuple(torch.cat((layer, layer[-1:])) for layer in rollout.selection)  # the last token was not run
-        whole.setdefault((*rollout.prompt, *rollout.answer), []).append(last)
-        prompt = tuple(layer[: len(rollout.prompt)] for layer in rollout.selection)
-        whole.setdefault(rollout.prompt, []).append(prompt)
+        for tokens in ((*rollout.prompt, *rollout.answer), rollout.prompt):
+            whole.setdefault(tokens, []).append((rollout.selection, len(tokens)))
     kept = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
     rows: list[list[Tensor]] = []
     used: dict[tuple[int, ...], int] = {}
@@ -74,12 +72,16 @@ def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Roll
             raise UserError(f"a row of {len(tokens)} tokens is none of the rollouts that are replayed")
         turn = used.get(tokens, 0)
         used[tokens] = turn + 1
-        layers = whole[tokens][turn % len(whole[tokens])]
-        rows.append([_of_row(layer, first, len(ids_S)) for layer in layers])
+        layers, length = whole[tokens][turn % len(whole[tokens])]
+        rows.append([_of_row(layer, length, first, len(ids_S)) for layer in layers])
     return [torch.stack(layers).to(ids_BS.device) for layers in zip(*rows, strict=True)]
 
 
-def _of_row(indices_TK: Tensor, first: int, length: int) -> Tensor:
-    """(S, K) for a row whose tokens begin at `first`."""
-    shifted = torch.where(indices_TK < 0, indices_TK, indices_TK + first)
-    return F.pad(shifted, (0, 0, first, length - first - len(indices_TK)), value=-1)
+def _of_row(indices_TK: Tensor, tokens: int, first: int, length: int) -> Tensor:
+    """(S, K) for a row of `tokens` tokens that begin at `first`.
+
+    The rollout did not run its last token, which reads what the one before it read.
+    """
+    rows = indices_TK[:tokens] if tokens <= len(indices_TK) else torch.cat((indices_TK, indices_TK[-1:]))
+    shifted = torch.where(rows < 0, rows, rows + first)
+    return F.pad(shifted, (0, 0, first, length - first - tokens), value=-1)
