@@ -4,14 +4,17 @@ TRL has the algorithm: advantages, clipping, and the off-policy sequence mask of
 (`off_policy_mask_threshold`). What is ours: rollouts, replay, and the indexers' loss, equation (4).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig, Sampling
@@ -36,16 +39,26 @@ class SparseGRPOTrainer(GRPOTrainer):
         indexer learns.
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
+    model, peft_config: LoRA adapters learn if PEFT's wrapper of a model is given (`tokensieve.train.lora.adapted`
+        yields one), or a config for a new one. The engine runs their layers as training does. The indexers learn whole,
+        so the adapter has to save them: modules_to_save=["indexer"].
+
+    With `beta` TRL's loss has a KL towards a reference, which is logged as `reference/kl`: the model with its adapters
+    switched off, or a copy as it was before training. The reference reads the keys that the rollout read, as the policy
+    does. The KL then compares two sets of weights on equal inputs, and none of it comes from keys that only one of the
+    two would select; what is selected is the indexers' part, which equation (4) trains. With replay=False each selects
+    for itself.
 
     Raises:
         UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
-            before it), vLLM, a reference model (`beta`), adapters, another selection, another k in `config`, and
-            prompts too long for `tokens`.
+            before it), vLLM, a reference that follows the model (`sync_ref_model`), a reference beside adapters that
+            are not zero, adapters of another kind, with dropout or without the indexers, another selection, another k
+            in `config`, and prompts too long for `tokens`.
     """
 
     def __init__(
         self,
-        model: DecoderForCausalLM,
+        model: Any,
         tokenizer: Any,
         reward_funcs: Sequence[Callable[..., list[float | None]]],
         args: GRPOConfig,
@@ -56,26 +69,37 @@ class SparseGRPOTrainer(GRPOTrainer):
         selection: str = "indexer",
         replay: bool = True,
         config: EngineConfig | None = None,
+        peft_config: Any = None,
     ):
-        check_honoured(model, args, selection, config)
-        self.selects = model.is_sparse and selection != "dense"
+        decoder = model.get_base_model() if is_peft_model(model) else model
+        check_honoured(decoder, args, selection, config)
+        self.selects = decoder.is_sparse and selection != "dense"
+        adapters = [*model.peft_config.values()] if is_peft_model(model) else []
+        check_adapters(adapters if peft_config is None else [*adapters, peft_config], args, self.selects)
         self.replays = replay and self.selects
         self._encode, self._answers = encoder(tokenizer), args.max_completion_length
         self._longest = tokens
         self.latest: dict[str, list[Rollout]] = {"train": [], "eval": []}
         self._sampled_at = -1
+        reference = copy.deepcopy(model) if args.beta and not adapters and peft_config is None else None
+        # TRL would open the reference by its config, as another class, so TRL's set-up sees a beta of 0.
+        without = copy.copy(args)
+        without.beta = 0.0
         super().__init__(
             model=model,
             reward_funcs=list(reward_funcs),
-            args=args,
+            args=without,
             train_dataset=prompts,
             eval_dataset=held_out,
             processing_class=tokenizer,
             rollout_func=sample_for,
+            peft_config=peft_config,
         )
+        self._set_reference(reference, args.beta)
         # Behind TRL's own set-up, which moves the model to its device.
+        self._decoder = decoder
         self._sampler = Rollouts(
-            self.model,
+            decoder,
             tokenizer,
             tokens,
             at_once=args.generation_batch_size or 128,
@@ -83,6 +107,18 @@ class SparseGRPOTrainer(GRPOTrainer):
             keep_selection=self.replays,
             config=config,
         )
+
+    def _set_reference(self, reference: DecoderForCausalLM | None, beta: float) -> None:
+        """Sets the reference; None: the model without its adapters. UserError if these change the model already."""
+        self.beta = self.args.beta = beta
+        if reference is not None:
+            add_fused_lm_head(reference, self.temperature, self.args.cast_lm_head_to_fp32)
+            self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
+        elif beta and any(".lora_B." in name and bool(x.any()) for name, x in self.model.named_parameters()):
+            raise UserError(
+                f"beta is {beta}, and the adapters are not zero: the reference, which is the model without them, is "
+                "not where training begins; merge them (PEFT: merge_and_unload) and begin with new ones"
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training, in which the indexers learn equation (4) and every pass reads what the rollout read."""
@@ -105,10 +141,11 @@ class SparseGRPOTrainer(GRPOTrainer):
     def _reading(self) -> Iterator[None]:
         """Within the block passes of the model read the keys that rollouts read: replayed, all, or selected anew."""
         with ExitStack() as stack:
-            if self.replays:
-                stack.enter_context(replaying(self.model, lambda: [*self.latest["train"], *self.latest["eval"]]))
-            elif self.model.is_sparse and not self.selects:
-                stack.enter_context(selecting(self.model, "dense"))
+            for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+                if self.replays:
+                    stack.enter_context(replaying(model, lambda: [*self.latest["train"], *self.latest["eval"]]))
+                elif self._decoder.is_sparse and not self.selects:
+                    stack.enter_context(selecting(model, "dense"))
             yield
 
     def sample(self, prompts: Sequence[Any]) -> list[Rollout]:
@@ -148,9 +185,22 @@ class SparseGRPOTrainer(GRPOTrainer):
         found = super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        if self._sampled_at == self.state.global_step:
+        if self._sampled_at == self.state.global_step and not self._is_reference(model):
             self._compare(input_ids, attention_mask, found[0].detach(), logits_to_keep)
         return found
+
+    def _is_reference(self, model: Any) -> bool:
+        """Whether a pass of `model` is one of the reference, now."""
+        if self.ref_model is not None:
+            return model is self.ref_model
+        return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, which calls the KL towards the reference "kl", as we call the indexers'."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if "kl" in metrics:
+            metrics["reference/kl"] = metrics.pop("kl")
+        super().log(logs, start_time)
 
     def _compare(self, ids_BS: Tensor, mask_BS: Tensor, logps_BC: Tensor, answers: int) -> None:
         mode = "train" if self.model.training else "eval"
@@ -163,7 +213,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             told = torch.tensor(rollout.logprobs, device=logps.device)
             differences.append((logps[: len(told)].float() - told).abs())
             tokens = len(rollout.prompt) + len(rollout.answer)
-            past, total = past + max(0, tokens - self.model.top_k), total + tokens
+            past, total = past + max(0, tokens - self._decoder.top_k), total + tokens
         if differences:
             self._metrics[mode]["rollout/logp_difference"].append(float(torch.cat(differences).mean()))
             self._metrics[mode]["rollout/queries_past_k"].append(past / total)
@@ -173,20 +223,35 @@ def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineC
     """UserError for what `SparseGRPOTrainer` does not honour."""
     if not isinstance(model, DecoderForCausalLM):
         raise UserError(
-            f"GRPO by the engine takes a model of tokensieve, not {type(model).__name__}; adapters are not taken yet"
+            f"GRPO by the engine takes a model of tokensieve, or PEFT's wrapper of one, not {type(model).__name__}; "
+            "load it with tokensieve.load"
         )
     if args.temperature != 1:
         raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
     if args.use_vllm:
         raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
-    if args.beta:
-        raise UserError(
-            f"beta is {args.beta}: there is no reference model beside the engine's rollouts yet; set it to 0"
-        )
+    if args.sync_ref_model:
+        raise UserError("sync_ref_model: the reference stays as training began; set it to False")
     if selection not in ("indexer", "dense"):
         raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
     if config is not None and config.top_k not in (0, model.top_k):
         raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
+
+
+def check_adapters(adapters: Sequence[Any], args: GRPOConfig, selects: bool) -> None:
+    """UserError for adapters (PEFT's configs) that `SparseGRPOTrainer` does not honour."""
+    for adapter in adapters:
+        if adapter.peft_type != "LORA":
+            raise UserError(
+                f"the adapters are {adapter.peft_type.value}'s, and the engine runs LoRA's; use peft.LoraConfig"
+            )
+        if adapter.lora_dropout and not args.disable_dropout:
+            raise UserError(
+                f"lora_dropout is {adapter.lora_dropout}, and rollouts drop nothing: they would be another model's; "
+                "set it to 0"
+            )
+        if selects and "indexer" not in (adapter.modules_to_save or ()):
+            raise UserError("the indexers learn, and the adapter would not save them; add modules_to_save=['indexer']")
 
 
 def sample_for(prompts: list[Any], trainer: SparseGRPOTrainer) -> dict[str, list[Any]]:

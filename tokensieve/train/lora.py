@@ -51,7 +51,7 @@ def adapted(
 ) -> Iterator[Any]:
     """Within the block adapters learn in place of the trunk's weights; afterwards they are merged into these.
 
-    Yields PEFT's model, or None if `config` is None.
+    Yields PEFT's wrapper of the model, or None if `config` is None.
 
     seed: of the adapters' first weights. base: what adapter_config.json names as the model. indexers: whether they
     learn, whole. UserError, before anything is changed, for targets that the model does not have, and for dropout at
@@ -85,6 +85,8 @@ def adapted(
         modules_to_save=["indexer"] if indexers else None,
     )
     adapter = peft.get_peft_model(_WithoutConfig(model), settings)
+    # The layers are in place; from here on the wrapper is one of the model itself, as trainers expect (TRL).
+    adapter.base_model.model, adapter.base_model.config = model, model.config
     settings.base_model_name_or_path, settings.task_type = base, "CAUSAL_LM"
     try:
         yield adapter
