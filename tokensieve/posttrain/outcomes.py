@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 
+from tokensieve.config import UserError
 from tokensieve.evals.evaluation import answer_of
 from tokensieve.posttrain.judge import Criterion, Judge, Question
 from tokensieve.posttrain.language import LanguageShare
@@ -21,15 +22,22 @@ def prompts_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
 
 
 def demonstrations_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
-    """Columns "input_ids" and "completion_mask" for a cold start under TRL's SFTTrainer: answers alone are learnt."""
+    """Columns "input_ids" and "completion_mask" for a cold start under TRL's SFTTrainer: answers alone are learnt.
+
+    Examples without a known answer are left out. UserError if no other is there.
+    """
     rows = []
     for example in examples:
+        if not example.item.answer:
+            continue
         prompt = encode.prompt(example.prompt, think=example.mode == "think")
         text = example.demonstration
         if example.mode == "think" and encode.markers:  # the prompt has opened the thoughts
             text = text.removeprefix(THINK)
         answer = [*encode.solution(text), *encode.chat().close]
         rows.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+    if not rows:
+        raise UserError("no example has a right answer to show, so there is no cold start; begin with GRPO")
     return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": [mask for _, mask in rows]})
 
 
@@ -45,9 +53,10 @@ def reward_of(
 ) -> RewardFunction:
     """The reward function that TRL calls with the answers to `prompts_of(examples)`.
 
-    outcome: the task's reward. rubric: what `judge` says, if one is given, of answers whose problems have a rubric; one
-    that it could not score has no reward. language: of thoughts and answer, in the prompt's language, if a
-    `LanguageShare` is given. length: the penalty from `free_tokens` to `limit_tokens` of an answer, if both are given.
+    outcome: the task's reward; if a judge alone can tell, whether the answer ends and keeps to its mode. rubric: what
+    `judge` says, if one is given, of answers whose problems have a rubric; one that it could not score has no reward.
+    language: of thoughts and answer, in the prompt's language, if a `LanguageShare` is given. length: the penalty from
+    `free_tokens` to `limit_tokens` of an answer, if both are given.
     The text is decoded here, since TRL's own text has lost the marker that ends the thoughts.
     """
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
@@ -59,8 +68,10 @@ def reward_of(
         for ids, place, answer in zip(completion_ids, number, answers, strict=True):
             example, (thoughts, text) = examples[place], split_thinking(answer.text)
             prose, by_judge = f"{thoughts or ''}\n{text}", judge is not None and bool(example.item.rubric)
+            kept = answer.ended and (thoughts is not None) == (example.mode == "think")
+            ruled = bool(example.item.data) or not by_judge
             terms = Terms(
-                outcome=task.reward(example, answer),
+                outcome=task.reward(example, answer) if ruled else float(kept),
                 rubric=judged.pop(0) if by_judge else None,
                 language=None if language is None else language(prose, example.language),
                 length=length_penalty(len(ids), free_tokens or 0, limit_tokens or 1) if both else None,

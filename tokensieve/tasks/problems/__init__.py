@@ -7,8 +7,10 @@ length or answering directly, each after as many worked examples as make the pro
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from tokensieve.config import UserError
 from tokensieve.tasks.problems.logic import Logic
 from tokensieve.tasks.problems.mathematics import Mathematics
+from tokensieve.tasks.problems.own import own
 from tokensieve.tasks.problems.problem import MODES, Domain, Item, Mode, Problem, Problems, split_thinking
 from tokensieve.tasks.problems.programming import Programming
 from tokensieve.tasks.problems.writing import Writing
@@ -17,4 +19,14 @@ DOMAINS: Mapping[str, Domain] = MappingProxyType(
     {domain.name: domain for domain in (Mathematics(), Logic(), Programming(), Writing())}
 )
 
-__all__ = ["DOMAINS", "MODES", "Domain", "Item", "Mode", "Problem", "Problems", "split_thinking"]
+__all__ = ["DOMAINS", "MODES", "Domain", "Item", "Mode", "Problem", "Problems", "domain", "split_thinking"]
+
+
+def domain(name: str) -> Domain:
+    """The domain of this name, of FILE, or of `module:object` (`own`). UserError if there is none."""
+    if name in DOMAINS:
+        return DOMAINS[name]
+    found = own(name)
+    if found.name in DOMAINS:
+        raise UserError(f"domain {name} would be called {found.name!r}, as one that is there; give it another name")
+    return found

@@ -32,8 +32,8 @@ HEADS = {"en": ("Problem:", "Solution:"), "zh": ("题目：", "解答：")}
 class Item:
     """One question and a right answer. key: what is asked, however it is phrased; no key is in both splits.
 
-    thoughts: a short derivation of the answer. data: what the domain grades by. rubric: the criteria of a judge, if the
-    answer is one for a judge.
+    answer: empty if none is known. thoughts: a short derivation of it. data: what the domain grades by; empty if a
+    judge alone can tell. rubric: the criteria of a judge, if the answer is one for a judge.
     """
 
     key: str
@@ -116,12 +116,18 @@ class Problems:
         ask, (question, _) = ASKS[self.language, self.mode], HEADS[self.language]
         end = f"{ask}\n\n{question} {asked.question}"
         shown: list[str] = []
-        length = len(self.encode(end))
+        length, tries = len(self.encode(end)), 0
         while length < self.tokens:
             item = self._item(rng, size, split)
-            if item.key != asked.key:
+            tries += 1
+            if item.key != asked.key and item.answer:
                 shown.append(self._worked(item))
                 length += len(self.encode(shown[-1]))
+            elif not shown and tries > TRIES:
+                raise UserError(
+                    f"{self.domain.name} has no answers in its {split} split to show as worked examples, which make "
+                    f"prompts long; give some, or prompts of {self.tokens} tokens"
+                )
         prompt = [{"role": "user", "content": "".join(shown) + end}]
         return Problem(
             name=f"{self.domain.name} {asked.key}", prompt=prompt, domain=self.domain.name, mode=self.mode,

@@ -1,0 +1,30 @@
+"""The process that compares expressions: a line of JSON in, a verdict out. It ends with its input.
+
+A script of its own, so that it starts without the rest of the package. Its parent holds the time limit.
+"""
+
+import json
+import sys
+
+READY = "ready\n"
+MEMORY_BYTES = 2 * 2**30  # of addresses
+
+
+def main() -> None:
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    from math_verify import parse, verify
+
+    print(READY, end="", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        # math-verify's own limits are signals of the main thread; none is needed here.
+        right, answer = (parse(asked[name], parsing_timeout=None) for name in ("right", "answer"))
+        print(json.dumps(bool(right) and bool(answer) and verify(right, answer, timeout_seconds=None)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
