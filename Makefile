@@ -9,6 +9,7 @@
 PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
+VERL := .venv-verl
 
 ifdef PY
 RUNTIME :=
@@ -26,7 +27,7 @@ PYTEST := $(PY) -m pytest
 export PYTHONPATH := $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all fresh check bench test-gpu bench-gpu
+.PHONY: demo test test-all fresh check bench test-gpu bench-gpu verl
 
 demo: $(RUNTIME)
 	$(PY) -m tokensieve demo $(DEMO)
@@ -77,6 +78,21 @@ test-gpu: $(DEV)
 
 bench-gpu: $(DEV)
 	$(PY) benchmarks/gpu.py
+
+# verl in an environment of its own, and config, data and rewards through verl's loaders. See integrations/verl/grpo.yaml.
+verl: $(VERL)/.ready
+	$(VERL)/bin/python -m pytest -q tests/posttrain/test_verl_loaders.py
+
+# tokensieve goes last: verl's metadata cap transformers at a version that does not know DeepSeek-V3.2 yet, and verl runs
+# with the newer one.
+$(VERL)/.ready: integrations/verl/requirements.txt pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || \
+	  { echo "verl needs Python 3.11 or 3.12 and '$(PYTHON)' is neither: say make verl PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(VERL)/bin/python -m pip install -qq -r integrations/verl/requirements.txt
+	$(VERL)/bin/python -m pip install -qq -c constraints.txt -e .
+	@touch $@
 
 # torch goes first and alone: a range that another package asks for would otherwise pull the newest CUDA build.
 $(VENV)/.runtime: pyproject.toml constraints.txt
