@@ -22,6 +22,7 @@ from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
 from tokensieve.data import read_documents, sample_rows
 from tokensieve.data.sample import CALIBRATION_BYTES
+from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, index_init
 from tokensieve.model.files import model_path
 from tokensieve.model.positions import check_positions
@@ -97,7 +98,8 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{text}[/bold]", highlight=False)
 
-    name, base = config.model, tokensieve.load(config.model)
+    # On the device of the training, in its precision: indexers that begin from the attention take a pass over text.
+    name, base = config.model, tokensieve.load(config.model, torch.float32, choose_device(config.warmup.device))
     _check(config, base)
     prompts = Prompts.of(config)
     _clear(out := Path(config.out))
