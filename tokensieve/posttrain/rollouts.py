@@ -5,7 +5,7 @@ An agent's answer goes on after the result of each tool that it called: its turn
 Legend: T tokens of prompt and answer, K keys of a query.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,8 @@ from tokensieve.engine.scheduler import pages_for
 from tokensieve.evals.progress import OnProgress
 from tokensieve.machine import usable_cores
 from tokensieve.model import DecoderForCausalLM
+
+NEXT_TURN = 1 << 40  # what parts the seeds of an answer's turns: above those of all answers
 
 # Of a prompt and the turns that a model wrote behind it: the tokens up to its next turn; None if the episode is over.
 # Several are asked at once, in threads.
@@ -49,19 +51,17 @@ class Rollout:
 
 @dataclass
 class Episode:
-    """A rollout that is under way."""
+    """A rollout that is under way. sampling: of its next turn."""
 
+    name: str
     prompt: tuple[int, ...]
+    sampling: Sampling
     turns: list[tuple[int, ...]] = field(default_factory=list)  # of the model
     answer: list[int] = field(default_factory=list)
     written: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
     selection: tuple[Tensor, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + len(self.answer)
 
     def add_turn(self, outputs: Sequence[Output]) -> None:
         turn = tuple(token for output in outputs for token in output.tokens)
@@ -70,8 +70,19 @@ class Episode:
         self.logprobs += [entry.logprob for output in outputs for entry in output.logprobs]
         self.ended, self.selection = outputs[-1].finish == "stop", outputs[-1].selection
 
-    def add_result(self, result: Sequence[int]) -> None:
+    def add_result(self, result: Sequence[int], room: int) -> bool:
+        """Whether there is room for another turn behind the result. If not, the episode is cut off before it.
+
+        room: for all tokens of prompt and answer.
+        """
+        most = min(self.sampling.max_tokens - len(self.turns[-1]), room - len(self.prompt) - len(self.answer) - len(result))
+        if most < 1:
+            self.ended = False
+            return False
         self._extend(result, written=False)
+        least, seed = min(self.sampling.min_tokens, most), (self.sampling.seed or 0) + NEXT_TURN
+        self.sampling = replace(self.sampling, max_tokens=most, min_tokens=least, seed=seed)
+        return True
 
     def _extend(self, tokens: Sequence[int], written: bool) -> None:
         self.answer += tokens
@@ -128,43 +139,33 @@ class Rollouts:
         engine, training = self.engine, self.engine.model.training
         engine.scheduler.pool.forget()
         engine.model.eval()
-        episodes = {
-            f"{place} {i}": Episode(tuple(prompt)) for place, prompt in enumerate(prompts) for i in range(samples)
-        }
-        seeds = {name: seed * 1_000_003 + number for number, name in enumerate(episodes)}
+        episodes = []
+        for number in range(len(prompts) * samples):
+            place = number // samples
+            drawn = replace(sampling, logprobs=0, seed=seed * 1_000_003 + number)
+            episodes.append(Episode(f"{place} {number % samples}", tuple(prompts[place]), drawn))
         try:
-            going = dict.fromkeys(episodes, sampling)
+            going = episodes
             while going:
-                requests = []
-                for name, limited in going.items():
-                    episode = episodes[name]
-                    drawn = replace(limited, logprobs=0, seed=seeds[name] + (len(episode.turns) << 40))
-                    requests.append(Request(name, (*episode.prompt, *episode.answer), drawn, self._selector))
-                for name, outputs in self._run(requests, on_progress).items():
-                    episodes[name].add_turn(outputs)
-                going = (
-                    {} if respond is None else self._go_on({name: episodes[name] for name in going}, sampling, respond)
-                )
+                asked = [Request(e.name, (*e.prompt, *e.answer), e.sampling, self._selector) for e in going]
+                outputs = self._run(asked, on_progress)
+                for episode in going:
+                    episode.add_turn(outputs[episode.name])
+                going = [] if respond is None else self._answered(going, respond)
         finally:
             engine.model.train(training)
-        done = iter(episodes.values())
-        return [[next(done).rollout() for _ in range(samples)] for _ in prompts]
+        done = [episode.rollout() for episode in episodes]
+        return [done[place * samples : (place + 1) * samples] for place in range(len(prompts))]
 
-    def _go_on(self, episodes: Mapping[str, Episode], sampling: Sampling, respond: Respond) -> dict[str, Sampling]:
-        """The sampling of the next turn, by name, of the episodes that go on. They have got their results."""
-        ended = {name: episode for name, episode in episodes.items() if episode.ended}
+    def _answered(self, episodes: Sequence[Episode], respond: Respond) -> list[Episode]:
+        """The episodes that go on, with the results of their calls."""
+        ended = [episode for episode in episodes if episode.ended]
         with ThreadPoolExecutor(usable_cores() or 1) as pool:
-            results = [*pool.map(lambda episode: respond(episode.prompt, episode.turns), ended.values())]
-        room, going = min(self._tokens, self.engine.longest), {}
-        for (name, episode), result in zip(ended.items(), results, strict=True):
-            if result is None:
-                continue
-            most = min(sampling.max_tokens - len(episode.logprobs), room - episode.tokens - len(result))
-            if most < 1:
-                episode.ended = False
-            else:
-                episode.add_result(result)
-                going[name] = replace(sampling, max_tokens=most, min_tokens=min(sampling.min_tokens, most))
+            results = [*pool.map(lambda episode: respond(episode.prompt, episode.turns), ended)]
+        going = []
+        for episode, result in zip(ended, results, strict=True):
+            if result is not None and episode.add_result(result, min(self._tokens, self.engine.longest)):
+                going.append(episode)
         return going
 
     def _run(self, requests: Sequence[Request], on_progress: OnProgress | None) -> dict[str, list[Output]]:
