@@ -75,7 +75,9 @@ class Episode:
 
         room: for all tokens of prompt and answer.
         """
-        most = min(self.sampling.max_tokens - len(self.turns[-1]), room - len(self.prompt) - len(self.answer) - len(result))
+        most = min(
+            self.sampling.max_tokens - len(self.turns[-1]), room - len(self.prompt) - len(self.answer) - len(result)
+        )
         if most < 1:
             self.ended = False
             return False

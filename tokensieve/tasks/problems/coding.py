@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tokensieve import sandbox
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.problem import Item
-from tokensieve.tasks.problems.programming import ENDS, LIMITS, STEPS, Numbers
+from tokensieve.tasks.problems.programming import ENDS, LIMITS, STEPS, outcome
 from tokensieve.tasks.problems.programming import Step as Transform
 from tokensieve.tasks.problems.tools import Call, CallFault, Step, Tool
 
@@ -129,7 +129,7 @@ class Coding:
         data = tuple(text for pair in (*files.items(), *cases) for text in pair)
         answer = done.format(file=file)
         given, expected = cases[0]
-        shown = _outcome(faulty, end, [*map(int, given.split())])
+        shown = outcome(faulty, end, [*map(int, given.split())])
         asked = question.format(files=", ".join(files), given=given, wrong=shown, right=expected)
         return Item(key, asked, answer, answer, data, steps=tuple(steps))
 
@@ -145,22 +145,16 @@ class Coding:
 
     def grade(self, item: Item, answer: str, calls: Sequence[Call] = ()) -> float:
         files, cases = _project(item, calls)
-        hidden = cases[SEEN:]
-        return float(bool(answer.strip()) and all(map(_passes, hidden, _run(files, hidden))))
-
-
-def _outcome(stages: Sequence[Stage], end: str, numbers: Numbers) -> int:
-    for step, n in stages:
-        numbers = step.apply(numbers, n)
-    return ENDS[end][2](numbers)
+        # One after the other, so that a program that never ends takes its time once.
+        return float(bool(answer.strip()) and all(_passes(case, *_run(files, [case])) for case in cases[SEEN:]))
 
 
 def _cases(rng: random.Random, right: Sequence[Stage], wrong: Sequence[Stage], end: str) -> list[Case]:
     """Different cases, of which the first shows the fault, and a hidden one too. None if the draws have no such."""
     for _ in range(TRIES):
         inputs = [[rng.randint(-20, 20) for _ in range(rng.randint(1, 9))] for _ in range(SEEN + HIDDEN)]
-        expected = [_outcome(right, end, numbers) for numbers in inputs]
-        shows = [_outcome(wrong, end, numbers) != y for numbers, y in zip(inputs, expected, strict=True)]
+        expected = [outcome(right, end, numbers) for numbers in inputs]
+        shows = [outcome(wrong, end, numbers) != y for numbers, y in zip(inputs, expected, strict=True)]
         differ = len({*map(tuple, inputs)}) == len(inputs) and len({*expected[SEEN:]}) > HIDDEN // 2
         if shows[0] and any(shows[SEEN:]) and differ:
             return [Case(" ".join(map(str, x)), str(y)) for x, y in zip(inputs, expected, strict=True)]
