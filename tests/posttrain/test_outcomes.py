@@ -14,7 +14,7 @@ from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig
 from tokensieve.posttrain import Judge, JudgeSettings, LanguageShare, Weights, scripted_judge
 from tokensieve.posttrain.grpo import SparseGRPOTrainer
-from tokensieve.posttrain.outcomes import demonstrations_of, prompts_of, respond_of, reward_of, turns_of
+from tokensieve.posttrain.outcomes import answer_to, demonstrations_of, prompts_of, respond_of, reward_of, turns_of
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import DOMAINS, MODES, Call, Problems
 
@@ -56,9 +56,10 @@ def test_terms_are_weighed(encode) -> None:
     assert given(completion_ids=[foreign], number=[0]) == [pytest.approx(1 - 0.25)]
 
 
-def test_a_judge_scores_what_has_a_rubric(encode) -> None:
+@pytest.mark.parametrize("name", ["writing", "answering"])
+def test_a_judge_scores_what_has_a_rubric(name: str, encode) -> None:
     """By the scripted judge, which says what the rules say; an answer that it could not score has no reward."""
-    task = Problems(DOMAINS["writing"], encode, "direct")
+    task = Problems(DOMAINS[name], encode, "direct")
     examples = task.examples("train", 2)
     shown = [[*encode(example.demonstration), encode.eos] for example in examples]
     bad = [*encode("?"), encode.eos]
@@ -94,6 +95,7 @@ def test_an_agents_demonstration_is_an_episode_whose_turns_alone_are_learnt(name
             rollout += [*turn, *(respond(tuple(prompt), turns[: place + 1]) or [])]
         assert rollout == ids
         assert given(completion_ids=[ids], number=[number], written=[mask]) == [1.0]
+        assert answer_to(encode, examples[number], ids, mask) == examples[number].shown
         # The same ids are worth nothing if the model wrote the results of its tools itself.
         assert given(completion_ids=[ids], number=[number], written=[[True] * len(ids)]) == [0.0]
     with pytest.raises(UserError, match=f"answers of {name}-{mode} come without the masks"):

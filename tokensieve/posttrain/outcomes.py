@@ -42,14 +42,14 @@ def demonstrations_of(examples: Sequence[Problem], encode: PlainEncoder) -> Data
 def respond_of(asked: Sequence[tuple[Problems, Sequence[Problem]]], encode: PlainEncoder) -> Respond:
     """The results of the tools of these problems, for `Rollouts.sample` and `SparseGRPOTrainer`.
 
-    UserError for two problems that have one prompt: nobody could know whose tools are called. The function that is
-    returned raises it for a prompt that is none of theirs.
+    Problems without tools may be among them. UserError for two of an agent that have one prompt: nobody could know
+    whose tools are called. The function that is returned raises it for a prompt that is none of theirs.
     """
     known: dict[tuple[int, ...], tuple[Problems, Problem]] = {}
     for task, examples in asked:
         for example in examples:
             _, other = known.setdefault(tuple(_prompt(example, encode)), (task, example))
-            if other.item != example.item:
+            if isinstance(task.domain, Agent) and other.item != example.item:
                 raise UserError(
                     f"two problems of {task.name} have the same prompt; give them worked examples: tokens=..."
                 )
@@ -58,7 +58,7 @@ def respond_of(asked: Sequence[tuple[Problems, Sequence[Problem]]], encode: Plai
         if prompt not in known:
             raise UserError(f"a prompt of {len(prompt)} tokens is none of the problems whose tools are known")
         task, example = known[prompt]
-        result = task.respond(example, [_answer(encode, example, [turn]).text for turn in turns])
+        result = task.respond(example, [_text(encode, example, turn) for turn in turns])
         return None if result is None else encode.next_turn(result, think=example.mode == "think")
 
     return respond
@@ -94,10 +94,7 @@ def reward_of(
             raise UserError(f"the answers of {task.name} come without the masks of their rollouts; give written=...")
         masks = [[True] * len(ids) for ids in completion_ids] if written is None else written
         asked = [examples[place] for place in number]
-        answers = [
-            _answer(encode, example, turns_of(ids, mask))
-            for example, ids, mask in zip(asked, completion_ids, masks, strict=True)
-        ]
+        answers = [answer_to(encode, *row) for row in zip(asked, completion_ids, masks, strict=True)]
         judged = _judged(judge, asked, answers)
         found = []
         for example, mask, answer in zip(asked, masks, answers, strict=True):
@@ -130,14 +127,22 @@ def _opens_thoughts(example: Problem, encode: PlainEncoder) -> bool:
     return example.mode == "think" and bool(encode.markers)
 
 
-def _answer(encode: PlainEncoder, example: Problem, turns: Sequence[Sequence[int]]) -> Answer:
-    """The texts of sampled turns, with the marker that was written for them. No turn: an empty answer."""
-    ended, texts = False, []
-    for turn in turns or [[]]:
-        ended = bool(turn) and turn[-1] in encode.ends
-        text = answer_of(encode, list(turn[:-1] if ended else turn), ended).text
-        texts.append(f"{THINK}{text}" if _opens_thoughts(example, encode) else text)
-    return Answer(texts[-1], ended, tuple(texts[:-1]))
+def answer_to(
+    encode: PlainEncoder, example: Problem, ids: Sequence[int], written: Sequence[bool] | None = None
+) -> Answer:
+    """The text of sampled ids, with the marker that its prompt wrote for it.
+
+    written: a rollout's `mask`, without which an agent's turns cannot be told from the results of tools; None: all.
+    """
+    turns = turns_of(ids, [True] * len(ids) if written is None else written)
+    *earlier, last = [_text(encode, example, turn) for turn in turns or [[]]]
+    return Answer(last, bool(turns) and turns[-1][-1] in encode.ends, tuple(earlier))
+
+
+def _text(encode: PlainEncoder, example: Problem, turn: Sequence[int]) -> str:
+    ended = bool(turn) and turn[-1] in encode.ends
+    text = answer_of(encode, list(turn[:-1] if ended else turn), ended).text
+    return f"{THINK}{text}" if _opens_thoughts(example, encode) else text
 
 
 def _prose(answer: Answer) -> str:
