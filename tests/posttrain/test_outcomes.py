@@ -11,8 +11,8 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 import tokensieve
 from tests.support.models import config, ours
 from tokensieve.config import UserError
-from tokensieve.engine import EngineConfig
-from tokensieve.posttrain import Judge, JudgeSettings, LanguageShare, Weights, scripted_judge
+from tokensieve.engine import EngineConfig, Sampling
+from tokensieve.posttrain import Judge, JudgeSettings, LanguageShare, Rollouts, Weights, scripted_judge
 from tokensieve.posttrain.grpo import SparseGRPOTrainer
 from tokensieve.posttrain.outcomes import answer_to, demonstrations_of, prompts_of, respond_of, reward_of, turns_of
 from tokensieve.tasks import encoder
@@ -105,6 +105,34 @@ def test_an_agents_demonstration_is_an_episode_whose_turns_alone_are_learnt(name
     other = replace(examples[0], item=examples[1].item)
     with pytest.raises(UserError, match=f"two problems of {name}-{mode} have the same prompt"):
         respond_of([(task, [examples[0], other])], encode)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("search", "think"), ("coding", "direct")])
+def test_a_model_that_writes_the_demonstration_has_its_episode(name: str, mode: str, encode, monkeypatch) -> None:
+    """The whole road but for the draws: calls in the tokens of a rollout, results of real tools, and the reward."""
+    model = ours(config("v32", index_topk=K, vocab_size=4096))
+    task = Problems(DOMAINS[name], encode, mode)
+    examples = task.examples("train", 2)
+    shown, prompts = demonstrations_of(examples, encode), prompts_of(examples, encode)["prompt"]
+    tokens = max(map(len, shown["input_ids"]))
+    small = EngineConfig(pages=64, running=8, chunk=64)
+    rollouts = Rollouts(model, tokensieve.load_tokenizer("base"), tokens + 1, config=small, keep_selection=False)
+    scripts = {tuple(prompt): ids for prompt, ids in zip(prompts, shown["input_ids"], strict=True)}
+
+    def write(_: Any, rows: Any) -> list[int]:
+        found = [(row, ids) for row in rows for p, ids in scripts.items() if tuple(row.seen[: len(p)]) == p]
+        return [ids[len(row.seen)] for row, ids in found]
+
+    monkeypatch.setattr(rollouts.engine, "_choose", write)
+    respond, sampling = respond_of([(task, examples)], encode), Sampling(max_tokens=tokens)
+    for number, (row, (rollout,)) in enumerate(
+        zip(shown, rollouts.sample(prompts, 1, sampling, respond=respond), strict=True)
+    ):
+        start = len(rollout.prompt)
+        assert [*rollout.prompt, *rollout.answer] == row["input_ids"] and rollout.ended
+        assert [*rollout.mask] == [bool(m) for m in row["completion_mask"][start:]] and not all(rollout.mask)
+        given = reward_of(task, examples, encode, Weights(length=0))
+        assert given(completion_ids=[rollout.answer], number=[number], written=[rollout.mask]) == [1.0]
 
 
 def test_the_penalty_and_the_language_are_of_what_the_model_wrote(encode) -> None:

@@ -266,6 +266,22 @@ def test_turns_are_the_same_alone_and_begin_as_without_tools() -> None:
         assert all(torch.equal(a[:kept], b) for a, b in zip(whole.selection, first.selection, strict=True))
 
 
+def test_a_continuation_takes_what_was_read_from_the_cache() -> None:
+    model = model_of("v32")
+    model.generation_config.eos_token_id = ENDS
+    rollouts = Rollouts(model, tokensieve.load_tokenizer("base"), 256, config=replace(SMALL, pages=64))
+    run, cached = rollouts._run, []
+
+    def watched(requests: Sequence[Request], on_progress: Any) -> dict[str, list[Any]]:
+        outputs = run(requests, on_progress)
+        cached.append([outputs[request.id][-1].cached_tokens for request in requests])
+        return outputs
+
+    rollouts._run = watched
+    rollouts.sample(prompts(150), SAMPLES, TURNS, respond=result_of)
+    assert len(cached) == 3 and all(tokens >= 128 for turn in cached[1:] for tokens in turn)  # whole chunks of 64
+
+
 def test_an_episode_is_cut_off_before_a_result_that_has_no_room() -> None:
     """No room in the context, or no token left of those that the model may write."""
     model = model_of("v32")

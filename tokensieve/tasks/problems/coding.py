@@ -95,42 +95,33 @@ class Coding:
     most_calls: int = 12
 
     def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
-        end = rng.choice([*ENDS])
-        while True:
-            chosen = [(step, rng.randint(2, 9)) for step in rng.choices(STEPS, k=difficulty)]
-            place = rng.randrange(difficulty)
-            step, n = chosen[place]
-            wrong = (step, n + rng.choice([-1, 1])) if rng.random() < 0.5 else (rng.choice(STEPS), n)
-            faulty = [*chosen[:place], wrong, *chosen[place + 1 :]]
-            cases = _cases(rng, chosen, faulty, end)
-            if cases:
-                break
+        cases: list[Case] = []
+        while not cases:
+            end, place = rng.choice([*ENDS]), rng.randrange(difficulty)
+            right = [(step, rng.randint(2, 9)) for step in rng.choices(STEPS, k=difficulty)]
+            step, n = right[place]
+            fault = (step, n + rng.choice([-1, 1])) if rng.random() < 0.5 else (rng.choice(STEPS), n)
+            wrong = [*right[:place], fault, *right[place + 1 :]]
+            cases = _cases(rng, right, wrong, end)
         names = MODULES[split][:difficulty]
-        code = [f"return {s.line.format(n=n).removeprefix('x = ')}" for s, n in faulty]
-        right = f"return {step.line.format(n=n).removeprefix('x = ')}"
-        files = {
-            name: f'def run(x):\n    """{s.text[language][split].format(n=n)}"""\n    {line}\n'
-            for name, (s, n), line in zip(names, chosen, code, strict=True)
-        }
-        modules = [name.removesuffix(".py") for name in names]
-        main = [f"import {', '.join(modules)}", "x = list(map(int, input().split()))"]
-        main += [*(f"x = {module}.run(x)" for module in modules), ENDS[end][1], ""]
-        files = {"main.py": "\n".join(main), **files}
+        files = {"main.py": _main(names, end)}
+        for name, (step, n), stage in zip(names, right, wrong, strict=True):
+            files[name] = f'def run(x):\n    """{step.text[language][split].format(n=n)}"""\n    {_line(stage)}\n'
         question, fine, found, done = PHRASES[language][split]
-        steps, thoughts = [], ""
-        for name in names[: place + 1]:
-            steps.append(Step(thoughts, Call("read_file", {"file": name}), files[name]))
-            thoughts = fine.format(file=name)
-        file = names[place]
-        change = Call("replace", {"file": file, "old": code[place], "new": right})
+        file, given = names[place], cases[0].given
+        thoughts = ["", *(fine.format(file=name) for name in names[:place])]
+        steps = [
+            Step(thought, Call("read_file", {"file": name}), files[name])
+            for thought, name in zip(thoughts, names[: place + 1], strict=True)
+        ]
+        change = Call("replace", {"file": file, "old": _line(fault), "new": _line(right[place])})
         steps.append(Step(found.format(file=file), change, CHANGED))
         steps.append(Step("", Call("run_tests", {}), PASSED.format(SEEN, SEEN)))
-        key = " ".join([*(f"{STEPS.index(s)}:{n}" for s, n in chosen), end, str(place)])
+        printed = outcome(wrong, end, [*map(int, given.split())])
+        asked = question.format(files=", ".join(files), given=given, wrong=printed, right=cases[0].expected)
+        key = " ".join([*(f"{STEPS.index(step)}:{n}" for step, n in right), end, str(place)])
         data = tuple(text for pair in (*files.items(), *cases) for text in pair)
         answer = done.format(file=file)
-        given, expected = cases[0]
-        shown = outcome(faulty, end, [*map(int, given.split())])
-        asked = question.format(files=", ".join(files), given=given, wrong=shown, right=expected)
         return Item(key, asked, answer, answer, data, steps=tuple(steps))
 
     def respond(self, item: Item, calls: Sequence[Call]) -> str:
@@ -147,6 +138,19 @@ class Coding:
         files, cases = _project(item, calls)
         # One after the other, so that a program that never ends takes its time once.
         return float(bool(answer.strip()) and all(_passes(case, *_run(files, [case])) for case in cases[SEEN:]))
+
+
+def _line(stage: Stage) -> str:
+    """The line of a module that does a step."""
+    step, n = stage
+    return f"return {step.line.format(n=n).removeprefix('x = ')}"
+
+
+def _main(names: Sequence[str], end: str) -> str:
+    """The main file, which sends the numbers through the modules of these names."""
+    modules = [name.removesuffix(".py") for name in names]
+    lines = [f"import {', '.join(modules)}", "x = list(map(int, input().split()))"]
+    return "\n".join([*lines, *(f"x = {module}.run(x)" for module in modules), ENDS[end][1], ""])
 
 
 def _cases(rng: random.Random, right: Sequence[Stage], wrong: Sequence[Stage], end: str) -> list[Case]:

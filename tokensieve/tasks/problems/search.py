@@ -27,7 +27,7 @@ RELATIONS = {
     "person": {"home": "town", "teacher": "person"},
     "town": {"mayor": "person", "anthem": "work"},
 }
-# By split: a fact of {x}, and a phrase for {y} that the fact is read backwards to. No phrasing is in both.
+# By split: a fact about {x} and {y}, and a phrase for {y}. No phrasing is in both.
 PHRASES: dict[str, dict[str, dict[Split, tuple[str, str]]]] = {
     "en": {
         "author": {
@@ -131,7 +131,7 @@ class Search:
 
 
 def _names(rng: random.Random, language: str) -> dict[str, list[str]]:
-    """Names of each kind, of which none is a part of another: all have three syllables, and in Chinese their marks."""
+    """Names of each kind, all different, and each of three syllables."""
     drawn: dict[str, None] = {}
     while len(drawn) < SIZE * len(RELATIONS):
         name = "".join(rng.sample(SYLLABLES[language], 3))
