@@ -64,12 +64,17 @@ def test_every_step_has_the_kl_at_other_queries(here: Workplace, monkeypatch: py
     queries, backward = [], loop.backward
 
     def recording(stage, model, batch, totals, options, device):
-        queries.append(options.objective.queries)
+        queries.append(options.objective.queries(96, device))
         return backward(stage, model, batch, totals, options, device)
 
     monkeypatch.setattr(loop, "backward", recording)
     run(here.run("warmup", "every", kl_every=3, phases=(PhaseConfig(4, 48, 1),)), progress=False, rehearse=False)
-    assert queries == [slice(first, None, 3) for first in (0, 1, 2, 0)]
+    assert [(q.rows, q.others) for q in queries] == [(slice(first, None, 3), None) for first in (0, 1, 2, 0)]
+    queries.clear()
+    run(here.run("adapt", "blocks", kl_every=3, phases=(PhaseConfig(4, 96, 1),)), progress=False, rehearse=False)
+    for first, found in zip((0, 1, 2, 0), queries, strict=True):
+        assert found.rows.tolist() == [*range(32 * first, 32 * first + 32)]
+        assert sorted([*found.rows.tolist(), *found.others.tolist()]) == [*range(96)]
 
 
 def test_labels_are_weighted_over_the_whole_step() -> None:
