@@ -307,6 +307,8 @@ def run(
 def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForCausalLM:
     if model is not None:
         return model
+    if config.stage == "pretrain" and config.shape and config.model:
+        return pretrain.extended_model(config)
     if config.stage == "pretrain" and config.shape:
         model = pretrain.new_model(config)
         model.folder = model_path(config.data.tokenizer)
