@@ -250,8 +250,7 @@ class Run:
         """
         state = RunState(done, self.fingerprint, self.config.phases)
         folder = save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
-        if self.adapter is None:
-            self.model.folder = folder
+        self.model.folder = folder
         return folder
 
 
