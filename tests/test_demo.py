@@ -201,6 +201,7 @@ def test_a_second_demo_takes_the_first_ones_place(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
         ({"top_k": 1000}, "context 1000 is not longer than top_k 1000"),
         ({"needle_contexts": 0}, "heat_lengths asks for needles"),
         ({"heat_lengths": (500,)}, "16 needles do not fit in a context of 500 tokens"),

@@ -123,12 +123,13 @@ class LoraConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     stage: Literal["pretrain", "warmup", "adapt"]
-    model: str  # checkpoint or bundled name to start from; for pretrain a [shape] is given instead
+    model: str  # checkpoint or bundled name to start from; empty: pretrain begins with a new one, of a [shape]
     out: str  # run folder
     phases: tuple[PhaseConfig, ...]
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the model's config
+    shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the new model's config; with `model`,
+    # its positions if they change: max_position_embeddings, rope_parameters
     selection: bool | str = (
         True  # adapt: by the indexer; False or "dense": none, the dense model on the same tokens; or a selector's name
     )

@@ -262,7 +262,9 @@ def _compare(
 
 
 def _check(config: DemoConfig, base: DecoderForCausalLM) -> None:
-    """Refuses settings that would otherwise fail only after minutes."""
+    """Refuses settings that would otherwise fail only after minutes, or after an earlier demo's models were removed."""
+    if config.top_k < 1:
+        raise UserError(f"top_k is {config.top_k}; it must be at least 1")
     if base.is_sparse:
         raise UserError(f"model {config.model} is sparse already; the demo starts from a dense one, for example base")
     if model_path(config.model).resolve() in {(Path(config.out) / folder).resolve() for folder in MODELS}:
