@@ -51,6 +51,9 @@ def _is_there(module: str) -> bool:
     return module in sys.modules or (module != "" and importlib.util.find_spec(module) is not None)
 
 
+KL_BLOCK = (
+    32  # neighbouring queries that have their KL together in adaptation: kernels for few heads read tiles of them
+)
 GENERATED = ("retrieval", "chat")  # sources that are made from the text of others
 
 
@@ -120,17 +123,19 @@ class LoraConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     stage: Literal["pretrain", "warmup", "adapt"]
-    model: str  # checkpoint or bundled name to start from; for pretrain a [shape] is given instead
+    model: str  # checkpoint or bundled name to start from; empty: pretrain begins with a new one, of a [shape]
     out: str  # run folder
     phases: tuple[PhaseConfig, ...]
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the model's config
+    shape: dict[str, Any] = field(default_factory=dict)  # pretrain: fields of the new model's config; with `model`,
+    # its positions if they change: max_position_embeddings, rope_parameters
     selection: bool | str = (
         True  # adapt: by the indexer; False or "dense": none, the dense model on the same tokens; or a selector's name
     )
     lora: LoraConfig | None = None  # adapt: adapters learn instead of the trunk's weights; None: the weights themselves
-    kl_every: int = 1  # warmup: take the KL at every so many queries, at others in the next step
+    # Take the KL at every so many queries, at others in the next step; in adapt at blocks of 32.
+    kl_every: int = 1
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda
     backend: Literal["auto", "reference"] = "auto"  # of the ops; reference: plain PyTorch throughout
@@ -149,12 +154,13 @@ class TrainConfig:
                 f"selection takes a name, and got {self.selection!r}; write your own function as module:function, or "
                 "run inside a tokensieve.selecting block"
             )
-        if self.kl_every < 1 or (self.kl_every > 1 and self.stage != "warmup"):
+        if self.kl_every < 1 or (self.kl_every > 1 and self.stage == "pretrain"):
+            raise UserError(f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and 1 in pretrain")
+        queries = self.kl_every * (1 if self.stage == "warmup" else KL_BLOCK)
+        if self.kl_every > 1 and any(phase.context % queries for phase in self.phases):
             raise UserError(
-                f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and more than 1 in warmup alone"
+                f"kl_every is {self.kl_every}; in {self.stage} every phases.context must be a multiple of {queries}"
             )
-        if any(phase.context % self.kl_every for phase in self.phases):
-            raise UserError(f"kl_every is {self.kl_every}; it must divide every phases.context")
         if self.lora is not None and self.stage != "adapt":
             raise UserError(f"lora is a setting of adapt, and the stage is {self.stage}; leave it out")
         if self.selection == "dense":

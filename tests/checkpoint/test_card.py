@@ -150,7 +150,9 @@ def test_training_is_recorded_with_its_figures(tmp_path: Path, capsys: pytest.Ca
     assert more.status == 0 and front(last)["tokensieve"]["training"] == known["training"]
 
 
-@pytest.mark.parametrize("setting", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "setting", [None, LoraConfig(rank=4), LoraConfig(rank=4, merge=False)], ids=["whole", "lora", "not merged"]
+)
 def test_a_model_trained_in_python_states_its_training(setting: LoraConfig | None, tmp_path: Path) -> None:
     """Saved from memory after both stages, as from the folder of the command."""
     here = training.workplace(tmp_path)
@@ -161,7 +163,17 @@ def test_a_model_trained_in_python_states_its_training(setting: LoraConfig | Non
     entry = {"steps": 4, "tokens": 4 * 4 * 48, "data": ["text"]}
     trained = {"base": "sparse", "training": [{"stage": "warmup", **entry}, {"stage": "adapt", **entry}]}
     assert front(tmp_path / "released")["tokensieve"] == trained
-    assert setting is None or front(here.root / "runs" / "adapt" / "merged")["tokensieve"] == trained
+    if setting is not None:
+        last = here.root / "runs" / "adapt" / ("merged" if setting.merge else "step-000004")
+        assert front(last)["tokensieve"] == trained and ("This folder holds an adapter" in text(last)) != setting.merge
+
+
+def test_pretraining_that_goes_on_has_a_base(tmp_path: Path) -> None:
+    here = training.workplace(tmp_path)
+    settings = here.run("pretrain", "more", model=str(here.root / "dense"), shape={"max_position_embeddings": 512})
+    tokensieve.save(train.run(settings, progress=False, rehearse=False), tmp_path / "released")
+    known = front(tmp_path / "released")["tokensieve"]
+    assert known["base"] == "dense" and [entry["stage"] for entry in known["training"]] == ["pretrain"]
 
 
 def test_a_model_pretrained_in_python_has_no_base(tmp_path: Path) -> None:

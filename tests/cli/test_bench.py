@@ -2,6 +2,7 @@
 are none.
 """
 
+import argparse
 import json
 import math
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tokensieve.config import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,3 +134,26 @@ def test_rollouts_are_timed_and_compared(tmp_path: Path) -> None:
     figures = json.loads(out.read_text())["figures"]
     assert figures["replayed"]["mean"] < 1e-6 and figures["not replayed"]["tokens"] == 32
     assert min(figures[name]["tokens_per_second"] for name in ("engine", "generate")) > 0
+
+
+@pytest.mark.slow
+def test_long_contexts_are_measured_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "long.json"
+    child = benchmark("long_context", "--quick", "--device", "cpu", "--out", str(out))
+    assert child.returncode == 0, child.stderr
+    figures = json.loads(out.read_text())
+    found = figures["quality"]["768"]
+    assert 0.5 < found["recall"] <= 1 and (found["texts"], found["questions"]) == (2, 16)
+    for estimate in (found["compared"]["ppl"]["dense"], found["compared"]["needle"]["dense"]):
+        assert estimate["low"] < estimate["value"] < estimate["high"]
+    assert f"| 768 | {found['dense']['ppl']:.3f} |" in child.stdout and "| 1,024 |  |" in child.stdout
+    assert set(figures["speed"]) == {"dense 768", "sparse 768", "dense 1024", "sparse 1024"}
+    for timed in figures["speed"].values():
+        assert min(timed["prefill_seconds"], *timed["token_ms"].values()) > 0 and set(timed["token_ms"]) == {"1", "2"}
+
+    resumed = runpy.run_path(str(ROOT / "benchmarks" / "long_context.py"))["resumed"]
+    asked = argparse.Namespace(out=out, **figures["asked"])
+    assert resumed(asked) == figures
+    asked.texts = "3"
+    with pytest.raises(UserError, match="holds figures of other settings"):
+        resumed(asked)

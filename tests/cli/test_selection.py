@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.support import commands
 from tokensieve.model.selection import indexer, join, window
@@ -21,6 +22,26 @@ def with_recent(c):
     indices = join(indexer(c), window(c, 16))
     lengths_seen.append(indices.shape[1])
     return indices
+
+
+def without_queries(c):
+    return indexer(c)[1:]
+
+
+def with_a_key_twice(c):
+    return torch.cat((indexer(c)[:, :1], indexer(c)), 1)
+
+
+def past_the_end(c):
+    return indexer(c) + 100_000
+
+
+def of_the_future(c):
+    return c.ends_N[:, None]
+
+
+def of_no_keys(c):
+    return c.topk(0)
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +101,21 @@ def test_bad_names_are_refused(home: Path, run: Any) -> None:
     refused(("no indexer to select with", "sparsify"), *dense, "--selection", NAME)
     refused(("no module nowhere",), "serve", home / "sparse", "--selection", "nowhere:f")
     refused(("has no absent",), "eval", home / "sparse", "--quick", "--arm", "mine=tests.cli.test_selection:absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("without_queries", "return (146, K) int32 positions"),
+        ("with_a_key_twice", "a key twice"),
+        ("past_the_end", "a key that its query may not see"),
+        ("of_the_future", "a key that its query may not see"),
+        ("of_no_keys", "k = 0 keys"),
+    ],
+)
+def test_a_broken_selector_is_refused_in_one_line(name: str, words: str, home: Path, run: Any) -> None:
+    refused, selection = commands.refusal(run), f"tests.cli.test_selection:{name}"
+    refused((words,), "generate", home / "sparse", "--prompt", TEXT, "--selection", selection)
+    (home / "prompts.txt").write_text(TEXT)
+    served = (words.replace("146", "149"), "prompt 1 has no answer")  # with what stands around a prompt
+    refused(served, "generate", home / "sparse", "--input-file", home / "prompts.txt", "--selection", selection)

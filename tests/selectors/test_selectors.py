@@ -161,6 +161,8 @@ WRONG = {
     "tokensieve.selectors:Absent(1)": "has no Absent",
     "tokensieve.selectors:DenseLayers(0)": "correct the option",
     "tokensieve.selectors:Shared(layers=[0, 1])": "the first layer to read another's keys is layer 1",
+    "tokensieve.selectors:DenseLayers([])": "name at least one layer",
+    "tokensieve.selectors:DenseLayers([-1])": "the first is layer 0",
     "tokensieve.selectors:Shared()": 'missing value for field "layers"',
     "tokensieve.selectors:AtLeast(share=2)": "a share is from 0 to 1",
     "tokensieve.selectors:AtLeast(share=())": "a share is from 0 to 1",

@@ -14,7 +14,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
-from tokensieve.train import history, loop, run
+from tokensieve.train import history, loop, pretrain, run
 from tokensieve.train.learning import learning
 from tokensieve.train.loop import make_optimizer
 from tokensieve.train.schedule import lr_share, position, total_steps
@@ -64,12 +64,17 @@ def test_every_step_has_the_kl_at_other_queries(here: Workplace, monkeypatch: py
     queries, backward = [], loop.backward
 
     def recording(stage, model, batch, totals, options, device):
-        queries.append(options.objective.queries)
+        queries.append(options.objective.queries(96, device))
         return backward(stage, model, batch, totals, options, device)
 
     monkeypatch.setattr(loop, "backward", recording)
     run(here.run("warmup", "every", kl_every=3, phases=(PhaseConfig(4, 48, 1),)), progress=False, rehearse=False)
-    assert queries == [slice(first, None, 3) for first in (0, 1, 2, 0)]
+    assert [(q.rows, q.others) for q in queries] == [(slice(first, None, 3), None) for first in (0, 1, 2, 0)]
+    queries.clear()
+    run(here.run("adapt", "blocks", kl_every=3, phases=(PhaseConfig(4, 96, 1),)), progress=False, rehearse=False)
+    for first, found in zip((0, 1, 2, 0), queries, strict=True):
+        assert found.rows.tolist() == [*range(32 * first, 32 * first + 32)]
+        assert sorted([*found.rows.tolist(), *found.others.tolist()]) == [*range(96)]
 
 
 def test_labels_are_weighted_over_the_whole_step() -> None:
@@ -297,6 +302,32 @@ def test_pretraining_learns_and_begins_anew(here: Workplace) -> None:
         run(settings, progress=False)
     with pytest.raises(UserError, match="unknown key hidden;"):
         run(replace(settings, shape={"hidden": 3}, out=settings.out + "2"), progress=False)
+
+
+def test_pretraining_goes_on_past_the_models_positions(here: Workplace) -> None:
+    before = tokensieve.load(here.root / "dense")
+    positions = before.config.max_position_embeddings
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": positions}
+    shape = {"max_position_embeddings": 2 * positions, "rope_parameters": rope}
+    own, long = str(here.root / "dense"), PhaseConfig(1, 2 * positions, 1)
+    settings = here.run("pretrain", "extended", long, model=own, shape=shape)
+    begun = pretrain.extended_model(settings)
+    assert all(torch.equal(tensor, begun.state_dict()[name]) for name, tensor in before.state_dict().items())
+    theta = before.config.rope_parameters["rope_theta"]
+    assert begun.config.rope_parameters.items() >= (rope | {"rope_theta": theta}).items()
+    ids = torch.arange(1, 41)[None]
+    with torch.no_grad():
+        assert not torch.equal(begun(ids).logits, before(ids).logits)  # the new frequencies are used
+
+    run(settings, progress=False)
+    made = run(replace(settings, phases=(replace(long, steps=2),)), resume=True, progress=False)
+    assert made.config.max_position_embeddings == 2 * positions
+    with pytest.raises(UserError, match="512 is past the model's 256 positions"):
+        run(here.run("pretrain", "short", long, model=own, shape={}), progress=False)
+    with pytest.raises(
+        UserError, match="hidden_size cannot change, .* give max_position_embeddings and rope_parameters"
+    ):
+        run(replace(settings, shape={"hidden_size": 64}, out=settings.out + "2"), progress=False)
 
 
 # ---- answers count more

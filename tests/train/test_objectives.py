@@ -251,12 +251,37 @@ def test_a_kl_at_some_queries_is_the_whole_one_in_the_mean() -> None:
     assert apart({n: torch.stack([g[n] for _, g in parts]).mean(0) for n in expected}, expected) < 1e-4
 
 
+def test_a_kl_at_some_blocks_is_the_whole_one_in_the_mean_and_leaves_the_model_alone() -> None:
+    """Of adaptation: the indexers' gradients, in the mean over all first blocks; the others are the same in each."""
+    made, inputs = model().train(), batch(2, 96)
+
+    def adapted(**blocks: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        out = made(**inputs, options=ForwardOptions(objective=Objective("adapt", **blocks)))
+        return out.loss.detach(), out.kl.detach(), gradients(made, out.loss)
+
+    loss, kl, expected = adapted()
+    parts = [adapted(every=3, first=first) for first in range(3)]
+    kls = torch.stack([kl for _, kl, _ in parts])
+    assert torch.isclose(kls.mean(), kl, rtol=1e-5) and len(kls.unique()) == 3
+    of_indexers = indexers(expected)
+    assert apart({n: torch.stack([g[n] for _, _, g in parts]).mean(0) for n in of_indexers}, of_indexers) < 1e-4
+    trunk = {n: g for n, g in expected.items() if n not in of_indexers}
+    for its_loss, _, its in parts:
+        assert torch.isclose(its_loss, loss, rtol=1e-6)
+        assert apart({n: its[n] for n in trunk}, trunk) < 1e-4
+
+
 def test_a_kl_at_some_queries_is_refused_where_it_cannot_be() -> None:
-    wrong = (("adapt", 2, "in warmup alone"), ("warmup", 0, "at least 1"), ("warmup", 7, "divide"))
+    wrong = (
+        ("pretrain", 2, "1 in pretrain"),
+        ("warmup", 0, "at least 1"),
+        ("warmup", 7, "a multiple of 7"),
+        ("adapt", 4, "in adapt every phases.context must be a multiple of 128"),
+    )
     for stage, every, message in wrong:
         with pytest.raises(UserError, match=f"kl_every is {every}.*{message}"):
             TrainConfig(stage, "base", "out", (PhaseConfig(1, 64, 1),), kl_every=every)  # type: ignore[arg-type]
-    for kind, every, first in (("adapt", 2, 0), ("warmup", 2, 2), ("warmup", 2, -1), ("warmup", 0, 0)):
+    for kind, every, first in (("none", 2, 0), ("adapt", 2, 2), ("warmup", 2, 2), ("warmup", 2, -1), ("warmup", 0, 0)):
         with pytest.raises(ValueError, match=f"every is {every} and first {first}"):
             Objective(kind, every=every, first=first)  # type: ignore[arg-type]
 

@@ -27,22 +27,33 @@ CARD, BASE_CARD = "README.md", "README-base.md"
 OWN = "tokensieve"  # key of the front matter that a card of ours has
 _HUB = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")  # a folder in the Hugging Face cache
 _LICENCE = ("license", "license_name", "license_link")
+ADAPTER = """## Use
+
+This folder holds an adapter (PEFT) and the indexers, not the model. The command of its run writes the model with the
+adapter merged into it, with `--resume --set lora.merge=true`."""
 _NOT_STATED = "not stated: see the base"
 
 
-def write_card(folder: Path, source: Path | None, replace: bool = False, trained: Path | None = None) -> None:
+def write_card(
+    folder: Path,
+    source: Path | None,
+    replace: bool = False,
+    trained: Path | None = None,
+    adapted: dict[str, Any] | None = None,
+) -> None:
     """Writes README.md into a checkpoint folder that is complete otherwise.
 
     `source`: the folder or file that the model was read from, if any. `trained`: the checkpoint of the run that made
     the model, `folder` itself unless given; if it is one, data and figures are those of the run so far. `replace`: also
-    if there is a card, which otherwise stays.
+    if there is a card, which otherwise stays. `adapted`: the config of the model whose adapter the folder holds, if it
+    holds no model.
     """
     trained = trained or folder
     card = folder / CARD
     if card.exists() and not replace:
         log.info("%s stays as it is; remove it to get a new card with the next save", card)
         return
-    raw, stage = _json(folder / "config.json"), _stage(trained)
+    raw, stage = adapted or _json(folder / "config.json"), _stage(trained)
     there = source.resolve() if source is not None and source.is_dir() else None
     before = _front_matter(there / CARD) if there is not None else {}
     if source is not None and gguf.is_gguf(source):
@@ -56,7 +67,8 @@ def write_card(folder: Path, source: Path | None, replace: bool = False, trained
     beside = there is not None and there.parent == folder.resolve().parent
     if beside and stage and earlier and earlier[-1]["stage"] == stage["stage"]:
         earlier = earlier[:-1]  # an earlier checkpoint of the same run, whose steps are part of this one's
-    pretrained = stage is not None and stage["stage"] == "pretrain"
+    begun = _json(trained.parent / "config.json").get("model")  # what pretraining went on with, if it did
+    pretrained = stage is not None and stage["stage"] == "pretrain" and not begun
     own_run = there is not None and known and _stage(there)  # its checkpoint is no base: what it began from is one
     base = None if pretrained else known.get("base") or (None if own_run else _name_of(source))
     hub = None if pretrained else before.get("base_model") if known else base if base and "/" in base else None
@@ -79,9 +91,9 @@ def write_card(folder: Path, source: Path | None, replace: bool = False, trained
         f"---\n{ModelCardData(**front).to_yaml()}\n---\n# {folder.resolve().name}",
         _what(raw, config, base, training),
         _origin(base, licence, training, (folder / BASE_CARD).exists()),
-        _use(folder),
+        _use(folder) if adapted is None else ADAPTER,
         _measured(figures),
-        _others(reasons),
+        *([_others(reasons)] if adapted is None else []),
     ]
     write_text(card, "\n\n".join(parts) + "\n")
 

@@ -49,7 +49,7 @@ def share(
     from tokensieve.machine import choose_device
 
     loaded = tokensieve.load(model, device=choose_device(device))
-    kept = [n for n in named or () if isinstance(n, int)]
+    kept = sorted({n for n in named or () if isinstance(n, int)})
     if keep is not None:
         tokenizer = tokenizer_of(model, loaded)
         with stderr().status("Reading the data") as status:

@@ -112,11 +112,12 @@ def train_flops(
     times, attention three and a half times.
     warmup: the trunk runs forward, without the output head, and its probabilities are computed once more for the
     target. The indexer's projections run forward and get their weights' gradients. Index scores and both their
-    gradients are computed once, in one pass. Target and scores are those of every `kl_every`-th query. A layer without
-    an indexer costs as much, since it teaches the one that it shares.
+    gradients are computed once, in one pass. A layer without an indexer costs as much, since it teaches the one that it
+    shares.
     adapt: as pretrain, but attention reads the selected keys, always in MQA form, whatever the context. Index scores of
     every key are computed once to select; those of the selected keys for the loss and again in its backward pass, with
     both gradients.
+    kl_every: target and scores, and their gradients, are those of every so many queries, in warmup and adapt.
 
     adapters: those that learn in the trunk's place; None: none do. pass_tokens: tokens of a forward and backward pass,
     which share what the adapters compute once; None: those of the sequence.
@@ -144,7 +145,7 @@ def train_flops(
     attention = selected * attention_flops_per_key(shape, "mqa")
     selecting = shape.index_layers * visible * index_flops_per_key(shape)
     scoring = 2 * selected * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
-    index = INDEX_FORWARD_BACKWARD * index_linear + selecting + shape.layers * scoring
+    index = INDEX_FORWARD_BACKWARD * index_linear + selecting + shape.layers * scoring / kl_every
     return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
 
 

@@ -219,7 +219,7 @@ class Attention(nn.Module, ABC):
         out, lse, q, k = self._dense(queries, keys, scale, ctx)
 
         def loss() -> Tensor:
-            rows = ctx.kl_queries
+            rows = ctx.kl_queries.rows
             q_I, w = index.queries(rows, False)
             return ops.indexer_kl_dense_sum(
                 q[rows], k, lse[rows], scale, q_I, index.keys(True), w, pack.starts_N[rows], pack.ends_N[rows], weight,
@@ -241,13 +241,22 @@ class Attention(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Sparse attention, whose probabilities teach the indexer equation (4). Returns its output and the KL.
 
-        The model learns from the selected entries only.
+        The model learns from the selected entries only. Queries that have no KL in this pass are read apart.
         """
         assert ctx.kl_weight is not None and isinstance(keys, ContiguousKeys)
         q, scale = self.gathered_queries(queries), self.softmax_scale(ctx.rotation)
         _, _, d_k, v_start, d_v = self.entry
+        rows, others = ctx.kl_queries.rows, ctx.kl_queries.others
+        q_I, k_I, w = index
         out, _, kl_N = ops.sparse_attention_kl(
-            q, keys.entries_TGE, indices, scale, d_k, v_start, d_v, *index, backend=ctx.backend
-        )
+            q[rows], keys.entries_TGE, indices[rows], scale, d_k, v_start, d_v, q_I[rows], k_I, w[rows],
+            backend=ctx.backend,
+        )  # fmt: skip
         kl = (kl_N.detach() * ctx.kl_weight).sum()
-        return self.gathered_output(queries, InjectedKL.apply(out, kl_N, ctx.kl_weight.to(kl_N.dtype))), kl
+        out = InjectedKL.apply(out, kl_N, ctx.kl_weight.to(kl_N.dtype))
+        if others is not None:
+            rest, _ = ops.sparse_attention(
+                q[others], keys.entries_TGE, indices[others], scale, d_k, v_start, d_v, backend=ctx.backend
+            )
+            out = out.new_empty(len(q), *out.shape[1:]).index_copy(0, rows, out).index_copy(0, others, rest)
+        return self.gathered_output(queries, out), kl

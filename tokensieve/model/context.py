@@ -6,7 +6,7 @@ by itself (generation, trainers), the caller opens a `with_options` block around
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch.nn as nn
@@ -15,7 +15,7 @@ from torch import Tensor
 from tokensieve.config import UserError
 from tokensieve.model.entries import Entries
 from tokensieve.model.indexer import IndexInputs
-from tokensieve.model.kl import Objective
+from tokensieve.model.kl import ALL_QUERIES, KLQueries, Objective
 from tokensieve.model.pack import Pack
 from tokensieve.model.rope import Rotation
 from tokensieve.model.selection import SelectionContext, Selector, resolve
@@ -63,7 +63,7 @@ class ForwardContext:
     form: Form = "auto"
     backend: str = "auto"
     objective: Literal["none", "warmup", "adapt"] = "none"
-    kl_queries: slice = field(default_factory=lambda: slice(None))  # the queries that have a KL, of the N
+    kl_queries: KLQueries = ALL_QUERIES  # the queries that have a KL, of the N
     kl_weight: Tensor | None = None  # of each of these: gradient weight of its KL in every layer
     replay: list[Tensor | None] | None = None  # per layer (N, K) indices to use instead of selecting; None: dense
     keep_indices: bool = False

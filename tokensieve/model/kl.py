@@ -4,11 +4,12 @@ Legend: N queries.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokensieve.config import KL_BLOCK
 from tokensieve.model.pack import Pack
 
 
@@ -26,6 +27,16 @@ class KLScale:
     divisor: int | None = None  # the trainer expects a loss that is already divided by this; None: no trainer
 
 
+class KLQueries(NamedTuple):
+    """The queries of a pass that have a KL, and in adaptation the others if there are any, which are read apart."""
+
+    rows: slice | Tensor = slice(None)
+    others: Tensor | None = None
+
+
+ALL_QUERIES = KLQueries()
+
+
 @dataclass(frozen=True)
 class Objective:
     """Objective of the indexers in a pass.
@@ -34,9 +45,10 @@ class Objective:
     injected in the attention's backward pass. "none": the indexers learn nothing (pretraining, dense models,
     evaluation). scale None: the mean over each pass's queries.
 
-    every, first: "warmup" takes the KL at the queries first, first + every, ... of the pass alone, and counts each of
-    them `every` times. Over all values of `first` this is equation (3). ValueError for an `every` that is not 1 in
-    another kind, or a `first` that is not below it.
+    every, first: the KL is taken at the blocks of queries first, first + every, ... of the pass alone, and each of them
+    counts `every` times. Over all values of `first` this is equation (3) or (4). A block is one query in "warmup", and
+    `KL_BLOCK` neighbours in "adapt". ValueError for an `every` that is not 1 in "none", or a `first` that is not below
+    it.
     """
 
     kind: Literal["none", "warmup", "adapt"] = "none"
@@ -45,22 +57,25 @@ class Objective:
     first: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.first < self.every or (self.every > 1 and self.kind != "warmup"):
+        if not 0 <= self.first < self.every or (self.every > 1 and self.kind == "none"):
             raise ValueError(
                 f"objective {self.kind!r}: every is {self.every} and first {self.first}; first is at least 0 and less "
-                "than every, which is more than 1 in 'warmup' alone"
+                "than every, which is 1 in 'none'"
             )
 
-    @property
-    def queries(self) -> slice:
-        """The queries of a pass that have a KL."""
-        return slice(self.first, None, self.every)
+    def queries(self, N: int, device: torch.device) -> KLQueries:
+        """The queries of a pass of N that have a KL."""
+        if self.every == 1 or self.kind == "warmup":
+            return KLQueries(slice(self.first, None, self.every))
+        query = torch.arange(N)
+        taught = query // KL_BLOCK % self.every == self.first
+        return KLQueries(query[taught].to(device), query[~taught].to(device))
 
 
-def query_weights(objective: Objective, pack: Pack, layers: int) -> Tensor:
-    """Weights in the mean over queries and layers of equations (3) and (4), of the objective's own queries.
+def query_weights(objective: Objective, queries: KLQueries, pack: Pack, layers: int) -> Tensor:
+    """Weights in the mean over queries and layers of equations (3) and (4), of the queries that have a KL.
 
-    (N) float32, or as many as `objective.queries` leaves; 0 for padding.
+    As many as these, float32; 0 for padding.
     """
     scale = objective.scale or KLScale()
     device = pack.positions_N.device
@@ -70,7 +85,7 @@ def query_weights(objective: Objective, pack: Pack, layers: int) -> Tensor:
         count = pack.valid_count
         weight = scale.share / (count.clamp_min(1) if isinstance(count, Tensor) else count)
     valid = torch.ones(pack.positions_N.shape[0], device=device) if pack.valid_N is None else pack.valid_N.float()
-    return valid[objective.queries] * (weight * objective.every / layers)
+    return valid[queries.rows] * (weight * objective.every / layers)
 
 
 def reported(kl: Tensor, scale: KLScale | None) -> Tensor:

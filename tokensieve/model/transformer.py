@@ -179,6 +179,7 @@ class Trunk(DecoderPreTrainedModel):
         if objective.kind == "adapt" and not self.training:
             objective = Objective()
         backend = options.backend or "auto"
+        kl_queries = objective.queries(B * S, device)
         entries: Entries = Fresh(pack, self.entry, backend)
         if past_key_values is not None:
             entries = Cached(past_key_values, pack, self.entry, backend)
@@ -187,8 +188,10 @@ class Trunk(DecoderPreTrainedModel):
             entries,
             options,
             objective=objective.kind,
-            kl_queries=objective.queries,
-            kl_weight=None if objective.kind == "none" else query_weights(objective, pack, len(self.layers)),
+            kl_queries=kl_queries,
+            kl_weight=None
+            if objective.kind == "none"
+            else query_weights(objective, kl_queries, pack, len(self.layers)),
             replay=None if selection is None else [None if s is None else to_packed(s, pack) for s in selection],
             keep_indices=return_selection,
         )

@@ -15,9 +15,13 @@ from tokensieve.selectors.shares import best_shares, stacked, stacked_pair
 
 @dataclass(frozen=True)
 class DenseLayers:
-    """The top k, but attention to every key in `layers`."""
+    """The top k, but attention to every key in `layers`. UserError for none, and for a number below 0."""
 
     layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise UserError(f"DenseLayers(layers={list(self.layers)}): name at least one layer; the first is layer 0")
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
         return None if c.layer in self.layers else c.topk()

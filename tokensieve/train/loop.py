@@ -250,8 +250,7 @@ class Run:
         """
         state = RunState(done, self.fingerprint, self.config.phases)
         folder = save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
-        if self.adapter is None:
-            self.model.folder = folder
+        self.model.folder = folder
         return folder
 
 
@@ -307,6 +306,8 @@ def run(
 def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForCausalLM:
     if model is not None:
         return model
+    if config.stage == "pretrain" and config.shape and config.model:
+        return pretrain.extended_model(config)
     if config.stage == "pretrain" and config.shape:
         model = pretrain.new_model(config)
         model.folder = model_path(config.data.tokenizer)

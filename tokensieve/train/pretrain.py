@@ -1,10 +1,15 @@
-"""Pretraining of a small dense model: cross-entropy, with the expert load balanced by the router's correction bias."""
+"""Pretraining of a small dense model: cross-entropy, with the expert load balanced by the router's correction bias.
+
+It begins with a new model, or goes on with one that is there, whose positions it may extend.
+"""
 
 import torch
 from transformers import DeepseekV3Config
 
+from tokensieve import checkpoint
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.model import DecoderForCausalLM
+from tokensieve.families import model_config
+from tokensieve.model import DecoderForCausalLM, load, model_path
 from tokensieve.model.moe import Router
 from tokensieve.train.stage import Stage, language_losses
 
@@ -28,6 +33,26 @@ def new_model(config: TrainConfig) -> DecoderForCausalLM:
             if "o_proj" in name or "down_proj" in name:
                 parameter.mul_(smaller)
     return model
+
+
+POSITIONS = ("max_position_embeddings", "rope_parameters")  # fields that no tensor's size depends on
+
+
+def extended_model(config: TrainConfig) -> DecoderForCausalLM:
+    """The model `config.model` with other positions: those in `config.shape`, the rest as its own config has it.
+
+    Raises:
+        UserError: the shape names fields of anything else.
+    """
+    for name in config.shape:
+        if name not in POSITIONS:
+            raise UserError(
+                f"config shape: {name} cannot change, since the run goes on with model {config.model}; "
+                f"give {' and '.join(POSITIONS)} alone, or no model"
+            )
+    fields = model_config(checkpoint.read_config(model_path(config.model))).to_dict()
+    rope = (fields.get("rope_parameters") or {}) | config.shape.get("rope_parameters", {})
+    return load(config.model, torch.float32, config=model_config(fields | config.shape | {"rope_parameters": rope}))
 
 
 def routers(model: DecoderForCausalLM) -> list[Router]:

@@ -75,8 +75,9 @@ def save_state(
         (new / STATE).write_text(json.dumps(asdict(replace(state, checksums=checksums))))
         if getattr(model, "folder", None) is not None:
             copy_tokenizer(Path(model.folder), new)
-    if adapter is None:
-        checkpoint.write_card(folder, None if getattr(model, "folder", None) is None else Path(model.folder))
+    source = getattr(model, "folder", None)
+    adapted = None if adapter is None else model.config.to_dict()
+    checkpoint.write_card(folder, None if source is None else Path(source), adapted=adapted)
     newest = checkpoints(run)[-max(1, keep) :]
     for old in run.glob("step-*"):
         if old.is_dir() and old not in newest:
