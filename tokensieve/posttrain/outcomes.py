@@ -53,7 +53,7 @@ def reward_of(
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
 
     def rewards(completion_ids: Sequence[Sequence[int]], number: Sequence[int], **_: object) -> list[float | None]:
-        answers = [_answer(encode, examples[place], ids) for ids, place in zip(completion_ids, number, strict=True)]
+        answers = [answer_to(encode, examples[place], ids) for ids, place in zip(completion_ids, number, strict=True)]
         judged = _judged(judge, [examples[place] for place in number], answers)
         found = []
         for ids, place, answer in zip(completion_ids, number, answers, strict=True):
@@ -72,7 +72,7 @@ def reward_of(
     return rewards
 
 
-def _answer(encode: PlainEncoder, example: Problem, ids: Sequence[int]) -> Answer:
+def answer_to(encode: PlainEncoder, example: Problem, ids: Sequence[int]) -> Answer:
     """The text of sampled ids, with the marker that its prompt wrote for it."""
     ended = bool(ids) and ids[-1] in encode.ends
     answer = answer_of(encode, list(ids[:-1] if ended else ids), ended)

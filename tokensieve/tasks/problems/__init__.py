@@ -7,6 +7,7 @@ length or answering directly, each after as many worked examples as make the pro
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from tokensieve.config import UserError
 from tokensieve.tasks.problems.logic import Logic
 from tokensieve.tasks.problems.mathematics import Mathematics
 from tokensieve.tasks.problems.problem import MODES, Domain, Item, Mode, Problem, Problems, split_thinking
@@ -17,4 +18,11 @@ DOMAINS: Mapping[str, Domain] = MappingProxyType(
     {domain.name: domain for domain in (Mathematics(), Logic(), Programming(), Writing())}
 )
 
-__all__ = ["DOMAINS", "MODES", "Domain", "Item", "Mode", "Problem", "Problems", "split_thinking"]
+__all__ = ["DOMAINS", "MODES", "Domain", "Item", "Mode", "Problem", "Problems", "domain", "split_thinking"]
+
+
+def domain(name: str) -> Domain:
+    """The domain of this name. UserError if there is none."""
+    if name not in DOMAINS:
+        raise UserError(f"domain {name!r} is unknown; use one of {', '.join(DOMAINS)}")
+    return DOMAINS[name]
