@@ -77,7 +77,6 @@ def run(
                 _announce(console, begin, part.name, str(pace.of(part.work, part.micro_batch)))
                 with record.timing(part.name) as watch.clock:
                     part.do(parts)
-                    record.figures[part.name]["steps"] = len(parts.history(part.name))
             measured = dict.fromkeys(name for part in wanted for name in part.domains)
             _announce(console, begin, EVALUATION, f"{config.evaluation} held-out problems of each domain and mode")
             with record.timing(EVALUATION) as watch.clock:
@@ -86,6 +85,8 @@ def run(
                     parts.evaluate(part.name, part.domains)
     except KeyboardInterrupt as error:
         raise train.Interrupted(f"what was done is kept in {out}; continue with --resume") from error
+    for part in wanted:
+        record.figures.setdefault(part.name, {})["steps"] = len(parts.history(part.name))
     record.figures["run"] = environment()
     record.write()
     done = [part for part in plan if part.name != DISTILLED and parts.is_done(part.name)]

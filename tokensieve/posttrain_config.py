@@ -146,6 +146,7 @@ class PosttrainConfig:
     reward: RewardConfig = RewardConfig()
     judge: JudgeConfig = JudgeConfig()
     at_once: int = 32  # answers that are sampled together
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass
     save_every: int = 0  # steps between checkpoints of a stage; 0: none before its end
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda

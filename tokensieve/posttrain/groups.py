@@ -55,9 +55,7 @@ def groups_of(
         asked = domain(name)
         languages = [language for language in config.languages if language in asked.languages]
         if not languages:
-            raise UserError(
-                f"{name} has problems in {', '.join(asked.languages)}, not in {', '.join(config.languages)}; add a language"
-            )
+            raise UserError(f"{name} has problems in {', '.join(asked.languages)}, none of them in languages; add one")
         for mode in (mode for mode in MODES if mode in config.modes):
             tasks = tuple(Problems(asked, encode, mode, language, config.tokens) for language in languages)
             known = difficulties.get(f"{name}-{mode}", asked.difficulty[1])

@@ -33,7 +33,10 @@ class Pace:
     def __init__(self, model: DecoderForCausalLM, config: PosttrainConfig):
         self._tokens, self._answer = config.tokens + config.new_tokens, config.new_tokens
         row = PhaseConfig(steps=1, context=self._tokens, sequences=1)
-        run = TrainConfig("adapt", "", "", (row,), selection=config.selection != "dense" and model.is_sparse)
+        run = TrainConfig(
+            "adapt", "", "", (row,), selection=config.selection != "dense" and model.is_sparse,
+            activation_checkpointing=config.activation_checkpointing,
+        )  # fmt: skip
         self._row, _ = estimate(run, STAGE, model, torch.device(config.device))
 
     def of(self, work: Work, micro_batch: int) -> cost.Estimate:

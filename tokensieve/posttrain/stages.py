@@ -6,17 +6,20 @@ OUT/checkpoint-N while it trains; OUT/model and, behind it, OUT/history.json whe
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, SFTConfig, SFTTrainer
 
 from tokensieve.config import UserError
 from tokensieve.files import write_json
-from tokensieve.model import DecoderForCausalLM, save, selecting
+from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain.grpo import SparseGRPOTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
@@ -52,7 +55,7 @@ def fine_tune(
     dense = config.selection == "dense"
     arguments = _arguments(stage, config, folder, stage.rows // stage.micro_batch) | {"max_length": longest}
     args = _made(SFTConfig, arguments | stage.options)
-    with selecting(model, "dense") if dense else training(model, "adapt") as callback:
+    with _quiet(), selecting(model, "dense") if dense else training(model, "adapt") as callback:
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
         if not dense:
             trainer.add_callback(callback)
@@ -72,16 +75,12 @@ def reinforce(
     """GRPO by `SparseGRPOTrainer`; leaves the model in `folder`. UserError for options that GRPOConfig refuses."""
     arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
     arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
-    trainer = SparseGRPOTrainer(
-        model,
-        tokenizer,
-        rewards,
-        _made(GRPOConfig, arguments | stage.options),
-        prompts,
-        tokens=max(map(len, prompts["prompt"])) + config.new_tokens,
-        selection=config.selection,
-    )
-    return _run(trainer, model, folder, on_step)
+    args, longest = _made(GRPOConfig, arguments | stage.options), max(map(len, prompts["prompt"])) + config.new_tokens
+    with _quiet():
+        trainer = SparseGRPOTrainer(
+            model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection
+        )  # fmt: skip
+        return _run(trainer, model, folder, on_step)
 
 
 def _arguments(
@@ -103,8 +102,14 @@ def _arguments(
         "disable_tqdm": True,
         "use_cpu": config.device == "cpu",
         "bf16": False,
-        "gradient_checkpointing": False,
+        _checkpointing(): config.activation_checkpointing,
     }
+
+
+def _checkpointing() -> str:
+    """The name that the installed transformers has for recomputing layers."""
+    new = "activation_checkpointing"
+    return new if any(field.name == new for field in fields(TrainingArguments)) else "gradient_checkpointing"
 
 
 def _made(kind: Any, arguments: dict[str, Any]) -> Any:
@@ -123,11 +128,27 @@ def _run(trainer: Any, model: DecoderForCausalLM, folder: Path, on_step: OnStep 
         log.info("%s: continues from %s", folder, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
-    save(model, folder / MODEL)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that a kill stopped here
+    model.save_pretrained(folder / MODEL)
     write_json(folder / HISTORY, rows)
     for path in folder.glob("checkpoint-*"):
         shutil.rmtree(path)
     return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block neither bars of datasets nor what transformers and TRL have to say to each other."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+            yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 class _Told(TrainerCallback):
