@@ -71,6 +71,9 @@ def run(
             parts = Parts(config, record.figures, watch)
             wanted = [part for part in plan if only in (None, part.name)]
             todo = [part for part in wanted if not parts.is_done(part.name)]
+            if only is not None:
+                for part in todo:
+                    parts.check_start(part.name, part.domains)
             pace = Pace(parts.load(config.model), config) if todo else None
             for part in todo:
                 assert pace is not None

@@ -112,6 +112,15 @@ class Parts:
             )
         return self.folder(model) / stages.MODEL
 
+    def check_start(self, model: str, domains: Sequence[str]) -> None:
+        """UserError if what a model is made from is not there yet."""
+        if model == DISTILLED:
+            for name in domains:
+                if not self._answers_file(name).is_file():
+                    self.path(specialist_of(name))
+        elif model == FINAL and not self.config.rl.model:
+            self.path(DISTILLED)
+
     def _on_step(self, what: str) -> stages.OnStep:
         def told(step: int, steps: int, row: dict[str, float]) -> None:
             shown = ", ".join(f"{name} {float(row[name]):.3g}" for name in ("loss", "reward", "kl") if name in row)
@@ -204,9 +213,6 @@ class Parts:
     def distill(self, domains: Sequence[str]) -> None:
         """Answers of all specialists, the best of them, and one model that is trained on these from the base."""
         config = self.config.distill
-        for name in domains:
-            if not self._answers_file(name).is_file():
-                self.path(specialist_of(name))
         lines = [line for name in domains for line in self._answers_of(name)]
         groups = self.groups(domains)
         rows, kept, counts = distillation.training_rows(groups, lines, config, self.encode, self._seed(FILLED))
