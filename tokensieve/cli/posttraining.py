@@ -107,9 +107,11 @@ def _run(
     check_device(settings.device)
     for asked in (*settings.domains, *([only.removeprefix("specialist-")] if only and "-" in only else [])):
         domain(asked)
-    with locked(settings.out):
-        from tokensieve import pipeline
+    import trl  # noqa: F401  an extra: before anything takes long, the command names it if it is missing
 
+    from tokensieve import pipeline
+
+    with locked(settings.out):
         pipeline.run(settings, resume, only, stdout())
 
 
