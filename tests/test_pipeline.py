@@ -199,6 +199,7 @@ def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, A
         ("reward.length=-1", "reward.length is -1.0; give a number of at least 0"),
         ("reward.free=1", "reward.free is 1.0; it must be a share below 1"),
         ("rl.ratios.logic=-1", "rl.ratios.logic is -1.0; give a finite number"),
+        ("judge.model=gpt", "judge.url is 'scripted' and judge.model 'gpt': results name the judge; give both or none"),
         ("evaluation=0", "evaluation is 0; it must be at least 1"),
         ('selection="window"', "selection"),
     ],

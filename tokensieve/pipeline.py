@@ -80,10 +80,14 @@ def run(
                 _announce(console, begin, part.name, str(pace.of(part.work, part.micro_batch)))
                 with record.timing(part.name) as watch.clock:
                     part.do(parts)
-            measured = dict.fromkeys(name for part in wanted for name in part.domains)
-            _announce(console, begin, EVALUATION, f"{config.evaluation} held-out problems of each domain and mode")
+            measured = [*dict.fromkeys(name for part in wanted for name in part.domains)]
+            asked = (
+                config.evaluation * len(config.modes) * sum(map(len, (measured, *(part.domains for part in wanted))))
+            )
+            needed = "" if pace is None else f": {pace.of(Work(read=asked, answers=asked), 1)}"
+            _announce(console, begin, EVALUATION, f"{asked:,} held-out problems{needed}")
             with record.timing(EVALUATION) as watch.clock:
-                parts.evaluate(BASE, [*measured])
+                parts.evaluate(BASE, measured)
                 for part in wanted:
                     parts.evaluate(part.name, part.domains)
     except KeyboardInterrupt as error:
@@ -179,7 +183,7 @@ def _grpo_work(stage: GrpoConfig) -> Work:
 def _settings(config: PosttrainConfig, plan: Sequence[Part]) -> dict[str, str]:
     """A digest for each part of all that decides its result, and one of what decides all figures."""
     decisive = {part.name: part.trains_on for part in plan}
-    decisive[EVALUATION] = [*decisive.values(), config.evaluation]
+    decisive[EVALUATION] = [part.trains_on for part in plan[-2:]] + [config.evaluation]
     return {
         name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
         for name, value in decisive.items()

@@ -124,6 +124,12 @@ class JudgeConfig:
     budget: int = 10_000  # questions
     timeout: float = 60.0  # seconds for one
 
+    def __post_init__(self) -> None:
+        if (self.url == "scripted") != (self.model == "scripted"):
+            raise UserError(
+                f"judge.url is {self.url!r} and judge.model {self.model!r}: results name the judge; give both or none"
+            )
+
 
 @dataclass(frozen=True)
 class PosttrainConfig:

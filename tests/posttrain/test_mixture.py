@@ -43,19 +43,21 @@ def test_each_prompt_has_the_reward_of_its_own_task(encode) -> None:
     assert data["task"][::2] == ["mathematics-think", "mathematics-direct", "logic-think", "logic-direct"]
     rewards = mixture.rewards(groups, encode, config)
     assert [reward.__name__ for reward in rewards] == data["task"][::2]
-    order = [5, 0, 7, 2]
+    order = [5, 0, 7, 2, 4]
     rows = [(data[place]["task"], data[place]["number"]) for place in order]
     shown = {group.name: [example.demonstration for example in examples] for group, examples in groups}
     answers = [
         [*encode.solution(shown[task][number].removeprefix("<think>")), *encode.chat().close] for task, number in rows
     ]
+    answers[-1] = answers[1]  # wrong, in the group of the first
     names, numbers = [task for task, _ in rows], [number for _, number in rows]
     given = [reward(completion_ids=answers, number=numbers, task=names, trainer_state=None) for reward in rewards]
-    assert given == [
-        [None, 1.0, None, None], [None, None, None, 1.0], [1.0, None, None, None], [None, None, 1.0, None]
-    ]  # fmt: skip
-    wrong = rewards[2](completion_ids=answers[::-1], number=numbers, task=names)
-    assert wrong == [0.0, None, None, None]
+    assert dict(zip(data["task"][::2], given, strict=True)) == {
+        "mathematics-think": [None, 1.0, None, None, None],
+        "mathematics-direct": [None, None, None, 1.0, None],
+        "logic-think": [1.0, None, None, None, 0.0],
+        "logic-direct": [None, None, 1.0, None, None],
+    }
 
 
 def test_languages_take_turns(encode) -> None:
