@@ -87,6 +87,8 @@ def test_what_it_leaves(whole: Path, model: Path) -> None:
     assert max(row["rollout/logp_difference"] for row in rows) < 1e-6 and rows[0]["rollout/queries_past_k"] > 0.5
     answers = distillation.read_lines(whole / "distilled/samples/logic.jsonl")
     assert len(answers) == 4 and {line["specialist"] for line in answers} == {"specialist-logic"}
+    page = (whole / "posttrain.html").read_text()
+    assert page.count("<svg") == 6 and ">final<" in page and ">dense<" not in page and "</html>" in page
     for name in ("reward", "output-tokens"):
         assert "<svg" in (whole / f"{name}.svg").read_text()
 
@@ -156,9 +158,9 @@ def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path
     refused(("config differs", "from specialist-logic on", "remove specialists/logic"), "posttrain", *changed)
 
 
-def test_the_dense_twin(model: Path, tmp_path: Path) -> None:
-    """The same pipeline without selection: no indexer learns, and the same problems are asked."""
-    more = {"selection": "dense", "difficulty.fixed.logic-direct": 3, "domains": ["logic"]}
+def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
+    """The same pipeline without selection: no indexer learns, and the report shows it beside the sparse run."""
+    more = {"selection": "dense", "difficulty.fixed.logic-direct": 3, "domains": ["logic"], "beside": str(whole)}
     figures = pipeline.run(settings(model, tmp_path / "dense", **more), only="specialist-logic", console=QUIET)
     assert figures["selection"] == "dense"
     assert figures["specialist-logic"]["difficulty"]["logic-direct"] == {"difficulty": 3, "rates": {}, "within": None}
@@ -166,6 +168,8 @@ def test_the_dense_twin(model: Path, tmp_path: Path) -> None:
     after = load_file(tmp_path / "dense/specialists/logic/rl/model/model.safetensors")
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved and not any(".indexer." in name for name in moved)
+    page = (tmp_path / "dense/posttrain.html").read_text()
+    assert "dense beside sparse attention" in page and page.count("<svg") == 4 and ">specialist-writing<" in page
     assert "kl" not in (stages.history(tmp_path / "dense/specialists/logic/cold") or [])[0]
 
 
@@ -176,6 +180,7 @@ def test_the_dense_twin(model: Path, tmp_path: Path) -> None:
         ({"rl.ratios.alchemy": 1.0}, "domain 'alchemy' is unknown"),
         ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
         ({"model": "base", "tokens": 600}, "base is dense and has no indexers; sparsify it first, or add --dense"),
+        ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),
         ({"languages": ["fr"]}, "logic has problems in en, zh, none of them in languages"),
         ({"cold.options.leraning_rate": 1}, "options of SFTConfig: .*leraning_rate"),
         ({"specialist.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),

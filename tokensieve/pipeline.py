@@ -21,8 +21,9 @@ from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts, Watch, specialist_of
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
-from tokensieve.report import environment, show_posttraining, write_curves
+from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
+from tokensieve.report.posttrain_page import ARMS
 from tokensieve.run_record import Clock, RunRecord
 from tokensieve.tasks.problems import DOMAINS, domain
 
@@ -65,6 +66,7 @@ def run(
         raise UserError(f"{out} holds {only} already; add --resume to continue it, or name another folder")
     record.match(_settings(config, plan))
     record.figures |= {"selection": config.selection, "judge": config.judge.model}
+    twin = _twin(config)
     try:
         with console.status("Loading the model") as status:
             watch = _Watched(record, status.update)
@@ -96,8 +98,11 @@ def run(
         record.figures.setdefault(part.name, {})["steps"] = len(parts.history(part.name))
     record.figures["run"] = environment()
     record.write()
-    done = [part for part in plan if part.name != DISTILLED and parts.is_done(part.name)]
-    write_curves(out, {MIXED if p.name == FINAL else p.domains[0]: parts.history(p.name) for p in done})
+    histories = _histories(out, plan)
+    write_curves(out, histories)
+    arms = {ARMS[figures["selection"]]: figures for figures in (record.figures, *twin)}
+    folders = (out, *([Path(config.beside)] if twin else []))
+    write_posttraining(out, arms, {arm: _histories(f, plan) for arm, f in zip(arms, folders, strict=True)})
     show_posttraining(console, record.figures)
     console.print(
         f"\nDone in {cost.duration(time.perf_counter() - begin)}. {_next(out, wanted[-1].name)}", highlight=False
@@ -119,6 +124,29 @@ class _Watched(Watch):
 
     def note(self) -> None:
         self.clock.note()
+
+
+def _twin(config: PosttrainConfig) -> list[dict[str, Any]]:
+    """The figures of the twin, if the config names one. UserError if it is none, or selects as this run does."""
+    if not config.beside:
+        return []
+    try:
+        figures = json.loads((Path(config.beside) / "metrics.json").read_text(encoding="utf-8"))
+        other = figures["selection"], figures["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"beside: {config.beside} is no folder of a post-training run that is done; name another one"
+        ) from error
+    if other[0] == config.selection:
+        raise UserError(f"beside: {config.beside} selects by {other[0]}, as this run does; name the folder of its twin")
+    return [figures]
+
+
+def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
+    """The rows of the stages of reinforcement learning that are done in a folder, by domain."""
+    folders = {MIXED if p.name == FINAL else p.domains[0]: p for p in plan if p.name != DISTILLED}
+    found = {stage: stages.history(out / p.folder / ("" if p.name == FINAL else "rl")) for stage, p in folders.items()}
+    return {stage: rows for stage, rows in found.items() if rows is not None}
 
 
 def _plan(config: PosttrainConfig, only: str | None) -> list[Part]:

@@ -151,6 +151,7 @@ class PosttrainConfig:
     selection: Literal["indexer", "dense"] = "indexer"  # dense: the dense twin, the same without selection
     reward: RewardConfig = RewardConfig()
     judge: JudgeConfig = JudgeConfig()
+    beside: str = ""  # run folder of the twin, for the report to show both
     at_once: int = 32  # answers that are sampled together
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     save_every: int = 0  # steps between checkpoints of a stage; 0: none before its end

@@ -14,6 +14,7 @@ from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.origin import environment
 from tokensieve.report.posttrain import show_posttraining, write_curves
+from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
 from tokensieve.report.suites import show_long, show_short
@@ -29,6 +30,7 @@ __all__ = [
     "show_profile",
     "show_short",
     "write_curves",
+    "write_posttraining",
     "write_profile",
     "write_report",
     "write_run",

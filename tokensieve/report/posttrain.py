@@ -69,7 +69,7 @@ def show_posttraining(console: Console, figures: Mapping[str, Any]) -> None:
     for group in groups:
         for model, found in models.items():
             if group in found:
-                shown.add_row(group, model, *_cells(found[group]))
+                shown.add_row(group, model, *accuracy_cells(found[group]))
     console.print(shown)
 
 
@@ -87,7 +87,8 @@ def _show_difficulties(console: Console, figures: Mapping[str, Any]) -> None:
     console.print()
 
 
-def _cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+def accuracy_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Accuracy, its interval, the number of problems, output tokens, and the share of queries past k."""
     accuracy, past = found["accuracy"], found["past_k"]
     return (
         f"{100 * accuracy['value']:.1f}%",
