@@ -80,9 +80,10 @@ def main() -> None:
     tokenizer = tokensieve.load_tokenizer(sizes.model)
     prompts, rows = texts(tokenizer, sizes.prompts, sizes.tokens), sizes.prompts * sizes.samples
     sampling = Sampling(max_tokens=sizes.new, temperature=1.0, ignore_eos=True)
-    pages = rows * (pages_for(sizes.tokens + sizes.new) + 1)
+    tokens = sizes.tokens + sizes.new
+    pages = rows * (pages_for(tokens) + 1)
     chunk = 512 if device.type == "cpu" else 8192
-    engine = Rollouts(model, tokenizer, 0, config=EngineConfig(pages=pages, running=rows, chunk=chunk))
+    engine = Rollouts(model, tokenizer, tokens, config=EngineConfig(pages=pages, running=rows, chunk=chunk))
     figures: dict[str, dict[str, float]] = {}
     if device.type == "cuda":  # kernels are compiled and steps recorded once
         engine.sample(prompts, sizes.samples, Sampling(max_tokens=4, temperature=1.0, ignore_eos=True))

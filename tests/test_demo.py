@@ -74,6 +74,19 @@ def config(base, **changes):
     return DemoConfig(**(figures | stages | changes))
 
 
+def test_demo_keeps_what_was_measured_when_a_long_suite_breaks_off(base, monkeypatch):
+    def broken_off(arms, tokenizer, documents, sizes, on_progress, judged, on_figures):
+        on_figures({"tasks": [], "sizes": {}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.evals, "judge_long", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(config(base, out=str(base / "broken off")), Console(record=True, width=120))
+    metrics = json.loads((base / "broken off" / "metrics.json").read_text())
+    assert metrics["long"]["tasks"] == [] and metrics["short"]["tasks"] and metrics["compared"]["ppl"]
+    assert (base / "broken off" / "report.html").is_file()
+
+
 def test_demo_writes_checkpoint_metrics_and_report(base):
     console = Console(record=True, width=120)
     (base / "out").mkdir(exist_ok=True)
@@ -109,7 +122,7 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
     card = (out / "sparse" / "README.md").read_text()
     assert "Training, `warmup`: 3 steps" in card and "Training, `adapt`: 2 steps" in card
     page = (out / "report.html").read_text()
-    assert [row["arm"] for row in metrics["long"]["tasks"]][:3] == ["dense_adapted", "dense", "sparse k=32"]
+    assert [row["arm"] for row in metrics["long"]["tasks"]][:2] == ["dense_adapted", "sparse k=32"]
     assert "Long contexts, by task" in page and "<td>untrained_indexer</td>" in page and "Short prompts" in page
     assert details["questions"] == 16 and details["heat"]["sparse"]["lengths"] == [960, 1000]
     stages = [(row["stage"], row["step"]) for row in details["history"]]

@@ -21,7 +21,7 @@ K = 16
 QUIET = Console(quiet=True)
 SMALL = {
     "tokens": 64, "new_tokens": 6, "modes": ["direct"], "domains": ["logic", "writing"], "save_every": 1,
-    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "distill.samples": 2, "cold.steps": 2,
+    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "distill.prompts": 2, "distill.samples": 2, "cold.steps": 2,
     "specialist.steps": 2, "specialist.prompts": 1, "distill.train.steps": 1, "distill.train.rows": 2,
     "rl.train.prompts": 1, "cold.lr": 1e-3, "specialist.lr": 1e-3, "rl.train.lr": 1e-3,
     "reward.language": 0,

@@ -8,6 +8,7 @@ written. The model is the bundled base, or any that tokensieve reads.
 import importlib.resources
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tokensieve import cost, evals, train
 from tokensieve.config import DemoConfig, TrainConfig, UserError
 from tokensieve.data import read_documents, sample_rows
 from tokensieve.data.sample import CALIBRATION_BYTES
+from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, index_init
 from tokensieve.model.files import model_path
 from tokensieve.model.positions import check_positions
@@ -97,7 +99,8 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     def say(text: str) -> None:
         console.print(f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]  [bold]{text}[/bold]", highlight=False)
 
-    name, base = config.model, tokensieve.load(config.model)
+    # On the device of the training, in its precision: indexers that begin from the attention take a pass over text.
+    name, base = config.model, tokensieve.load(config.model, torch.float32, choose_device(config.warmup.device))
     _check(config, base)
     prompts = Prompts.of(config)
     _clear(out := Path(config.out))
@@ -130,7 +133,6 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
     arms = evals.demo_arms(base, dense_adapted, sparse, untrained=_sparsified(config, base))
     scores, heat = _compare(config, arms, pair, prompts, console)
     last = prompts.recall(sparse)
-    suites = _suites(config, arms, prompts, console)
     say(f"Time one more token, and a chunk of {evals.CHUNK}")
     decode_ms, chunk_ms = evals.context_ms(pair, prompts.texts[0], config.decode_contexts)
 
@@ -148,7 +150,6 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "bytes_read_fraction": reads["sparse"][at] / reads["dense"][at],
         "top_k": config.top_k,
         "context": config.context,
-        **suites,
         "seconds": time.perf_counter() - begin,
     }
     details = {
@@ -163,28 +164,36 @@ def run(config: DemoConfig, console: Console | None = None) -> dict[str, Any]:
         "run": environment(),
     }
     page = write_run(out, metrics, history, details)
+    if config.long is not None or config.short is not None:
+        say("Ask for what long and short prompts need")
+
+        def keep(suites: Row) -> None:
+            """Writes what has been measured, lest a long suite that is broken off lose it."""
+            metrics.update(suites, seconds=time.perf_counter() - begin)
+            write_run(out, metrics, history, details)
+
+        _suites(config, arms, prompts, console, keep)
     console.print()
     show(console, metrics)
     if config.long is not None:
         console.print()
-        show_long(console, suites["long"])
+        show_long(console, metrics["long"])
     if config.short is not None:
         console.print()
-        show_short(console, suites["short"])
+        show_short(console, metrics["short"])
     console.print(f"\nDone in {cost.duration(metrics['seconds'])}. The report: {page}\nNext:", highlight=False)
     for command in (f"tokensieve eval {out / 'sparse'}", "tokensieve adapt --help", "tokensieve doctor"):
         console.print(f"  {command}", style="bold", highlight=False)
     return metrics
 
 
-def _suites(config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, console: Console) -> Row:
-    """Figures of the suites "long" and "short", for those that the config asks for.
+def _suites(
+    config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, console: Console, keep: Callable[[Row], None]
+) -> None:
+    """Measures the suites "short" and "long", as far as the config asks for them, and has the figures kept.
 
     The first arm, beside which the others are put, is the dense model after the same further tokens.
     """
-    found: Row = {}
-    if config.long is None and config.short is None:
-        return found
     sparse, dense = arms["sparse"].model, {name: arms[name] for name in ("dense_adapted", "dense")}
     with _progress(console) as bar:
         line = bar.add_task("")
@@ -192,23 +201,25 @@ def _suites(config: DemoConfig, arms: dict[str, evals.Arm], prompts: Prompts, co
         def on_progress(what: str, done: int, total: int) -> None:
             bar.update(line, description=what, completed=done, total=total)
 
+        if config.short is not None:
+            asked = dense | {"sparse": arms["sparse"]}
+            short = evals.judge_short(asked, prompts.encode, prompts.documents, config.short, on_progress)
+            keep({"short": short})
         if config.long is not None:
             k = config.top_k
             untrained = {"untrained_indexer": replace(arms["untrained_indexer"], top_k=k)}
             swept = {f"sparse k={n}": evals.Arm(sparse, "indexer", n) for n in config.long.top_k}
             chosen = {name: arm for name, arm in evals.long_arms(sparse, (k,)).items() if name != "dense"}
-            found["long"] = evals.judge_long(
-                dense | chosen | untrained | swept,
+            evals.judge_long(
+                # the two that are judged first: a run that is broken off later has its verdict
+                {"dense_adapted": dense["dense_adapted"]} | chosen | untrained | {"dense": dense["dense"]} | swept,
                 prompts.tokenizer,
                 prompts.documents,
                 config.long,
                 on_progress,
                 judged=("dense_adapted", f"sparse k={k}"),
+                on_figures=lambda figures: keep({"long": figures}),
             )
-        if config.short is not None:
-            asked = dense | {"sparse": arms["sparse"]}
-            found["short"] = evals.judge_short(asked, prompts.encode, prompts.documents, config.short, on_progress)
-    return found
 
 
 def _compare(

@@ -189,7 +189,7 @@ def _specialist(config: PosttrainConfig, name: str) -> Part:
     knob, modes = config.difficulty, len(config.modes)
     tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
     asked = knob.prompts * modes * tries
-    given = ("model", "tokens", "new_tokens", "modes", "languages", "selection", "seed")
+    given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
     tables = (config.reward, config.judge, config.cold, config.difficulty, config.specialist)
     cold = Work(trained=config.cold.steps * config.cold.rows, read=asked, answers=asked * knob.samples)
     return Part(

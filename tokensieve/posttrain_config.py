@@ -138,13 +138,14 @@ class PosttrainConfig:
     model: str  # sparse checkpoint or bundled name that everything starts from
     out: str  # run folder
     tokens: int  # of a prompt, at least; several times k
-    new_tokens: int  # of an answer, at most
+    new_tokens: int  # of an answer, at most; of all turns of an agent's together
     cold: SftConfig
     difficulty: DifficultyConfig
     specialist: GrpoConfig
     distill: DistillConfig
     rl: MixedConfig
     evaluation: int  # held-out prompts of each domain and mode
+    result_tokens: int = 1024  # room for the results of an agent's tools in one answer
     domains: tuple[str, ...] = ()  # none: all that there are
     modes: tuple[str, ...] = ("think", "direct")
     languages: tuple[str, ...] = ("en", "zh")  # those of them that a domain has, in turn
@@ -159,7 +160,7 @@ class PosttrainConfig:
     device: str = "auto"  # auto, cpu, cuda
 
     def __post_init__(self) -> None:
-        _check_counts(self, "", "tokens", "new_tokens", "evaluation", "at_once")
+        _check_counts(self, "", "tokens", "new_tokens", "result_tokens", "evaluation", "at_once")
         for name, values, known in (("modes", self.modes, ("think", "direct")), ("domains", self.domains, None)):
             if len(set(values)) < len(values) or (known and not (values and set(values) <= set(known))):
                 allowed = f"one or both of {', '.join(known)}" if known else "each once"

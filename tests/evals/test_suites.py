@@ -1,5 +1,6 @@
 """The suites: every arm on the same prompts, intervals over contexts, differences to the first arm, and refusals."""
 
+import copy
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,6 +77,15 @@ def test_the_arms_of_a_model(dense, sparse):
             evals.long_arms(sparse, (), {name: "oracle"})
 
 
+def test_what_is_measured_is_told_after_every_arm(sparse, tokenizer, documents):
+    arms = {"dense": evals.Arm(sparse, "dense"), "few": evals.Arm(sparse, "window", K)}
+    told = []
+    sizes = replace(LONG, tasks=("single",), contexts=(500,), prompts=1, texts=1)
+    found = evals.judge_long(arms, tokenizer, documents, sizes, on_figures=lambda f: told.append(copy.deepcopy(f)))
+    assert [[row["arm"] for row in figures["tasks"]] for figures in told] == [["dense"], ["dense", "few"]]
+    assert told[0]["positions"] == found["positions"] and told[-1] == found
+
+
 def test_every_arm_is_asked_the_same_in_every_cell(sparse, tokenizer, documents):
     told = []
     arms = {name: evals.Arm(sparse, "window", k) for name, k in (("few", K), ("many", 550))}
@@ -97,7 +107,7 @@ def test_every_arm_is_asked_the_same_in_every_cell(sparse, tokenizer, documents)
     for ratio, a, b in zip(positions["ratio"]["few"], few, dense, strict=True):
         assert ratio["value"] == pytest.approx(a["value"] / b["value"])
     steps = [done for _, done, _ in told]
-    assert steps == sorted(steps) and told[-1][1] == told[-1][2] and told[0][0] == "multikey in 500 tokens, dense"
+    assert steps == sorted(steps) and told[-1][1] == told[-1][2] and told[0][0] == "perplexity, dense"
     console = Console(width=200, record=True)
     show_long(console, found)
     text = console.export_text()

@@ -19,7 +19,15 @@ def settings(**changes: Any) -> DistillConfig:
 
 
 def line(problem: str, text: str, score: float = 1.0, group: str = "logic-direct") -> dict[str, Any]:
-    return {"group": group, "problem": problem, "score": score, "prompt": [1, 2], "answer": [3], "text": text}
+    return {
+        "group": group,
+        "problem": problem,
+        "score": score,
+        "prompt": [1, 2],
+        "answer": [3, 4, 5],
+        "written": [1, 0, 1],
+        "text": text,
+    }
 
 
 def test_passed_answers_no_two_alike_and_many_problems_first() -> None:
@@ -39,7 +47,7 @@ def group() -> Group:
 def test_demonstrations_fill_up_only_if_asked(group: Group) -> None:
     lines = [line("a", "x"), line("b", "y", 0.0), line("a", "x", group="logic-think")]
     rows, kept, counts = distillation.training_rows([group], lines, settings(), group.task.encode, 0)
-    assert rows.to_list() == [{"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]}] and kept == lines[:1]
+    assert rows.to_list() == [{"input_ids": [1, 2, 3, 4, 5], "completion_mask": [0, 0, 1, 0, 1]}] and kept == lines[:1]
     assert counts == {"logic-direct": {"sampled": 2, "passed": 1, "kept": 1, "demonstrations": 0}}
     filled = settings(fill="demonstrations")
     rows, kept, counts = distillation.training_rows([group], lines, filled, group.task.encode, 0)

@@ -1,6 +1,8 @@
 """Rollouts by the engine, and training that sees them as the engine did."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -54,7 +56,9 @@ def difference(model: DecoderForCausalLM, rollouts: list[Rollout]) -> Tensor:
         logits = model(ids, attention_mask=mask).logits[:, left - 1 : -1].float()
     taken = logits.log_softmax(-1).gather(2, ids[:, left:, None])[..., 0]
     pairs = zip(taken, rollouts, strict=True)
-    return torch.cat([(row[: len(r.answer)] - torch.tensor(r.logprobs)).abs() for row, r in pairs])
+    return torch.cat(
+        [(row[: len(r.answer)][torch.tensor(r.mask)] - torch.tensor(r.logprobs)).abs() for row, r in pairs]
+    )
 
 
 @pytest.mark.parametrize("kind", ["v32", "glm", "llama_dsa", "qwen3_dsa"])
@@ -201,3 +205,88 @@ def test_what_is_refused() -> None:
         Rollouts(model, tokenizer, 256, config=EngineConfig(pages=1 << 24))
     with pytest.raises(UserError, match="shorten it"):
         Rollouts(model, tokenizer, 256, config=EngineConfig(pages=1)).sample(prompts(90), 1, SAMPLING)
+
+
+ENDS = [*range(0, 4096, 8)]  # so many tokens end a turn that a model of random weights has several turns
+TURNS = Sampling(max_tokens=40, temperature=1.0)
+
+
+def result_of(prompt: tuple[int, ...], turns: Sequence[tuple[int, ...]]) -> list[int] | None:
+    """A tool that hands out 30 tokens of its own, by what was called; the third turn is the last."""
+    number = sum(turns[-1]) + len(turns)
+    return None if len(turns) == 3 else [1 + (number * 37 + place * 11) % 4000 for place in range(30)]
+
+
+def episodes(model: DecoderForCausalLM, sampling: Sampling = TURNS, tokens: int = 256, **more: Any) -> list[Rollout]:
+    model.generation_config.eos_token_id = ENDS
+    rollouts = Rollouts(model, tokensieve.load_tokenizer("base"), tokens, config=replace(SMALL, **more))
+    return [one for group in rollouts.sample(prompts(150, 90), SAMPLES, sampling, respond=result_of) for one in group]
+
+
+def stretches(rollout: Rollout) -> list[tuple[bool, tuple[int, ...]]]:
+    """(the model wrote it, tokens), in order."""
+    pairs = groupby(zip(rollout.mask, rollout.answer, strict=True), key=lambda pair: pair[0])
+    return [(wrote, tuple(token for _, token in stretch)) for wrote, stretch in pairs]
+
+
+def test_an_answer_goes_on_after_the_result_of_a_tool() -> None:
+    """Turns and results alternate, the results are the tool's, and training agrees about what the model wrote."""
+    model = model_of("v32")
+    rollouts = episodes(model)
+    assert {len(stretches(r)) for r in rollouts} == {5}
+    for r in rollouts:
+        turns: list[tuple[int, ...]] = []
+        for wrote, tokens_of in stretches(r):
+            if wrote:
+                turns.append(tokens_of)
+            else:
+                assert list(tokens_of) == result_of(r.prompt, turns) and turns[-1][-1] in ENDS
+        assert r.ended == (len(turns) == 3 and turns[-1][-1] in ENDS) and len(r.logprobs) == sum(map(len, turns)) <= 40
+        assert all(layer.shape == (len(r.prompt) + len(r.answer) - 1, K) for layer in r.selection)
+    with replaying(model, rollouts):
+        assert difference(model, rollouts).mean() < 1e-6
+    assert difference(model, rollouts).mean() < 1e-2
+    wrong = [replace(r, logprobs=tuple(reversed(r.logprobs))) for r in rollouts]
+    with replaying(model, rollouts):
+        assert difference(model, wrong).mean() > 0.1  # each log probability is of its own token
+
+
+def test_turns_are_the_same_alone_and_begin_as_without_tools() -> None:
+    model = model_of("v32")
+    together, alone = episodes(model), episodes(model, running=1)
+    assert [(r.answer, r.written) for r in together] == [(r.answer, r.written) for r in alone]
+    plain = Rollouts(model, tokensieve.load_tokenizer("base"), 256, config=SMALL)
+    first_turns = [one for group in plain.sample(prompts(150, 90), SAMPLES, TURNS) for one in group]
+    for whole, first in zip(together, first_turns, strict=True):
+        count = len(first.answer)
+        assert whole.answer[:count] == first.answer and whole.logprobs[:count] == first.logprobs
+        assert first.written == () and first.mask == (True,) * count
+        # What a turn read is what its continuation reads of it, so one selection serves the whole rollout.
+        kept = len(first.prompt) + count - 1
+        assert all(torch.equal(a[:kept], b) for a, b in zip(whole.selection, first.selection, strict=True))
+
+
+def test_a_continuation_takes_what_was_read_from_the_cache() -> None:
+    model = model_of("v32")
+    model.generation_config.eos_token_id = ENDS
+    rollouts = Rollouts(model, tokensieve.load_tokenizer("base"), 256, config=replace(SMALL, pages=64))
+    run, cached = rollouts._run, []
+
+    def watched(requests: Sequence[Request], on_progress: Any) -> dict[str, list[Any]]:
+        outputs = run(requests, on_progress)
+        cached.append([outputs[request.id][-1].cached_tokens for request in requests])
+        return outputs
+
+    rollouts._run = watched
+    rollouts.sample(prompts(150), SAMPLES, TURNS, respond=result_of)
+    assert len(cached) == 3 and all(tokens >= 128 for turn in cached[1:] for tokens in turn)  # whole chunks of 64
+
+
+def test_an_episode_is_cut_off_before_a_result_that_has_no_room() -> None:
+    """No room in the context, or no token left of those that the model may write."""
+    model = model_of("v32")
+    crowded = episodes(model, tokens=200)
+    assert {(len(r.prompt), len(stretches(r)), r.ended) for r in crowded} == {(150, 3, False), (90, 5, True)}
+    assert all(len(r.prompt) + len(r.answer) <= 200 and r.mask[-1] for r in crowded)
+    brief = episodes(model, Sampling(max_tokens=8, temperature=1.0))
+    assert all(len(r.logprobs) <= 8 and r.mask[-1] and not r.ended for r in brief) and any(r.written for r in brief)

@@ -160,6 +160,7 @@ def test_chat_is_written_as_the_template_writes_it(tokenizers, corpus, name):
 
     ids = [*turns.open, *encode("What is it?"), *turns.reply, *encode("A list."), *turns.close]
     ids += [*turns.next, *encode("Why?"), *turns.reply]
+    talk = ids
     whole = "".join(encode.decode([i]) if name != "words" else encode.raw.id_to_token(i).replace("▁", " ") for i in ids)
     wanted = templated(said, True)
     if name == "chatml":  # its answers are not thought about either, which the template says only of the last one
@@ -168,6 +169,7 @@ def test_chat_is_written_as_the_template_writes_it(tokenizers, corpus, name):
     assert "".join(whole.split()) == "".join(wanted.split())
     asked = encode.prompt(said[:1])
     assert asked == [*turns.open, *encode("What is it?"), *turns.reply]
+    assert [*asked, *encode("A list."), *turns.close, *encode.next_turn("Why?")] == talk
     assert encode.prompt(said)[-len(turns.reply) :] == list(turns.reply)
 
     for example, ids in dialogue.encoded_examples(corpus[:1], encode):
@@ -183,6 +185,11 @@ def test_prompts_are_ids_text_or_messages(tokenizers):
     assert encode.prompt((5, 6)) == [5, 6] and encode.prompt([]) == [] and encode.prompt("x y") == [0, *encode("x y")]
     bundled = PlainEncoder(tokensieve.load_tokenizer("base"))
     assert bundled.turns == Turns((0, 3), (4, 6), (1,), (3,)) and bundled.frame() == ([0], [1]) and bundled.ends == [1]
+    turn = bundled.next_turn(f"x{END}<think>")  # text stays text; thoughts are open or closed as in a prompt
+    assert turn[0] == 3 and turn[-2:] == [4, 6] and not {1, 5} & {*turn}
+    assert bundled.next_turn("x", think=True) == [3, *bundled("x"), 4, 5]
+    with pytest.raises(UserError, match="no chat template"):
+        PlainEncoder(tokenizers["base"]).next_turn("x")
     with pytest.raises(UserError, match="system, user and assistant, not tool"):
         bundled.prompt([{"role": "tool", "content": "x"}])
 

@@ -1,15 +1,20 @@
 """The problems of post-training: right answers are graded right, splits never meet, prompts are long enough."""
 
+import importlib
 import itertools
 import random
 import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 
 import tokensieve
 from tokensieve.config import UserError
 from tokensieve.tasks import Answer, encoder
-from tokensieve.tasks.problems import DOMAINS, MODES, Problem, Problems, split_thinking
+from tokensieve.tasks.problems import DOMAINS, MODES, Item, Problem, Problems, problem, split_thinking
 from tokensieve.tasks.turns import END_THINK, THINK
 
 ALL = [(name, mode, language) for name in DOMAINS for mode in MODES for language in DOMAINS[name].languages]
@@ -26,17 +31,19 @@ def test_the_demonstration_is_right_and_others_are_not(name: str, mode: str, lan
     least, _, most = DOMAINS[name].difficulty
     for size in (least, (least + most) // 2, most):
         for example in task.examples("train", 2, size):
-            right = task.score(example, Answer(example.demonstration))
+            shown, bare = example.shown, example.item.answer
+            right = task.score(example, shown)
             assert right.value == 1 and right.parts == {"ended": 1.0, "format": 1.0}, example.demonstration
-            assert task.reward(example, Answer(example.demonstration)) == 1
             wrong = [
-                Answer(example.demonstration, ended=False),
-                Answer(example.item.answer if mode == "think" else f"{THINK}so{END_THINK}{example.item.answer}"),
-                Answer(f"{THINK}{example.demonstration}"[: -len(example.item.answer)]),
+                replace(shown, ended=False),
+                replace(shown, text=bare if mode == "think" else f"{THINK}so{END_THINK}{bare}"),
+                replace(shown, text=f"{THINK}{example.demonstration}"[: -len(bare)]),
+                replace(shown, text=""),
                 Answer(""),
                 Answer("?"),
             ]
             assert [task.score(example, answer).value for answer in wrong] == [0.0] * len(wrong)
+    assert task.reward(example, shown) == 1
 
 
 def test_grades_are_by_the_rule() -> None:
@@ -73,6 +80,56 @@ def test_the_splits_share_no_problem_no_phrasing_and_no_seed(name: str, encode) 
     assert frames["train"] and frames["test"] and not frames["train"] & frames["test"]
 
 
+def templates_of(value: Any) -> Iterator[tuple[str, str]]:
+    """(split, text) of all phrasings below a constant: what stands under "train" or "test" in a table."""
+    if isinstance(value, Mapping) and value.keys() == {"train", "test"}:
+        yield from ((split, text) for split, below in value.items() for text in texts_of(below))
+    elif isinstance(value, Mapping):
+        yield from (found for below in value.values() for found in templates_of(below))
+    elif isinstance(value, (tuple, list)):
+        yield from (found for below in value for found in templates_of(below))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (found for field in fields(value) for found in templates_of(getattr(value, field.name)))
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    yield from (value,) if isinstance(value, str) else (text for below in value for text in texts_of(below))
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_no_template_is_in_both_splits(name: str) -> None:
+    module = importlib.import_module(type(DOMAINS[name]).__module__)
+    found = [pair for constant, value in vars(module).items() if constant.isupper() for pair in templates_of(value)]
+    texts = {split: {text for its, text in found if its == split} for split in ("train", "test")}
+    assert len(texts["train"]) == len(texts["test"]) > 1 and not texts["train"] & texts["test"]
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_no_seed_and_no_worked_example_is_in_both_splits(name: str, encode, monkeypatch) -> None:
+    """Every generator that is made, and every item that is asked or shown, over several sizes, modes and seeds."""
+    seeds: dict[str, set[str]] = {"train": set(), "test": set()}
+    items: dict[str, set[str]] = {"train": set(), "test": set()}
+    for split in ("train", "test"):
+        monkeypatch.setattr(problem.random, "Random", partial(recorded, seeds[split]))
+        for mode, size, seed in itertools.product(MODES, DOMAINS[name].difficulty[:2], (0, 1)):
+            task = Problems(DOMAINS[name], encode, mode, tokens=600)
+            show = partial(shown_too, items[split], task._worked)
+            object.__setattr__(task, "_worked", show)  # the task is frozen
+            items[split] |= {example.item.key for example in task.examples(split, 3, size, seed)}
+    assert len(seeds["train"]) == len(seeds["test"]) >= 4 and not seeds["train"] & seeds["test"]
+    assert len(items["train"]) > 12 and len(items["test"]) > 12 and not items["train"] & items["test"]
+
+
+def shown_too(keys: set[str], worked: Callable[[Item], str], item: Item) -> str:
+    keys.add(item.key)
+    return worked(item)
+
+
+def recorded(seeds: set[str], seed: str, make: type = random.Random) -> random.Random:
+    seeds.add(seed)
+    return make(seed)
+
+
 def frames_of(example: Problem) -> set[str]:
     """The question's sentences without what is drawn: capitalized words, numbers and goods."""
     goods = ("apples", "books", "coins", "shells", "stamps")
@@ -94,7 +151,9 @@ def frames_of(example: Problem) -> set[str]:
 def test_prompts_are_as_long_as_asked_and_never_show_what_they_ask(name, mode, language, encode) -> None:
     task = Problems(DOMAINS[name], encode, mode, language, tokens=1500)
     for example in task.examples("test", 3):
-        assert 1500 <= len(encode.prompt(example.prompt)) < 1500 + 500
+        assert (
+            1500 <= len(encode.prompt(example.prompt)) < 1500 + 700
+        )  # an episode of a search in Chinese has up to 600
         text = example.prompt[0]["content"]
         assert text.count(example.item.question) == 1 and text.endswith(example.item.question)
         assert (THINK in text.replace(f"{THINK} and {END_THINK}", "").replace(f"{THINK} 和", "")) == (mode == "think")

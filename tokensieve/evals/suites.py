@@ -2,7 +2,7 @@
 interval, and every arm beside the first one, on the same prompts and texts.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +23,8 @@ from tokensieve.model.positions import check_positions
 from tokensieve.tasks import Document, Documents, encoder
 from tokensieve.tasks.ruler import LongExample, LongTask, long_tasks
 from tokensieve.tasks.short import MAKES, Choices
+
+OnFigures = Callable[[dict[str, Any]], None]
 
 CONTROLS = {"sparse": "indexer", "window": "window", "sinks": "sinks"}
 
@@ -74,6 +76,7 @@ def judge_long(
     sizes: LongSizes,
     on_progress: OnProgress | None = None,
     judged: Container[str] | None = None,
+    on_figures: OnFigures | None = None,
 ) -> dict[str, Any]:
     """RULER's kinds of tasks, and perplexity by position, of every arm on the same held-out prompts and texts.
 
@@ -81,7 +84,8 @@ def judge_long(
     intervals over contexts, whose questions may err together. Answers are those of an engine (`Answering`).
 
     tokenizer: the arms', of transformers. judged: arms that are asked all prompts, the others being asked the first
-    `sizes.other_prompts`; None: all arms.
+    `sizes.other_prompts`; None: all arms. on_figures: called after every arm with the figures so far, in the form of
+    the result, so that a caller can keep what a broken run has measured.
 
     Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "difference": `Estimate` of
     the arm's score less the first arm's, over the questions that both answered (None for that one), "by_depth": shares
@@ -109,6 +113,10 @@ def judge_long(
         if name in _selecting(arms, context)
     }
     total, done = sum(map(len, asked.values())) + len(read) * len(sequences), 0
+    figures: dict[str, Any] = {"tasks": [], "sizes": asdict(sizes)}
+    if sequences:
+        figures["positions"] = _positions(read, sequences, sizes.buckets, total, on_progress)
+        done = len(read) * len(sequences)
     found: dict[tuple[str, int], Evaluation] = {}
     for name in dict.fromkeys(name for name, _ in asked):
         with answering(arms[name], tokenizer, longest) as answer:
@@ -117,10 +125,10 @@ def judge_long(
                     callback = part(on_progress, f"{task.name} in {context:,} tokens, {name}", done, total)
                     found[name, cell] = answer(task, asked[name, cell], callback)
                     done += len(asked[name, cell])
-    figures: dict[str, Any] = {"tasks": _rows(list(arms), cells, asked, found)}
-    if sequences:
-        figures["positions"] = _positions(read, sequences, sizes.buckets, done, total, on_progress)
-    return figures | {"sizes": asdict(sizes)}
+        figures["tasks"] = _rows(list(arms), cells, asked, found)
+        if on_figures is not None:
+            on_figures(figures)
+    return figures
 
 
 def _rows(
@@ -134,7 +142,7 @@ def _rows(
     for cell, (task, context) in enumerate(cells):
         first: Evaluation | None = None
         for name in arms:
-            if (name, cell) in asked:
+            if (name, cell) in found:
                 row = _row(asked[name, cell], found[name, cell], first)
                 rows.append({"task": task.name, "context": context, "arm": name} | row)
                 first = first or found[name, cell]
@@ -173,13 +181,12 @@ def _positions(
     arms: Mapping[str, Arm],
     sequences: Sequence[Tensor],
     buckets: int,
-    before: int,
     total: int,
     on_progress: OnProgress | None,
 ) -> dict[str, Any]:
     found: dict[str, Perplexity] = {}
     for number, (name, arm) in enumerate(arms.items()):
-        callback = part(on_progress, f"perplexity, {name}", before + number * len(sequences), total)
+        callback = part(on_progress, f"perplexity, {name}", number * len(sequences), total)
         with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k):
             found[name] = perplexity(arm.model, sequences, 0, buckets, callback)
     first, *others = found

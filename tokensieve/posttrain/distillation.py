@@ -1,7 +1,7 @@
 """The specialists' answers as data: sampled, filtered by the verifier, deduplicated, balanced, and kept as JSON lines.
 
-Legend of a line: {"group", "specialist", "problem": its name, "score", "prompt" and "answer": token ids, "text": the
-answer's}.
+Legend of a line: {"group", "specialist", "problem": its name, "score", "prompt" and "answer": token ids, "written":
+for each of the answer's 1 if the model wrote it, 0 for results of tools, "text": what it wrote}.
 """
 
 import json
@@ -34,7 +34,8 @@ def lines_of(found: Sequence[Sequence[Sampled]], specialist: str) -> list[Line]:
             "score": sampled.score,
             "prompt": list(sampled.rollout.prompt),
             "answer": list(sampled.rollout.answer),
-            "text": sampled.answer.text,
+            "written": [int(wrote) for wrote in sampled.rollout.mask],
+            "text": "\n".join((*sampled.answer.earlier, sampled.answer.text)),
         }
         for answers in found
         for sampled in answers
@@ -51,7 +52,7 @@ def read_lines(path: Path) -> list[Line]:
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
-            whole = {"group", "problem", "score", "prompt", "answer", "text"} <= line.keys()
+            whole = {"group", "problem", "score", "prompt", "answer", "written", "text"} <= line.keys()
         except (ValueError, AttributeError):
             whole = False
         if not whole:
@@ -102,4 +103,4 @@ def training_rows(
 
 def _row(line: Line) -> Row:
     prompt, answer = line["prompt"], line["answer"]
-    return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
+    return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + line["written"]}

@@ -17,7 +17,7 @@ from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig, Sampling
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain.replay import replaying
-from tokensieve.posttrain.rollouts import Rollout, Rollouts
+from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
 from tokensieve.train.callbacks import training
 
@@ -36,6 +36,8 @@ class SparseGRPOTrainer(GRPOTrainer):
         indexer learns.
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
+    respond: gives the results of tools, as in `Rollouts.sample`. `max_completion_length` is then for all turns of the
+        model together. Rewards get each rollout's `mask` as "written".
 
     Raises:
         UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
@@ -56,12 +58,13 @@ class SparseGRPOTrainer(GRPOTrainer):
         selection: str = "indexer",
         replay: bool = True,
         config: EngineConfig | None = None,
+        respond: Respond | None = None,
     ):
         check_honoured(model, args, selection, config)
         self.selects = model.is_sparse and selection != "dense"
         self.replays = replay and self.selects
         self._encode, self._answers = encoder(tokenizer), args.max_completion_length
-        self._longest = tokens
+        self._longest, self._respond = tokens, respond
         self.latest: dict[str, list[Rollout]] = {"train": [], "eval": []}
         self._sampled_at = -1
         super().__init__(
@@ -134,11 +137,13 @@ class SparseGRPOTrainer(GRPOTrainer):
         seed = self.args.seed + self.state.global_step
         found: list[Rollout] = []
         if len(samples) == 1:
-            for group in self._sampler.sample([ids for ids, _ in groups], samples.pop(), sampling, seed):
+            for group in self._sampler.sample(
+                [ids for ids, _ in groups], samples.pop(), sampling, seed, respond=self._respond
+            ):
                 found += group
         else:
             for place, (ids, count) in enumerate(groups):
-                found += self._sampler.sample([ids], count, sampling, seed + place)[0]
+                found += self._sampler.sample([ids], count, sampling, seed + place, respond=self._respond)[0]
         mode = "train" if self.model.training else "eval"
         self.latest[mode], self._sampled_at = found, self.state.global_step
         return found
@@ -161,7 +166,8 @@ class SparseGRPOTrainer(GRPOTrainer):
             if rollout is None:  # a row that was masked as cut off
                 continue
             told = torch.tensor(rollout.logprobs, device=logps.device)
-            differences.append((logps[: len(told)].float() - told).abs())
+            wrote = torch.tensor(rollout.mask, device=logps.device)
+            differences.append((logps[: len(wrote)][wrote].float() - told).abs())
             tokens = len(rollout.prompt) + len(rollout.answer)
             past, total = past + max(0, tokens - self.model.top_k), total + tokens
         if differences:
@@ -195,5 +201,13 @@ def sample_for(prompts: list[Any], trainer: SparseGRPOTrainer) -> dict[str, list
     return {
         "prompt_ids": [list(rollout.prompt) for rollout in rollouts],
         "completion_ids": [list(rollout.answer) for rollout in rollouts],
-        "logprobs": [list(rollout.logprobs) for rollout in rollouts],
+        "logprobs": [padded_logprobs(rollout) for rollout in rollouts],
+        "env_mask": [[int(wrote) for wrote in rollout.mask] for rollout in rollouts],
+        "written": [list(rollout.mask) for rollout in rollouts],  # for rewards: TRL keeps env_mask to itself
     }
+
+
+def padded_logprobs(rollout: Rollout) -> list[float]:
+    """A log probability for each token of the answer: 0 for those that the model did not write, which TRL masks."""
+    told = iter(rollout.logprobs)
+    return [next(told) if wrote else 0.0 for wrote in rollout.mask]

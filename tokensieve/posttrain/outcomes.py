@@ -1,36 +1,67 @@
-"""Problems as TRL takes them: a dataset of prompts, and the reward of each answer to them."""
+"""Problems as rollouts and TRL take them: prompts, demonstrations, results of tools, and the reward of each answer."""
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from datasets import Dataset
 
+from tokensieve.config import UserError
 from tokensieve.evals.evaluation import answer_of
 from tokensieve.posttrain.judge import Criterion, Judge, Question
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
+from tokensieve.posttrain.rollouts import Respond
 from tokensieve.tasks import THINK, Answer, PlainEncoder
-from tokensieve.tasks.problems import Problem, Problems, split_thinking
+from tokensieve.tasks.problems import Agent, Problem, Problems, split_thinking
 
 RewardFunction = Callable[..., list[float | None]]
 
 
 def prompts_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
     """Columns "prompt" (token ids) and "number" (of the example): what TRL trains on, and what a reward finds it by."""
-    prompts = [encode.prompt(example.prompt, think=example.mode == "think") for example in examples]
-    return Dataset.from_dict({"prompt": prompts, "number": [*range(len(examples))]})
+    return Dataset.from_dict({"prompt": [_prompt(e, encode) for e in examples], "number": [*range(len(examples))]})
 
 
 def demonstrations_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
-    """Columns "input_ids" and "completion_mask" for a cold start under TRL's SFTTrainer: answers alone are learnt."""
-    rows = []
+    """Columns "input_ids" and "completion_mask" for a cold start under TRL's SFTTrainer: answers alone are learnt.
+
+    An agent's is a whole episode, of which the model's turns are learnt, and the results of tools are not.
+    """
+    rows, close = [], encode.chat().close
     for example in examples:
-        prompt = encode.prompt(example.prompt, think=example.mode == "think")
-        text = example.demonstration
-        if example.mode == "think" and encode.markers:  # the prompt has opened the thoughts
-            text = text.removeprefix(THINK)
-        answer = [*encode.solution(text), *encode.chat().close]
-        rows.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+        ids = _prompt(example, encode)
+        mask = [0] * len(ids)
+        for text, result in (*example.steps, (example.demonstration, None)):
+            turn = [*encode.solution(text.removeprefix(THINK) if _opens_thoughts(example, encode) else text), *close]
+            after = [] if result is None else encode.next_turn(result, think=example.mode == "think")
+            ids, mask = [*ids, *turn, *after], [*mask, *[1] * len(turn), *[0] * len(after)]
+        rows.append((ids, mask))
     return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": [mask for _, mask in rows]})
+
+
+def respond_of(asked: Sequence[tuple[Problems, Sequence[Problem]]], encode: PlainEncoder) -> Respond:
+    """The results of the tools of these problems, for `Rollouts.sample` and `SparseGRPOTrainer`.
+
+    Problems without tools may be among them. UserError for two of an agent that have one prompt: nobody could know
+    whose tools are called. The function that is returned raises it for a prompt that is none of theirs.
+    """
+    known: dict[tuple[int, ...], tuple[Problems, Problem]] = {}
+    for task, examples in asked:
+        for example in examples:
+            _, other = known.setdefault(tuple(_prompt(example, encode)), (task, example))
+            if isinstance(task.domain, Agent) and other.item != example.item:
+                raise UserError(
+                    f"two problems of {task.name} have the same prompt; give them worked examples: tokens=..."
+                )
+
+    def respond(prompt: tuple[int, ...], turns: Sequence[Sequence[int]]) -> list[int] | None:
+        if prompt not in known:
+            raise UserError(f"a prompt of {len(prompt)} tokens is none of the problems whose tools are known")
+        task, example = known[prompt]
+        result = task.respond(example, [_text(encode, example, turn) for turn in turns])
+        return None if result is None else encode.next_turn(result, think=example.mode == "think")
+
+    return respond
 
 
 def reward_of(
@@ -48,22 +79,31 @@ def reward_of(
     outcome: the task's reward. rubric: what `judge` says, if one is given, of answers whose problems have a rubric; one
     that it could not score has no reward. language: of thoughts and answer, in the prompt's language, if a
     `LanguageShare` is given. length: the penalty from `free_tokens` to `limit_tokens` of an answer, if both are given.
-    The text is decoded here, since TRL's own text has lost the marker that ends the thoughts.
+    The text is decoded here, since TRL's own text has lost the marker that ends the thoughts. An agent's answers need
+    the column "written", a rollout's `mask`, to know its turns from the results of tools: UserError without it.
     """
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
 
-    def rewards(completion_ids: Sequence[Sequence[int]], number: Sequence[int], **_: object) -> list[float | None]:
-        answers = [answer_to(encode, examples[place], ids) for ids, place in zip(completion_ids, number, strict=True)]
-        judged = _judged(judge, [examples[place] for place in number], answers)
+    def rewards(
+        completion_ids: Sequence[Sequence[int]],
+        number: Sequence[int],
+        written: Sequence[Sequence[bool]] | None = None,
+        **_: object,
+    ) -> list[float | None]:
+        if written is None and isinstance(task.domain, Agent):
+            raise UserError(f"the answers of {task.name} come without the masks of their rollouts; give written=...")
+        masks = [[True] * len(ids) for ids in completion_ids] if written is None else written
+        asked = [examples[place] for place in number]
+        answers = [answer_to(encode, *row) for row in zip(asked, completion_ids, masks, strict=True)]
+        judged = _judged(judge, asked, answers)
         found = []
-        for ids, place, answer in zip(completion_ids, number, answers, strict=True):
-            example, (thoughts, text) = examples[place], split_thinking(answer.text)
-            prose, by_judge = f"{thoughts or ''}\n{text}", judge is not None and bool(example.item.rubric)
+        for example, mask, answer in zip(asked, masks, answers, strict=True):
+            by_judge = judge is not None and bool(example.item.rubric)
             terms = Terms(
                 outcome=task.reward(example, answer),
                 rubric=judged.pop(0) if by_judge else None,
-                language=None if language is None else language(prose, example.language),
-                length=length_penalty(len(ids), free_tokens or 0, limit_tokens or 1) if both else None,
+                language=None if language is None else language(_prose(answer), example.language),
+                length=length_penalty(sum(mask), free_tokens or 0, limit_tokens or 1) if both else None,
             )
             found.append(reward(terms, weighed, needed=("outcome", "rubric") if by_judge else ("outcome",)))
         return found
@@ -72,12 +112,43 @@ def reward_of(
     return rewards
 
 
-def answer_to(encode: PlainEncoder, example: Problem, ids: Sequence[int]) -> Answer:
-    """The text of sampled ids, with the marker that its prompt wrote for it."""
-    ended = bool(ids) and ids[-1] in encode.ends
-    answer = answer_of(encode, list(ids[:-1] if ended else ids), ended)
-    opened = example.mode == "think" and encode.markers
-    return Answer(f"{THINK}{answer.text}", answer.ended) if opened else answer
+def turns_of(ids: Sequence[int], written: Sequence[bool]) -> list[list[int]]:
+    """The stretches of an answer that the model wrote."""
+    stretches = groupby(zip(ids, written, strict=True), key=lambda pair: pair[1])
+    return [[token for token, _ in stretch] for wrote, stretch in stretches if wrote]
+
+
+def _prompt(example: Problem, encode: PlainEncoder) -> list[int]:
+    return encode.prompt(example.prompt, think=example.mode == "think")
+
+
+def _opens_thoughts(example: Problem, encode: PlainEncoder) -> bool:
+    """Whether what stands before a turn has opened its thoughts."""
+    return example.mode == "think" and bool(encode.markers)
+
+
+def answer_to(
+    encode: PlainEncoder, example: Problem, ids: Sequence[int], written: Sequence[bool] | None = None
+) -> Answer:
+    """The text of sampled ids, with the marker that its prompt wrote for it.
+
+    written: a rollout's `mask`, without which an agent's turns cannot be told from the results of tools; None: all.
+    """
+    turns = turns_of(ids, [True] * len(ids) if written is None else written)
+    *earlier, last = [_text(encode, example, turn) for turn in turns or [[]]]
+    return Answer(last, bool(turns) and turns[-1][-1] in encode.ends, tuple(earlier))
+
+
+def _text(encode: PlainEncoder, example: Problem, turn: Sequence[int]) -> str:
+    ended = bool(turn) and turn[-1] in encode.ends
+    text = answer_of(encode, list(turn[:-1] if ended else turn), ended).text
+    return f"{THINK}{text}" if _opens_thoughts(example, encode) else text
+
+
+def _prose(answer: Answer) -> str:
+    """Thoughts and answer, without an agent's calls, which are in no language."""
+    thoughts, text = split_thinking(answer.text)
+    return "\n".join([*(split_thinking(turn)[0] or "" for turn in answer.earlier), thoughts or "", text])
 
 
 def _judged(judge: Judge | None, examples: Sequence[Problem], answers: Sequence[Answer]) -> list[float | None]:

@@ -16,8 +16,8 @@ from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tok
 from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
-from tokensieve.posttrain.outcomes import demonstrations_of
-from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, sample
+from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
+from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import Problem
@@ -151,7 +151,8 @@ class Parts:
 
         config = self.config
         return sample(
-            model, self.tokenizer, self.encode, asked, samples, config.new_tokens, at_once=config.at_once,
+            model, self.tokenizer, self.encode, asked, samples, config.new_tokens,
+            result_tokens=config.result_tokens, at_once=config.at_once,
             selector="indexer" if config.selection == "indexer" else "dense", on_progress=on_progress, **more,
         )  # fmt: skip
 
@@ -208,7 +209,11 @@ class Parts:
             rewards = mixture.rewards(asked, self.encode, config, judge)
             prompts = mixture.prompts(asked, self.encode)
             on_step = self._on_step(f"{what}, GRPO")
-            stages.reinforce(model, self.tokenizer, prompts, rewards, stage, config, folder, on_step)
+            respond = respond_of([(group.task, examples) for group, examples in asked], self.encode)
+            stages.reinforce(
+                model, self.tokenizer, prompts, rewards, stage, config, folder, on_step, respond,
+                room(asked, config.result_tokens),
+            )  # fmt: skip
 
     def distill(self, domains: Sequence[str]) -> None:
         """Answers of all specialists, the best of them, and one model that is trained on these from the base."""

@@ -1,29 +1,39 @@
 """Rollouts: answers that the engine samples, with all that training needs to see them as the engine did.
 
+An agent's answer goes on after the result of each tool that it called: its turns and the results are one rollout.
+
 Legend: T tokens of prompt and answer, K keys of a query.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Output, Request, Sampling
-from tokensieve.engine.core import check
 from tokensieve.engine.scheduler import pages_for
 from tokensieve.evals.progress import OnProgress
+from tokensieve.machine import usable_cores
 from tokensieve.model import DecoderForCausalLM
+
+NEXT_TURN = 1 << 40  # what parts the seeds of an answer's turns: above those of all answers
+
+# Of a prompt and the turns that a model wrote behind it: the tokens up to its next turn; None if the episode is over.
+# Several are asked at once, in threads.
+Respond = Callable[[tuple[int, ...], Sequence[tuple[int, ...]]], Sequence[int] | None]
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled answer.
 
-    logprobs: natural log probability of each token of the answer under the model, before temperature and cuts. ended:
-    the model ended it, instead of running out of tokens. selection: per layer (T - 1, K) int32, the positions that each
-    token but the last read, ascending, then -1; empty if the rollout kept none.
+    logprobs: natural log probability of each token that the model wrote, under the model, before temperature and cuts.
+    ended: the model ended it, instead of running out of tokens. selection: per layer (T - 1, K) int32, the positions
+    that each token but the last read, ascending, then -1; empty if the rollout kept none. written: for each token of
+    the answer, whether the model wrote it; empty if it wrote all. The others are results of tools.
     """
 
     prompt: tuple[int, ...]
@@ -31,6 +41,58 @@ class Rollout:
     logprobs: tuple[float, ...]
     ended: bool
     selection: tuple[Tensor, ...] = ()
+    written: tuple[bool, ...] = ()
+
+    @property
+    def mask(self) -> tuple[bool, ...]:
+        """`written`, never empty but for an empty answer."""
+        return self.written or (True,) * len(self.answer)
+
+
+@dataclass
+class Episode:
+    """A rollout that is under way. sampling: of its next turn."""
+
+    name: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    turns: list[tuple[int, ...]] = field(default_factory=list)  # of the model
+    answer: list[int] = field(default_factory=list)
+    written: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    selection: tuple[Tensor, ...] = ()
+
+    def add_turn(self, outputs: Sequence[Output]) -> None:
+        turn = tuple(token for output in outputs for token in output.tokens)
+        self.turns.append(turn)
+        self._extend(turn, written=True)
+        self.logprobs += [entry.logprob for output in outputs for entry in output.logprobs]
+        self.ended, self.selection = outputs[-1].finish == "stop", outputs[-1].selection
+
+    def add_result(self, result: Sequence[int], room: int) -> bool:
+        """Whether there is room for another turn behind the result. If not, the episode is cut off before it.
+
+        room: for all tokens of prompt and answer.
+        """
+        most = min(
+            self.sampling.max_tokens - len(self.turns[-1]), room - len(self.prompt) - len(self.answer) - len(result)
+        )
+        if most < 1:
+            self.ended = False
+            return False
+        self._extend(result, written=False)
+        least, seed = min(self.sampling.min_tokens, most), (self.sampling.seed or 0) + NEXT_TURN
+        self.sampling = replace(self.sampling, max_tokens=most, min_tokens=least, seed=seed)
+        return True
+
+    def _extend(self, tokens: Sequence[int], written: bool) -> None:
+        self.answer += tokens
+        self.written += [written] * len(tokens)
+
+    def rollout(self) -> Rollout:
+        written = () if all(self.written) else tuple(self.written)
+        return Rollout(self.prompt, tuple(self.answer), tuple(self.logprobs), self.ended, self.selection, written)
 
 
 class Rollouts:
@@ -39,8 +101,8 @@ class Rollouts:
     The answers to one prompt read it once. The weights are the model's own: a step of training changes them in place,
     and `sample` forgets what was cached under the old ones. Keys are read in the form in which adaptation reads them.
 
-    tokens: of the longest prompt and answer together. at_once: answers that run together. keep_selection: for
-    `replaying`. UserError for a model or sizes that the engine does not take.
+    tokens: of the longest prompt and answer together, results of tools included. at_once: answers that run together.
+    keep_selection: for `replaying`. UserError for a model or sizes that the engine does not take.
     """
 
     def __init__(
@@ -58,7 +120,7 @@ class Rollouts:
         training = model.training
         self.engine = Engine(model, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
         model.train(training)  # an engine sets it to evaluation
-        self._selector = selector
+        self._selector, self._tokens = selector, tokens
 
     def sample(
         self,
@@ -67,45 +129,55 @@ class Rollouts:
         sampling: Sampling,
         seed: int = 0,
         on_progress: OnProgress | None = None,
+        respond: Respond | None = None,
     ) -> list[list[Rollout]]:
         """`samples` answers to each prompt, the same for the same arguments and weights.
 
-        `sampling.seed` is replaced by one of each answer's own. UserError for a prompt that the engine cannot run, and
-        if the engine fails.
+        `sampling.seed` is replaced by one of each turn's own; `sampling.max_tokens` is for all turns of an answer.
+        respond: gives the results of tools. Every answer that ended is offered to it, and goes on if there is one. An
+        answer whose result has no room, or leaves none for another turn, is cut off before it. UserError for a prompt
+        that the engine cannot run, and if the engine fails.
         """
         engine, training = self.engine, self.engine.model.training
         engine.scheduler.pool.forget()
         engine.model.eval()
+        episodes = []
+        for number in range(len(prompts) * samples):
+            place = number // samples
+            drawn = replace(sampling, logprobs=0, seed=seed * 1_000_003 + number)
+            episodes.append(Episode(f"{place} {number % samples}", tuple(prompts[place]), drawn))
         try:
-            found = self._run(prompts, samples, sampling, seed, on_progress)
+            going = episodes
+            while going:
+                asked = [Request(e.name, (*e.prompt, *e.answer), e.sampling, self._selector) for e in going]
+                outputs = self._run(asked, on_progress)
+                for episode in going:
+                    episode.add_turn(outputs[episode.name])
+                going = [] if respond is None else self._answered(going, respond)
         finally:
             engine.model.train(training)
-        return [
-            [_rollout(tuple(prompt), found[f"{place} {sample}"]) for sample in range(samples)]
-            for place, prompt in enumerate(prompts)
-        ]
+        done = [episode.rollout() for episode in episodes]
+        return [done[place * samples : (place + 1) * samples] for place in range(len(prompts))]
 
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        samples: int,
-        sampling: Sampling,
-        seed: int,
-        on_progress: OnProgress | None,
-    ) -> dict[str, list[Output]]:
-        """All outputs of each answer, by "PROMPT SAMPLE"."""
+    def _answered(self, episodes: Sequence[Episode], respond: Respond) -> list[Episode]:
+        """The episodes that go on, with the results of their calls."""
+        ended = [episode for episode in episodes if episode.ended]
+        with ThreadPoolExecutor(usable_cores() or 1) as pool:
+            results = [*pool.map(lambda episode: respond(episode.prompt, episode.turns), ended)]
+        going = []
+        for episode, result in zip(ended, results, strict=True):
+            if result is not None and episode.add_result(result, min(self._tokens, self.engine.longest)):
+                going.append(episode)
+        return going
+
+    def _run(self, requests: Sequence[Request], on_progress: OnProgress | None) -> dict[str, list[Output]]:
+        """All outputs of each request, by its id."""
         engine = self.engine
-        for prompt in prompts:
-            check(Request("", tuple(prompt), sampling), engine.longest, engine.model.config.vocab_size)
-        found: dict[str, list[Output]] = {}
-        for place, prompt in enumerate(prompts):
-            for sample in range(samples):
-                drawn = replace(sampling, logprobs=0, seed=seed * 1_000_003 + place * samples + sample)
-                name = f"{place} {sample}"
-                engine.add(Request(name, tuple(prompt), drawn, self._selector))
-                found[name] = []
+        found: dict[str, list[Output]] = {request.id: [] for request in requests}
         done = 0
         try:
+            for request in requests:
+                engine.add(request)
             while engine.busy:
                 for output in engine.step():
                     found[output.id].append(output)
@@ -119,10 +191,3 @@ class Rollouts:
             for name in found:  # those that have not ended
                 engine.abort(name)
         return found
-
-
-def _rollout(prompt: tuple[int, ...], outputs: Sequence[Output]) -> Rollout:
-    told = [entry for output in outputs for entry in output.logprobs]
-    answer = tuple(token for output in outputs for token in output.tokens)
-    last = outputs[-1]
-    return Rollout(prompt, answer, tuple(entry.logprob for entry in told), last.finish == "stop", last.selection)

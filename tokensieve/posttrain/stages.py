@@ -22,6 +22,7 @@ from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain.grpo import SparseGRPOTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
+from tokensieve.posttrain.rollouts import Respond
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
 from tokensieve.train.callbacks import training
 
@@ -71,14 +72,22 @@ def reinforce(
     config: PosttrainConfig,
     folder: Path,
     on_step: OnStep | None = None,
+    respond: Respond | None = None,
+    room: int = 0,
 ) -> History:
-    """GRPO by `SparseGRPOTrainer`; leaves the model in `folder`. UserError for options that GRPOConfig refuses."""
+    """GRPO by `SparseGRPOTrainer`; leaves the model in `folder`. UserError for options that GRPOConfig refuses.
+
+    respond: gives the results of tools, as in `Rollouts.sample`; room: tokens that they may take in an answer.
+    """
     arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
     arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
-    args, longest = _made(GRPOConfig, arguments | stage.options), max(map(len, prompts["prompt"])) + config.new_tokens
+    args, longest = (
+        _made(GRPOConfig, arguments | stage.options),
+        max(map(len, prompts["prompt"])) + config.new_tokens + room,
+    )
     with _quiet():
         trainer = SparseGRPOTrainer(
-            model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection
+            model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
         )  # fmt: skip
         return _run(trainer, model, folder, on_step)
 

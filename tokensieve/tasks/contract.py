@@ -37,10 +37,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, without the end marker; `ended`: it wrote one, instead of running out of tokens."""
+    """What a model wrote, without the end marker; `ended`: it wrote one, instead of running out of tokens.
+
+    earlier: an agent's turns before this last one. Each ends with a call, and the tools' results are not among them.
+    """
 
     text: str
     ended: bool = True
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from tokensieve.config import UserError
 from tokensieve.tasks.turns import (
     ASSISTANT,
     BOS,
+    CALL,
     DEEPSEEK,
+    END_CALL,
     END_THINK,
     EOS,
     PAD,
@@ -154,14 +156,25 @@ class PlainEncoder:
             return list(cast("Sequence[int]", prompt))
         messages = list(cast("Sequence[Message]", prompt))
         if self.markers:
-            reply = (self.markers[ASSISTANT], self.markers[THINK]) if think else self.turns.reply
-            return [*deepseek_conversation(self.markers, self, messages), *reply]
+            return [*deepseek_conversation(self.markers, self, messages), *self._reply(think)]
         return self._by_template(messages, generate=True)
 
+    def _reply(self, think: bool) -> tuple[int, ...]:
+        return (self.markers[ASSISTANT], self.markers[THINK]) if think and self.markers else self.turns.reply
+
+    def next_turn(self, text: str, think: bool = False) -> list[int]:
+        """The ids behind an answer that has ended: a user's text, up to where the next answer begins; as in `prompt`.
+
+        Raises:
+            UserError: the tokenizer has no chat format.
+        """
+        return [*self.chat().next, *self(text), *self._reply(think)]
+
     def solution(self, text: str) -> list[int]:
-        """The ids of an answer, in which `<think>` and `</think>` are tokens if the vocabulary has them."""
-        parts = re.split(f"({re.escape(THINK)}|{re.escape(END_THINK)})", text)
-        marks = {mark: self.raw.token_to_id(mark) for mark in (THINK, END_THINK)}
+        """The ids of an answer, in which the markers of thoughts and calls are tokens if the vocabulary has them."""
+        spelled = (THINK, END_THINK, CALL, END_CALL)
+        parts = re.split(f"({'|'.join(map(re.escape, spelled))})", text)
+        marks = {mark: self.raw.token_to_id(mark) for mark in spelled}
         known = {mark: number for mark, number in marks.items() if number is not None}
         return [token for part in parts if part for token in ([known[part]] if part in known else self(part))]
 

@@ -17,6 +17,7 @@ from tokensieve.tasks.time_limit import TimeIsUp, time_limit
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT, THINK, END_THINK = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"  # of a tool, by an agent: `problems/tools.py`
 DEEPSEEK = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}

@@ -25,6 +25,11 @@ def words(text: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(text)]
 
 
+def states(text: str, value: str) -> bool:
+    """Whether a value stands in a text by itself, not within another word or number; in Chinese, anywhere."""
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(value)}(?![A-Za-z0-9])", text, re.IGNORECASE) is not None
+
+
 @dataclass(frozen=True)
 class Check:
     """One kind of criterion. text: with {0} for what varies. met: whether an answer meets it, for this value."""
@@ -48,6 +53,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "names": Check('The answer uses the word "{0}".', lambda a, word: word.lower() in words(a)),
         "avoids": Check('The answer never uses the word "{0}".', lambda a, word: word.lower() not in words(a)),
         "begins": Check('The answer begins with the word "{0}".', lambda a, word: words(a)[:1] == [word.lower()]),
+        "states": Check('The answer states "{0}".', lambda a, value: states(a, value)),
+        "omits": Check('The answer does not state "{0}".', lambda a, value: not states(a, value)),
+        "most characters": Check("The answer has at most {0} characters.", lambda a, n: 0 < len(a.strip()) <= int(n)),
         "ends": Check('The answer ends with "{0}".', lambda a, mark: a.rstrip().endswith(mark)),
     }
 )

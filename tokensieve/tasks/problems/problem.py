@@ -1,18 +1,22 @@
 """What a domain is, and the task that makes prompts of its items: worked examples, then one question.
 
 A prompt of post-training must be several times longer than k, or it says nothing of sparse attention. So it begins with
-worked examples of the same kind, as many as fit into its length.
+worked examples of the same kind, as many as fit into its length. An agent's are whole episodes, calls and results
+included.
 """
 
 import random
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from tokensieve.config import UserError
 from tokensieve.tasks.contract import Answer, Example, Score
 from tokensieve.tasks.documents import Split, stable_fraction
 from tokensieve.tasks.encoder import PlainEncoder
-from tokensieve.tasks.turns import END_THINK, THINK
+from tokensieve.tasks.problems.tools import Call, CallFault, Step, Tool, call_in, listing, response
+from tokensieve.tasks.turns import CALL, END_THINK, THINK
 
 Mode = Literal["think", "direct"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -33,7 +37,7 @@ class Item:
     """One question and a right answer. key: what is asked, however it is phrased; no key is in both splits.
 
     thoughts: a short derivation of the answer. data: what the domain grades by. rubric: the criteria of a judge, if the
-    answer is one for a judge.
+    answer is one for a judge. steps: an agent's turns before the answer.
     """
 
     key: str
@@ -42,6 +46,7 @@ class Item:
     answer: str
     data: tuple[str, ...] = ()
     rubric: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 class Domain(Protocol):
@@ -66,15 +71,46 @@ class Domain(Protocol):
         """How right an answer without its thoughts is, in [0, 1], by rules. Whatever the answer holds, nothing else."""
 
 
+@runtime_checkable
+class Agent(Domain, Protocol):
+    """A domain whose answers may call tools, one at the end of each turn.
+
+    It keeps no session: its state is a function of the item and of the calls so far, so that an episode can be graded
+    from what the model wrote, anywhere and again.
+    """
+
+    @property
+    def tools(self) -> tuple[Tool, ...]: ...
+
+    @property
+    def most_calls(self) -> int:
+        """Calls of an episode, faulty ones included. An answer that calls once more has failed."""
+
+    def respond(self, item: Item, calls: Sequence[Call]) -> str:
+        """The result of the last call, after the others. CallFault if it cannot be done: its text is the result."""
+
+    def grade(self, item: Item, answer: str, calls: Sequence[Call] = ()) -> float:
+        """As in `Domain`, for an answer that comes after these calls. Those that cannot be done do nothing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem(Example):
-    """An item behind its worked examples. demonstration: a right answer in its mode, for cold-start training."""
+    """An item behind its worked examples. demonstration: a right answer in its mode, for cold-start training.
+
+    steps: (turn, result) of an agent's turns before it.
+    """
 
     domain: str
     mode: Mode
     language: str
     item: Item
     demonstration: str
+    steps: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def shown(self) -> Answer:
+        """The demonstration as an answer."""
+        return Answer(self.demonstration, earlier=tuple(turn for turn, _ in self.steps))
 
 
 @dataclass(frozen=True)
@@ -114,6 +150,8 @@ class Problems:
     def _problem(self, rng: random.Random, size: int, split: Split) -> Problem:
         asked = self._item(rng, size, split)
         ask, (question, _) = ASKS[self.language, self.mode], HEADS[self.language]
+        if isinstance(self.domain, Agent):
+            ask = f"{listing(self.domain.tools, self.domain.most_calls, self.language)}\n\n{ask}"
         end = f"{ask}\n\n{question} {asked.question}"
         shown: list[str] = []
         length = len(self.encode(end))
@@ -125,7 +163,8 @@ class Problems:
         prompt = [{"role": "user", "content": "".join(shown) + end}]
         return Problem(
             name=f"{self.domain.name} {asked.key}", prompt=prompt, domain=self.domain.name, mode=self.mode,
-            language=self.language, item=asked, demonstration=self._solution(asked),
+            language=self.language, item=asked, demonstration=self._turn(asked.thoughts, asked.answer),
+            steps=self._steps(asked),
         )  # fmt: skip
 
     def _item(self, rng: random.Random, size: int, split: Split) -> Item:
@@ -135,26 +174,62 @@ class Problems:
                 return item
         raise UserError(f"{self.domain.name} has too few problems of difficulty {size}; use a greater one")
 
-    def _solution(self, item: Item) -> str:
-        return f"{THINK}{item.thoughts}{END_THINK}{item.answer}" if self.mode == "think" else item.answer
+    def _turn(self, thoughts: str, text: str) -> str:
+        return f"{THINK}{thoughts}{END_THINK}{text}" if self.mode == "think" else text
+
+    def _steps(self, item: Item) -> tuple[tuple[str, str], ...]:
+        return tuple((self._turn(step.thoughts, str(step.call)), response(step.result)) for step in item.steps)
 
     def _worked(self, item: Item) -> str:
         question, solution = HEADS[self.language]
-        return f"{question} {item.question}\n{solution} {self._solution(item)}\n\n"
+        steps = "".join(f"{turn}\n{result}\n" for turn, result in self._steps(item))
+        return f"{question} {item.question}\n{solution} {steps}{self._turn(item.thoughts, item.answer)}\n\n"
+
+    def respond(self, example: Problem, turns: Sequence[str]) -> str | None:
+        """The result of the call that the last of an agent's turns ends with, as the model reads it.
+
+        None if the episode is over: the turn calls nothing, or once more than it may. A call that cannot be run has its
+        fault as the result.
+        """
+        if not isinstance(self.domain, Agent) or len(turns) > self.domain.most_calls:
+            return None
+        try:
+            if call_in(split_thinking(turns[-1])[1], self.domain.tools) is None:
+                return None
+            return response(self.domain.respond(example.item, calls_of(self.domain, turns)))
+        except CallFault as fault:
+            return response(str(fault))
 
     def score(self, example: Problem, answer: Answer) -> Score:
-        """The domain's grade of an answer that ended and kept to its mode; else 0.
+        """The domain's grade of an answer that ended and kept to its mode in every turn; else 0.
 
-        Parts: "ended", and "format": the answer thinks if it should, and only then.
+        Parts: "ended", and "format": each turn thinks if it should, and only then.
         """
-        thoughts, text = split_thinking(answer.text)
-        kept = (thoughts is not None) == (example.mode == "think")
-        value = self.domain.grade(example.item, text) if answer.ended and kept else 0.0
+        turns = [split_thinking(text) for text in (*answer.earlier, answer.text)]
+        kept = all((thoughts is not None) == (example.mode == "think") for thoughts, _ in turns)
+        value = self._grade(example.item, answer.earlier, turns[-1][1]) if answer.ended and kept else 0.0
         return Score(value, {"ended": float(answer.ended), "format": float(kept)})
+
+    def _grade(self, item: Item, earlier: Sequence[str], text: str) -> float:
+        if not isinstance(self.domain, Agent):
+            return self.domain.grade(item, text)
+        if CALL in text:  # cut off before its result
+            return 0.0
+        return self.domain.grade(item, text, calls_of(self.domain, earlier))
 
     def reward(self, example: Problem, answer: Answer) -> float:
         """The score's value: nothing for an answer that does not end."""
         return self.score(example, answer).value
+
+
+def calls_of(domain: Agent, turns: Sequence[str]) -> list[Call]:
+    """The calls of an agent's turns, without those of no use."""
+    calls: list[Call] = []
+    for turn in turns:
+        with suppress(CallFault):
+            call = call_in(split_thinking(turn)[1], domain.tools)
+            calls += [] if call is None else [call]
+    return calls
 
 
 def split_of(domain: str, key: str) -> Split:

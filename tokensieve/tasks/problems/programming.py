@@ -5,7 +5,7 @@ The expected output never enters the sandbox. The verdict is computed outside, f
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tokensieve import sandbox
@@ -88,6 +88,13 @@ READ = {
 }
 
 
+def outcome(stages: Sequence[tuple[Step, int]], end: str, numbers: Numbers) -> int:
+    """What a program of these steps prints for some numbers."""
+    for step, n in stages:
+        numbers = step.apply(numbers, n)
+    return ENDS[end][2](numbers)
+
+
 @dataclass(frozen=True)
 class Programming:
     """Programs over a line of integers. Difficulty: steps between reading and printing, from 1 to 6.
@@ -101,14 +108,12 @@ class Programming:
     difficulty: tuple[int, int, int] = (1, 1, 6)
 
     def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
-        end = rng.choice([*ENDS])
-        chosen = [(step, rng.randint(2, 9)) for step in rng.choices(STEPS, k=difficulty)]
-        inputs = [[rng.randint(-20, 20) for _ in range(rng.randint(1, 9))] for _ in range(CASES)]
-        outputs = []
-        for numbers in inputs:
-            for step, n in chosen:
-                numbers = step.apply(numbers, n)
-            outputs.append(ENDS[end][2](numbers))
+        outputs: list[int] = []
+        while len({*outputs}) < 2:  # or a constant would be right
+            end = rng.choice([*ENDS])
+            chosen = [(step, rng.randint(2, 9)) for step in rng.choices(STEPS, k=difficulty)]
+            inputs = [[rng.randint(-20, 20) for _ in range(rng.randint(1, 9))] for _ in range(CASES)]
+            outputs = [outcome(chosen, end, numbers) for numbers in inputs]
         lines = [step.line.format(n=n) for step, n in chosen]
         texts = [step.text[language][split].format(n=n) for step, n in chosen]
         space = " " if language == "en" else ""

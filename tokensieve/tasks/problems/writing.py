@@ -27,7 +27,8 @@ class Writing:
     """Texts that obey wishes. Difficulty: wishes beside the number of sentences, from 1 to 4.
 
     The rubric has a criterion for each wish (`checks`), which a judge scores; `grade` is the share that rules find met.
-    What rules cannot see, such as sense and style, is the judge's alone.
+    A text that does not name its subject, or has fewer than three words for each sentence, is worth nothing: a word
+    alone would meet half of the wishes. What rules cannot see, such as sense and style, is the judge's alone.
     """
 
     name: str = "writing"
@@ -46,8 +47,12 @@ class Writing:
         lines = [f"{first} is a {adjective} {thing}."]
         lines += [f"It stands near the {other}.", "It is quiet.", "Nobody knows it well."][: count - 1]
         rubric = tuple(CHECKS[kind].criterion(value) for kind, value in chosen.items())
+        needed = (CHECKS["names"].criterion(thing), CHECKS["least words"].criterion(3 * count))
         key = " ".join([adjective, thing, *(f"{kind}={value}" for kind, value in chosen.items())])
-        return Item(key, " ".join(asked), "\n".join(rubric), " ".join(lines), rubric, rubric)
+        return Item(key, " ".join(asked), "\n".join(rubric), " ".join(lines), needed, (*needed, *rubric))
 
     def grade(self, item: Item, answer: str) -> float:
-        return sum(met(criterion, answer) for criterion in item.data) / len(item.data)
+        if not all(met(criterion, answer) for criterion in item.data):
+            return 0.0
+        wishes = item.rubric[len(item.data) :]
+        return sum(met(criterion, answer) for criterion in wishes) / len(wishes)
