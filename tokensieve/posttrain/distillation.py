@@ -92,7 +92,7 @@ def training_rows(
             "sampled": len(own), "passed": passed, "kept": len(best), "demonstrations": len(shown)
         }  # fmt: skip
         kept += best
-        rows += [*map(_row, best), *shown]
+        rows += [*map(row_of, best), *shown]
     if not rows:
         raise UserError(
             f"no answer of a specialist scores {config.passing} or more; train the specialists longer, lower "
@@ -101,6 +101,7 @@ def training_rows(
     return Dataset.from_list(rows), kept, counts
 
 
-def _row(line: Line) -> Row:
+def row_of(line: Line) -> Row:
+    """What is trained of a line."""
     prompt, answer = line["prompt"], line["answer"]
     return {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + line["written"]}

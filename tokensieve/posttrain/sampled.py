@@ -53,7 +53,7 @@ def sample(
     sampling = Sampling(max_tokens=new_tokens, temperature=temperature)
     answers = rollouts.sample(prompts, samples, sampling, seed, on_progress, respond)
     return [
-        [_scored(group, example, rollout, encode) for rollout in found]
+        [scored(group, example, rollout, encode) for rollout in found]
         for (group, example), found in zip(problems, answers, strict=True)
     ]
 
@@ -63,7 +63,7 @@ def room(asked: Sequence[tuple[Group, Sequence[Problem]]], result_tokens: int) -
     return result_tokens if any(isinstance(group.task.domain, Agent) for group, _ in asked) else 0
 
 
-def _scored(group: Group, example: Problem, rollout: Rollout, encode: PlainEncoder) -> Sampled:
+def scored(group: Group, example: Problem, rollout: Rollout, encode: PlainEncoder) -> Sampled:
     answer = answer_to(encode, example, rollout.answer, rollout.mask)
     return Sampled(group.name, example, rollout, answer, group.task.score(example, answer).value)
 
