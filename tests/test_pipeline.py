@@ -113,9 +113,9 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
         pass
 
     wait = [("logic, cold start", 1), ("logic, cold start", 2), ("logic-direct, pass rate at difficulty 4", 1)]
-    wait += [("logic, GRPO", 2), ("answers of specialist-writing", 2), ("all domains, GRPO", 2)]
+    wait += [("logic, GRPO", 2), ("before", "rl"), ("answers of specialist-writing", 2), ("all domains, GRPO", 2)]
     wait += [("final on held-out writing-direct", 1)]
-    note = pipeline._Watched.on_progress
+    note, write = pipeline._Watched.on_progress, stages.write_json
 
     def kill(watch: Any, what: str, done: int, total: int) -> None:
         note(watch, what, done, total)
@@ -123,13 +123,21 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
             del wait[0]
             raise Killed
 
+    def kill_at_the_end(path: Path, rows: Any) -> None:
+        """Behind the last checkpoint and the model, before anything says that the stage is done."""
+        if wait and wait[0] == ("before", path.parent.name):
+            del wait[0]
+            raise Killed
+        write(path, rows)
+
     monkeypatch.setattr(pipeline._Watched, "on_progress", kill)
+    monkeypatch.setattr(stages, "write_json", kill_at_the_end)
     out, config = tmp_path / "run", settings(model, tmp_path / "run")
     for left in range(len(wait), 0, -1):
         with pytest.raises(Killed):
-            pipeline.run(config, resume=left < 7, console=QUIET)
+            pipeline.run(config, resume=left < 8, console=QUIET)
         assert len(wait) == left - 1
-        if left == 5:  # a checkpoint that a kill cut off
+        if left == 6:  # a checkpoint that a kill cut off
             (out / "specialists/logic/rl/checkpoint-9").mkdir(parents=True)
     pipeline.run(config, resume=True, console=QUIET)
     assert weights_of(out) == weights_of(whole) and figures_of(out) == figures_of(whole)

@@ -24,9 +24,9 @@ from tokensieve.tasks.problems import Problem
 
 log = logging.getLogger("tokensieve")
 
-# Seeds of the problems of each purpose, so that none is asked twice: offsets from the config's seed.
+# Each purpose draws problems of its own: offsets from the config's seed.
 COLD, KNOB, GRPO, DISTILL, MIXED, FILLED = range(6)
-PURPOSES = 10  # a next seed of the config shares none of them
+PURPOSES = 10  # so that the next seed of a config has none of these
 
 BASE, DISTILLED, FINAL = "base", "distilled", "final"  # the models, beside "specialist-DOMAIN"
 
