@@ -12,7 +12,7 @@ from tokensieve.train.adapt import STAGE
 from tokensieve.train.estimate import estimate
 
 READ = 1 / 3  # of a trained row's time that a row takes which is only read: its forward pass
-SAID = 5.0  # times that of a token that is read: a token of an answer, on two cores with 16 answers at once
+SAID = 10.0  # times that of a token that is read: a token of an answer (docs/results/posttraining.md)
 
 
 @dataclass(frozen=True)
