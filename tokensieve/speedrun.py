@@ -24,12 +24,12 @@ from tokensieve import cost, evals, train
 from tokensieve.config import SpeedrunConfig, TrainConfig, UserError, to_dict
 from tokensieve.data import read_documents, text_source
 from tokensieve.evals import OnProgress
-from tokensieve.files import is_free, write_json
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import save_indexers
 from tokensieve.model.positions import check_positions
 from tokensieve.report import environment, show, show_criteria
+from tokensieve.run_record import Clock, RunRecord
 from tokensieve.tasks import Document, encoder
 from tokensieve.train.figures import summary
 from tokensieve.train.pretrain import new_model
@@ -43,7 +43,7 @@ PARTS = {
     "evaluate": "Evaluate: the base model's use of its context, and both sparse models against it",
 }
 MADE = {"pretrain": "base", "warmup": "sparse", "adapt": "adapted"}  # the folder of a part's model
-NOTED = 10  # seconds of a part's time that a kill can lose, at most
+LEAVES = {part: (part, MADE[part]) if part in MADE else () for part in PARTS}  # its training run, and its model
 
 OnStep = Callable[[int, dict[str, float]], None]  # of train.run: the step, and its figures
 
@@ -60,7 +60,7 @@ def run(
     begin = time.perf_counter()
     console = console or Console()
     out, runs = Path(config.out), _runs(config)
-    record = RunRecord.of(out, resume)
+    record = RunRecord.of(out, LEAVES, resume, "speedrun")
     _check(config, runs)
     record.match(_settings(config, runs))
     if until == "evaluate":
@@ -112,7 +112,7 @@ TRAIN: dict[str, Callable[[SpeedrunConfig, TrainConfig, OnStep], None]] = {
 }
 
 
-def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], clock: "Clock", console: Console) -> None:
+def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], clock: Clock, console: Console) -> None:
     """Measures what `figures` lacks, and prints all of it. On a GPU in bfloat16, as the models are stored."""
     device = choose_device(config.adapt.device)
     out, sizes = Path(config.out), config.evaluate
@@ -155,91 +155,6 @@ def _evaluate(config: SpeedrunConfig, figures: dict[str, Any], clock: "Clock", c
                     )
             console.print(f"\n[bold]{title}[/bold]", highlight=False)
             show(console, known[str(context)])
-
-
-class Clock:
-    """The time of one part in metrics.json. `tick` brings it up to date now and then, lest a kill lose all of it."""
-
-    def __init__(self, record: "RunRecord", part: str):
-        self.record, self.part = record, part
-        self.before, self.begin = record.figures["seconds"].get(part, 0.0), time.perf_counter()
-        self.note()
-
-    def note(self) -> None:
-        """Writes the time so far, and whatever else the figures now hold."""
-        self.noted = time.perf_counter()
-        self.record.figures["seconds"][self.part] = self.before + self.noted - self.begin
-        self.record.write()
-
-    def on_step(self, step: int, figures: dict[str, float]) -> None:
-        """What a training run calls after every step."""
-        self.tick()
-
-    def tick(self) -> None:
-        """`note`, if `NOTED` seconds have passed since the last one."""
-        if time.perf_counter() - self.noted > NOTED:
-            self.note()
-
-
-class RunRecord:
-    """metrics.json: the figures of the parts that are done, and the seconds of every part. Written first of all."""
-
-    def __init__(self, path: Path, figures: dict[str, Any]):
-        self.path, self.figures = path, figures
-
-    @classmethod
-    def of(cls, out: Path, resume: bool) -> "RunRecord":
-        """UserError if the folder holds something else, or without `resume` a run."""
-        path = out / "metrics.json"
-        if is_free(out):
-            return cls(path, {"settings": {}, "seconds": {}})
-        try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
-            known = isinstance(figures["settings"], dict) and isinstance(figures["seconds"], dict)
-        except (OSError, ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise UserError(f"{out} is there and is no folder of a speedrun; name another one with --out")
-        if not resume:
-            done = [part for part in PARTS if part in figures]
-            reached = f" (up to {done[-1]})" if done else ""
-            raise UserError(f"{out} holds a run already{reached}; add --resume to continue it, or name another folder")
-        return cls(path, figures)
-
-    def match(self, settings: dict[str, str]) -> None:
-        """Takes these settings. Forgets what is gone or was measured by others; UserError if others trained."""
-        then, out = self.figures["settings"], self.path.parent
-        for number, part in enumerate(PARTS):
-            if part not in then:
-                continue
-            changed, trained = then[part] != settings[part], self._folders([part])
-            if changed and trained:
-                raise UserError(
-                    f"{out}: config differs from the run that is there, from {part} on; resume with the same one, "
-                    f"name another folder, or remove {', '.join(self._folders(list(PARTS)[number:]))} to do that again"
-                )
-            if changed or (part in MADE and MADE[part] not in trained):
-                self.figures.pop(part, None)
-            if not trained and (changed or part in MADE):
-                self.figures["seconds"].pop(part, None)
-        self.figures["settings"] = settings
-
-    def _folders(self, parts: list[str]) -> list[str]:
-        """The folders that the parts have left: those of their training runs and of their models."""
-        names = [name for part in parts if part in MADE for name in (part, MADE[part])]
-        return [name for name in names if (self.path.parent / name).exists()]
-
-    @contextmanager
-    def timing(self, part: str) -> Iterator[Clock]:
-        """Adds the block's time to that of the part."""
-        clock = Clock(self, part)
-        try:
-            yield clock
-        finally:
-            clock.note()
-
-    def write(self) -> None:
-        write_json(self.path, self.figures)
 
 
 def _runs(config: SpeedrunConfig) -> dict[str, TrainConfig]:

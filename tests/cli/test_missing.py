@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,15 @@ def test_one_line(package: str, importer: str, remedy: str) -> None:
     assert ended.returncode == 2 and not ended.stdout
     assert ended.stderr.startswith(f"tokensieve: error: {importer}") and ended.stderr.count("\n") == 1, ended.stderr
     assert f"imports {package}" in ended.stderr and "which is not installed" in ended.stderr and remedy in ended.stderr
+
+
+def test_post_training_needs_trl(tmp_path: Path) -> None:
+    """An extra has it. Nothing is left behind."""
+    code = "import sys; sys.modules['trl'] = None; from tokensieve.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "posttrain", "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1, ended.stderr
+    assert "imports trl" in ended.stderr and "'trl>=" in ended.stderr and not (tmp_path / "run").exists()
 
 
 def test_an_error_that_hides_the_package(capsys: pytest.CaptureFixture) -> None:

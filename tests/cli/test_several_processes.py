@@ -18,12 +18,14 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "profile", "sparsify", "convert", "deploy"]
+COMMANDS += ["posttrain", "specialist", "distill", "rl"]
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_one_line(stage: str, two: None, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     own = {
+        "specialist": ["--domain", "logic"],
         "eval": ["sparse"],
         "profile": ["."],
         "deploy": ["vllm", "sparse"],

@@ -10,6 +10,7 @@ from tokensieve.cli.missing import report_missing
 # Each adds its commands, in the order in which --help shows them.
 with report_missing():
     from tokensieve.cli import training  # noqa: I001
+    from tokensieve.cli import posttraining
     from tokensieve.cli import checkpoints
     from tokensieve.cli import sharing
     from tokensieve.cli import profiling
@@ -18,4 +19,4 @@ with report_missing():
     from tokensieve.cli import bench
     from tokensieve.cli.program import app, main
 
-__all__ = ["app", "bench", "checkpoints", "main", "profiling", "serving", "sharing", "text", "training"]
+__all__ = ["app", "bench", "checkpoints", "main", "posttraining", "profiling", "serving", "sharing", "text", "training"]

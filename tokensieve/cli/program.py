@@ -1,6 +1,7 @@
 """The parts that all commands share: the program, common options, exit statuses, and messages for bad input."""
 
 import errno
+import importlib
 import json
 import logging
 import sys
@@ -57,9 +58,9 @@ class OneProcess(TyperCommand):
         return super().invoke(ctx)
 
 
-def with_keys(kind: str, default: str) -> type[OneProcess]:
-    """A command whose help ends with the keys of --set: those of a class in tokensieve.config, by name, with the values
-    that a bundled config gives them.
+def with_keys(kind: str, default: str, module: str = "tokensieve.config") -> type[OneProcess]:
+    """A command whose help ends with the keys of --set: those of a class in `module`, by name, with the values that a
+    bundled config gives them.
     """
 
     class WithKeys(OneProcess):
@@ -68,8 +69,9 @@ def with_keys(kind: str, default: str) -> type[OneProcess]:
 
             from tokensieve import config
 
-            values = config.to_dict(config.load_config(getattr(config, kind), default))
-            lines = [f"Keys of --set, with the values of config {default} (tokensieve/config.py explains each):"]
+            values = config.to_dict(config.load_config(getattr(importlib.import_module(module), kind), default))
+            explained = f"{module.replace('.', '/')}.py"
+            lines = [f"Keys of --set, with the values of config {default} ({explained} explains each):"]
             tables: dict[str, list[str]] = {}
             for key, value in config.flat(values):
                 entry = f"{key} (none)" if value is None else f"{key}={json.dumps(value)}"

@@ -1,4 +1,4 @@
-"""Post-training: what an answer is rewarded with. Specialists, distillation and reinforcement learning build on it.
+"""Post-training: rewards, rollouts, and the parts of the pipeline, which `tokensieve.pipeline` puts together.
 
 Rewards are functions of texts and numbers, so that TRL, verl and evaluation call the same ones.
 """

@@ -13,6 +13,8 @@ from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.origin import environment
+from tokensieve.report.posttrain import show_posttraining, write_curves
+from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
 from tokensieve.report.suites import show_long, show_short
@@ -24,8 +26,11 @@ __all__ = [
     "show",
     "show_criteria",
     "show_long",
+    "show_posttraining",
     "show_profile",
     "show_short",
+    "write_curves",
+    "write_posttraining",
     "write_profile",
     "write_report",
     "write_run",

@@ -1,0 +1,65 @@
+"""From a specialist's answers to data: what is kept, what is left out, and what takes its place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokensieve
+from tokensieve.config import UserError
+from tokensieve.posttrain import distillation
+from tokensieve.posttrain.groups import Group
+from tokensieve.posttrain_config import DistillConfig, SftConfig
+from tokensieve.tasks import encoder
+from tokensieve.tasks.problems import Problems, domain
+
+
+def settings(**changes: Any) -> DistillConfig:
+    return DistillConfig(**{"prompts": 1, "samples": 1, "keep": 3, "train": SftConfig(1, 1)} | changes)
+
+
+def line(problem: str, text: str, score: float = 1.0, group: str = "logic-direct") -> dict[str, Any]:
+    return {
+        "group": group,
+        "problem": problem,
+        "score": score,
+        "prompt": [1, 2],
+        "answer": [3, 4, 5],
+        "written": [1, 0, 1],
+        "text": text,
+    }
+
+
+def test_passed_answers_no_two_alike_and_many_problems_first() -> None:
+    lines = [line("a", "x"), line("a", "x "), line("a", "y"), line("a", "z", 0.9), line("b", "x"), line("c", "q", 0.0)]
+    found = [(kept["problem"], kept["text"]) for kept in distillation.chosen(lines, settings())]
+    assert found == [("a", "x"), ("b", "x"), ("a", "y")]
+    assert len(distillation.chosen(lines, settings(keep=1))) == 1
+    assert len(distillation.chosen(lines, settings(keep=9, passing=0.9))) == 4
+
+
+@pytest.fixture(scope="module")
+def group() -> Group:
+    task = Problems(domain("logic"), encoder(tokensieve.load_tokenizer("base")), "direct", tokens=50)
+    return Group("logic", "direct", (task,), 3)
+
+
+def test_demonstrations_fill_up_only_if_asked(group: Group) -> None:
+    lines = [line("a", "x"), line("b", "y", 0.0), line("a", "x", group="logic-think")]
+    rows, kept, counts = distillation.training_rows([group], lines, settings(), group.task.encode, 0)
+    assert rows.to_list() == [{"input_ids": [1, 2, 3, 4, 5], "completion_mask": [0, 0, 1, 0, 1]}] and kept == lines[:1]
+    assert counts == {"logic-direct": {"sampled": 2, "passed": 1, "kept": 1, "demonstrations": 0}}
+    filled = settings(fill="demonstrations")
+    rows, kept, counts = distillation.training_rows([group], lines, filled, group.task.encode, 0)
+    assert len(rows) == 3 and len(kept) == 1 and counts["logic-direct"]["demonstrations"] == 2
+    with pytest.raises(UserError, match=r"no answer of a specialist scores 1.0 or more; train the specialists longer"):
+        distillation.training_rows([group], lines[1:2], settings(), group.task.encode, 0)
+
+
+def test_lines_on_disk(tmp_path: Path) -> None:
+    file = tmp_path / "answers" / "logic.jsonl"
+    distillation.write_lines(file, [line("a", "答")])
+    assert distillation.read_lines(file) == [line("a", "答")] and "答" in file.read_text(encoding="utf-8")
+    file.write_text(file.read_text(encoding="utf-8") + '{"group": "x"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"logic.jsonl:2: no answer of a specialist; remove the file"):
+        distillation.read_lines(file)

@@ -1,0 +1,72 @@
+"""Sampled answers: their scores and figures, and an agent's episode on its way to a row of training data."""
+
+import pytest
+
+import tokensieve
+from tests.support.models import config, ours
+from tokensieve.posttrain import distillation
+from tokensieve.posttrain.groups import Group
+from tokensieve.posttrain.outcomes import demonstrations_of
+from tokensieve.posttrain.rollouts import Rollout
+from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample, scored
+from tokensieve.tasks import Answer, encoder
+from tokensieve.tasks.problems import Mode, Problems, domain
+
+K = 16
+
+
+@pytest.fixture(scope="module")
+def encode():
+    return encoder(tokensieve.load_tokenizer("base"))
+
+
+def group(encode, name: str, mode: Mode, tokens: int = 60) -> Group:
+    asked = domain(name)
+    return Group(name, mode, (Problems(asked, encode, mode, "en", tokens),), asked.difficulty[1])
+
+
+@pytest.mark.parametrize("mode", ["think", "direct"])
+def test_an_episode_becomes_a_row(mode: Mode, encode) -> None:
+    """The right episode of an agent passes, only the model's own tokens count, and distillation learns these alone."""
+    agent = group(encode, "search", mode)
+    examples = agent.examples("train", 1, 0)
+    (shown,) = demonstrations_of(examples, encode).to_list()
+    own = shown["completion_mask"].index(1)
+    prompt, answer = tuple(shown["input_ids"][:own]), tuple(shown["input_ids"][own:])
+    written = tuple(map(bool, shown["completion_mask"][own:]))
+    assert not all(written)
+    rollout = Rollout(prompt, answer, (0.0,) * sum(written), True, (), written)
+    found = [[scored(agent, examples[0], rollout, encode)]]
+    assert found[0][0].score == pass_rate(found) == 1 and figures(found, K)["tokens"] == sum(written) < len(answer)
+    (line,) = distillation.lines_of(found, "specialist-search")
+    assert distillation.row_of(line) == shown and all(turn in line["text"] for turn, _ in examples[0].steps)
+
+
+def test_agents_get_room_for_results(encode) -> None:
+    """Answers of an agent and of another domain in one batch, by a model that calls nothing."""
+    tokenizer, model = tokensieve.load_tokenizer("base"), ours(config("v32", index_topk=K, vocab_size=4096))
+    groups = [group(encode, "search", "direct"), group(encode, "logic", "direct")]
+    asked = [(each, each.examples("test", 1, 0)) for each in groups]
+    assert room(asked, 64) == 64 and room(asked[1:], 64) == 0
+    found = sample(
+        model, tokenizer, encode, asked, 2, 4, result_tokens=64, selector="indexer", at_once=4, temperature=0.0
+    )  # fmt: skip
+    assert [[sampled.group for sampled in answers] for answers in found] == [
+        ["search-direct"] * 2,
+        ["logic-direct"] * 2,
+    ]
+    assert all(len(sampled.rollout.answer) <= 4 and sampled.score == 0 for answers in found for sampled in answers)
+
+
+def test_figures(encode) -> None:
+    (example,) = group(encode, "logic", "direct").examples("test", 1, 0)
+
+    def answer(tokens: int, score: float, ended: bool) -> list[Sampled]:
+        rollout = Rollout(tuple(range(30)), tuple(range(tokens)), (0.0,) * tokens, ended)
+        return [Sampled("logic-direct", example, rollout, Answer("x", ended), score)]
+
+    found = [answer(10, 1.0, True), answer(20, 0.5, False)]
+    shown = figures(found, 20)
+    assert shown["tokens"] == 15 and shown["ended"] == 0.5 and shown["past_k"] == (20 + 30) / (40 + 50)
+    assert shown["accuracy"]["value"] == 0.75 and shown["accuracy"]["n"] == 2
+    assert figures(found, None)["past_k"] is None and pass_rate(found) == 0.5

@@ -1,0 +1,222 @@
+"""The whole of post-training on a tiny model: what it leaves, and that stopping it anywhere changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import tokensieve
+from tests.support import commands, models
+from tokensieve import pipeline
+from tokensieve.config import UserError, load_config
+from tokensieve.posttrain import distillation, stages
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL
+from tokensieve.posttrain_config import PosttrainConfig
+
+K = 16
+QUIET = Console(quiet=True)
+SMALL = {
+    "tokens": 64, "new_tokens": 6, "modes": ["direct"], "domains": ["logic", "writing"], "save_every": 1,
+    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.lr": 1e-3,
+    "specialist.steps": 2, "specialist.prompts": 1, "specialist.lr": 1e-3, "distill.prompts": 2, "distill.samples": 2,
+    "distill.train.steps": 1, "distill.train.rows": 2, "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums in another number of threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A random sparse model with the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    made = models.ours(models.config("v32", index_topk=K, vocab_size=4096, num_hidden_layers=2))
+    tokensieve.save(made, folder)
+    tokensieve.load_tokenizer("base").save_pretrained(folder)
+    return folder
+
+
+def settings(start: Path, out: Path, **changes: Any) -> PosttrainConfig:
+    given = SMALL | {"model": str(start), "out": str(out)} | changes
+    return load_config(PosttrainConfig, "posttrain-tiny", tuple(f"{k}={json.dumps(v)}" for k, v in given.items()))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory) -> Path:
+    """A run that nothing disturbed."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    pipeline.run(settings(model, out), console=QUIET)
+    return out
+
+
+def figures_of(out: Path) -> dict[str, Any]:
+    """What does not depend on a clock."""
+    figures = json.loads((out / "metrics.json").read_text())
+    return {name: value for name, value in figures.items() if name not in ("seconds", "run")}
+
+
+def weights_of(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+
+
+def test_what_it_leaves(whole: Path, model: Path) -> None:
+    made = {"specialists/logic/rl", "specialists/writing/rl", "distilled/train", "final"}
+    assert set(weights_of(whole)) == {f"{folder}/model/model.safetensors" for folder in made}  # and no checkpoints
+    base = load_file(model / "model.safetensors")
+    for folder in made:
+        trained = tokensieve.load(whole / folder / "model")
+        assert trained.is_sparse and trained.top_k == K and len(tokensieve.load_tokenizer(whole / folder / "model"))
+        after = load_file(whole / folder / "model" / "model.safetensors")
+        moved = {name for name, tensor in after.items() if not torch.equal(tensor, base[name])}
+        assert any(".indexer." in name for name in moved) and any("o_proj" in name for name in moved), folder
+    for folder, steps in (("specialists/logic/cold", 2), ("specialists/logic/rl", 2), ("final", 2)):
+        rows = stages.history(whole / folder)
+        assert rows is not None and len(rows) == steps and all("kl" in row for row in rows)
+    assert max(row["rollout/logp_difference"] for row in rows) < 1e-6 and rows[0]["rollout/queries_past_k"] > 0.5
+    answers = distillation.read_lines(whole / "distilled/samples/logic.jsonl")
+    assert len(answers) == 4 and {line["specialist"] for line in answers} == {"specialist-logic"}
+    page = (whole / "posttrain.html").read_text()
+    assert page.count("<svg") == 6 and ">final<" in page and ">dense<" not in page and "</html>" in page
+    for name in ("reward", "output-tokens"):
+        assert "<svg" in (whole / f"{name}.svg").read_text()
+
+    figures = json.loads((whole / "metrics.json").read_text())
+    parts = ["specialist-logic", "specialist-writing", DISTILLED, FINAL]
+    assert set(figures["seconds"]) == set(figures["settings"]) == {*parts, "evaluation"}
+    assert figures["selection"] == "indexer" and figures["judge"] == "scripted" and figures["run"]["machine"]
+    assert figures["specialist-logic"]["difficulty"]["logic-direct"]["rates"].keys() == {"4"}
+    assert figures[DISTILLED]["data"]["logic-direct"]["sampled"] == 4
+    assert sum(figures[FINAL]["prompts"].values()) == 2
+    assert set(figures["evaluation"]) == {BASE, *parts}
+    assert set(figures["evaluation"][FINAL]) == {"logic-direct", "writing-direct"}
+    assert set(figures["evaluation"]["specialist-logic"]) == {"logic-direct"}
+    found = figures["evaluation"][BASE]["logic-direct"]
+    assert found["accuracy"]["n"] == 2 and found["accuracy"]["high"] > 0 and 0 < found["tokens"] <= 6
+    assert 0.5 < found["past_k"] < 1
+
+
+def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every kind of part, between two checkpoints and before the first; then to the end."""
+
+    class Killed(BaseException):
+        pass
+
+    wait = [("logic, cold start", 1), ("logic, cold start", 2), ("logic-direct, pass rate at difficulty 4", 1)]
+    wait += [("logic, GRPO", 2), ("before", "rl"), ("answers of specialist-writing", 2), ("all domains, GRPO", 2)]
+    wait += [("final on held-out writing-direct", 1)]
+    note, write = pipeline._Watched.on_progress, stages.write_json
+
+    def kill(watch: Any, what: str, done: int, total: int) -> None:
+        note(watch, what, done, total)
+        if wait and (what, done) == wait[0]:
+            del wait[0]
+            raise Killed
+
+    def kill_at_the_end(path: Path, rows: Any) -> None:
+        """Behind the last checkpoint and the model, before anything says that the stage is done."""
+        if wait and wait[0] == ("before", path.parent.name):
+            del wait[0]
+            raise Killed
+        write(path, rows)
+
+    monkeypatch.setattr(pipeline._Watched, "on_progress", kill)
+    monkeypatch.setattr(stages, "write_json", kill_at_the_end)
+    out, config = tmp_path / "run", settings(model, tmp_path / "run")
+    for left in range(len(wait), 0, -1):
+        with pytest.raises(Killed):
+            pipeline.run(config, resume=left < 8, console=QUIET)
+        assert len(wait) == left - 1
+        if left == 6:  # a checkpoint that a kill cut off
+            (out / "specialists/logic/rl/checkpoint-9").mkdir(parents=True)
+    pipeline.run(config, resume=True, console=QUIET)
+    assert weights_of(out) == weights_of(whole) and figures_of(out) == figures_of(whole)
+
+
+def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
+    """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
+    run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))
+    given = {**SMALL, "domains": ["logic"], "evaluation": 1}
+    sets = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    common = ("--model", model, "--out", tmp_path / "run", *sets)
+    refused(("no specialist-logic model yet", "run first: tokensieve specialist --domain logic"), "distill", *common)
+    assert not (tmp_path / "run").exists()
+    ended = run("specialist", "--domain", "logic", *common)
+    assert ended.status == 0 and "specialist-logic: about" in ended.out and "GiB" in ended.out, ended
+    assert "logic, GRPO: step 2 of 2: loss" in ended.err
+    assert weights_of(tmp_path / "run") == {
+        name: raw for name, raw in weights_of(whole).items() if name.startswith("specialists/logic")
+    }
+    assert set(figures_of(tmp_path / "run")["evaluation"]) == {BASE, "specialist-logic"}
+    refused(("holds specialist-logic already; add --resume",), "specialist", "--domain", "logic", *common)
+    refused(("no distilled model yet", "run first: tokensieve distill"), "rl", *common)
+    refused(("holds a run already", "--resume"), "posttrain", *common)
+    changed = (*common, "--set", "cold.lr=1e-4", "--resume")
+    refused(("config differs", "from specialist-logic on", "remove specialists/logic"), "posttrain", *changed)
+
+
+def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
+    """The same pipeline without selection: no indexer learns, and the report shows it beside the sparse run."""
+    more = {"selection": "dense", "difficulty.fixed.logic-direct": 3, "domains": ["logic"], "beside": str(whole)}
+    figures = pipeline.run(settings(model, tmp_path / "dense", **more), only="specialist-logic", console=QUIET)
+    assert figures["selection"] == "dense"
+    assert figures["specialist-logic"]["difficulty"]["logic-direct"] == {"difficulty": 3, "rates": {}, "within": None}
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "dense/specialists/logic/rl/model/model.safetensors")
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and not any(".indexer." in name for name in moved)
+    page = (tmp_path / "dense/posttrain.html").read_text()
+    assert "dense beside sparse attention" in page and page.count("<svg") == 4 and ">specialist-writing<" in page
+    assert "kl" not in (stages.history(tmp_path / "dense/specialists/logic/cold") or [])[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domains": ["logics"]}, "domain 'logics' is unknown; use one of mathematics"),
+        ({"rl.ratios.alchemy": 1.0}, "domain 'alchemy' is unknown"),
+        ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
+        ({"model": "base", "tokens": 600}, "base is dense and has no indexers; sparsify it first, or add --dense"),
+        ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),
+        ({"languages": ["fr"]}, "logic has problems in en, zh, none of them in languages"),
+        ({"cold.options.leraning_rate": 1}, "options of SFTConfig: .*leraning_rate"),
+        ({"specialist.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
+    ],
+)
+def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline.run(settings(model, tmp_path / "run", **changes), only="specialist-logic", console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("modes=[]", "modes is []; name one or both of think, direct"),
+        ('domains=["logic", "logic"]', "domains is ['logic', 'logic']; name each once"),
+        ("cold.micro_batch=3", "micro_batch is 3; it must divide rows"),
+        ("specialist.samples=1", "samples is 1; a group of GRPO has at least 2 answers"),
+        ("rl.train.micro_batch=3", "micro_batch is 3; it must divide prompts * samples"),
+        ("difficulty.high=0.05", "difficulty.low is 0.1 and high 0.05"),
+        ("distill.passing=0", "distill.passing is 0.0; it must be a score above 0"),
+        ("reward.length=-1", "reward.length is -1.0; give a number of at least 0"),
+        ("reward.free=1", "reward.free is 1.0; it must be a share below 1"),
+        ("rl.ratios.logic=-1", "rl.ratios.logic is -1.0; give a finite number"),
+        ("judge.model=gpt", "judge.url is 'scripted' and judge.model 'gpt': results name the judge; give both or none"),
+        ("evaluation=0", "evaluation is 0; it must be at least 1"),
+        ('selection="window"', "selection"),
+    ],
+)
+def test_refused_at_once(change: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config(PosttrainConfig, "posttrain-tiny", (change,))
+    assert message in str(raised.value)

@@ -1,0 +1,230 @@
+"""Post-training as a script: specialists, distillation, one mixed stage of reinforcement learning, and figures of all.
+
+Each part makes one model, from one that another part left in the run's folder. metrics.json says which are done, so the
+same command continues where it was stopped: by Ctrl-C, by a kill, or because it was to do one part only.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tokensieve import cost, train
+from tokensieve.config import UserError, to_dict
+from tokensieve.machine import choose_device
+from tokensieve.posttrain import stages
+from tokensieve.posttrain.pace import Pace, Work
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts, Watch, specialist_of
+from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
+from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
+from tokensieve.report.posttrain import MIXED
+from tokensieve.report.posttrain_page import ARMS
+from tokensieve.run_record import Clock, RunRecord
+from tokensieve.tasks.problems import DOMAINS, domain
+
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part and the model that it makes, which has its name. domains: on whose held-out problems it is measured.
+
+    trains_on: whatever decides its result.
+    """
+
+    name: str
+    folder: str
+    domains: tuple[str, ...]
+    work: Work
+    micro_batch: int
+    do: Callable[[Parts], None]
+    trains_on: Any
+
+
+def run(
+    config: PosttrainConfig, resume: bool = False, only: str | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Makes every model in the folder `config.out`, or `only` one of them, and measures those that are new.
+
+    only: "specialist-DOMAIN", "distilled" or "final".
+
+    Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
+    "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
+    without `resume`, and for one whose model to start from is missing; train.Interrupted after Ctrl-C.
+    """
+    begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
+    config = replace(config, device=choose_device(config.device))
+    plan = _plan(config, only)
+    leaves: dict[str, tuple[str, ...]] = {part.name: (part.folder,) for part in plan} | {EVALUATION: ()}
+    record = RunRecord.of(out, leaves, resume or only is not None, "post-training run")
+    if only in record.figures["seconds"] and not resume:
+        raise UserError(f"{out} holds {only} already; add --resume to continue it, or name another folder")
+    record.match(_settings(config, plan))
+    record.figures |= {"selection": config.selection, "judge": config.judge.model}
+    twin = _twin(config)
+    try:
+        with console.status("Loading the model") as status:
+            watch = _Watched(record, status.update)
+            parts = Parts(config, record.figures, watch)
+            wanted = [part for part in plan if only in (None, part.name)]
+            todo = [part for part in wanted if not parts.is_done(part.name)]
+            if only is not None:
+                for part in todo:
+                    parts.check_start(part.name, part.domains)
+            pace = Pace(parts.load(config.model), config) if todo else None
+            for part in todo:
+                assert pace is not None
+                _announce(console, begin, part.name, str(pace.of(part.work, part.micro_batch)))
+                with record.timing(part.name) as watch.clock:
+                    part.do(parts)
+            measured = [*dict.fromkeys(name for part in wanted for name in part.domains)]
+            asked = (
+                config.evaluation * len(config.modes) * sum(map(len, (measured, *(part.domains for part in wanted))))
+            )
+            needed = "" if pace is None else f": {pace.of(Work(read=asked, answers=asked), 1)}"
+            _announce(console, begin, EVALUATION, f"{asked:,} held-out problems{needed}")
+            with record.timing(EVALUATION) as watch.clock:
+                parts.evaluate(BASE, measured)
+                for part in wanted:
+                    parts.evaluate(part.name, part.domains)
+    except KeyboardInterrupt as error:
+        raise train.Interrupted(f"what was done is kept in {out}; continue with --resume") from error
+    for part in wanted:
+        record.figures.setdefault(part.name, {})["steps"] = len(parts.history(part.name))
+    record.figures["run"] = environment()
+    record.write()
+    histories = _histories(out, plan)
+    write_curves(out, histories)
+    arms = {ARMS[figures["selection"]]: figures for figures in (record.figures, *twin)}
+    folders = (out, *([Path(config.beside)] if twin else []))
+    write_posttraining(out, arms, {arm: _histories(f, plan) for arm, f in zip(arms, folders, strict=True)})
+    show_posttraining(console, record.figures)
+    console.print(
+        f"\nDone in {cost.duration(time.perf_counter() - begin)}. {_next(out, wanted[-1].name)}", highlight=False
+    )
+    return record.figures
+
+
+class _Watched(Watch):
+    """Progress on the console, and the part's time in the record."""
+
+    clock: Clock
+
+    def __init__(self, record: RunRecord, show: Callable[[str], None]):
+        self.record, self.show = record, show
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        self.show(f"{what}: {done} of {total}")
+        self.clock.tick()
+
+    def note(self) -> None:
+        self.clock.note()
+
+
+def _twin(config: PosttrainConfig) -> list[dict[str, Any]]:
+    """The figures of the twin, if the config names one. UserError if it is none, or selects as this run does."""
+    if not config.beside:
+        return []
+    try:
+        figures = json.loads((Path(config.beside) / "metrics.json").read_text(encoding="utf-8"))
+        other = figures["selection"], figures["run"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"beside: {config.beside} is no folder of a post-training run that is done; name another one"
+        ) from error
+    if other[0] == config.selection:
+        raise UserError(f"beside: {config.beside} selects by {other[0]}, as this run does; name the folder of its twin")
+    return [figures]
+
+
+def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
+    """The rows of the stages of reinforcement learning that are done in a folder, by domain."""
+    folders = {MIXED if p.name == FINAL else p.domains[0]: p for p in plan if p.name != DISTILLED}
+    found = {stage: stages.history(out / p.folder / ("" if p.name == FINAL else "rl")) for stage, p in folders.items()}
+    return {stage: rows for stage, rows in found.items() if rows is not None}
+
+
+def _plan(config: PosttrainConfig, only: str | None) -> list[Part]:
+    """The parts in their order. The domain of `only` joins those of the config. UserError for an unknown domain."""
+    domains = tuple(config.domains or DOMAINS)
+    more = [only.removeprefix(specialist_of(""))] if only not in (None, DISTILLED, FINAL) else []
+    specialists = tuple(dict.fromkeys((*domains, *more)))
+    for name in {*specialists, *config.rl.ratios}:
+        domain(name)
+    plan = [_specialist(config, name) for name in specialists]
+    mine = [part.trains_on for part in plan if part.domains[0] in domains]
+    answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)
+    distilled = Part(
+        name=DISTILLED,
+        folder="distilled",
+        domains=domains,
+        work=Work(
+            trained=config.distill.train.steps * config.distill.train.rows,
+            read=config.distill.prompts * len(config.modes) * len(domains),
+            answers=answers,
+        ),
+        micro_batch=config.distill.train.micro_batch,
+        do=lambda parts: parts.distill(domains),
+        trains_on=[mine, to_dict(config.distill)],
+    )
+    start = config.rl.model or distilled.trains_on
+    final = Part(
+        name=FINAL,
+        folder="final",
+        domains=domains,
+        work=_grpo_work(config.rl.train),
+        micro_batch=config.rl.train.micro_batch,
+        do=lambda parts: parts.rl(domains),
+        trains_on=[start, mine, to_dict(config.rl)],
+    )
+    return [*plan, distilled, final]
+
+
+def _specialist(config: PosttrainConfig, name: str) -> Part:
+    knob, modes = config.difficulty, len(config.modes)
+    tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
+    asked = knob.prompts * modes * tries
+    given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
+    tables = (config.reward, config.judge, config.cold, config.difficulty, config.specialist)
+    cold = Work(trained=config.cold.steps * config.cold.rows, read=asked, answers=asked * knob.samples)
+    return Part(
+        name=specialist_of(name),
+        folder=f"specialists/{name}",
+        domains=(name,),
+        work=cold + _grpo_work(config.specialist),
+        micro_batch=max(config.cold.micro_batch, config.specialist.micro_batch),
+        do=lambda parts: parts.specialist(name),
+        trains_on=[name, [getattr(config, key) for key in given], *map(to_dict, tables)],
+    )
+
+
+def _grpo_work(stage: GrpoConfig) -> Work:
+    prompts = stage.steps * stage.prompts
+    return Work(trained=prompts * stage.samples, read=prompts, answers=prompts * stage.samples)
+
+
+def _settings(config: PosttrainConfig, plan: Sequence[Part]) -> dict[str, str]:
+    """A digest for each part of all that decides its result, and one of what decides all figures."""
+    decisive = {part.name: part.trains_on for part in plan}
+    decisive[EVALUATION] = [part.trains_on for part in plan[-2:]] + [config.evaluation]
+    return {
+        name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+        for name, value in decisive.items()
+    }
+
+
+def _announce(console: Console, begin: float, part: str, needed: str) -> None:
+    passed = f"[dim]{time.perf_counter() - begin:5.0f} s[/dim]"
+    console.print(f"{passed}  [bold]{part}[/bold]: {needed}", highlight=False)
+
+
+def _next(out: Path, name: str) -> str:
+    if name == FINAL:
+        return f"Next: tokensieve generate {out / 'final' / stages.MODEL} --chat 'Who are you?'"
+    following = "rl" if name == DISTILLED else "distill"
+    return f"Next, when all specialists are there: tokensieve {following} --out {out}"

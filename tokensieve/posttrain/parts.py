@@ -1,0 +1,275 @@
+"""The parts of the pipeline: a specialist, distillation, the mixed stage, and the figures of a model.
+
+Each does what its folder does not hold yet, so that a part that was stopped goes on where it was.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from tokensieve.config import UserError
+from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer
+from tokensieve.posttrain import distillation, mixture, stages
+from tokensieve.posttrain.difficulty import find_difficulty
+from tokensieve.posttrain.groups import Group, groups_of
+from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
+from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample
+from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
+from tokensieve.tasks import encoder
+from tokensieve.tasks.problems import Problem
+
+log = logging.getLogger("tokensieve")
+
+# Each purpose draws problems of its own: offsets from the config's seed.
+COLD, KNOB, GRPO, DISTILL, MIXED, FILLED = range(6)
+PURPOSES = 10  # so that the next seed of a config has none of these
+
+BASE, DISTILLED, FINAL = "base", "distilled", "final"  # the models, beside "specialist-DOMAIN"
+
+
+def specialist_of(domain: str) -> str:
+    """The name of a specialist: of its part in metrics.json, and of its model in the figures."""
+    return f"specialist-{domain}"
+
+
+class Watch(Protocol):
+    """What a part calls while it works."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """So much of what is done has been done."""
+
+    def note(self) -> None:
+        """The figures have changed."""
+
+
+class Parts:
+    """The parts of one run, in its folder `config.out`.
+
+    config: with the device chosen. found: metrics.json's figures, which the parts add to. UserError for a tokenizer
+    without a chat format.
+    """
+
+    def __init__(self, config: PosttrainConfig, found: dict[str, Any], watch: Watch):
+        self.config, self.found, self.watch = config, found, watch
+        self.out = Path(config.out)
+        self.tokenizer = load_tokenizer(config.model)
+        self.encode = encoder(self.tokenizer)
+        self.encode.chat()
+
+    def load(self, source: str | Path) -> DecoderForCausalLM:
+        """The model in float32, on the device.
+
+        UserError for one that cannot be trained as the config says, and for prompts in which nothing would be selected.
+        """
+        config, model = self.config, load(source, torch.float32, device=self.config.device)
+        check_tokenizer(self.tokenizer, model.config)
+        if config.selection == "indexer" and not model.is_sparse:
+            raise UserError(f"{source} is dense and has no indexers; sparsify it first, or add --dense")
+        if model.is_sparse and config.tokens <= model.top_k:
+            raise UserError(
+                f"tokens is {config.tokens}, and {source} selects {model.top_k} keys: nothing would be selected; "
+                "make the prompts several times longer"
+            )
+        return model
+
+    def groups(self, domains: Sequence[str]) -> list[Group]:
+        """At the difficulties that their specialists measured; at the usual ones without specialists."""
+        known = dict(self.config.difficulty.fixed)
+        for name in domains:
+            measured = self.found.get(specialist_of(name), {}).get("difficulty", {})
+            known |= {group: knob["difficulty"] for group, knob in measured.items()}
+        return groups_of(self.config, domains, self.encode, known)
+
+    def folder(self, model: str) -> Path:
+        """The folder of the stage that leaves a model."""
+        if model == FINAL:
+            return self.out / "final"
+        return self.out / "distilled/train" if model == DISTILLED else self._specialist_folder(model) / "rl"
+
+    def _specialist_folder(self, model: str) -> Path:
+        return self.out / "specialists" / model.removeprefix(specialist_of(""))
+
+    def history(self, model: str) -> stages.History:
+        """The rows of the stage that leaves a model, if it is done; else none."""
+        return stages.history(self.folder(model)) or []
+
+    def is_done(self, model: str) -> bool:
+        return stages.history(self.folder(model)) is not None
+
+    def path(self, model: str) -> str | Path:
+        """What `load` takes. UserError for a model that is not there yet."""
+        if model == BASE:
+            return self.config.model
+        if not self.is_done(model):
+            commands = {DISTILLED: "distill", FINAL: "rl"}
+            command = commands.get(model, f"specialist --domain {model.removeprefix(specialist_of(''))}")
+            raise UserError(
+                f"{self.out}: there is no {model} model yet; run first: tokensieve {command} --out {self.out}"
+            )
+        return self.folder(model) / stages.MODEL
+
+    def check_start(self, model: str, domains: Sequence[str]) -> None:
+        """UserError if what a model is made from is not there yet."""
+        if model == DISTILLED:
+            for name in domains:
+                if not self._answers_file(name).is_file():
+                    self.path(specialist_of(name))
+        elif model == FINAL and not self.config.rl.model:
+            self.path(DISTILLED)
+
+    def _on_step(self, what: str) -> stages.OnStep:
+        def told(step: int, steps: int, row: dict[str, float]) -> None:
+            shown = ", ".join(f"{name} {float(row[name]):.3g}" for name in ("loss", "reward", "kl") if name in row)
+            log.info("%s: step %d of %d: %s", what, step, steps, shown)
+            self.watch.on_progress(what, step, steps)
+
+        return told
+
+    def _seed(self, purpose: int) -> int:
+        return self.config.seed * PURPOSES + purpose
+
+    def _examples(self, groups: Sequence[Group], count: int, purpose: int) -> list[tuple[Group, list[Problem]]]:
+        """`count` training problems of the groups together, in equal parts but for one."""
+        counts = mixture.shares(count, {group.name: 1.0 for group in groups})
+        return self._drawn(groups, counts, purpose)
+
+    def _drawn(
+        self, groups: Sequence[Group], counts: dict[str, int], purpose: int
+    ) -> list[tuple[Group, list[Problem]]]:
+        seed = self._seed(purpose)
+        return [(g, g.examples("train", counts[g.name], seed)) for g in groups if counts[g.name]]
+
+    def _sample(
+        self, model: DecoderForCausalLM, what: str, asked: mixture.Asked, samples: int, **more: Any
+    ) -> list[list[Sampled]]:
+        def on_progress(_: str, done: int, total: int) -> None:
+            self.watch.on_progress(what, done, total)
+
+        config = self.config
+        return sample(
+            model, self.tokenizer, self.encode, asked, samples, config.new_tokens,
+            result_tokens=config.result_tokens, at_once=config.at_once,
+            selector="indexer" if config.selection == "indexer" else "dense", on_progress=on_progress, **more,
+        )  # fmt: skip
+
+    def specialist(self, domain: str) -> None:
+        """Cold start on demonstrations, the difficulty of each mode, and GRPO."""
+        name = specialist_of(domain)
+        own, cold = self.found.setdefault(name, {}), self._specialist_folder(name) / "cold"
+        if stages.history(cold) is None:
+            model = self.load(self.config.model)
+            self._cold_start(model, self.groups([domain]), cold)
+        else:
+            model = self.load(cold / stages.MODEL)
+        knobs = own.setdefault("difficulty", {})
+        for group in self.groups([domain]):
+            if group.name not in knobs:
+                knobs[group.name] = self._difficulty(model, group)
+                self.watch.note()
+        asked = self._examples(self.groups([domain]), _prompts(self.config.specialist), GRPO)
+        self._reinforce(model, asked, self.config.specialist, self.folder(name), domain)
+        shutil.rmtree(cold / stages.MODEL)
+
+    def _cold_start(self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path) -> None:
+        stage = self.config.cold
+        asked = self._examples(groups, stage.steps * stage.rows, COLD)
+        rows = demonstrations_of([example for _, examples in asked for example in examples], self.encode)
+        stages.fine_tune(
+            model,
+            self.tokenizer,
+            rows,
+            stage,
+            self.config,
+            folder,
+            self._on_step(f"{groups[0].domain}, cold start"),
+        )
+
+    def _difficulty(self, model: DecoderForCausalLM, group: Group) -> dict[str, Any]:
+        config = self.config.difficulty
+        if group.name in config.fixed:
+            return {"difficulty": config.fixed[group.name], "rates": {}, "within": None}
+
+        def rate_at(difficulty: int) -> float:
+            at = group.at(difficulty)
+            examples = at.examples("train", config.prompts, self._seed(KNOB))
+            what = f"{group.name}, pass rate at difficulty {difficulty}"
+            return pass_rate(self._sample(model, what, [(at, examples)], config.samples, seed=self._seed(KNOB)))
+
+        return find_difficulty(rate_at, group.task.domain.difficulty, config)
+
+    def _reinforce(
+        self, model: DecoderForCausalLM, asked: mixture.Asked, stage: GrpoConfig, folder: Path, what: str
+    ) -> None:
+        config = self.config
+        with mixture.judging(config.judge, asked, self.out / "judge.sqlite") as judge:
+            rewards = mixture.rewards(asked, self.encode, config, judge)
+            prompts = mixture.prompts(asked, self.encode)
+            on_step = self._on_step(f"{what}, GRPO")
+            respond = respond_of([(group.task, examples) for group, examples in asked], self.encode)
+            stages.reinforce(
+                model, self.tokenizer, prompts, rewards, stage, config, folder, on_step, respond,
+                room(asked, config.result_tokens),
+            )  # fmt: skip
+
+    def distill(self, domains: Sequence[str]) -> None:
+        """Answers of all specialists, the best of them, and one model that is trained on these from the base."""
+        config = self.config.distill
+        lines = [line for name in domains for line in self._answers_of(name)]
+        groups = self.groups(domains)
+        rows, kept, counts = distillation.training_rows(groups, lines, config, self.encode, self._seed(FILLED))
+        distillation.write_lines(self.out / "distilled/data.jsonl", kept)
+        self.found[DISTILLED] = {"data": counts, "rows": len(rows)}
+        self.watch.note()
+        model, folder = self.load(self.config.model), self.folder(DISTILLED)
+        on_step = self._on_step("distillation")
+        stages.fine_tune(model, self.tokenizer, rows, config.train, self.config, folder, on_step)
+
+    def _answers_file(self, domain: str) -> Path:
+        return self.out / "distilled/samples" / f"{domain}.jsonl"
+
+    def _answers_of(self, domain: str) -> list[distillation.Line]:
+        """A specialist's answers: those of its file, which may come from elsewhere, or sampled now."""
+        file = self._answers_file(domain)
+        if not file.is_file():
+            config, name = self.config.distill, specialist_of(domain)
+            model, seed = self.load(self.path(name)), self._seed(DISTILL)
+            asked = [(group, group.examples("train", config.prompts, seed)) for group in self.groups([domain])]
+            answers = self._sample(model, f"answers of {name}", asked, config.samples, seed=seed)
+            distillation.write_lines(file, distillation.lines_of(answers, name))
+        return distillation.read_lines(file)
+
+    def rl(self, domains: Sequence[str]) -> None:
+        """GRPO over all domains in one stage, from the distilled model unless the config names another."""
+        config = self.config.rl
+        model = self.load(config.model or self.path(DISTILLED))
+        modes = len(self.config.modes)
+        groups = self.groups(domains)
+        ratios = {group.name: config.ratios.get(group.domain, 1.0) / modes for group in groups}
+        counts = mixture.shares(_prompts(config.train), ratios)
+        self.found[FINAL] = {"prompts": counts}
+        asked = self._drawn(groups, counts, MIXED)
+        self._reinforce(model, asked, config.train, self.folder(FINAL), "all domains")
+
+    def evaluate(self, name: str, domains: Sequence[str]) -> None:
+        """Measures a model on held-out problems of those groups that it lacks."""
+        own = self.found.setdefault("evaluation", {}).setdefault(name, {})
+        missing = [group for group in self.groups(domains) if group.name not in own]
+        if not missing:
+            return
+        model = self.load(self.path(name))
+        for group in missing:
+            asked = [(group, group.examples("test", self.config.evaluation, self.config.seed))]
+            found = self._sample(model, f"{name} on held-out {group.name}", asked, 1, temperature=0.0)
+            own[group.name] = {
+                "difficulty": group.difficulty,
+                **figures(found, model.top_k if model.is_sparse else None),
+            }
+            self.watch.note()
+
+
+def _prompts(stage: GrpoConfig) -> int:
+    return stage.steps * stage.prompts

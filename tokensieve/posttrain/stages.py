@@ -1,0 +1,190 @@
+"""A stage of post-training under TRL: it continues from its last checkpoint, and leaves a model and its history.
+
+OUT/checkpoint-N while it trains; OUT/model and, behind it, OUT/history.json when it is done.
+"""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, SFTConfig, SFTTrainer
+
+from tokensieve.config import UserError
+from tokensieve.files import write_json
+from tokensieve.model import DecoderForCausalLM, selecting
+from tokensieve.posttrain.grpo import SparseGRPOTrainer
+from tokensieve.posttrain.outcomes import RewardFunction
+from tokensieve.posttrain.rollouts import Respond
+from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
+from tokensieve.train.callbacks import training
+
+log = logging.getLogger("tokensieve")
+
+OnStep = Callable[[int, int, dict[str, float]], None]  # the step, all steps, and its figures
+History = list[dict[str, float]]
+HISTORY, MODEL = "history.json", "model"
+
+
+def history(folder: Path) -> History | None:
+    """The rows of a stage, one a step; None if it is not done."""
+    path = folder / HISTORY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def fine_tune(
+    model: DecoderForCausalLM,
+    tokenizer: Any,
+    rows: Dataset,
+    stage: SftConfig,
+    config: PosttrainConfig,
+    folder: Path,
+    on_step: OnStep | None = None,
+) -> History:
+    """TRL's SFTTrainer with the indexers' loss, or densely; leaves the model in `folder`.
+
+    rows: as `demonstrations_of` makes them. UserError for options that SFTConfig does not take.
+    """
+    longest = max(map(len, rows["input_ids"]))
+    dense = config.selection == "dense"
+    arguments = _arguments(stage, config, folder, stage.rows // stage.micro_batch) | {"max_length": longest}
+    args = _made(SFTConfig, arguments | stage.options)
+    with _quiet(), selecting(model, "dense") if dense else training(model, "adapt") as callback:
+        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+        if not dense:
+            trainer.add_callback(callback)
+        return _run(trainer, model, folder, on_step)
+
+
+def reinforce(
+    model: DecoderForCausalLM,
+    tokenizer: Any,
+    prompts: Dataset,
+    rewards: Sequence[RewardFunction],
+    stage: GrpoConfig,
+    config: PosttrainConfig,
+    folder: Path,
+    on_step: OnStep | None = None,
+    respond: Respond | None = None,
+    room: int = 0,
+) -> History:
+    """GRPO by `SparseGRPOTrainer`; leaves the model in `folder`. UserError for options that GRPOConfig refuses.
+
+    respond: gives the results of tools, as in `Rollouts.sample`; room: tokens that they may take in an answer.
+    """
+    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
+    arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
+    args, longest = (
+        _made(GRPOConfig, arguments | stage.options),
+        max(map(len, prompts["prompt"])) + config.new_tokens + room,
+    )
+    with _quiet():
+        trainer = SparseGRPOTrainer(
+            model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
+        )  # fmt: skip
+        return _run(trainer, model, folder, on_step)
+
+
+def _arguments(
+    stage: SftConfig | GrpoConfig, config: PosttrainConfig, folder: Path, accumulation: int
+) -> dict[str, Any]:
+    """What both trainers take."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": stage.lr,
+        "seed": config.seed,
+        "save_strategy": "steps" if config.save_every else "no",
+        "save_steps": config.save_every or stage.steps,
+        "save_total_limit": 1,  # the older one goes when the new one is complete
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": config.device == "cpu",
+        "bf16": False,
+        _checkpointing(): config.activation_checkpointing,
+    }
+
+
+def _checkpointing() -> str:
+    """The name that the installed transformers has for recomputing layers."""
+    new = "activation_checkpointing"
+    return new if any(field.name == new for field in fields(TrainingArguments)) else "gradient_checkpointing"
+
+
+def _made(kind: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"options of {kind.__name__}: {' '.join(str(error).split())}; correct them") from error
+
+
+def _run(trainer: Any, model: DecoderForCausalLM, folder: Path, on_step: OnStep | None) -> History:
+    trainer.remove_callback(PrinterCallback)
+    if on_step is not None:
+        trainer.add_callback(_Told(on_step))
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        log.info("%s: continues from %s", folder, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that a kill stopped here
+    model.save_pretrained(folder / MODEL)
+    write_json(folder / HISTORY, rows)
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block neither bars of datasets nor what transformers and TRL have to say to each other."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are using 'rollout_func'")
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+            yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+class _Told(TrainerCallback):
+    """Calls a function with each step's figures."""
+
+    def __init__(self, on_step: OnStep):
+        self.on_step = on_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "train_runtime" not in logs:
+            self.on_step(state.global_step, state.max_steps, logs)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint. Its trainer_state.json is written last: one without it was cut off by a kill."""
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for step in sorted(found, reverse=True):
+        try:
+            json.loads((found[step] / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return found[step]
+    return None

@@ -1,0 +1,167 @@
+"""Configuration of post-training: one file for the whole pipeline, as frozen dataclasses (see `tokensieve.config`)."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from tokensieve.config import UserError
+
+
+def _check_counts(config: Any, table: str, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise UserError(f"{table}{name} is {getattr(config, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """A stretch of supervised fine-tuning by TRL's SFTTrainer."""
+
+    steps: int
+    rows: int  # per step, think and direct in turn
+    micro_batch: int = 1  # rows per forward and backward; it divides `rows`
+    lr: float = 2e-5
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's SFTConfig
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "", "steps", "rows", "micro_batch")
+        if self.rows % self.micro_batch:
+            raise UserError(f"micro_batch is {self.micro_batch}; it must divide rows, {self.rows}")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """A stretch of reinforcement learning by TRL's GRPOTrainer with the engine's rollouts."""
+
+    steps: int
+    prompts: int  # per step
+    samples: int  # answers to each prompt
+    micro_batch: int = 1  # answers per forward and backward; it divides prompts * samples
+    lr: float = 1e-6
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's GRPOConfig
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "", "steps", "prompts", "micro_batch")
+        if self.samples < 2:
+            raise UserError(f"samples is {self.samples}; a group of GRPO has at least 2 answers")
+        if self.prompts * self.samples % self.micro_batch:
+            raise UserError(
+                f"micro_batch is {self.micro_batch}; it must divide prompts * samples, {self.prompts * self.samples}"
+            )
+
+
+@dataclass(frozen=True)
+class DifficultyConfig:
+    """The knob that is set between cold start and reinforcement learning, for each domain and mode."""
+
+    prompts: int  # that are asked at each difficulty
+    samples: int  # answers to each prompt
+    tries: int = 4  # difficulties that are measured at most, from the domain's usual one on
+    low: float = 0.1  # share of the answers that should pass, at least
+    high: float = 0.7  # and at most
+    fixed: dict[str, int] = field(default_factory=dict)  # by DOMAIN-MODE: not measured, for two runs on the same data
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "difficulty.", "prompts", "samples", "tries")
+        if not 0 <= self.low <= self.high <= 1:
+            raise UserError(f"difficulty.low is {self.low} and high {self.high}; give shares, 0 <= low <= high <= 1")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The specialists' answers, and the training of one model on them."""
+
+    prompts: int  # that each specialist is asked in each mode
+    samples: int  # answers to each prompt
+    keep: int  # answers of each domain and mode, at most
+    train: SftConfig
+    passing: float = 1.0  # score of an answer that is kept, at least
+    fill: Literal["none", "demonstrations"] = "none"  # what takes the place of answers that a domain and mode lacks
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "distill.", "prompts", "samples", "keep")
+        if not 0 < self.passing <= 1:
+            raise UserError(f"distill.passing is {self.passing}; it must be a score above 0, and at most 1")
+
+
+@dataclass(frozen=True)
+class MixedConfig:
+    """The one stage of reinforcement learning over all domains."""
+
+    train: GrpoConfig
+    model: str = ""  # to start from; empty: the distilled one
+    ratios: dict[str, float] = field(default_factory=dict)  # of a domain's prompts; 1 if it is not named
+
+    def __post_init__(self) -> None:
+        for name, ratio in self.ratios.items():
+            if not 0 <= ratio < float("inf"):
+                raise UserError(f"rl.ratios.{name} is {ratio}; give a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of the reward's terms, and where the length penalty begins."""
+
+    outcome: float = 1.0
+    rubric: float = 1.0
+    language: float = 0.1
+    length: float = 0.1
+    free: float = 0.5  # share of `new_tokens` from which on an answer is penalised; its limit is all of them
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not 0 <= getattr(self, each.name) < float("inf"):
+                raise UserError(f"reward.{each.name} is {getattr(self, each.name)}; give a number of at least 0")
+        if not self.free < 1:
+            raise UserError(f"reward.free is {self.free}; it must be a share below 1")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The generative reward model of domains with a rubric."""
+
+    url: str = "scripted"  # of an OpenAI-compatible server, with its /v1; scripted: by rules, started by the command
+    model: str = "scripted"  # its name there
+    budget: int = 10_000  # questions
+    timeout: float = 60.0  # seconds for one
+
+    def __post_init__(self) -> None:
+        if (self.url == "scripted") != (self.model == "scripted"):
+            raise UserError(
+                f"judge.url is {self.url!r} and judge.model {self.model!r}: results name the judge; give both or none"
+            )
+
+
+@dataclass(frozen=True)
+class PosttrainConfig:
+    """Specialists, distillation, one mixed stage of reinforcement learning, and the figures of every model."""
+
+    model: str  # sparse checkpoint or bundled name that everything starts from
+    out: str  # run folder
+    tokens: int  # of a prompt, at least; several times k
+    new_tokens: int  # of an answer, at most; of all turns of an agent's together
+    cold: SftConfig
+    difficulty: DifficultyConfig
+    specialist: GrpoConfig
+    distill: DistillConfig
+    rl: MixedConfig
+    evaluation: int  # held-out prompts of each domain and mode
+    result_tokens: int = 1024  # room for the results of an agent's tools in one answer
+    domains: tuple[str, ...] = ()  # none: all that there are
+    modes: tuple[str, ...] = ("think", "direct")
+    languages: tuple[str, ...] = ("en", "zh")  # those of them that a domain has, in turn
+    selection: Literal["indexer", "dense"] = "indexer"  # dense: the dense twin, the same without selection
+    reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
+    beside: str = ""  # run folder of the twin, for the report to show both
+    at_once: int = 32  # answers that are sampled together
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass
+    save_every: int = 0  # steps between checkpoints of a stage; 0: none before its end
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "", "tokens", "new_tokens", "result_tokens", "evaluation", "at_once")
+        for name, values, known in (("modes", self.modes, ("think", "direct")), ("domains", self.domains, None)):
+            if len(set(values)) < len(values) or (known and not (values and set(values) <= set(known))):
+                allowed = f"one or both of {', '.join(known)}" if known else "each once"
+                raise UserError(f"{name} is {list(values)}; name {allowed}")
