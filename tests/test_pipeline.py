@@ -183,8 +183,8 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domains": ["logics"]}, "domain 'logics' is unknown; use one of mathematics"),
-        ({"rl.ratios.alchemy": 1.0}, "domain 'alchemy' is unknown"),
+        ({"domains": ["logics"]}, "domain logics: there is no such domain or file; name one of mathematics, logic"),
+        ({"rl.ratios.alchemy": 1.0}, "rl.ratios.alchemy is none of the domains logic, writing"),
         ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
         ({"model": "base", "tokens": 600}, "base is dense and has no indexers; sparsify it first, or add --dense"),
         ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),
@@ -196,6 +196,20 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
 def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.run(settings(model, tmp_path / "run", **changes), only="specialist-logic", console=QUIET)
+
+
+@pytest.mark.parametrize("known", ["answer", "rubric"])
+def test_a_file_is_a_domain_and_needs_no_answers(model: Path, tmp_path: Path, known: str) -> None:
+    given = {"answer": "blue", "rubric": ["The answer has at most 3 words."]}[known]
+    rows = [{"prompt": f"What is the colour of stone {number}?", known: given} for number in range(12)]
+    (tmp_path / "my stones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"specialist.steps": 1, "tokens": 64 if known == "answer" else 17}
+    config = settings(model, tmp_path / "run", **more)
+    figures = pipeline.run(config, only=f"specialist-{tmp_path / 'my stones.jsonl'}", console=QUIET)
+    assert set(figures["evaluation"]) == {BASE, "specialist-my-stones"}
+    assert figures["specialist-my-stones"]["demonstrations"] == (4 if known == "answer" else 0)
+    assert (tmp_path / "run/specialists/my-stones/rl/model/config.json").is_file()
+    assert (tmp_path / "run/specialists/my-stones/cold/history.json").is_file() == (known == "answer")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tokensieve.report import environment, show_posttraining, write_curves, writ
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
 from tokensieve.run_record import Clock, RunRecord
-from tokensieve.tasks.problems import DOMAINS, domain
+from tokensieve.tasks.problems import DOMAINS, Domain, domain
 
 EVALUATION = "evaluation"
 
@@ -51,7 +51,7 @@ def run(
 ) -> dict[str, Any]:
     """Makes every model in the folder `config.out`, or `only` one of them, and measures those that are new.
 
-    only: "specialist-DOMAIN", "distilled" or "final".
+    only: "specialist-DOMAIN", "distilled" or "final". DOMAIN is a name of `tasks.problems.domain`.
 
     Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
     "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
@@ -59,7 +59,11 @@ def run(
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
-    plan = _plan(config, only)
+    domains, more = _domains(config.domains or tuple(DOMAINS)), {}
+    if only not in (None, DISTILLED, FINAL):
+        more = _domains((only.removeprefix(specialist_of("")),))
+        only = specialist_of(*more)
+    plan = _plan(config, tuple(domains), tuple(domains | more))
     leaves: dict[str, tuple[str, ...]] = {part.name: (part.folder,) for part in plan} | {EVALUATION: ()}
     record = RunRecord.of(out, leaves, resume or only is not None, "post-training run")
     if only in record.figures["seconds"] and not resume:
@@ -70,7 +74,7 @@ def run(
     try:
         with console.status("Loading the model") as status:
             watch = _Watched(record, status.update)
-            parts = Parts(config, record.figures, watch)
+            parts = Parts(config, domains | more, record.figures, watch)
             wanted = [part for part in plan if only in (None, part.name)]
             todo = [part for part in wanted if not parts.is_done(part.name)]
             if only is not None:
@@ -149,13 +153,21 @@ def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
     return {stage: rows for stage, rows in found.items() if rows is not None}
 
 
-def _plan(config: PosttrainConfig, only: str | None) -> list[Part]:
-    """The parts in their order. The domain of `only` joins those of the config. UserError for an unknown domain."""
-    domains = tuple(config.domains or DOMAINS)
-    more = [only.removeprefix(specialist_of(""))] if only not in (None, DISTILLED, FINAL) else []
-    specialists = tuple(dict.fromkeys((*domains, *more)))
-    for name in {*specialists, *config.rl.ratios}:
-        domain(name)
+def _domains(asked: Sequence[str]) -> dict[str, Domain]:
+    """By name. UserError for an unknown one, and for two of one name."""
+    found: dict[str, Domain] = {}
+    for each in map(domain, asked):
+        if each.name in found:
+            raise UserError(f"domains: two are called {each.name}; rename a file, or leave one out")
+        found[each.name] = each
+    return found
+
+
+def _plan(config: PosttrainConfig, domains: tuple[str, ...], specialists: tuple[str, ...]) -> list[Part]:
+    """The parts in their order. specialists: the domains, and perhaps another. UserError for ratios of no domain."""
+    for name in config.rl.ratios:
+        if name not in domains:
+            raise UserError(f"rl.ratios.{name} is none of the domains {', '.join(domains)}; leave it out")
     plan = [_specialist(config, name) for name in specialists]
     mine = [part.trains_on for part in plan if part.domains[0] in domains]
     answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)

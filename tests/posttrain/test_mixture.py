@@ -11,6 +11,7 @@ from tokensieve.posttrain import mixture
 from tokensieve.posttrain.groups import groups_of
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import encoder
+from tokensieve.tasks.problems import domain
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,9 @@ def settings(*changes: str) -> PosttrainConfig:
 
 
 def asked(config: PosttrainConfig, encode, *domains: str, count: int = 2):
-    return [(group, group.examples("train", count, 0)) for group in groups_of(config, domains, encode, {})]
+    return [
+        (group, group.examples("train", count, 0)) for group in groups_of(config, [*map(domain, domains)], encode, {})
+    ]
 
 
 def test_counts_follow_the_ratios() -> None:

@@ -165,14 +165,14 @@ def test_files_that_are_none_are_refused(tmp_path: Path, write) -> None:
         ("bad.parquet", "bad.parquet is damaged or cannot be read"),
         ("a.csv", "a domain's file is .jsonl, .ndjson, .parquet, or a folder"),
         ("folder", "folder is no folder that datasets.save_to_disk wrote"),
-        ("none.jsonl", "none.jsonl: there is no such file"),
+        ("none.jsonl", "none.jsonl: there is no such domain or file"),
     ):
         with pytest.raises(UserError, match=message):
             domain(str(tmp_path / name))
     for name, message in (
         (write([], "empty.jsonl"), "empty.jsonl has no rows"),
         (write(ROWS, "logic.jsonl"), "would be called 'logic', as one that is there"),
-        ("logics", "domain logics: there is no such file; name a domain, a file of rows, or module:object"),
+        ("logics", "domain logics: there is no such domain or file; name one of mathematics, logic"),
     ):
         with pytest.raises(UserError, match=message):
             domain(name)

@@ -20,7 +20,7 @@ Dense = Annotated[bool, typer.Option("--dense", help="The dense twin: the same w
 
 @app.command(cls=WITH_KEYS)
 def specialist(
-    domain: Annotated[str, typer.Option(help="The domain: mathematics, logic, programming, ...")],
+    domain: Annotated[str, typer.Option(help="mathematics, logic, ..., a FILE of rows, or module:object.")],
     config: Config = CONFIG,
     model: Start = None,
     set_: Set = None,

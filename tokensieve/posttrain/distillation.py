@@ -76,8 +76,8 @@ def training_rows(
 ) -> tuple[Dataset, list[Line], dict[str, dict[str, int]]]:
     """The rows to train on, the lines among them, and by group {"sampled", "passed", "kept", "demonstrations"}.
 
-    If `config.fill` is "demonstrations", a group
-    with fewer than `config.keep` answers gets demonstrations for the others. UserError if nothing is left to train on.
+    If `config.fill` is "demonstrations", a group with fewer than `config.keep` answers gets demonstrations for the
+    others, as far as its problems have any. UserError if nothing is left to train on.
     """
     counts: dict[str, dict[str, int]] = {}
     kept: list[Line] = []
@@ -86,7 +86,8 @@ def training_rows(
         own = [line for line in lines if line["group"] == group.name]
         best = chosen(own, config)
         missing = config.keep - len(best) if config.fill == "demonstrations" else 0
-        shown = demonstrations_of(group.examples("train", missing, seed), encode).to_list() if missing else []
+        examples = [e for e in group.examples("train", missing, seed) if e.item.answer] if missing else []
+        shown = demonstrations_of(examples, encode).to_list() if examples else []
         passed = sum(line["score"] >= config.passing for line in own)
         counts[group.name] = {
             "sampled": len(own), "passed": passed, "kept": len(best), "demonstrations": len(shown)

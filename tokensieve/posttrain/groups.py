@@ -7,7 +7,7 @@ from tokensieve.config import UserError
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import PlainEncoder
 from tokensieve.tasks.documents import Split
-from tokensieve.tasks.problems import MODES, Mode, Problem, Problems, domain
+from tokensieve.tasks.problems import MODES, Domain, Mode, Problem, Problems
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,21 @@ class Group:
 
 
 def groups_of(
-    config: PosttrainConfig, domains: Sequence[str], encode: PlainEncoder, difficulties: Mapping[str, int]
+    config: PosttrainConfig, domains: Sequence[Domain], encode: PlainEncoder, difficulties: Mapping[str, int]
 ) -> list[Group]:
     """The groups of these domains. difficulties: by group; the domain's usual one for a group that is not there.
 
-    UserError for an unknown domain, and for one that has none of the config's languages.
+    UserError for a domain that has none of the config's languages.
     """
     groups = []
-    for name in domains:
-        asked = domain(name)
+    for asked in domains:
         languages = [language for language in config.languages if language in asked.languages]
         if not languages:
-            raise UserError(f"{name} has problems in {', '.join(asked.languages)}, none of them in languages; add one")
+            raise UserError(
+                f"{asked.name} has problems in {', '.join(asked.languages)}, none of them in languages; add one"
+            )
         for mode in (mode for mode in MODES if mode in config.modes):
             tasks = tuple(Problems(asked, encode, mode, language, config.tokens) for language in languages)
-            known = difficulties.get(f"{name}-{mode}", asked.difficulty[1])
-            groups.append(Group(name, mode, tasks, known))
+            known = difficulties.get(f"{asked.name}-{mode}", asked.difficulty[1])
+            groups.append(Group(asked.name, mode, tasks, known))
     return groups

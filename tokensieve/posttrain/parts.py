@@ -5,7 +5,7 @@ Each does what its folder does not hold yet, so that a part that was stopped goe
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
 from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
-from tokensieve.tasks.problems import Problem
+from tokensieve.tasks.problems import Domain, Problem
 
 log = logging.getLogger("tokensieve")
 
@@ -49,12 +49,12 @@ class Watch(Protocol):
 class Parts:
     """The parts of one run, in its folder `config.out`.
 
-    config: with the device chosen. found: metrics.json's figures, which the parts add to. UserError for a tokenizer
-    without a chat format.
+    config: with the device chosen. domains: by their names, which the methods take. found: metrics.json's figures,
+    which the parts add to. UserError for a tokenizer without a chat format.
     """
 
-    def __init__(self, config: PosttrainConfig, found: dict[str, Any], watch: Watch):
-        self.config, self.found, self.watch = config, found, watch
+    def __init__(self, config: PosttrainConfig, domains: Mapping[str, Domain], found: dict[str, Any], watch: Watch):
+        self.config, self.domains, self.found, self.watch = config, domains, found, watch
         self.out = Path(config.out)
         self.tokenizer = load_tokenizer(config.model)
         self.encode = encoder(self.tokenizer)
@@ -82,7 +82,7 @@ class Parts:
         for name in domains:
             measured = self.found.get(specialist_of(name), {}).get("difficulty", {})
             known |= {group: knob["difficulty"] for group, knob in measured.items()}
-        return groups_of(self.config, domains, self.encode, known)
+        return groups_of(self.config, [self.domains[name] for name in domains], self.encode, known)
 
     def folder(self, model: str) -> Path:
         """The folder of the stage that leaves a model."""
@@ -162,7 +162,7 @@ class Parts:
         own, cold = self.found.setdefault(name, {}), self._specialist_folder(name) / "cold"
         if stages.history(cold) is None:
             model = self.load(self.config.model)
-            self._cold_start(model, self.groups([domain]), cold)
+            self._cold_start(model, self.groups([domain]), cold, own)
         else:
             model = self.load(cold / stages.MODEL)
         knobs = own.setdefault("difficulty", {})
@@ -172,12 +172,22 @@ class Parts:
                 self.watch.note()
         asked = self._examples(self.groups([domain]), _prompts(self.config.specialist), GRPO)
         self._reinforce(model, asked, self.config.specialist, self.folder(name), domain)
-        shutil.rmtree(cold / stages.MODEL)
+        if own["demonstrations"]:
+            shutil.rmtree(cold / stages.MODEL)
 
-    def _cold_start(self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path) -> None:
+    def _cold_start(
+        self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path, own: dict[str, Any]
+    ) -> None:
+        """Nothing but a warning if no problem has a right answer to show."""
         stage = self.config.cold
         asked = self._examples(groups, stage.steps * stage.rows, COLD)
-        rows = demonstrations_of([example for _, examples in asked for example in examples], self.encode)
+        shown = [example for _, examples in asked for example in examples if example.item.answer]
+        own["demonstrations"] = len(shown)
+        self.watch.note()
+        if not shown:
+            log.warning("%s has no right answers to show: no cold start, it begins with GRPO", groups[0].domain)
+            return
+        rows = demonstrations_of(shown, self.encode)
         stages.fine_tune(
             model,
             self.tokenizer,

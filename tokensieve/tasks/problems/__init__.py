@@ -37,7 +37,7 @@ def domain(name: str) -> Domain:
     """The domain of this name, of FILE, or of `module:object` (`own`). UserError if there is none."""
     if name in DOMAINS:
         return DOMAINS[name]
-    found = own(name)
+    found = own(name, DOMAINS)
     if found.name in DOMAINS:
         raise UserError(f"domain {name} would be called {found.name!r}, as one that is there; give it another name")
     return found

@@ -2,6 +2,7 @@
 
 import importlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from tokensieve.tasks.problems.rows import FILES, Rows, key_of, text_of
 DOMAIN, TASK = ("name", "languages", "difficulty", "draw", "grade"), ("name", "examples", "score", "reward")
 
 
-def own(name: str) -> Domain:
+def own(name: str, known: Iterable[str]) -> Domain:
     """The domain of FILE (JSONL, parquet, or a folder that `datasets` saved) or of `module:object`.
 
-    The object is a `Domain` or a `Task`. UserError if there is none, or if it cannot be graded.
+    The object is a `Domain` or a `Task`. UserError, which names the `known` domains, if there is none, and if it cannot
+    be graded.
     """
     path = Path(name).expanduser()
     if path.exists():
         return Rows(path)
     module, colon, attribute = name.partition(":")
     if path.suffix in FILES or not colon:
-        raise UserError(f"domain {name}: there is no such file; name a domain, a file of rows, or module:object")
+        raise UserError(
+            f"domain {name}: there is no such domain or file; name one of {', '.join(known)}, a file of rows, or "
+            "module:object"
+        )
     return _of_module(name, module, attribute)
 
 
