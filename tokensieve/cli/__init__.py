@@ -13,9 +13,10 @@ with report_missing():
     from tokensieve.cli import checkpoints
     from tokensieve.cli import sharing
     from tokensieve.cli import profiling
+    from tokensieve.cli import pricing
     from tokensieve.cli import text
     from tokensieve.cli import serving
     from tokensieve.cli import bench
     from tokensieve.cli.program import app, main
 
-__all__ = ["app", "bench", "checkpoints", "main", "profiling", "serving", "sharing", "text", "training"]
+__all__ = ["app", "bench", "checkpoints", "main", "pricing", "profiling", "serving", "sharing", "text", "training"]

@@ -12,6 +12,7 @@ from tokensieve.evals.parity import ARMS
 from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
+from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
@@ -22,10 +23,15 @@ from tokensieve.report.templates import render
 __all__ = [
     "environment",
     "show",
+    "show_balances",
+    "show_costs",
     "show_criteria",
     "show_long",
+    "show_paper",
     "show_profile",
     "show_short",
+    "write_costs",
+    "write_paper",
     "write_profile",
     "write_report",
     "write_run",
