@@ -130,14 +130,18 @@ def show_costs(
             row["attention"],
             f"{row['position']:,}",
             "" if token.batch is None else str(token.batch),
-            f"{token.flops / 1e9:,.4g}",
-            f"{token.bytes / 1e6:,.4g}",
-            f"{token.seconds * 1e6:,.4g}",
+            _number(token.flops / 1e9),
+            _number(token.bytes / 1e6),
+            _number(token.seconds * 1e6),
             f"{row['usd_per_million']:.3g}",
             token.bound,
             token.label,
         )
     console.print(rows)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
 
 
 def show_paper(console: Console, figures: Mapping[str, Any]) -> None:
