@@ -336,6 +336,33 @@ class ProfileConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be a share from 0 to 1")
 
 
+@dataclass(frozen=True)
+class PriceList:
+    """Prices of an API, in dollars per million tokens, and the attention of the model behind it."""
+
+    name: str
+    attention: Literal["dense", "sparse"]
+    input_cached: float  # tokens of a prompt that a cache held
+    input: float  # the other tokens of a prompt
+    output: float
+
+    def __post_init__(self) -> None:
+        for name in ("input_cached", "input", "output"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"price list {self.name!r}: {name} is {getattr(self, name)}; give dollars, at least 0")
+
+
+@dataclass(frozen=True)
+class PricesConfig:
+    """`tokensieve cost --prices`: one or more lists, each paid for the same traffic."""
+
+    lists: tuple[PriceList, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lists:
+            raise UserError("no price list; write one as [[lists]]")
+
+
 def config_path(name: str) -> Path:
     """A file as given, or a bundled config by its bare name."""
     if Path(name).is_file():

@@ -6,12 +6,12 @@ from transformers import LlamaConfig
 from tests.support import models
 from tokensieve import cost
 from tokensieve.families import SparseConfig
-from tokensieve.profile.crossover import LAYOUT, crossover, spent, with_indexer
+from tokensieve.profile.crossover import LAYOUT, crossover, spent
 
 GROUPED = LlamaConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=16, num_hidden_layers=3)
 SHAPES = {
-    "latent": with_indexer(cost.shape_of(models.config("v3")), 20),
-    "grouped": with_indexer(cost.shape_of(GROUPED), 20, 1, 4),
+    "latent": cost.with_indexer(cost.shape_of(models.config("v3")), 20),
+    "grouped": cost.with_indexer(cost.shape_of(GROUPED), 20, 1, 4),
 }
 
 
@@ -30,15 +30,15 @@ def test_crossovers_are_the_first_of_a_scan(name: str) -> None:
 
 
 def test_an_indexer_that_costs_more_than_attention_never_pays() -> None:
-    found = crossover(with_indexer(cost.shape_of(GROUPED), 20, 64, 128))
+    found = crossover(cost.with_indexer(cost.shape_of(GROUPED), 20, 64, 128))
     assert found.token_bytes is None and found.token_flops is None and found.dense_below is None
 
 
 def test_the_indexer_is_in_the_published_models_proportion() -> None:
     published = cost.shape_of(SparseConfig())
-    dense = with_indexer(cost.shape_of(models.config("v3", num_attention_heads=128, v_head_dim=128)), 2048)
+    dense = cost.with_indexer(cost.shape_of(models.config("v3", num_attention_heads=128, v_head_dim=128)), 2048)
     assert (dense.index_heads, dense.index_dim) == (published.index_heads, published.index_dim) == (64, 128)
-    kept = with_indexer(published, 512, 3, 3)  # a sparse model has its own
+    kept = cost.with_indexer(published, 512, 3, 3)  # a sparse model has its own
     assert (kept.top_k, kept.index_heads, kept.index_dim) == (512, 64, 128)
 
 

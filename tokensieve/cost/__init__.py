@@ -6,6 +6,7 @@ times in seconds.
 
 from tokensieve.cost.forward import (
     Layout,
+    TwoLevel,
     attention_flops_per_key,
     cache_bytes_per_token,
     decode_cache_bytes,
@@ -15,9 +16,15 @@ from tokensieve.cost.forward import (
     index_flops_per_key,
     kv_read_fraction,
     latent_bytes,
+    read_experts,
+    scored_keys,
     visible_keys,
 )
-from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of
+from tokensieve.cost.gpus import GPUS, Gpu, gpu_of
+from tokensieve.cost.rates import ROOFLINE, Rate, Rates, given_rates, known_rates
+from tokensieve.cost.serving import Serving, batch_size, weight_bytes
+from tokensieve.cost.shape import Parameters, Shape, parameters, shape_of, with_indexer, without_indexer
+from tokensieve.cost.token_cost import Part, TokenCost, decode_cost, prefill_cost
 from tokensieve.cost.training import (
     LONGER,
     SHORTER,
@@ -37,8 +44,12 @@ __all__ = [
     "Layout",
     "Shape",
     "shape_of",
+    "with_indexer",
+    "without_indexer",
     "Parameters",
     "parameters",
+    "TwoLevel",
+    "scored_keys",
     "visible_keys",
     "attention_flops_per_key",
     "index_flops_per_key",
@@ -48,7 +59,23 @@ __all__ = [
     "cache_bytes_per_token",
     "kv_read_fraction",
     "decode_cache_bytes",
+    "read_experts",
     "decode_weight_bytes",
+    "GPUS",
+    "Gpu",
+    "gpu_of",
+    "Rate",
+    "Rates",
+    "ROOFLINE",
+    "known_rates",
+    "given_rates",
+    "Serving",
+    "batch_size",
+    "weight_bytes",
+    "Part",
+    "TokenCost",
+    "prefill_cost",
+    "decode_cost",
     "Adapters",
     "Estimate",
     "train_flops",

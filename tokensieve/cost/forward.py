@@ -6,6 +6,7 @@ below one percent at every published size.
 Legend: c context (the keys that a query sees, itself included), k selected keys, H query heads.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 from tokensieve.config import UserError
@@ -17,6 +18,20 @@ Layout = Literal["fp8", "bf16", "float32"]
 VALUE_BYTES = {"bf16": 2, "float32": 4}
 FP8_BLOCK = 128  # values that share one float32 scale
 ROPE_BYTES = 2  # the rotated part of a key stays in bf16 beside FP8 latents
+
+
+@dataclass(frozen=True)
+class TwoLevel:
+    """Selection in two levels (HISA, arXiv 2603.28458): the best `blocks` blocks of `width` keys by their means, then
+    the best keys of these blocks. UserError if either is below 1.
+    """
+
+    blocks: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or self.width < 1:
+            raise UserError(f"two levels of {self.blocks} blocks of {self.width} keys; both must be at least 1")
 
 
 def visible_keys(tokens: int, start: int = 0, top_k: int = 0) -> int:
@@ -44,6 +59,13 @@ def attention_flops_per_key(shape: Shape, mode: Mode) -> int:
 def index_flops_per_key(shape: Shape) -> int:
     """FLOPs of one index score of one layer, the weighted sum of H_I products of width d_I (equation 1)."""
     return 2 * shape.index_heads * (shape.index_dim + 1)
+
+
+def scored_keys(context: int, two_level: TwoLevel | None = None) -> int:
+    """Index scores of one query over `context` keys in a layer with an indexer, those of blocks' means included."""
+    if two_level is None or context <= two_level.blocks * two_level.width:
+        return context
+    return -(-context // two_level.width) + two_level.blocks * two_level.width
 
 
 def forward_flops(
@@ -119,14 +141,16 @@ def decode_cache_bytes(shape: Shape, context: int, layout: Layout, *, sparse: bo
     return shape.layers * shape.top_k * latent + shape.index_layers * context * index_bytes(shape, layout)
 
 
-def decode_weight_bytes(shape: Shape, batch: int, bytes_per_weight: float) -> float:
-    """Bytes of weights that one decode step of `batch` tokens reads, with the expected number of distinct experts.
+def read_experts(shape: Shape, tokens: float) -> float:
+    """The expected number of distinct routed experts that `tokens` tokens meet in a layer with experts.
 
-    Routing is assumed uniform and independent: E (1 - (1 - e / E)^batch) of E experts are read, with e per token.
+    Routing is assumed uniform and independent: E (1 - (1 - e / E)^tokens) of E experts, with e per token.
     """
+    return shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** tokens) if shape.experts else 0.0
+
+
+def decode_weight_bytes(shape: Shape, batch: float, bytes_per_weight: float) -> float:
+    """Bytes of weights that one decode step of `batch` tokens reads, experts by `read_experts`."""
     counts = parameters(shape)
-    experts = shape.experts_per_token * 1.0
-    if shape.experts:
-        experts = shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** batch)
-    extra = shape.moe_layers * (experts - shape.experts_per_token) * 3 * shape.hidden * shape.expert_ffn
-    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + extra)
+    extra = shape.moe_layers * (read_experts(shape, batch) - shape.experts_per_token) * 3 * shape.hidden
+    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + extra * shape.expert_ffn)

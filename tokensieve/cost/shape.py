@@ -4,7 +4,7 @@ Source: the official demo's model.py for the shapes; sections 1 and 2 of the tec
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +71,24 @@ def shape_of(config: Any) -> Shape:
         index_dim=read("index_head_dim", family.sparse),
         top_k=read("index_topk", family.sparse),
     )
+
+
+def with_indexer(shape: Shape, top_k: int, heads: int | None = None, dim: int | None = None) -> Shape:
+    """The shape of the same model with k = `top_k` and, if it is dense, with an indexer.
+
+    heads, dim: of the indexer of a dense model; None: in the published model's proportion to its attention, which is
+    one index head for two query heads (64 of 128), each as wide as a value (128).
+    """
+    if shape.sparse:
+        return replace(shape, top_k=top_k)
+    value = shape.attention.masked - shape.attention.score
+    heads = heads or max(1, shape.attention.heads // 2)
+    return replace(shape, top_k=top_k, index_layers=shape.layers, index_heads=heads, index_dim=dim or value)
+
+
+def without_indexer(shape: Shape) -> Shape:
+    """The shape of the same model with dense attention."""
+    return replace(shape, top_k=0, index_layers=0, index_heads=0, index_dim=0)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tokensieve.cost import GPUS
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -29,13 +31,13 @@ _NPU = (
 )
 _ROCM = ("--nsa-prefill-backend", "tilelang", "--nsa-decode-backend", "tilelang")  # one for each phase
 HARDWARE = {
-    "h200": Hardware("H200", 8, 141e9, "lmsysorg/sglang:latest"),
-    "b200": Hardware("B200", 8, 180e9, "lmsysorg/sglang:latest"),
+    "h200": Hardware("H200", 8, GPUS["h200"].memory, "lmsysorg/sglang:latest"),
+    "b200": Hardware("B200", 8, GPUS["b200"].memory, "lmsysorg/sglang:latest"),
     "mi300": Hardware("MI300X", 8, 192e9, "lmsysorg/sglang:v0.5.8-rocm700-mi30x", sparse_arguments=_ROCM, maker="amd"),
     "mi350": Hardware(
         "MI350",
         8,
-        288e9,
+        GPUS["mi350"].memory,
         "lmsysorg/sglang:v0.5.8-rocm700-mi35x",
         sparse_arguments=_ROCM,
         maker="amd",

@@ -4,7 +4,7 @@ Legend: c context (the keys that a query sees, itself included), k selected keys
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tokensieve import cost
 
@@ -28,19 +28,6 @@ class Crossover:
         """The shortest context from which on sparse is cheaper in every respect."""
         found = (self.token_bytes, self.token_flops, self.prompt_flops)
         return None if None in found else max(n for n in found if n is not None)
-
-
-def with_indexer(shape: cost.Shape, top_k: int, heads: int | None = None, dim: int | None = None) -> cost.Shape:
-    """The shape of the same model with k = `top_k` and, if it is dense, with an indexer.
-
-    heads, dim: of the indexer of a dense model; None: in the published model's proportion to its attention, which is
-    one index head for two query heads (64 of 128), each as wide as a value (128).
-    """
-    if shape.sparse:
-        return replace(shape, top_k=top_k)
-    value = shape.attention.masked - shape.attention.score
-    heads = heads or max(1, shape.attention.heads // 2)
-    return replace(shape, top_k=top_k, index_layers=shape.layers, index_heads=heads, index_dim=dim or value)
 
 
 def crossover(shape: cost.Shape) -> Crossover:

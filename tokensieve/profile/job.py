@@ -10,7 +10,7 @@ from tokensieve.model import DecoderForCausalLM, sparsify
 from tokensieve.model.positions import check_positions
 from tokensieve.profile.advice import advise
 from tokensieve.profile.concentration import measure
-from tokensieve.profile.crossover import crossover, spent, with_indexer
+from tokensieve.profile.crossover import crossover, spent
 from tokensieve.profile.lengths import Sample, draw
 from tokensieve.profile.recipe import training_costs
 from tokensieve.tasks import PlainEncoder
@@ -57,7 +57,7 @@ def profile(
         raise UserError("index_heads and index_dim are for dense models, and this one has an indexer; leave them out")
     texts = draw(sample, encode, settings.texts, ks[0], context or positions)
     attention = measure(model, texts, ks, settings.queries, seconds, on_progress)
-    shapes = {k: with_indexer(shape, k, settings.index_heads, settings.index_dim) for k in ks}
+    shapes = {k: cost.with_indexer(shape, k, settings.index_heads, settings.index_dim) for k in ks}
     crossovers = {k: crossover(shapes[k]) for k in ks}
     advice = advise(
         {k: attention.mass(k) for k in ks},

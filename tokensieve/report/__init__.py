@@ -12,6 +12,7 @@ from tokensieve.evals.parity import ARMS
 from tokensieve.evals.timing import CHUNK
 from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
+from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
 from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
@@ -24,12 +25,17 @@ from tokensieve.report.templates import render
 __all__ = [
     "environment",
     "show",
+    "show_balances",
+    "show_costs",
     "show_criteria",
     "show_long",
+    "show_paper",
     "show_posttraining",
     "show_profile",
     "show_short",
+    "write_costs",
     "write_curves",
+    "write_paper",
     "write_posttraining",
     "write_profile",
     "write_report",

@@ -1,0 +1,245 @@
+"""The command that prices a model: FLOPs, bytes, seconds and dollars of a token, and price lists on traffic."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokensieve.cli.program import OneProcess, app, stdout
+
+if TYPE_CHECKING:
+    from tokensieve.config import PriceList
+    from tokensieve.cost import Serving, Shape, TwoLevel
+    from tokensieve.cost.prices import Request
+
+MODEL, GPU, PRICE, TOP_K = "deepseek_v32", "H800", 2.0, 2048
+SHORTEST, LONGEST = 1024, 131072  # positions that are shown unless others are given
+
+
+@app.command(cls=OneProcess)
+def cost(
+    model: Annotated[
+        str | None,
+        typer.Argument(help=f"A checkpoint folder, a config.json, a bundled name, or a published shape ({MODEL})."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"H800, H100, H200, B200 or MI350; {GPU} unless given.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help=f"Dollars a GPU hour; {PRICE:g} unless given.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="That experts are divided over; the fewest that hold the model unless given.")
+    ] = None,
+    tensor: Annotated[int | None, typer.Option(help="That the attention of one sequence is divided over.")] = None,
+    positions: Annotated[str | None, typer.Option(metavar="N,N", help="Token positions.")] = None,
+    weights: Annotated[str | None, typer.Option(help="fp8 (the default) or bf16.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Of what attention reads; fp8 under MLA, else bf16.")] = None,
+    index: Annotated[str | None, typer.Option(help="Of index scores and keys: fp8 or bf16.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help=f"Selected keys; the model's own, or {TOP_K} for a dense one.")
+    ] = None,
+    share_every: Annotated[
+        int | None, typer.Option(min=1, help="Layers that share one indexer; as the model has it unless given.")
+    ] = None,
+    two_level: Annotated[
+        str | None, typer.Option(metavar="BLOCKSxKEYS", help="Selection in two levels, such as 64x128.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences that decode together; as many as fit.")] = None,
+    mean_context: Annotated[
+        int | None, typer.Option(help="Tokens of the other sequences of a batch; as many as the token's own has.")
+    ] = None,
+    draft: Annotated[int | None, typer.Option(help="Tokens drafted for each decode step; none unless given.")] = None,
+    acceptance: Annotated[float | None, typer.Option(help="Probability that a drafted token is right.")] = None,
+    rate: Annotated[
+        list[str] | None, typer.Option("--rate", metavar="NAME=SHARE", help="A share of the peak, such as memory=0.8.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Figure 3 of the DeepSeek-V3.2-Exp report; it takes no model or deployment.")
+    ] = False,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Price lists of an API: a .toml file, or prices (DeepSeek's).")
+    ] = None,
+    traffic: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Requests: a usage object of OpenAI's API on each line.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the figures; runs/cost or runs/cost-paper.")] = None,
+) -> None:
+    """Show what a token costs at each position, dense and sparse: FLOPs, bytes, seconds and dollars per million.
+
+    Shares of a GPU's peak are those that were measured, and 1 (a roofline) for what was not; each figure is labelled.
+    With --prices and --traffic: what the price lists earn or lose on your requests.
+
+    Example: tokensieve cost deepseek_v32 --gpu H200 --price 2.5 --positions 8192,131072
+    """
+    from tokensieve.config import PricesConfig, UserError, load_config
+    from tokensieve.cost.prices import read_traffic
+
+    if (prices is None) != (traffic is None):
+        raise UserError("--prices and --traffic go together: price lists, and the requests that they are paid for")
+    lists = load_config(PricesConfig, prices).lists if prices else ()
+    requests = read_traffic(traffic) if traffic else []
+    options = {
+        "gpu": gpu,
+        "price": price,
+        "gpus": gpus,
+        "tensor": tensor,
+        "positions": positions,
+        "weights": weights,
+        "cache": cache,
+        "index": index,
+        "top-k": top_k,
+        "share-every": share_every,
+        "two-level": two_level,
+        "batch": batch,
+        "mean-context": mean_context,
+        "draft": draft,
+        "acceptance": acceptance,
+        "rate": rate,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if not paper:
+        _own(model or MODEL, given, lists, requests, out or Path("runs/cost"))
+    elif model is None and not given:
+        _paper(lists, requests, out or Path("runs/cost-paper"))
+    else:
+        named = ", ".join([*(["MODEL"] if model else []), *(f"--{name}" for name in given)])
+        raise UserError(f"--paper has its own model and deployment; leave out {named}")
+
+
+def _paper(lists: "Sequence[PriceList]", requests: "Sequence[Request]", out: Path) -> None:
+    from tokensieve.cost import paper
+    from tokensieve.report import show_paper, write_paper
+
+    show_paper(stdout(), write_paper(out))
+    _show_balances(lists, requests, lambda name, p: paper.paper_cost(name, p).usd_per_million(paper.PRICE), out)
+    typer.echo(f"\nFigures: {out}")
+
+
+def _own(
+    model: str, given: dict[str, Any], lists: "Sequence[PriceList]", requests: "Sequence[Request]", out: Path
+) -> None:
+    from tokensieve import cost
+    from tokensieve.config import UserError
+    from tokensieve.cost.prices import mean_context
+    from tokensieve.cost.serving import smallest
+    from tokensieve.report import show_costs, write_costs
+
+    config, index = _config(model)
+    longest = config.max_position_embeddings
+    shown = _positions(given.get("positions"), longest)
+    sparse = _sparse(cost.shape_of(config), given)
+    shapes = {"dense": cost.without_indexer(sparse), "sparse": sparse}
+    furthest = max([*shown, *(r.prompt + r.output for r in requests)])
+    if furthest > longest:
+        raise UserError(f"a request of {furthest} tokens is longer than the model's {longest} positions; leave it out")
+    if requests:
+        given.setdefault("mean-context", mean_context(requests))
+    latent = sparse.attention.gathered != sparse.attention.masked
+    given.setdefault("cache", "fp8" if latent else "bf16")
+    given.setdefault("index", index or ("fp8" if latent else "bf16"))
+    serving = _serving(given)
+    if "gpus" not in given and "tensor" not in given:
+        serving = smallest([*shapes.values()], serving, furthest + 1)
+    rates = cost.given_rates(cost.known_rates(serving, sparse), given.get("rate", []))
+    price = given.get("price", PRICE)
+
+    def token(name: str, position: int) -> cost.TokenCost:
+        phase, attention = name.split("_")
+        function = cost.prefill_cost if phase == "prefill" else cost.decode_cost
+        return function(shapes[attention], serving, rates, position)
+
+    costs = [token(f"{phase}_{name}", p) for phase in ("prefill", "decode") for name in shapes for p in shown]
+    write_costs(out, model, serving, rates, price, costs)
+    show_costs(stdout(), model, serving, price, costs)
+    _show_balances(lists, requests, lambda name, p: token(name, p).usd_per_million(price), out)
+    typer.echo(f"\nFigures: {out}")
+
+
+def _show_balances(
+    lists: "Sequence[PriceList]", requests: "Sequence[Request]", usd: Callable[[str, int], float], out: Path
+) -> None:
+    """Writes and prints what each price list earns on the traffic. usd: dollars per million tokens of a curve."""
+    from tokensieve.cost.prices import compare
+    from tokensieve.files import write_json
+    from tokensieve.report import show_balances
+
+    if lists:
+        found = compare(lists, requests, usd)
+        write_json(out / "prices.json", found)
+        show_balances(stdout(), found)
+
+
+def _config(model: str) -> tuple[Any, str | None]:
+    """The config of a published shape by its name, of a config.json, or of a model's folder; and the format of index
+    scores if it is stated.
+    """
+    from tokensieve.checkpoint import read_config
+    from tokensieve.config import UserError
+    from tokensieve.families import FAMILIES, model_config
+    from tokensieve.files import known_folder
+
+    if model in FAMILIES:
+        return FAMILIES[model].config(), None
+    path = Path(model)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); give a model's config.json") from error
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: not an object; give a model's config.json")
+    elif (folder := known_folder(model)) is not None:
+        raw = read_config(folder)
+    else:
+        raise UserError(f"model {model!r}: nothing is fetched for a price; give its folder or its config.json")
+    return model_config(raw), raw.get("index_dtype")
+
+
+def _sparse(shape: "Shape", given: dict[str, Any]) -> "Shape":
+    """The shape with an indexer: the model's own, or the one that it would have, with the changes that options name."""
+    from dataclasses import replace
+
+    from tokensieve.cost import with_indexer
+
+    shape = with_indexer(shape, given.get("top-k", shape.top_k or TOP_K))
+    every = given.get("share-every")
+    return shape if every is None else replace(shape, index_layers=-(-shape.layers // every))
+
+
+def _serving(given: dict[str, Any]) -> "Serving":
+    from tokensieve.cost import Serving, gpu_of
+
+    names = ("tensor", "weights", "cache", "index", "batch", "draft", "acceptance")
+    more = {name: given[name] for name in names if name in given}
+    return Serving(
+        gpu_of(given.get("gpu", GPU)),
+        gpus=given.get("gpus", given.get("tensor", 1)),
+        mean_context=given.get("mean-context"),
+        two_level=_two_level(given.get("two-level")),
+        **more,
+    )
+
+
+def _two_level(text: str | None) -> "TwoLevel | None":
+    from tokensieve.config import UserError
+    from tokensieve.cost import TwoLevel
+
+    if text is None:
+        return None
+    blocks, _, width = text.partition("x")
+    if not blocks.isdecimal() or not width.isdecimal():
+        raise UserError(f"--two-level {text}: write BLOCKSxKEYS, for example 64x128")
+    return TwoLevel(int(blocks), int(width))
+
+
+def _positions(text: str | None, longest: int) -> list[int]:
+    """The positions that are shown: those given, or the powers of two that the model has."""
+    from tokensieve.config import UserError
+
+    if text is None:
+        return [p for p in (SHORTEST << i for i in range(20)) if p <= min(longest, LONGEST)] or [longest]
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"--positions {text}: write token positions with commas, for example 8192,131072")
+    positions = sorted({int(part) for part in text.split(",")})
+    if positions[-1] > longest:
+        raise UserError(f"--positions {positions[-1]}: the model has {longest} positions; give at most as many")
+    return positions
