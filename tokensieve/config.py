@@ -51,9 +51,7 @@ def _is_there(module: str) -> bool:
     return module in sys.modules or (module != "" and importlib.util.find_spec(module) is not None)
 
 
-KL_BLOCK = (
-    32  # neighbouring queries that have their KL together in adaptation: kernels for few heads read tiles of them
-)
+KL_BLOCK = 32  # neighbouring queries that have their KL together in adaptation: kernels read tiles of them
 GENERATED = ("retrieval", "chat")  # sources that are made from the text of others
 
 
@@ -308,59 +306,6 @@ class ShareConfig:
         for name in ("context", "texts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """`tokensieve profile`: how much it measures, and the thresholds of its recommendation."""
-
-    top_k: tuple[int, ...]  # numbers of selected keys that are tried, ascending
-    limit_bytes: int  # of text read for the lengths, and for the texts that are measured
-    texts: int  # in which attention is measured, at most
-    queries: int  # measured in each layer of each of these texts
-    mass: float  # share of the attention's mass that k keys have to hold
-    tokens_past_k: float  # share of the tokens that have to see more than k keys
-    sharing: float  # share of its mass that a layer may lose by the keys of another one
-    utilization: float = 0.4  # of --peak-flops that training reaches
-    index_heads: int | None = None  # of a dense model's indexers; None: half as many as query heads
-    index_dim: int | None = None  # width of an index head; None: that of a value
-
-    def __post_init__(self) -> None:
-        if not self.top_k or min(self.top_k) < 1 or list(self.top_k) != sorted(set(self.top_k)):
-            raise UserError(f"top_k is {list(self.top_k)}; give ascending numbers of at least 1, such as [256, 1024]")
-        for name in ("limit_bytes", "texts", "queries"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("mass", "tokens_past_k", "sharing", "utilization"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be a share from 0 to 1")
-
-
-@dataclass(frozen=True)
-class PriceList:
-    """Prices of an API, in dollars per million tokens, and the attention of the model behind it."""
-
-    name: str
-    attention: Literal["dense", "sparse"]
-    input_cached: float  # tokens of a prompt that a cache held
-    input: float  # the other tokens of a prompt
-    output: float
-
-    def __post_init__(self) -> None:
-        for name in ("input_cached", "input", "output"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"price list {self.name!r}: {name} is {getattr(self, name)}; give dollars, at least 0")
-
-
-@dataclass(frozen=True)
-class PricesConfig:
-    """`tokensieve cost --prices`: one or more lists, each paid for the same traffic."""
-
-    lists: tuple[PriceList, ...]
-
-    def __post_init__(self) -> None:
-        if not self.lists:
-            raise UserError("no price list; write one as [[lists]]")
 
 
 def config_path(name: str) -> Path:

@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from tokensieve.config import PriceList, PricesConfig, UserError, load_config
+from tokensieve.config import UserError, load_config
 from tokensieve.cost import paper, prices
-from tokensieve.cost.prices import Curve, Request, balance, compare, falls_to, mean_context, read_traffic
+from tokensieve.cost.prices import (
+    Curve,
+    PriceList,
+    PricesConfig,
+    Request,
+    balance,
+    compare,
+    falls_to,
+    mean_context,
+    read_traffic,
+)
 
 LIST = PriceList("now", "sparse", input_cached=1.0, input=10.0, output=100.0)
 TRAFFIC = [Request(prompt=3000, cached=1000, output=500), Request(prompt=100, cached=0, output=0)]

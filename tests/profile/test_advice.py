@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from tokensieve.config import ProfileConfig, UserError, load_config
+from tokensieve.config import UserError, load_config
 from tokensieve.evals.intervals import Estimate
 from tokensieve.profile.advice import Advice, advise, share_groups
 from tokensieve.profile.crossover import Crossover
+from tokensieve.profile_config import ProfileConfig
 
 SETTINGS = ProfileConfig((256, 512, 1024), 1, 1, 1, mass=0.9, tokens_past_k=0.5, sharing=0.05)
 MASS = {256: (0.85, 12), 512: (0.92, 12), 1024: (0.97, 9)}

@@ -10,9 +10,8 @@ import typer
 from tokensieve.cli.program import OneProcess, app, stdout
 
 if TYPE_CHECKING:
-    from tokensieve.config import PriceList
     from tokensieve.cost import Serving, Shape, TwoLevel
-    from tokensieve.cost.prices import Request
+    from tokensieve.cost.prices import PriceList, Request
 
 MODEL, GPU, PRICE, TOP_K = "deepseek_v32", "H800", 2.0, 2048
 SHORTEST, LONGEST = 1024, 131072  # positions that are shown unless others are given
@@ -70,8 +69,8 @@ def cost(
 
     Example: tokensieve cost deepseek_v32 --gpu H200 --price 2.5 --positions 8192,131072
     """
-    from tokensieve.config import PricesConfig, UserError, load_config
-    from tokensieve.cost.prices import read_traffic
+    from tokensieve.config import UserError, load_config
+    from tokensieve.cost.prices import PricesConfig, read_traffic
 
     if (prices is None) != (traffic is None):
         raise UserError("--prices and --traffic go together: price lists, and the requests that they are paid for")

@@ -9,7 +9,7 @@ import typer
 from tokensieve.cli.program import Config, Device, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 
-@app.command(cls=with_keys("ProfileConfig", "profile"))
+@app.command(cls=with_keys("ProfileConfig", "profile", "tokensieve.profile_config"))
 def profile(
     data: Annotated[str, typer.Argument(help="Your text: a folder, a file, a glob, hf:NAME or python; SOURCE#FIELD.")],
     model: Annotated[str, typer.Option(help="Checkpoint folder in Hugging Face format, or a bundled name.")] = "base",
@@ -35,8 +35,9 @@ def profile(
 
     Example: tokensieve profile corpus/ --model base --minutes 5
     """
-    from tokensieve.config import GENERATED, ProfileConfig, UserError, load_config
+    from tokensieve.config import GENERATED, UserError, load_config
     from tokensieve.files import check_source, known_folder
+    from tokensieve.profile_config import ProfileConfig
 
     begin = time.perf_counter()
     settings = load_config(ProfileConfig, config, tuple(set_ or ()))

@@ -8,16 +8,43 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from tokensieve.config import PriceList, UserError
+from tokensieve.config import UserError
 
 STRETCHES = 512  # straight pieces that a cost's curve over positions is cut into
 KINDS = ("dense", "sparse")
 PHASES = {"input": "prefill", "output": "decode"}
 LONGEST = 1 << 17  # tokens up to which the position is looked for at which costs have fallen as far as prices
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Prices of an API, in dollars per million tokens, and the attention of the model behind it."""
+
+    name: str
+    attention: Literal["dense", "sparse"]
+    input_cached: float  # tokens of a prompt that a cache held
+    input: float  # the other tokens of a prompt
+    output: float
+
+    def __post_init__(self) -> None:
+        for name in ("input_cached", "input", "output"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"price list {self.name!r}: {name} is {getattr(self, name)}; give dollars, at least 0")
+
+
+@dataclass(frozen=True)
+class PricesConfig:
+    """`tokensieve cost --prices`: one or more lists, each paid for the same traffic."""
+
+    lists: tuple[PriceList, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lists:
+            raise UserError("no price list; write one as [[lists]]")
 
 
 @dataclass(frozen=True)

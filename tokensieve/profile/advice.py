@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tokensieve.config import ProfileConfig
 from tokensieve.evals.intervals import Estimate
 from tokensieve.profile.concentration import REACH
 from tokensieve.profile.crossover import Crossover
+from tokensieve.profile_config import ProfileConfig
 
 
 @dataclass(frozen=True)

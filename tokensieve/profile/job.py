@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tokensieve import cost
-from tokensieve.config import ProfileConfig, UserError
+from tokensieve.config import UserError
 from tokensieve.evals import OnProgress
 from tokensieve.model import DecoderForCausalLM, sparsify
 from tokensieve.model.positions import check_positions
@@ -13,6 +13,7 @@ from tokensieve.profile.concentration import measure
 from tokensieve.profile.crossover import crossover, spent
 from tokensieve.profile.lengths import Sample, draw
 from tokensieve.profile.recipe import training_costs
+from tokensieve.profile_config import ProfileConfig
 from tokensieve.tasks import PlainEncoder
 
 
