@@ -15,12 +15,13 @@ from tokensieve.report import plots
 from tokensieve.report.origin import environment
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
-from tokensieve.report.suites import show_long, show_short
+from tokensieve.report.suites import serving_line, show_long, show_short
 from tokensieve.report.table import crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
     "environment",
+    "serving_line",
     "show",
     "show_criteria",
     "show_long",
