@@ -165,10 +165,13 @@ def test_a_topk_that_is_not_deterministic(loaded, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("swapped", [False, True])
 def test_the_indexers_rope_is_swapped(swapped: bool) -> None:
-    """Known answers are right below k and just above, and wrong far past it, where dense attention has them right."""
+    """Known answers are right below k, and wrong far past it, where dense attention has them right.
+
+    The bundled model's indexer depends little on positions, so it takes 16 times k.
+    """
     model, tokenizer = tokensieve.load("sparse"), tokensieve.load_tokenizer("sparse")
     family, k = family_of(model.config), 256
-    sizes = ServingSizes(contexts=(1024, 2048), probes=("answers",), texts=1)
+    sizes = ServingSizes(contexts=(4096,), probes=("answers",), questions=12, texts=1)
     with pytest.MonkeyPatch.context() as patch:
         if swapped:
             patch.setattr(type(family), "index_interleaved", True)
@@ -177,7 +180,7 @@ def test_the_indexers_rope_is_swapped(swapped: bool) -> None:
         with checker((model, tokenizer), sizes, k, chunk=512) as asked:
             results = check_serving(asked)
     fault = diagnose(results, k)
-    assert [r.found for r in results] == [False, False, swapped], [r.line for r in results]
+    assert [r.found for r in results] == [False, swapped], [r.line for r in results]
     if swapped:
         assert fault is not None and "RoPE layout of the indexer" in fault.cause and "mlx-lm #1453" in fault.known
 

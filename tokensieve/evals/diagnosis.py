@@ -23,7 +23,7 @@ FAULTS = (
     Fault(
         ("dense ignored",),
         (),
-        "k is ignored: past k tokens the model still attends to every key. Is its index_topk read, and sparse attention "
+        "k is ignored: past k tokens the model still attends to every key. Is index_topk read, and sparse attention "
         "switched on?",
     ),
     Fault(
