@@ -118,6 +118,13 @@ def test_nonsense_for_a_completion(reply: Any, error: type[Exception]) -> None:
         Endpoint(url).complete("m", "a", 1)
 
 
+def test_an_endpoint_that_ignores_echo() -> None:
+    with answering(lambda *_: (200, {"choices": [{"text": "a", "logprobs": LOGPROBS}]} | USAGE)) as url:
+        assert Endpoint(url).complete("m", "a b c", 1).logprobs == (-1.0,)
+        with pytest.raises(Refused, match="ignores echo"):
+            Endpoint(url).score("m", "a b c")
+
+
 def test_what_an_endpoint_does_not_take_and_a_key() -> None:
     with answering(lambda *_: (404, {"detail": "Not Found"})) as url, pytest.raises(Refused, match="404"):
         Endpoint(url).chat("m", "a", 1)

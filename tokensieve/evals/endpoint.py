@@ -68,7 +68,10 @@ class Endpoint:
     def score(self, model: str, text: str) -> Reply:
         """The log probabilities of a text's own tokens, as a prompt. Refused if the endpoint has no `echo`."""
         fields = {"max_tokens": 1, "logprobs": ALTERNATIVES, "echo": True}  # 0 tokens are not taken everywhere
-        return self._completion(model, text, fields, True)
+        reply = self._completion(model, text, fields, True)
+        if len(reply.tokens) < reply.prompt_tokens:
+            raise Refused(f"/completions of {self.url} does not return the prompt's tokens; it ignores echo")
+        return reply
 
     def chat(self, model: str, message: str, tokens: int) -> Reply:
         """The answer to a message. Refused if the endpoint has no such route, or the model no chat template."""
