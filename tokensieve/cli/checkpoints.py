@@ -37,6 +37,7 @@ class Suite(StrEnum):
     own = "own"
     long = "long"
     short = "short"
+    serving = "serving"
 
 
 @app.command()
@@ -157,13 +158,23 @@ def evaluate(
         Suite,
         typer.Option(
             help="own: what is said above. long: RULER's kinds of tasks and perplexity by position. short: small tasks "
-            "with choices and the perplexity of short texts."
+            "with choices and the perplexity of short texts. serving: whether an endpoint selects keys rightly."
         ),
     ] = Suite.own,
     before: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="With --suite short: the model before its adaptation, to compare with."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="With --suite serving: the OpenAI-compatible endpoint, with its /v1.")
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option("--k", min=1, help="With --suite serving: keys that a query selects, if it does not say."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --suite serving: go on with the probes that are not finished.")
+    ] = False,
     config: Config = "evaluate",
     set_: Set = None,
     device: Device = "auto",
@@ -172,7 +183,8 @@ def evaluate(
 
     A sparse model is measured as it is (sparse), attending to every key (dense), to the last k (window) and to the k
     that attention itself weighs most (oracle). --arm puts further selections beside these. --suite asks something else:
-    its sizes are the keys long.* or short.*.
+    its sizes are the keys long.*, short.* or serving.*. --suite serving probes an endpoint of any engine, needs no
+    MODEL, and ends with status 1 if something is wrong.
 
     Example: tokensieve eval base --quick
     """
@@ -184,6 +196,17 @@ def evaluate(
         raise UserError("--quick is --config evaluate-quick; give one of the two")
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
+    if suite == Suite.serving:
+        if model != "base" or selections or before is not None:
+            raise UserError("--suite serving takes no MODEL, --arm or --before; --set serving.model=ID names the model")
+        from tokensieve.cli.checking import check_endpoint
+
+        status, on_progress = _status()
+        with status:
+            check_endpoint(url, k, context, out, resume, sizes.serving, on_progress)
+        return
+    if url is not None or k is not None or resume:
+        raise UserError("--url, --k and --resume are for --suite serving; add it, or leave them out")
     if before is not None and suite != Suite.short:
         raise UserError("--before is compared with in --suite short; give both, or neither")
     if suite == Suite.short and (selections or context is not None):

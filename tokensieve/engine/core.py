@@ -157,6 +157,11 @@ class Engine:
         return f"{self.scheduler.pool.pages} pages, {taken}{self.runner.pools.bytes / 2**20:.1f} MiB"
 
     @property
+    def top_k(self) -> int | None:
+        """Keys that the indexer selects per query; None for a dense model."""
+        return (self.config.top_k or self.model.top_k) if self.model.is_sparse else None
+
+    @property
     def busy(self) -> bool:
         return bool(self._generations)
 

@@ -7,6 +7,8 @@ Losses are in nats per token, shares in [0, 1], times in milliseconds if the nam
 from tokensieve.evals.budget import fitted_k, fitted_share
 from tokensieve.evals.choices import choose
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
+from tokensieve.evals.diagnosis import FAULTS, Fault, diagnose
+from tokensieve.evals.endpoint import Endpoint
 from tokensieve.evals.evaluation import Evaluation, Record, evaluate
 from tokensieve.evals.judge import judge_sparse
 from tokensieve.evals.longcontext import acceptance, context_gain, needle_heat
@@ -24,6 +26,7 @@ from tokensieve.evals.parity import (
     shared_texts,
 )
 from tokensieve.evals.progress import OnProgress
+from tokensieve.evals.serving import Checker, ProbeResult, check_serving
 from tokensieve.evals.sharing import greedy_choice
 from tokensieve.evals.suites import checked_tasks, judge_long, judge_short, long_arms, short_arms
 from tokensieve.evals.timing import CHUNK, cache_reads, context_ms, crossover
@@ -33,16 +36,22 @@ __all__ = [
     "CHUNK",
     "Arm",
     "ArmScores",
+    "Checker",
     "Criterion",
+    "Endpoint",
     "Evaluation",
+    "FAULTS",
+    "Fault",
     "OnProgress",
     "Perplexity",
+    "ProbeResult",
     "Recall",
     "Record",
     "acceptance",
     "acceptance_criteria",
     "arms_of",
     "cache_reads",
+    "check_serving",
     "checked_tasks",
     "choose",
     "compare",
@@ -50,6 +59,7 @@ __all__ = [
     "context_ms",
     "crossover",
     "demo_arms",
+    "diagnose",
     "evaluate",
     "fitted_k",
     "fitted_share",

@@ -18,12 +18,13 @@ from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
-from tokensieve.report.suites import show_long, show_short
+from tokensieve.report.suites import serving_line, show_long, show_short
 from tokensieve.report.table import crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
     "environment",
+    "serving_line",
     "show",
     "show_balances",
     "show_costs",

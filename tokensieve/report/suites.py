@@ -81,3 +81,9 @@ def _interval(found: Mapping[str, Any] | None) -> str:
         return ""
     interval = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
     return f"{found['value']:.3f}{interval}"
+
+
+def serving_line(probe: Mapping[str, Any]) -> str:
+    """A probe of `evals.serving` in one line."""
+    state = {True: "WRONG", False: "ok", None: "-"}[probe["found"]]
+    return f"{state:6}{probe['name']:18}{probe['tokens']:>8,} tokens  {probe['line']}"

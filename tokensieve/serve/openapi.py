@@ -48,6 +48,7 @@ class ModelCard(Closed):
     created: int
     owned_by: str
     max_model_len: int
+    index_topk: int | None
 
 
 class ModelCards(Closed):

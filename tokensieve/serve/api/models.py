@@ -22,11 +22,12 @@ async def model(model: str, request: Request) -> dict[str, Any]:
 
 
 def _card(state: ServerState, model: str) -> dict[str, Any]:
-    state.config.selector_of(model)  # UnknownModel if it is not served
+    selector, engine = state.config.selector_of(model), state.service.engine  # UnknownModel if it is not served
     return {
         "id": model,
         "object": "model",
         "created": state.started,
         "owned_by": "tokensieve",
         "max_model_len": state.longest,
+        "index_topk": engine.top_k if selector == "indexer" else None,
     }

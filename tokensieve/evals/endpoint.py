@@ -1,0 +1,183 @@
+"""Requests to an OpenAI-compatible endpoint, whatever serves it; the replies are checked before they are used."""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokensieve.config import UserError
+
+ALTERNATIVES = 5  # log probabilities beside that of each token
+LONGER = 4  # times as many tokens are made beside an answer that is to run in a crowd
+LONGEST_PAUSE = 60.0  # seconds between two tries
+UNSUPPORTED = (400, 404, 405, 422, 501)  # statuses by which servers refuse a route or a field
+
+
+class Refused(Exception):
+    """The endpoint does not take a request: its route or one of its fields."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, or a scored prompt: its text, and for each of its tokens the text, the log probability in nats, and
+    those of the best alternatives. A log probability is None if the endpoint gave none, as for a prompt's first token.
+    """
+
+    text: str
+    prompt_tokens: int
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float | None, ...] = ()
+    top: tuple[Mapping[str, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Endpoint:
+    """One model of an OpenAI-compatible server. Answers are greedy.
+
+    url: with its /v1. seconds: the longest wait for one reply. retries: further tries of a request that was refused
+    because of its rate, or that failed on the way or in the server; a reply that does not come in time is final.
+    UserError without the openai package.
+    """
+
+    def __init__(self, url: str, key: str = "none", seconds: float = 300.0, retries: int = 4):
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(
+                "--suite serving needs the openai package; install it with: pip install 'tokensieve[eval]'"
+            ) from error
+        self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
+        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The cards of the served models. UserError if the reply has none."""
+        reply = self._request("/models", None)
+        cards = reply.get("data")
+        if not isinstance(cards, list) or not all(isinstance(c, dict) and isinstance(c.get("id"), str) for c in cards):
+            raise self._nonsense("/models", "no list of models")
+        return cards
+
+    def complete(self, model: str, prompt: str, tokens: int, logprobs: bool = True) -> Reply:
+        """The continuation of a text. Refused if the endpoint has no such route, or no log probabilities."""
+        asked = {"logprobs": ALTERNATIVES} if logprobs else {}
+        return self._completion(model, prompt, {"max_tokens": tokens, **asked}, logprobs)
+
+    def score(self, model: str, text: str) -> Reply:
+        """The log probabilities of a text's own tokens, as a prompt. Refused if the endpoint has no `echo`."""
+        fields = {"max_tokens": 1, "logprobs": ALTERNATIVES, "echo": True}  # 0 tokens are not taken everywhere
+        reply = self._completion(model, text, fields, True)
+        if len(reply.tokens) < reply.prompt_tokens:
+            raise Refused(f"/completions of {self.url} does not return the prompt's tokens; it ignores echo")
+        return reply
+
+    def chat(self, model: str, message: str, tokens: int) -> Reply:
+        """The answer to a message. Refused if the endpoint has no such route, or the model no chat template."""
+        body = {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": tokens}
+        reply = self._request("/chat/completions", body | {"temperature": 0})
+        said = _choice(reply).get("message")
+        if not isinstance(said, dict):
+            raise self._nonsense("/chat/completions", "no message")
+        text = "".join(str(said.get(part) or "") for part in ("reasoning_content", "content"))
+        return Reply(text, self._prompt_tokens(reply, "/chat/completions"))
+
+    def crowd(self, model: str, prompt: str, others: Sequence[str], tokens: int) -> Reply:
+        """The continuation of a text, while longer ones of other texts are made."""
+        with ThreadPoolExecutor(len(others)) as pool:
+            running = [pool.submit(self.complete, model, other, LONGER * tokens) for other in others]
+            reply = self.complete(model, prompt, tokens)
+            for one in running:
+                one.result()
+        return reply
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _completion(self, model: str, prompt: str, fields: Mapping[str, Any], logprobs: bool) -> Reply:
+        route = "/completions"
+        reply = self._request(route, {"model": model, "prompt": prompt, "temperature": 0, **fields})
+        choice = _choice(reply)
+        if not isinstance(choice.get("text"), str):
+            raise self._nonsense(route, "no text")
+        if not logprobs:
+            return Reply(choice["text"], self._prompt_tokens(reply, route))
+        found = choice.get("logprobs")
+        if not isinstance(found, dict) or not isinstance(found.get("token_logprobs"), list):
+            raise Refused(f"{route} of {self.url} gives no log probabilities")
+        values, tokens = found["token_logprobs"], found.get("tokens")
+        top = found.get("top_logprobs") or [None] * len(values)
+        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        if not isinstance(tokens, list) or not isinstance(top, list) or not numbers:
+            raise self._nonsense(route, "log probabilities that cannot be read")
+        if not len(tokens) == len(values) == len(top):
+            raise self._nonsense(route, "log probabilities that do not belong to its tokens")
+        alternatives = tuple(one if isinstance(one, dict) else {} for one in top)
+        prompt_tokens = self._prompt_tokens(reply, route)
+        return Reply(choice["text"], prompt_tokens, tuple(map(str, tokens)), tuple(values), alternatives)
+
+    def _prompt_tokens(self, reply: Mapping[str, Any], route: str) -> int:
+        usage = reply.get("usage")
+        count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if not isinstance(count, int) or count < 1:
+            raise self._nonsense(route, "no usage.prompt_tokens")
+        return count
+
+    def _request(self, route: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """The reply's JSON. Refused, or UserError with the remedy once nothing more is tried."""
+        for tried in range(self._retries + 1):
+            try:
+                if body is None:
+                    reply = self._client.get(route, cast_to=object)
+                else:
+                    reply = self._client.post(route, cast_to=object, body=body)
+            except self._errors.APITimeoutError as error:
+                raise UserError(
+                    f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise serving.seconds, or "
+                    "ask for shorter prompts with --context. --resume keeps what is finished"
+                ) from error
+            except self._errors.APIStatusError as error:
+                if error.status_code in UNSUPPORTED:
+                    raise Refused(f"{self.url}{route}: {_line(error)}") from error
+                if error.status_code in (401, 403):
+                    raise UserError(f"{self.url} needs another API key: set OPENAI_API_KEY") from error
+                if tried == self._retries:
+                    raise UserError(
+                        f"{self.url}{route} still fails after {tried + 1} tries ({error.status_code}: {_line(error)}); "
+                        "go on later with --resume"
+                    ) from error
+                pause = _pause(error.response.headers.get("retry-after"), tried)
+            except self._errors.APIConnectionError as error:
+                if tried == self._retries:
+                    raise UserError(f"{self.url} cannot be reached ({_line(error)}); is the server up?") from error
+                pause = _pause(None, tried)
+            except ValueError as error:
+                raise self._nonsense(route, "no JSON") from error
+            else:
+                if not isinstance(reply, dict):
+                    raise self._nonsense(route, "no JSON object")
+                return reply
+            time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _nonsense(self, route: str, what: str) -> UserError:
+        return UserError(f"{self.url}{route} answered with {what}; is it the /v1 of an OpenAI-compatible server?")
+
+
+def _choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    choices = reply.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _pause(asked: str | None, tried: int) -> float:
+    """Seconds: as many as the server asks for, else twice as many each time, and never more than a minute."""
+    try:
+        return min(max(float(asked or ""), 0.0), LONGEST_PAUSE)
+    except ValueError:
+        return min(2.0**tried, LONGEST_PAUSE)
