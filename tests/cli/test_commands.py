@@ -18,8 +18,8 @@ from tests.support import commands, models
 from tests.support.commands import tiny
 
 COMMANDS = (
-    "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile generate "
-    "convert deploy serve bench"
+    "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost "
+    "generate convert deploy serve bench"
 ).split()
 BENCHES = ["bench serve"]
 
