@@ -115,7 +115,12 @@ class Attention(nn.Module, ABC):
     def forward(self, h_ND: Tensor, ctx: ForwardContext, lent: Lent = NOTHING) -> tuple[Tensor, LayerResult]:
         """lent: by the layer before."""
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
-        index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)
+        index: IndexInputs | None = None
+        if self.indexer is not None:
+            index = IndexInputs(self.indexer, source, h_ND, ctx.rotation, ctx.entries.gather)
+        # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad. They
+        # come before the entries, which are needed last if they come from other ranks.
+        tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
         keys = ctx.entries.append(self.layer, entries_NW, None if index is None else index.keys)
         kl = indices = None
         if ctx.objective == "warmup":
@@ -126,8 +131,6 @@ class Attention(nn.Module, ABC):
             out, kl = self._warm_up(queries, keys, teaches, ctx)
             lends = Lent(learner=teaches if self.lends else None)
         else:
-            # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad.
-            tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
             tensors = lent.tensors if self.borrows else tensors
             indices = self._select(queries, keys, index, ctx, lent.indices)
             if tensors is not None and indices is not None:
