@@ -39,11 +39,13 @@ Queries = Any  # whatever a family's `project` returns and its other methods rea
 
 
 def check_whole(parameters: Iterable[Tensor]) -> None:
-    """UserError if FSDP holds a part of them: another layer's indexer is whole while that layer runs, and no longer."""
+    """UserError if FSDP holds a part of them: an indexer is whole while layers run that are sharded with its own."""
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(parameter, DTensor) for parameter in parameters):
-        raise UserError("warm-up of layers that share an indexer does not run under FSDP; warm up in one process")
+        raise UserError(
+            "FSDP shards layers apart that share an indexer; shard them together, as tokensieve.train.parallelize does"
+        )
 
 
 class Attention(nn.Module, ABC):
