@@ -161,18 +161,21 @@ class TrainConfig:
         ranks = self.context_parallel
         if ranks < 1:
             raise UserError(f"context_parallel is {ranks}; it must be at least 1")
-        chunks = 2 * ranks if ranks > 1 else 1  # of a row
-        queries = chunks * (self.kl_every * (1 if self.stage == "warmup" else KL_BLOCK) if self.kl_every > 1 else 1)
-        if any(phase.context % queries for phase in self.phases):
-            why = [f"kl_every is {self.kl_every}"] if self.kl_every > 1 else []
-            why += [f"context_parallel is {ranks}"] if ranks > 1 else []
+        multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
+        if any(phase.context % multiple for phase in self.phases):
+            given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]
             raise UserError(
-                f"{' and '.join(why)}; in {self.stage} every phases.context must be a multiple of {queries}"
+                f"{' and '.join(given)}; in {self.stage} every phases.context must be a multiple of {multiple}"
             )
         if self.lora is not None and self.stage != "adapt":
             raise UserError(f"lora is a setting of adapt, and the stage is {self.stage}; leave it out")
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
+
+    @property
+    def kl_queries(self) -> int:
+        """Neighbouring queries of which some have a KL in a step and the others have not; 1 if all have."""
+        return 1 if self.kl_every == 1 else self.kl_every * (1 if self.stage == "warmup" else KL_BLOCK)
 
 
 @dataclass(frozen=True)

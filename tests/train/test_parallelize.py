@@ -40,15 +40,18 @@ FAMILIES: dict[str, Any] = {
 STAGES = ("warmup", "adapt", "pretrain")
 
 
-def settings(stage: str, context_parallel: int = 1, micro_batch: int = 1, **changes: Any) -> TrainConfig:
-    phases = (PhaseConfig(4, LENGTH, ROWS, micro_batch),)
+def settings(
+    stage: str, context_parallel: int = 1, micro_batch: int = 1, length: int = LENGTH, **changes: Any
+) -> TrainConfig:
+    phases = (PhaseConfig(4, length, ROWS, micro_batch),)
     made: dict[str, Any] = {"optimizer": FREE, "device": "cpu", "context_parallel": context_parallel}
     return TrainConfig(stage, "", "", phases, **made | changes)
 
 
-def step(parts: int) -> list[dict[str, Tensor]]:
+def step(run: TrainConfig) -> list[dict[str, Tensor]]:
     """Packs whose documents begin at other places in each row, and cross the bounds of all chunks."""
-    return cut(batch(ROWS, LENGTH, documents=True), parts)
+    phase = run.phases[0]
+    return cut(batch(ROWS, phase.context, documents=True), ROWS // phase.micro_batch)
 
 
 # in a rank's process
@@ -57,7 +60,7 @@ def step(parts: int) -> list[dict[str, Tensor]]:
 def step_of_rank(family: str, run: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     mesh = ranks.HERE[0]
     division = divide(run, mesh)
-    own = step(ROWS // run.phases[0].micro_batch)[division.shard :: division.shards]
+    own = step(run)[division.shard :: division.shards]
     found, figures = step_gradients(run, models.ours(FAMILIES[family]()), own, mesh)
     return {name: g.full_tensor().numpy() for name, g in found.items()}, figures
 
@@ -129,7 +132,7 @@ def four() -> Iterator[ranks.Group]:
 def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
     """One step's figures and gradients are those of one process."""
     whole = replace(run, context_parallel=1, activation_checkpointing=False)
-    expected, figures = step_gradients(whole, models.ours(FAMILIES[family]()), step(ROWS))
+    expected, figures = step_gradients(whole, models.ours(FAMILIES[family]()), step(run))
     for answer, reported in group.ask(step_of_rank, family, run):
         found = {name: torch.from_numpy(x) for name, x in answer.items()}
         assert apart(found, expected) < 1e-4  # float32 sums in another order
@@ -164,6 +167,7 @@ def test_four_ranks(four: ranks.Group, family: str, stage: str) -> None:
 @pytest.mark.slow
 def test_kl_of_some_queries(two: ranks.Group) -> None:
     check_step(two, "v32", settings("warmup", 2, kl_every=3))
+    check_step(two, "v32", settings("adapt", 2, kl_every=2, length=256))
 
 
 @pytest.mark.parametrize("ties", [False, True])

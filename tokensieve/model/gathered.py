@@ -1,15 +1,17 @@
 """Context parallelism: the ranks of a group share the tokens of a pass. Each has its own queries and gathers all keys.
 
-A row of S tokens is cut into 2R chunks for R ranks, and rank r has the chunks r and 2R - 1 - r. A query sees the tokens
-before it, so each rank then has as much attention to compute as any other. What a token leaves behind in a layer is
-small: its entry, and its index key. Both are gathered, and put into the order of the row. So every query reads the same
-keys in the same order as in one process: its scores are the same numbers, and ties go to the same key. In the backward
-pass the gradients of gathered numbers are summed over the ranks, and each rank gets those of its own tokens.
+A row is cut into short chunks, which are dealt to the R ranks in turn and back: of every 2R chunks rank r has the chunks
+r and 2R - 1 - r. A query sees the tokens of its document before it. So each rank has about as much attention to compute
+as any other, however long the documents are. What a token leaves behind in a layer is small: its entry, and its index
+key. Both are gathered, and put into the order of the row. So every query reads the same keys in the same order as in one
+process: its scores are the same numbers, and ties go to the same key. In the backward pass the gradients of gathered
+numbers are summed over the ranks, and each rank gets those of its own tokens.
 
-Legend: B rows, S tokens a row, R ranks of the group, N = B * S / R tokens of this rank, T = B * S keys, W numbers of a
-token.
+Legend: B rows, S tokens a row, R ranks of the group, C tokens of a chunk, N = B * S / R tokens of this rank, T = B * S
+keys, W numbers of a token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +26,10 @@ from tokensieve.model.entries import ContiguousKeys, Entries, IndexKeys
 from tokensieve.model.pack import Pack
 from tokensieve.model.selection import Once
 
+# Short enough to balance packs of documents (docs/results/training.md), long enough for kernels that read the keys of
+# neighbouring queries together.
+CHUNK = 128
+
 # The names of torch 2.13, and those from before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -33,25 +39,28 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class ContextGroup:
     """The ranks that share the tokens of a pass, seen from one of them.
 
-    rank: index of this rank within the group. size: R. group: of torch.distributed.
+    rank: index of this rank within the group. size: R. group: of torch.distributed. chunk: C is its largest divisor of
+    which a row holds a multiple of 2R.
     """
 
     rank: int
     size: int
     group: Any
+    chunk: int = CHUNK
 
     def own(self, x_BS: Tensor) -> Tensor:
-        """This rank's tokens (B, S / R, ...) of whole rows (B, S, ...).
+        """This rank's tokens (B, S / R, ...) of whole rows (B, S, ...), in their order.
 
-        UserError for a row that does not divide into 2R chunks.
+        UserError for a row that is not a multiple of 2R tokens.
         """
-        if not x_BS.shape[1] or x_BS.shape[1] % (2 * self.size):
+        turn, S = 2 * self.size, x_BS.shape[1]
+        if not S or S % turn:
             raise UserError(
-                f"a row of {x_BS.shape[1]} tokens does not divide into {2 * self.size} chunks, which {self.size} ranks "
-                f"of a context need; give rows of a multiple of {2 * self.size} tokens"
+                f"a row of {S} tokens does not divide into {turn} chunks, which {self.size} ranks of a context need; "
+                f"give rows of a multiple of {turn} tokens"
             )
-        chunks = x_BS.unflatten(1, (2 * self.size, -1))
-        return torch.cat((chunks[:, self.rank], chunks[:, 2 * self.size - 1 - self.rank]), dim=1)
+        chunks = x_BS.unflatten(1, (-1, turn, math.gcd(S // turn, self.chunk)))
+        return torch.stack((chunks[:, :, self.rank], chunks[:, :, turn - 1 - self.rank]), dim=2).flatten(1, 3)
 
     def own_queries(self, pack: Pack) -> Pack:
         """This rank's queries of a whole pass. Their key ranges stay those on the axis of all keys."""

@@ -24,7 +24,7 @@ from tokensieve.config import TrainConfig, UserError
 from tokensieve.machine import rank_info
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.model.gathered import ContextGroup
+from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.transformer import DecoderLayer
 
 
@@ -69,7 +69,10 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
             )
     axes = mesh.axes(shard=shards, context=R)
     shard, rank = axes.get_local_rank("shard"), axes.get_local_rank("context")
-    context = ContextGroup(rank, R, axes.get_group("context")) if R > 1 else None
+    context = None
+    if R > 1:
+        # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
+        context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
     return Division(mesh, axes, context, shard, shards)
 
 
