@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 4 benchmarks/context_parallel.py
 
 The first counts the keys that each rank's queries see, and those that they select: the rank with the most keys, divided
-by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours), 2R long chunks
-of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one document, or documents
-whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32 such packs the worst, and
-the mean.
+by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours), 2R long
+chunks of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one document, or
+documents whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32 such packs the
+worst, and the mean.
 
 The second runs one step of both stages of a small model, and adds up the bytes that a rank receives in a layer.
 "counted": (R - 1) / R of what all tokens leave behind, once forward and, if the trunk learns, once backward. "least":

@@ -1,11 +1,11 @@
 """Context parallelism: the ranks of a group share the tokens of a pass. Each has its own queries and gathers all keys.
 
-A row is cut into short chunks, which are dealt to the R ranks in turn and back: of every 2R chunks rank r has the chunks
-r and 2R - 1 - r. A query sees the tokens of its document before it. So each rank has about as much attention to compute
-as any other, however long the documents are. What a token leaves behind in a layer is small: its entry, and its index
-key. Both are gathered, and put into the order of the row. So every query reads the same keys in the same order as in one
-process: its scores are the same numbers, and ties go to the same key. In the backward pass the gradients of gathered
-numbers are summed over the ranks, and each rank gets those of its own tokens.
+A row is cut into short chunks, which are dealt to the R ranks in turn and back: of every 2R chunks rank r has the
+chunks r and 2R - 1 - r. A query sees the tokens of its document before it. So each rank has about as much attention to
+compute as any other, however long the documents are. What a token leaves behind in a layer is small: its entry, and its
+index key. Both are gathered, and put into the order of the row. So every query reads the same keys in the same order as
+in one process: its scores are the same numbers, and ties go to the same key. In the backward pass the gradients of
+gathered numbers are summed over the ranks, and each rank gets those of its own tokens.
 
 Legend: B rows, S tokens a row, R ranks of the group, C tokens of a chunk, N = B * S / R tokens of this rank, T = B * S
 keys, W numbers of a token.
