@@ -135,12 +135,16 @@ class Run:
         compiled: list[torch.nn.Module] = []
         learners = self.stage.learners(config)
         adapters = lora.adapted(model, config.lora, config.seed, config.model, learners == "all" and model.is_sparse)
-        with contextlib.ExitStack() as held:
-            self.mesh.agree(lambda: held.enter_context(locked(self.out)) if self.mesh.leads else None)
-            self.adapter = held.enter_context(adapters)
-            held.enter_context(learning(model, learners))
+
+        def hold() -> None:
+            held.enter_context(locked(self.out))
             if newest(self.out, self.resume) != self._resumed:
                 raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
+
+        with contextlib.ExitStack() as held:
+            self.mesh.agree(lambda: hold() if self.mesh.leads else None)
+            self.adapter = held.enter_context(adapters)
+            held.enter_context(learning(model, learners))
             model.model.gradient_checkpointing = config.activation_checkpointing
             try:
                 self.mesh.leader_first(self._load_data)
@@ -310,8 +314,8 @@ def run(
     training. `resume`: continue from the newest checkpoint of `config.out`, or begin if there is none.
     `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the run needs (a
     run of a few steps takes hardly longer than that). `mesh`: the ranks that train together, each of which calls this
-    (`tokensieve.mesh.join_mesh`). Raises UserError for bad configs and data, a NaN loss or a full
-    disk (the last checkpoint stays), and Interrupted after Ctrl-C.
+    (`tokensieve.mesh.join_mesh`). Raises UserError for bad configs and data, a NaN loss or a full disk (the last
+    checkpoint stays), and Interrupted after Ctrl-C.
     """
     with contextlib.ExitStack() as stack:
         if mesh is not None:
