@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -51,6 +50,7 @@ from tokensieve.train.state import (
     what_differs,
     whole_state,
 )
+from tokensieve.train.stopping import StopSignal
 from tokensieve.train.tracking import Tracker
 
 log = logging.getLogger("tokensieve")
@@ -326,7 +326,7 @@ def run(
         tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first))) if leads else None
         # Each kind of layer is compiled anew for every phase; past the default limit torch would go on uncompiled.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-        stop = stack.enter_context(_StopSignal())
+        stop = stack.enter_context(StopSignal())
         advance = stack.enter_context(_bar(progress and leads, config.stage, this.first, this.last))
         for number, batch in this.batches():
             figures = this.step(number, batch)
@@ -401,36 +401,6 @@ def _fingerprint(config: TrainConfig, data: list[str]) -> str:
     return hashlib.blake2b(
         json.dumps([decisive(to_dict(config)), data], sort_keys=True).encode(), digest_size=16
     ).hexdigest()
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the same once more interrupts at once.
-
-    After a Ctrl-C, which reaches all processes, torchrun sends them SIGTERM too.
-    """
-
-    def __init__(self) -> None:
-        self.numbers: set[int] = set()
-        self.before: dict[int, Any] = {}  # handlers, as signal.signal gives them
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled
-                self.before[number] = signal.signal(number, self._handle)
-        return self
-
-    @property
-    def requested(self) -> bool:
-        return bool(self.numbers)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if number in self.numbers:
-            raise KeyboardInterrupt
-        self.numbers.add(number)
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
