@@ -20,7 +20,7 @@ def likelihood(r: float) -> float:
 
 def test_the_rating_is_the_best_on_a_grid() -> None:
     found = rating(SOLVED)
-    grid = range(0, 4000)
+    grid = range(4000)
     best = max(grid, key=likelihood)
     inside = [r for r in grid if likelihood(r) > likelihood(best) - 3.841459 / 2]
     assert abs(found.value - best) <= 1 and abs(found.low - inside[0]) <= 1.5 and abs(found.high - inside[-1]) <= 1.5
