@@ -1,5 +1,7 @@
 """The table of benchmarks: the paper's rows and figures, and harnesses that are pinned."""
 
+from pathlib import Path
+
 import pytest
 
 from tokensieve.config import UserError, load_config
@@ -7,6 +9,8 @@ from tokensieve.evals.paper.benchmarks import BENCHMARKS, NEEDS
 from tokensieve.evals.paper.harnesses import HARNESSES
 from tokensieve.evals.paper.suite import RUN
 from tokensieve.paper_config import PaperConfig
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "paper.md"
 
 # Table 1: V3.1-Terminus and V3.2-Exp.
 TABLE = {
@@ -39,6 +43,15 @@ def test_a_harness_is_pinned_and_gets_no_cuda(name: str) -> None:
     for requirement in harness.requirements:
         package, version = requirement.split("==")
         assert pins[package.partition("[")[0]] == version
+
+
+def test_the_document_has_the_same_table() -> None:
+    rows = [line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    for benchmark in BENCHMARKS:
+        (row,) = [row for row in rows if row.startswith(f"| `{benchmark.key}` ")]
+        _, _, how, _, repeats, needs, _ = row.split("|")
+        assert f"`{benchmark.task}`" in how and int(repeats) == benchmark.repeats
+        assert {*needs.strip().split(", ")} == {*benchmark.needs} - {"reachable"}
 
 
 def test_settings_that_make_no_sense() -> None:

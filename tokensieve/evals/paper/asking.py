@@ -11,6 +11,7 @@ from typing import Any
 from tokensieve.evals.paper.harnesses import HARNESSES, Unavailable, environment, last_line, program
 
 LOG = "harness.log"
+SILENT = {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1"}  # a user may set them otherwise
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def run_harness(command: list[str], folder: Path, given: str = "", **variables: 
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG
     begin = log.stat().st_size if log.exists() else 0
-    variables = {**os.environ, "PYTHONPATH": "", **variables}
+    variables = {**SILENT, **os.environ, "PYTHONPATH": "", **variables}
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
             command, cwd=folder, input=given, stdout=file, stderr=subprocess.STDOUT, text=True, env=variables
