@@ -14,6 +14,7 @@ from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
+from tokensieve.report.paper_suite import show_comparison, show_paper_suite, write_paper_suite
 from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
@@ -26,17 +27,20 @@ __all__ = [
     "environment",
     "serving_line",
     "show",
+    "show_comparison",
     "show_balances",
     "show_costs",
     "show_criteria",
     "show_long",
     "show_paper",
+    "show_paper_suite",
     "show_posttraining",
     "show_profile",
     "show_short",
     "write_costs",
     "write_curves",
     "write_paper",
+    "write_paper_suite",
     "write_posttraining",
     "write_profile",
     "write_report",
