@@ -246,7 +246,8 @@ def evaluate(
             check_tokenizer(tokenizer, other.config)
         what: dict[str, Any] = {"model": model, "before": before, "data": data, "held_out_share": held_out_share}
         if suite in (Suite.long, Suite.parity):
-            what |= {"context": context, "arms": selections, "sizes": [asdict(sizes.long), asdict(sizes.parity)]}
+            what |= {"context": context, "arms": selections, "long": asdict(sizes.long)}
+            what |= {"parity": asdict(sizes.parity)} if suite == Suite.parity else {}
             finished = evals.Finished.of(folder / MEASURED, what, resume)
         else:
             finished = evals.Finished()

@@ -19,6 +19,11 @@ def report(
 
     Example: tokensieve report runs/eval-sparse-parity runs/eval-sparse-long
     """
+    from tokensieve.config import UserError
+
+    for folder in runs:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder; name the folders of finished runs, such as runs/eval-sparse")
     from tokensieve.report import read_run, write_runs
 
     typer.echo(write_runs(out, [read_run(folder) for folder in runs]))
