@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,28 @@ from tokensieve.report.sections import Section
 from tokensieve.report.templates import render
 
 FILES = ("metrics.json", "serving.json", "cost.json")  # of a run; the first that is there counts
+HISTORY = "history.json"  # TRL's rows, in the folder of each stage of post-training
 PLOTS = "plots"  # folder of the charts, beside the page
 
+
+def _posttraining(figures: Any, folder: Path) -> list[Section]:
+    files = sorted(folder.glob(f"**/{HISTORY}"))
+    return sections.posttraining(figures, {_stage(file, folder): json.loads(file.read_text("utf-8")) for file in files})
+
+
+def _stage(file: Path, folder: Path) -> str:
+    """specialists/logic/rl/history.json is of the stage "specialists logic rl"."""
+    return " ".join(file.relative_to(folder).parts[:-1]) or "training"
+
+
+Reader = Callable[[Any], list[Section]]
+
 # A key of the file, and who reads it. Of several that are there the first reads.
-READERS: tuple[tuple[str, Callable[[Any], list[Section]]], ...] = (
+READERS: tuple[tuple[str, Reader], ...] = (
     ("probes", sections.serving),
     ("prefill_dense", sections.paper_costs),
     ("rows", sections.costs),
     ("advice", sections.profile),
-    ("evaluation", sections.posttraining),
     ("compared", sections.arms),
     ("needles", sections.acceptance),
     *((suite, lambda figures, suite=suite, read=read: read(figures[suite])) for suite, read in sections.SUITES.items()),
@@ -60,7 +74,9 @@ def read_run(folder: Path) -> Run:
         figures = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); repeat the run") from error
-    read = next((read for key, read in READERS if isinstance(figures, dict) and key in figures), None)
+    known = figures if isinstance(figures, dict) else {}
+    readers: list[tuple[str, Reader]] = [("evaluation", partial(_posttraining, folder=folder)), *READERS]
+    read = next((read for key, read in readers if key in known), None)
     if read is None:
         raise UserError(f"{path} holds no figures that report knows; name a finished evaluation, demo, profile or cost")
     try:

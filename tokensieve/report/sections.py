@@ -9,6 +9,7 @@ from tokensieve.evals import acceptance_criteria, intervals, parity_criteria
 from tokensieve.evals.criteria import Criterion
 from tokensieve.evals.parity import ARMS
 from tokensieve.report.charts import Chart, Estimates
+from tokensieve.report.posttrain import CURVES
 
 FAR = 1.5  # times dense attention's perplexity, above which a point would flatten the others
 
@@ -213,15 +214,35 @@ def serving(record: Figures) -> list[Section]:
                     [Table(("probe", "tokens", "state", "what was seen"), rows)])]  # fmt: skip
 
 
-def posttraining(metrics: Figures) -> list[Section]:
-    """Accuracy of post-trained models on held-out problems."""
+def posttraining(metrics: Figures, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Section]:
+    """Accuracy of post-trained models on held-out problems, and reward and output tokens by step as in the report's
+    Figure 2.
+
+    histories: TRL's rows of each stage of reinforcement learning.
+    """
     found = metrics["evaluation"]
     series = {model: [(group, f["accuracy"]) for group, f in groups.items()] for model, groups in found.items()}
     rows = [(group, model, text_of(f["accuracy"]), str(f["accuracy"]["n"]), f"{f['tokens']:.1f}")
             for model, groups in found.items() for group, f in groups.items()]  # fmt: skip
     chart = Chart("accuracy", "Accuracy on held-out problems", "One greedy answer each.", series, "domain", "accuracy")
     table = Table(("domain", "model", "accuracy", "problems", "output tokens"), rows)
-    return [Section("Post-training", (), [table], [chart])]
+    curves = []
+    for column, name in CURVES.items():
+        steps: dict[str, list[tuple[float | str, Estimates]]] = {
+            stage: [(row["step"], _bare(row[column])) for row in rows if column in row]
+            for stage, rows in histories.items()
+        }
+        if steps := {stage: points for stage, points in steps.items() if points}:
+            what = "The mean of a step's answers. Every step draws other problems, so there is no interval."
+            curves.append(
+                Chart(name.replace(" ", "-"), f"{name.capitalize()} against training step", what, steps, "step", name)
+            )
+    return [Section("Post-training", (), [table], [chart, *curves])]
+
+
+def _bare(value: float) -> Estimates:
+    """A figure without an interval."""
+    return {"value": value, "low": None, "high": None, "n": None}
 
 
 def profile(metrics: Figures) -> list[Section]:
@@ -250,10 +271,7 @@ def paper_costs(record: Figures) -> list[Section]:
 
 
 def _costs(title: str, found: Mapping[str, Mapping[str, float]], price: float) -> Section:
-    series = {
-        name: [(int(place), {"value": usd, "low": None, "high": None, "n": None}) for place, usd in points.items()]
-        for name, points in found.items()
-    }
+    series = {name: [(int(place), _bare(usd)) for place, usd in points.items()] for name, points in found.items()}
     chart = Chart("cost", "Dollars per million tokens, against token position", "Computed, not sampled.", series,
                   "token position", "USD per million tokens")  # fmt: skip
     return Section(title, [f"At {price:g} dollars a GPU hour."], (), [chart])
