@@ -77,6 +77,12 @@ def test_every_step_has_the_kl_at_other_queries(here: Workplace, monkeypatch: py
         assert sorted([*found.rows.tolist(), *found.others.tolist()]) == [*range(96)]
 
 
+def test_a_dense_twin_has_no_kl_to_leave_out(here: Workplace) -> None:
+    """The config of an adaptation with `kl_every` runs densely too."""
+    phases = (PhaseConfig(2, 96, 1),)
+    run(here.run("adapt", "twin", kl_every=3, selection="dense", phases=phases), progress=False, rehearse=False)
+
+
 def test_labels_are_weighted_over_the_whole_step() -> None:
     step = weighted(batch(2, 48, documents=True))
     made = fresh("pretrain")

@@ -199,7 +199,7 @@ class Run:
         )
         yarn = config.phases[position(config.phases, number).phase].yarn
         assert self.options.objective is not None
-        objective = replace(self.options.objective, first=number % config.kl_every)
+        objective = replace(self.options.objective, first=number % self.options.objective.every)
         share = lr_share(config.optimizer, config.phases, number)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share

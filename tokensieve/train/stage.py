@@ -61,11 +61,11 @@ def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
 
     selection true leaves the selector open: the indexer, or that of a `tokensieve.selecting` block around the run.
     """
-    selection = "dense" if config.selection is False else config.selection
+    selection, objective = "dense" if config.selection is False else config.selection, stage.objective(config)
     return ForwardOptions(
         selector=None if selection is True else resolve(selection),
         backend=config.backend,
-        objective=Objective(stage.objective(config), every=config.kl_every),
+        objective=Objective(objective, every=1 if objective == "none" else config.kl_every),
     )
 
 
