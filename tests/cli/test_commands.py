@@ -19,7 +19,7 @@ from tests.support.commands import tiny
 
 COMMANDS = (
     "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost "
-    "generate convert deploy serve bench"
+    "report generate convert deploy serve bench"
 ).split()
 BENCHES = ["bench serve"]
 
