@@ -14,7 +14,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
-from tokensieve.train import history, loop, pretrain, run
+from tokensieve.train import batches, history, loop, pretrain, run
 from tokensieve.train.learning import learning
 from tokensieve.train.loop import make_optimizer
 from tokensieve.train.schedule import lr_share, position, total_steps
@@ -356,7 +356,7 @@ def test_answer_weights_reach_the_loss(here: Workplace) -> None:
     made = fresh("pretrain")
     log_p = made(step["input_ids"]).logits[0, 4].log_softmax(-1)
     assert figures["lm"] == pytest.approx(-log_p[step["labels"][0, 5]].item(), rel=1e-5)
-    assert loop._label_weight(step) == 3.0 and settings.data.answer_weight == 1.0
+    assert batches._label_weight(step) == 3.0 and settings.data.answer_weight == 1.0
 
 
 # ---- compile, signals
