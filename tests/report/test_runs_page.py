@@ -158,6 +158,7 @@ def test_intervals_that_would_flatten_the_rest_are_cut_and_kept_in_the_csv():
     assert "-498.9,501.1" in wide.csv()
     lone = Chart("a", "A", "", {"sparse": [(1, estimate(1.0, None))]}, "x", "y")
     assert lone.csv().splitlines()[1] == "sparse,1,1.0,,,8" and "<svg" in lone.svg()
+    assert "without a bar" in lone.left_out and not wide.left_out
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -51,14 +51,17 @@ class Chart:
 
     @property
     def left_out(self) -> str:
-        """Which points are not drawn, in words; empty if all are."""
+        """Which points are not drawn and whether some have no interval, in words; empty if there are none."""
         far = [
             f"{name} at {place} ({e['value']:.2f})"
             for name, points in self.series.items()
             for place, e in points
             if self.above is not None and e["value"] > self.above
         ]
-        return f"Far above and not drawn: {', '.join(far)}." if far else ""
+        said = [f"Far above and not drawn: {', '.join(far)}."] if far else []
+        if any(e["low"] is None and e["n"] is not None for points in self.series.values() for _, e in points):
+            said.append("A point without a bar is of a single text or context, which bounds nothing.")
+        return " ".join(said)
 
     def svg(self) -> str:
         """The chart as an <svg> element of a page."""
