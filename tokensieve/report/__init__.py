@@ -19,12 +19,14 @@ from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
-from tokensieve.report.suites import serving_line, show_long, show_short
+from tokensieve.report.runs_page import read_run, write_runs
+from tokensieve.report.suites import serving_line, show_long, show_short, show_suite
 from tokensieve.report.table import crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
     "environment",
+    "read_run",
     "serving_line",
     "show",
     "show_comparison",
@@ -37,6 +39,7 @@ __all__ = [
     "show_posttraining",
     "show_profile",
     "show_short",
+    "show_suite",
     "write_costs",
     "write_curves",
     "write_paper",
@@ -45,6 +48,7 @@ __all__ = [
     "write_profile",
     "write_report",
     "write_run",
+    "write_runs",
 ]
 
 RELATIONS = {"<=": "≤", ">=": "≥"}
