@@ -1,9 +1,9 @@
 """Dense and sparse attention of one model on an application: quality, time, memory, and which to take.
 
 An example hands its parts to `main`: cases, and an attempt at a case, which a `Reader` of each arm makes. A third
-reader, the control, is dense too but does not see the text. If dense attention is no better than the control, the part is not
-measurable with this model. Time is the mean of an attempt, prompts included. Memory is counted, not measured: what the
-cache holds for the longest prompt, and what one more token reads of it. Intervals are of 95%, over cases.
+reader, the control, is dense too but does not see the text. If dense attention is no better than the control, the part
+is not measurable with this model. Time is the mean of an attempt, prompts included. Memory is counted, not measured:
+what the cache holds for the longest prompt, and what one more token reads of it. Intervals are of 95%, over cases.
 
     python examples/manual.py                                     # the bundled sparse model
     python examples/manual.py --model smollm2 --top-k 256         # made sparse from its attention, and not trained
@@ -161,7 +161,8 @@ def pages() -> list[Page]:
 def hide(text: str, lines: Sequence[str], rng: random.Random) -> str:
     """The text with the lines between its own, at random places in their order."""
     rows = text.splitlines()
-    for place, line in zip(sorted(rng.sample(range(1, len(rows)), len(lines)), reverse=True), reversed(lines)):
+    places = sorted(rng.choices(range(1, len(rows) + 1), k=len(lines)), reverse=True)
+    for place, line in zip(places, reversed(lines), strict=True):
         rows.insert(place, line)
     return "\n".join(rows)
 

@@ -10,6 +10,7 @@ import keyword
 import random
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from arms import Case, Local, Part, Reader, Remote, continued, main
@@ -22,6 +23,7 @@ class Bug(Case):
     wrong: str = ""
 
 
+@cache
 def imported(path: Path) -> list[Path]:
     """The files of the package that a file imports."""
     modules = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
@@ -37,7 +39,7 @@ def places(tokens: int, count: int, rng: random.Random, lines: int) -> list[Case
         path = rng.choice(paths)
         source = path.read_text().splitlines(keepends=True)
         tree = ast.parse("".join(source))
-        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and len(ast.unparse(n)) > 300]
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and len(n.body) > 3]
         if functions:
             function = rng.choice(functions)
             first, end = function.lineno - 1, function.end_lineno or 0

@@ -1,9 +1,9 @@
 """Retrieval-augmented generation with many documents in context.
 
-The documents are functions of Python's standard library. For a question ("What does `move` do?") those that share most
-words with it are put into the context, the best ones last, until it is full. The answer is the first line of the
-function's own docstring. An answer is right if it begins with the line's first words. The log probability of the line
-is compared too, since it can be measured with models that answer nothing.
+The documents are functions of Python's standard library. For a question ("What does `move` do?") the context is filled
+with the function of this name, those that mention it, and others, in this order from its end. The answer is the first
+line of the function's own docstring. An answer is right if it begins with the line's first words. The log probability of
+the line is compared too, since it can be measured with models that answer nothing.
 """
 
 import ast
@@ -31,22 +31,18 @@ def functions() -> Iterator[tuple[str, str, str]]:
                     yield node.name, first, ast.get_source_segment(source, node) or ""
 
 
-def words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", text.lower()))
-
-
 def questions(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Case]:
     documents = list(functions())
     cases = []
     for name, first, _ in rng.sample(documents, min(count, len(documents))):
-        question = f"What does `{name}` do?"
-        found = sorted(documents, key=lambda d: (len(words(question) & words(d[2])), d[0] == name), reverse=True)
+        shuffled = rng.sample(documents, len(documents))
+        found = sorted(shuffled, key=lambda d: (d[0] == name, bool(re.search(rf"\b{name}\b", d[2]))), reverse=True)
         chosen, left = [], tokens * 3  # characters: fewer than the tokens allow
-        for document in found:
-            if len(document[2]) <= left:
-                left -= len(document[2])
-                chosen.append(document[2])
-        cases.append(Case("\n".join(reversed(chosen)), question, first))
+        for _, _, source in found:
+            if len(source) <= left:
+                left -= len(source)
+                chosen.append(source)
+        cases.append(Case("\n".join(reversed(chosen)), f"What does `{name}` do?", first))
     return cases
 
 
