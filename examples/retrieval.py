@@ -2,8 +2,8 @@
 
 The documents are functions of Python's standard library. For a question ("What does `move` do?") the context is filled
 with the function of this name, those that mention it, and others, in this order from its end. The answer is the first
-line of the function's own docstring. An answer is right if it begins with the line's first words. The log probability of
-the line is compared too, since it can be measured with models that answer nothing.
+line of the function's own docstring. An answer is right if it begins with the line's first words. The log probability
+of the line is compared too, since it can be measured with models that answer nothing.
 """
 
 import ast
