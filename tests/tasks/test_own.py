@@ -1,5 +1,6 @@
 """Domains of a user's own: rows of files and objects of modules, under the contract of the built-in ones."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from tokensieve.config import UserError
 from tokensieve.posttrain.outcomes import demonstrations_of, reward_of
 from tokensieve.tasks import Answer, Example, Score, encoder
 from tokensieve.tasks.problems import DOMAINS, MODES, Problems, domain
+from tokensieve.tasks.problems.problem import split_of
+from tokensieve.tasks.problems.rows import key_of
 from tokensieve.tasks.turns import END_THINK, THINK
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Kenya": "Nairobi",
@@ -101,6 +104,17 @@ def test_numbers_of_any_kind_and_levels(write, encode) -> None:
     for size in (1, 3):
         asked = {e.item.question for e in Problems(found, encode).examples("test", 80, size)}
         assert {1 + int(text.split()[0]) % 3 for text in asked} == set(range(1, size + 1))
+
+
+@pytest.mark.parametrize("alone", ["train", "test"])
+def test_a_difficulty_is_one_at_which_both_splits_have_rows(alone: str, write, encode) -> None:
+    """Or a specialist would be trained, and nothing could be asked to measure it."""
+    splits = {n: split_of("own", key_of(f"{n} + 1?")) for n in range(20)}
+    rows = [{"prompt": f"{n} + 1?", "answer": n + 1, "difficulty": 1 if splits[n] == alone else 3} for n in splits]
+    found = domain(write([*rows, {"prompt": "20 + 1?", "answer": 21, "difficulty": 4}]))
+    assert found.difficulty == (3, 4, 4)
+    for level, split in itertools.product((3, 4), ("train", "test")):
+        assert Problems(found, encode).examples(split, 9, level)
 
 
 def test_rubrics_are_graded_by_rules_or_by_a_judge_alone(write, encode) -> None:
