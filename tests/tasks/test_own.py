@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_mathematical_answers_are_graded_by_value(write, encode) -> None:
     n = int(example.item.question.split()[2].strip("?"))
     assert task.reward(example, Answer(f"So it is ${n / 2}$")) == 1 == task.reward(example, Answer("Half"))
     assert task.reward(example, Answer(f"So it is ${n}$")) == 0
+
+
+@pytest.mark.parametrize(
+    ("right", "equal", "others"),
+    [
+        ("5", ["5.", "**5.**", "`5`", "$5$", "5。"], [".5", "5!", "-5"]),
+        ("5!", ["5!", "120", "**5!**"], ["5"]),
+        (".5", ["0.5", ".5."], ["5"]),
+        ("f'", ["f'", "F'."], ["f", "f!"]),
+        ("n!", ["n!", "$n!$"], ["n"]),
+        ("2x", ["2x", "2 x"], ["2", "2x!"]),
+        ("B", ["b", "B.", "**B**"], ["B'", "A"]),
+        ("Rome", ["rome!", "'Rome'", '"Rome."'], ["Romes"]),
+        ("金", ["金！", " 金 "], ["银"]),
+    ],
+)
+def test_signs_of_mathematics_are_no_punctuation(right: str, equal: list[str], others: list[str], write) -> None:
+    found = domain(write([{"prompt": f"Case {n}?", "answer": right} for n in range(20)]))
+    item = found.draw(random.Random(0), 1, "en", "train")
+    assert [text for text in equal if found.grade(item, text) != 1] == []
+    assert [text for text in others if found.grade(item, text) != 0] == []
 
 
 def test_numbers_of_any_kind_and_levels(write, encode) -> None:

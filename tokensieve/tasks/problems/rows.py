@@ -21,7 +21,7 @@ from typing import Any
 from tokensieve.config import UserError
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.checks import met
-from tokensieve.tasks.problems.expressions import Expressions, final, is_expression
+from tokensieve.tasks.problems.expressions import Expressions, final, is_expression, is_symbolic
 from tokensieve.tasks.problems.problem import HEADS, Item, split_of
 
 FILES = (".jsonl", ".ndjson", ".parquet")
@@ -31,10 +31,11 @@ class Rows:
     """The rows of a file (a `Domain`), in which each prompt is in one split, by a hash.
 
     Rows are drawn with replacement. Difficulty: that of the rows, at most; the least one is the first at which every
-    language has rows in both splits. An answer is right if its end is one of the row's answers: as a value, if that is mathematics (`Expressions`), else as a text, whatever its case, spaces and
-    punctuation. Rows with a rubric are graded by the share of criteria that rules find met, if rules can check each of
-    them (`checks`); otherwise by a judge alone. UserError for a row of another form, and for a language without rows in
-    one of the splits.
+    language has rows in both splits. An answer is right if its end is one of the row's answers: as a value, if that is
+    mathematics (`Expressions`), else as a text, whatever its case, spaces and punctuation; signs such as ! and ' count
+    in an answer without a word. Rows with a rubric are graded by the share of criteria that rules find met, if rules
+    can check each of them (`checks`); otherwise by a judge alone. UserError for a row of another form, and for a
+    language without rows in one of the splits.
     """
 
     def __init__(self, path: Path):
@@ -74,8 +75,8 @@ class Rows:
         return float(any(self._right(answer, right) for right in item.data))
 
     def _right(self, answer: str, right: str) -> bool:
-        plain = _plain(answer)
-        if plain and plain == _plain(right):
+        plain = _plain(answer, right)
+        if plain and plain == _plain(right, right):
             return True
         return is_expression(right) and self._expressions is not None and self._expressions.equal(answer, right)
 
@@ -196,6 +197,13 @@ def _checked(criterion: str) -> bool:
     return True
 
 
-def _plain(answer: str) -> str:
-    """The end of an answer without case, spaces, and punctuation around it."""
-    return " ".join(final(answer).casefold().split()).strip(" .,;:!?。，！？*_`\"'$")
+def _plain(answer: str, right: str) -> str:
+    """The end of an answer, to be compared with that of `right`: without spaces and the punctuation around it.
+
+    Symbols keep whatever could be mathematics: 5! and f' are not 5 and f. Words lose their case too.
+    """
+    text = " ".join(final(answer).split())
+    if not is_symbolic(right):
+        return text.casefold().strip(" .,;:!?。，！？*_`\"'$")
+    text = text.strip(" *_`$").rstrip(" .,;:?。，？*_`$")
+    return text if is_expression(right) else text.casefold()
