@@ -16,6 +16,7 @@ from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import distillation, stages
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL
 from tokensieve.posttrain_config import PosttrainConfig
+from tokensieve.run_record import RunRecord
 
 K = 16
 QUIET = Console(quiet=True)
@@ -210,6 +211,30 @@ def test_a_file_is_a_domain_and_needs_no_answers(model: Path, tmp_path: Path, kn
     assert figures["specialist-my-stones"]["demonstrations"] == (4 if known == "answer" else 0)
     assert (tmp_path / "run/specialists/my-stones/rl/model/config.json").is_file()
     assert (tmp_path / "run/specialists/my-stones/cold/history.json").is_file() == (known == "answer")
+
+
+def test_other_rows_of_the_same_name_are_other_data(model: Path, tmp_path: Path) -> None:
+    """A file that is edited behind a part, and two of one name. Fields that nobody reads change nothing."""
+    files = [tmp_path / folder / "my.jsonl" for folder in ("a", "b")]
+    for file, answer in zip(files, ("blue", "red"), strict=True):
+        file.parent.mkdir()
+        rows = [{"prompt": f"The colour of stone {number}?", "answer": answer} for number in range(12)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(model, tmp_path / "run", domains=[str(files[0])], tokens=64)
+    plans = [pipeline._plan(config, ("my",), pipeline._domains([str(file)])[1])[0] for file in files]
+    assert plans[0].trains_on != plans[1].trains_on
+    with pytest.raises(UserError, match="specialist-.*b/my.jsonl: another domain of this name is among domains"):
+        pipeline.run(config, only=f"specialist-{files[1]}", console=QUIET)
+    record = RunRecord.of(tmp_path / "run", {"specialist-my": ("specialists/my",)}, False, "run")
+    record.figures["settings"] = pipeline._settings(config, plans[:1] * 3)
+    record.write()
+    (tmp_path / "run/specialists/my").mkdir(parents=True)
+    text = files[0].read_text()
+    files[0].write_text(text.replace("blue", "green"))
+    with pytest.raises(UserError, match="config differs .* from specialist-my on"):
+        pipeline.run(config, resume=True, console=QUIET)
+    files[0].write_text(text.replace("}", ', "id": 7}'))
+    assert pipeline._domains([str(files[0])])[1] == {"my": plans[0].trains_on[0]}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ same command continues where it was stopped: by Ctrl-C, by a kill, or because it
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tokensieve.report import environment, show_posttraining, write_curves, writ
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
 from tokensieve.run_record import Clock, RunRecord
-from tokensieve.tasks.problems import DOMAINS, Domain, domain
+from tokensieve.tasks.problems import DOMAINS, Domain, Rows, domain
 
 EVALUATION = "evaluation"
 
@@ -59,11 +59,13 @@ def run(
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
-    domains, more = _domains(config.domains or tuple(DOMAINS)), {}
+    (domains, sources), more = _domains(config.domains or tuple(DOMAINS)), {}
     if only not in (None, DISTILLED, FINAL):
-        more = _domains((only.removeprefix(specialist_of("")),))
-        only = specialist_of(*more)
-    plan = _plan(config, tuple(domains), tuple(domains | more))
+        more, its = _domains((only.removeprefix(specialist_of("")),))
+        if any(sources.get(name, source) != source for name, source in its.items()):
+            raise UserError(f"{only}: another domain of this name is among domains; rename the file, or leave one out")
+        only, sources = specialist_of(*more), sources | its
+    plan = _plan(config, tuple(domains), sources)
     leaves: dict[str, tuple[str, ...]] = {part.name: (part.folder,) for part in plan} | {EVALUATION: ()}
     record = RunRecord.of(out, leaves, resume or only is not None, "post-training run")
     if only in record.figures["seconds"] and not resume:
@@ -153,22 +155,30 @@ def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
     return {stage: rows for stage, rows in found.items() if rows is not None}
 
 
-def _domains(asked: Sequence[str]) -> dict[str, Domain]:
-    """By name. UserError for an unknown one, and for two of one name."""
+def _domains(asked: Sequence[str]) -> tuple[dict[str, Domain], dict[str, Any]]:
+    """The domains by name, and where each comes from: its name, that of a module's object, or a digest of its rows.
+
+    UserError for an unknown one, and for two of one name.
+    """
     found: dict[str, Domain] = {}
-    for each in map(domain, asked):
+    sources: dict[str, Any] = {}
+    for name in asked:
+        each = domain(name)
         if each.name in found:
             raise UserError(f"domains: two are called {each.name}; rename a file, or leave one out")
-        found[each.name] = each
-    return found
+        found[each.name], sources[each.name] = each, [each.name, each.digest] if isinstance(each, Rows) else name
+    return found, sources
 
 
-def _plan(config: PosttrainConfig, domains: tuple[str, ...], specialists: tuple[str, ...]) -> list[Part]:
-    """The parts in their order. specialists: the domains, and perhaps another. UserError for ratios of no domain."""
+def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[str, Any]) -> list[Part]:
+    """The parts in their order. sources: of the domains, and perhaps of one more that gets a specialist.
+
+    UserError for ratios of no domain.
+    """
     for name in config.rl.ratios:
         if name not in domains:
             raise UserError(f"rl.ratios.{name} is none of the domains {', '.join(domains)}; leave it out")
-    plan = [_specialist(config, name) for name in specialists]
+    plan = [_specialist(config, name, source) for name, source in sources.items()]
     mine = [part.trains_on for part in plan if part.domains[0] in domains]
     answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)
     distilled = Part(
@@ -197,7 +207,7 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], specialists: tuple[
     return [*plan, distilled, final]
 
 
-def _specialist(config: PosttrainConfig, name: str) -> Part:
+def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
     knob, modes = config.difficulty, len(config.modes)
     tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
     asked = knob.prompts * modes * tries
@@ -211,7 +221,7 @@ def _specialist(config: PosttrainConfig, name: str) -> Part:
         work=cold + _grpo_work(config.specialist),
         micro_batch=max(config.cold.micro_batch, config.specialist.micro_batch),
         do=lambda parts: parts.specialist(name),
-        trains_on=[name, [getattr(config, key) for key in given], *map(to_dict, tables)],
+        trains_on=[source, [getattr(config, key) for key in given], *map(to_dict, tables)],
     )
 
 

@@ -35,7 +35,7 @@ class Rows:
     mathematics (`Expressions`), else as a text, whatever its case, spaces and punctuation; signs such as ! and ' count
     in an answer without a word. Rows with a rubric are graded by the share of criteria that rules find met, if rules
     can check each of them (`checks`); otherwise by a judge alone. UserError for a row of another form, and for a
-    language without rows in one of the splits.
+    language without rows in one of the splits. digest: of all that is read of the rows.
     """
 
     def __init__(self, path: Path):
@@ -43,6 +43,7 @@ class Rows:
         items = [_item(row, f"{path} row {number}") for number, row in enumerate(_rows(path), 1)]
         if not items:
             raise UserError(f"{path} has no rows; give rows with a prompt and an answer or a rubric")
+        self.digest = hashlib.blake2b(repr(items).encode("utf-8", "replace"), digest_size=8).hexdigest()
         self.languages = tuple(sorted({language for _, language, _ in items}))
         self._items: dict[tuple[str, Split], list[tuple[int, Item]]] = {}
         for level, language, item in sorted(items, key=lambda x: x[0]):
