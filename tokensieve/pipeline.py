@@ -173,11 +173,15 @@ def _domains(asked: Sequence[str]) -> tuple[dict[str, Domain], dict[str, Any]]:
 def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[str, Any]) -> list[Part]:
     """The parts in their order. sources: of the domains, and perhaps of one more that gets a specialist.
 
-    UserError for ratios of no domain.
+    UserError for ratios of no domain, and for a difficulty that is fixed for no group.
     """
     for name in config.rl.ratios:
         if name not in domains:
             raise UserError(f"rl.ratios.{name} is none of the domains {', '.join(domains)}; leave it out")
+    groups = [f"{name}-{mode}" for name in sources for mode in config.modes]
+    for group in config.difficulty.fixed:
+        if group not in groups:
+            raise UserError(f"difficulty.fixed.{group} is none of the groups {', '.join(groups)}; leave it out")
     plan = [_specialist(config, name, source) for name, source in sources.items()]
     mine = [part.trains_on for part in plan if part.domains[0] in domains]
     answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)
