@@ -25,6 +25,7 @@ from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
 from tokensieve.train.callbacks import training
+from tokensieve.train.resuming import make_resumable
 
 log = logging.getLogger("tokensieve")
 
@@ -54,7 +55,8 @@ def fine_tune(
     """
     longest = max(map(len, rows["input_ids"]))
     dense = config.selection == "dense"
-    arguments = _arguments(stage, config, folder, stage.rows // stage.micro_batch) | {"max_length": longest}
+    arguments = _arguments(stage, config, folder, stage.rows // stage.micro_batch)
+    arguments |= {"max_length": longest, "completion_only_loss": True}  # else TRL ignores the rows' completion_mask
     args = _made(SFTConfig, arguments | stage.options)
     with _quiet(), selecting(model, "dense") if dense else training(model, "adapt") as callback:
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
@@ -135,6 +137,7 @@ def _run(trainer: Any, model: DecoderForCausalLM, folder: Path, on_step: OnStep 
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         log.info("%s: continues from %s", folder, checkpoint.name)
+        make_resumable(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
     shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that a kill stopped here
