@@ -187,8 +187,7 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
     [
         ({"domains": ["logics"]}, "domain logics: there is no such domain or file; name one of mathematics, logic"),
         ({"rl.ratios.alchemy": 1.0}, "rl.ratios.alchemy is none of the domains logic, writing"),
-        ({"difficulty.fixed.logicc-direct": 3}, "fixed.logicc-direct is none of the groups logic-direct, writing-direct"),
-        ({"difficulty.fixed.logic-think": 3}, "difficulty.fixed.logic-think is none of the groups"),
+        ({"difficulty.fixed.logicc-direct": 3}, "fixed.logicc-direct is no DOMAIN-MODE of the domains logic, writing"),
         ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
         ({"model": "base", "tokens": 600}, "base is dense and has no indexers; sparsify it first, or add --dense"),
         ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),

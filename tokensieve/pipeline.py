@@ -25,7 +25,7 @@ from tokensieve.report import environment, show_posttraining, write_curves, writ
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
 from tokensieve.run_record import Clock, RunRecord
-from tokensieve.tasks.problems import DOMAINS, Domain, Rows, domain
+from tokensieve.tasks.problems import DOMAINS, MODES, Domain, Rows, domain
 
 EVALUATION = "evaluation"
 
@@ -178,10 +178,12 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
     for name in config.rl.ratios:
         if name not in domains:
             raise UserError(f"rl.ratios.{name} is none of the domains {', '.join(domains)}; leave it out")
-    groups = [f"{name}-{mode}" for name in sources for mode in config.modes]
+    groups = [f"{name}-{mode}" for name in (*sources, *DOMAINS) for mode in MODES]  # one config may be for several runs
     for group in config.difficulty.fixed:
         if group not in groups:
-            raise UserError(f"difficulty.fixed.{group} is none of the groups {', '.join(groups)}; leave it out")
+            raise UserError(
+                f"difficulty.fixed.{group} is no DOMAIN-MODE of the domains {', '.join(sources)}; leave it out"
+            )
     plan = [_specialist(config, name, source) for name, source in sources.items()]
     mine = [part.trains_on for part in plan if part.domains[0] in domains]
     answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)
