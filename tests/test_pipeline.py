@@ -1,6 +1,7 @@
 """The whole of post-training on a tiny model: what it leaves, and that stopping it anywhere changes nothing."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from tests.support import commands, models
 from tokensieve import pipeline
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import distillation, stages
-from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.run_record import RunRecord
+from tokensieve.sandbox import program
 
 K = 16
 QUIET = Console(quiet=True)
@@ -199,6 +201,37 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
 def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.run(settings(model, tmp_path / "run", **changes), only="specialist-logic", console=QUIET)
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what only a later part needs."""
+
+    def train(*_: Any) -> None:
+        pytest.fail("a part has begun")
+
+    def no_isolation() -> str:
+        raise UserError("no isolation here")
+
+    monkeypatch.setattr(Parts, "specialist", train)
+    monkeypatch.setattr(pipeline, "Pace", train)
+
+    def refused(message: str, **changes: Any) -> None:
+        given = {"domains": ["logic", "writing"]} | {name.replace("__", "."): value for name, value in changes.items()}
+        with pytest.raises(UserError, match=message):
+            pipeline.run(settings(model, tmp_path / "run", **given), resume=True, console=QUIET)
+
+    refused("writing has problems in en, none of them in languages", languages=["zh"])
+    refused("options of SFTConfig: .*leraning_rate", distill__train__options__leraning_rate=1)
+    refused("options of GRPOConfig: .*leraning_rate", rl__train__options__leraning_rate=1)
+    refused("rollouts of the engine train at 1 alone", rl__train__options__temperature=0.5)
+    refused("logic has difficulties from 3 to 10, not 2", **{"difficulty.fixed.logic-direct": 2})
+    refused("no reply from judge m at http://127.0.0.1:9/v1", judge__url="http://127.0.0.1:9/v1", judge__model="m")
+    monkeypatch.setattr(program, "isolation", no_isolation)
+    refused("no isolation here", domains=["logic", "programming"])
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    refused("language consistency needs py3langid", reward__language=0.1)
 
 
 @pytest.mark.parametrize("known", ["answer", "rubric"])

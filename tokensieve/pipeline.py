@@ -55,7 +55,8 @@ def run(
 
     Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
     "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
-    without `resume`, and for one whose model to start from is missing; train.Interrupted after Ctrl-C.
+    without `resume`, for one whose model to start from is missing, and for whatever `Parts.check` finds missing;
+    train.Interrupted after Ctrl-C.
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
@@ -82,6 +83,9 @@ def run(
             if only is not None:
                 for part in todo:
                     parts.check_start(part.name, part.domains)
+            if todo:
+                names = [*dict.fromkeys(name for part in todo for name in part.domains)]
+                parts.check(names, rewarded=any(part.name != DISTILLED for part in todo))
             pace = Pace(parts.load(config.model), config) if todo else None
             for part in todo:
                 assert pace is not None

@@ -232,16 +232,21 @@ def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineC
             f"GRPO by the engine takes a model of tokensieve, or PEFT's wrapper of one, not {type(model).__name__}; "
             "load it with tokensieve.load"
         )
+    check_arguments(args)
+    if selection not in ("indexer", "dense"):
+        raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
+    if config is not None and config.top_k not in (0, model.top_k):
+        raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
+
+
+def check_arguments(args: GRPOConfig) -> None:
+    """UserError for TRL's options that rollouts of the engine do not honour."""
     if args.temperature != 1:
         raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
     if args.use_vllm:
         raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
     if args.sync_ref_model:
         raise UserError("sync_ref_model: the reference stays as training began; set it to False")
-    if selection not in ("indexer", "dense"):
-        raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
-    if config is not None and config.top_k not in (0, model.top_k):
-        raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
 
 
 def check_adapters(adapters: Sequence[Any], args: GRPOConfig, selects: bool) -> None:

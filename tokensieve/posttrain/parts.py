@@ -20,6 +20,7 @@ from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
 from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
+from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems import Domain, Problem
 
 log = logging.getLogger("tokensieve")
@@ -28,6 +29,7 @@ log = logging.getLogger("tokensieve")
 COLD, KNOB, GRPO, DISTILL, MIXED, FILLED = range(6)
 PURPOSES = 10  # so that the next seed of a config has none of these
 
+SPLITS: tuple[Split, ...] = ("train", "test")
 BASE, DISTILLED, FINAL = "base", "distilled", "final"  # the models, beside "specialist-DOMAIN"
 
 
@@ -120,6 +122,23 @@ class Parts:
                     self.path(specialist_of(name))
         elif model == FINAL and not self.config.rl.model:
             self.path(DISTILLED)
+
+    def check(self, domains: Sequence[str], rewarded: bool) -> None:
+        """UserError now for what would stop a part only after hours.
+
+        Problems that cannot be drawn or graded: no language, too few rows, no sandbox, no math-verify. Options that TRL
+        does not take. If answers are to be `rewarded`: no py3langid, or a judge that does not answer.
+        """
+        stages.check_options(self.config)
+        asked: list[tuple[Group, list[Problem]]] = []
+        for group in self.groups(domains):
+            count, seed = len(group.by_language), self._seed(COLD)
+            asked.append((group, [e for split in SPLITS for e in group.examples(split, count, seed)]))
+            for example in asked[-1][1]:
+                group.task.score(example, example.shown)
+        if rewarded:
+            mixture.rewards(asked, self.encode, self.config)
+            mixture.check_judge(self.config.judge, asked)
 
     def _on_step(self, what: str) -> stages.OnStep:
         def told(step: int, steps: int, row: dict[str, float]) -> None:
