@@ -147,6 +147,24 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
     assert weights_of(out) == weights_of(whole) and figures_of(out) == figures_of(whole)
 
 
+def test_a_measured_difficulty_outlives_a_kill_without_a_cold_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"Name stone {n}.", "rubric": ["The answer has at most 3 words."]} for n in range(12)]
+    (tmp_path / "stones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(model, tmp_path / "run", tokens=17, domains=[str(tmp_path / "stones.jsonl")])
+    reinforce, measured = Parts._reinforce, []
+    monkeypatch.setattr(Parts, "_reinforce", lambda *_: (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(SystemExit):
+        pipeline.run(config, only=f"specialist-{config.domains[0]}", console=QUIET)
+    before = json.loads((tmp_path / "run/metrics.json").read_text())
+    monkeypatch.setattr(Parts, "_reinforce", reinforce)
+    monkeypatch.setattr(Parts, "_difficulty", lambda *_: measured.append(_))
+    after = pipeline.run(config, resume=True, only=f"specialist-{config.domains[0]}", console=QUIET)
+    assert measured == [] and before["specialist-stones"].items() <= after["specialist-stones"].items()
+    assert after["seconds"]["specialist-stones"] > before["seconds"]["specialist-stones"] > 0
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))

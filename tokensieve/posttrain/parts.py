@@ -185,6 +185,7 @@ class Parts:
         else:
             model = self.load(cold / stages.MODEL)
         knobs = own.setdefault("difficulty", {})
+        self._specialist_folder(name).mkdir(parents=True, exist_ok=True)  # without it the figures would be forgotten
         for group in self.groups([domain]):
             if group.name not in knobs:
                 knobs[group.name] = self._difficulty(model, group)
