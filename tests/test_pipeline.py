@@ -16,6 +16,7 @@ from tokensieve import pipeline
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import distillation, stages
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts
+from tokensieve.posttrain.rollouts import Rollouts
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.run_record import RunRecord
 from tokensieve.sandbox import program
@@ -163,6 +164,22 @@ def test_a_measured_difficulty_outlives_a_kill_without_a_cold_start(
     after = pipeline.run(config, resume=True, only=f"specialist-{config.domains[0]}", console=QUIET)
     assert measured == [] and before["specialist-stones"].items() <= after["specialist-stones"].items()
     assert after["seconds"]["specialist-stones"] > before["seconds"]["specialist-stones"] > 0
+
+
+def test_no_more_answers_are_sampled_together_than_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In GRPO too, whose steps have more: the engine's pages follow from it."""
+    seen, make = set(), Rollouts.__init__
+
+    def watched(self: Rollouts, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        seen.add((self.engine.config.running, kwargs["keep_selection"]))
+
+    monkeypatch.setattr(Rollouts, "__init__", watched)
+    config = settings(model, tmp_path / "run", domains=["logic"], at_once=3, **{"specialist.samples": 4})
+    pipeline.run(config, only="specialist-logic", console=QUIET)
+    assert seen == {(3, False), (3, True)}
 
 
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -39,6 +39,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         indexer learns.
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
+    at_once: answers that run together; None: all of a step, or 128 if TRL does not know their number.
     respond: gives the results of tools, as in `Rollouts.sample`. `max_completion_length` is then for all turns of the
         model together. Rewards get each rollout's `mask` as "written".
     model, peft_config: LoRA adapters learn if PEFT's wrapper of a model is given (`tokensieve.train.lora.adapted`
@@ -72,6 +73,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         replay: bool = True,
         config: EngineConfig | None = None,
         peft_config: Any = None,
+        at_once: int | None = None,
         respond: Respond | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
@@ -105,7 +107,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             decoder,
             tokenizer,
             tokens,
-            at_once=args.generation_batch_size or 128,
+            at_once=at_once or args.generation_batch_size or 128,
             selector="indexer" if self.selects else "dense",
             keep_selection=self.replays,
             config=config,

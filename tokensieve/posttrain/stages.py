@@ -96,6 +96,7 @@ def reinforce(
     with _quiet():
         trainer = SparseGRPOTrainer(
             model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
+            at_once=config.at_once,
         )  # fmt: skip
         return _run(trainer, model, folder, on_step)
 
