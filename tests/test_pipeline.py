@@ -182,6 +182,17 @@ def test_no_more_answers_are_sampled_together_than_asked(
     assert seen == {(3, False), (3, True)}
 
 
+def test_a_group_has_one_difficulty_in_the_table(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is measured before the specialist is there, whose difficulty is then another one."""
+    config = settings(model, tmp_path / "run", domains=["logic"], **{"rl.model": str(model), "rl.train.steps": 1})
+    before = pipeline.run(config, only=FINAL, console=QUIET)["evaluation"]
+    monkeypatch.setattr(Parts, "_difficulty", lambda *_: {"difficulty": 3, "rates": {}, "within": True})
+    pipeline.run(config, only="specialist-logic", console=QUIET)
+    after = pipeline.run(config, resume=True, only=FINAL, console=QUIET)["evaluation"]
+    levels = [{found["logic-direct"]["difficulty"] for found in figures.values()} for figures in (before, after)]
+    assert levels == [{4}, {3}] and after.keys() == {BASE, "specialist-logic", FINAL}
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))

@@ -285,9 +285,17 @@ class Parts:
         self._reinforce(model, asked, config.train, self.folder(FINAL), "all domains")
 
     def evaluate(self, name: str, domains: Sequence[str]) -> None:
-        """Measures a model on held-out problems of those groups that it lacks."""
-        own = self.found.setdefault("evaluation", {}).setdefault(name, {})
-        missing = [group for group in self.groups(domains) if group.name not in own]
+        """Measures a model on held-out problems of those groups that it lacks.
+
+        Figures at another difficulty than the group's are forgotten, of every model: a table has them side by side.
+        """
+        groups, evaluation = self.groups(domains), self.found.setdefault("evaluation", {})
+        for measured in evaluation.values():
+            for group in groups:
+                if measured.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
+                    del measured[group.name]
+        own = evaluation.setdefault(name, {})
+        missing = [group for group in groups if group.name not in own]
         if not missing:
             return
         model = self.load(self.path(name))
