@@ -193,6 +193,19 @@ def test_a_group_has_one_difficulty_in_the_table(model: Path, tmp_path: Path, mo
     assert levels == [{4}, {3}] and after.keys() == {BASE, "specialist-logic", FINAL}
 
 
+def test_what_a_kill_left_of_a_done_part_is_removed(whole: Path, model: Path) -> None:
+    leaves = [
+        "specialists/logic/cold/model",
+        "specialists/logic/cold/checkpoint-2",
+        "specialists/writing/rl/checkpoint-2",
+    ]
+    for folder in (*leaves, "distilled/train/checkpoint-1", "final/checkpoint-2"):
+        (whole / folder).mkdir()
+    pipeline.run(settings(model, whole), resume=True, console=QUIET)
+    assert not [*whole.rglob("checkpoint-*"), *whole.rglob("cold/model")]
+    assert len([*whole.rglob("model.safetensors")]) == 4
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))

@@ -80,6 +80,9 @@ def run(
             parts = Parts(config, domains | more, record.figures, watch)
             wanted = [part for part in plan if only in (None, part.name)]
             todo = [part for part in wanted if not parts.is_done(part.name)]
+            for part in wanted:
+                if part not in todo:
+                    parts.tidy(part.name)
             if only is not None:
                 for part in todo:
                     parts.check_start(part.name, part.domains)

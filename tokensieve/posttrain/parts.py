@@ -192,8 +192,16 @@ class Parts:
                 self.watch.note()
         asked = self._examples(self.groups([domain]), _prompts(self.config.specialist), GRPO)
         self._reinforce(model, asked, self.config.specialist, self.folder(name), domain)
-        if own["demonstrations"]:
-            shutil.rmtree(cold / stages.MODEL)
+        self.tidy(name)
+
+    def tidy(self, model: str) -> None:
+        """Removes what only the making of a model needed, and a kill may have left."""
+        folders, cold = [self.folder(model)], self._specialist_folder(model) / "cold"
+        if model not in (DISTILLED, FINAL):
+            folders.append(cold)
+            shutil.rmtree(cold / stages.MODEL, ignore_errors=True)
+        for path in (path for folder in folders for path in folder.glob("checkpoint-*")):
+            shutil.rmtree(path)
 
     def _cold_start(
         self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path, own: dict[str, Any]
