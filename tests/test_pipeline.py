@@ -206,6 +206,15 @@ def test_what_a_kill_left_of_a_done_part_is_removed(whole: Path, model: Path) ->
     assert len([*whole.rglob("model.safetensors")]) == 4
 
 
+def test_a_model_that_is_gone_leaves_no_figures_to_its_successor(tmp_path: Path) -> None:
+    leaves = {"specialist-logic": ("specialists/logic",), "evaluation": ()}
+    record = RunRecord.of(tmp_path / "run", leaves, False, "run")
+    record.figures |= {"settings": dict.fromkeys(leaves, "x"), "specialist-logic": {"steps": 2}}
+    record.figures["evaluation"] = {"specialist-logic": {"logic-direct": {}}, BASE: {"logic-direct": {}}}
+    record.match(dict.fromkeys(leaves, "x"))
+    assert "specialist-logic" not in record.figures and record.figures["evaluation"].keys() == {BASE}
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))
