@@ -215,6 +215,16 @@ def test_a_model_that_is_gone_leaves_no_figures_to_its_successor(tmp_path: Path)
     assert "specialist-logic" not in record.figures and record.figures["evaluation"].keys() == {BASE}
 
 
+def test_a_judge_may_move_and_be_asked_more_and_not_be_another(model: Path, tmp_path: Path) -> None:
+    def decisive(**judge: Any) -> Any:
+        changes = {f"judge.{name}": value for name, value in judge.items()}
+        return pipeline._specialist(settings(model, tmp_path, **changes), "writing", "writing").trains_on
+
+    assert decisive(url="http://a/v1", model="m") == decisive(url="http://b/v1", model="m", budget=9, timeout=1.0)
+    assert decisive(url="http://a/v1", model="m") != decisive(url="http://a/v1", model="n") != decisive()
+    assert decisive() == decisive(budget=9)
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))

@@ -20,7 +20,7 @@ from tokensieve.machine import choose_device
 from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts, Watch, specialist_of
-from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
+from tokensieve.posttrain_config import GrpoConfig, JudgeConfig, PosttrainConfig
 from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
@@ -60,7 +60,8 @@ def run(
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
-    (domains, sources), more = _domains(config.domains or tuple(DOMAINS)), {}
+    domains, sources = _domains(config.domains or tuple(DOMAINS))
+    more: dict[str, Domain] = {}
     if only not in (None, DISTILLED, FINAL):
         more, its = _domains((only.removeprefix(specialist_of("")),))
         if any(sources.get(name, source) != source for name, source in its.items()):
@@ -225,7 +226,8 @@ def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
     tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
     asked = knob.prompts * modes * tries
     given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
-    tables = (config.reward, config.judge, config.cold, config.difficulty, config.specialist)
+    judge = JudgeConfig(url=config.judge.model, model=config.judge.model)  # where it is, and its budget, may change
+    tables = (config.reward, judge, config.cold, config.difficulty, config.specialist)
     cold = Work(trained=config.cold.steps * config.cold.rows, read=asked, answers=asked * knob.samples)
     return Part(
         name=specialist_of(name),

@@ -1,5 +1,6 @@
 """Prompts of several groups in one stage of reinforcement learning, each with the reward of its own task."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,7 @@ def judging(config: JudgeConfig, asked: Asked, cache: Path | None = None) -> Ite
         with scripted_judge() as url, Judge(JudgeSettings(url, NAME, budget=config.budget), cache) as judge:
             yield judge
         return
-    settings = JudgeSettings(config.url, config.model, budget=config.budget, timeout=config.timeout)
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    settings = JudgeSettings(config.url, config.model, key, budget=config.budget, timeout=config.timeout)
     with Judge(settings, cache) as judge:
         yield judge
