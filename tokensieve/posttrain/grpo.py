@@ -24,6 +24,12 @@ from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
 from tokensieve.train.callbacks import training
 
+# Options of TRL's own generation, of which neither the engine nor our prompts hear.
+UNHEARD = (
+    "generation_kwargs chat_template_kwargs cache_implementation max_tool_calling_iterations "
+    "use_transformers_continuous_batching"
+).split()
+
 
 class SparseGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer for a model of tokensieve: it samples with the engine, and trains on what the engine read.
@@ -54,7 +60,7 @@ class SparseGRPOTrainer(GRPOTrainer):
 
     Raises:
         UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
-            before it), vLLM, a reference that follows the model (`sync_ref_model`), a reference beside adapters that
+            before it), options of TRL's own generation, vLLM, a reference that follows the model (`sync_ref_model`), a reference beside adapters that
             are not zero, adapters of another kind, with dropout or without the indexers, another selection, another k
             in `config`, and prompts too long for `tokens`.
     """
@@ -243,6 +249,9 @@ def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineC
 
 def check_arguments(args: GRPOConfig) -> None:
     """UserError for TRL's options that rollouts of the engine do not honour."""
+    for name in UNHEARD:
+        if getattr(args, name):
+            raise UserError(f"{name} is {getattr(args, name)}; rollouts of the engine do not take it; leave it out")
     if args.temperature != 1:
         raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
     if args.use_vllm:
