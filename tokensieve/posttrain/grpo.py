@@ -285,6 +285,7 @@ def sample_for(prompts: list[Any], trainer: SparseGRPOTrainer) -> dict[str, list
         "logprobs": [padded_logprobs(rollout) for rollout in rollouts],
         "env_mask": [[int(wrote) for wrote in rollout.mask] for rollout in rollouts],
         "written": [list(rollout.mask) for rollout in rollouts],  # for rewards: TRL keeps env_mask to itself
+        "ended": [rollout.ended for rollout in rollouts],
     }
 
 
