@@ -263,6 +263,7 @@ class Parts:
         self.found[DISTILLED] = {"data": counts, "rows": len(rows)}
         self.watch.note()
         model, folder = self.load(self.config.model), self.folder(DISTILLED)
+        distillation.check_tokens(kept, model.config.vocab_size)
         on_step = self._on_step("distillation")
         stages.fine_tune(model, self.tokenizer, rows, config.train, self.config, folder, on_step)
 
