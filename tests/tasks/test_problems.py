@@ -200,5 +200,8 @@ def test_what_is_refused(encode) -> None:
         Problems(DOMAINS["logic"], encode, "aloud")
     with pytest.raises(UserError, match="logic has no problems in language 'de'; use one of en, zh"):
         Problems(DOMAINS["logic"], encode, language="de")
+    german = replace(DOMAINS["logic"], languages=("de",))
+    with pytest.raises(UserError, match="logic: no prompts are worded in language 'de'; use one of en, zh"):
+        Problems(german, encode, language="de")
     with pytest.raises(UserError, match="mathematics has difficulties from 1 to 12, not 13"):
         Problems(DOMAINS["mathematics"], encode).examples("train", 1, 13)
