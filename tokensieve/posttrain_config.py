@@ -17,7 +17,7 @@ class SftConfig:
     """A stretch of supervised fine-tuning by TRL's SFTTrainer."""
 
     steps: int
-    rows: int  # per step, think and direct in turn
+    rows: int  # per step, of all modes, which TRL shuffles
     micro_batch: int = 1  # rows per forward and backward; it divides `rows`
     lr: float = 2e-5
     options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's SFTConfig
