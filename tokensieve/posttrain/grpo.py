@@ -60,9 +60,9 @@ class SparseGRPOTrainer(GRPOTrainer):
 
     Raises:
         UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
-            before it), options of TRL's own generation, vLLM, a reference that follows the model (`sync_ref_model`), a reference beside adapters that
-            are not zero, adapters of another kind, with dropout or without the indexers, another selection, another k
-            in `config`, and prompts too long for `tokens`.
+            before it), options of TRL's own generation, vLLM, a reference that follows the model (`sync_ref_model`), a
+            reference beside adapters that are not zero, adapters of another kind, with dropout or without the indexers,
+            another selection, another k in `config`, and prompts too long for `tokens`.
     """
 
     def __init__(

@@ -113,8 +113,8 @@ class Judge:
         """For each answer the mean of its criteria's scores by their weights, in [0, 1]; None if there is none.
 
         None: the judge's reply could not be read, none came after all retries, or the budget is spent. The log says how
-        many have no score, and why. UserError if no question got a reply, since training would go on without a signal, or
-        if the endpoint refuses them.
+        many have no score, and why. UserError if no question got a reply, for training would go on without a signal,
+        and if the endpoint refuses them.
         """
         once = [*dict.fromkeys(questions)]
         with ThreadPoolExecutor(self.settings.at_once) as pool:
