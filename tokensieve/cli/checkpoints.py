@@ -38,6 +38,7 @@ class Suite(StrEnum):
     short = "short"
     parity = "parity"
     serving = "serving"
+    paper = "paper"
 
 
 @app.command()
@@ -159,7 +160,8 @@ def evaluate(
         typer.Option(
             help="own: what is said above. long: RULER's kinds of tasks and perplexity by position. short: small tasks "
             "with choices and the perplexity of short texts. parity: dense against sparse attention for several k. "
-            "serving: whether an endpoint selects keys rightly."
+            "serving: whether an endpoint selects keys rightly. paper: the 14 benchmarks of the paper's Table 1; MODEL "
+            "may be the URL of an endpoint, with its /v1."
         ),
     ] = Suite.own,
     before: Annotated[
@@ -174,8 +176,12 @@ def evaluate(
         typer.Option("--k", min=1, help="With --suite serving: keys that a query selects, if it does not say."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="With --suite long, parity or serving: go on with a run that was stopped.")
+        bool, typer.Option("--resume", help="With --suite long, parity, serving or paper: go on with a stopped run.")
     ] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="With --suite paper: set two models side by side that were measured before."),
+    ] = None,
     config: Config = "evaluate",
     set_: Set = None,
     device: Device = "auto",
@@ -185,7 +191,7 @@ def evaluate(
     A sparse model is measured as it is (sparse), attending to every key (dense), to the last k (window) and to the k
     that attention itself weighs most (oracle). --arm puts further selections beside these. --suite asks something else:
     its sizes are the keys long.*, short.*, parity.* or serving.*. --suite serving probes an endpoint of any engine,
-    needs no MODEL, and ends with status 1 if something is wrong.
+    needs no MODEL, and ends with status 1 if something is wrong. The keys of --suite paper are those of config `paper`.
 
     Example: tokensieve eval base --quick
     """
@@ -196,6 +202,19 @@ def evaluate(
     begin = time.perf_counter()
     if quick and config != "evaluate":
         raise UserError("--quick is --config evaluate-quick; give one of the two")
+    if suite == Suite.paper:
+        if arm or context is not None or before is not None or url is not None or k is not None:
+            raise UserError("--suite paper takes no --arm, --context, --before, --url or --k; MODEL may be a URL")
+        from tokensieve.cli.paper import compare_paper, run_paper
+
+        own = ("paper-quick" if quick else "paper") if config == "evaluate" else config
+        if compare is not None:
+            compare_paper(*compare)
+        else:
+            run_paper(model, own, tuple(set_ or ()), out, resume, device)
+        return
+    if compare is not None:
+        raise UserError("--compare is for --suite paper; add it, or leave it out")
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
     if suite == Suite.serving:
@@ -209,7 +228,7 @@ def evaluate(
     if url is not None or k is not None:
         raise UserError("--url and --k are for --suite serving; add it, or leave them out")
     if resume and suite not in (Suite.long, Suite.parity):
-        raise UserError("--resume goes on with --suite long, parity or serving; add one, or leave it out")
+        raise UserError("--resume goes on with --suite long, parity, serving or paper; add one, or leave it out")
     if before is not None and suite not in (Suite.short, Suite.parity):
         raise UserError("--before is compared with in --suite short and parity; give one of them, or leave it out")
     if suite == Suite.short and (selections or context is not None):

@@ -14,6 +14,7 @@ from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
+from tokensieve.report.paper_suite import show_comparison, show_paper_suite, write_paper_suite
 from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
@@ -28,11 +29,13 @@ __all__ = [
     "read_run",
     "serving_line",
     "show",
+    "show_comparison",
     "show_balances",
     "show_costs",
     "show_criteria",
     "show_long",
     "show_paper",
+    "show_paper_suite",
     "show_posttraining",
     "show_profile",
     "show_short",
@@ -40,6 +43,7 @@ __all__ = [
     "write_costs",
     "write_curves",
     "write_paper",
+    "write_paper_suite",
     "write_posttraining",
     "write_profile",
     "write_report",

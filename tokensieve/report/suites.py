@@ -24,7 +24,8 @@ def show_parity(console: Console, figures: Mapping[str, Any]) -> None:
         texts.add_row(row["arm"], _interval(row["ratio"]), *_share(row["same"]), _plus_minus(row["first"], 1))
     console.print(texts)
     count = figures["texts"][0]["ppl"]["n"]
-    console.print(f"[dim]{count} text{'' if count == 1 else 's'}; same tokens: of dense's greedy continuation, read with each arm[/dim]")
+    texts_read = f"{count} text{'' if count == 1 else 's'}"
+    console.print(f"[dim]{texts_read}; same tokens: of dense's greedy continuation, read with each arm[/dim]")
     layers = range(len(figures["recall"][0]["by_layer"]))
     recalls = table("recall of the mass by layer", "all", "95% interval", *map(str, layers))
     for row in figures["recall"]:
