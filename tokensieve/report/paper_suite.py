@@ -36,6 +36,11 @@ def write_paper_suite(path: Path, name: str, figures: Mapping[str, Any]) -> Path
     return write_text(path, "\n".join([*lines, "", *(f"- {line}" for line in _remarks(figures)), ""]))
 
 
+def table_1(name: str, figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Names of the columns, rows, and remarks."""
+    return _header(name), _rows(figures), _remarks(figures)
+
+
 def show_comparison(console: Console, names: tuple[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Prints the scores of two models, and the difference of their shares of right answers, the second less the
     first.

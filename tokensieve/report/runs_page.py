@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tokensieve.config import UserError
+from tokensieve.evals.paper import LACKING
 from tokensieve.files import write_text
 from tokensieve.report import sections
 from tokensieve.report.profile_plots import standalone
@@ -37,6 +38,7 @@ Reader = Callable[[Any], list[Section]]
 # A key of the file, and who reads it. Of several that are there the first reads.
 READERS: tuple[tuple[str, Reader], ...] = (
     ("probes", sections.serving),
+    (LACKING, sections.paper),
     ("prefill_dense", sections.paper_costs),
     ("rows", sections.costs),
     ("advice", sections.profile),

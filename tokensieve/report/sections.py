@@ -7,8 +7,10 @@ from typing import Any
 
 from tokensieve.evals import acceptance_criteria, intervals, parity_criteria
 from tokensieve.evals.criteria import Criterion
+from tokensieve.evals.paper import AFTER, BEFORE, BENCHMARKS
 from tokensieve.evals.parity import ARMS
 from tokensieve.report.charts import Chart, Estimates
+from tokensieve.report.paper_suite import table_1
 from tokensieve.report.posttrain import CURVES
 
 FAR = 1.5  # times dense attention's perplexity, above which a point would flatten the others
@@ -253,6 +255,20 @@ def profile(metrics: Figures) -> list[Section]:
                     {"mean of the layers": points}, "k", "share of the mass", log=True)] if points else []  # fmt: skip
     rows = [(name, why) for name, why in advice["reasons"].items()]
     return [Section(f"Profile: {advice['verdict']}", (), [Table(("answer", "reason"), rows)], charts)]
+
+
+def paper(record: Figures) -> list[Section]:
+    """The benchmarks of the paper's Table 1, in its layout, as `tokensieve eval --suite paper` measures them."""
+    head, rows, remarks = table_1("measured", record)
+    found = [(b, record[b.key]) for b in BENCHMARKS if b.key in record and not b.is_rating]
+    series: dict[str, list[tuple[float | str, Estimates]]] = {
+        "measured": [(b.name, {"n": f["problems"]} | f["score"]) for b, f in found],
+        BEFORE: [(b.name, _bare(b.before / 100)) for b, _ in found],
+        AFTER: [(b.name, _bare(b.after / 100)) for b, _ in found],
+    }
+    what = "The paper gives no intervals. Ratings are in the table alone."
+    chart = [Chart("benchmarks", "Scores beside the paper's", what, series, "benchmark", "score")] if found else []
+    return [Section("The paper's benchmarks", remarks, [Table(head, rows)], chart)]
 
 
 def costs(record: Figures) -> list[Section]:
