@@ -196,7 +196,7 @@ def test_what_cannot_work_is_one_line(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.slow
 def test_at_least_three_are_measurable(capsys: pytest.CaptureFixture) -> None:
     """With the bundled model: the promise of docs/examples.md."""
-    for name in ("manual", "documents", "records"):
+    for name in ("manual", "documents"):
         assert run(name, "--tokens", 1000, "--cases", 12) == 0
     verdicts = [line for line in capsys.readouterr().out.splitlines() if "measurable" in line or "Take" in line]
     assert sum("Take" in line for line in verdicts) >= 3, verdicts
