@@ -20,7 +20,7 @@ from trl import GRPOConfig, SFTConfig, SFTTrainer
 from tokensieve.config import UserError
 from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.posttrain.grpo import SparseGRPOTrainer
+from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
@@ -38,6 +38,14 @@ def history(folder: Path) -> History | None:
     """The rows of a stage, one a step; None if it is not done."""
     path = folder / HISTORY
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def check_options(config: PosttrainConfig) -> None:
+    """UserError for options of any stage that TRL or `SparseGRPOTrainer` does not take."""
+    for sft in (config.cold, config.distill.train):
+        _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows // sft.micro_batch) | sft.options)
+    for grpo in (config.specialist, config.rl.train):
+        check_arguments(_grpo_arguments(grpo, config, Path(config.out)))
 
 
 def fine_tune(
@@ -81,17 +89,22 @@ def reinforce(
 
     respond: gives the results of tools, as in `Rollouts.sample`; room: tokens that they may take in an answer.
     """
-    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
-    arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
     args, longest = (
-        _made(GRPOConfig, arguments | stage.options),
+        _grpo_arguments(stage, config, folder),
         max(map(len, prompts["prompt"])) + config.new_tokens + room,
     )
     with _quiet():
         trainer = SparseGRPOTrainer(
             model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
+            at_once=config.at_once,
         )  # fmt: skip
         return _run(trainer, model, folder, on_step)
+
+
+def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) -> GRPOConfig:
+    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
+    arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
+    return _made(GRPOConfig, arguments | stage.options)
 
 
 def _arguments(
