@@ -231,9 +231,9 @@ def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: in
             begin = time.perf_counter()
             scores[name].append(part.attempt(reader, case))
             seconds[name].append(time.perf_counter() - begin)
-    print(
-        f"{part.name}: {len(scores['dense'])} cases, prompts of up to {model.seen:,} tokens, k = {model.top_k or '?'}"
-    )
+    count = len(scores["dense"])
+    cases = f"{count} case{'s' * (count > 1)}"
+    print(f"{part.name}: {cases}, prompts of up to {model.seen:,} tokens, k = {model.top_k or '?'}")
     for name in readers:
         bytes_ = model.memory(name) if name != "control" else None
         memory = f"{bytes_[0] / 2**20:7.1f} MiB held {bytes_[1] / 2**20:6.2f} MiB read" if bytes_ else ""

@@ -33,14 +33,14 @@ def imported(path: Path) -> list[Path]:
 
 def places(tokens: int, count: int, rng: random.Random, lines: int) -> list[Case]:
     """The last lines of functions, the functions up to there, and what stands before them and in the imported files."""
-    paths = [path for path in sorted(PACKAGE.rglob("*.py")) if imported(path)]
+    paths = sorted(PACKAGE.rglob("*.py"))
     cases: list[Case] = []
     while len(cases) < count:
         path = rng.choice(paths)
         source = path.read_text().splitlines(keepends=True)
         tree = ast.parse("".join(source))
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and len(n.body) > 3]
-        if functions:
+        if functions and imported(path):
             function = rng.choice(functions)
             first, end = function.lineno - 1, function.end_lineno or 0
             before = "\n".join(file.read_text() for file in imported(path)) + "".join(source[:first])
