@@ -42,7 +42,8 @@ def _one_thread():
 def model(tmp_path_factory) -> Path:
     """A random sparse model with the bundled tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    made = models.ours(models.config("v32", index_topk=K, vocab_size=4096, num_hidden_layers=2))
+    yarn = {"rope_parameters": models.YARN, "max_position_embeddings": 1024}  # as the bundled model has it
+    made = models.ours(models.config("v32", index_topk=K, vocab_size=4096, num_hidden_layers=2, **yarn))
     tokensieve.save(made, folder)
     tokensieve.load_tokenizer("base").save_pretrained(folder)
     return folder

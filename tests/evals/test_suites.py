@@ -228,22 +228,28 @@ def test_an_unknown_short_task():
 
 
 def test_likelihoods_are_the_models_own(dense, encode):
-    """Choices of different lengths, as rows after one cache, beside one pass for each."""
+    """Choices of different lengths, as rows after one cache of two prompts, beside one pass for each."""
     example = ChoiceExample(name="x", prompt="def f(", choices=(" a", " import os", "x = 1\n"), right=" a")
+    other = replace(example, prompt=(*encode.prompt("def f(")[:-1], 7), choices=(" import os", " b", " a"))
     with torch.no_grad():
-        found = choices.likelihoods(dense, encode, example)
-    for choice, likelihood in zip(example.choices, found, strict=True):
-        prompt, ids = encode.prompt(example.prompt), encode(choice)
-        with torch.no_grad():
-            logs = dense(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
-        expected = sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(ids))
-        assert likelihood == pytest.approx(expected, abs=1e-4)
+        found = choices.likelihoods(dense, encode, [example, other])
+    for asked, likelihoods in zip((example, other), found, strict=True):
+        for choice, likelihood in zip(asked.choices, likelihoods, strict=True):
+            prompt, ids = encode.prompt(asked.prompt), encode(choice)
+            with torch.no_grad():
+                logs = dense(torch.tensor([[*prompt, *ids]])).logits[0].log_softmax(-1)
+            expected = sum(float(logs[len(prompt) - 1 + i, token]) for i, token in enumerate(ids))
+            assert likelihood == pytest.approx(expected, abs=1e-4)
     assert len({len(encode(choice)) for choice in example.choices}) > 1
     single = replace(example, prompt=(5,))
     with torch.no_grad():
-        assert choices.likelihoods(dense, encode, single) != found  # a prompt of one token needs no cache
-    evaluation = evals.choose(dense, encode, Choices("sums"), [example])
-    assert evaluation.records[0].answer.text == example.choices[found.index(max(found))]
+        assert choices.likelihoods(dense, encode, [single]) != found[:1]  # a prompt of one token needs no cache
+    told: list[int] = []
+    asked = [example, single, other]  # the first and the last are read together
+    evaluation = evals.choose(dense, encode, Choices("sums"), asked, lambda _, done, all: told.append(done))
+    assert evaluation.records[0].answer.text == example.choices[found[0].index(max(found[0]))]
+    assert evaluation.records[2].answer.text == other.choices[found[1].index(max(found[1]))]
+    assert [record.example for record in evaluation.records] == asked and told == [2, 3]
     with pytest.raises(UserError, match="no examples of sums"):
         evals.choose(dense, encode, Choices("sums"), [])
 

@@ -184,7 +184,10 @@ def test_names_with_wrong_options(name: str) -> None:
 def test_what_only_a_model_can_refuse() -> None:
     model, ids = model_of(), tokens(1, 90)
     for selector, message in (
-        (PerLayer((4, 4)), "PerLayer has k for 2 layers"),
+        (PerLayer((4, 4)), "PerLayer has k for 2 layers, and the model has 3"),
+        (PerLayer((4, 4, 4, 4)), "PerLayer has k for 4 layers, and the model has 3"),
+        (DenseLayers((0, 3)), "DenseLayers names layer 3, and the last of the model is layer 2"),
+        (Shared((9,)), "Shared names layer 9, and the last of the model is layer 2"),
         (AtLeast((0.1,)), "AtLeast has share for 1 layers"),
         (TwoLevel(16, 2), "holds 2 keys, and k is 16"),
         (Recent(12, 4), "k = 16 leaves none to the indexer"),

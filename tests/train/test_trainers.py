@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import tokensieve
+from tests.support import models
 from tests.support.training import OPTIMIZER, Still, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective, with_options
@@ -111,8 +112,8 @@ def loop_step(objective: str, n: int) -> tuple[dict[str, Tensor], dict[str, floa
 def prepared() -> Iterator[Callable[[str], Prepared]]:
     with ExitStack() as blocks:
 
-        def prepare(objective: Any, seed: int = 0) -> Prepared:
-            made = model(seed=seed)
+        def prepare(objective: Any, seed: int = 0, **changes: Any) -> Prepared:
+            made = model(seed=seed, **changes)
             return Prepared(made, blocks.enter_context(tokensieve.training(made, objective)))
 
         yield prepare
@@ -287,13 +288,15 @@ def test_a_trainer_saves_and_resumes(
         )
     data = rows(STEP, "input_ids", "labels")
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
-    straight = hugging_face(tmp_path, prepared("adapt"), 1, data, **settings)
+    yarn = {"rope_parameters": models.YARN, "max_position_embeddings": 1024}  # what transformers cannot read by itself
+    straight = hugging_face(tmp_path, prepared("adapt", **yarn), 1, data, **settings)
     straight.train()
     saved = tokensieve.load(tmp_path / "checkpoint-2")
+    assert saved.config.rope_parameters["rope_theta"] == models.YARN["rope_theta"]
     assert len(list((tmp_path / "checkpoint-2").glob("model*.safetensors"))) in (
         [1] if shard_size is None else range(5, 40)
     )
-    again = hugging_face(tmp_path, prepared("adapt", seed=5), 1, data, **settings)
+    again = hugging_face(tmp_path, prepared("adapt", seed=5, **yarn), 1, data, **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     ours, theirs = again.model.state_dict(), straight.model.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)

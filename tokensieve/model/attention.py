@@ -62,7 +62,7 @@ class Attention(nn.Module, ABC):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         family = family_of(config)
-        self.layer, self.heads = layer, config.num_attention_heads
+        self.layer, self.layers, self.heads = layer, config.num_hidden_layers, config.num_attention_heads
         self.entry = family.entry(config)
         self.head_group: HeadGroup = ONE_GROUP
 
@@ -161,9 +161,8 @@ class Attention(nn.Module, ABC):
             return self.head_group.all_heads(self.gathered_queries(queries)), self.softmax_scale(ctx.rotation)
 
         with torch.no_grad():
-            c = SelectionContext(
-                self.layer, ctx.top_k, keys, index, Once(attention), before, self.head_group is not ONE_GROUP
-            )
+            divided = self.head_group is not ONE_GROUP
+            c = SelectionContext(self.layer, self.layers, ctx.top_k, keys, index, Once(attention), before, divided)
             indices = before
             if not self.borrows:
                 indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))

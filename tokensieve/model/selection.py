@@ -77,17 +77,19 @@ class Once:
 class SelectionContext:
     """The input of a selector: queries of one layer, and the keys that they may see.
 
-    layer: its index. k: the most keys to select per query, which may be more than a query sees. starts_N, ends_N
-    (int32): each query may see the keys [start, end). Positions count along the packed keys of the pass, or on pages
-    from each sequence's own beginning; a selector that keeps to [start, end), as `topk` and `select` do, need not know
-    which. before (N, K): what the layer before reads, which a selector may read again; None in the first layer, and
-    behind one that attends to every key. divided: whether ranks divide the model, so that each chooses for some of the
-    queries: then K and None must not depend on values. Everything is computed only if it is used.
+    layer: its index. layers: how many the model has. k: the most keys to select per query, which may be more than a
+    query sees. starts_N, ends_N (int32): each query may see the keys [start, end). Positions count along the packed
+    keys of the pass, or on pages from each sequence's own beginning; a selector that keeps to [start, end), as `topk`
+    and `select` do, need not know which. before (N, K): what the layer before reads, which a selector may read again;
+    None in the first layer, and behind one that attends to every key. divided: whether ranks divide the model, so that
+    each chooses for some of the queries: then K and None must not depend on values. Everything is computed only if it
+    is used.
     """
 
     def __init__(
         self,
         layer: int,
+        layers: int,
         k: int,
         keys: Keys,
         index: IndexInputs | None,
@@ -97,7 +99,7 @@ class SelectionContext:
         rows: Rows = None,
     ):
         """attention: returns the main attention's queries (N, H, D), all heads in the entries' form, and its scale."""
-        self.layer, self.k, self.keys = layer, k, keys
+        self.layer, self.layers, self.k, self.keys = layer, layers, k, keys
         self._index, self._attention, self._before, self._rows = index, attention, before, rows
         self.divided = divided
         self.starts_N, self.ends_N = taken(keys.starts_N, rows), taken(keys.ends_N, rows)
@@ -116,7 +118,7 @@ class SelectionContext:
             numbers = torch.arange(self.keys.ends_N.shape[0], device=self.ends_N.device)
             rows = numbers[self._rows][rows]
         return SelectionContext(
-            self.layer, self.k, self.keys, self._index, self._attention, self._before, self.divided, rows
+            self.layer, self.layers, self.k, self.keys, self._index, self._attention, self._before, self.divided, rows
         )
 
     def blocks(self) -> "Iterator[SelectionContext]":

@@ -27,6 +27,7 @@ from tokensieve.posttrain.rollouts import Respond
 from tokensieve.posttrain_config import GrpoConfig, OnPolicyConfig, PosttrainConfig, SftConfig
 from tokensieve.train.callbacks import training
 from tokensieve.train.lora import adapted, save_adapter
+from tokensieve.train.resuming import make_resumable
 
 log = logging.getLogger("tokensieve")
 
@@ -56,7 +57,8 @@ def fine_tune(
     """
     longest = max(map(len, rows["input_ids"]))
     dense = config.selection == "dense"
-    arguments = _arguments(stage, config, folder, stage.rows) | {"max_length": longest}
+    arguments = _arguments(stage, config, folder, stage.rows)
+    arguments |= {"max_length": longest, "completion_only_loss": True}  # else TRL ignores the rows' completion_mask
     args = _made(SFTConfig, arguments | stage.options)
     with _learner(model, stage.lora, config, folder) as learner:
         with selecting(model, "dense") if dense else training(learner, "adapt") as callback:
@@ -187,6 +189,7 @@ def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         log.info("%s: continues from %s", folder, checkpoint.name)
+        make_resumable(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return [row for row in trainer.state.log_history if "train_runtime" not in row]
 

@@ -4,12 +4,12 @@ Legend: N queries, K selected keys.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.selection import SelectionContext
+from tokensieve.selectors.layers import of_layer
 from tokensieve.selectors.shares import best_shares, keep, stacked
 
 
@@ -31,7 +31,7 @@ class AtLeast:
             raise UserError(f"AtLeast(share={self.share}, most={self.most}): a share is from 0 to 1, most at least 1")
 
     def __call__(self, c: SelectionContext) -> Tensor:
-        share = _of_layer("AtLeast", "share", self.share, c.layer)
+        share = of_layer(self, "share", c)
         return stacked([_least(block, self.most * c.k, share) for block in c.blocks()])
 
 
@@ -51,12 +51,4 @@ class PerLayer:
             raise UserError(f"PerLayer(k={list(self.k)}): give each layer at least 1 key")
 
     def __call__(self, c: SelectionContext) -> Tensor:
-        return c.topk(_of_layer("PerLayer", "k", self.k, c.layer))
-
-
-def _of_layer(name: str, option: str, given: Any, layer: int) -> Any:
-    if not isinstance(given, tuple | list):
-        return given
-    if layer >= len(given):
-        raise UserError(f"{name} has {option} for {len(given)} layers, and the model has more; give one for each")
-    return given[layer]
+        return c.topk(of_layer(self, "k", c))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.selection import SelectionContext, window
+from tokensieve.selectors.layers import names_layer
 from tokensieve.selectors.shares import best_shares, stacked, stacked_pair
 
 
@@ -24,7 +25,7 @@ class DenseLayers:
             raise UserError(f"DenseLayers(layers={list(self.layers)}): name at least one layer; the first is layer 0")
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
-        return None if c.layer in self.layers else c.topk()
+        return None if names_layer(self, c) else c.topk()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.selection import SelectionContext
+from tokensieve.selectors.layers import names_layer
 
 
 @dataclass(frozen=True)
@@ -23,4 +24,4 @@ class Shared:
             raise UserError(f"Shared(layers={list(self.layers)}): the first layer to read another's keys is layer 1")
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
-        return c.before if c.layer in self.layers else c.topk()
+        return c.before if names_layer(self, c) else c.topk()

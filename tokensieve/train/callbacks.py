@@ -12,6 +12,7 @@ pass with a weight of its own, which this callback maintains.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokensieve.config import UserError
 from tokensieve.model import ForwardOptions, KLScale, Objective, Trunk
 from tokensieve.train.learning import check_indexers, is_indexer, learning
+from tokensieve.train.resuming import make_resumable
 
 
 @contextmanager
@@ -142,6 +145,10 @@ class KLCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1]["kl"] = logs["kl"]
         self._kl, self._queries = 0.0, 0.0
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            make_resumable(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

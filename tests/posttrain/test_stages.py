@@ -1,0 +1,43 @@
+"""What a stage under TRL learns from."""
+
+from pathlib import Path
+
+import pytest
+
+import tokensieve
+from tests.support.models import config, ours
+from tokensieve.config import load_config
+from tokensieve.posttrain import stages
+from tokensieve.posttrain.outcomes import demonstrations_of
+from tokensieve.posttrain_config import PosttrainConfig
+from tokensieve.tasks import encoder
+from tokensieve.tasks.problems import DOMAINS, Problems
+
+
+@pytest.mark.parametrize("selection", ["indexer", "dense"])
+@pytest.mark.parametrize("name", ["logic", "search"])
+def test_only_the_models_own_tokens_are_learnt(
+    name: str, selection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither prompts nor the results of tools: the labels that the trainer sees are those of `completion_mask`."""
+    tokenizer = tokensieve.load_tokenizer("base")
+    encode = encoder(tokenizer)
+    rows = demonstrations_of(Problems(DOMAINS[name], encode, tokens=100).examples("train", 2), encode)
+    seen: dict[tuple[int, ...], list[int]] = {}
+
+    def look(trainer: stages.SFTTrainer, *others: object) -> stages.History:
+        for inputs in trainer.get_train_dataloader():
+            for ids, labels in zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True):
+                seen[tuple(ids)] = labels
+        return []
+
+    monkeypatch.setattr(stages, "_run", look)
+    wanted = (f"out={tmp_path}", f"selection={selection}", "cold.micro_batch=1", "cold.rows=2", "device=cpu")
+    settings = load_config(PosttrainConfig, "posttrain-tiny", wanted)
+    model = ours(config("v32", index_topk=16, vocab_size=4096, num_hidden_layers=1, max_position_embeddings=8192))
+    stages.fine_tune(model, tokenizer, rows, settings.cold, settings, tmp_path)
+    assert len(seen) == 2
+    for row in rows:
+        learnt = [t if own else -100 for t, own in zip(row["input_ids"], row["completion_mask"], strict=True)]
+        assert seen[tuple(row["input_ids"])] == learnt
+        assert 0 < sum(row["completion_mask"]) < len(learnt) / 4
