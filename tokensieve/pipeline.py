@@ -85,8 +85,11 @@ def run(
             for part in todo:
                 assert pace is not None
                 _announce(console, begin, part.name, str(pace.of(part.work, part.micro_batch)))
+                fresh, started = part.name not in record.figures["seconds"], time.perf_counter()
                 with record.timing(part.name) as watch.clock:
                     part.do(parts)
+                if fresh:  # of one that goes on only a part is left
+                    pace.learn(part.work, time.perf_counter() - started)
             measured = [*dict.fromkeys(name for part in wanted for name in part.domains)]
             asked = len(config.modes) * sum(
                 config.evaluation_of(name) for names in (measured, *(part.domains for part in wanted)) for name in names
