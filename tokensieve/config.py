@@ -24,8 +24,10 @@ class UserError(Exception):
 
     The command line prints it and exits with status 2.
 
-    Several arguments are several reasons, a line each.
+    Several arguments are several reasons, a line each. alone: this process has met it, and others of the job have not.
     """
+
+    alone = False
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.args))
@@ -138,6 +140,8 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda
     backend: Literal["auto", "reference"] = "auto"  # of the ops; reference: plain PyTorch throughout
     compile: bool = False  # torch.compile whole layers where no indexer learns, the feed-forward part otherwise
+    # Ranks that share the tokens of a sequence, a divisor of torchrun's processes; the others read other sequences.
+    context_parallel: int = 1
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load
     save_every: int = 0  # steps between checkpoints; 0: only at the end and on Ctrl-C
@@ -154,15 +158,24 @@ class TrainConfig:
             )
         if self.kl_every < 1 or (self.kl_every > 1 and self.stage == "pretrain"):
             raise UserError(f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and 1 in pretrain")
-        queries = self.kl_every * (1 if self.stage == "warmup" else KL_BLOCK)
-        if self.kl_every > 1 and any(phase.context % queries for phase in self.phases):
+        ranks = self.context_parallel
+        if ranks < 1:
+            raise UserError(f"context_parallel is {ranks}; it must be at least 1")
+        multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
+        if any(phase.context % multiple for phase in self.phases):
+            given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]
             raise UserError(
-                f"kl_every is {self.kl_every}; in {self.stage} every phases.context must be a multiple of {queries}"
+                f"{' and '.join(given)}; in {self.stage} every phases.context must be a multiple of {multiple}"
             )
         if self.lora is not None and self.stage != "adapt":
             raise UserError(f"lora is a setting of adapt, and the stage is {self.stage}; leave it out")
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
+
+    @property
+    def kl_queries(self) -> int:
+        """Neighbouring queries of which some have a KL in a step and the others have not; 1 if all have."""
+        return 1 if self.kl_every == 1 else self.kl_every * (1 if self.stage == "warmup" else KL_BLOCK)
 
 
 @dataclass(frozen=True)

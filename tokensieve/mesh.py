@@ -1,10 +1,12 @@
 """The processes of one job, as torchrun starts them: the device of each, and the collectives between them.
 
-The engine builds on it, and training on many GPUs will. All ranks call the same methods in the same order.
+The engine builds on it, and training. All ranks call the same methods in the same order.
 """
 
 import functools
+import hashlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tokensieve.config import UserError
 from tokensieve.machine import choose_device, rank_info
@@ -23,6 +26,12 @@ T = TypeVar("T")
 # Time after which a rank that waits for another gives up. The slowest task that ranks do alone is to read a checkpoint.
 TIMEOUT = timedelta(minutes=30)
 LONGEST_ERROR = 4096  # bytes of UTF-8
+
+
+class OneRankError(UserError):
+    """Bad input that one rank meets while the others go on. It prints the message itself, and they end with it."""
+
+    alone = True
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Mesh:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def axes(self, **sizes: int) -> DeviceMesh:
+        """The ranks as a grid with these axes, the last of which changes fastest from rank to rank."""
+        return init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of x over all ranks, of the same shape and dtype. x itself may be overwritten."""
@@ -89,6 +102,33 @@ class Mesh:
             if text := bytes(part.tolist()).rstrip(b"\0"):
                 raise UserError(text.decode(errors="replace"))
         return results[0]
+
+    def leader_first(self, make: Callable[[], T]) -> T:
+        """As `agree`, with `make` called on the other ranks once it has returned on rank 0, which may write files."""
+        done = self.agree(lambda: [make()] if self.leads else [])
+        return self.agree(lambda: done[0] if done else make())
+
+    def check_same(self, what: str, text: str) -> None:
+        """UserError, on all ranks, if the text is not the same on all of them. what: the text's content."""
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if self.size > 1 and len({bytes(part.tolist()) for part in self.all_gather(torch.tensor([*digest]))}) > 1:
+            raise UserError(f"the ranks differ in {what}; start all of them with the same")
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return value if self.size == 1 else not self.all_reduce_min(not value)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block a rank that loses another one ends with status 1, since what it waits for never comes."""
+        try:
+            yield
+        except RuntimeError as error:
+            # gloo raises a plain RuntimeError
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            print(f"tokensieve: rank {self.rank} ends, since another rank has ended or hangs", file=sys.stderr)
+            sys.exit(1)
 
 
 @contextmanager

@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite(refused, home: Path, tmp_path: Path, monkeypa
 
     def losses(*arguments):
         found = own.losses(*arguments)
-        return replace(found, total=found.total * (torch.nan if (tmp_path / "t" / "step-000001").exists() else 1.0))
+        return found._replace(total=found.total * (torch.nan if (tmp_path / "t" / "step-000001").exists() else 1.0))
 
     monkeypatch.setitem(loop.STAGES, stage, replace(own, losses=losses))
     refused(("step 2", "not finite", "learning rate"), *tiny(home, stage, tmp_path / "t"))

@@ -17,7 +17,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-COMMANDS = ["pretrain", "warmup", "adapt", "demo", "speedrun", "eval", "profile", "sparsify", "convert", "deploy"]
+COMMANDS = ["demo", "speedrun", "eval", "profile", "sparsify", "convert", "deploy"]
 COMMANDS += ["posttrain", "specialist", "distill", "rl"]
 
 
@@ -38,7 +38,7 @@ def test_one_line(stage: str, two: None, run: Any, tmp_path: Path, monkeypatch: 
 
 
 def test_help_and_doctor_answer(two: None, run: Any) -> None:
-    for stage in (*COMMANDS, "doctor", "bench"):
+    for stage in (*COMMANDS, "pretrain", "warmup", "adapt", "doctor", "bench"):
         ended = run(stage, "--help")
         assert ended.status == 0 and "Usage" in ended.out, stage
     assert run("doctor", "--json").status == 0

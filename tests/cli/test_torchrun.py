@@ -2,23 +2,17 @@
 all.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import psutil
 import pytest
 
+from tests.support.torchrun import ended, ranks_of, started
 from tokensieve import checkpoint
 from tokensieve.model import model_path
-
-# --standalone: a port of its own, for other tests may run beside
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tokensieve"]
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +20,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "two"
     checkpoint.write_shards(model_path("sparse"), folder, 2)
     return folder
-
-
-def started(*arguments: object) -> subprocess.Popen:
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], text=True, env=environment, **pipes)
-
-
-def ended(process: subprocess.Popen, typed: str = "") -> tuple[str, str]:
-    try:
-        out, err = process.communicate(typed, timeout=120)
-    finally:
-        process.kill()
-    return out, err
-
-
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The first rank, which leads, first."""
-    return sorted(psutil.Process(process.pid).children(), key=lambda p: int(p.environ()["RANK"]))
 
 
 @pytest.mark.slow

@@ -233,6 +233,9 @@ def test_layouts_that_do_not_go_together(changes: dict, word: str) -> None:
 def test_smallest_deployment() -> None:
     assert smallest([DENSE, SPARSE], cost.Serving(H200), 131072).gpus == 8
     assert smallest([DENSE, SPARSE], cost.Serving(cost.gpu_of("H800")), 131072).gpus == 16
+    short = cost.Serving(cost.gpu_of("H800"), mean_context=1000)  # one of its sequences still has the whole length
+    found = smallest([DENSE, SPARSE], short, 1_000_000)
+    assert (found.gpus, found.tensor, found.mean_context) == (32, 8, 1000)
     big = cost.shape_of(GROUPED | {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672})
     found = smallest([big], cost.Serving(cost.gpu_of("H100"), weights="bf16", cache="bf16"), 8192)
     assert (found.gpus, found.tensor) == (2, 2)

@@ -1,6 +1,8 @@
 """The check of sparse serving: it finds each fault that is switched on in our engine, and nothing in the right one."""
 
-from collections.abc import Iterator
+import math
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,8 @@ from tokensieve.engine import EngineConfig
 from tokensieve.engine.core import Engine
 from tokensieve.evals import FAULTS, Checker, Endpoint, ProbeResult, check_serving, diagnose
 from tokensieve.evals.diagnosis import failed_places
-from tokensieve.evals.serving import worse
+from tokensieve.evals.endpoint import Refused, Reply
+from tokensieve.evals.serving import answers_differ, worse
 from tokensieve.families import family_of
 from tokensieve.model import entries
 from tokensieve.model.entries import PagedKeys
@@ -218,12 +221,52 @@ def test_lengths_and_refusals(loaded) -> None:
         Checker(endpoint, "m", 64, 4096, ServingSizes(), 0)
     with pytest.raises(UserError, match="there is room for"):
         Checker(endpoint, "m", 2048, 4096, ServingSizes(), 0)
+    with pytest.raises(UserError, match="200000 is not above k = 2048 and at most 163808"):
+        Checker(endpoint, "m", 2048, 163_840, ServingSizes(contexts=(8192, 200_000)), 0).plan()
 
 
 def test_worse_is_fishers_test() -> None:
     """By hand: 0 of 4 beside 4 of 4 has one chance in 70."""
     assert not worse(0, 4, 4, 4) and worse(0, 8, 8, 8) and worse(5, 16, 14, 16)
     assert not worse(8, 8, 8, 8) and not worse(12, 16, 16, 16)
+
+
+def asked_of_nothing(accuracy: Callable[[int], float]) -> Checker:
+    """The answers' probes of a model that is right with a probability that depends on the prompt's length."""
+    draw = random.Random(0)
+    asked = Checker(Endpoint("http://127.0.0.1:9/v1"), "m", 2048, 163_840, ServingSizes(probes=("answers",)), 0)
+    asked._questions = lambda tokens: [tokens] * asked.sizes.questions  # type: ignore[assignment]
+    asked._ask = lambda way, model, lengths: sum(draw.random() < accuracy(n) for n in lengths)  # type: ignore[assignment]
+    asked.begin = lambda: None  # type: ignore[method-assign]
+    return asked
+
+
+def test_a_healthy_endpoint_is_seldom_called_wrong() -> None:
+    """1% of checks at most, whatever the number of lengths; and a fault that halves the accuracy far past k is seen."""
+    asked = asked_of_nothing(lambda n: 0.8)
+    healthy = [check_serving(asked) for _ in range(1000)]
+    assert sum(any(r.found for r in results) for results in healthy) <= 10
+    asked = asked_of_nothing(lambda n: 1.0 if n < 30_000 else 0.5)
+    halved = [check_serving(asked) for _ in range(200)]
+    assert sum(any(r.found for r in results) for results in halved) >= 190
+
+
+def test_a_length_that_is_refused_is_no_control() -> None:
+    def accuracy(tokens: int) -> float:
+        if tokens == 8192:
+            raise Refused("too long for now")
+        return 1.0
+
+    results = check_serving(asked_of_nothing(accuracy))
+    assert [r.found for r in results] == [False, False, None, False, False, False]
+    assert "too long for now" in results[2].line
+
+
+def test_answers_that_differ() -> None:
+    a = Reply(text="", tokens=("x", "cat"), logprobs=(-0.5, -1.0), top=({}, {}), prompt_tokens=0)
+    b = replace(a, tokens=("x", "dog"), logprobs=(-0.7, -1.0), top=({}, {"dog": -1.0, "cow": -4.0}))
+    assert answers_differ(a, b) == pytest.approx((0.2 + 3.0) / 2)
+    assert math.isnan(answers_differ(b, a))  # of an endpoint that gives no alternatives: nobody knows
 
 
 def test_every_fault_can_be_the_diagnosis() -> None:

@@ -12,6 +12,7 @@ import tokensieve
 from tests.support import models
 from tokensieve.config import DataConfig, OptimizerConfig, PhaseConfig, SourceConfig, TrainConfig
 from tokensieve.data import train_tokenizer
+from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import Run
 from tokensieve.train.learning import learning
@@ -108,10 +109,10 @@ class Still(torch.optim.SGD):
 
 
 def step_gradients(
-    run: TrainConfig, trained: DecoderForCausalLM, micro: list[dict[str, Tensor]]
+    run: TrainConfig, trained: DecoderForCausalLM, micro: list[dict[str, Tensor]], mesh: Mesh | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The gradients, by name, and the figures of one step of our loop, unclipped unless the config clips."""
-    this = Run(run, trained.train())
+    this = Run(run, trained.train(), mesh=mesh)
     with learning(trained, this.stage.learners(run)):
         this.optimizer = optimizer = Still([p for p in trained.parameters() if p.requires_grad])
         figures = this.step(0, micro)

@@ -14,7 +14,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, indexers, model, step_gradients, workplace
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
-from tokensieve.train import history, loop, pretrain, run
+from tokensieve.train import batches, history, loop, pretrain, run
 from tokensieve.train.learning import learning
 from tokensieve.train.loop import make_optimizer
 from tokensieve.train.schedule import lr_share, position, total_steps
@@ -75,6 +75,12 @@ def test_every_step_has_the_kl_at_other_queries(here: Workplace, monkeypatch: py
     for first, found in zip((0, 1, 2, 0), queries, strict=True):
         assert found.rows.tolist() == [*range(32 * first, 32 * first + 32)]
         assert sorted([*found.rows.tolist(), *found.others.tolist()]) == [*range(96)]
+
+
+def test_a_dense_twin_has_no_kl_to_leave_out(here: Workplace) -> None:
+    """The config of an adaptation with `kl_every` runs densely too."""
+    phases = (PhaseConfig(2, 96, 1),)
+    run(here.run("adapt", "twin", kl_every=3, selection="dense", phases=phases), progress=False, rehearse=False)
 
 
 def test_labels_are_weighted_over_the_whole_step() -> None:
@@ -350,7 +356,7 @@ def test_answer_weights_reach_the_loss(here: Workplace) -> None:
     made = fresh("pretrain")
     log_p = made(step["input_ids"]).logits[0, 4].log_softmax(-1)
     assert figures["lm"] == pytest.approx(-log_p[step["labels"][0, 5]].item(), rel=1e-5)
-    assert loop._label_weight(step) == 3.0 and settings.data.answer_weight == 1.0
+    assert batches._label_weight(step) == 3.0 and settings.data.answer_weight == 1.0
 
 
 # ---- compile, signals

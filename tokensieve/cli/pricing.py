@@ -136,6 +136,9 @@ def _own(
     given.setdefault("cache", "fp8" if latent else "bf16")
     given.setdefault("index", index or ("fp8" if latent else "bf16"))
     serving = _serving(given)
+    if (levels := serving.two_level) is not None and levels.blocks * levels.width < (sparse.top_k or 0):
+        chosen = levels.blocks * levels.width
+        raise UserError(f"--two-level: the chosen blocks hold {chosen} keys, and k is {sparse.top_k}; take more blocks")
     if "gpus" not in given and "tensor" not in given:
         serving = smallest([*shapes.values()], serving, furthest + 1)
     rates = cost.given_rates(cost.known_rates(serving, sparse), given.get("rate", []))
@@ -205,8 +208,11 @@ def _sparse(shape: "Shape", given: dict[str, Any]) -> "Shape":
 
 
 def _serving(given: dict[str, Any]) -> "Serving":
+    from tokensieve.config import UserError
     from tokensieve.cost import Serving, gpu_of
 
+    if "acceptance" in given and not given.get("draft"):
+        raise UserError("--acceptance is that of drafted tokens; say how many with --draft")
     names = ("tensor", "weights", "cache", "index", "batch", "draft", "acceptance")
     more = {name: given[name] for name in names if name in given}
     return Serving(

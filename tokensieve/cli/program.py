@@ -58,12 +58,14 @@ class OneProcess(TyperCommand):
         return super().invoke(ctx)
 
 
-def with_keys(kind: str, default: str, module: str = "tokensieve.config") -> type[OneProcess]:
+def with_keys(
+    kind: str, default: str, module: str = "tokensieve.config", runs_in: type[TyperCommand] = OneProcess
+) -> type[TyperCommand]:
     """A command whose help ends with the keys of --set: those of a class in `module`, by name, with the values that a
-    bundled config gives them.
+    bundled config gives them. runs_in: OneProcess, or TyperCommand for a command that runs on several ranks.
     """
 
-    class WithKeys(OneProcess):
+    class WithKeys(runs_in):  # type: ignore[misc, valid-type]
         def format_help(self, ctx: Any, formatter: Any) -> None:
             from rich.markup import escape
 
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with report_missing():
             app(arguments)
     except _loaded("tokensieve.config", "UserError") as error:
-        _fail(2, *(f"error: {reason}" for reason in error.args))
+        _fail(2, *(f"error: {reason}" for reason in error.args), alone=getattr(error, "alone", False))
     except _interruptions() as error:
         _fail(130, f"interrupted: {error}" if str(error) else "interrupted")
     except OSError as error:
@@ -191,10 +193,11 @@ def _interruptions() -> tuple[type[BaseException], ...]:
     return KeyboardInterrupt, *_loaded("tokensieve.train", "Interrupted")
 
 
-def _fail(status: int, *messages: str) -> None:
+def _fail(status: int, *messages: str, alone: bool = False) -> None:
     from tokensieve.machine import rank_info
 
-    if rank_info().rank:  # rank 0 prints; a failing status of another rank could end rank 0 before it has printed
+    # Rank 0 prints; a failing status of another rank could end rank 0 before it has printed.
+    if rank_info().rank and not alone:
         sys.exit(0)
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)

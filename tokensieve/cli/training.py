@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from tokensieve.cli.program import (
     SELECTOR,
@@ -66,7 +67,7 @@ def demo(
         main_job.run(settings, stdout())
 
 
-@app.command(cls=with_keys("TrainConfig", "base"))
+@app.command(cls=with_keys("TrainConfig", "base", runs_in=TyperCommand))
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
     """Train a new dense model, with the shape in the config, as the bundled base was made.
 
@@ -97,7 +98,7 @@ def speedrun(
         all_stages.run(settings, resume, until.value, stdout())
 
 
-@app.command(cls=with_keys("TrainConfig", "warmup"))
+@app.command(cls=with_keys("TrainConfig", "warmup", runs_in=TyperCommand))
 def warmup(
     config: Config = "warmup", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
 ) -> None:
@@ -109,7 +110,7 @@ def warmup(
     typer.echo(f"Next: tokensieve adapt --model {trained}")
 
 
-@app.command(cls=with_keys("TrainConfig", "adapt"))
+@app.command(cls=with_keys("TrainConfig", "adapt", runs_in=TyperCommand))
 def adapt(
     config: Config = "adapt",
     model: Start = None,
@@ -142,7 +143,10 @@ def adapt(
 
 
 def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> tuple["TrainConfig", Path]:
-    """Runs a stage and writes its metrics.json. Returns its config, and the folder of the model that it trained."""
+    """Runs a stage and writes its metrics.json. Returns its config, and the folder of the model that it trained.
+
+    Rank 0 alone returns; the command ends on the others.
+    """
     from tokensieve.config import TrainConfig, UserError, check_selector, load_config
     from tokensieve.files import MERGED, check_source, known_folder, write_json
     from tokensieve.machine import check_device
@@ -163,11 +167,15 @@ def _train(stage: str, name: str, overrides: tuple[str, ...], resume: bool) -> t
         check_selector(config.selection)
     from tokensieve import train
     from tokensieve.checkpoint import write_card
+    from tokensieve.mesh import join_mesh
     from tokensieve.train.figures import summary
     from tokensieve.train.state import checkpoints
 
     begin = time.perf_counter()
-    train.run(config, resume=resume)
+    with join_mesh(config.device) as mesh:
+        train.run(config, resume=resume, mesh=mesh)
+    if not mesh.leads:
+        raise typer.Exit
     write_json(Path(config.out) / "metrics.json", summary(config) | {"seconds": time.perf_counter() - begin})
     last = checkpoints(Path(config.out))[-1]
     if config.lora is not None and not config.lora.merge:

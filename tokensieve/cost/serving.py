@@ -144,7 +144,7 @@ def batch_size(shape: Shape, serving: Serving, context: int) -> int:
 
 
 def smallest(shapes: Sequence[Shape], serving: Serving, context: int) -> Serving:
-    """`serving` with the fewest GPUs on which each of the shapes decodes at least one sequence of `context` tokens.
+    """`serving` with the fewest GPUs on which each shape decodes its batch, and one sequence of `context` tokens.
 
     Experts are divided over all of them; attention over several only if its weights or one cache need it. UserError if
     no number up to 128 machines is enough.
@@ -155,7 +155,8 @@ def smallest(shapes: Sequence[Shape], serving: Serving, context: int) -> Serving
             if tensor > gpus or (gpus != tensor and not machines):
                 continue
             tried = replace(serving, gpus=gpus, tensor=tensor)
-            if all(fits(tried.drafting(shape), tried, context) for shape in shapes):
+            alone = replace(tried, batch=None, mean_context=None)
+            if all(fits(tried.drafting(shape), each, context) for shape in shapes for each in (tried, alone)):
                 return tried
     raise UserError(
         f"no number of {serving.gpu.name} holds this model with a sequence of {context:,} tokens; say --gpus"

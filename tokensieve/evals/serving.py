@@ -23,7 +23,7 @@ FAR = 4  # times k, from where a model may fail by itself
 SHORTEST = 160  # tokens that a question needs
 CODES = 16  # hidden lines in a text, if there is room
 CHUNKS = (512, 2048, 4096, 8192)  # where engines begin a new chunk of a prompt
-CHANCE = 0.01  # of answers as bad as these, if nothing is wrong
+CHANCE = 0.01  # that any length's answers are called worse, if nothing is wrong
 EXACT = 1e-6  # nats: what is computed by the same kernels differs by less
 TRIES = 6  # texts that are generated until one is split into the same tokens when it is read
 FEWEST = 4  # tokens of an answer that are enough to compare
@@ -53,6 +53,7 @@ def answers_differ(a: Reply, b: Reply) -> float:
     """Mean absolute difference of two answers' log probabilities, up to the first token that differs.
 
     At that token, b's log probability of a's token is compared, or the least of b's alternatives, which is more.
+    Without alternatives it is unknown, and so is the difference: NaN.
     """
     differences = []
     for token, other, p, q, top in zip(a.tokens, b.tokens, a.logprobs, b.logprobs, b.top):
@@ -61,19 +62,21 @@ def answers_differ(a: Reply, b: Reply) -> float:
         if token == other:
             differences.append(abs(p - q))
             continue
+        if not top:
+            return math.nan
         differences.append(abs(p - top.get(token, min([p, *top.values()]))))
         break
     return sum(differences) / len(differences) if differences else math.nan
 
 
-def worse(right: int, asked: int, control: int, of: int) -> bool:
-    """Whether so few right answers have a chance below CHANCE, if they are as likely as the control's.
+def worse(right: int, asked: int, control: int, of: int, chance: float = CHANCE) -> bool:
+    """Whether so few right answers are less likely than `chance`, if each is as likely as the control's.
 
     Fisher's exact test, one-sided.
     """
     total, ways = right + control, math.comb(asked + of, asked)
     less = sum(math.comb(total, i) * math.comb(asked + of - total, asked - i) for i in range(min(right, total) + 1))
-    return less / ways < CHANCE
+    return less / ways < chance
 
 
 class Checker:
@@ -98,8 +101,11 @@ class Checker:
         self.has_logprobs = self.has_echo = False
 
     def lengths(self) -> tuple[int, ...]:
-        """Lengths of the questions past k."""
+        """Lengths of the questions past k. UserError for one that was asked for and cannot be."""
         most = min(self.longest, self.sizes.most or self.longest)
+        for length in self.sizes.contexts:
+            if not self.k < length <= most:
+                raise UserError(f"serving.contexts: {length} is not above k = {self.k} and at most {most} tokens")
         asked = self.sizes.contexts or (self.k + self.margin, 4 * self.k, *LENGTHS, self.longest)
         return tuple(sorted({length for length in asked if self.k < length <= most} or {self.above}))
 
@@ -184,19 +190,27 @@ class Checker:
         return self._judged(name, tokens, [q for _ in range(rounds) for q in self.writer.questions(tokens, depths)])
 
     def _judged(self, name: str, tokens: int, questions: Sequence[Question]) -> ProbeResult:
-        """The answers beside the best ones to shorter prompts; if these are better, beside those of dense attention."""
+        """The answers beside those to all shorter prompts; if these are better, beside those of dense attention."""
         below = self.results.get("answers-below")
         if below is None or below.found is None:
             return ProbeResult(name, tokens, None, "not measurable with this model: it does not answer below k either")
-        shorter = [r for r in self.results.values() if r.name.startswith("answers") and r.tokens < tokens]
-        control = max((r.details for r in shorter), key=lambda details: details["right"] / details["asked"])
+        shorter = [
+            r.details
+            for r in self.results.values()
+            if r.name.startswith("answers") and r.tokens < tokens and r.found is not None
+        ]
+        control, of = (sum(details[key] for details in shorter) for key in ("right", "asked"))
+        chance = CHANCE / sum(probe in (self._answers, self._boundary) for *_, probe in self.plan())
         way, asked = below.details["way"], len(questions)
         right = self._ask(way, self.model, questions)
         details = {"right": right, "asked": asked}
-        found, line = worse(right, asked, control["right"], control["asked"]), f"{right} of {asked} right"
+        found, line = worse(right, asked, control, of, chance), f"{right} of {asked} right"
         if found and self.dense:
             details["dense"] = self._ask(way, self.dense, questions)
-            found, line = worse(right, asked, details["dense"], asked), f"{line}, {details['dense']} by {self.dense}"
+            found, line = (
+                worse(right, asked, details["dense"], asked, chance),
+                f"{line}, {details['dense']} by {self.dense}",
+            )
         return ProbeResult(name, tokens, found, line, details)
 
     def _questions(self, tokens: int) -> list[Question]:

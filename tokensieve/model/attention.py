@@ -39,11 +39,13 @@ Queries = Any  # whatever a family's `project` returns and its other methods rea
 
 
 def check_whole(parameters: Iterable[Tensor]) -> None:
-    """UserError if FSDP holds a part of them: another layer's indexer is whole while that layer runs, and no longer."""
+    """UserError if FSDP holds a part of them: an indexer is whole while layers run that are sharded with its own."""
     from torch.distributed.tensor import DTensor
 
     if any(isinstance(parameter, DTensor) for parameter in parameters):
-        raise UserError("warm-up of layers that share an indexer does not run under FSDP; warm up in one process")
+        raise UserError(
+            "FSDP shards layers apart that share an indexer; shard them together, as tokensieve.train.parallelize does"
+        )
 
 
 class Attention(nn.Module, ABC):
@@ -115,7 +117,12 @@ class Attention(nn.Module, ABC):
     def forward(self, h_ND: Tensor, ctx: ForwardContext, lent: Lent = NOTHING) -> tuple[Tensor, LayerResult]:
         """lent: by the layer before."""
         queries, entries_NW, source = self.project(h_ND, ctx.rotation)
-        index = None if self.indexer is None else IndexInputs(self.indexer, source, h_ND, ctx.rotation)
+        index: IndexInputs | None = None
+        if self.indexer is not None:
+            index = IndexInputs(self.indexer, source, h_ND, ctx.rotation, ctx.entries.gather)
+        # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad. They
+        # come before the entries, which are needed last if they come from other ranks.
+        tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
         keys = ctx.entries.append(self.layer, entries_NW, None if index is None else index.keys)
         kl = indices = None
         if ctx.objective == "warmup":
@@ -126,8 +133,6 @@ class Attention(nn.Module, ABC):
             out, kl = self._warm_up(queries, keys, teaches, ctx)
             lends = Lent(learner=teaches if self.lends else None)
         else:
-            # If the indexer learns, selection and loss read the same tensors, computed once and outside of no_grad.
-            tensors = index.hold() if index is not None and ctx.objective == "adapt" else None
             tensors = lent.tensors if self.borrows else tensors
             indices = self._select(queries, keys, index, ctx, lent.indices)
             if tensors is not None and indices is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from tokensieve.families import Entry
-from tokensieve.model.entries import ContiguousKeys, IndexKeys
+from tokensieve.model.entries import ContiguousKeys, Entries, IndexKeys
 from tokensieve.model.pack import Pack
 from tokensieve.ops import KEY_PAD
 
@@ -153,7 +153,7 @@ class LatentCache(Cache):
         return sum(x.nbytes for x in self.entries_BTW) + sum(x.nbytes for x in self.index_BTD if x is not None)
 
 
-class Cached:
+class Cached(Entries):
     """Entries of one pass on a `LatentCache`."""
 
     def __init__(self, cache: LatentCache, pack: Pack, entry: Entry, backend: str):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.entries import Entries
+from tokensieve.model.gathered import ContextGroup
 from tokensieve.model.indexer import IndexInputs
 from tokensieve.model.kl import ALL_QUERIES, KLQueries, Objective
 from tokensieve.model.pack import Pack
@@ -41,6 +42,7 @@ class ForwardOptions:
     backend: str | None = None  # auto, of the ops
     objective: Objective | None = None  # none
     yarn: bool | None = None  # True; False: plain frequencies, as a model trains before its context is extended
+    context: ContextGroup | None = None  # none; whole rows are given to its ranks, and each returns its own tokens'
     check_selection: bool | None = None  # on the CPU only; True: on a GPU too, waiting for its queue; False: never
 
     def over(self, outer: "ForwardOptions | None") -> "ForwardOptions":

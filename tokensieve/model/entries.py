@@ -6,9 +6,10 @@ decides where both lie:
 - `Fresh`: no key is there before the pass and none is kept; for training, and for whole prompts without a cache.
 - `Cached` (cache.py): the contiguous buffers of a generating model's `LatentCache`.
 - `PagedChunk`: a chunk of one prompt, on the engine's pages.
-- `PagedStep`: one new token of every sequence, on the engine's pages.
+- `PagedStep`: one new token of every sequence, on the engine's pages;
+- `Gathered` (gathered.py): as `Fresh`, for a pass whose tokens several ranks share.
 
-The first three return `ContiguousKeys`, the last returns `PagedKeys`. Both compute the same things: index scores, a
+All but `PagedStep`, which returns `PagedKeys`, return `ContiguousKeys`. Both compute the same things: index scores, a
 selection, attention mass, and attention to selected keys.
 
 Legend: N query tokens, T keys, B sequences, S tokens a sequence, P pages that a row of the page table names, G
@@ -82,6 +83,10 @@ class Entries(Protocol):
         index_keys: None without an indexer.
         """
 
+    def gather(self, x_NW: Tensor) -> Tensor:
+        """Numbers (T, W) of all new tokens of the pass, in the order of the keys: x itself, unless ranks share it."""
+        return x_NW
+
 
 class ContiguousKeys:
     """Keys side by side on the pack's key axis."""
@@ -90,18 +95,23 @@ class ContiguousKeys:
         self,
         pack: Pack,
         entry: Entry,
-        entries_TW: Tensor,
+        entries: Tensor | Callable[[], Tensor],
         index_keys: Callable[[], tuple[Tensor, Tensor | None]] | None,
         backend: str,
         quantized_index: bool = False,
     ):
-        """index_keys: returns keys (T, D) and, if they are E4M3 (`quantized_index`), their scales (T).
+        """entries: (T, W), or a function that returns them.
 
-        It is called when the keys are first needed.
+        index_keys: returns keys (T, D) and, if they are E4M3 (`quantized_index`), their scales (T). It is called when
+        the keys are first needed.
         """
         self.pack, self.entry, self.backend, self.quantized_index = pack, entry, backend, quantized_index
         self.starts_N, self.ends_N = pack.starts_N, pack.ends_N
-        self.entries_TW, self._index_keys = entries_TW, index_keys
+        self._entries, self._index_keys = entries, index_keys
+
+    @property
+    def entries_TW(self) -> Tensor:
+        return self._entries if isinstance(self._entries, Tensor) else self._entries()
 
     @property
     def entries_TGE(self) -> Tensor:
@@ -161,7 +171,7 @@ class ContiguousKeys:
 
 
 @dataclass(frozen=True)
-class Fresh:
+class Fresh(Entries):
     """Entries of a pass that sees no earlier keys and keeps none of its own."""
 
     pack: Pack
@@ -245,7 +255,7 @@ class PagedSequence:
         return torch.where(positions < 0, -1, pages * PAGE_TOKENS + positions % PAGE_TOKENS)
 
 
-class PagedChunk:
+class PagedChunk(Entries):
     """A chunk of one prompt. It writes to its own sequence's pages, and reads them gathered into contiguous keys."""
 
     def __init__(self, pools: Pools, table_P: Tensor, pack: Pack, entry: Entry, dtype: torch.dtype, backend: str):
@@ -267,7 +277,7 @@ class PagedChunk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PagedStep:
+class PagedStep(Entries):
     """One new token of each of B sequences.
 
     lengths: tokens of each sequence, including the new one. slots: where its entry goes, page * 64 + place; negative

@@ -3,7 +3,7 @@
 Legend: N tokens, H index heads, D index width. Parameter names are the published checkpoint's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -104,8 +104,16 @@ class IndexInputs:
     Inputs are detached: the indexer learns from its own loss only.
     """
 
-    def __init__(self, indexer: Indexer, source_NL: Tensor, h_ND: Tensor, rotation: Rotation):
-        self._indexer, self._rotation = indexer, rotation
+    def __init__(
+        self,
+        indexer: Indexer,
+        source_NL: Tensor,
+        h_ND: Tensor,
+        rotation: Rotation,
+        gather: Callable[[Tensor], Tensor],
+    ):
+        """gather: of the pass's `Entries`."""
+        self._indexer, self._rotation, self._gather = indexer, rotation, gather
         self._source, self._h = source_NL.detach(), h_ND.detach()
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -114,8 +122,10 @@ class IndexInputs:
         return self._indexer.parameters()
 
     def keys(self, rounded: bool) -> Tensor:
-        """k_I (N, D) of the tokens of this pass."""
-        return self._indexer.keys(self._h, self._rotation, rounded) if self._held is None else self._held[1]
+        """k_I (T, D) of all tokens of this pass."""
+        if self._held is not None:
+            return self._held[1]
+        return self._gather(self._indexer.keys(self._h, self._rotation, rounded))
 
     def queries(self, rows: Rows, quantized: bool) -> tuple[Tensor, Tensor]:
         """q_I and w of the tokens in `rows`. quantized: E4M3, as `Indexer.e4m3_queries` returns them."""

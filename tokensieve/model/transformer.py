@@ -20,6 +20,7 @@ from tokensieve.model.attention import Attention
 from tokensieve.model.cache import Cached, LatentCache
 from tokensieve.model.context import NOTHING, ForwardContext, ForwardOptions, LayerResult, Lent
 from tokensieve.model.entries import Entries, Fresh
+from tokensieve.model.gathered import Gathered
 from tokensieve.model.grouped import GroupedAttention
 from tokensieve.model.kl import InjectedKL, Objective, query_weights
 from tokensieve.model.mla import LatentAttention
@@ -164,6 +165,12 @@ class Trunk(DecoderPreTrainedModel):
             raise ValueError(
                 f"selection has {len(selection)} layers and the model {len(self.layers)}; pass what the model returned"
             )
+        options = options or ForwardOptions()
+        context = options.context
+        if context is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError("tokens that ranks share are not cached; generate without options.context")
+            input_ids, inputs_embeds = (None if x is None else context.own(x) for x in (input_ids, inputs_embeds))
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, S, _ = x_BSD.shape
         device = x_BSD.device
@@ -172,15 +179,24 @@ class Trunk(DecoderPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, LatentCache):
             raise ValueError(f"past_key_values must be a tokensieve LatentCache, got {type(past_key_values).__name__}")
         pack = make_pack(
-            B, S, device, position_ids, attention_mask, past_key_values, self.config.max_position_embeddings
+            B,
+            S if context is None else S * context.size,
+            device,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            self.config.max_position_embeddings,
         )
-        options = options or ForwardOptions()
+        if context is not None:
+            pack = context.own_queries(pack)
         objective = options.objective or Objective()
         if objective.kind == "adapt" and not self.training:
             objective = Objective()
         backend = options.backend or "auto"
         kl_queries = objective.queries(B * S, device)
         entries: Entries = Fresh(pack, self.entry, backend)
+        if context is not None:
+            entries = Gathered(context, pack, self.entry, backend)
         if past_key_values is not None:
             entries = Cached(past_key_values, pack, self.entry, backend)
         ctx = self.context(

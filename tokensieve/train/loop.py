@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,32 +18,39 @@ from typing import Any, cast
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from transformers import DeepseekV3Config
 
-from tokensieve import cost
+from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
+from tokensieve.families import model_config
 from tokensieve.files import locked, write_json
 from tokensieve.machine import choose_device, rank_info
+from tokensieve.mesh import Mesh, OneRankError
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, lora, pretrain, warmup
+from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
+from tokensieve.train.parallelize import check_memory, clip, divide, shard
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
-from tokensieve.train.stage import Stage, StepTotals, backward, options_of
+from tokensieve.train.stage import Stage, backward, options_of
 from tokensieve.train.state import (
     CONFIG,
     RunState,
     began_as,
     checkpoints,
     decisive,
+    folder_of,
     newest,
     read_state,
     restore_optimizer,
     save_state,
     what_differs,
+    whole_state,
 )
+from tokensieve.train.stopping import StopSignal
 from tokensieve.train.tracking import Tracker
 
 log = logging.getLogger("tokensieve")
@@ -65,37 +71,59 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, model: DecoderForCausalLM | None = None, resume: bool = False, rehearse: bool = True
+        self,
+        config: TrainConfig,
+        model: DecoderForCausalLM | None = None,
+        resume: bool = False,
+        rehearse: bool = True,
+        mesh: Mesh | None = None,
     ):
-        """model: trained in place of `config.model`.
+        """model: trained in place of `config.model`. On several ranks its parameters stay sharded.
 
         resume: continue from the newest checkpoint of `config.out`, if there is one.
 
-        rehearse: time a pass before the first step, and say how long the run will take and what memory it needs.
+        rehearse: in one process, time a pass before the first step, and say how long the run will take and what memory
+        it needs.
+
+        mesh: the ranks that train together, each of which makes this run; None: there is one process.
         """
-        if (size := rank_info().size) > 1:
+        if mesh is None and (size := rank_info().size) > 1:
             raise UserError(
-                f"torchrun started {size} processes, and training runs in one so far; start it without torchrun"
+                f"torchrun started {size} processes, and this run knows of one; pass it mesh= of "
+                "tokensieve.mesh.join_mesh, or start it without torchrun"
             )
+        self.mesh = mesh or Mesh(0, 1, torch.device(choose_device(config.device)))
+        self.device = self.mesh.device
+        self.config, self.out = config, Path(config.out)
+        self._rehearse = rehearse and self.mesh.size == 1
+        self.resume, self.stage = resume, STAGES[config.stage]
+        self.mesh.check_same("their config", json.dumps(to_dict(config)))
+        self.mesh.agree(lambda: self._begin(model))
+        self.root = shard(self.model, self.division)
+
+    def _begin(self, model: DecoderForCausalLM | None) -> None:
+        config = self.config
         check_phases(config.phases)
+        self.division = divide(config, self.mesh)
         if config.lora is not None:
             import peft  # noqa: F401  before anything takes long; the command names a package that is missing
-        self.config, self.out = config, Path(config.out)
-        self.resume, self._resumed = resume, newest(self.out, resume)
-        self._rehearse = rehearse
-        self.device = torch.device(choose_device(config.device))
+        self._resumed = newest(self.out, self.resume)
         if self._resumed:
             self._state = read_state(self._resumed)
             if (self._resumed / lora.TENSORS).exists() != (config.lora is not None):
                 raise self._other_run()
         self.first = self._state.step if self._resumed else 0
+        several = self.mesh.size > 1
+        if several:
+            check_memory(config, _model_config(config, model, self._resumed), self.mesh)
+        # Several ranks move the layers one by one, as they shard them.
+        device = torch.device("cpu") if several else self.device
         if self._resumed and config.lora is None:
-            self.model = load(self._resumed, torch.float32, self.device)
+            self.model = load(self._resumed, torch.float32, device)
         else:
-            self.model = _start(config, model).to(self.device)
+            self.model = _start(config, model).to(device)
         self.last = total_steps(config.phases)
-        self.stage = STAGES[config.stage]
-        self.options = options_of(self.stage, config)
+        self.options = replace(options_of(self.stage, config), context=self.division.context)
         if self.stage.objective(config) != "none":
             check_indexers(self.model, config.stage)
 
@@ -107,13 +135,22 @@ class Run:
         compiled: list[torch.nn.Module] = []
         learners = self.stage.learners(config)
         adapters = lora.adapted(model, config.lora, config.seed, config.model, learners == "all" and model.is_sparse)
-        with locked(self.out), adapters as self.adapter, learning(model, learners):
+
+        def hold() -> None:
+            held.enter_context(locked(self.out))
             if newest(self.out, self.resume) != self._resumed:
                 raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
+
+        with contextlib.ExitStack() as held:
+            self.mesh.agree(lambda: hold() if self.mesh.leads else None)
+            self.adapter = held.enter_context(adapters)
+            held.enter_context(learning(model, learners))
             model.model.gradient_checkpointing = config.activation_checkpointing
             try:
-                self._load_data()
-                self._restore()
+                self.mesh.leader_first(self._load_data)
+                self.mesh.check_same("their data", self.fingerprint)
+                self.mesh.agree(self._restore)
+                self.mesh.agree(lambda: write_json(self.out / CONFIG, to_dict(config)) if self.mesh.leads else None)
                 model.train()
                 rehearsal = None
                 if self._rehearse and self.first < self.last:
@@ -152,7 +189,6 @@ class Run:
             restore_optimizer(self._resumed, self.model, self.optimizer)
         elif not began_as(self.out, to_dict(self.config)):
             raise self._other_run()
-        write_json(self.out / CONFIG, to_dict(self.config))
 
     def _check_same(self, state: RunState) -> None:
         """UserError for other settings or data than the checkpoint's; further steps are none."""
@@ -184,8 +220,8 @@ class Run:
         return units
 
     def batches(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-        """(step, micro-batches) from the first step that is left to do."""
-        return _batches(self.config, self.datasets, self.first, self.last)
+        """(step, this rank's micro-batches) from the first step that is left to do."""
+        return batches(self.config, self.datasets, self.first, self.last, self.division)
 
     def step(self, number: int, micro: list[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step. Returns its figures.
@@ -194,12 +230,10 @@ class Run:
         """
         config, model, optimizer = self.config, self.model, self.optimizer
         begin = time.perf_counter()
-        totals = StepTotals(
-            labels=sum(_label_weight(b) for b in micro), queries=sum(b["input_ids"].numel() for b in micro)
-        )
+        totals = step_totals(micro, self.division)
         yarn = config.phases[position(config.phases, number).phase].yarn
         assert self.options.objective is not None
-        objective = replace(self.options.objective, first=number % config.kl_every)
+        objective = replace(self.options.objective, first=number % self.options.objective.every)
         share = lr_share(config.optimizer, config.phases, number)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
@@ -208,7 +242,7 @@ class Run:
         try:
             for batch in micro:
                 options = replace(self.options, yarn=yarn, objective=objective)
-                losses = backward(self.stage, model, batch, totals, options, self.device)
+                losses = backward(self.stage, self.root, batch, totals, options, self.device)
                 for name, value in (("loss", losses.total.detach()), ("lm", losses.lm), ("kl", losses.kl)):
                     if value is not None:
                         sums[name] = sums[name] + value if name in sums else value
@@ -216,15 +250,17 @@ class Run:
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
-            raise UserError(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
+            failure = OneRankError if self.mesh.size > 1 else UserError
+            raise failure(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
+        if self.mesh.size > 1:
+            sums = dict(zip(sums, self.mesh.all_reduce(torch.stack([*sums.values()])), strict=True))
+            loads = tuple(self.mesh.all_reduce(load) for load in loads)
         with_gradient = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
         indexers = [p for name, p in with_gradient if is_indexer(name)]
         trunk = [p for name, p in with_gradient if not is_indexer(name)]
         norms = {
-            "grad_norm": torch.nn.utils.clip_grad_norm_(trunk, config.optimizer.clip) if trunk else None,
-            "indexer_grad_norm": torch.nn.utils.clip_grad_norm_(indexers, config.optimizer.indexer_clip)
-            if indexers
-            else None,
+            "grad_norm": clip(trunk, config.optimizer.clip) if trunk else None,
+            "indexer_grad_norm": clip(indexers, config.optimizer.indexer_clip) if indexers else None,
         }
         figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
         if not all(math.isfinite(v) for v in figures.values()):
@@ -249,8 +285,14 @@ class Run:
         From then on it is what the model comes from: a card that is written later takes this training over from it.
         """
         state = RunState(done, self.fingerprint, self.config.phases)
-        folder = save_state(self.out, self.model, self.optimizer, state, self.config.keep, adapter=self.adapter)
-        self.model.folder = folder
+        tensors = whole_state(self.model, self.optimizer, keep=self.mesh.leads)
+
+        def save() -> Path:
+            if not self.mesh.leads:
+                return folder_of(self.out, done)
+            return save_state(self.out, self.model, tensors, state, self.config.keep, adapter=self.adapter)
+
+        self.model.folder = folder = self.mesh.agree(save)
         return folder
 
 
@@ -261,6 +303,7 @@ def run(
     on_step: Callable[[int, dict[str, float]], None] | None = None,
     progress: bool = True,
     rehearse: bool = True,
+    mesh: Mesh | None = None,
 ) -> DecoderForCausalLM:
     """Trains and returns the model, in evaluation mode, its last checkpoint in `config.out`.
 
@@ -270,21 +313,25 @@ def run(
     last step and is otherwise as it was. Its `folder` is the last checkpoint, so that a save of it states this
     training. `resume`: continue from the newest checkpoint of `config.out`, or begin if there is none.
     `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the run needs (a
-    run of a few steps takes hardly longer than that). Raises UserError for bad configs and data, a NaN loss or a full
-    disk (the last checkpoint stays), and Interrupted after Ctrl-C.
+    run of a few steps takes hardly longer than that). `mesh`: the ranks that train together, each of which calls this
+    (`tokensieve.mesh.join_mesh`). Raises UserError for bad configs and data, a NaN loss or a full disk (the last
+    checkpoint stays), and Interrupted after Ctrl-C.
     """
-    this = Run(config, model, resume, rehearse)
     with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            stack.enter_context(mesh.together())
+        this = Run(config, model, resume, rehearse, mesh)
+        leads = this.mesh.leads
         stack.enter_context(this.prepared())
-        tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first)))
+        tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first))) if leads else None
         # Each kind of layer is compiled anew for every phase; past the default limit torch would go on uncompiled.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
-        stop = stack.enter_context(_StopSignal())
-        advance = stack.enter_context(_bar(progress, config.stage, this.first, this.last))
+        stop = stack.enter_context(StopSignal())
+        advance = stack.enter_context(_bar(progress and leads, config.stage, this.first, this.last))
         for number, batch in this.batches():
             figures = this.step(number, batch)
             done = number + 1
-            if done % config.log_every == 0 or done == this.last:
+            if tracker is not None and (done % config.log_every == 0 or done == this.last):
                 tracker.row(done, figures)
             if on_step is not None:
                 on_step(done, figures)
@@ -293,9 +340,10 @@ def run(
                 log.info("%s: %s left, at the speed of the last steps", config.stage, left)
             advance(figures, this.forecast.seconds)
             due = config.save_every and done % config.save_every == 0
-            if due or stop.requested or done == this.last:
+            stopping = this.mesh.any(stop.requested)
+            if due or stopping or done == this.last:
                 folder = this.save(done)
-            if stop.requested:
+            if stopping:
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
         with locked(this.out):
@@ -315,6 +363,15 @@ def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForC
     return load(config.model, torch.float32)
 
 
+def _model_config(config: TrainConfig, model: DecoderForCausalLM | None, resumed: Path | None) -> Any:
+    """The config of the model that a run will train, before it is loaded or made."""
+    if model is not None and resumed is None:
+        return model.config
+    if resumed is None and not config.model:
+        return DeepseekV3Config(**config.shape)
+    return model_config(checkpoint.read_config(resumed or model_path(config.model)))
+
+
 def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
     longest = max(p.context for p in config.phases)
     if longest > model.config.max_position_embeddings:
@@ -322,45 +379,6 @@ def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
             f"phases.context {longest} is past the model's {model.config.max_position_embeddings} positions; "
             "shorten it or choose another model"
         )
-
-
-def _batches(
-    config: TrainConfig, datasets: list, first: int, last: int
-) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
-    """(step, micro-batches) from `first` on. Each phase reads its own dataset, from the first sequence of the step."""
-    step = first
-    while step < last:
-        at = position(config.phases, step)
-        phase = config.phases[at.phase]
-        dataset = datasets[at.phase]
-        rest = Subset(dataset, range(at.sequence, len(dataset)))
-        loader = DataLoader(
-            rest,
-            batch_size=phase.micro_batch,
-            num_workers=config.workers,
-            prefetch_factor=4 if config.workers else None,
-            worker_init_fn=_leave_signals,
-            generator=torch.Generator(),  # else the loader would draw its seed from the run's random state
-        )
-        micro: list[dict[str, Tensor]] = []
-        for batch in loader:
-            micro.append(batch)
-            if len(micro) * phase.micro_batch == phase.sequences:
-                yield step, micro
-                micro, step = [], step + 1
-
-
-def _leave_signals(worker: int) -> None:
-    """Ignores Ctrl-C and SIGTERM, which may reach all processes: batches must keep coming until the loop has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _label_weight(batch: dict[str, Tensor]) -> float:
-    # NumPy, since so short a sum is not worth waking torch's threads, whose cores the data workers use.
-    predicted = batch["labels"].numpy()[:, 1:] != -100
-    weights = batch.get("loss_weights")
-    return float(predicted.sum() if weights is None else weights.numpy()[:, 1:][predicted].sum(dtype="float64"))
 
 
 def make_optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
@@ -383,29 +401,6 @@ def _fingerprint(config: TrainConfig, data: list[str]) -> str:
     return hashlib.blake2b(
         json.dumps([decisive(to_dict(config)), data], sort_keys=True).encode(), digest_size=16
     ).hexdigest()
-
-
-class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.before: dict[int, Any] = {}  # handlers, as signal.signal gives them
-
-    def __enter__(self) -> "_StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # outside the main thread signals cannot be handled
-                self.before[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Legend: B sequences of a micro-batch, S tokens each, N = B * S; D hidden width.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -19,6 +19,7 @@ from tokensieve.config import TrainConfig
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
 from tokensieve.model.selection import resolve
 from tokensieve.train.learning import Learners
+from tokensieve.train.parallelize import Root
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,8 @@ class StepTotals:
     queries: int  # all tokens: packed rows have no padding
 
 
-@dataclass(frozen=True)
-class Losses:
-    """One micro-batch's shares of the step's means.
+class Losses(NamedTuple):
+    """One micro-batch's shares of the step's means, of the tokens that this rank has. A tuple, for FSDP's hooks.
 
     Backward runs on `total`; the KL's gradient comes with it (`model/kl.py`).
     """
@@ -61,28 +61,32 @@ def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
 
     selection true leaves the selector open: the indexer, or that of a `tokensieve.selecting` block around the run.
     """
-    selection = "dense" if config.selection is False else config.selection
+    selection, objective = "dense" if config.selection is False else config.selection, stage.objective(config)
     return ForwardOptions(
         selector=None if selection is True else resolve(selection),
         backend=config.backend,
-        objective=Objective(stage.objective(config), every=config.kl_every),
+        objective=Objective(objective, every=1 if objective == "none" else config.kl_every),
     )
 
 
 def backward(
     stage: Stage,
-    model: DecoderForCausalLM,
+    model: DecoderForCausalLM | Root,
     batch: dict[str, Tensor],
     totals: StepTotals,
     options: ForwardOptions,
     device: torch.device,
 ) -> Losses:
-    """Forward and backward pass of one micro-batch; on CUDA under bfloat16 autocast."""
+    """Forward and backward pass of one micro-batch; on CUDA under bfloat16 autocast.
+
+    batch: of whole rows, of which a rank of `options.context` computes its tokens.
+    """
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     objective = options.objective or Objective()
     scaled = replace(options, objective=replace(objective, scale=KLScale(per_query=1.0 / totals.queries)))
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
-        losses = stage.losses(model, inputs, totals, scaled)
+        arguments = inputs, totals, scaled
+        losses = model(stage.losses, *arguments) if isinstance(model, Root) else stage.losses(model, *arguments)
     losses.total.backward()
     return losses
 
@@ -94,11 +98,18 @@ def language_losses(
     out = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options)
     assert out.last_hidden_state is not None
     # The labels are shifted, not the logits, whose gradient would have to be copied to a larger tensor.
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).flatten()
+    context = options.context
+
+    def predicted(x_BS: Tensor, last: float) -> Tensor:
+        """What belongs to the next token, of this rank's tokens."""
+        shifted = F.pad(x_BS[:, 1:], (0, 1), value=last)
+        return (shifted if context is None else context.own(shifted)).flatten()
+
+    targets = predicted(batch["labels"], -100)
     entropy = _entropies(model.lm_head, out.last_hidden_state.flatten(0, 1), targets)
     weights = batch.get("loss_weights")
     if weights is not None:
-        entropy = entropy * F.pad(weights[:, 1:], (0, 1)).flatten()
+        entropy = entropy * predicted(weights, 0)
     loss = entropy.sum() / totals.labels
     loads = tuple(load for load in out.loads or () if load is not None)
     return Losses(loss, loss.detach(), None if out.kl is None else out.kl.detach(), loads)

@@ -10,7 +10,7 @@ import shutil
 import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from tokensieve.config import PhaseConfig, UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.loading import copy_tokenizer
 from tokensieve.train.lora import save_adapter
+from tokensieve.train.parallelize import as_sharded, whole
 from tokensieve.train.tracking import METRICS
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
@@ -41,10 +42,38 @@ def folder_of(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"
 
 
+class WholeState(NamedTuple):
+    """The tensors of a checkpoint: of the model by name, and of the optimizer by name|moment."""
+
+    model: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def whole_state(model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, keep: bool = True) -> WholeState:
+    """The tensors of a checkpoint, gathered from the ranks that share them. All ranks call this.
+
+    keep: on this rank; otherwise gathered tensors are empty.
+    """
+
+    def gathered(tensor: Tensor) -> Tensor:
+        all_of_it = whole(tensor)
+        if all_of_it is tensor:
+            return tensor.contiguous()
+        return all_of_it.cpu() if keep else torch.empty(0)
+
+    names = {id(p): n for n, p in model.named_parameters()}
+    moments = {
+        f"{names[id(parameter)]}|{key}": gathered(torch.as_tensor(value))
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+    return WholeState({name: gathered(tensor) for name, tensor in model.state_dict().items()}, moments)
+
+
 def save_state(
     run: Path,
     model: DecoderForCausalLM,
-    optimizer: torch.optim.Optimizer,
+    tensors: WholeState,
     state: RunState,
     keep: int,
     shard_bytes: float = 5e9,
@@ -57,20 +86,16 @@ def save_state(
     UserError on a full disk, with all older checkpoints intact.
     """
     folder = folder_of(run, state.step)
-    names = {id(p): n for n, p in model.named_parameters()}
     with checkpoint.replacing_folder(folder) as new:
         if adapter is None:
-            checkpoint.save_tensors(new, model.config.to_dict(), model.state_dict().items(), model.extras, shard_bytes)
+            checkpoint.save_tensors(new, model.config.to_dict(), tensors.model.items(), model.extras, shard_bytes)
         else:
             save_adapter(adapter, new)
-        tensors: dict[str, Tensor] = {}
-        for parameter, moments in optimizer.state.items():
-            for key, value in moments.items():
-                tensors[f"{names[id(parameter)]}|{key}"] = torch.as_tensor(value).contiguous()
-        tensors["rng|cpu"] = torch.get_rng_state()
+        moments = dict(tensors.moments)
+        moments["rng|cpu"] = torch.get_rng_state()
         if torch.cuda.is_available():
-            tensors["rng|cuda"] = torch.cuda.get_rng_state()
-        save_file(tensors, new / OPTIMIZER)
+            moments["rng|cuda"] = torch.cuda.get_rng_state()
+        save_file(moments, new / OPTIMIZER)
         checksums = {path.name: _checksum(path) for path in sorted(new.glob("*.safetensors"))}
         (new / STATE).write_text(json.dumps(asdict(replace(state, checksums=checksums))))
         if getattr(model, "folder", None) is not None:
@@ -150,7 +175,7 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     data = settings["data"] | {"cache": ""}
     lora = settings.get("lora")
     # Checkpoints from before these settings have none of them.
-    rest = {k: v for k, v in settings.items() if k != "lora" and (k, v) != ("kl_every", 1)}
+    rest = {k: v for k, v in settings.items() if k not in ("lora", "context_parallel") and (k, v) != ("kl_every", 1)}
     return (rest | {"lora": lora | {"merge": True}} if lora else rest) | {
         "out": "",
         "save_every": 0,
@@ -222,10 +247,8 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
     for key, value in tensors.items():
         name, _, moment = key.partition("|")
         parameter = parameters[name]
-        # The step count stays on the CPU if the optimizer keeps it there.
-        stays = moment == "step" and not _fused(optimizer)
-        optimizer.state[parameter][moment] = value if stays else value.to(parameter.device)
-
-
-def _fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.param_groups[0].get("fused"))
+        if moment != "step":
+            value = as_sharded(value, parameter)
+        elif optimizer.param_groups[0].get("fused"):  # else the optimizer keeps the step count on the CPU
+            value = value.to(parameter.device)
+        optimizer.state[parameter][moment] = value

@@ -10,9 +10,10 @@ from tokensieve.train.stage import Losses, Stage, StepTotals
 
 
 def losses(model: DecoderForCausalLM, batch: dict[str, Tensor], totals: StepTotals, options: ForwardOptions) -> Losses:
-    """The model's loss is the KL; labels play no part, so they are not passed on and no logits are computed."""
-    loss = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options).loss
-    return Losses(loss, None, loss.detach())
+    """The loss is the KL; labels play no part, so the trunk is enough."""
+    kl = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], options=options).kl
+    assert kl is not None
+    return Losses(kl, None, kl.detach())
 
 
 STAGE = Stage(lambda config: "warmup", lambda config: "indexers", losses)

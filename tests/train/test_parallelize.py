@@ -1,0 +1,256 @@
+"""Training on several ranks against one process: losses, gradients and selected keys.
+
+The ranks share a step of ragged packs: parameters are sharded over all of them, and tokens over some.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tokensieve
+from tests.support import grouped, models, ranks
+from tests.support.training import OPTIMIZER, Workplace, apart, batch, config, cut, step_gradients, workplace
+from tokensieve import train
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.files import locked
+from tokensieve.mesh import Mesh
+from tokensieve.model import ForwardOptions, SelectionContext
+from tokensieve.model.gathered import ContextGroup
+from tokensieve.model.selection import indexer
+from tokensieve.train.parallelize import check_memory, divide
+
+ROWS, LENGTH = 4, 48
+FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
+SHARED = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]}
+FAMILIES: dict[str, Any] = {
+    "v32": lambda: config("v32"),
+    "glm": lambda: config("glm", index_topk=16, **SHARED),  # layers that share an indexer
+    "qwen3_dsa": lambda: grouped.config("qwen3_dsa"),
+    "qwen3_moe_dsa": lambda: grouped.config("qwen3_moe_dsa", tie_word_embeddings=True),
+    "fp8": lambda: config("v32", index_dtype="fp8", q_lora_rank=None),
+}
+STAGES = ("warmup", "adapt", "pretrain")
+
+
+def settings(
+    stage: str, context_parallel: int = 1, micro_batch: int = 1, length: int = LENGTH, **changes: Any
+) -> TrainConfig:
+    phases = (PhaseConfig(4, length, ROWS, micro_batch),)
+    made: dict[str, Any] = {"optimizer": FREE, "device": "cpu", "context_parallel": context_parallel}
+    return TrainConfig(stage, "", "", phases, **made | changes)
+
+
+def step(run: TrainConfig) -> list[dict[str, Tensor]]:
+    """Packs whose documents begin at other places in each row, and cross the bounds of all chunks."""
+    phase = run.phases[0]
+    return cut(batch(ROWS, phase.context, documents=True), ROWS // phase.micro_batch)
+
+
+# in a rank's process
+
+
+def step_of_rank(family: str, run: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    mesh = ranks.HERE[0]
+    division = divide(run, mesh)
+    own = step(run)[division.shard :: division.shards]
+    found, figures = step_gradients(run, models.ours(FAMILIES[family]()), own, mesh)
+    return {name: g.full_tensor().numpy() for name, g in found.items()}, figures
+
+
+@torch.no_grad()
+def selections(family: str, context: ContextGroup | None, ties: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every layer's index scores, -inf outside a query's range, and selected keys of this rank's queries."""
+    made = models.ours(FAMILIES[family]())
+    if ties:
+        for name, parameter in made.named_parameters():
+            if "indexer.wq_b" in name:
+                parameter.zero_()  # every score is 0
+    scores, chosen = [], []
+
+    def recording(c: SelectionContext) -> Tensor:
+        key, found = torch.arange(ROWS * LENGTH), c.scores()
+        unseen = (key < c.starts_N[:, None]) | (key >= c.ends_N[:, None])
+        scores.append(found.masked_fill(unseen, float("-inf")).numpy())
+        chosen.append(indexer(c).numpy())
+        return torch.from_numpy(chosen[-1])
+
+    inputs = batch(ROWS, LENGTH, documents=True)
+    with tokensieve.selecting(made, recording):
+        made.model(inputs["input_ids"], position_ids=inputs["position_ids"], options=ForwardOptions(context=context))
+    return scores, chosen
+
+
+def selections_of_rank(family: str, ties: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return selections(family, divide(settings("adapt", ranks.HERE[0].size), ranks.HERE[0]).context, ties)
+
+
+def losses_of_another_config(run: TrainConfig) -> str:
+    return losses_of_rank(replace(run, seed=ranks.HERE[0].rank), False, None)
+
+
+def losses_of_rank(run: TrainConfig, resume: bool, stop: int | None) -> str:
+    """The losses of a run, or why it ended. stop: the step in which it is given up."""
+    losses = []
+
+    def given_up(done: int, figures: dict[str, float]) -> None:
+        losses.append(figures["loss"])
+        if done == stop:
+            raise KeyboardInterrupt
+
+    try:
+        train.run(run, resume=resume, on_step=given_up, progress=False, mesh=ranks.HERE[0])
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        return str(error)
+    return json.dumps(losses)
+
+
+# here
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[ranks.Group]:
+    with ranks.started(2) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[ranks.Group]:
+    with ranks.started(4) as group:
+        yield group
+
+
+def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
+    """One step's figures and gradients are those of one process."""
+    whole = replace(run, context_parallel=1, activation_checkpointing=False)
+    expected, figures = step_gradients(whole, models.ours(FAMILIES[family]()), step(run))
+    for answer, reported in group.ask(step_of_rank, family, run):
+        found = {name: torch.from_numpy(x) for name, x in answer.items()}
+        assert apart(found, expected) < 1e-4  # float32 sums in another order
+        for name in figures.keys() - {"seconds", "tokens_per_second"}:
+            assert reported[name] == pytest.approx(figures[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "context_parallel"),
+    [("v32", "warmup", 2), ("v32", "adapt", 2), ("glm", "warmup", 2), ("qwen3_dsa", "adapt", 2), ("v32", "adapt", 1)],
+)
+def test_a_step_of_two_ranks(two: ranks.Group, family: str, stage: str, context_parallel: int) -> None:
+    check_step(two, family, settings(stage, context_parallel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks(two: ranks.Group, family: str, stage: str) -> None:
+    for context_parallel in (1, 2):
+        check_step(two, family, settings(stage, context_parallel, 2, activation_checkpointing=context_parallel == 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_ranks(four: ranks.Group, family: str, stage: str) -> None:
+    for context_parallel in (1, 2, 4):
+        check_step(four, family, settings(stage, context_parallel))
+
+
+@pytest.mark.slow
+def test_kl_of_some_queries(two: ranks.Group) -> None:
+    check_step(two, "v32", settings("warmup", 2, kl_every=3))
+    check_step(two, "v32", settings("adapt", 2, kl_every=2, length=256))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> None:
+    """Wherever scores are the same to the bit, and equal scores go to the smaller position."""
+    family = "glm"
+    expected, whole = selections(family, None, ties)
+    query = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)
+    for rank, (found, chosen) in enumerate(two.ask(selections_of_rank, family, ties)):
+        own = ContextGroup(rank, 2, None).own(query).flatten().numpy()
+        assert len(found) == len(expected) == 2  # two layers have an indexer
+        for layer, scores in enumerate(found):
+            equal = (scores == expected[layer][own]).all(1)
+            assert equal.all() if ties or layer == 0 else equal.any()
+            assert (chosen[layer] == whole[layer][own])[equal].all()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return workplace(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("stage", ["warmup", pytest.param("adapt", marks=pytest.mark.slow)])
+def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, stage: str) -> None:
+    """To the bit on as many ranks, and within rounding on one."""
+
+    def losses(run: TrainConfig, resume: bool = False, stop: int | None = None) -> list[float]:
+        answers = two.ask(losses_of_rank, run, resume, stop)
+        assert answers[0] == answers[1]
+        return json.loads(answers[0])
+
+    whole = here.run(stage, f"{stage}-whole", context_parallel=2, save_every=2)
+    begun = replace(whole, out=whole.out.replace("whole", "cut"))
+    expected = losses(whole)
+    assert losses(begun, stop=3) == expected[:3]  # the third step comes after the checkpoint
+    assert losses(begun, resume=True) == expected[2:] and len(expected) == 4
+    final = Path("step-000004", "model.safetensors")
+    assert (Path(begun.out) / final).read_bytes() == (Path(whole.out) / final).read_bytes()
+    rows = [json.loads(line) for line in Path(begun.out, "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == expected
+    for later in (Path(begun.out, "step-000004"), Path(begun.out, "metrics.jsonl")):  # back to the second step
+        shutil.rmtree(later) if later.is_dir() else later.unlink()
+    alone: list[float] = []
+    train.run(replace(begun, context_parallel=1), resume=True, on_step=lambda _, row: alone.append(row["loss"]))
+    assert alone == pytest.approx(expected[2:], rel=1e-5)
+
+
+def test_two_runs_in_one_folder(two: ranks.Group, here: Workplace) -> None:
+    run = here.run("warmup", "twice", context_parallel=2)
+    with locked(run.out):
+        for answer in two.ask(losses_of_rank, run, False, None):
+            assert "is in use by another run" in answer
+
+
+def test_ranks_with_other_settings(two: ranks.Group, here: Workplace) -> None:
+    for answer in two.ask(losses_of_another_config, here.run("warmup", "others")):
+        assert answer == "the ranks differ in their config; start all of them with the same"
+
+
+@pytest.mark.parametrize(
+    ("size", "context_ranks", "changes", "words"),
+    [
+        (1, 2, {}, ("context_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
+        (4, 3, {}, ("context_parallel is 3", "torchrun started 4", "multiple of 3")),
+        (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
+        (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
+        (2, 2, {"compile": True}, ("compile runs in one",)),
+    ],
+)
+def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as refusal:
+        divide(settings("adapt", context_ranks, **changes), Mesh(0, size, torch.device("cpu")))
+    assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+def test_rows_that_are_too_short() -> None:
+    with pytest.raises(UserError, match="context_parallel is 16; .* every phases.context must be a multiple of 32"):
+        settings("warmup", 16)
+    with pytest.raises(UserError, match="kl_every is 8 and context_parallel is 2; .* a multiple of 32"):
+        settings("warmup", 2, kl_every=8)
+
+
+def test_a_model_that_the_ranks_cannot_hold() -> None:
+    large = config("v32", num_hidden_layers=200_000)
+    with pytest.raises(UserError, match=r"2 ranks cannot hold the model: .* GiB; start at least \d+ ranks"):
+        check_memory(settings("adapt", 2), large, Mesh(0, 2, torch.device("cpu")))

@@ -1,0 +1,149 @@
+"""One model on several ranks in training, applied from outside of it: FSDP2, and context parallelism.
+
+The ranks form one DeviceMesh with the axes "shard" and "context". Ranks of the same shard share the tokens of their
+sequences (`tokensieve.model.gathered`); different shards read different micro-batches of a step. Parameters, gradients
+and the optimizer's moments are sharded over all ranks. Every rank's losses are its shares of the means over the whole
+step, so gradients are summed over the ranks and never averaged. Expert and tensor parallelism would be further axes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import psutil
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tokensieve import cost
+from tokensieve.config import TrainConfig, UserError
+from tokensieve.machine import rank_info
+from tokensieve.mesh import Mesh
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.gathered import CHUNK, ContextGroup
+from tokensieve.model.transformer import DecoderLayer
+
+
+@dataclass(frozen=True)
+class Division:
+    """The division of a run's work over the ranks, seen from one of them.
+
+    context: the ranks that share this rank's sequences; None: it has them alone. axes: all ranks; None: there is one.
+    shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step.
+    """
+
+    mesh: Mesh
+    axes: DeviceMesh | None = None
+    context: ContextGroup | None = None
+    shard: int = 0
+    shards: int = 1
+
+
+def divide(config: TrainConfig, mesh: Mesh) -> Division:
+    """The division of a run over the ranks of `mesh`.
+
+    UserError for settings that do not divide over so many ranks, or that run in one process only.
+    """
+    R = config.context_parallel
+    if mesh.size % R:
+        started = "there is one process" if mesh.size == 1 else f"torchrun started {mesh.size}"
+        raise UserError(
+            f"context_parallel is {R} and {started}; start a multiple of {R}: torchrun --nproc-per-node {R}"
+        )
+    if mesh.size == 1:
+        return Division(mesh)
+    for name, given in (("lora", config.lora is not None), ("compile", config.compile)):
+        if given:
+            raise UserError(f"torchrun started {mesh.size} processes, and {name} runs in one so far; leave it out")
+    shards = mesh.size // R
+    for phase in config.phases:
+        if phase.sequences % (phase.micro_batch * shards):
+            raise UserError(
+                f"phases: {phase.sequences} sequences do not divide into micro-batches of {phase.micro_batch} on "
+                f"{shards} shards ({mesh.size} ranks, context_parallel {R}); make them a multiple of "
+                f"{phase.micro_batch * shards}"
+            )
+    axes = mesh.axes(shard=shards, context=R)
+    shard, rank = axes.get_local_rank("shard"), axes.get_local_rank("context")
+    context = None
+    if R > 1:
+        # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
+        context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
+    return Division(mesh, axes, context, shard, shards)
+
+
+def check_memory(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
+    """UserError if the ranks cannot hold their parts of the weights, gradients and moments."""
+    cuda = mesh.device.type == "cuda"
+    needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
+    held = needed.weight_bytes + needed.gradient_bytes + needed.optimizer_bytes
+    if cuda:
+        there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
+    else:
+        there, what = psutil.virtual_memory().total // rank_info().local_size, "a rank's share of the memory"
+    if held > there * mesh.size:
+        least = math.ceil(held / there / config.context_parallel) * config.context_parallel
+        raise UserError(
+            f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments are {held / 2**30:.1f} GiB, "
+            f"and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
+        )
+
+
+class Root(nn.Module):
+    """A model within whose forward pass everything runs that uses it.
+
+    FSDP gathers embedding and head, which no layer holds, for the forward pass of its root.
+    """
+
+    def __init__(self, model: DecoderForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
+        """compute(model, *args). FSDP sees the tensors of its result in tuples, lists and dicts."""
+        return compute(self.model, *args)
+
+
+def shard(model: DecoderForCausalLM, division: Division) -> Root:
+    """The root of a model, whose parameters are sharded over all ranks, if there are several."""
+    root = Root(model)
+    if division.axes is None:
+        return root
+    ranks = division.axes._flatten("ranks")
+    # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
+    unit: list[nn.Module] = []
+    for layer in model.model.layers:
+        unit.append(layer)
+        if not cast(DecoderLayer, layer).self_attn.lends:
+            fully_shard(unit, mesh=ranks)
+            unit = []
+    fully_shard(root, mesh=ranks)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank. All ranks call it for the same tensors in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks hold, on the device of `like` and sharded as it."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scales the gradients down to the norm `limit`, if they are longer. Returns their norm () over all ranks."""
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
