@@ -15,7 +15,7 @@ from tests.support import commands, models
 from tokensieve import pipeline
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import distillation, stages
-from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts
 from tokensieve.posttrain.rollouts import Rollouts
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.run_record import RunRecord
@@ -27,7 +27,9 @@ SMALL = {
     "tokens": 64, "new_tokens": 6, "modes": ["direct"], "domains": ["logic", "writing"], "save_every": 1,
     "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.lr": 1e-3,
     "specialist.steps": 2, "specialist.prompts": 1, "specialist.lr": 1e-3, "distill.prompts": 2, "distill.samples": 2,
-    "distill.train.steps": 1, "distill.train.rows": 2, "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0,
+    "distill.train.steps": 1, "distill.train.rows": 2, "distill.on_policy.steps": 2, "distill.on_policy.prompts": 2,
+    "distill.on_policy.lr": 1e-3, "cold_steps": {}, "evaluations": {}, "evaluations.writing": 3,
+    "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0,
 }  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def weights_of(out: Path) -> dict[str, bytes]:
 
 
 def test_what_it_leaves(whole: Path, model: Path) -> None:
-    made = {"specialists/logic/rl", "specialists/writing/rl", "distilled/train", "final"}
+    made = {"specialists/logic/rl", "specialists/writing/rl", "distilled/train", "on-policy", "final"}
     assert set(weights_of(whole)) == {f"{folder}/model/model.safetensors" for folder in made}  # and no checkpoints
     base = load_file(model / "model.safetensors")
     for folder in made:
@@ -85,9 +87,13 @@ def test_what_it_leaves(whole: Path, model: Path) -> None:
         after = load_file(whole / folder / "model" / "model.safetensors")
         moved = {name for name, tensor in after.items() if not torch.equal(tensor, base[name])}
         assert any(".indexer." in name for name in moved) and any("o_proj" in name for name in moved), folder
-    for folder, steps in (("specialists/logic/cold", 2), ("specialists/logic/rl", 2), ("final", 2)):
+    taught = stages.history(whole / "on-policy")
+    for folder, steps in (
+        ("specialists/logic/cold", 2), ("specialists/logic/rl", 2), ("on-policy", 2), ("final", 2)
+    ):  # fmt: skip
         rows = stages.history(whole / folder)
         assert rows is not None and len(rows) == steps and all("kl" in row for row in rows)
+    assert taught is not None and max(row["rollout/logp_difference"] for row in taught) < 1e-6
     assert max(row["rollout/logp_difference"] for row in rows) < 1e-6 and rows[0]["rollout/queries_past_k"] > 0.5
     answers = distillation.read_lines(whole / "distilled/samples/logic.jsonl")
     assert len(answers) == 4 and {line["specialist"] for line in answers} == {"specialist-logic"}
@@ -97,16 +103,18 @@ def test_what_it_leaves(whole: Path, model: Path) -> None:
         assert "<svg" in (whole / f"{name}.svg").read_text()
 
     figures = json.loads((whole / "metrics.json").read_text())
-    parts = ["specialist-logic", "specialist-writing", DISTILLED, FINAL]
+    parts = ["specialist-logic", "specialist-writing", DISTILLED, ON_POLICY, FINAL]
     assert set(figures["seconds"]) == set(figures["settings"]) == {*parts, "evaluation"}
     assert figures["selection"] == "indexer" and figures["judge"] == "scripted" and figures["run"]["machine"]
     assert figures["specialist-logic"]["difficulty"]["logic-direct"]["rates"].keys() == {"4"}
     assert figures[DISTILLED]["data"]["logic-direct"]["sampled"] == 4
     assert sum(figures[FINAL]["prompts"].values()) == 2
+    assert figures[ON_POLICY]["prompts"] == {"logic-direct": 2, "writing-direct": 2}
     assert set(figures["evaluation"]) == {BASE, *parts}
     assert set(figures["evaluation"][FINAL]) == {"logic-direct", "writing-direct"}
     assert set(figures["evaluation"]["specialist-logic"]) == {"logic-direct"}
     found = figures["evaluation"][BASE]["logic-direct"]
+    assert figures["evaluation"][ON_POLICY]["writing-direct"]["gain"]["n"] == 3 and "gain" not in found
     assert found["accuracy"]["n"] == 2 and found["accuracy"]["high"] > 0 and 0 < found["tokens"] <= 6
     assert 0.5 < found["past_k"] < 1
 
@@ -118,7 +126,8 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
         pass
 
     wait = [("logic, cold start", 1), ("logic, cold start", 2), ("logic-direct, pass rate at difficulty 4", 1)]
-    wait += [("logic, GRPO", 2), ("before", "rl"), ("answers of specialist-writing", 2), ("all domains, GRPO", 2)]
+    wait += [("logic, GRPO", 2), ("before", "rl"), ("answers of specialist-writing", 2)]
+    wait += [("on-policy distillation", 1), ("all domains, GRPO", 2)]
     wait += [("final on held-out writing-direct", 1)]
     note, write = pipeline._Watched.on_progress, stages.write_json
 
@@ -140,9 +149,9 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
     out, config = tmp_path / "run", settings(model, tmp_path / "run")
     for left in range(len(wait), 0, -1):
         with pytest.raises(Killed):
-            pipeline.run(config, resume=left < 8, console=QUIET)
+            pipeline.run(config, resume=left < 9, console=QUIET)
         assert len(wait) == left - 1
-        if left == 6:  # a checkpoint that a kill cut off
+        if left == 7:  # a checkpoint that a kill cut off
             (out / "specialists/logic/rl/checkpoint-9").mkdir(parents=True)
     pipeline.run(config, resume=True, console=QUIET)
     assert weights_of(out) == weights_of(whole) and figures_of(out) == figures_of(whole)
@@ -248,6 +257,47 @@ def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path
     refused(("config differs", "from specialist-logic on", "remove specialists/logic"), "posttrain", *changed)
 
 
+def test_adapters_are_saved_and_merged(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every stage, also a stopped one: the rest of the trunk stays, and base and adapter make the model."""
+    ranks = {f"{stage}.lora.rank": 2 for stage in ("cold", "specialist", "distill.train", "distill.on_policy")}
+    targets = {key.replace("rank", "targets"): ["o_proj"] for key in ranks}
+    given = {**ranks, **targets, "rl.train.lora.rank": 2, "domains": ["logic"], "evaluation": 1}
+    pipeline.run(settings(model, tmp_path / "run", **given), console=QUIET)
+    base, folders = load_file(model / "model.safetensors"), ["specialists/logic/rl", "distilled/train", "on-policy"]
+    for folder in folders:
+        after = load_file(tmp_path / "run" / folder / "model/model.safetensors")
+        moved = {name for name, tensor in after.items() if not torch.equal(tensor, base[name])}
+        assert any(".indexer." in name for name in moved), folder
+        assert {n for n in moved if ".indexer." not in n} == {n for n in base if ".o_proj." in n}, folder
+        settings_of = json.loads((tmp_path / "run" / folder / "adapter/adapter_config.json").read_text())
+        assert settings_of["r"] == 2 and settings_of["base_model_name_or_path"]
+    start = tokensieve.load(model)
+    tensors = load_file(tmp_path / "run/distilled/train/adapter/adapter_model.safetensors")
+    a, b = (next(x for n, x in tensors.items() if "layers.0" in n and f"lora_{part}" in n) for part in "AB")
+    merged = tokensieve.load(tmp_path / "run/distilled/train/model").model.layers[0].self_attn.o_proj.weight
+    assert torch.allclose(merged, start.model.layers[0].self_attn.o_proj.weight + 2 * b @ a, atol=1e-6)
+
+    class Killed(BaseException):
+        pass
+
+    note, waiting = pipeline._Watched.on_progress, ["logic, cold start", "logic, GRPO"]
+
+    def kill(watch: Any, what: str, done: int, total: int) -> None:
+        note(watch, what, done, total)
+        if waiting and (what, done) == (waiting[0], 2):
+            del waiting[0]
+            raise Killed
+
+    monkeypatch.setattr(pipeline._Watched, "on_progress", kill)
+    again = settings(model, tmp_path / "again", **given)
+    for resume in (False, True):
+        with pytest.raises(Killed):
+            pipeline.run(again, resume, only="specialist-logic", console=QUIET)
+    pipeline.run(again, True, only="specialist-logic", console=QUIET)
+    made, whole_run = weights_of(tmp_path / "again"), weights_of(tmp_path / "run")
+    assert made and all(whole_run[name] == raw for name, raw in made.items())
+
+
 def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
     """The same pipeline without selection: no indexer learns, and the report shows it beside the sparse run."""
     more = {"selection": "dense", "difficulty.fixed.logic-direct": 3, "domains": ["logic"], "beside": str(whole)}
@@ -267,6 +317,7 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"domains": ["logics"]}, "domain logics: there is no such domain or file; name one of mathematics, logic"),
+        ({"evaluations.alchemy": 1}, "evaluations.alchemy is none of the domains logic, writing"),
         ({"rl.ratios.alchemy": 1.0}, "rl.ratios.alchemy is none of the domains logic, writing"),
         ({"difficulty.fixed.logicc-direct": 3}, "fixed.logicc-direct is no DOMAIN-MODE of the domains logic, writing"),
         ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
@@ -366,6 +417,8 @@ def test_other_rows_of_the_same_name_are_other_data(model: Path, tmp_path: Path)
         ("rl.ratios.logic=-1", "rl.ratios.logic is -1.0; give a finite number"),
         ("judge.model=gpt", "judge.url is 'scripted' and judge.model 'gpt': results name the judge; give both or none"),
         ("evaluation=0", "evaluation is 0; it must be at least 1"),
+        ("cold_steps.logic=0", "cold_steps.logic is 0; it must be at least 1"),
+        ("rl.train.lora.merge=false", "lora.merge is false; the next stage starts from the merged model"),
         ('selection="window"', "selection"),
     ],
 )

@@ -19,7 +19,7 @@ from tokensieve.config import UserError, to_dict
 from tokensieve.machine import choose_device
 from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
-from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, Parts, Watch, specialist_of
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts, Watch, specialist_of
 from tokensieve.posttrain_config import GrpoConfig, JudgeConfig, PosttrainConfig
 from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
@@ -79,7 +79,8 @@ def run(
         with console.status("Loading the model") as status:
             watch = _Watched(record, status.update)
             parts = Parts(config, domains | more, record.figures, watch)
-            wanted = [part for part in plan if only in (None, part.name)]
+            asked_for = (only, ON_POLICY) if only == DISTILLED else (only,)
+            wanted = [part for part in plan if only is None or part.name in asked_for]
             todo = [part for part in wanted if not parts.is_done(part.name)]
             for part in wanted:
                 if part not in todo:
@@ -89,16 +90,19 @@ def run(
                     parts.check_start(part.name, part.domains)
             if todo:
                 names = [*dict.fromkeys(name for part in todo for name in part.domains)]
-                parts.check(names, rewarded=any(part.name != DISTILLED for part in todo))
+                parts.check(names, rewarded=any(part.name not in (DISTILLED, ON_POLICY) for part in todo))
             pace = Pace(parts.load(config.model), config) if todo else None
             for part in todo:
                 assert pace is not None
                 _announce(console, begin, part.name, str(pace.of(part.work, part.micro_batch)))
+                fresh, started = part.name not in record.figures["seconds"], time.perf_counter()
                 with record.timing(part.name) as watch.clock:
                     part.do(parts)
+                if fresh:  # of one that goes on only a part is left
+                    pace.learn(part.work, time.perf_counter() - started)
             measured = [*dict.fromkeys(name for part in wanted for name in part.domains)]
-            asked = (
-                config.evaluation * len(config.modes) * sum(map(len, (measured, *(part.domains for part in wanted))))
+            asked = len(config.modes) * sum(
+                config.evaluation_of(name) for names in (measured, *(part.domains for part in wanted)) for name in names
             )
             needed = "" if pace is None else f": {pace.of(Work(read=asked, answers=asked), 1)}"
             _announce(console, begin, EVALUATION, f"{asked:,} held-out problems{needed}")
@@ -158,7 +162,7 @@ def _twin(config: PosttrainConfig) -> list[dict[str, Any]]:
 
 def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
     """The rows of the stages of reinforcement learning that are done in a folder, by domain."""
-    folders = {MIXED if p.name == FINAL else p.domains[0]: p for p in plan if p.name != DISTILLED}
+    folders = {MIXED if p.name == FINAL else p.domains[0]: p for p in plan if p.name not in (DISTILLED, ON_POLICY)}
     found = {stage: stages.history(out / p.folder / ("" if p.name == FINAL else "rl")) for stage, p in folders.items()}
     return {stage: rows for stage, rows in found.items() if rows is not None}
 
@@ -183,10 +187,13 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
 
     UserError for ratios of no domain, and for a difficulty that is fixed for no group.
     """
-    for name in config.rl.ratios:
-        if name not in domains:
-            raise UserError(f"rl.ratios.{name} is none of the domains {', '.join(domains)}; leave it out")
-    groups = [f"{name}-{mode}" for name in (*sources, *DOMAINS) for mode in MODES]  # one config may be for several runs
+    known = (*sources, *DOMAINS)  # one config may be for all, and some be left out
+    tables = {"cold_steps": (config.cold_steps, known), "evaluations": (config.evaluations, known)}
+    for table, (named, allowed) in (tables | {"rl.ratios": (config.rl.ratios, domains)}).items():
+        for name in named:
+            if name not in allowed:
+                raise UserError(f"{table}.{name} is none of the domains {', '.join(domains)}; leave it out")
+    groups = [f"{name}-{mode}" for name in known for mode in MODES]
     for group in config.difficulty.fixed:
         if group not in groups:
             raise UserError(
@@ -206,7 +213,7 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         ),
         micro_batch=config.distill.train.micro_batch,
         do=lambda parts: parts.distill(domains),
-        trains_on=[mine, to_dict(config.distill)],
+        trains_on=[mine, to_dict(replace(config.distill, on_policy=None))],
     )
     start = config.rl.model or distilled.trains_on
     final = Part(
@@ -218,7 +225,24 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         do=lambda parts: parts.rl(domains),
         trains_on=[start, mine, to_dict(config.rl)],
     )
-    return [*plan, distilled, final]
+    return [*plan, distilled, *_on_policy(config, domains, mine), final]
+
+
+def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any]) -> list[Part]:
+    stage = config.distill.on_policy
+    if stage is None:
+        return []
+    rows = stage.steps * stage.prompts
+    part = Part(
+        name=ON_POLICY,
+        folder=ON_POLICY,
+        domains=domains,
+        work=Work(trained=rows, read=2 * rows, answers=rows),  # read by the student and by a teacher
+        micro_batch=1,
+        do=lambda parts: parts.distill_on_policy(domains),
+        trains_on=[mine, to_dict(stage)],
+    )
+    return [part]
 
 
 def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
@@ -226,9 +250,10 @@ def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
     tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
     asked = knob.prompts * modes * tries
     given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
+    begin = config.cold_of(name)
     judge = JudgeConfig(url=config.judge.model, model=config.judge.model)  # where it is, and its budget, may change
-    tables = (config.reward, judge, config.cold, config.difficulty, config.specialist)
-    cold = Work(trained=config.cold.steps * config.cold.rows, read=asked, answers=asked * knob.samples)
+    tables = (config.reward, judge, begin, config.difficulty, config.specialist)
+    cold = Work(trained=begin.steps * begin.rows, read=asked, answers=asked * knob.samples)
     return Part(
         name=specialist_of(name),
         folder=f"specialists/{name}",
@@ -248,7 +273,8 @@ def _grpo_work(stage: GrpoConfig) -> Work:
 def _settings(config: PosttrainConfig, plan: Sequence[Part]) -> dict[str, str]:
     """A digest for each part of all that decides its result, and one of what decides all figures."""
     decisive = {part.name: part.trains_on for part in plan}
-    decisive[EVALUATION] = [part.trains_on for part in plan[-2:]] + [config.evaluation]
+    shared = [part.trains_on for part in plan if part.name in (DISTILLED, ON_POLICY, FINAL)]
+    decisive[EVALUATION] = [*shared, config.evaluation, config.evaluations]
     return {
         name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
         for name, value in decisive.items()
@@ -263,5 +289,5 @@ def _announce(console: Console, begin: float, part: str, needed: str) -> None:
 def _next(out: Path, name: str) -> str:
     if name == FINAL:
         return f"Next: tokensieve generate {out / 'final' / stages.MODEL} --chat 'Who are you?'"
-    following = "rl" if name == DISTILLED else "distill"
+    following = "rl" if name in (DISTILLED, ON_POLICY) else "distill"
     return f"Next, when all specialists are there: tokensieve {following} --out {out}"

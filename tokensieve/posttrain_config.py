@@ -1,15 +1,20 @@
 """Configuration of post-training: one file for the whole pipeline, as frozen dataclasses (see `tokensieve.config`)."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from tokensieve.config import UserError
+from tokensieve.config import LoraConfig, UserError
 
 
 def _check_counts(config: Any, table: str, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"{table}{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def _check_merged(lora: LoraConfig | None) -> None:
+    if lora is not None and not lora.merge:
+        raise UserError("lora.merge is false; the next stage starts from the merged model, so leave it out")
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,11 @@ class SftConfig:
     micro_batch: int = 1  # rows per forward and backward; it divides `rows`
     lr: float = 2e-5
     options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's SFTConfig
+    lora: LoraConfig | None = None  # adapters learn instead of the trunk's weights, and are merged at the stage's end
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "steps", "rows", "micro_batch")
+        _check_merged(self.lora)
         if self.rows % self.micro_batch:
             raise UserError(f"micro_batch is {self.micro_batch}; it must divide rows, {self.rows}")
 
@@ -38,9 +45,11 @@ class GrpoConfig:
     micro_batch: int = 1  # answers per forward and backward; it divides prompts * samples
     lr: float = 1e-6
     options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's GRPOConfig
+    lora: LoraConfig | None = None  # as in SftConfig
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "steps", "prompts", "micro_batch")
+        _check_merged(self.lora)
         if self.samples < 2:
             raise UserError(f"samples is {self.samples}; a group of GRPO has at least 2 answers")
         if self.prompts * self.samples % self.micro_batch:
@@ -67,6 +76,25 @@ class DifficultyConfig:
 
 
 @dataclass(frozen=True)
+class OnPolicyConfig:
+    """A stretch of on-policy distillation by TRL's DistillationTrainer, beside the one on the specialists' answers.
+
+    Every prompt's own specialist is its teacher. Each answer is a row of its own, since its teacher is.
+    """
+
+    steps: int
+    prompts: int  # per step; one answer to each
+    lr: float = 1e-6
+    model: str = ""  # to start from; empty: the one that the specialists started from
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's DistillationConfig, such as beta
+    lora: LoraConfig | None = None  # as in SftConfig
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "distill.on_policy.", "steps", "prompts")
+        _check_merged(self.lora)
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """The specialists' answers, and the training of one model on them."""
 
@@ -76,6 +104,7 @@ class DistillConfig:
     train: SftConfig
     passing: float = 1.0  # score of an answer that is kept, at least
     fill: Literal["none", "demonstrations"] = "none"  # what takes the place of answers that a domain and mode lacks
+    on_policy: OnPolicyConfig | None = None  # another model to compare with; None: none
 
     def __post_init__(self) -> None:
         _check_counts(self, "distill.", "prompts", "samples", "keep")
@@ -145,6 +174,8 @@ class PosttrainConfig:
     distill: DistillConfig
     rl: MixedConfig
     evaluation: int  # held-out prompts of each domain and mode
+    cold_steps: dict[str, int] = field(default_factory=dict)  # by domain: in place of cold.steps
+    evaluations: dict[str, int] = field(default_factory=dict)  # by domain: in place of `evaluation`
     result_tokens: int = 1024  # room for the results of an agent's tools in one answer
     domains: tuple[str, ...] = ()  # none: all that there are
     modes: tuple[str, ...] = ("think", "direct")
@@ -161,7 +192,19 @@ class PosttrainConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "tokens", "new_tokens", "result_tokens", "evaluation", "at_once")
+        for table in ("cold_steps", "evaluations"):
+            for name, value in getattr(self, table).items():
+                if value < 1:
+                    raise UserError(f"{table}.{name} is {value}; it must be at least 1")
         for name, values, known in (("modes", self.modes, ("think", "direct")), ("domains", self.domains, None)):
             if len(set(values)) < len(values) or (known and not (values and set(values) <= set(known))):
                 allowed = f"one or both of {', '.join(known)}" if known else "each once"
                 raise UserError(f"{name} is {list(values)}; name {allowed}")
+
+    def cold_of(self, domain: str) -> SftConfig:
+        """The cold start of a domain."""
+        return replace(self.cold, steps=self.cold_steps.get(domain, self.cold.steps))
+
+    def evaluation_of(self, domain: str) -> int:
+        """Held-out prompts of a domain in each mode."""
+        return self.evaluations.get(domain, self.evaluation)

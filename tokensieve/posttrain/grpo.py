@@ -199,7 +199,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         if self._sampled_at == self.state.global_step and not self._is_reference(model):
-            self._compare(input_ids, attention_mask, found[0].detach(), logits_to_keep)
+            self._compare(input_ids, attention_mask, found[0].detach())
         return found
 
     def _is_reference(self, model: Any) -> bool:
@@ -215,22 +215,36 @@ class SparseGRPOTrainer(GRPOTrainer):
             metrics["reference/kl"] = metrics.pop("kl")
         super().log(logs, start_time)
 
-    def _compare(self, ids_BS: Tensor, mask_BS: Tensor, logps_BC: Tensor, answers: int) -> None:
+    def _compare(self, ids_BS: Tensor, mask_BS: Tensor, logps_BC: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        known = {(*rollout.prompt, *rollout.answer): rollout for rollout in self.latest[mode]}
-        differences, past, total = [], 0, 0
-        for ids, mask, logps in zip(ids_BS.tolist(), mask_BS.bool().tolist(), logps_BC, strict=True):
-            rollout = known.get(tuple(token for token, real in zip(ids, mask, strict=True) if real))
-            if rollout is None:  # a row that was masked as cut off
-                continue
-            told = torch.tensor(rollout.logprobs, device=logps.device)
-            wrote = torch.tensor(rollout.mask, device=logps.device)
-            differences.append((logps[: len(wrote)][wrote].float() - told).abs())
-            tokens = len(rollout.prompt) + len(rollout.answer)
-            past, total = past + max(0, tokens - self._decoder.top_k), total + tokens
-        if differences:
-            self._metrics[mode]["rollout/logp_difference"].append(float(torch.cat(differences).mean()))
-            self._metrics[mode]["rollout/queries_past_k"].append(past / total)
+        for name, value in compare(self.latest[mode], ids_BS, mask_BS, logps_BC, self._decoder.top_k).items():
+            self._metrics[mode][name].append(value)
+
+
+def compare(
+    rollouts: Sequence[Rollout], ids_BS: Tensor, mask_BS: Tensor, logps_BC: Tensor, top_k: int
+) -> dict[str, float]:
+    """`rollout/logp_difference` and `rollout/queries_past_k` of the rows of a pass; nothing if none is a rollout.
+
+    logps_BC: log probabilities of the answers' tokens in training. A row that was masked as cut off is left out.
+    """
+    known = {(*rollout.prompt, *rollout.answer): rollout for rollout in rollouts}
+    differences, past, total = [], 0, 0
+    for ids, mask, logps in zip(ids_BS.tolist(), mask_BS.bool().tolist(), logps_BC, strict=True):
+        rollout = known.get(tuple(token for token, real in zip(ids, mask, strict=True) if real))
+        if rollout is None:
+            continue
+        told = torch.tensor(rollout.logprobs, device=logps.device)
+        wrote = torch.tensor(rollout.mask, device=logps.device)
+        differences.append((logps[: len(wrote)][wrote].float() - told).abs())
+        tokens = len(rollout.prompt) + len(rollout.answer)
+        past, total = past + max(0, tokens - top_k), total + tokens
+    if not differences:
+        return {}
+    return {
+        "rollout/logp_difference": float(torch.cat(differences).mean()),
+        "rollout/queries_past_k": past / total,
+    }
 
 
 def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineConfig | None) -> None:
@@ -260,7 +274,7 @@ def check_arguments(args: GRPOConfig) -> None:
         raise UserError("sync_ref_model: the reference stays as training began; set it to False")
 
 
-def check_adapters(adapters: Sequence[Any], args: GRPOConfig, selects: bool) -> None:
+def check_adapters(adapters: Sequence[Any], args: Any, selects: bool) -> None:
     """UserError for adapters (PEFT's configs) that `SparseGRPOTrainer` does not honour."""
     for adapter in adapters:
         if adapter.peft_type != "LORA":

@@ -1,5 +1,6 @@
 """How long the parts of post-training take, and how much memory: counted rows, at a speed timed once on the model."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,10 @@ class Work:
 
 
 class Pace:
-    """The speed of this machine on this model, from a timed pass over one row."""
+    """The speed of this machine on this model: first from a timed pass over a row, then from the parts that are done.
+
+    A timed pass knows nothing of checkpoints, of the programs of a domain, or of what else the machine does meanwhile.
+    """
 
     def __init__(self, model: DecoderForCausalLM, config: PosttrainConfig):
         self._tokens, self._answer = config.tokens + config.new_tokens, config.new_tokens
@@ -37,15 +41,25 @@ class Pace:
             "adapt", "", "", (row,), selection=config.selection != "dense" and model.is_sparse,
             activation_checkpointing=config.activation_checkpointing,
         )  # fmt: skip
-        self._row, _ = estimate(run, STAGE, model, torch.device(config.device))
+        # A whole row: by its FLOPs a short one says too little (docs/results/posttraining.md).
+        self._row, _ = estimate(run, STAGE, model, torch.device(config.device), affordable=math.inf)
+        self._rows, self._seconds = 0.0, 0.0  # of the parts that are done
+
+    def learn(self, work: Work, seconds: float) -> None:
+        """A part with this work took so long."""
+        self._rows, self._seconds = self._rows + self._in_rows(work), self._seconds + seconds
+
+    def _in_rows(self, work: Work) -> float:
+        """The rows that are trained in the time of this work."""
+        return work.trained + READ * (work.read + SAID * work.answers * self._answer / self._tokens)
 
     def of(self, work: Work, micro_batch: int) -> cost.Estimate:
-        """Memory and time of the work; tokens: of all rows. Checkpoints and the loading of models are left out."""
-        read = READ * (work.read + SAID * work.answers * self._answer / self._tokens)
+        """Memory and time of the work; tokens: of all rows. At first checkpoints and loading are left out."""
+        speed = self._seconds / self._rows if self._rows else self._row.seconds
         rows = work.trained + work.read
         return replace(
             self._row,
             tokens=rows * self._tokens + work.answers * self._answer,
-            seconds=self._row.seconds * (work.trained + read),
+            seconds=speed * self._in_rows(work),
             activation_bytes=self._row.activation_bytes * micro_batch,
         )

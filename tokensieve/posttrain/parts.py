@@ -17,7 +17,7 @@ from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
 from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
-from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample
+from tokensieve.posttrain.sampled import Sampled, figures, gain, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.documents import Split
@@ -26,11 +26,11 @@ from tokensieve.tasks.problems import Domain, Problem
 log = logging.getLogger("tokensieve")
 
 # Each purpose draws problems of its own: offsets from the config's seed.
-COLD, KNOB, GRPO, DISTILL, MIXED, FILLED = range(6)
+COLD, KNOB, GRPO, DISTILL, MIXED, FILLED, ON_POLICY_PROMPTS = range(7)
 PURPOSES = 10  # so that the next seed of a config has none of these
 
 SPLITS: tuple[Split, ...] = ("train", "test")
-BASE, DISTILLED, FINAL = "base", "distilled", "final"  # the models, beside "specialist-DOMAIN"
+BASE, DISTILLED, ON_POLICY, FINAL = "base", "distilled", "on-policy", "final"  # the models, beside "specialist-DOMAIN"
 
 
 def specialist_of(domain: str) -> str:
@@ -88,8 +88,8 @@ class Parts:
 
     def folder(self, model: str) -> Path:
         """The folder of the stage that leaves a model."""
-        if model == FINAL:
-            return self.out / "final"
+        if model in (FINAL, ON_POLICY):
+            return self.out / model
         return self.out / "distilled/train" if model == DISTILLED else self._specialist_folder(model) / "rl"
 
     def _specialist_folder(self, model: str) -> Path:
@@ -107,7 +107,7 @@ class Parts:
         if model == BASE:
             return self.config.model
         if not self.is_done(model):
-            commands = {DISTILLED: "distill", FINAL: "rl"}
+            commands = {DISTILLED: "distill", ON_POLICY: "distill", FINAL: "rl"}
             command = commands.get(model, f"specialist --domain {model.removeprefix(specialist_of(''))}")
             raise UserError(
                 f"{self.out}: there is no {model} model yet; run first: tokensieve {command} --out {self.out}"
@@ -120,6 +120,9 @@ class Parts:
             for name in domains:
                 if not self._answers_file(name).is_file():
                     self.path(specialist_of(name))
+        elif model == ON_POLICY:
+            for name in domains:
+                self.path(specialist_of(name))
         elif model == FINAL and not self.config.rl.model:
             self.path(DISTILLED)
 
@@ -197,7 +200,7 @@ class Parts:
     def tidy(self, model: str) -> None:
         """Removes what only the making of a model needed, and a kill may have left."""
         folders, cold = [self.folder(model)], self._specialist_folder(model) / "cold"
-        if model not in (DISTILLED, FINAL):
+        if model not in (DISTILLED, ON_POLICY, FINAL):
             folders.append(cold)
             shutil.rmtree(cold / stages.MODEL, ignore_errors=True)
         for path in (path for folder in folders for path in folder.glob("checkpoint-*")):
@@ -207,7 +210,7 @@ class Parts:
         self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path, own: dict[str, Any]
     ) -> None:
         """Nothing but a warning if no problem has a right answer to show."""
-        stage = self.config.cold
+        stage = self.config.cold_of(groups[0].domain)
         asked = self._examples(groups, stage.steps * stage.rows, COLD)
         shown = [example for _, examples in asked for example in examples if example.item.answer]
         own["demonstrations"] = len(shown)
@@ -267,6 +270,25 @@ class Parts:
         on_step = self._on_step("distillation")
         stages.fine_tune(model, self.tokenizer, rows, config.train, self.config, folder, on_step)
 
+    def distill_on_policy(self, domains: Sequence[str]) -> None:
+        """One model that answers by itself, and learns at each token what the domain's specialist would go on with."""
+        config = self.config.distill.on_policy
+        assert config is not None
+        groups = self.groups(domains)
+        asked = self._examples(groups, config.steps * config.prompts, ON_POLICY_PROMPTS)
+        prompts = mixture.prompts(asked, self.encode)
+        prompts = prompts.add_column("teacher", [group.domain for group, examples in asked for _ in examples])
+        self.found[ON_POLICY] = {"prompts": {group.name: len(examples) for group, examples in asked}}
+        self.watch.note()
+        stages.distill_on_policy(
+            self.load(config.model or self.config.model),
+            {name: self.load(self.path(specialist_of(name))) for name in dict.fromkeys(g.domain for g, _ in asked)},
+            self.tokenizer, prompts, config, self.config, self.folder(ON_POLICY),
+            self._on_step("on-policy distillation"),
+            respond_of([(group.task, examples) for group, examples in asked], self.encode),
+            room(asked, self.config.result_tokens),
+        )  # fmt: skip
+
     def _answers_file(self, domain: str) -> Path:
         return self.out / "distilled/samples" / f"{domain}.jsonl"
 
@@ -294,7 +316,7 @@ class Parts:
         self._reinforce(model, asked, config.train, self.folder(FINAL), "all domains")
 
     def evaluate(self, name: str, domains: Sequence[str]) -> None:
-        """Measures a model on held-out problems of those groups that it lacks.
+        """Measures a model on held-out problems of those groups that it lacks. The base comes before the others.
 
         Figures at another difficulty than the group's are forgotten, of every model: a table has them side by side.
         """
@@ -309,12 +331,16 @@ class Parts:
             return
         model = self.load(self.path(name))
         for group in missing:
-            asked = [(group, group.examples("test", self.config.evaluation, self.config.seed))]
+            count = self.config.evaluation_of(group.domain)
+            asked = [(group, group.examples("test", count, self.config.seed))]
             found = self._sample(model, f"{name} on held-out {group.name}", asked, 1, temperature=0.0)
             own[group.name] = {
                 "difficulty": group.difficulty,
                 **figures(found, model.top_k if model.is_sparse else None),
             }
+            if name != BASE:
+                before = self.found["evaluation"][BASE][group.name]["scores"]
+                own[group.name]["gain"] = gain(own[group.name]["scores"], before).to_dict()
             self.watch.note()
 
 

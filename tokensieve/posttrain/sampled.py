@@ -75,17 +75,23 @@ def pass_rate(found: Sequence[Sequence[Sampled]]) -> float:
 
 
 def figures(found: Sequence[Sequence[Sampled]], top_k: int | None) -> dict[str, Any]:
-    """{"accuracy": `Estimate` of the mean score; "tokens": mean of an answer, without results of tools; "ended": share
-    of the answers that did; "past_k": share of the queries, in prompt and answer, that see more than `top_k` keys, None
-    for a dense model}. One answer to each problem.
+    """{"scores": of each; "accuracy": `Estimate` of their mean; "tokens": mean of an answer, without results of tools;
+    "ended": share of the answers that did; "past_k": share of the queries, in prompt and answer, that see more than
+    `top_k` keys, None for a dense model}. One answer to each problem.
 
     Scores that are shares, as of writing, vary less than those of 0 or 1, so Wilson's interval is on the safe side.
     """
     each = [answers[0] for answers in found]
     lengths = [len(sampled.rollout.prompt) + len(sampled.rollout.answer) for sampled in each]
     return {
+        "scores": [sampled.score for sampled in each],
         "accuracy": intervals.share(sum(sampled.score for sampled in each), len(each)).to_dict(),
         "tokens": sum(sum(sampled.rollout.mask) for sampled in each) / len(each),
         "ended": sum(sampled.answer.ended for sampled in each) / len(each),
         "past_k": None if top_k is None else sum(max(0, length - top_k) for length in lengths) / sum(lengths),
     }
+
+
+def gain(scores: Sequence[float], before: Sequence[float]) -> intervals.Estimate:
+    """The mean score less that of another model on the same problems, with the interval of a paired difference."""
+    return intervals.clustered_difference(scores, before, range(len(scores)))

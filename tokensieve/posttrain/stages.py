@@ -1,13 +1,13 @@
 """A stage of post-training under TRL: it continues from its last checkpoint, and leaves a model and its history.
 
-OUT/checkpoint-N while it trains; OUT/model and, behind it, OUT/history.json when it is done.
+OUT/checkpoint-N while it trains. Then OUT/model, with LoRA also OUT/adapter, and behind them OUT/history.json.
 """
 
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,23 +15,25 @@ from typing import Any
 
 from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOConfig, SFTConfig, SFTTrainer
+from trl import DistillationConfig, GRPOConfig, SFTConfig, SFTTrainer
 
-from tokensieve.config import UserError
+from tokensieve.config import LoraConfig, UserError
 from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments
+from tokensieve.posttrain.on_policy import SparseDistillationTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
-from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig, SftConfig
+from tokensieve.posttrain_config import GrpoConfig, OnPolicyConfig, PosttrainConfig, SftConfig
 from tokensieve.train.callbacks import training
+from tokensieve.train.lora import adapted, save_adapter
 from tokensieve.train.resuming import make_resumable
 
 log = logging.getLogger("tokensieve")
 
 OnStep = Callable[[int, int, dict[str, float]], None]  # the step, all steps, and its figures
 History = list[dict[str, float]]
-HISTORY, MODEL = "history.json", "model"
+HISTORY, MODEL, ADAPTER = "history.json", "model", "adapter"
 
 
 def history(folder: Path) -> History | None:
@@ -43,9 +45,11 @@ def history(folder: Path) -> History | None:
 def check_options(config: PosttrainConfig) -> None:
     """UserError for options of any stage that TRL or `SparseGRPOTrainer` does not take."""
     for sft in (config.cold, config.distill.train):
-        _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows // sft.micro_batch) | sft.options)
+        _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows) | sft.options)
     for grpo in (config.specialist, config.rl.train):
         check_arguments(_grpo_arguments(grpo, config, Path(config.out)))
+    if config.distill.on_policy is not None:
+        _on_policy_arguments(config.distill.on_policy, config, Path(config.out))
 
 
 def fine_tune(
@@ -63,14 +67,16 @@ def fine_tune(
     """
     longest = max(map(len, rows["input_ids"]))
     dense = config.selection == "dense"
-    arguments = _arguments(stage, config, folder, stage.rows // stage.micro_batch)
+    arguments = _arguments(stage, config, folder, stage.rows)
     arguments |= {"max_length": longest, "completion_only_loss": True}  # else TRL ignores the rows' completion_mask
     args = _made(SFTConfig, arguments | stage.options)
-    with _quiet(), selecting(model, "dense") if dense else training(model, "adapt") as callback:
-        trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
-        if not dense:
-            trainer.add_callback(callback)
-        return _run(trainer, model, folder, on_step)
+    with _learner(model, stage.lora, config, folder) as learner:
+        with selecting(model, "dense") if dense else training(learner, "adapt") as callback:
+            trainer = SFTTrainer(learner, args=args, train_dataset=rows, processing_class=tokenizer)
+            if not dense:
+                trainer.add_callback(callback)
+            found = _run(trainer, folder, on_step)
+    return _leave(model, found, folder)
 
 
 def reinforce(
@@ -89,33 +95,84 @@ def reinforce(
 
     respond: gives the results of tools, as in `Rollouts.sample`; room: tokens that they may take in an answer.
     """
-    args, longest = (
-        _grpo_arguments(stage, config, folder),
-        max(map(len, prompts["prompt"])) + config.new_tokens + room,
-    )
-    with _quiet():
+    args, longest = _grpo_arguments(stage, config, folder), _longest(prompts, config, room)
+    with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseGRPOTrainer(
-            model, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
+            learner, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
             at_once=config.at_once,
         )  # fmt: skip
-        return _run(trainer, model, folder, on_step)
+        found = _run(trainer, folder, on_step)
+    return _leave(model, found, folder)
+
+
+def distill_on_policy(
+    model: DecoderForCausalLM,
+    teachers: Mapping[str, DecoderForCausalLM],
+    tokenizer: Any,
+    prompts: Dataset,
+    stage: OnPolicyConfig,
+    config: PosttrainConfig,
+    folder: Path,
+    on_step: OnStep | None = None,
+    respond: Respond | None = None,
+    room: int = 0,
+) -> History:
+    """Distillation by `SparseDistillationTrainer`; leaves the model in `folder`.
+
+    prompts, respond, room: as `reinforce` takes them, with the column "teacher". UserError for options that
+    DistillationConfig refuses.
+    """
+    args = _on_policy_arguments(stage, config, folder)
+    with _learner(model, stage.lora, config, folder) as learner:
+        trainer = SparseDistillationTrainer(
+            learner, teachers, tokenizer, args, prompts, tokens=_longest(prompts, config, room),
+            selection=config.selection, respond=respond,
+        )  # fmt: skip
+        found = _run(trainer, folder, on_step)
+    return _leave(model, found, folder)
+
+
+def _longest(prompts: Dataset, config: PosttrainConfig, room: int) -> int:
+    return max(map(len, prompts["prompt"])) + config.new_tokens + room
+
+
+@contextmanager
+def _learner(
+    model: DecoderForCausalLM, lora: LoraConfig | None, config: PosttrainConfig, folder: Path
+) -> Iterator[Any]:
+    """What trains in the block: the model, or PEFT's wrapper of it, whose adapter is merged into the model behind it.
+
+    The adapter is saved in `folder` first, but not if the block was stopped.
+    """
+    selects, base = config.selection == "indexer", str(getattr(model, "folder", None) or "")
+    with _quiet(), adapted(model, lora, config.seed, base=base, indexers=selects) as adapter:
+        yield model if adapter is None else adapter
+        if adapter is not None:
+            (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
+            save_adapter(adapter, folder / ADAPTER)
+
+
+def _on_policy_arguments(stage: OnPolicyConfig, config: PosttrainConfig, folder: Path) -> DistillationConfig:
+    arguments = _arguments(stage, config, folder, stage.prompts) | {"max_completion_length": config.new_tokens}
+    return _made(DistillationConfig, arguments | stage.options)
 
 
 def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) -> GRPOConfig:
-    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples // stage.micro_batch)
+    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples)
     arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
     return _made(GRPOConfig, arguments | stage.options)
 
 
 def _arguments(
-    stage: SftConfig | GrpoConfig, config: PosttrainConfig, folder: Path, accumulation: int
+    stage: SftConfig | GrpoConfig | OnPolicyConfig, config: PosttrainConfig, folder: Path, rows: int
 ) -> dict[str, Any]:
-    """What both trainers take."""
+    """What all trainers take. rows: of a step."""
+    micro_batch = 1 if isinstance(stage, OnPolicyConfig) else stage.micro_batch
     return {
         "output_dir": str(folder),
         "max_steps": stage.steps,
-        "per_device_train_batch_size": stage.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": rows // micro_batch,
         "learning_rate": stage.lr,
         "seed": config.seed,
         "save_strategy": "steps" if config.save_every else "no",
@@ -143,7 +200,7 @@ def _made(kind: Any, arguments: dict[str, Any]) -> Any:
         raise UserError(f"options of {kind.__name__}: {' '.join(str(error).split())}; correct them") from error
 
 
-def _run(trainer: Any, model: DecoderForCausalLM, folder: Path, on_step: OnStep | None) -> History:
+def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
     trainer.remove_callback(PrinterCallback)
     if on_step is not None:
         trainer.add_callback(_Told(on_step))
@@ -152,7 +209,10 @@ def _run(trainer: Any, model: DecoderForCausalLM, folder: Path, on_step: OnStep 
         log.info("%s: continues from %s", folder, checkpoint.name)
         make_resumable(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    rows = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    return [row for row in trainer.state.log_history if "train_runtime" not in row]
+
+
+def _leave(model: DecoderForCausalLM, rows: History, folder: Path) -> History:
     shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a run that a kill stopped here
     model.save_pretrained(folder / MODEL)
     write_json(folder / HISTORY, rows)

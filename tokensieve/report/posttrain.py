@@ -65,7 +65,9 @@ def show_posttraining(console: Console, figures: Mapping[str, Any]) -> None:
         console.print()
     models = figures.get("evaluation", {})
     groups = dict.fromkeys(group for found in models.values() for group in found)
-    shown = table("held-out problems", "model", "accuracy", "95% interval", "n", "output tokens", "queries past k")
+    shown = table(
+        "held-out problems", "model", "accuracy", "95% interval", "n", "output tokens", "queries past k", "gain"
+    )
     for group in groups:
         for model, found in models.items():
             if group in found:
@@ -88,12 +90,19 @@ def _show_difficulties(console: Console, figures: Mapping[str, Any]) -> None:
 
 
 def accuracy_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Accuracy, its interval, the number of problems, output tokens, and the share of queries past k."""
-    accuracy, past = found["accuracy"], found["past_k"]
+    """Accuracy, its interval, the number of problems, output tokens, the share of queries past k, and the gain."""
+    accuracy, past, gain = found["accuracy"], found["past_k"], found.get("gain")
     return (
         f"{100 * accuracy['value']:.1f}%",
         f"{100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f}%",
         str(accuracy["n"]),
         f"{found['tokens']:.1f}",
         "" if past is None else f"{100 * past:.0f}%",
+        "" if gain is None else _points(gain),
     )
+
+
+def _points(gain: Mapping[str, Any]) -> str:
+    """In percentage points, with the interval if there is one."""
+    value = f"{100 * gain['value']:+.0f}"
+    return value if gain["low"] is None else f"{value} ({100 * gain['low']:+.0f} to {100 * gain['high']:+.0f})"

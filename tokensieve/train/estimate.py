@@ -37,11 +37,16 @@ class Rehearsal(NamedTuple):
 
 
 def estimate(
-    config: TrainConfig, stage: Stage, model: DecoderForCausalLM, device: torch.device
+    config: TrainConfig,
+    stage: Stage,
+    model: DecoderForCausalLM,
+    device: torch.device,
+    affordable: float = AFFORDABLE,
 ) -> tuple[cost.Estimate, Rehearsal]:
     """Memory and time of a run of the prepared `model`, and the pass that was timed for it.
 
-    Preparing data, writing checkpoints and compiling are left out.
+    Preparing data, writing checkpoints and compiling are left out. affordable: seconds of a pass for which rows longer
+    than the first timed one are timed too, on a CPU.
     """
     value_bytes, adapters = 2 if device.type == "cuda" else 4, adapters_of(model)
 
@@ -63,7 +68,7 @@ def estimate(
         while tokens < whole:
             tokens = min(whole, 4 * tokens)
             expected = found.seconds * counted(tokens, 1) / found.flops
-            if expected > AFFORDABLE:
+            if expected > affordable:
                 break
             found = timed(tokens, 1)
     rate = found.flops / found.seconds
