@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 VENV := .venv
 VERL := .venv-verl
+SITE := .venv-docs
 
 ifdef PY
 RUNTIME :=
@@ -27,7 +28,7 @@ PYTEST := $(PY) -m pytest
 export PYTHONPATH := $(CURDIR)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all fresh check bench test-gpu bench-gpu verl
+.PHONY: demo test test-all fresh check bench test-gpu bench-gpu verl docs
 
 demo: $(RUNTIME)
 	$(PY) -m tokensieve demo $(DEMO)
@@ -53,7 +54,7 @@ BRIEF := DEMO='--set context=1024 --set needle_contexts=1 --set ppl_sequences=1 
   --set adapt.phases.0.steps=1 --set adapt.phases.0.context=256 --set adapt.phases.0.sequences=1'
 BRIEF += OPTIONS='tests/cli tests/ops/test_compile.py tests/serve/playground/test_page.py tests/test_doctor.py tests/test_files.py'
 
-test-all: check $(BROWSER)
+test-all: check $(BROWSER) $(if $(BROWSER),docs)
 	@OMP_NUM_THREADS=1 timeout --foreground -s INT -k 1m $(LIMIT) $(PYTEST) $(WORKERS) $(OPTIONS) || { status=$$?; \
 	  case $$status in 124 | 137) echo "test-all: stopped, for it took more than $(LIMIT), the most that it may" >&2; esac; \
 	  exit $$status; }
@@ -92,6 +93,20 @@ $(VERL)/.ready: integrations/verl/requirements.txt pyproject.toml constraints.tx
 	$(VERL)/bin/python -m pip install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(VERL)/bin/python -m pip install -qq -r integrations/verl/requirements.txt
 	$(VERL)/bin/python -m pip install -qq -c constraints.txt -e .
+	@touch $@
+
+# The site, in an environment of its own without torch: the reference is read from the sources. A link that leads nowhere
+# ends it. Not with --quiet, which hides warnings from --strict too.
+docs: $(SITE)/.ready
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
+	@echo "The site: build/site/index.html"
+
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+$(SITE)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SITE)
+	$(PYTHON) -c '$(EXTRA)' >$(SITE)/requirements.txt
+	$(SITE)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt -r $(SITE)/requirements.txt
 	@touch $@
 
 # torch goes first and alone: a range that another package asks for would otherwise pull the newest CUDA build.

@@ -1,6 +1,7 @@
 """The whole of post-training on a tiny model: what it leaves, and that stopping it anywhere changes nothing."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from tests.support import commands, models
 from tokensieve import pipeline
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import distillation, stages
-from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts
+from tokensieve.posttrain.rollouts import Rollouts
 from tokensieve.posttrain_config import PosttrainConfig
+from tokensieve.run_record import RunRecord
+from tokensieve.sandbox import program
 
 K = 16
 QUIET = Console(quiet=True)
@@ -153,6 +157,83 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
     assert weights_of(out) == weights_of(whole) and figures_of(out) == figures_of(whole)
 
 
+def test_a_measured_difficulty_outlives_a_kill_without_a_cold_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"Name stone {n}.", "rubric": ["The answer has at most 3 words."]} for n in range(12)]
+    (tmp_path / "stones.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(model, tmp_path / "run", tokens=17, domains=[str(tmp_path / "stones.jsonl")])
+    reinforce, measured = Parts._reinforce, []
+    monkeypatch.setattr(Parts, "_reinforce", lambda *_: (_ for _ in ()).throw(SystemExit))
+    with pytest.raises(SystemExit):
+        pipeline.run(config, only=f"specialist-{config.domains[0]}", console=QUIET)
+    before = json.loads((tmp_path / "run/metrics.json").read_text())
+    monkeypatch.setattr(Parts, "_reinforce", reinforce)
+    monkeypatch.setattr(Parts, "_difficulty", lambda *_: measured.append(_))
+    after = pipeline.run(config, resume=True, only=f"specialist-{config.domains[0]}", console=QUIET)
+    assert measured == [] and before["specialist-stones"].items() <= after["specialist-stones"].items()
+    assert after["seconds"]["specialist-stones"] > before["seconds"]["specialist-stones"] > 0
+
+
+def test_no_more_answers_are_sampled_together_than_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In GRPO too, whose steps have more: the engine's pages follow from it."""
+    seen, make = set(), Rollouts.__init__
+
+    def watched(self: Rollouts, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        seen.add((self.engine.config.running, kwargs["keep_selection"]))
+
+    monkeypatch.setattr(Rollouts, "__init__", watched)
+    config = settings(model, tmp_path / "run", domains=["logic"], at_once=3, **{"specialist.samples": 4})
+    pipeline.run(config, only="specialist-logic", console=QUIET)
+    assert seen == {(3, False), (3, True)}
+
+
+def test_a_group_has_one_difficulty_in_the_table(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is measured before the specialist is there, whose difficulty is then another one."""
+    config = settings(model, tmp_path / "run", domains=["logic"], **{"rl.model": str(model), "rl.train.steps": 1})
+    before = pipeline.run(config, only=FINAL, console=QUIET)["evaluation"]
+    monkeypatch.setattr(Parts, "_difficulty", lambda *_: {"difficulty": 3, "rates": {}, "within": True})
+    pipeline.run(config, only="specialist-logic", console=QUIET)
+    after = pipeline.run(config, resume=True, only=FINAL, console=QUIET)["evaluation"]
+    levels = [{found["logic-direct"]["difficulty"] for found in figures.values()} for figures in (before, after)]
+    assert levels == [{4}, {3}] and after.keys() == {BASE, "specialist-logic", FINAL}
+
+
+def test_what_a_kill_left_of_a_done_part_is_removed(whole: Path, model: Path) -> None:
+    leaves = [
+        "specialists/logic/cold/model",
+        "specialists/logic/cold/checkpoint-2",
+        "specialists/writing/rl/checkpoint-2",
+    ]
+    for folder in (*leaves, "distilled/train/checkpoint-1", "on-policy/checkpoint-1", "final/checkpoint-2"):
+        (whole / folder).mkdir()
+    pipeline.run(settings(model, whole), resume=True, console=QUIET)
+    assert not [*whole.rglob("checkpoint-*"), *whole.rglob("cold/model")]
+    assert len([*whole.rglob("model.safetensors")]) == 5
+
+
+def test_a_model_that_is_gone_leaves_no_figures_to_its_successor(tmp_path: Path) -> None:
+    leaves = {"specialist-logic": ("specialists/logic",), "evaluation": ()}
+    record = RunRecord.of(tmp_path / "run", leaves, False, "run")
+    record.figures |= {"settings": dict.fromkeys(leaves, "x"), "specialist-logic": {"steps": 2}}
+    record.figures["evaluation"] = {"specialist-logic": {"logic-direct": {}}, BASE: {"logic-direct": {}}}
+    record.match(dict.fromkeys(leaves, "x"))
+    assert "specialist-logic" not in record.figures and record.figures["evaluation"].keys() == {BASE}
+
+
+def test_a_judge_may_move_and_be_asked_more_and_not_be_another(model: Path, tmp_path: Path) -> None:
+    def decisive(**judge: Any) -> Any:
+        changes = {f"judge.{name}": value for name, value in judge.items()}
+        return pipeline._specialist(settings(model, tmp_path, **changes), "writing", "writing").trains_on
+
+    assert decisive(url="http://a/v1", model="m") == decisive(url="http://b/v1", model="m", budget=9, timeout=1.0)
+    assert decisive(url="http://a/v1", model="m") != decisive(url="http://a/v1", model="n") != decisive()
+    assert decisive() == decisive(budget=9)
+
+
 def test_single_commands_share_a_folder(whole: Path, model: Path, tmp_path: Path, capsys: Any) -> None:
     """`specialist` adds to what is there; `distill` and `rl` say what they lack, and a done part asks for --resume."""
     run, refused = commands.runner(capsys), commands.refusal(commands.runner(capsys))
@@ -237,17 +318,50 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
         ({"domains": ["logics"]}, "domain logics: there is no such domain or file; name one of mathematics, logic"),
         ({"evaluations.alchemy": 1}, "evaluations.alchemy is none of the domains logic, writing"),
         ({"rl.ratios.alchemy": 1.0}, "rl.ratios.alchemy is none of the domains logic, writing"),
+        ({"difficulty.fixed.logicc-direct": 3}, "fixed.logicc-direct is no DOMAIN-MODE of the domains logic, writing"),
         ({"tokens": K}, r"tokens is 16, and .* selects 16 keys: nothing would be selected"),
         ({"model": "base", "tokens": 600}, "base is dense and has no indexers; sparsify it first, or add --dense"),
         ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),
         ({"languages": ["fr"]}, "logic has problems in en, zh, none of them in languages"),
         ({"cold.options.leraning_rate": 1}, "options of SFTConfig: .*leraning_rate"),
+        ({"distill.on_policy.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
         ({"specialist.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
     ],
 )
 def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline.run(settings(model, tmp_path / "run", **changes), only="specialist-logic", console=QUIET)
+
+
+def test_what_is_missing_is_said_before_anything_is_trained(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what only a later part needs."""
+
+    def train(*_: Any) -> None:
+        pytest.fail("a part has begun")
+
+    def no_isolation() -> str:
+        raise UserError("no isolation here")
+
+    monkeypatch.setattr(Parts, "specialist", train)
+    monkeypatch.setattr(pipeline, "Pace", train)
+
+    def refused(message: str, **changes: Any) -> None:
+        given = {"domains": ["logic", "writing"]} | {name.replace("__", "."): value for name, value in changes.items()}
+        with pytest.raises(UserError, match=message):
+            pipeline.run(settings(model, tmp_path / "run", **given), resume=True, console=QUIET)
+
+    refused("writing has problems in en, none of them in languages", languages=["zh"])
+    refused("options of SFTConfig: .*leraning_rate", distill__train__options__leraning_rate=1)
+    refused("options of GRPOConfig: .*leraning_rate", rl__train__options__leraning_rate=1)
+    refused("rollouts of the engine train at 1 alone", rl__train__options__temperature=0.5)
+    refused("logic has difficulties from 3 to 10, not 2", **{"difficulty.fixed.logic-direct": 2})
+    refused("no reply from judge m at http://127.0.0.1:9/v1", judge__url="http://127.0.0.1:9/v1", judge__model="m")
+    monkeypatch.setattr(program, "isolation", no_isolation)
+    refused("no isolation here", domains=["logic", "programming"])
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    refused("language consistency needs py3langid", reward__language=0.1)
 
 
 @pytest.mark.parametrize("known", ["answer", "rubric"])
@@ -262,6 +376,30 @@ def test_a_file_is_a_domain_and_needs_no_answers(model: Path, tmp_path: Path, kn
     assert figures["specialist-my-stones"]["demonstrations"] == (4 if known == "answer" else 0)
     assert (tmp_path / "run/specialists/my-stones/rl/model/config.json").is_file()
     assert (tmp_path / "run/specialists/my-stones/cold/history.json").is_file() == (known == "answer")
+
+
+def test_other_rows_of_the_same_name_are_other_data(model: Path, tmp_path: Path) -> None:
+    """A file that is edited behind a part, and two of one name. Fields that nobody reads change nothing."""
+    files = [tmp_path / folder / "my.jsonl" for folder in ("a", "b")]
+    for file, answer in zip(files, ("blue", "red"), strict=True):
+        file.parent.mkdir()
+        rows = [{"prompt": f"The colour of stone {number}?", "answer": answer} for number in range(12)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(model, tmp_path / "run", domains=[str(files[0])], tokens=64)
+    plans = [pipeline._plan(config, ("my",), pipeline._domains([str(file)])[1])[0] for file in files]
+    assert plans[0].trains_on != plans[1].trains_on
+    with pytest.raises(UserError, match="specialist-.*b/my.jsonl: another domain of this name is among domains"):
+        pipeline.run(config, only=f"specialist-{files[1]}", console=QUIET)
+    record = RunRecord.of(tmp_path / "run", {"specialist-my": ("specialists/my",)}, False, "run")
+    record.figures["settings"] = pipeline._settings(config, plans[:1] * 3)
+    record.write()
+    (tmp_path / "run/specialists/my").mkdir(parents=True)
+    text = files[0].read_text()
+    files[0].write_text(text.replace("blue", "green"))
+    with pytest.raises(UserError, match="config differs .* from specialist-my on"):
+        pipeline.run(config, resume=True, console=QUIET)
+    files[0].write_text(text.replace("}", ', "id": 7}'))
+    assert pipeline._domains([str(files[0])])[1] == {"my": plans[0].trains_on[0]}
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,16 @@ class ParitySizes:
         return tuple(max(context, self.times_k * top_k) for context in self.contexts)
 
 
-LONG_TASKS = ("single", "multikey", "multivalue", "multiquery", "variables", "common_words")
+LONG_TASKS = (
+    "single",
+    "multikey",
+    "multivalue",
+    "multiquery",
+    "variables",
+    "common_words",
+    "cross_document",
+    "repository",
+)
 
 
 @dataclass(frozen=True)
@@ -226,11 +235,11 @@ class LongSizes:
     haystack: Literal["documents", "filler", "pairs"] = "documents"  # around what is hidden
     key: Literal["words", "numbers", "uuids"] = "words"  # of needles
     value: Literal["words", "numbers", "uuids"] = "numbers"  # of needles
-    keys: int = 16  # multikey and multiquery: hidden in a context
-    asked: int = 4  # multikey and multiquery: questions of one context, at most
+    keys: int = 16  # multikey, multiquery and repository: hidden in a context
+    asked: int = 4  # multikey, multiquery and repository: questions of one context, at most
     values: int = 4  # multivalue: of the key
     together: int = 4  # multiquery: keys that one question asks for
-    chains: int = 4  # variables: in a context, each asked for
+    chains: int = 4  # variables and cross_document: in a context, each asked for
     hops: int = 2  # variables: assignments after the first
     common: int = 5  # common_words: asked for
     often: int = 30  # common_words: times that each of these comes
@@ -248,53 +257,12 @@ class ShortSizes:
     tokens: int = 512  # of a sequence
 
 
-SERVING_PROBES = ("answers", "boundary", "repeat", "cached", "crowd", "ragged", "decode", "pieces", "dense")
-
-
-@dataclass(frozen=True)
-class ServingSizes:
-    """How much `tokensieve eval --suite serving` asks an endpoint, and how long it waits."""
-
-    model: str = ""  # id at the endpoint; empty: the first one that it serves
-    dense: str = ""  # id of the same model with dense attention there; empty: MODEL:dense, if it is served
-    contexts: tuple[
-        int, ...
-    ] = ()  # tokens of questions past k; none: around k, 8K, 32K, 128K, and as many as there are
-    most: int = 0  # tokens of a question, at most; 0: as many as the model has room for
-    probes: tuple[str, ...] = SERVING_PROBES
-    questions: int = 16  # with known answers, in each context
-    texts: int = 2  # compared, in each probe
-    answer_tokens: int = 24  # of a known answer, at most
-    generated: int = 24  # tokens that are compared
-    crowd: int = 3  # texts beside the one that is compared
-    tolerance: float = 0.1  # nats a token; rounding in bfloat16 stays far below
-    seconds: float = 300.0  # the longest wait for one reply
-    retries: int = 4  # of a request that was refused because of its rate, or that failed on the way
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.probes if name not in SERVING_PROBES]
-        if unknown or not self.probes:
-            raise UserError(f"serving.probes: {', '.join(unknown) or 'none'}; known are {', '.join(SERVING_PROBES)}")
-        for name in ("questions", "texts", "answer_tokens", "generated", "crowd", "seconds", "retries", "tolerance"):
-            if (getattr(self, name) < 1 and name not in ("retries", "tolerance")) or getattr(self, name) < 0:
-                raise UserError(f"serving.{name} is {getattr(self, name)}; it is too small")
-
-
 @dataclass(frozen=True)
 class OwnSizes:
     """What is measured of a model unless a suite is named, and at the end of a speedrun."""
 
     base: AcceptanceSizes  # of a dense model
     sparse: ParitySizes
-
-
-@dataclass(frozen=True)
-class EvaluateConfig(OwnSizes):
-    """`tokensieve eval`."""
-
-    long: LongSizes = LongSizes()
-    short: ShortSizes = ShortSizes()
-    serving: ServingSizes = ServingSizes()
 
 
 @dataclass(frozen=True)
@@ -420,7 +388,8 @@ def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
     except dacite.UnexpectedDataError as error:
         names = ", ".join(sorted(error.keys))
         raise UserError(
-            f"config {where}: unknown key {names}; known keys are the fields of {kind.__name__} in tokensieve/config.py"
+            f"config {where}: unknown key {names}; known keys are the fields of {kind.__name__} in "
+            f"{kind.__module__.replace('.', '/')}.py"
         ) from error
     except (dacite.DaciteError, ValueError, TypeError) as error:
         raise UserError(f"config {where}: {' '.join(str(error).split())}; correct the value") from error

@@ -7,7 +7,7 @@ same command continues where it was stopped: by Ctrl-C, by a kill, or because it
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from tokensieve.machine import choose_device
 from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts, Watch, specialist_of
-from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
+from tokensieve.posttrain_config import GrpoConfig, JudgeConfig, PosttrainConfig
 from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
 from tokensieve.run_record import Clock, RunRecord
-from tokensieve.tasks.problems import DOMAINS, Domain, domain
+from tokensieve.tasks.problems import DOMAINS, MODES, Domain, Rows, domain
 
 EVALUATION = "evaluation"
 
@@ -55,15 +55,19 @@ def run(
 
     Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
     "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
-    without `resume`, and for one whose model to start from is missing; train.Interrupted after Ctrl-C.
+    without `resume`, for one whose model to start from is missing, and for whatever `Parts.check` finds missing;
+    train.Interrupted after Ctrl-C.
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
-    domains, more = _domains(config.domains or tuple(DOMAINS)), {}
+    domains, sources = _domains(config.domains or tuple(DOMAINS))
+    more: dict[str, Domain] = {}
     if only not in (None, DISTILLED, FINAL):
-        more = _domains((only.removeprefix(specialist_of("")),))
-        only = specialist_of(*more)
-    plan = _plan(config, tuple(domains), tuple(domains | more))
+        more, its = _domains((only.removeprefix(specialist_of("")),))
+        if any(sources.get(name, source) != source for name, source in its.items()):
+            raise UserError(f"{only}: another domain of this name is among domains; rename the file, or leave one out")
+        only, sources = specialist_of(*more), sources | its
+    plan = _plan(config, tuple(domains), sources)
     leaves: dict[str, tuple[str, ...]] = {part.name: (part.folder,) for part in plan} | {EVALUATION: ()}
     record = RunRecord.of(out, leaves, resume or only is not None, "post-training run")
     if only in record.figures["seconds"] and not resume:
@@ -78,9 +82,15 @@ def run(
             asked_for = (only, ON_POLICY) if only == DISTILLED else (only,)
             wanted = [part for part in plan if only is None or part.name in asked_for]
             todo = [part for part in wanted if not parts.is_done(part.name)]
+            for part in wanted:
+                if part not in todo:
+                    parts.tidy(part.name)
             if only is not None:
                 for part in todo:
                     parts.check_start(part.name, part.domains)
+            if todo:
+                names = [*dict.fromkeys(name for part in todo for name in part.domains)]
+                parts.check(names, rewarded=any(part.name not in (DISTILLED, ON_POLICY) for part in todo))
             pace = Pace(parts.load(config.model), config) if todo else None
             for part in todo:
                 assert pace is not None
@@ -157,25 +167,39 @@ def _histories(out: Path, plan: Sequence[Part]) -> dict[str, stages.History]:
     return {stage: rows for stage, rows in found.items() if rows is not None}
 
 
-def _domains(asked: Sequence[str]) -> dict[str, Domain]:
-    """By name. UserError for an unknown one, and for two of one name."""
+def _domains(asked: Sequence[str]) -> tuple[dict[str, Domain], dict[str, Any]]:
+    """The domains by name, and where each comes from: its name, that of a module's object, or a digest of its rows.
+
+    UserError for an unknown one, and for two of one name.
+    """
     found: dict[str, Domain] = {}
-    for each in map(domain, asked):
+    sources: dict[str, Any] = {}
+    for name in asked:
+        each = domain(name)
         if each.name in found:
             raise UserError(f"domains: two are called {each.name}; rename a file, or leave one out")
-        found[each.name] = each
-    return found
+        found[each.name], sources[each.name] = each, [each.name, each.digest] if isinstance(each, Rows) else name
+    return found, sources
 
 
-def _plan(config: PosttrainConfig, domains: tuple[str, ...], specialists: tuple[str, ...]) -> list[Part]:
-    """The parts in their order. specialists: the domains, and perhaps another. UserError for ratios of no domain."""
-    known = (*domains, *specialists, *DOMAINS)  # one config may be for all, and some be left out
+def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[str, Any]) -> list[Part]:
+    """The parts in their order. sources: of the domains, and perhaps of one more that gets a specialist.
+
+    UserError for settings of no domain, and for a difficulty that is fixed for no group.
+    """
+    known = (*sources, *DOMAINS)  # one config may be for several runs
     tables = {"cold_steps": (config.cold_steps, known), "evaluations": (config.evaluations, known)}
     for table, (named, allowed) in (tables | {"rl.ratios": (config.rl.ratios, domains)}).items():
         for name in named:
             if name not in allowed:
                 raise UserError(f"{table}.{name} is none of the domains {', '.join(domains)}; leave it out")
-    plan = [_specialist(config, name) for name in specialists]
+    groups = [f"{name}-{mode}" for name in known for mode in MODES]
+    for group in config.difficulty.fixed:
+        if group not in groups:
+            raise UserError(
+                f"difficulty.fixed.{group} is no DOMAIN-MODE of the domains {', '.join(sources)}; leave it out"
+            )
+    plan = [_specialist(config, name, source) for name, source in sources.items()]
     mine = [part.trains_on for part in plan if part.domains[0] in domains]
     answers = config.distill.samples * config.distill.prompts * len(config.modes) * len(domains)
     distilled = Part(
@@ -221,13 +245,14 @@ def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any
     return [part]
 
 
-def _specialist(config: PosttrainConfig, name: str) -> Part:
+def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
     knob, modes = config.difficulty, len(config.modes)
     tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
     asked = knob.prompts * modes * tries
     given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
     begin = config.cold_of(name)
-    tables = (config.reward, config.judge, begin, config.difficulty, config.specialist)
+    judge = JudgeConfig(url=config.judge.model, model=config.judge.model)  # where it is, and its budget, may change
+    tables = (config.reward, judge, begin, config.difficulty, config.specialist)
     cold = Work(trained=begin.steps * begin.rows, read=asked, answers=asked * knob.samples)
     return Part(
         name=specialist_of(name),
@@ -236,7 +261,7 @@ def _specialist(config: PosttrainConfig, name: str) -> Part:
         work=cold + _grpo_work(config.specialist),
         micro_batch=max(config.cold.micro_batch, config.specialist.micro_batch),
         do=lambda parts: parts.specialist(name),
-        trains_on=[name, [getattr(config, key) for key in given], *map(to_dict, tables)],
+        trains_on=[source, [getattr(config, key) for key in given], *map(to_dict, tables)],
     )
 
 

@@ -22,7 +22,7 @@ class SftConfig:
     """A stretch of supervised fine-tuning by TRL's SFTTrainer."""
 
     steps: int
-    rows: int  # per step, think and direct in turn
+    rows: int  # per step, of all modes, which TRL shuffles
     micro_batch: int = 1  # rows per forward and backward; it divides `rows`
     lr: float = 2e-5
     options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's SFTConfig
@@ -146,11 +146,11 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """The generative reward model of domains with a rubric."""
+    """The generative reward model of domains with a rubric. Its API key, if it needs one, is in OPENAI_API_KEY."""
 
     url: str = "scripted"  # of an OpenAI-compatible server, with its /v1; scripted: by rules, started by the command
     model: str = "scripted"  # its name there
-    budget: int = 10_000  # questions
+    budget: int = 10_000  # questions of the whole run
     timeout: float = 60.0  # seconds for one
 
     def __post_init__(self) -> None:

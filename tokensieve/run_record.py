@@ -44,7 +44,7 @@ class RunRecord:
     """metrics.json: {"settings": digests by part, "seconds": by part, and the figures of each part that is done}.
 
     leaves: the parts in their order, each with the folders that it leaves; the last of them is its model. A part
-    without folders leaves its figures alone.
+    without folders leaves its figures alone, by the part that they are of.
     """
 
     def __init__(self, path: Path, leaves: Mapping[str, tuple[str, ...]], figures: dict[str, Any]):
@@ -87,6 +87,8 @@ class RunRecord:
                 )
             if changed or (leaves and leaves[-1] not in trained):
                 self.figures.pop(part, None)
+                for name in (name for name, folders in self.leaves.items() if not folders):
+                    self.figures.get(name, {}).pop(part, None)
             if not trained and (changed or leaves):
                 self.figures["seconds"].pop(part, None)
         self.figures["settings"] = then | settings

@@ -19,7 +19,7 @@ from tests.support.commands import tiny
 
 COMMANDS = (
     "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost "
-    "generate convert deploy serve bench"
+    "report generate convert deploy serve bench"
 ).split()
 BENCHES = ["bench serve"]
 
@@ -150,6 +150,33 @@ def test_the_suites(run, home: Path, tmp_path: Path, monkeypatch) -> None:
     tokensieve.save(models.ours(models.config("v3", vocab_size=300, num_hidden_layers=1)), tmp_path / "other")
     ended = run("eval", home / "sparse", "--suite", "short", *data, *short, "--before", tmp_path / "other")
     assert ended.status == 2 and "but the model's vocabulary is 300" in ended.err, ended
+
+
+def test_parity_goes_on_and_is_reported(run, home: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = {"texts": 1, "written": 2, "tasks": [], "top_k": [24], "recall_queries": 4}
+    sizes = [word for key, value in few.items() for word in ("--set", f"parity.{key}={json.dumps(value)}")]
+    command = ("eval", home / "sparse", "--suite", "parity", "--data", home / "text" / "*.py", "--held-out-share", "1")
+    ended = run(*command, *sizes, "--context", "24")
+    assert ended.status == 2 and "not longer than k = 24" in ended.err and "nothing can be called parity" in ended.err
+    ended = run(*command, *sizes, "--context", "120")
+    assert ended.status == 0 and "k = 24: undecided, too few prompts to tell in perplexity" in ended.out, ended
+    measured = Path("runs/eval-sparse-parity/measured.json")
+    record = json.loads(measured.read_text())
+    assert record["ended"] and record["measured"]
+    record["ended"] = False
+    measured.write_text(json.dumps(record))
+    ended = run(*command, *sizes, "--context", "120")
+    assert ended.status == 2 and "add --resume to go on with it" in ended.err
+    ended = run(*command, *sizes, "--context", "140", "--resume")
+    assert ended.status == 2 and "--resume: context differ from those of" in ended.err
+    ended = run(*command, *sizes, "--context", "120", "--resume")
+    assert ended.status == 0 and json.loads(measured.read_text()) == record | {"ended": True}
+    ended = run("report", "runs/eval-sparse-parity", "--out", "page")
+    assert ended.status == 0 and ended.out.strip() == "page/report.html"
+    page = Path("page/report.html").read_text()
+    assert "Parity with dense attention" in page and "<dt>command</dt>" in page
+    assert Path("page/plots/runs-eval-sparse-parity-recall.csv").is_file()
 
 
 def test_a_tokenizer_without_deepseeks_markers(run, home: Path, tmp_path: Path, monkeypatch) -> None:

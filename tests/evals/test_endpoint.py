@@ -2,54 +2,19 @@
 
 import json
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tokensieve.evals.endpoint as endpoint
+from tests.support.endpoints import Answer, answering
 from tokensieve.config import UserError
 from tokensieve.evals import Endpoint
 from tokensieve.evals.endpoint import Refused
 
 CARDS = {"data": [{"id": "m", "max_model_len": 4096}]}
-Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
-
-
-@contextmanager
-def answering(answer: Answer, headers: tuple[tuple[str, str], ...] = ()) -> Iterator[str]:
-    """The address of a server that answers (path, body) with (status, JSON, or bytes as they are)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, reply = answer(self.path, json.loads(body) if body else {})
-            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
-            for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(data))), *headers):
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture

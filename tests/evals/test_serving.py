@@ -12,13 +12,14 @@ import torch
 
 import tokensieve
 from tests.support import models, servers
-from tokensieve.config import ServingSizes, UserError
+from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig
 from tokensieve.engine.core import Engine
 from tokensieve.evals import FAULTS, Checker, Endpoint, ProbeResult, check_serving, diagnose
 from tokensieve.evals.diagnosis import failed_places
 from tokensieve.evals.endpoint import Refused, Reply
 from tokensieve.evals.serving import answers_differ, worse
+from tokensieve.evaluate_config import ServingSizes
 from tokensieve.families import family_of
 from tokensieve.model import entries
 from tokensieve.model.entries import PagedKeys

@@ -1,5 +1,6 @@
 """From a specialist's answers to data: what is kept, what is left out, and what takes its place."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_lines_on_disk(tmp_path: Path) -> None:
     file = tmp_path / "answers" / "logic.jsonl"
     distillation.write_lines(file, [line("a", "答")])
     assert distillation.read_lines(file) == [line("a", "答")] and "答" in file.read_text(encoding="utf-8")
-    file.write_text(file.read_text(encoding="utf-8") + '{"group": "x"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"logic.jsonl:2: no answer of a specialist; remove the file"):
-        distillation.read_lines(file)
+    wrong = (
+        {"group": "x"},
+        [1],
+        {"written": [1, 0]},
+        {"written": [1, 0, 2]},
+        {"answer": [3, "4", 5]},
+        {"prompt": None},
+    )
+    for change in wrong:
+        bad = change if change in wrong[:2] else line("a", "x") | change
+        file.write_text(f"{json.dumps(line('a', 'x'))}\n{json.dumps(bad)}\n", encoding="utf-8")
+        with pytest.raises(UserError, match=r"logic.jsonl:2: no answer of a specialist; remove the file"):
+            distillation.read_lines(file)
+    distillation.check_tokens([line("a", "x")], 6)
+    for change, vocabulary in (({}, 5), ({"prompt": [-1, 2]}, 6)):
+        with pytest.raises(UserError, match=r"an answer in logic-direct has token (5|-1), and .* another tokenizer"):
+            distillation.check_tokens([line("a", "x") | change], vocabulary)

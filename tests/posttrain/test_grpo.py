@@ -157,6 +157,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"peft_config": peft.IA3Config()}, "the adapters are IA3's, and the engine runs LoRA's"),
         ({"peft_config": adapter(lora_dropout=0.1)}, "lora_dropout is 0.1, and rollouts drop nothing"),
         ({"peft_config": adapter(modules_to_save=None)}, "the indexers learn, and the adapter would not save them"),
+        (
+            {"generation_kwargs": {"min_tokens": 50}},
+            r"generation_kwargs is {'min_tokens': 50}; rollouts of the engine do",
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs is .* leave it out"),
+        ({"cache_implementation": "static"}, "cache_implementation is static"),
+        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations is 3"),
         ({"selection": "window"}, "selection 'window': rollouts and training select by the indexer"),
     ):
         with pytest.raises(UserError, match=message):

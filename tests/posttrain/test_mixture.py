@@ -9,7 +9,7 @@ import tokensieve
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import mixture
 from tokensieve.posttrain.groups import groups_of
-from tokensieve.posttrain_config import PosttrainConfig
+from tokensieve.posttrain_config import JudgeConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import domain
 
@@ -71,7 +71,7 @@ def test_languages_take_turns(encode) -> None:
         asked(settings('languages=["zh"]'), encode, "writing")
 
 
-def test_the_judge_is_started_only_for_rubrics_and_ends_with_the_block(encode, tmp_path: Path) -> None:
+def test_the_judge_is_started_only_for_rubrics_and_ends_with_the_block(encode, tmp_path: Path, monkeypatch) -> None:
     config = settings()
     with mixture.judging(config.judge, asked(config, encode, "logic"), tmp_path / "replies") as judge:
         assert judge is None
@@ -82,5 +82,9 @@ def test_the_judge_is_started_only_for_rubrics_and_ends_with_the_block(encode, t
         (reward,) = (r for r in mixture.rewards(groups, encode, config, judge) if r.__name__ == group.name)
         answer = [*encode.solution(examples[0].demonstration), *encode.chat().close]
         assert reward(completion_ids=[answer], number=[0], task=[group.name])[0] > 1.9  # the outcome and the rubric
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    given = JudgeConfig(url=url, model="m")
+    with mixture.judging(given, groups, tmp_path / "replies") as judge:
+        assert judge is not None and judge.settings.api_key == "secret"
     with pytest.raises(Exception, match="Connection error"):
         OpenAI(base_url=url, api_key="none", max_retries=0).models.list()

@@ -1,12 +1,15 @@
 """Sampled answers: their scores and figures, and an agent's episode on its way to a row of training data."""
 
+from dataclasses import replace
+
 import pytest
 
 import tokensieve
 from tests.support.models import config, ours
 from tokensieve.posttrain import distillation
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.outcomes import demonstrations_of
+from tokensieve.posttrain.outcomes import demonstrations_of, reward_of
+from tokensieve.posttrain.rewards import Weights
 from tokensieve.posttrain.rollouts import Rollout
 from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample, scored
 from tokensieve.tasks import Answer, encoder
@@ -40,6 +43,25 @@ def test_an_episode_becomes_a_row(mode: Mode, encode) -> None:
     assert found[0][0].score == pass_rate(found) == 1 and figures(found, K)["tokens"] == sum(written) < len(answer)
     (line,) = distillation.lines_of(found, "specialist-search")
     assert distillation.row_of(line) == shown and all(turn in line["text"] for turn, _ in examples[0].steps)
+
+
+def test_an_episode_that_is_cut_before_a_result_has_not_ended(encode) -> None:
+    """Its last token ends a turn; neither the figures nor a reward take that for the end."""
+    agent = group(encode, "search", "direct")
+    (example,) = agent.examples("train", 1, 0)
+    (shown,) = demonstrations_of([example], encode).to_list()
+    own = shown["completion_mask"].index(1)
+    call = tuple(shown["input_ids"][own : shown["completion_mask"].index(0, own)])
+    while call[-1] not in encode.ends:
+        call = call[:-1]
+    rollout = Rollout(tuple(shown["input_ids"][:own]), call, (0.0,) * len(call), False)
+    cut = scored(agent, example, rollout, encode)
+    assert figures([[cut]], K)["ended"] == 0 and not cut.answer.ended and cut.score == 0
+    judge = type("Kind", (), {"scores": lambda self, asked: [1.0 for _ in asked]})()
+    judged = replace(example, item=replace(example.item, data=(), rubric=("It is kind.",)))
+    given = reward_of(agent.task, [judged], encode, Weights(language=0, length=0), judge=judge)
+    row = {"completion_ids": [call], "number": [0], "written": [[True] * len(call)]}
+    assert given(**row, ended=[True]) == [2.0] and given(**row, ended=[False]) == [1.0]
 
 
 def test_agents_get_room_for_results(encode) -> None:

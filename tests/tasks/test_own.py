@@ -1,6 +1,8 @@
 """Domains of a user's own: rows of files and objects of modules, under the contract of the built-in ones."""
 
+import itertools
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from tokensieve.config import UserError
 from tokensieve.posttrain.outcomes import demonstrations_of, reward_of
 from tokensieve.tasks import Answer, Example, Score, encoder
 from tokensieve.tasks.problems import DOMAINS, MODES, Problems, domain
+from tokensieve.tasks.problems.problem import split_of
+from tokensieve.tasks.problems.rows import key_of
 from tokensieve.tasks.turns import END_THINK, THINK
 
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Kenya": "Nairobi",
@@ -94,6 +98,27 @@ def test_mathematical_answers_are_graded_by_value(write, encode) -> None:
     assert task.reward(example, Answer(f"So it is ${n}$")) == 0
 
 
+@pytest.mark.parametrize(
+    ("right", "equal", "others"),
+    [
+        ("5", ["5.", "**5.**", "`5`", "$5$", "5。"], [".5", "5!", "-5"]),
+        ("5!", ["5!", "120", "**5!**"], ["5"]),
+        (".5", ["0.5", ".5."], ["5"]),
+        ("f'", ["f'", "F'."], ["f", "f!"]),
+        ("n!", ["n!", "$n!$"], ["n"]),
+        ("2x", ["2x", "2 x"], ["2", "2x!"]),
+        ("B", ["b", "B.", "**B**"], ["B'", "A"]),
+        ("Rome", ["rome!", "'Rome'", '"Rome."'], ["Romes"]),
+        ("金", ["金！", " 金 "], ["银"]),
+    ],
+)
+def test_signs_of_mathematics_are_no_punctuation(right: str, equal: list[str], others: list[str], write) -> None:
+    found = domain(write([{"prompt": f"Case {n}?", "answer": right} for n in range(20)]))
+    item = found.draw(random.Random(0), 1, "en", "train")
+    assert [text for text in equal if found.grade(item, text) != 1] == []
+    assert [text for text in others if found.grade(item, text) != 0] == []
+
+
 def test_numbers_of_any_kind_and_levels(write, encode) -> None:
     rows = [{"prompt": f"{n} + 1?", "answer": n + 1, "difficulty": 1 + n % 3} for n in range(40)]
     found = domain(write(rows))
@@ -101,6 +126,17 @@ def test_numbers_of_any_kind_and_levels(write, encode) -> None:
     for size in (1, 3):
         asked = {e.item.question for e in Problems(found, encode).examples("test", 80, size)}
         assert {1 + int(text.split()[0]) % 3 for text in asked} == set(range(1, size + 1))
+
+
+@pytest.mark.parametrize("alone", ["train", "test"])
+def test_a_difficulty_is_one_at_which_both_splits_have_rows(alone: str, write, encode) -> None:
+    """Or a specialist would be trained, and nothing could be asked to measure it."""
+    splits = {n: split_of("own", key_of(f"{n} + 1?")) for n in range(20)}
+    rows = [{"prompt": f"{n} + 1?", "answer": n + 1, "difficulty": 1 if splits[n] == alone else 3} for n in splits]
+    found = domain(write([*rows, {"prompt": "20 + 1?", "answer": 21, "difficulty": 4}]))
+    assert found.difficulty == (3, 4, 4)
+    for level, split in itertools.product((3, 4), ("train", "test")):
+        assert Problems(found, encode).examples(split, 9, level)
 
 
 def test_rubrics_are_graded_by_rules_or_by_a_judge_alone(write, encode) -> None:

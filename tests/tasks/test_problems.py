@@ -46,6 +46,20 @@ def test_the_demonstration_is_right_and_others_are_not(name: str, mode: str, lan
     assert task.reward(example, shown) == 1
 
 
+@pytest.mark.parametrize("name", DOMAINS)
+def test_what_is_shown_is_right_in_every_phrasing(name: str) -> None:
+    """Whatever is drawn: no phrasing of an answer holds a word that the answer must not state."""
+    domain = DOMAINS[name]
+    least, _, most = domain.difficulty
+    draws = {"programming": 1, "coding": 1, "search": 5}.get(name, 25)  # the first two run programs
+    for split, language, size in itertools.product(("train", "test"), domain.languages, range(least, most + 1)):
+        rng = random.Random(f"{split} {language} {size}")
+        for _ in range(draws):
+            item = domain.draw(rng, size, language, split)
+            calls = [[step.call for step in item.steps]] if item.steps else []
+            assert domain.grade(item, item.answer, *calls) == 1, item
+
+
 def test_grades_are_by_the_rule() -> None:
     rng = random.Random(1)
     item = DOMAINS["mathematics"].draw(rng, 2, "en", "train")
@@ -186,5 +200,8 @@ def test_what_is_refused(encode) -> None:
         Problems(DOMAINS["logic"], encode, "aloud")
     with pytest.raises(UserError, match="logic has no problems in language 'de'; use one of en, zh"):
         Problems(DOMAINS["logic"], encode, language="de")
+    german = replace(DOMAINS["logic"], languages=("de",))
+    with pytest.raises(UserError, match="logic: no prompts are worded in language 'de'; use one of en, zh"):
+        Problems(german, encode, language="de")
     with pytest.raises(UserError, match="mathematics has difficulties from 1 to 12, not 13"):
         Problems(DOMAINS["mathematics"], encode).examples("train", 1, 13)

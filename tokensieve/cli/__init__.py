@@ -15,12 +15,13 @@ with report_missing():
     from tokensieve.cli import sharing
     from tokensieve.cli import profiling
     from tokensieve.cli import pricing
+    from tokensieve.cli import reporting
     from tokensieve.cli import text
     from tokensieve.cli import serving
     from tokensieve.cli import bench
     from tokensieve.cli.program import app, main
 
 __all__ = [
-    "app", "bench", "checkpoints", "main", "posttraining", "pricing", "profiling", "serving", "sharing", "text",
-    "training",
+    "app", "bench", "checkpoints", "main", "posttraining", "pricing", "profiling", "reporting", "serving", "sharing",
+    "text", "training",
 ]  # fmt: skip

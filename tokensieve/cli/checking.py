@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from tokensieve.config import ServingSizes
     from tokensieve.evals import Endpoint, OnProgress
+    from tokensieve.evaluate_config import ServingSizes
 
 FILE = "serving.json"
 

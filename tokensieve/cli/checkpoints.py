@@ -2,22 +2,21 @@
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokensieve.cli.measuring import MEASURED, Progress, measure_suite
 from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
     import torch
-    from rich.status import Status
     from torch import Tensor
 
-    from tokensieve.config import EvaluateConfig
-    from tokensieve.evals import OnProgress
+    from tokensieve.evaluate_config import EvaluateConfig
     from tokensieve.model import DecoderForCausalLM
 
 log = logging.getLogger("tokensieve")
@@ -37,7 +36,9 @@ class Suite(StrEnum):
     own = "own"
     long = "long"
     short = "short"
+    parity = "parity"
     serving = "serving"
+    paper = "paper"
 
 
 @app.command()
@@ -133,7 +134,7 @@ def _say_what_its_tokenizer_lacks(folder: Path, model: "DecoderForCausalLM") -> 
         log.warning("%s: plain text works, chat data and --chat do not: %s", folder, encode.no_chat)
 
 
-@app.command("eval", cls=with_keys("EvaluateConfig", "evaluate"))
+@app.command("eval", cls=with_keys("EvaluateConfig", "evaluate", "tokensieve.evaluate_config"))
 def evaluate(
     model: Model = "base",
     quick: Annotated[bool, typer.Option("--quick", help="Few and short prompts: a first look.")] = False,
@@ -158,12 +159,14 @@ def evaluate(
         Suite,
         typer.Option(
             help="own: what is said above. long: RULER's kinds of tasks and perplexity by position. short: small tasks "
-            "with choices and the perplexity of short texts. serving: whether an endpoint selects keys rightly."
+            "with choices and the perplexity of short texts. parity: dense against sparse attention for several k. "
+            "serving: whether an endpoint selects keys rightly. paper: the 14 benchmarks of the paper's Table 1; MODEL "
+            "may be the URL of an endpoint, with its /v1."
         ),
     ] = Suite.own,
     before: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="With --suite short: the model before its adaptation, to compare with."),
+        typer.Option(metavar="MODEL", help="With --suite short or parity: the model before its adaptation."),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="With --suite serving: the OpenAI-compatible endpoint, with its /v1.")
@@ -173,8 +176,12 @@ def evaluate(
         typer.Option("--k", min=1, help="With --suite serving: keys that a query selects, if it does not say."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="With --suite serving: go on with the probes that are not finished.")
+        bool, typer.Option("--resume", help="With --suite long, parity, serving or paper: go on with a stopped run.")
     ] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="With --suite paper: set two models side by side that were measured before."),
+    ] = None,
     config: Config = "evaluate",
     set_: Set = None,
     device: Device = "auto",
@@ -183,17 +190,31 @@ def evaluate(
 
     A sparse model is measured as it is (sparse), attending to every key (dense), to the last k (window) and to the k
     that attention itself weighs most (oracle). --arm puts further selections beside these. --suite asks something else:
-    its sizes are the keys long.*, short.* or serving.*. --suite serving probes an endpoint of any engine, needs no
-    MODEL, and ends with status 1 if something is wrong.
+    its sizes are the keys long.*, short.*, parity.* or serving.*. --suite serving probes an endpoint of any engine,
+    needs no MODEL, and ends with status 1 if something is wrong. The keys of --suite paper are those of config `paper`.
 
     Example: tokensieve eval base --quick
     """
-    from tokensieve.config import EvaluateConfig, UserError, load_config
+    from tokensieve.config import UserError, load_config
+    from tokensieve.evaluate_config import EvaluateConfig
     from tokensieve.files import check_source, known_folder, write_json
 
     begin = time.perf_counter()
     if quick and config != "evaluate":
         raise UserError("--quick is --config evaluate-quick; give one of the two")
+    if suite == Suite.paper:
+        if arm or context is not None or before is not None or url is not None or k is not None:
+            raise UserError("--suite paper takes no --arm, --context, --before, --url or --k; MODEL may be a URL")
+        from tokensieve.cli.paper import compare_paper, run_paper
+
+        own = ("paper-quick" if quick else "paper") if config == "evaluate" else config
+        if compare is not None:
+            compare_paper(*compare)
+        else:
+            run_paper(model, own, tuple(set_ or ()), out, resume, device)
+        return
+    if compare is not None:
+        raise UserError("--compare is for --suite paper; add it, or leave it out")
     sizes = load_config(EvaluateConfig, "evaluate-quick" if quick else config, tuple(set_ or ()))
     selections = _selections(arm or [])
     if suite == Suite.serving:
@@ -201,21 +222,25 @@ def evaluate(
             raise UserError("--suite serving takes no MODEL, --arm or --before; --set serving.model=ID names the model")
         from tokensieve.cli.checking import check_endpoint
 
-        status, on_progress = _status()
-        with status:
+        with Progress() as on_progress:
             check_endpoint(url, k, context, out, resume, sizes.serving, on_progress)
         return
-    if url is not None or k is not None or resume:
-        raise UserError("--url, --k and --resume are for --suite serving; add it, or leave them out")
-    if before is not None and suite != Suite.short:
-        raise UserError("--before is compared with in --suite short; give both, or neither")
+    if url is not None or k is not None:
+        raise UserError("--url and --k are for --suite serving; add it, or leave them out")
+    if resume and suite not in (Suite.long, Suite.parity):
+        raise UserError("--resume goes on with --suite long, parity, serving or paper; add one, or leave it out")
+    if before is not None and suite not in (Suite.short, Suite.parity):
+        raise UserError("--before is compared with in --suite short and parity; give one of them, or leave it out")
     if suite == Suite.short and (selections or context is not None):
         raise UserError("--suite short takes no --arm and no --context; its texts have short.tokens tokens")
+    if suite == Suite.parity and selections:
+        raise UserError("--suite parity takes no --arm; name further selectors in --suite long, or without a suite")
     known_folder(model)
     if before is not None:
         known_folder(before)
     check_source(data)
     import tokensieve
+    from tokensieve import evals
     from tokensieve.data import read_documents
     from tokensieve.machine import choose_device
     from tokensieve.model import check_tokenizer
@@ -229,18 +254,28 @@ def evaluate(
         raise UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
     documents = list(read_documents(data, "test", held_out_share))
+    path = Path(model)
+    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
+    folder = out or Path("runs") / (f"eval-{name}" if suite == Suite.own else f"eval-{name}-{suite}")
     if suite == Suite.own:
         metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)
     else:
         other = tokensieve.load(before, device=choose_device(device)) if before is not None else None
         if other is not None:
             check_tokenizer(tokenizer, other.config)
-        metrics = {suite.value: _measure_suite(suite, loaded, other, tokenizer, documents, sizes, context, selections)}
+        what: dict[str, Any] = {"model": model, "before": before, "data": data, "held_out_share": held_out_share}
+        if suite in (Suite.long, Suite.parity):
+            what |= {"context": context, "arms": selections, "long": asdict(sizes.long)}
+            what |= {"parity": asdict(sizes.parity)} if suite == Suite.parity else {}
+            finished = evals.Finished.of(folder / MEASURED, what, resume)
+        else:
+            finished = evals.Finished()
+        figures = measure_suite(suite.value, loaded, other, tokenizer, documents, sizes, context, selections, finished)
+        metrics = {suite.value: figures}
     metrics |= {"model": model, "seconds": time.perf_counter() - begin, "run": environment()}
-    path = Path(model)
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
-    folder = out or Path("runs") / (f"eval-{name}" if suite == Suite.own else f"eval-{name}-{suite}")
     file = write_json(folder / "metrics.json", metrics)
+    if suite != Suite.own:
+        finished.end()
     _print_figures(loaded, metrics, suite)
     typer.echo(f"\nFigures: {file}")
 
@@ -317,12 +352,11 @@ def _measure(
     from tokensieve import evals
     from tokensieve.config import UserError
 
-    status, on_progress = _status()
     if model.is_sparse:
         lengths = sizes.sparse.lengths(model.top_k) if context is None else (context,)
         if len(lengths) != 1:
             raise UserError("eval compares in one context; set sparse.contexts to one, or give --context")
-        with status:
+        with Progress() as on_progress:
             return evals.judge_sparse(
                 model,
                 tokenizer,
@@ -335,51 +369,16 @@ def _measure(
     base = sizes.base
     if context is not None:
         base = replace(base, contexts=(context,), long=context, short=min(base.short, context // 4))
-    with status:
+    with Progress() as on_progress:
         return evals.acceptance(model, tokenizer, documents, base, on_progress)
-
-
-def _measure_suite(
-    suite: Suite,
-    model: "DecoderForCausalLM",
-    before: "DecoderForCausalLM | None",
-    tokenizer: Any,
-    documents: list,
-    sizes: "EvaluateConfig",
-    context: int | None,
-    selections: dict[str, str],
-) -> dict[str, Any]:
-    from tokensieve import evals
-
-    status, on_progress = _status()
-    with status:
-        if suite == Suite.short:
-            arms = evals.short_arms(model, before)
-            return evals.judge_short(arms, tokenizer, documents, sizes.short, on_progress)
-        long = sizes.long if context is None else replace(sizes.long, contexts=(context,))
-        arms = evals.long_arms(model, long.top_k, selections)
-        judged = [name for name, arm in arms.items() if arm.selection in ("dense", "indexer")]
-        return evals.judge_long(arms, tokenizer, documents, long, on_progress, judged)
-
-
-def _status() -> "tuple[Status, OnProgress]":
-    """A line that shows what is being measured, and the callback that changes it."""
-    from rich.markup import escape
-
-    status = stderr().status("Measuring")
-
-    def on_progress(what: str, done: int, total: int) -> None:
-        status.update(f"Measuring: {escape(what)}, {done} of {total}")
-
-    return status, on_progress
 
 
 def _print_figures(model: "DecoderForCausalLM", metrics: dict[str, Any], suite: Suite) -> None:
     from tokensieve import evals
-    from tokensieve.report import show, show_criteria, show_long, show_short
+    from tokensieve.report import show, show_criteria, show_suite
 
     if suite != Suite.own:
-        (show_long if suite == Suite.long else show_short)(stdout(), metrics[suite.value])
+        show_suite(stdout(), suite.value, metrics[suite.value])
     elif model.is_sparse:
         show(stdout(), metrics)
     else:

@@ -4,12 +4,14 @@ and data to figures.
 Losses are in nats per token, shares in [0, 1], times in milliseconds if the name says ms.
 """
 
+from tokensieve.evals.against_dense import judge_parity
 from tokensieve.evals.budget import fitted_k, fitted_share
 from tokensieve.evals.choices import choose
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
 from tokensieve.evals.diagnosis import FAULTS, Fault, diagnose
 from tokensieve.evals.endpoint import Endpoint
 from tokensieve.evals.evaluation import Evaluation, Record, evaluate
+from tokensieve.evals.finished import Finished
 from tokensieve.evals.judge import judge_sparse
 from tokensieve.evals.longcontext import acceptance, context_gain, needle_heat
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences, token_losses
@@ -42,6 +44,7 @@ __all__ = [
     "Evaluation",
     "FAULTS",
     "Fault",
+    "Finished",
     "OnProgress",
     "Perplexity",
     "ProbeResult",
@@ -65,6 +68,7 @@ __all__ = [
     "fitted_share",
     "greedy_choice",
     "judge_long",
+    "judge_parity",
     "judge_short",
     "judge_sparse",
     "long_arms",

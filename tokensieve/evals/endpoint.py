@@ -22,6 +22,7 @@ class Refused(Exception):
 class Reply:
     """An answer, or a scored prompt: its text, and for each of its tokens the text, the log probability in nats, and
     those of the best alternatives. A log probability is None if the endpoint gave none, as for a prompt's first token.
+    output_tokens: None if the endpoint does not count them.
     """
 
     text: str
@@ -29,27 +30,36 @@ class Reply:
     tokens: tuple[str, ...] = ()
     logprobs: tuple[float | None, ...] = ()
     top: tuple[Mapping[str, float], ...] = ()
+    output_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Endpoint:
-    """One model of an OpenAI-compatible server. Answers are greedy.
+    """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
-    url: with its /v1. seconds: the longest wait for one reply. retries: further tries of a request that was refused
-    because of its rate, or that failed on the way or in the server; a reply that does not come in time is final.
-    UserError without the openai package.
+    url: with its /v1. seconds: the longest wait for one reply; `setting` is its name in the config. retries: further
+    tries of a request that was refused because of its rate, or that failed on the way or in the server; a reply that
+    does not come in time is final. UserError without the openai package.
     """
 
-    def __init__(self, url: str, key: str = "none", seconds: float = 300.0, retries: int = 4):
+    def __init__(
+        self,
+        url: str,
+        key: str = "none",
+        seconds: float = 300.0,
+        retries: int = 4,
+        setting: str = "serving.seconds",
+    ):
         try:
             import openai
         except ImportError as error:
             raise UserError(
-                "--suite serving needs the openai package; install it with: pip install 'tokensieve[eval]'"
+                "to ask an endpoint needs the openai package; install it with: pip install 'tokensieve[eval]'"
             ) from error
         self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
+        self._setting = setting
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0)
 
     def models(self) -> list[dict[str, Any]]:
@@ -73,15 +83,17 @@ class Endpoint:
             raise Refused(f"/completions of {self.url} does not return the prompt's tokens; it ignores echo")
         return reply
 
-    def chat(self, model: str, message: str, tokens: int) -> Reply:
+    def chat(self, model: str, message: str, tokens: int, **sampling: float) -> Reply:
         """The answer to a message. Refused if the endpoint has no such route, or the model no chat template."""
         body = {"model": model, "messages": [{"role": "user", "content": message}], "max_tokens": tokens}
-        reply = self._request("/chat/completions", body | {"temperature": 0})
+        reply = self._request("/chat/completions", body | {"temperature": 0} | sampling)
         said = _choice(reply).get("message")
         if not isinstance(said, dict):
             raise self._nonsense("/chat/completions", "no message")
         text = "".join(str(said.get(part) or "") for part in ("reasoning_content", "content"))
-        return Reply(text, self._prompt_tokens(reply, "/chat/completions"))
+        prompt_tokens = self._prompt_tokens(reply, "/chat/completions")
+        made = reply["usage"].get("completion_tokens")
+        return Reply(text, prompt_tokens, output_tokens=made if isinstance(made, int) else None)
 
     def crowd(self, model: str, prompt: str, others: Sequence[str], tokens: int) -> Reply:
         """The continuation of a text, while longer ones of other texts are made."""
@@ -134,8 +146,8 @@ class Endpoint:
                     reply = self._client.post(route, cast_to=object, body=body)
             except self._errors.APITimeoutError as error:
                 raise UserError(
-                    f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise serving.seconds, or "
-                    "ask for shorter prompts with --context. --resume keeps what is finished"
+                    f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise {self._setting}, or "
+                    "ask for shorter prompts or answers. --resume keeps what is finished"
                 ) from error
             except self._errors.APIStatusError as error:
                 if error.status_code in UNSUPPORTED:

@@ -55,8 +55,13 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
 
 
 def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
-    """Cross-entropy in nats (S - 1,), float32 on the CPU: entry i is that of token i + 1, predicted from the i + 1
-    tokens before it.
+    """Cross-entropy in nats (S - 1,), float32 on the CPU: the first of `predictions`. Errors are its own."""
+    return predictions(model, ids_S)[0]
+
+
+def predictions(model: DecoderForCausalLM, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats, float32, and the likeliest tokens, int64, both (S - 1,) and on the CPU: entry i is that of
+    token i + 1, predicted from the i + 1 tokens before it.
 
     The logits of `HEAD_ROWS` positions exist at a time.
 
@@ -67,12 +72,14 @@ def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
     ids = ids_S.to(device)
     with evaluating(model):
         hidden = model.model(input_ids=ids[None]).last_hidden_state[0, :-1]
-        pairs = zip(hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True)
-        parts = [F.cross_entropy(model.lm_head(h).float(), target, reduction="none") for h, target in pairs]
-    losses = torch.cat(parts).cpu()
+        parts = []
+        for h, target in zip(hidden.split(HEAD_ROWS), ids[1:].split(HEAD_ROWS), strict=True):
+            logits = model.lm_head(h).float()
+            parts.append((F.cross_entropy(logits, target, reduction="none"), logits.argmax(-1)))
+    losses, best = (torch.cat(kind).cpu() for kind in zip(*parts, strict=True))
     if not bool(losses.isfinite().all()):
         raise UserError("the model's logits are not finite; are its weights damaged, or too large for their dtype?")
-    return losses
+    return losses, best
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,12 @@ def perplexity(
         rows.append(token_losses(model, ids))
         if on_progress is not None:
             on_progress("text", done, len(sequences))
-    losses = torch.stack(rows).double()
+    return perplexity_of(torch.stack(rows), top_k, buckets)
+
+
+def perplexity_of(losses: Tensor, top_k: int, buckets: int = 16) -> Perplexity:
+    """Perplexity from the losses in nats (texts, S - 1) of equally long sequences; otherwise as `perplexity`."""
+    losses, context = losses.double(), losses.shape[1] + 1
     buckets = min(buckets, context - 1)
     edges = [round(i * (context - 1) / buckets) for i in range(buckets + 1)]
     selected = losses[:, top_k:]

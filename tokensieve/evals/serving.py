@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokensieve.config import ServingSizes, UserError
+from tokensieve.config import UserError
 from tokensieve.evals.endpoint import Endpoint, Refused, Reply
 from tokensieve.evals.known_answers import LINE, REST, Question, Writer
 from tokensieve.evals.progress import OnProgress
+from tokensieve.evaluate_config import ServingSizes
 
 LENGTHS = (8192, 32768, 131072)  # that are asked for, beside those around k and the longest
 FAR = 4  # times k, from where a model may fail by itself

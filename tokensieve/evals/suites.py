@@ -14,6 +14,7 @@ from tokensieve.evals import intervals
 from tokensieve.evals.answers import answering
 from tokensieve.evals.choices import choose
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluating
+from tokensieve.evals.finished import Finished
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
 from tokensieve.evals.parity import Arm
@@ -77,6 +78,7 @@ def judge_long(
     on_progress: OnProgress | None = None,
     judged: Container[str] | None = None,
     on_figures: OnFigures | None = None,
+    finished: Finished | None = None,
 ) -> dict[str, Any]:
     """RULER's kinds of tasks, and perplexity by position, of every arm on the same held-out prompts and texts.
 
@@ -85,17 +87,19 @@ def judge_long(
 
     tokenizer: the arms', of transformers. judged: arms that are asked all prompts, the others being asked the first
     `sizes.other_prompts`; None: all arms. on_figures: called after every arm with the figures so far, in the form of
-    the result, so that a caller can keep what a broken run has measured.
+    the result, so that a caller can keep what a broken run has measured. finished: what was measured before, which is
+    not measured again.
 
-    Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "difference": `Estimate` of
-    the arm's score less the first arm's, over the questions that both answered (None for that one), "by_depth": shares
-    by tenth (None: nothing lay there), "counts"}], "positions": {"edges": tokens, "ppl": {arm: [`Estimate`]}, "ratio":
-    {arm: [`Estimate` of the arm's perplexity over the first arm's]}}, "sizes"}. Depth is that of questions for one
-    hidden line.
+    Returns {"tasks": [{"task", "context", "arm", "score": `Estimate`, "contexts": count, "shortest": tokens of the
+    shortest prompt, "difference": `Estimate` of the arm's score less the first arm's, over the questions that both
+    answered (None for that one), "by_depth": shares by tenth (None: nothing lay there), "counts"}], "positions":
+    {"edges": tokens, "ppl": {arm: [`Estimate`]}, "ratio": {arm: [`Estimate` of the arm's perplexity over the first
+    arm's]}}, "sizes"}. Depth is that of questions for one hidden line.
 
     Raises:
         UserError: prompts past a model's positions, sizes that do not go together, or too little text.
     """
+    finished = Finished() if finished is None else finished
     tasks = checked_tasks(tokenizer, documents, sizes)
     encode, longest = encoder(tokenizer), max(sizes.contexts)
     for arm in arms.values():
@@ -115,16 +119,22 @@ def judge_long(
     total, done = sum(map(len, asked.values())) + len(read) * len(sequences), 0
     figures: dict[str, Any] = {"tasks": [], "sizes": asdict(sizes)}
     if sequences:
-        figures["positions"] = _positions(read, sequences, sizes.buckets, total, on_progress)
+        figures["positions"] = _positions(read, sequences, sizes.buckets, total, on_progress, finished)
         done = len(read) * len(sequences)
-    found: dict[tuple[str, int], Evaluation] = {}
+    found: dict[tuple[str, int], list[float]] = {}
     for name in dict.fromkeys(name for name, _ in asked):
-        with answering(arms[name], tokenizer, longest) as answer:
-            for cell, (task, context) in enumerate(cells):
-                if (name, cell) in asked:
-                    callback = part(on_progress, f"{task.name} in {context:,} tokens, {name}", done, total)
-                    found[name, cell] = answer(task, asked[name, cell], callback)
-                    done += len(asked[name, cell])
+        mine = {cell: f"{task.name} in {context:,} tokens, {name}" for cell, (task, context) in enumerate(cells)
+                if (name, cell) in asked}  # fmt: skip
+        for cell, what in mine.items():
+            if what in finished:
+                found[name, cell] = finished[what]
+                done += len(asked[name, cell])
+        if left := {cell: what for cell, what in mine.items() if (name, cell) not in found}:
+            with answering(arms[name], tokenizer, longest) as answer:
+                for cell, what in left.items():
+                    values = _values(answer(cells[cell][0], asked[name, cell], part(on_progress, what, done, total)))
+                    found[name, cell] = finished.add(what, values)
+                    done += len(values)
         figures["tasks"] = _rows(list(arms), cells, asked, found)
         if on_figures is not None:
             on_figures(figures)
@@ -135,12 +145,12 @@ def _rows(
     arms: Sequence[str],
     cells: Sequence[tuple[LongTask, int]],
     asked: Mapping[tuple[str, int], Sequence[LongExample]],
-    found: Mapping[tuple[str, int], Evaluation],
+    found: Mapping[tuple[str, int], Sequence[float]],
 ) -> list[dict[str, Any]]:
     """A row for each cell and arm, an arm beside the first one that was asked there."""
     rows = []
     for cell, (task, context) in enumerate(cells):
-        first: Evaluation | None = None
+        first: Sequence[float] | None = None
         for name in arms:
             if (name, cell) in found:
                 row = _row(asked[name, cell], found[name, cell], first)
@@ -154,19 +164,20 @@ def _selecting(arms: Mapping[str, Arm], tokens: int) -> dict[str, Arm]:
     return {name: arm for name, arm in arms.items() if arm.top_k is None or arm.top_k < tokens}
 
 
-def _row(examples: Sequence[LongExample], found: Evaluation, first: Evaluation | None) -> dict[str, Any]:
-    values, groups = _values(found), by_context(examples)
+def _row(examples: Sequence[LongExample], values: Sequence[float], first: Sequence[float] | None) -> dict[str, Any]:
+    groups = by_context(examples)
     clusters = [number for number, places in enumerate(groups) for _ in places]
     difference = None
     if first is not None:
-        both = min(len(values), len(first.records))  # the first questions, if one of the two was asked fewer
-        pair = values[:both], _values(first)[:both], clusters[:both]
+        both = min(len(values), len(first))  # the first questions, if one of the two was asked fewer
+        pair = values[:both], first[:both], clusters[:both]
         difference = intervals.clustered_difference(*pair).to_dict()
     at = [(e.depth, value) for e, value in zip(examples, values, strict=True) if e.depth is not None]
     by_depth = depths(at)
     return {
         "score": intervals.clustered_share(values, clusters).to_dict(),
         "contexts": len(groups),
+        "shortest": min(example.length for example in examples),
         "difference": difference,
         "by_depth": list(by_depth.by_depth),
         "counts": list(by_depth.counts),
@@ -183,12 +194,16 @@ def _positions(
     buckets: int,
     total: int,
     on_progress: OnProgress | None,
+    finished: Finished,
 ) -> dict[str, Any]:
     found: dict[str, Perplexity] = {}
     for number, (name, arm) in enumerate(arms.items()):
-        callback = part(on_progress, f"perplexity, {name}", number * len(sequences), total)
-        with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k):
-            found[name] = perplexity(arm.model, sequences, 0, buckets, callback)
+        what = f"perplexity, {name}"
+        if what not in finished:
+            callback = part(on_progress, what, number * len(sequences), total)
+            with asking(arm):
+                finished.add(what, asdict(perplexity(arm.model, sequences, 0, buckets, callback)))
+        found[name] = Perplexity(**finished[what])
     first, *others = found
     return {
         "edges": list(found[first].edges),
@@ -236,7 +251,7 @@ def judge_short(
         examples = task.examples("test", sizes.prompts)
         first: list[float] | None = None
         for name, arm in arms.items():
-            with _asked(arm):
+            with asking(arm):
                 callback = part(on_progress, f"{task.name}, {name}", done, total)
                 values = _values(choose(arm.model, encode, task, examples, callback))
             score = intervals.share(sum(values), len(values)).to_dict()
@@ -245,7 +260,7 @@ def judge_short(
             first, done = first or values, done + sizes.prompts
     known: list[float] | None = None
     for name, arm in arms.items():
-        with _asked(arm):
+        with asking(arm):
             callback = part(on_progress, f"texts, {name}", done, total)
             losses = perplexity(arm.model, sequences, 0, 1, callback).by_text
         ratio = None
@@ -257,6 +272,7 @@ def judge_short(
 
 
 @contextmanager
-def _asked(arm: Arm) -> Iterator[None]:
+def asking(arm: Arm) -> Iterator[None]:
+    """Within the block the arm's model selects as the arm does, and is evaluated."""
     with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k):
         yield

@@ -53,7 +53,9 @@ def read_lines(path: Path) -> list[Line]:
         try:
             line = json.loads(text)
             whole = {"group", "problem", "score", "prompt", "answer", "written", "text"} <= line.keys()
-        except (ValueError, AttributeError):
+            whole = whole and len(line["written"]) == len(line["answer"]) and {*line["written"]} <= {0, 1}
+            whole = whole and all(type(token) is int for token in (*line["prompt"], *line["answer"]))
+        except (ValueError, AttributeError, TypeError):
             whole = False
         if not whole:
             raise UserError(f"{path}:{number}: no answer of a specialist; remove the file to sample it again")
@@ -100,6 +102,17 @@ def training_rows(
             'distill.passing, or set distill.fill = "demonstrations"'
         )
     return Dataset.from_list(rows), kept, counts
+
+
+def check_tokens(lines: Iterable[Line], vocabulary: int) -> None:
+    """UserError if an answer has tokens that a model with this vocabulary lacks."""
+    for line in lines:
+        strange = [token for token in (*line["prompt"], *line["answer"]) if not 0 <= token < vocabulary]
+        if strange:
+            raise UserError(
+                f"an answer in {line['group']} has token {strange[0]}, and the model's vocabulary has {vocabulary}: it "
+                "was sampled with another tokenizer; remove its file to sample it again"
+            )
 
 
 def row_of(line: Line) -> Row:

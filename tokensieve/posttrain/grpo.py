@@ -24,6 +24,12 @@ from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
 from tokensieve.train.callbacks import training
 
+# Options of TRL's own generation, of which neither the engine nor our prompts hear.
+UNHEARD = (
+    "generation_kwargs chat_template_kwargs cache_implementation max_tool_calling_iterations "
+    "use_transformers_continuous_batching"
+).split()
+
 
 class SparseGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer for a model of tokensieve: it samples with the engine, and trains on what the engine read.
@@ -39,6 +45,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         indexer learns.
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
+    at_once: answers that run together; None: all of a step, or 128 if TRL does not know their number.
     respond: gives the results of tools, as in `Rollouts.sample`. `max_completion_length` is then for all turns of the
         model together. Rewards get each rollout's `mask` as "written".
     model, peft_config: LoRA adapters learn if PEFT's wrapper of a model is given (`tokensieve.train.lora.adapted`
@@ -53,9 +60,9 @@ class SparseGRPOTrainer(GRPOTrainer):
 
     Raises:
         UserError: what these rollouts cannot honour: a temperature that is not 1 (their log probabilities are those
-            before it), vLLM, a reference that follows the model (`sync_ref_model`), a reference beside adapters that
-            are not zero, adapters of another kind, with dropout or without the indexers, another selection, another k
-            in `config`, and prompts too long for `tokens`.
+            before it), options of TRL's own generation, vLLM, a reference that follows the model (`sync_ref_model`), a
+            reference beside adapters that are not zero, adapters of another kind, with dropout or without the indexers,
+            another selection, another k in `config`, and prompts too long for `tokens`.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         replay: bool = True,
         config: EngineConfig | None = None,
         peft_config: Any = None,
+        at_once: int | None = None,
         respond: Respond | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
@@ -105,7 +113,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             decoder,
             tokenizer,
             tokens,
-            at_once=args.generation_batch_size or 128,
+            at_once=at_once or args.generation_batch_size or 128,
             selector="indexer" if self.selects else "dense",
             keep_selection=self.replays,
             config=config,
@@ -246,16 +254,24 @@ def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineC
             f"GRPO by the engine takes a model of tokensieve, or PEFT's wrapper of one, not {type(model).__name__}; "
             "load it with tokensieve.load"
         )
+    check_arguments(args)
+    if selection not in ("indexer", "dense"):
+        raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
+    if config is not None and config.top_k not in (0, model.top_k):
+        raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
+
+
+def check_arguments(args: GRPOConfig) -> None:
+    """UserError for TRL's options that rollouts of the engine do not honour."""
+    for name in UNHEARD:
+        if getattr(args, name):
+            raise UserError(f"{name} is {getattr(args, name)}; rollouts of the engine do not take it; leave it out")
     if args.temperature != 1:
         raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
     if args.use_vllm:
         raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
     if args.sync_ref_model:
         raise UserError("sync_ref_model: the reference stays as training began; set it to False")
-    if selection not in ("indexer", "dense"):
-        raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
-    if config is not None and config.top_k not in (0, model.top_k):
-        raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
 
 
 def check_adapters(adapters: Sequence[Any], args: Any, selects: bool) -> None:
@@ -283,6 +299,7 @@ def sample_for(prompts: list[Any], trainer: SparseGRPOTrainer) -> dict[str, list
         "logprobs": [padded_logprobs(rollout) for rollout in rollouts],
         "env_mask": [[int(wrote) for wrote in rollout.mask] for rollout in rollouts],
         "written": [list(rollout.mask) for rollout in rollouts],  # for rewards: TRL keeps env_mask to itself
+        "ended": [rollout.ended for rollout in rollouts],
     }
 
 

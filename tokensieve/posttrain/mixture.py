@@ -1,5 +1,6 @@
 """Prompts of several groups in one stage of reinforcement learning, each with the reward of its own task."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 
 from tokensieve.config import UserError
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.judge import Judge, JudgeSettings
+from tokensieve.posttrain.judge import Criterion, Judge, JudgeSettings, Question
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.outcomes import RewardFunction, prompts_of, reward_of
 from tokensieve.posttrain.rewards import Weights
@@ -73,11 +74,21 @@ def _rows(value: object, places: Sequence[int], rows: int) -> object:
     return [value[place] for place in places] if isinstance(value, list) and len(value) == rows else value
 
 
+def check_judge(config: JudgeConfig, asked: Asked) -> None:
+    """UserError if a judge is needed and does not answer a question of each group, or refuses."""
+    with judging(config, asked) as judge:
+        shown = [example for _, examples in asked for example in examples[:1] if example.item.rubric]
+        if judge is not None:
+            judge.scores(
+                [Question(e.item.question, e.item.answer, tuple(map(Criterion, e.item.rubric))) for e in shown]
+            )
+
+
 @contextmanager
-def judging(config: JudgeConfig, asked: Asked, cache: Path) -> Iterator[Judge | None]:
+def judging(config: JudgeConfig, asked: Asked, cache: Path | None = None) -> Iterator[Judge | None]:
     """Within the block: the judge, if a problem has a rubric, else None. The scripted one lives as long as the block.
 
-    cache: a SQLite file of its replies.
+    cache: a SQLite file of its replies; None keeps them in memory.
     """
     if not any(example.item.rubric for _, examples in asked for example in examples):
         yield None
@@ -86,6 +97,7 @@ def judging(config: JudgeConfig, asked: Asked, cache: Path) -> Iterator[Judge | 
         with scripted_judge() as url, Judge(JudgeSettings(url, NAME, budget=config.budget), cache) as judge:
             yield judge
         return
-    settings = JudgeSettings(config.url, config.model, budget=config.budget, timeout=config.timeout)
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    settings = JudgeSettings(config.url, config.model, key, budget=config.budget, timeout=config.timeout)
     with Judge(settings, cache) as judge:
         yield judge

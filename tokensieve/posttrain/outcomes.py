@@ -87,6 +87,7 @@ def reward_of(
     `free_tokens` to `limit_tokens` of an answer, if both are given.
     The text is decoded here, since TRL's own text has lost the marker that ends the thoughts. An agent's answers need
     the column "written", a rollout's `mask`, to know its turns from the results of tools: UserError without it.
+    The column "ended", a rollout's too, may say which answers did.
     """
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
 
@@ -94,13 +95,15 @@ def reward_of(
         completion_ids: Sequence[Sequence[int]],
         number: Sequence[int],
         written: Sequence[Sequence[bool]] | None = None,
+        ended: Sequence[bool] | None = None,
         **_: object,
     ) -> list[float | None]:
         if written is None and isinstance(task.domain, Agent):
             raise UserError(f"the answers of {task.name} come without the masks of their rollouts; give written=...")
         masks = [[True] * len(ids) for ids in completion_ids] if written is None else written
         asked = [examples[place] for place in number]
-        answers = [answer_to(encode, *row) for row in zip(asked, completion_ids, masks, strict=True)]
+        ends = [None] * len(masks) if ended is None else ended
+        answers = [answer_to(encode, *row) for row in zip(asked, completion_ids, masks, ends, strict=True)]
         judged = _judged(judge, asked, answers)
         found = []
         for example, mask, answer in zip(asked, masks, answers, strict=True):
@@ -135,15 +138,22 @@ def _opens_thoughts(example: Problem, encode: PlainEncoder) -> bool:
 
 
 def answer_to(
-    encode: PlainEncoder, example: Problem, ids: Sequence[int], written: Sequence[bool] | None = None
+    encode: PlainEncoder,
+    example: Problem,
+    ids: Sequence[int],
+    written: Sequence[bool] | None = None,
+    ended: bool | None = None,
 ) -> Answer:
     """The text of sampled ids, with the marker that its prompt wrote for it.
 
     written: a rollout's `mask`, without which an agent's turns cannot be told from the results of tools; None: all.
+    ended: the rollout's; None: if the last token is one that ends turns, as is that of a call without its result.
     """
     turns = turns_of(ids, [True] * len(ids) if written is None else written)
     *earlier, last = [_text(encode, example, turn) for turn in turns or [[]]]
-    return Answer(last, bool(turns) and turns[-1][-1] in encode.ends, tuple(earlier))
+    if ended is None:
+        ended = bool(turns) and turns[-1][-1] in encode.ends
+    return Answer(last, ended, tuple(earlier))
 
 
 def _text(encode: PlainEncoder, example: Problem, turn: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
 from tokensieve.posttrain.sampled import Sampled, figures, gain, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
+from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems import Domain, Problem
 
 log = logging.getLogger("tokensieve")
@@ -28,6 +29,7 @@ log = logging.getLogger("tokensieve")
 COLD, KNOB, GRPO, DISTILL, MIXED, FILLED, ON_POLICY_PROMPTS = range(7)
 PURPOSES = 10  # so that the next seed of a config has none of these
 
+SPLITS: tuple[Split, ...] = ("train", "test")
 BASE, DISTILLED, ON_POLICY, FINAL = "base", "distilled", "on-policy", "final"  # the models, beside "specialist-DOMAIN"
 
 
@@ -124,6 +126,23 @@ class Parts:
         elif model == FINAL and not self.config.rl.model:
             self.path(DISTILLED)
 
+    def check(self, domains: Sequence[str], rewarded: bool) -> None:
+        """UserError now for what would stop a part only after hours.
+
+        Problems that cannot be drawn or graded: no language, too few rows, no sandbox, no math-verify. Options that TRL
+        does not take. If answers are to be `rewarded`: no py3langid, or a judge that does not answer.
+        """
+        stages.check_options(self.config)
+        asked: list[tuple[Group, list[Problem]]] = []
+        for group in self.groups(domains):
+            count, seed = len(group.by_language), self._seed(COLD)
+            asked.append((group, [e for split in SPLITS for e in group.examples(split, count, seed)]))
+            for example in asked[-1][1]:
+                group.task.score(example, example.shown)
+        if rewarded:
+            mixture.rewards(asked, self.encode, self.config)
+            mixture.check_judge(self.config.judge, asked)
+
     def _on_step(self, what: str) -> stages.OnStep:
         def told(step: int, steps: int, row: dict[str, float]) -> None:
             shown = ", ".join(f"{name} {float(row[name]):.3g}" for name in ("loss", "reward", "kl") if name in row)
@@ -169,14 +188,23 @@ class Parts:
         else:
             model = self.load(cold / stages.MODEL)
         knobs = own.setdefault("difficulty", {})
+        self._specialist_folder(name).mkdir(parents=True, exist_ok=True)  # without it the figures would be forgotten
         for group in self.groups([domain]):
             if group.name not in knobs:
                 knobs[group.name] = self._difficulty(model, group)
                 self.watch.note()
         asked = self._examples(self.groups([domain]), _prompts(self.config.specialist), GRPO)
         self._reinforce(model, asked, self.config.specialist, self.folder(name), domain)
-        if own["demonstrations"]:
-            shutil.rmtree(cold / stages.MODEL)
+        self.tidy(name)
+
+    def tidy(self, model: str) -> None:
+        """Removes what only the making of a model needed, and a kill may have left."""
+        folders, cold = [self.folder(model)], self._specialist_folder(model) / "cold"
+        if model not in (DISTILLED, ON_POLICY, FINAL):
+            folders.append(cold)
+            shutil.rmtree(cold / stages.MODEL, ignore_errors=True)
+        for path in (path for folder in folders for path in folder.glob("checkpoint-*")):
+            shutil.rmtree(path)
 
     def _cold_start(
         self, model: DecoderForCausalLM, groups: Sequence[Group], folder: Path, own: dict[str, Any]
@@ -238,6 +266,7 @@ class Parts:
         self.found[DISTILLED] = {"data": counts, "rows": len(rows)}
         self.watch.note()
         model, folder = self.load(self.config.model), self.folder(DISTILLED)
+        distillation.check_tokens(kept, model.config.vocab_size)
         on_step = self._on_step("distillation")
         stages.fine_tune(model, self.tokenizer, rows, config.train, self.config, folder, on_step)
 
@@ -287,9 +316,17 @@ class Parts:
         self._reinforce(model, asked, config.train, self.folder(FINAL), "all domains")
 
     def evaluate(self, name: str, domains: Sequence[str]) -> None:
-        """Measures a model on held-out problems of those groups that it lacks. The base comes before the others."""
-        own = self.found.setdefault("evaluation", {}).setdefault(name, {})
-        missing = [group for group in self.groups(domains) if group.name not in own]
+        """Measures a model on held-out problems of those groups that it lacks. The base comes before the others.
+
+        Figures at another difficulty than the group's are forgotten, of every model: a table has them side by side.
+        """
+        groups, evaluation = self.groups(domains), self.found.setdefault("evaluation", {})
+        for measured in evaluation.values():
+            for group in groups:
+                if measured.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
+                    del measured[group.name]
+        own = evaluation.setdefault(name, {})
+        missing = [group for group in groups if group.name not in own]
         if not missing:
             return
         model = self.load(self.path(name))

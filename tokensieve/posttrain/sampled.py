@@ -64,7 +64,7 @@ def room(asked: Sequence[tuple[Group, Sequence[Problem]]], result_tokens: int) -
 
 
 def scored(group: Group, example: Problem, rollout: Rollout, encode: PlainEncoder) -> Sampled:
-    answer = answer_to(encode, example, rollout.answer, rollout.mask)
+    answer = answer_to(encode, example, rollout.answer, rollout.mask, rollout.ended)
     return Sampled(group.name, example, rollout, answer, group.task.score(example, answer).value)
 
 

@@ -20,7 +20,8 @@ from trl import DistillationConfig, GRPOConfig, SFTConfig, SFTTrainer
 from tokensieve.config import LoraConfig, UserError
 from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.posttrain.grpo import SparseGRPOTrainer
+from tokensieve.posttrain import on_policy
+from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments
 from tokensieve.posttrain.on_policy import SparseDistillationTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
@@ -40,6 +41,16 @@ def history(folder: Path) -> History | None:
     """The rows of a stage, one a step; None if it is not done."""
     path = folder / HISTORY
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def check_options(config: PosttrainConfig) -> None:
+    """UserError for options of any stage that TRL or `SparseGRPOTrainer` does not take."""
+    for sft in (config.cold, config.distill.train):
+        _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows) | sft.options)
+    for grpo in (config.specialist, config.rl.train):
+        check_arguments(_grpo_arguments(grpo, config, Path(config.out)))
+    if config.distill.on_policy is not None:
+        on_policy.check_arguments(_on_policy_arguments(config.distill.on_policy, config, Path(config.out)))
 
 
 def fine_tune(
@@ -85,12 +96,11 @@ def reinforce(
 
     respond: gives the results of tools, as in `Rollouts.sample`; room: tokens that they may take in an answer.
     """
-    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples)
-    arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
-    args, longest = _made(GRPOConfig, arguments | stage.options), _longest(prompts, config, room)
+    args, longest = _grpo_arguments(stage, config, folder), _longest(prompts, config, room)
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseGRPOTrainer(
             learner, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
+            at_once=config.at_once,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -113,13 +123,11 @@ def distill_on_policy(
     prompts, respond, room: as `reinforce` takes them, with the column "teacher". UserError for options that
     DistillationConfig refuses.
     """
-    arguments = _arguments(stage, config, folder, stage.prompts)
-    arguments |= {"max_completion_length": config.new_tokens}
-    args = _made(DistillationConfig, arguments | stage.options)
+    args = _on_policy_arguments(stage, config, folder)
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseDistillationTrainer(
             learner, teachers, tokenizer, args, prompts, tokens=_longest(prompts, config, room),
-            selection=config.selection, respond=respond,
+            selection=config.selection, respond=respond, at_once=config.at_once,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -143,6 +151,17 @@ def _learner(
         if adapter is not None:
             (folder / ADAPTER).mkdir(parents=True, exist_ok=True)
             save_adapter(adapter, folder / ADAPTER)
+
+
+def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) -> GRPOConfig:
+    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples)
+    arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
+    return _made(GRPOConfig, arguments | stage.options)
+
+
+def _on_policy_arguments(stage: OnPolicyConfig, config: PosttrainConfig, folder: Path) -> DistillationConfig:
+    arguments = _arguments(stage, config, folder, stage.prompts) | {"max_completion_length": config.new_tokens}
+    return _made(DistillationConfig, arguments | stage.options)
 
 
 def _arguments(

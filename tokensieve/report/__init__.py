@@ -14,33 +14,41 @@ from tokensieve.files import write_json, write_text
 from tokensieve.report import plots
 from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
+from tokensieve.report.paper_suite import show_comparison, show_paper_suite, write_paper_suite
 from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
-from tokensieve.report.suites import serving_line, show_long, show_short
+from tokensieve.report.runs_page import read_run, write_runs
+from tokensieve.report.suites import serving_line, show_long, show_short, show_suite
 from tokensieve.report.table import crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
     "environment",
+    "read_run",
     "serving_line",
     "show",
+    "show_comparison",
     "show_balances",
     "show_costs",
     "show_criteria",
     "show_long",
     "show_paper",
+    "show_paper_suite",
     "show_posttraining",
     "show_profile",
     "show_short",
+    "show_suite",
     "write_costs",
     "write_curves",
     "write_paper",
+    "write_paper_suite",
     "write_posttraining",
     "write_profile",
     "write_report",
     "write_run",
+    "write_runs",
 ]
 
 RELATIONS = {"<=": "≤", ">=": "≥"}

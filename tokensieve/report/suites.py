@@ -10,14 +10,44 @@ from rich.markup import escape
 from tokensieve.report.table import table
 
 
+def show_suite(console: Console, suite: str, figures: Mapping[str, Any]) -> None:
+    """Prints the figures of a suite: "long", "short" or "parity"."""
+    {"long": show_long, "short": show_short, "parity": show_parity}[suite](console, figures)
+
+
+def show_parity(console: Console, figures: Mapping[str, Any]) -> None:
+    """Prints texts, recall by layer and tasks of every arm, and for each k whether it is parity."""
+    written = figures["sizes"]["written"]
+    texts = table(f"{figures['context']:,} tokens", "perplexity over dense's", "same tokens", "95% interval",
+                  f"first of {written} that differs")  # fmt: skip
+    for row in figures["texts"]:
+        texts.add_row(row["arm"], _interval(row["ratio"]), *_share(row["same"]), _plus_minus(row["first"], 1))
+    console.print(texts)
+    count = figures["texts"][0]["ppl"]["n"]
+    texts_read = f"{count} text{'' if count == 1 else 's'}"
+    console.print(f"[dim]{texts_read}; same tokens: of dense's greedy continuation, read with each arm[/dim]")
+    layers = range(len(figures["recall"][0]["by_layer"]))
+    recalls = table("recall of the mass by layer", "all", "95% interval", *map(str, layers))
+    for row in figures["recall"]:
+        recalls.add_row(row["arm"], *_share(row["overall"]), *(f"{100 * e['value']:.0f}" for e in row["by_layer"]))
+    console.print()
+    console.print(recalls)
+    if figures["tasks"]:
+        console.print()
+        _show_scores(console, figures["tasks"])
+    console.print()
+    for found in figures["verdicts"]:
+        color = {"parity": "green", "no parity": "red", "undecided": "yellow"}[found["verdict"]]
+        line = f"k = {found['k']:,}: [{color}]{found['verdict']}[/{color}], {found['reason']}"
+        console.print(line, highlight=False)
+    left_out = dict.fromkeys(why for found in figures["verdicts"] for why in found["left_out"])
+    for why in left_out:
+        console.print(f"[dim]not judged: {why}[/dim]", highlight=False)
+
+
 def show_long(console: Console, figures: Mapping[str, Any]) -> None:
     """Prints scores by task, length and arm; by depth; and perplexity by position, if it was measured."""
-    names = "task", "tokens", "arm", "score", "95% interval", "n", "contexts", "less the first arm's"
-    scores = table(*names)
-    for row in figures["tasks"]:
-        begin = row["task"], f"{row['context']:,}", escape(row["arm"]), *_share(row["score"])
-        scores.add_row(*begin, str(row["score"]["n"]), str(row["contexts"]), _difference(row["difference"]))
-    console.print(scores)
+    _show_scores(console, figures["tasks"])
     deep = [row for row in figures["tasks"] if any(row["counts"])]
     if deep:
         by_depth = table("score by depth", "tokens", "arm", *(f"{10 * tenth}%" for tenth in range(10)))
@@ -28,6 +58,15 @@ def show_long(console: Console, figures: Mapping[str, Any]) -> None:
         console.print(by_depth)
     if "positions" in figures:
         _show_positions(console, **figures["positions"])
+
+
+def _show_scores(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = "task", "tokens", "arm", "score", "95% interval", "n", "contexts", "less the first arm's"
+    scores = table(*names)
+    for row in rows:
+        begin = row["task"], f"{row['context']:,}", escape(row["arm"]), *_share(row["score"])
+        scores.add_row(*begin, str(row["score"]["n"]), str(row["contexts"]), _difference(row["difference"]))
+    console.print(scores)
 
 
 def _show_positions(console: Console, edges: Sequence[int], ppl: Mapping[str, Any], ratio: Mapping[str, Any]) -> None:
@@ -71,9 +110,9 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['value']:+.1f}{interval}"
 
 
-def _plus_minus(found: Mapping[str, Any]) -> str:
-    half = "" if found["low"] is None else f" ± {(found['high'] - found['low']) / 2:.3f}"
-    return f"{found['value']:.3f}{half}"
+def _plus_minus(found: Mapping[str, Any], digits: int = 3) -> str:
+    half = "" if found["low"] is None else f" ± {(found['high'] - found['low']) / 2:.{digits}f}"
+    return f"{found['value']:.{digits}f}{half}"
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:

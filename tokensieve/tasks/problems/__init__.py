@@ -16,6 +16,7 @@ from tokensieve.tasks.problems.mathematics import Mathematics
 from tokensieve.tasks.problems.own import own
 from tokensieve.tasks.problems.problem import MODES, Agent, Domain, Item, Mode, Problem, Problems, split_thinking
 from tokensieve.tasks.problems.programming import Programming
+from tokensieve.tasks.problems.rows import Rows
 from tokensieve.tasks.problems.search import Search
 from tokensieve.tasks.problems.tools import Call, CallFault, Step, Tool
 from tokensieve.tasks.problems.writing import Writing
@@ -28,8 +29,8 @@ DOMAINS: Mapping[str, Domain] = MappingProxyType(
 )
 
 __all__ = [
-    "DOMAINS", "MODES", "Agent", "Call", "CallFault", "Domain", "Item", "Mode", "Problem", "Problems", "Step", "Tool",
-    "domain", "split_thinking",
+    "DOMAINS", "MODES", "Agent", "Call", "CallFault", "Domain", "Item", "Mode", "Problem", "Problems", "Rows", "Step",
+    "Tool", "domain", "split_thinking",
 ]  # fmt: skip
 
 

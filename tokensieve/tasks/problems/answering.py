@@ -40,7 +40,7 @@ FACTS: dict[str, dict[str, dict[Split, tuple[str, str, str]]]] = {
         },
         "animal": {
             "train": ("Its flag shows a {v}.", "the animal on its flag", "On the flag is a {v}."),
-            "test": ("On the coat of arms stands a {v}.", "the beast of the coat of arms", "The arms bear a {v}."),
+            "test": ("On the coat of arms stands a {v}.", "the beast of the coat of arms", "The arms have a {v}."),
         },
         "product": {
             "train": ("It is known for its {v}.", "what it is known for", "People know it for {v}."),

@@ -68,7 +68,13 @@ class Expressions:
 
 def is_expression(text: str) -> bool:
     """Whether a text is mathematics alone: a digit or a LaTeX command, and no word."""
-    return re.search(r"[\d\\]", text) is not None and WORD.search(re.sub(r"\\(text|mbox)\{[^{}]*\}", "", text)) is None
+    return re.search(r"[\d\\]", text) is not None and is_symbolic(text)
+
+
+def is_symbolic(text: str) -> bool:
+    """Whether a text has a digit, a letter or a LaTeX command, and no word."""
+    bare = re.sub(r"\\(text|mbox)\{[^{}]*\}", "", text)
+    return re.search(r"[\dA-Za-z\\]", text) is not None and WORD.search(bare) is None
 
 
 def final(answer: str) -> str:

@@ -134,6 +134,11 @@ class Problems:
         if self.language not in self.domain.languages:
             known = ", ".join(self.domain.languages)
             raise UserError(f"{self.domain.name} has no problems in language {self.language!r}; use one of {known}")
+        if self.language not in HEADS:
+            known = ", ".join(HEADS)
+            raise UserError(
+                f"{self.domain.name}: no prompts are worded in language {self.language!r}; use one of {known}"
+            )
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from tokensieve.config import UserError
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.checks import met
-from tokensieve.tasks.problems.expressions import Expressions, final, is_expression
+from tokensieve.tasks.problems.expressions import Expressions, final, is_expression, is_symbolic
 from tokensieve.tasks.problems.problem import HEADS, Item, split_of
 
 FILES = (".jsonl", ".ndjson", ".parquet")
@@ -30,11 +30,12 @@ FILES = (".jsonl", ".ndjson", ".parquet")
 class Rows:
     """The rows of a file (a `Domain`), in which each prompt is in one split, by a hash.
 
-    Rows are drawn with replacement. Difficulty: that of the rows, at most. An answer is right if its end is one of the
-    row's answers: as a value, if that is mathematics (`Expressions`), else as a text, whatever its case, spaces and
-    punctuation. Rows with a rubric are graded by the share of criteria that rules find met, if rules can check each of
-    them (`checks`); otherwise by a judge alone. UserError for a row of another form, and for a language without rows in
-    one of the splits.
+    Rows are drawn with replacement. Difficulty: that of the rows, at most; the least one is the first at which every
+    language has rows in both splits. An answer is right if its end is one of the row's answers: as a value, if that is
+    mathematics (`Expressions`), else as a text, whatever its case, spaces and punctuation; signs such as ! and ' count
+    in an answer without a word. Rows with a rubric are graded by the share of criteria that rules find met, if rules
+    can check each of them (`checks`); otherwise by a judge alone. UserError for a row of another form, and for a
+    language without rows in one of the splits. digest: of all that is read of the rows.
     """
 
     def __init__(self, path: Path):
@@ -42,9 +43,8 @@ class Rows:
         items = [_item(row, f"{path} row {number}") for number, row in enumerate(_rows(path), 1)]
         if not items:
             raise UserError(f"{path} has no rows; give rows with a prompt and an answer or a rubric")
+        self.digest = hashlib.blake2b(repr(items).encode("utf-8", "replace"), digest_size=8).hexdigest()
         self.languages = tuple(sorted({language for _, language, _ in items}))
-        levels = sorted({level for level, _, _ in items})
-        self.difficulty = levels[0], levels[len(levels) // 2], levels[-1]
         self._items: dict[tuple[str, Split], list[tuple[int, Item]]] = {}
         for level, language, item in sorted(items, key=lambda x: x[0]):
             self._items.setdefault((language, split_of(self.name, item.key)), []).append((level, item))
@@ -56,17 +56,15 @@ class Rows:
                         f"{path} has {count} rows in language {language}, and none is in the {split} split, which a "
                         "hash of the prompt decides; give more rows"
                     )
+        least = max(rows[0][0] for rows in self._items.values())
+        levels = sorted({level for level, _, _ in items if level >= least})
+        self.difficulty = least, levels[len(levels) // 2], levels[-1]
         mathematical = any(is_expression(right) for _, _, item in items if not item.rubric for right in item.data)
         self._expressions = Expressions() if mathematical else None
 
     def draw(self, rng: random.Random, difficulty: int, language: str, split: Split) -> Item:
         items = self._items[language, split]
-        count = bisect.bisect_right(items, difficulty, key=lambda x: x[0])
-        if not count:
-            raise UserError(
-                f"{self.name} has no rows of difficulty {difficulty} in its {split} split; use a greater one"
-            )
-        return items[rng.randrange(count)][1]
+        return items[rng.randrange(bisect.bisect_right(items, difficulty, key=lambda x: x[0]))][1]
 
     def grade(self, item: Item, answer: str) -> float:
         if item.rubric and not item.data:
@@ -78,8 +76,8 @@ class Rows:
         return float(any(self._right(answer, right) for right in item.data))
 
     def _right(self, answer: str, right: str) -> bool:
-        plain = _plain(answer)
-        if plain and plain == _plain(right):
+        plain = _plain(answer, right)
+        if plain and plain == _plain(right, right):
             return True
         return is_expression(right) and self._expressions is not None and self._expressions.equal(answer, right)
 
@@ -200,6 +198,13 @@ def _checked(criterion: str) -> bool:
     return True
 
 
-def _plain(answer: str) -> str:
-    """The end of an answer without case, spaces, and punctuation around it."""
-    return " ".join(final(answer).casefold().split()).strip(" .,;:!?。，！？*_`\"'$")
+def _plain(answer: str, right: str) -> str:
+    """The end of an answer, to be compared with that of `right`: without spaces and the punctuation around it.
+
+    Symbols keep whatever could be mathematics: 5! and f' are not 5 and f. Words lose their case too.
+    """
+    text = " ".join(final(answer).split())
+    if not is_symbolic(right):
+        return text.casefold().strip(" .,;:!?。，！？*_`\"'$")
+    text = text.strip(" *_`$").rstrip(" .,;:?。，？*_`$")
+    return text if is_expression(right) else text.casefold()

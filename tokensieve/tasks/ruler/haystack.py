@@ -19,6 +19,7 @@ Haystack = Literal["documents", "filler", "pairs"]
 """Real documents, a few sentences that repeat, or nothing but more lines of the task's own form."""
 
 PIECE = 300  # characters at most: a context is shorter than its length by no more than the tokens of one piece
+BEGINNING = 1200  # characters of a document among others
 _PIECES = re.compile(rf"[^\n]{{0,{PIECE}}}?(?:[.!?] |\n+|\Z)|[^\n]{{{PIECE}}}")
 FILLER = (
     "The rain stopped before noon. ",
@@ -49,6 +50,21 @@ def of_documents(rng: random.Random, documents: Sequence[Document], what: str) -
         yield from pieces(document.text.rstrip("\n") + "\n\n")
 
 
+def beginnings(
+    rng: random.Random, documents: Sequence[Document], what: str, heading: Callable[[str], str]
+) -> Iterator[str]:
+    """Pieces of the beginnings of documents in a drawn order, without end, each after a piece with its heading.
+
+    heading: of a document's name. Errors as in `of_documents`.
+    """
+    held = [document for document in documents if document.text.strip()]
+    if not held:
+        raise UserError(f"no {what} documents to hide others among; name a source with some")
+    for document in cycle(rng.sample(held, len(held))):
+        yield heading(document.name) + "\n"
+        yield from pieces(document.text[:BEGINNING].rstrip("\n") + "\n\n")
+
+
 def without(source: Iterator[str], secrets: Sequence[str]) -> Iterator[str]:
     """The pieces that hold none of the secrets, in whatever case.
 
@@ -73,10 +89,14 @@ def shares(rng: random.Random, count: int, tenth: int | None) -> list[float]:
     return [(slot + rng.random()) / count for slot in rng.sample(range(count), count)]
 
 
-def hiding(encode: PlainEncoder, head: str, lines: Hidden, source: Iterator[str]) -> Callable[[int], str]:
+def hiding(
+    encode: PlainEncoder, head: str, lines: Hidden, source: Iterator[str], before: str = ""
+) -> Callable[[int], str]:
     """A function from n to a text: the head, the first n pieces of the source, and the lines between these.
 
-    Depths are shares of the pieces' tokens. A line stands on a line of its own, or between sentences.
+    Depths are shares of the pieces' tokens. A line stands on a line of its own, or between sentences. before: how the
+    pieces begin that a line may precede, such as the headings of documents, lest it part one; a line goes forward to
+    the next such piece, or to the end.
     """
     size = cache(lambda piece: len(encode(piece)))  # a filler's few sentences come again and again
     taken: list[str] = []
@@ -89,7 +109,10 @@ def hiding(encode: PlainEncoder, head: str, lines: Hidden, source: Iterator[str]
         ends = list(accumulate(tokens[:count]))
         places: list[list[str]] = [[] for _ in range(count + 1)]
         for line, share in sorted(lines, key=lambda hidden: hidden[1]):
-            places[bisect_left(ends, share * ends[-1]) if ends else 0].append(line)
+            at = bisect_left(ends, share * ends[-1]) if ends else 0
+            while at < count and not taken[at].startswith(before):
+                at += 1
+            places[at].append(line)
         parts = [head]
         for place, piece in zip(places, [*taken[:count], ""], strict=True):
             for line in place:

@@ -1,0 +1,107 @@
+"""Codeforces: which rows are asked, verdicts of the sandbox, and answers that are kept when the endpoint breaks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokensieve.evals.endpoint as endpoint
+from tests.support.endpoints import answering, said
+from tests.support.harness_files import codeforces as row
+from tests.support.harness_files import write_lines
+from tokensieve.config import UserError
+from tokensieve.evals.paper import BY_KEY, codeforces
+from tokensieve.evals.paper.asking import Asked
+from tokensieve.evals.paper.harnesses import Unavailable
+from tokensieve.paper_config import PaperConfig
+
+RIGHT = "Thoughts: ```python\nprint(0)\n```\nNow:\n```python\na, b = map(int, input().split())\nprint(a + b)\n```"
+BENCHMARK = BY_KEY["codeforces"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"contest_name": "Codeforces Round 990 (Div. 2)"},
+        {"rating": None},
+        {"input_mode": "file"},
+        {"interaction_format": "Ask."},
+        {"generated_checker": "import sys"},
+        {"official_tests_complete": False},
+        {"official_tests": []},
+    ],
+)
+def test_rows_that_cannot_be_judged_are_left_out(more: dict[str, Any]) -> None:
+    assert len([*codeforces.select([row(), row(id="1/B") | more])]) == 1
+
+
+def test_a_problems_text_and_rows_of_another_format() -> None:
+    (problem,) = codeforces.select([row()])
+    for part in ("Sum", "Add two numbers.", "Input:\nTwo integers.", "1 2", "Note:\nMind the sign."):
+        assert part in problem.message
+    assert "256 MB" in problem.message and problem.rating == 1200 and "-4 1" not in problem.message
+    with pytest.raises(Unavailable, match="row 0 is not one of open-r1/codeforces: KeyError"):
+        [*codeforces.select([{"question": "?"}])]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        (RIGHT, 1.0),
+        ("```\nprint(3)\n```", 0.0),  # right for the first test alone
+        ("```python\nwhile True: pass\n```", 0.0),
+        ("```python\nprint(sum(map(int, input().split())), end='  \\n\\n')\n```", 1.0),
+        ("The sum is a + b.", 0.0),
+    ],
+)
+def test_verdicts(answer: str, score: float) -> None:
+    (problem,) = codeforces.select([row(time_limit=0.1)])
+    assert codeforces.grade(problem, answer) == score
+
+
+def ask(url: str, folder: Path, **more: Any) -> list[tuple[str, float | None, int | None]]:
+    config = replace(PaperConfig(data=str(folder / "data"), retries=0, at_once=1), **more)
+    found = codeforces.run(BENCHMARK, config, Asked(url, "m", 100, 2, print), folder / "out")
+    return sorted((answer.problem, answer.score, answer.tokens) for answer in found)
+
+
+def test_a_run_is_resumed_where_the_endpoint_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    rows = [row("1/A"), row("2/A", 1500), row("3/A", 900, contest_name="Educational Round")]
+    write_lines(tmp_path / "data/codeforces/test.jsonl", rows)
+    bodies: list[dict[str, Any]] = []
+    good = 2
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        return (200, said(RIGHT, tokens=40)) if len(bodies) <= good else (200, b"nonsense")
+
+    with answering(answer) as url:
+        with pytest.raises(UserError, match="no JSON"):
+            ask(url, tmp_path)
+        file = tmp_path / "out" / "answers.jsonl"
+        assert len(file.read_text().splitlines()) == 2
+        file.write_text(file.read_text() + '{"number": 0, "prob')  # as a kill would leave it
+        bodies, good = [], 2
+        whole = ask(url, tmp_path)
+    assert whole == [("1/A", 1.0, 40), ("1/A", 1.0, 40), ("2/A", 1.0, 40), ("2/A", 1.0, 40)]
+    assert len(bodies) == 2 and all(body["temperature"] == 1.0 and body["top_p"] == 0.95 for body in bodies)
+    assert [json.loads(line)["level"] for line in file.read_text().splitlines()].count(1500) == 2
+
+
+def test_what_cannot_run_says_why(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(rating=None)])
+    with answering(lambda *_: (404, {})) as url:
+        with pytest.raises(Unavailable, match="no problem of a Div. 1 contest"):
+            ask(url, tmp_path)
+        write_lines(tmp_path / "data/codeforces/test.jsonl", [row()])
+        with pytest.raises(Unavailable, match="404"):
+            ask(url, tmp_path)
+        (tmp_path / "data/codeforces/test.jsonl").write_text("{")
+        with pytest.raises(Unavailable, match="cannot be read"):
+            ask(url, tmp_path)
+        (tmp_path / "data/codeforces/test.jsonl").unlink()
+        with pytest.raises(Unavailable, match="cannot be read"):  # of the hub, offline
+            ask(url, tmp_path, data="")

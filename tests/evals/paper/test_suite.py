@@ -1,0 +1,123 @@
+"""The run as a whole: what is finished is kept, what cannot run is listed, and two models are compared problem by
+problem."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokensieve.evals.endpoint as endpoint
+from tests.support.endpoints import answering
+from tokensieve.config import UserError
+from tokensieve.evals.endpoint import Endpoint
+from tokensieve.evals.paper import BY_KEY, compare_models, judge_paper, suite
+from tokensieve.evals.paper.harnesses import Unavailable
+from tokensieve.evals.paper.scores import Graded
+from tokensieve.paper_config import PaperConfig
+
+CARDS = {"data": [{"id": "m", "max_model_len": 4096}, {"id": "n"}]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> PaperConfig:
+    for key in ("mmlu_pro", "aime25", "hmmt25"):
+        (tmp_path / "data" / key).mkdir(parents=True)
+        (tmp_path / "data" / key / "test.jsonl").touch()
+    return PaperConfig(("hle", "mmlu_pro", "aime25", "hmmt25"), data=str(tmp_path / "data"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """(key, max_tokens, repeats) of every benchmark that was asked. AIME's harness fails."""
+    rows: list[tuple[str, int, int]] = []
+
+    def run(benchmark: Any, config: Any, asked: Any, folder: Path) -> list[Graded]:
+        rows.append((benchmark.key, asked.max_tokens, asked.repeats))
+        if benchmark.key == "aime25":
+            raise Unavailable("RateLimitError: slower; see its log")
+        return [Graded(str(i), float(i % 4 > 0), 100 + i) for i in range(40)]
+
+    monkeypatch.setitem(suite.RUN, "evalscope", run)
+    monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
+    return rows
+
+
+def judge(url: str, config: PaperConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
+    return judge_paper(Endpoint(url, retries=0), "m", config, folder, resume, lambda _: None)
+
+
+def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
+    with answering(lambda *_: (200, CARDS)) as url:
+        found = judge(url, config, tmp_path / "out")
+        assert asked == [("mmlu_pro", 2048, 1), ("aime25", 2048, 16), ("hmmt25", 2048, 16)]
+        assert found["mmlu_pro"]["score"]["value"] == 0.75 and found["mmlu_pro"]["tokens"]["value"] == 119.5
+        assert set(found["lacking"]) == {"hle", "aime25"} and "judge" in found["lacking"]["hle"]
+        assert found["lacking"]["aime25"].startswith("RateLimitError") and "aime25" not in found
+        assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+        with pytest.raises(UserError, match="holds a run already.*--resume"):
+            judge(url, config, tmp_path / "out")
+        asked.clear()
+        again = judge(url, config, tmp_path / "out", resume=True)
+        assert [key for key, *_ in asked] == ["aime25"] and again["mmlu_pro"] == found["mmlu_pro"]
+        asked.clear()
+        judge(url, PaperConfig(**vars(config) | {"max_tokens": 64}), tmp_path / "out", resume=True)
+        assert [key for key, *_ in asked] == ["mmlu_pro", "aime25", "hmmt25"]  # answers of other lengths are others
+
+
+def test_an_endpoint_that_goes_down_ends_the_run_and_nothing_is_lost(
+    config: PaperConfig, asked: list, tmp_path: Path
+) -> None:
+    up = True
+    with answering(lambda *_: (200, CARDS) if up else (500, {})) as url:
+        original = suite.RUN["evalscope"]
+
+        def breaks(benchmark: Any, *rest: Any) -> list[Graded]:
+            nonlocal up
+            up = benchmark.key != "aime25"
+            return original(benchmark, *rest)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="still fails"):
+            patch.setitem(suite.RUN, "evalscope", breaks)
+            judge(url, config, tmp_path / "out")
+        kept = json.loads((tmp_path / "out" / "metrics.json").read_text())
+        assert "mmlu_pro" in kept and "hmmt25" not in kept
+        up = True
+        asked.clear()
+        judge(url, config, tmp_path / "out", resume=True)
+        assert [key for key, *_ in asked] == ["aime25", "hmmt25"]
+
+
+def test_answers_of_which_none_was_graded_are_no_score(config: PaperConfig, asked: list, tmp_path: Path) -> None:
+    with answering(lambda *_: (200, CARDS)) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(suite.RUN, "evalscope", lambda *_: [Graded("a", None)])
+        found = judge(url, config, tmp_path / "out")
+        assert "mmlu_pro" not in found and "no answer was graded" in found["lacking"]["mmlu_pro"]
+
+
+def test_refusals(config: PaperConfig, tmp_path: Path) -> None:
+    with answering(lambda *_: (200, CARDS)) as url:
+        with pytest.raises(UserError, match="no aime; known are mmlu_pro"):
+            judge(url, PaperConfig(("aime",)), tmp_path / "out")
+        with pytest.raises(UserError, match="serves no model 'other', but m, n"):
+            judge(url, PaperConfig(model="other"), tmp_path / "out")
+    with answering(lambda *_: (404, {})) as url, pytest.raises(UserError, match="--set model=ID"):
+        judge(url, config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def record(model: str, right: int, **asked: Any) -> dict[str, Any]:
+    how = {"model": model, "max_tokens": 64} | asked
+    rows = [Graded(str(i), float(i < right), 100).to_dict() for i in range(40)]
+    score = {"value": right / 40, "low": None, "high": None, "n": 40}
+    return {"mmlu_pro": {"score": score, "tokens": None, "graded": rows, "asked": how}, "lacking": {"hle": "no judge"}}
+
+
+def test_two_models() -> None:
+    (row,) = compare_models(record("a", 30), record("b", 20))
+    assert row["key"] == "mmlu_pro" and row["difference"]["value"] == -0.25 and row["difference"]["high"] < 0
+    with pytest.raises(UserError, match="MMLU-Pro .* max_tokens differ"):
+        compare_models(record("a", 30), record("b", 20, max_tokens=128))
+    with pytest.raises(UserError, match="no benchmark has a score in both"):
+        compare_models(record("a", 30), {"lacking": {}})
+    assert BY_KEY["mmlu_pro"].name == "MMLU-Pro (EM)"

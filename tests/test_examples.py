@@ -1,0 +1,190 @@
+"""The examples: each runs, its cases can be answered, and what it concludes follows from its figures."""
+
+import importlib
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import tokensieve
+from tests.support import servers
+from tokensieve.engine import EngineConfig
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "arms")
+PARTS = {
+    "agent": ["an agent with a tool and a scratchpad"],
+    "documents": ["comparing contracts", "comparing papers"],
+    "manual": ["question answering over a manual", "summarising a manual"],
+    "records": ["joining the records of a case"],
+    "repository": ["code completion in a repository", "noticing a wrong name"],
+    "retrieval": ["answers from retrieved functions", "the right answer's likelihood"],
+}
+
+
+@pytest.fixture(autouse=True)
+def examples_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def example(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def run(name: str, *arguments: object) -> int:
+    before = sys.argv
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    try:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+class Words:
+    """A model whose tokens are words, for cases without a model."""
+
+    def fit(self, text: str, tokens: int) -> str:
+        return " ".join(text.split(" ")[:tokens])
+
+
+class Finder:
+    """Finds "the N of K is V" in what it is shown; a blind one is shown nothing."""
+
+    def __init__(self, blind: bool = False):
+        self.blind = blind
+
+    def ask(self, text: str, question: str, tokens: int = 24) -> str:
+        asked = re.fullmatch(r"What is the (.*)\?", question)
+        assert asked
+        found = re.search(rf"[Tt]he {re.escape(asked[1])} is (\d+)\.", "" if self.blind else text)
+        return f"It is {found[1]}" if found else "I do not know"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_example_runs(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert run(name, "--tokens", 128, "--cases", 1, "--top-k", 64) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^(\S.*): 1 cases, prompts of up to [\d,]+ tokens, k = 64$", shown, re.MULTILINE) == PARTS[name]
+    for arm in ("dense", "sparse", "control"):
+        assert len(re.findall(rf"^  {arm} ", shown, re.MULTILINE)) == len(PARTS[name])
+    assert len(re.findall("not measurable with this model|Take dense|Take sparse", shown)) == len(PARTS[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "cases", "attempt"),
+    [
+        ("manual", "questions", "answered"),
+        ("documents", "contracts", "answered"),
+        ("agent", "tasks", "done"),
+        ("records", "files", "joined"),
+    ],
+)
+def test_who_finds_what_is_written_is_right_and_the_control_is_not(name: str, cases: str, attempt: str) -> None:
+    arms, module = example("arms"), example(name)
+    drawn = getattr(module, cases)(Words(), 800, 5, arms.random.Random(1))
+    assert len(drawn) == 5
+    assert [getattr(module, attempt)(Finder(), case) for case in drawn] == [1.0] * 5
+    assert [getattr(module, attempt)(Finder(blind=True), case) for case in drawn] == [0.0] * 5
+
+
+def test_endings_are_in_their_sources_and_not_in_what_is_shown() -> None:
+    arms, draw = example("arms"), {"model": Words(), "tokens": 1000, "count": 4}
+    for case in example("repository").completions(**draw, rng=arms.random.Random(2)):
+        assert any(
+            case.question + case.answer in path.read_text() for path in example("repository").PACKAGE.rglob("*.py")
+        )
+    for case in example("repository").bugs(**draw, rng=arms.random.Random(2)):
+        right, wrong = (re.findall(r"\w+", text) for text in (case.answer, case.wrong))
+        changed = {(a, b) for a, b in zip(right, wrong, strict=True) if a != b}
+        assert len(changed) == 1 and all(name in case.text for pair in changed for name in pair)
+    for case in example("retrieval").questions(**draw, rng=arms.random.Random(2)):
+        assert case.answer in case.text  # the function itself is among those that are retrieved
+    for case in example("manual").summaries(**draw, rng=arms.random.Random(2)):
+        assert case.answer.strip() not in case.text
+    for case in example("documents").papers(**draw, rng=arms.random.Random(2)):
+        assert case.question.strip() in case.text
+
+
+def readers(scores: dict[str, list[float]], seconds: tuple[float, float], **options: Any) -> str:
+    arms = example("arms")
+    part = arms.Part("a part", lambda *_: [], lambda *_: 0.0, options.get("unit", "right"))
+    times = {"dense": [seconds[0]] * 2, "sparse": [seconds[1]] * 2}
+    return arms.judge(part, scores, times, options.get("short", False))
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "control", "seconds", "options", "says"),
+    [
+        ([0] * 10, [1] * 10, [0] * 10, (2, 1), {}, "not measurable"),
+        ([0, 1] * 5, [0, 1] * 5, [0, 1] * 5, (2, 1), {}, "not measurable"),
+        ([-1.0, -2.0], [-1.0, -2.0], [-1.1, -1.9], (2, 1), {"unit": "nats"}, "not measurable"),
+        ([1] * 10, [1] * 10, [0] * 10, (2, 1), {"short": True}, "Take dense: the text is not longer than k"),
+        ([1] * 10, [0] * 10, [0] * 10, (2, 1), {}, "Take dense: sparse attention loses here"),
+        ([1] * 10, [1] * 10, [0] * 10, (1, 2), {}, "2.00 of the time. Take dense: sparse attention saves no time"),
+        ([1] * 40, [1] * 40, [0] * 40, (2, 1), {}, "0.50 of the time. Take sparse"),
+        ([-1.0, -1.1, -1.2], [-1.01, -1.1, -1.2], [-3.0, -3.1, -3.2], (2, 1), {"unit": "nats"}, "Take sparse"),
+    ],
+)
+def test_the_verdict(
+    dense: list, sparse: list, control: list, seconds: tuple[float, float], options: dict[str, Any], says: str
+) -> None:
+    assert says in readers({"dense": dense, "sparse": sparse, "control": control}, seconds, **options)
+
+
+@pytest.mark.parametrize("arm", ["dense", "sparse"])
+def test_log_probabilities_are_those_of_a_plain_pass(arm: str) -> None:
+    """Within 1e-3 nats: the engine's order of sums is another one than that of a pass without pages."""
+    model = example("arms").Local("sparse", 64)
+    text, ending = example("arms").pages()[0].text[:1500], " and the rest of it."
+    end = model.encode(ending)
+    ids = torch.tensor([[*model.encode.prompt(text), *end]])
+    plain = tokensieve.load("sparse")
+    with torch.no_grad(), tokensieve.selecting(plain, "dense" if arm == "dense" else "indexer", 64):
+        scores = plain(ids).logits[0].log_softmax(-1)
+    expected = scores[:-1].gather(1, ids[0, 1:, None])[-len(end) :].mean()
+    assert model.nats(arm, text, ending) == pytest.approx(float(expected), abs=1e-3)
+    blind = example("arms").Reader(model, arm, blind=True)
+    assert blind.nats(text, "So", ending) == model.nats(arm, "So", ending)
+
+
+def test_an_endpoint_gives_what_the_model_gives(capsys: pytest.CaptureFixture) -> None:
+    arms = example("arms")
+    local = arms.Local("sparse", 0)
+    model, tokenizer = tokensieve.load("sparse"), tokensieve.load_tokenizer("sparse")
+    text = arms.pages()[0].text[:2400]
+    with servers.running((model, tokenizer), EngineConfig(running=2), max_prompt_tokens=4000) as (url, _):
+        url += "/v1"
+        remote = arms.Remote(url, "", "", 0)
+        assert remote.top_k == local.top_k and remote.memory("dense") is None
+        for arm in ("dense", "sparse"):
+            assert remote.answer(arm, "Who are you?", 24) == local.answer(arm, "Who are you?", 24)
+            assert remote.nats(arm, text, " and so on.") == pytest.approx(
+                local.nats(arm, text, " and so on."), abs=1e-3
+            )
+        assert run("records", "--url", url, "--tokens", 128, "--cases", 1) == 0
+        assert "joining the records of a case: 1 cases" in capsys.readouterr().out
+        assert run("records", "--url", url, "--dense", "nowhere") == 2
+    assert "does not serve 'nowhere'" in capsys.readouterr().err
+
+
+def test_what_cannot_work_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert run("manual", "--model", "nowhere/at-all") == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1 and shown[0].startswith("manual.py: error: ")
+
+
+@pytest.mark.slow
+def test_at_least_three_are_measurable(capsys: pytest.CaptureFixture) -> None:
+    """With the bundled model: the promise of docs/examples.md."""
+    for name in ("manual", "documents", "records"):
+        assert run(name, "--tokens", 1000, "--cases", 12) == 0
+    verdicts = [line for line in capsys.readouterr().out.splitlines() if "measurable" in line or "Take" in line]
+    assert sum("Take" in line for line in verdicts) >= 3, verdicts

@@ -1,0 +1,167 @@
+"""The paper's benchmarks of one model, in the order of its Table 1, in a record that is written after each of them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tokensieve.config import UserError
+from tokensieve.evals.endpoint import Endpoint, Refused
+from tokensieve.evals.paper import codeforces, evalscope, harbor
+from tokensieve.evals.paper.asking import LOG, Asked
+from tokensieve.evals.paper.benchmarks import BENCHMARKS, BY_KEY, Benchmark
+from tokensieve.evals.paper.harnesses import Unavailable
+from tokensieve.evals.paper.needs import lacking
+from tokensieve.evals.paper.scores import Graded, compared, figures, read_answers
+from tokensieve.files import locked
+from tokensieve.paper_config import PaperConfig
+from tokensieve.run_record import RunRecord
+
+LACKING = "lacking"  # the record's key of what has no score: {key: reason}
+RUN: Mapping[str, Callable[[Benchmark, PaperConfig, Asked, Path], list[Graded]]] = {
+    "evalscope": evalscope.run,
+    "evalscope-agents": evalscope.run,
+    "harbor": harbor.run,
+    "own": codeforces.run,
+}
+
+
+def judge_paper(
+    endpoint: Endpoint,
+    name: str,
+    config: PaperConfig,
+    folder: Path,
+    resume: bool,
+    announce: Callable[[str], object],
+    key: str = "none",
+    judge_key: str = "none",
+) -> dict[str, Any]:
+    """Asks the benchmarks that can be asked, and lists why the others cannot; returns the record.
+
+    Args:
+        name: of the model, by which a resumed run knows that it is the same one.
+        folder: of metrics.json and the harnesses' files. What is finished in it is not asked again.
+        announce: called with a line for whatever takes long.
+        key, judge_key: of the endpoint and of the judge's.
+
+    Returns {"settings", "seconds", KEY: `scores.figures` with "asked": its settings, "lacking": {KEY: reason}}.
+
+    Raises:
+        UserError: the endpoint is down or answers nonsense, a benchmark is unknown, or the folder holds another run.
+            What is finished is kept.
+    """
+    chosen = _chosen(config)
+    model, room = _served(endpoint, config)
+    asked = Asked(endpoint.url, model, 1, 1, announce, key, judge_key)
+    settings = {benchmark.key: _settings(benchmark, config, f"{name} {model}", room) for benchmark in chosen}
+    with locked(folder):
+        record = RunRecord.of(folder, {benchmark.key: () for benchmark in chosen}, resume, "run of the paper's suite")
+        record.match({part: json.dumps(found, sort_keys=True) for part, found in settings.items()})
+        record.figures.setdefault(LACKING, {})
+        record.write()
+        for benchmark in chosen:
+            if benchmark.key in record.figures:
+                continue
+            how = settings[benchmark.key]
+            one = replace(asked, max_tokens=how["max_tokens"], repeats=how["repeats"])
+            place = folder / f"{benchmark.key}-{_digest(how)}"
+            reason = lacking(benchmark, config, endpoint.url)
+            if reason is None:
+                announce(f"{benchmark.name}: the harness writes to {place / LOG}")
+                try:
+                    with record.timing(benchmark.key):
+                        found = figures(RUN[benchmark.harness](benchmark, config, one, place), benchmark.is_rating)
+                    reason = None if found["score"] else "no answer was graded: see its folder"
+                except (Unavailable, UserError) as error:
+                    reason = str(error)
+                    _check(endpoint)
+            if reason is None:
+                record.figures[benchmark.key] = found | {"asked": how}
+                record.figures[LACKING].pop(benchmark.key, None)
+            else:
+                record.figures[LACKING][benchmark.key] = reason
+            record.write()
+    return record.figures
+
+
+def compare_models(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{"key", "a", "b": scores, "difference": an Estimate as a dict, "tokens": of both} of what both records hold.
+
+    The difference is that of the shares of right answers to the problems that both answered, of b less a, with the
+    interval for pairs; for Codeforces too.
+
+    Raises:
+        UserError: a benchmark was not asked alike, or there is none in both.
+    """
+    rows = []
+    for benchmark in BENCHMARKS:
+        first, second = a.get(benchmark.key), b.get(benchmark.key)
+        if not first or not second:
+            continue
+        differing = [name for name, value in first["asked"].items() if second["asked"].get(name) != value]
+        if set(differing) - {"model"}:
+            names = ", ".join(name for name in differing if name != "model")
+            raise UserError(f"{benchmark.name} was not asked alike: {names} differ; ask one of the models again")
+        found = compared(read_answers(second["graded"]), read_answers(first["graded"]))
+        if found is not None:
+            scores = {"a": first["score"], "b": second["score"], "tokens": [first["tokens"], second["tokens"]]}
+            rows.append({"key": benchmark.key, **scores, "difference": found.to_dict()})
+    if not rows:
+        raise UserError("no benchmark has a score in both; ask both models the same ones")
+    return rows
+
+
+def _chosen(config: PaperConfig) -> list[Benchmark]:
+    unknown = [key for key in config.benchmarks if key not in BY_KEY]
+    if unknown:
+        raise UserError(f"benchmarks: no {', '.join(unknown)}; known are {', '.join(BY_KEY)}")
+    return [benchmark for benchmark in BENCHMARKS if not config.benchmarks or benchmark.key in config.benchmarks]
+
+
+def _served(endpoint: Endpoint, config: PaperConfig) -> tuple[str, int | None]:
+    """The model's id, and the tokens of its longest context; None if the endpoint does not list them."""
+    try:
+        cards = {card["id"]: card for card in endpoint.models()}
+    except Refused as error:
+        if not config.model:
+            raise UserError(f"{error}; name the model with --set model=ID") from error
+        cards = {config.model: {}}
+    model = config.model or next(iter(cards), "")
+    if model not in cards:
+        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards) or 'none'}")
+    room = cards[model].get("max_model_len")
+    return model, room if isinstance(room, int) else None
+
+
+def _check(endpoint: Endpoint) -> None:
+    """UserError if the endpoint is gone, which no other benchmark survives either."""
+    with suppress(Refused):  # then it is there, and lists no models
+        endpoint.models()
+
+
+def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int | None) -> dict[str, Any]:
+    """All that a benchmark's score depends on."""
+    fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // 2)
+    found: dict[str, Any] = {
+        "model": model,
+        "task": benchmark.task,
+        "options": dict(benchmark.options),
+        "max_tokens": config.max_tokens or fits,
+        "repeats": config.repeats or benchmark.repeats,
+        "limit": config.limit,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "data": config.data or config.hub,
+    }
+    if "judge" in benchmark.needs:
+        found["judge_model"] = config.judge_model
+    if "search" in benchmark.needs:
+        found |= {"search_url": config.search_url, "steps": config.steps}
+    return found
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

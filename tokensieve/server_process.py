@@ -1,0 +1,51 @@
+"""Our server as a process of its own, for what needs an endpoint and stands left of `serve`.
+
+Imports the standard library alone, so that it works in the environment of a harness too.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+
+class NotServed(Exception):
+    """The server ended before it answered. The message is the last line that it wrote."""
+
+
+@contextmanager
+def server_process(model: str, device: str = "auto", python: str = sys.executable) -> Iterator[str]:
+    """The address, with its /v1, of a server that answers for as long as the block lasts.
+
+    model: a folder, a GGUF file or a name. python: an interpreter that has tokensieve and its extra `serve`. The server
+    takes a free port on the loopback interface, and names the model first among those that it lists.
+
+    Raises:
+        NotServed: the server could not start.
+    """
+    command = [python, "-m", "tokensieve", "serve", model, "--port", "0", "--device", device, "--no-playground"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            yield _address(process) or _reason(process, log)
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _address(process: subprocess.Popen) -> str:
+    """The address in the line that says what is served; empty if the server ended instead."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " serves " in line:
+            return line.split(" serves ")[0].strip()
+    return ""
+
+
+def _reason(process: subprocess.Popen, log: IO[str]) -> str:
+    process.wait()
+    log.seek(0)
+    lines = [line.strip() for line in log if line.strip()]
+    raise NotServed(lines[-1].removeprefix("tokensieve: error: ") if lines else "the server ended without a word")
