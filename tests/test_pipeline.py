@@ -209,7 +209,7 @@ def test_what_a_kill_left_of_a_done_part_is_removed(whole: Path, model: Path) ->
         "specialists/logic/cold/checkpoint-2",
         "specialists/writing/rl/checkpoint-2",
     ]
-    for folder in (*leaves, "distilled/train/checkpoint-1", "final/checkpoint-2"):
+    for folder in (*leaves, "distilled/train/checkpoint-1", "on-policy/checkpoint-1", "final/checkpoint-2"):
         (whole / folder).mkdir()
     pipeline.run(settings(model, whole), resume=True, console=QUIET)
     assert not [*whole.rglob("checkpoint-*"), *whole.rglob("cold/model")]
@@ -325,6 +325,7 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
         ({"beside": "nowhere"}, "beside: nowhere is no folder of a post-training run that is done"),
         ({"languages": ["fr"]}, "logic has problems in en, zh, none of them in languages"),
         ({"cold.options.leraning_rate": 1}, "options of SFTConfig: .*leraning_rate"),
+        ({"distill.on_policy.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
         ({"specialist.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
     ],
 )

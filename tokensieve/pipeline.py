@@ -185,9 +185,9 @@ def _domains(asked: Sequence[str]) -> tuple[dict[str, Domain], dict[str, Any]]:
 def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[str, Any]) -> list[Part]:
     """The parts in their order. sources: of the domains, and perhaps of one more that gets a specialist.
 
-    UserError for ratios of no domain, and for a difficulty that is fixed for no group.
+    UserError for settings of no domain, and for a difficulty that is fixed for no group.
     """
-    known = (*sources, *DOMAINS)  # one config may be for all, and some be left out
+    known = (*sources, *DOMAINS)  # one config may be for several runs
     tables = {"cold_steps": (config.cold_steps, known), "evaluations": (config.evaluations, known)}
     for table, (named, allowed) in (tables | {"rl.ratios": (config.rl.ratios, domains)}).items():
         for name in named:

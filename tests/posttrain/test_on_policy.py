@@ -127,6 +127,7 @@ def test_adapters_learn_in_place_of_the_trunk(tmp_path: Path) -> None:
     [
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size is 2; every row has a teacher of its own"),
         ({"temperature": 0.5}, "temperature is 0.5; rollouts of the engine train at 1 alone"),
+        ({"cache_implementation": "static"}, "cache_implementation is static; rollouts of the engine do not take it"),
         ({"use_vllm": True}, "use_vllm excludes the engine's rollouts"),
         ({"names": ["b"] * 4}, "prompts name the teacher b, which is not there; name one of a"),
         ({"teachers": {"a": model_of(0, vocab_size=64)}}, "teacher a has 64 tokens, and the student 4096"),

@@ -18,7 +18,7 @@ from trl import DistillationConfig, DistillationTrainer
 from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig, Sampling
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.posttrain.grpo import check_adapters, compare
+from tokensieve.posttrain.grpo import UNHEARD, check_adapters, compare
 from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
@@ -33,14 +33,14 @@ class SparseDistillationTrainer(DistillationTrainer):
 
     teachers: by name; of the student's vocabulary. All are in memory at once.
     prompts: the columns "prompt", as `SparseGRPOTrainer` takes it, and "teacher", the name of one.
-    model, tokens, selection, config, respond: as `SparseGRPOTrainer` takes them. With "dense" teachers attend densely
-        too.
+    model, tokens, selection, config, at_once, respond: as `SparseGRPOTrainer` takes them. With "dense" teachers attend
+        densely too.
 
     Raises:
         UserError: what this trainer cannot honour: rows that are trained together, since each has its own teacher and
-            the indexers' loss is of one pass (per_device_train_batch_size above 1), a temperature that is not 1, vLLM,
-            a teacher of another vocabulary, a prompt whose teacher is not there, and the adapters that
-            `SparseGRPOTrainer` refuses.
+            the indexers' loss is of one pass (per_device_train_batch_size above 1), a temperature that is not 1, vLLM
+            and other options of generation, a teacher of another vocabulary, a prompt whose teacher is not there, and
+            the adapters that `SparseGRPOTrainer` refuses.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class SparseDistillationTrainer(DistillationTrainer):
         tokens: int,
         selection: str = "indexer",
         config: EngineConfig | None = None,
+        at_once: int | None = None,
         respond: Respond | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
@@ -71,7 +72,7 @@ class SparseDistillationTrainer(DistillationTrainer):
             decoder,
             tokenizer,
             tokens,
-            at_once=args.gradient_accumulation_steps,
+            at_once=at_once or args.gradient_accumulation_steps,
             selector="indexer" if self.selects else "dense",
             keep_selection=self.selects,
             config=config,
@@ -155,15 +156,7 @@ def _check_honoured(
             f"distillation by the engine takes a model of tokensieve, or PEFT's wrapper of one, not "
             f"{type(model).__name__}; load it with tokensieve.load"
         )
-    if args.per_device_train_batch_size != 1:
-        raise UserError(
-            f"per_device_train_batch_size is {args.per_device_train_batch_size}; every row has a teacher of its own, "
-            "so set it to 1, and gradient_accumulation_steps to the rows of a step"
-        )
-    if args.temperature != 1:
-        raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
-    if args.use_vllm:
-        raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own DistillationTrainer")
+    check_arguments(args)
     for name, teacher in teachers.items():
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UserError(
@@ -173,3 +166,19 @@ def _check_honoured(
     lacking = sorted(set(prompts["teacher"]) - set(teachers))
     if lacking:
         raise UserError(f"prompts name the teacher {lacking[0]}, which is not there; name one of {', '.join(teachers)}")
+
+
+def check_arguments(args: DistillationConfig) -> None:
+    """UserError for TRL's options that rollouts of the engine, or a teacher for each row, do not honour."""
+    if args.per_device_train_batch_size != 1:
+        raise UserError(
+            f"per_device_train_batch_size is {args.per_device_train_batch_size}; every row has a teacher of its own, "
+            "so set it to 1, and gradient_accumulation_steps to the rows of a step"
+        )
+    for name in UNHEARD:
+        if getattr(args, name, None):
+            raise UserError(f"{name} is {getattr(args, name)}; rollouts of the engine do not take it; leave it out")
+    if args.temperature != 1:
+        raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
+    if args.use_vllm:
+        raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own DistillationTrainer")

@@ -20,6 +20,7 @@ from trl import DistillationConfig, GRPOConfig, SFTConfig, SFTTrainer
 from tokensieve.config import LoraConfig, UserError
 from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
+from tokensieve.posttrain import on_policy
 from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments
 from tokensieve.posttrain.on_policy import SparseDistillationTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
@@ -49,7 +50,7 @@ def check_options(config: PosttrainConfig) -> None:
     for grpo in (config.specialist, config.rl.train):
         check_arguments(_grpo_arguments(grpo, config, Path(config.out)))
     if config.distill.on_policy is not None:
-        _on_policy_arguments(config.distill.on_policy, config, Path(config.out))
+        on_policy.check_arguments(_on_policy_arguments(config.distill.on_policy, config, Path(config.out)))
 
 
 def fine_tune(
@@ -126,7 +127,7 @@ def distill_on_policy(
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseDistillationTrainer(
             learner, teachers, tokenizer, args, prompts, tokens=_longest(prompts, config, room),
-            selection=config.selection, respond=respond,
+            selection=config.selection, respond=respond, at_once=config.at_once,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -161,6 +162,11 @@ def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) ->
     arguments = _arguments(stage, config, folder, stage.prompts * stage.samples)
     arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
     return _made(GRPOConfig, arguments | stage.options)
+
+
+def _on_policy_arguments(stage: OnPolicyConfig, config: PosttrainConfig, folder: Path) -> DistillationConfig:
+    arguments = _arguments(stage, config, folder, stage.prompts) | {"max_completion_length": config.new_tokens}
+    return _made(DistillationConfig, arguments | stage.options)
 
 
 def _arguments(
