@@ -164,11 +164,6 @@ def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) ->
     return _made(GRPOConfig, arguments | stage.options)
 
 
-def _on_policy_arguments(stage: OnPolicyConfig, config: PosttrainConfig, folder: Path) -> DistillationConfig:
-    arguments = _arguments(stage, config, folder, stage.prompts) | {"max_completion_length": config.new_tokens}
-    return _made(DistillationConfig, arguments | stage.options)
-
-
 def _arguments(
     stage: SftConfig | GrpoConfig | OnPolicyConfig, config: PosttrainConfig, folder: Path, rows: int
 ) -> dict[str, Any]:
