@@ -52,7 +52,7 @@ BRIEF := DEMO='--set context=1024 --set needle_contexts=1 --set ppl_sequences=1 
   --set heat_lengths=[] --set recall_steps=[1] --set recall_sequences=1 --set warmup.phases.0.steps=1 \
   --set warmup.phases.0.context=256 --set warmup.phases.1.steps=1 --set warmup.phases.1.context=256 \
   --set adapt.phases.0.steps=1 --set adapt.phases.0.context=256 --set adapt.phases.0.sequences=1'
-BRIEF += OPTIONS='tests/cli tests/ops/test_compile.py tests/serve/playground/test_page.py tests/test_doctor.py tests/test_files.py'
+BRIEF += OPTIONS='tests/cli tests/sandbox tests/ops/test_compile.py tests/serve/playground/test_page.py tests/test_doctor.py tests/test_files.py'
 
 test-all: check $(BROWSER) $(if $(BROWSER),docs)
 	@OMP_NUM_THREADS=1 timeout --foreground -s INT -k 1m $(LIMIT) $(PYTEST) $(WORKERS) $(OPTIONS) || { status=$$?; \
@@ -67,7 +67,7 @@ fresh:
 check: $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy tokensieve
+	$(PY) -m mypy tokensieve integrations
 	$(PYTEST) -q tests/test_house.py
 
 bench: $(DEV)

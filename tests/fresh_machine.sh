@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# make on a machine that has Python with venv, make and git and nothing else: no browser, no compiler, no package manager,
+# make on a machine that has Python with venv, make and git and nothing else: no browser, compiler, sandbox or package manager,
 # no earlier environment. It is this machine, seen from a mount namespace in which those programs cannot be run, with a
 # clone of the last commit and a home of its own, which are deleted at the end.
 #
@@ -14,7 +14,7 @@ repository=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-/usr/bin/python3}
 search=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 hidden=(gcc g++ cc c++ clang clang++ nvcc chromium chromium-browser google-chrome google-chrome-stable
-    firefox apt apt-get dnf yum apk brew)
+    firefox bwrap apt apt-get dnf yum apk brew)
 
 refuse() {
     echo "fresh_machine: $*" >&2

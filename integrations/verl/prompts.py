@@ -17,7 +17,7 @@ def main(
     out: Path,
     tokenizer: Annotated[str, typer.Option(help="the model's folder, or a bundled name")],
     domains: Annotated[list[str], typer.Option("--domain", help="a name, FILE or module:object; may be repeated")],
-    mode: Annotated[str, typer.Option(help="think or direct")] = "direct",
+    mode: Mode = "direct",
     language: str = "en",
     tokens: Annotated[int, typer.Option(help="of a prompt, at least: several times the model's k")] = 2048,
     rows: Annotated[int, typer.Option(help="of training, for each domain")] = 512,
@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Problems of some domains, in one mode, as verl's parquet files."""
     try:
-        write(out, tokenizer, domains, mode, language, tokens, {"train": rows, "test": test_rows}, seed)  # type: ignore
+        write(out, tokenizer, domains, mode, language, tokens, {"train": rows, "test": test_rows}, seed)
     except UserError as error:
         typer.echo(f"prompts.py: error: {error}", err=True)
         raise typer.Exit(2) from error

@@ -232,22 +232,29 @@ def test_worse_is_fishers_test() -> None:
     assert not worse(8, 8, 8, 8) and not worse(12, 16, 16, 16)
 
 
-def asked_of_nothing(accuracy: Callable[[int], float]) -> Checker:
-    """The answers' probes of a model that is right with a probability that depends on the prompt's length."""
-    draw = random.Random(0)
-    asked = Checker(Endpoint("http://127.0.0.1:9/v1"), "m", 2048, 163_840, ServingSizes(probes=("answers",)), 0)
-    asked._questions = lambda tokens: [tokens] * asked.sizes.questions  # type: ignore[assignment]
-    asked._ask = lambda way, model, lengths: sum(draw.random() < accuracy(n) for n in lengths)  # type: ignore[assignment]
-    asked.begin = lambda: None  # type: ignore[method-assign]
-    return asked
+class Guessing(Checker):
+    """The answers' probes, by a model that is right with a probability that depends on the prompt's length."""
+
+    def __init__(self, accuracy: Callable[[int], float]):
+        super().__init__(Endpoint("http://127.0.0.1:9/v1"), "m", 2048, 163_840, ServingSizes(probes=("answers",)), 0)
+        self.accuracy, self.draw = accuracy, random.Random(0)
+
+    def begin(self) -> None:
+        pass
+
+    def _questions(self, tokens: int) -> list[Any]:
+        return [tokens] * self.sizes.questions
+
+    def _ask(self, way: str, model: str, questions: Any) -> int:
+        return sum(self.draw.random() < self.accuracy(tokens) for tokens in questions)
 
 
 def test_a_healthy_endpoint_is_seldom_called_wrong() -> None:
     """1% of checks at most, whatever the number of lengths; and a fault that halves the accuracy far past k is seen."""
-    asked = asked_of_nothing(lambda n: 0.8)
+    asked = Guessing(lambda n: 0.8)
     healthy = [check_serving(asked) for _ in range(1000)]
     assert sum(any(r.found for r in results) for results in healthy) <= 10
-    asked = asked_of_nothing(lambda n: 1.0 if n < 30_000 else 0.5)
+    asked = Guessing(lambda n: 1.0 if n < 30_000 else 0.5)
     halved = [check_serving(asked) for _ in range(200)]
     assert sum(any(r.found for r in results) for results in halved) >= 190
 
@@ -258,7 +265,7 @@ def test_a_length_that_is_refused_is_no_control() -> None:
             raise Refused("too long for now")
         return 1.0
 
-    results = check_serving(asked_of_nothing(accuracy))
+    results = check_serving(Guessing(accuracy))
     assert [r.found for r in results] == [False, False, None, False, False, False]
     assert "too long for now" in results[2].line
 

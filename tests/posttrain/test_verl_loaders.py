@@ -64,7 +64,7 @@ def test_prompts_load(config: Any, tokenizer: Any) -> None:
 def test_answers_are_scored(config: Any, tokenizer: Any) -> None:
     """Right and wrong ones, and long ones less."""
     row = RLHFDataset(config.data.train_files, tokenizer, config.data)[0]
-    right = Problems(DOMAINS["mathematics"], str.split, tokens=200).examples("train", 1)[0].item.answer  # type: ignore
+    right = Problems(DOMAINS["mathematics"], str.split, tokens=200).examples("train", 1)[0].item.answer  # type: ignore[arg-type]
 
     async def rewarded(text: str, tokens: int) -> dict[str, Any]:
         manager = load_reward_manager(config, tokenizer)

@@ -6,7 +6,7 @@ TRL has the algorithm: advantages, clipping, and the off-policy sequence mask of
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
-from tokensieve.train.callbacks import training
+from tokensieve.train.callbacks import indexers_learn
 
 # Options of TRL's own generation, of which neither the engine nor our prompts hear.
 UNHEARD = (
@@ -133,15 +133,8 @@ class SparseGRPOTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training, in which the indexers learn equation (4) and every pass reads what the rollout read."""
-        with self._reading():
-            if not self.selects:
-                return super().train(*args, **kwargs)
-            with training(self.model, "adapt") as callback:
-                self.add_callback(callback)
-                try:
-                    return super().train(*args, **kwargs)
-                finally:
-                    self.remove_callback(callback)
+        with self._reading(), indexers_learn(self) if self.selects else nullcontext():
+            return super().train(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, whose passes read what the rollouts read too."""

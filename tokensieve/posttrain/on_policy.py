@@ -5,7 +5,7 @@ rollouts, the keys that they read, the indexers' loss, equation (4), and a teach
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tokensieve.posttrain.grpo import UNHEARD, check_adapters, compare
 from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
-from tokensieve.train.callbacks import training
+from tokensieve.train.callbacks import indexers_learn
 
 
 class SparseDistillationTrainer(DistillationTrainer):
@@ -80,15 +80,8 @@ class SparseDistillationTrainer(DistillationTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's training, in which the student's indexers learn equation (4) on the keys that its rollouts read."""
-        with self._reading():
-            if not self.selects:
-                return super().train(*args, **kwargs)
-            with training(self.model, "adapt") as callback:
-                self.add_callback(callback)
-                try:
-                    return super().train(*args, **kwargs)
-                finally:
-                    self.remove_callback(callback)
+        with self._reading(), indexers_learn(self) if self.selects else nullcontext():
+            return super().train(*args, **kwargs)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ from tokensieve.posttrain.on_policy import SparseDistillationTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
 from tokensieve.posttrain_config import GrpoConfig, OnPolicyConfig, PosttrainConfig, SftConfig
-from tokensieve.train.callbacks import training
+from tokensieve.train.callbacks import indexers_learn
 from tokensieve.train.lora import adapted, save_adapter
 from tokensieve.train.resuming import make_resumable
 
@@ -67,15 +67,12 @@ def fine_tune(
     rows: as `demonstrations_of` makes them. UserError for options that SFTConfig does not take.
     """
     longest = max(map(len, rows["input_ids"]))
-    dense = config.selection == "dense"
     arguments = _arguments(stage, config, folder, stage.rows)
     arguments |= {"max_length": longest, "completion_only_loss": True}  # else TRL ignores the rows' completion_mask
     args = _made(SFTConfig, arguments | stage.options)
     with _learner(model, stage.lora, config, folder) as learner:
-        with selecting(model, "dense") if dense else training(learner, "adapt") as callback:
-            trainer = SFTTrainer(learner, args=args, train_dataset=rows, processing_class=tokenizer)
-            if not dense:
-                trainer.add_callback(callback)
+        trainer = SFTTrainer(learner, args=args, train_dataset=rows, processing_class=tokenizer)
+        with selecting(model, "dense") if config.selection == "dense" else indexers_learn(trainer):
             found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokensieve.config import UserError
@@ -60,6 +60,17 @@ def training(
         finally:
             callback.close()
             hook.remove()
+
+
+@contextmanager
+def indexers_learn(trainer: Trainer) -> Iterator[None]:
+    """Within the block the indexers of a trainer's model learn by equation (4). UserError as `training` raises it."""
+    with training(trainer.model, "adapt") as callback:
+        trainer.add_callback(callback)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(callback)
 
 
 class KLCallback(TrainerCallback):
