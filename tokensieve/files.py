@@ -55,6 +55,12 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def written(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of writing (ns) of a file, or of a folder's files: equal if nothing was written since."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+
+
 def is_free(folder: str | Path) -> bool:
     """Whether a folder can be made here: nothing has the name, or an empty folder has it."""
     folder = Path(folder)

@@ -1,6 +1,7 @@
 """The commands as a user types them: their help, and one whole pass over the road on a tiny model."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import tokensieve
 from tests.support import commands, models
 from tests.support.commands import tiny
+from tokensieve.files import written
 
 COMMANDS = (
     "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost "
@@ -170,6 +172,11 @@ def test_parity_goes_on_and_is_reported(run, home: Path, tmp_path: Path, monkeyp
     assert ended.status == 2 and "add --resume to go on with it" in ended.err
     ended = run(*command, *sizes, "--context", "140", "--resume")
     assert ended.status == 2 and "--resume: context differ from those of" in ended.err
+    os.utime(home / "sparse" / "config.json")  # as a training that is repeated in the same folder writes it
+    ended = run(*command, *sizes, "--context", "120", "--resume")
+    assert ended.status == 2 and "--resume: model differ from those of" in ended.err
+    record["asked"]["model"][1] = json.loads(json.dumps(written(home / "sparse")))
+    measured.write_text(json.dumps(record))
     ended = run(*command, *sizes, "--context", "120", "--resume")
     assert ended.status == 0 and json.loads(measured.read_text()) == record | {"ended": True}
     ended = run("report", "runs/eval-sparse-parity", "--out", "page")

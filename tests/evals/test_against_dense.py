@@ -183,7 +183,7 @@ def measured(
         ({"task": -0.2}, "no parity", "worse than allowed in single"),
         ({"half": 0.05}, "undecided", "too few prompts to tell in perplexity"),
         ({"window": 0.0}, "undecided", "the last k keys are not clearly worse"),
-        ({"shortest": 128}, "undecided", "the last k keys are not clearly worse"),
+        ({"shortest": 128}, "undecided", "no task could be judged"),
     ],
 )
 def test_verdicts(given, verdict, reason):
@@ -203,6 +203,7 @@ def test_what_was_not_tested_is_never_parity():
     (found,) = parity_verdict.verdicts(figures, 0.01, 0.03)
     assert found["left_out"] == ["single: not measurable with this model, dense scores 10%"]
     assert [c["name"] for c in found["criteria"]] == ["perplexity"]
+    assert found["verdict"] == "undecided" and "no task could be judged" in found["reason"]
 
 
 def test_the_terminal_shows_all_parts(figures):

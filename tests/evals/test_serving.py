@@ -257,6 +257,8 @@ def test_a_healthy_endpoint_is_seldom_called_wrong() -> None:
     asked = Guessing(lambda n: 1.0 if n < 30_000 else 0.5)
     halved = [check_serving(asked) for _ in range(200)]
     assert sum(any(r.found for r in results) for results in halved) >= 190
+    broken = check_serving(Guessing(lambda n: 1.0 if n < 2048 else 0.25))  # a wrong length is no control of the next
+    assert [r.found for r in broken] == [False, *[True] * 5]
 
 
 def test_a_length_that_is_refused_is_no_control() -> None:

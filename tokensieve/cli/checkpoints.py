@@ -197,7 +197,7 @@ def evaluate(
     """
     from tokensieve.config import UserError, load_config
     from tokensieve.evaluate_config import EvaluateConfig
-    from tokensieve.files import check_source, known_folder, write_json
+    from tokensieve.files import check_source, known_folder, write_json, written
 
     begin = time.perf_counter()
     if quick and config != "evaluate":
@@ -244,6 +244,7 @@ def evaluate(
     from tokensieve.data import read_documents
     from tokensieve.machine import choose_device
     from tokensieve.model import check_tokenizer
+    from tokensieve.model.files import model_path
     from tokensieve.model.selection import resolve
     from tokensieve.report import environment
 
@@ -263,7 +264,9 @@ def evaluate(
         other = tokensieve.load(before, device=choose_device(device)) if before is not None else None
         if other is not None:
             check_tokenizer(tokenizer, other.config)
-        what: dict[str, Any] = {"model": model, "before": before, "data": data, "held_out_share": held_out_share}
+        asked = {"model": model} | ({"before": before} if before is not None else {})
+        models = {key: [name, written(model_path(name))] for key, name in asked.items()}
+        what: dict[str, Any] = models | {"data": data, "held_out_share": held_out_share}
         if suite in (Suite.long, Suite.parity):
             what |= {"context": context, "arms": selections, "long": asdict(sizes.long)}
             what |= {"parity": asdict(sizes.parity)} if suite == Suite.parity else {}

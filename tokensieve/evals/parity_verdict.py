@@ -12,8 +12,8 @@ def verdicts(figures: Mapping[str, Any], ppl_loss: float, task_loss: float) -> l
 
     "parity": every 95% interval lies within its bound, and the control (the last k keys) misses one on the same
     prompts. "no parity": an interval lies beyond its bound. "undecided": too few prompts, a control that does as well,
-    or no prompt that was longer than k. Judged are the perplexity, and tasks on which dense attention scores at least
-    `MASTERED` and whose prompts are all longer than k.
+    no prompt that was longer than k, or no task that could be judged. Judged are the perplexity, and tasks on which
+    dense attention scores at least `MASTERED` and whose prompts are all longer than k.
 
     figures: "context", "top_k", "texts" and "tasks" of `judge_parity`.
 
@@ -39,6 +39,8 @@ def _verdict(criteria: list[Criterion], control: list[Criterion], k: int, contex
         return "no parity", f"worse than allowed in {', '.join(failed)}"
     if unsure:
         return "undecided", f"too few prompts to tell in {', '.join(unsure)}"
+    if len(criteria) == 1:
+        return "undecided", "no task could be judged, and perplexity alone does not show what selection loses"
     if all(c.verdict != "fails" for c in control):
         return "undecided", "the last k keys are not clearly worse, so these prompts do not need a selection"
     return "parity", f"all {len(criteria)} intervals lie within their bounds, and the last k keys miss one"

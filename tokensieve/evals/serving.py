@@ -191,14 +191,17 @@ class Checker:
         return self._judged(name, tokens, [q for _ in range(rounds) for q in self.writer.questions(tokens, depths)])
 
     def _judged(self, name: str, tokens: int, questions: Sequence[Question]) -> ProbeResult:
-        """The answers beside those to all shorter prompts; if these are better, beside those of dense attention."""
+        """The answers beside those to all shorter prompts with which nothing is wrong.
+
+        If these are better, beside those of dense attention.
+        """
         below = self.results.get("answers-below")
         if below is None or below.found is None:
             return ProbeResult(name, tokens, None, "not measurable with this model: it does not answer below k either")
         shorter = [
             r.details
             for r in self.results.values()
-            if r.name.startswith("answers") and r.tokens < tokens and r.found is not None
+            if r.name.startswith("answers") and r.tokens < tokens and r.found is False
         ]
         control, of = (sum(details[key] for details in shorter) for key in ("right", "asked"))
         chance = CHANCE / sum(probe in (self._answers, self._boundary) for *_, probe in self.plan())

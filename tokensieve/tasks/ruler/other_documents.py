@@ -58,11 +58,11 @@ class CrossDocument(_Among):
         things, suppliers = drawn[: self.chains], drawn[self.chains :]
         codes = distinct(rng, "numbers", split, self.chains)
         hidden = [
-            f"# Order of {thing}\nThe supplier of {thing} is {supplier}.\n"
+            f"# document: Order of {thing}\nThe supplier of {thing} is {supplier}.\n"
             for thing, supplier in zip(things, suppliers, strict=True)
         ]
         hidden += [
-            f"# Address of {supplier}\nThe access code of {supplier} is {code}.\n"
+            f"# document: Address of {supplier}\nThe access code of {supplier} is {code}.\n"
             for supplier, code in zip(suppliers, codes, strict=True)
         ]
         head = (
@@ -77,7 +77,7 @@ class CrossDocument(_Among):
             )
             for thing, supplier, code in zip(things, suppliers, codes, strict=True)
         ]
-        found = self.among(rng, split, head, hidden, "# ", [*drawn, *codes])
+        found = self.among(rng, split, head, hidden, "# document: ", [*drawn, *codes])
         return Puzzle(found.build, questions)
 
 
