@@ -47,10 +47,9 @@ def done(reader: Reader, task: Task) -> float:
     scratchpad = task.texts[0]
     for name in task.names[:-1]:
         said = re.search(r"\d{4,}", reader.ask(scratchpad, f"What is the door code of {name}?"))
-        page = task.open(said[0]) if said else None
-        if page is None:
+        if said is None or (page := task.open(said[0])) is None:
             return 0.0
-        scratchpad += f"\n\nopen({said[0] if said else ''})\n\n{page}"
+        scratchpad += f"\n\nopen({said[0]})\n\n{page}"
     last, first = (reader.ask(scratchpad, f"What is the door code of {name}?") for name in (task.names[-1], task.start))
     return float(task.codes[-1] in last and task.codes[0] in first)
 

@@ -14,9 +14,7 @@ from collections.abc import Iterator
 
 from arms import Case, Local, Part, Reader, Remote, main
 
-MODULES = (
-    "argparse calendar cmd configparser copy difflib glob inspect netrc shutil sched textwrap tokenize turtle trace"
-)
+MODULES = "argparse calendar cmd configparser copy difflib glob inspect netrc shutil sched textwrap tokenize trace"
 WORDS = 4  # of an answer that have to be right
 
 

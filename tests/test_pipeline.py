@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,24 @@ def test_no_more_answers_are_sampled_together_than_asked(
         seen.add((self.engine.config.running, kwargs["keep_selection"]))
 
     monkeypatch.setattr(Rollouts, "__init__", watched)
-    config = settings(model, tmp_path / "run", domains=["logic"], at_once=3, **{"specialist.samples": 4})
+    more = {"specialist.samples": 4, "distill.on_policy.steps": 1, "distill.on_policy.prompts": 4}
+    config = settings(model, tmp_path / "run", domains=["logic"], at_once=3, **more)
     pipeline.run(config, only="specialist-logic", console=QUIET)
     assert seen == {(3, False), (3, True)}
+    seen.clear()
+    pipeline.run(config, only=DISTILLED, console=QUIET)
+    assert seen == {(3, False), (3, True)}, "the second is on-policy distillation's"
+    seen.clear()
+    config = settings(model, tmp_path / "other", domains=["logic"], at_once=32, **more)
+    pipeline.run(config, only="specialist-logic", console=QUIET)
+    assert (4, True) in seen, "a step's answers, where it has fewer"
+
+
+def test_a_part_that_is_added_leaves_the_others_figures(model: Path, tmp_path: Path) -> None:
+    config = settings(model, tmp_path / "run")
+    alone = replace(config, distill=replace(config.distill, on_policy=None))
+    without, added = (pipeline._settings(c, pipeline._plan(c, ("logic",), {"logic": None})) for c in (alone, config))
+    assert {name for name in added if added[name] != without.get(name)} == {ON_POLICY}
 
 
 def test_a_group_has_one_difficulty_in_the_table(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +343,10 @@ def test_the_dense_twin(whole: Path, model: Path, tmp_path: Path) -> None:
         ({"cold.options.leraning_rate": 1}, "options of SFTConfig: .*leraning_rate"),
         ({"distill.on_policy.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
         ({"specialist.options.temperature": 0.5}, "rollouts of the engine train at 1 alone"),
+        ({"rl.train.lora.rank": 2, "rl.train.lora.dropout": 0.1}, "lora_dropout is 0.1, and rollouts drop nothing"),
+        ({"distill.on_policy.lora.rank": 2, "distill.on_policy.lora.dropout": 0.1}, "lora_dropout is 0.1"),
+        ({"rl.train.lora.rank": 2, "rl.train.lora.targets": ["nope"]}, "nope"),
+        ({"distill.on_policy.model": "nowhere/at-all/x"}, "nowhere/at-all/x"),
     ],
 )
 def test_refused_while_it_runs(model: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

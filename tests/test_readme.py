@@ -117,6 +117,18 @@ def test_fast_python_runs(page: Path, text: str, tmp_path: Path, monkeypatch) ->
     exec(compile(text, page.name, "exec"), {})
 
 
+IMPORTS = [(page, text) for page in DOCUMENTS for marker, text in blocks(page, "python") if marker != "fast"]
+
+
+@pytest.mark.parametrize(("page", "text"), IMPORTS, ids=[page.name for page, _ in IMPORTS])
+def test_python_imports_what_there_is(page: Path, text: str) -> None:
+    """Of blocks that would take too long to run; `mine` is a module of the reader's own."""
+    for node in ast.parse(text).body:
+        own = isinstance(node, ast.ImportFrom) and node.module == "mine"
+        if isinstance(node, ast.Import | ast.ImportFrom) and not own:
+            exec(compile(ast.Module([node], []), page.name, "exec"), {})
+
+
 @pytest.mark.parametrize("session", [s for s in sessions() if not s.page.is_relative_to(RECORDS)], ids=str)
 def test_every_session_is_run_somewhere(session: Session) -> None:
     kind, _, where = session.marker.partition(": ")

@@ -51,7 +51,8 @@ def run(
 ) -> dict[str, Any]:
     """Makes every model in the folder `config.out`, or `only` one of them, and measures those that are new.
 
-    only: "specialist-DOMAIN", "distilled" or "final". DOMAIN is a name of `tasks.problems.domain`.
+    only: "specialist-DOMAIN", "distilled" (and "on-policy", if the config has it) or "final". DOMAIN is a name of
+    `tasks.problems.domain`.
 
     Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
     "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
@@ -192,7 +193,8 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
     for table, (named, allowed) in (tables | {"rl.ratios": (config.rl.ratios, domains)}).items():
         for name in named:
             if name not in allowed:
-                raise UserError(f"{table}.{name} is none of the domains {', '.join(domains)}; leave it out")
+                there = ", ".join(dict.fromkeys(allowed))
+                raise UserError(f"{table}.{name} is none of the domains {there}; leave it out")
     groups = [f"{name}-{mode}" for name in known for mode in MODES]
     for group in config.difficulty.fixed:
         if group not in groups:
@@ -273,8 +275,7 @@ def _grpo_work(stage: GrpoConfig) -> Work:
 def _settings(config: PosttrainConfig, plan: Sequence[Part]) -> dict[str, str]:
     """A digest for each part of all that decides its result, and one of what decides all figures."""
     decisive = {part.name: part.trains_on for part in plan}
-    shared = [part.trains_on for part in plan if part.name in (DISTILLED, ON_POLICY, FINAL)]
-    decisive[EVALUATION] = [*shared, config.evaluation, config.evaluations]
+    decisive[EVALUATION] = [config.evaluation, config.evaluations]  # a part that changes takes its own figures along
     return {
         name: hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
         for name, value in decisive.items()

@@ -172,7 +172,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"beta is 0.1, and the adapters are not zero: .* merge them"):
         trainer(tmp_path, learnt, beta=0.1)
     model = learnt.unload()
-    with pytest.raises(UserError, match="takes a model of tokensieve, or PEFT's wrapper of one, not Linear"):
+    with pytest.raises(UserError, match="take a model of tokensieve, or PEFT's wrapper of one, not Linear"):
         trainer(tmp_path, torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"a prompt has \d+ tokens, and with 12 of an answer more than the 64"):
         trainer(tmp_path, model, tokens=64).train()

@@ -1,6 +1,7 @@
 """Prompts of several groups in one dataset: their counts, their own rewards, and the judge that the command starts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -9,6 +10,7 @@ import tokensieve
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import mixture
 from tokensieve.posttrain.groups import groups_of
+from tokensieve.posttrain.judge import Judge
 from tokensieve.posttrain_config import JudgeConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import domain
@@ -88,3 +90,20 @@ def test_the_judge_is_started_only_for_rubrics_and_ends_with_the_block(encode, t
         assert judge is not None and judge.settings.api_key == "secret"
     with pytest.raises(Exception, match="Connection error"):
         OpenAI(base_url=url, api_key="none", max_retries=0).models.list()
+
+
+def test_a_judge_is_asked_for_the_first_rubric_that_there_is(encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind problems without one, and a judge without a single score is refused."""
+    groups = asked(settings("reward.language=0"), encode, "writing")
+    plain = asked(settings(), encode, "logic")[0][1][:1]
+    mixed = [(group, [*plain, *examples]) for group, examples in groups]
+    found: list[int] = []
+
+    def scores(judge: Judge, questions: list[Any]) -> list[float | None]:
+        found.append(len(questions))
+        return [None] * len(questions)
+
+    monkeypatch.setattr(Judge, "scores", scores)
+    with pytest.raises(UserError, match="judge scripted scores no right answer"):
+        mixture.check_judge(JudgeConfig(), mixed)
+    assert found == [len(mixed)]

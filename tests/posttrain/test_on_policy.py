@@ -33,17 +33,18 @@ def model_of(seed: int, kind: str = "v32", **changes: Any) -> Any:
 
 
 def trainer(folder: Path, model: Any, teachers: Any, names: Any, **changes: Any) -> SparseDistillationTrainer:
-    own = {name: changes.pop(name) for name in ("selection", "respond") if name in changes}
+    own = {name: changes.pop(name) for name in ("selection", "respond", "config") if name in changes}
     settings = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "learning_rate": 1e-3
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "learning_rate": 1e-3,
+        "max_completion_length": 12
     }  # fmt: skip
     args = DistillationConfig(
-        output_dir=str(folder), max_completion_length=12, report_to=[], logging_steps=1, use_cpu=True, bf16=False,
+        output_dir=str(folder), report_to=[], logging_steps=1, use_cpu=True, bf16=False,
         save_strategy="no", disable_tqdm=True, **settings | changes,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": TEXTS, "teacher": names})
     tokenizer = tokensieve.load_tokenizer("base")
-    return SparseDistillationTrainer(model, teachers, tokenizer, args, data, tokens=256, config=SMALL, **own)
+    return SparseDistillationTrainer(model, teachers, tokenizer, args, data, tokens=256, **{"config": SMALL} | own)
 
 
 def logged(trained: SparseDistillationTrainer, name: str) -> list[float]:
@@ -129,6 +130,10 @@ def test_adapters_learn_in_place_of_the_trunk(tmp_path: Path) -> None:
         ({"temperature": 0.5}, "temperature is 0.5; rollouts of the engine train at 1 alone"),
         ({"cache_implementation": "static"}, "cache_implementation is static; rollouts of the engine do not take it"),
         ({"use_vllm": True}, "use_vllm excludes the engine's rollouts"),
+        ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, "the teachers are the specialists; leave it out"),
+        ({"selection": "windw"}, "selection 'windw'"),
+        ({"config": EngineConfig(pages=64, top_k=4)}, "the engine's top_k is 4, and training selects 16; leave it out"),
+        ({"model": torch.nn.Linear(2, 2)}, "rollouts of the engine take a model of tokensieve, .* not Linear"),
         ({"names": ["b"] * 4}, "prompts name the teacher b, which is not there; name one of a"),
         ({"teachers": {"a": model_of(0, vocab_size=64)}}, "teacher a has 64 tokens, and the student 4096"),
     ],
@@ -136,4 +141,9 @@ def test_adapters_learn_in_place_of_the_trunk(tmp_path: Path) -> None:
 def test_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     teachers, names = changes.pop("teachers", {"a": model_of(0)}), changes.pop("names", ["a"] * 4)
     with pytest.raises(UserError, match=message):
-        trainer(tmp_path, model_of(0), teachers, names, **changes)
+        trainer(tmp_path, changes.pop("model", model_of(0)), teachers, names, **changes)
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="with 250 of an answer more than the 256 that rollouts have room for"):
+        trainer(tmp_path, model_of(0), {"a": model_of(0)}, ["a"] * 4, max_completion_length=250).train()

@@ -30,6 +30,8 @@ UNHEARD = (
     "use_transformers_continuous_batching"
 ).split()
 
+MOST_AT_ONCE = 128  # answers that run together, unless another number is given
+
 
 class SparseGRPOTrainer(GRPOTrainer):
     """TRL's GRPOTrainer for a model of tokensieve: it samples with the engine, and trains on what the engine read.
@@ -45,7 +47,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         indexer learns.
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
-    at_once: answers that run together; None: all of a step, or 128 if TRL does not know their number.
+    at_once: answers that run together, at most; None: all of a step, and no more than `MOST_AT_ONCE`.
     respond: gives the results of tools, as in `Rollouts.sample`. `max_completion_length` is then for all turns of the
         model together. Rewards get each rollout's `mask` as "written".
     model, peft_config: LoRA adapters learn if PEFT's wrapper of a model is given (`tokensieve.train.lora.adapted`
@@ -83,13 +85,14 @@ class SparseGRPOTrainer(GRPOTrainer):
         respond: Respond | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
-        check_honoured(decoder, args, selection, config)
+        check_model(decoder, selection, config)
+        check_arguments(args)
         self.selects = decoder.is_sparse and selection != "dense"
         adapters = [*model.peft_config.values()] if is_peft_model(model) else []
         check_adapters(adapters if peft_config is None else [*adapters, peft_config], args, self.selects)
         self.replays = replay and self.selects
         self._encode, self._answers = encoder(tokenizer), args.max_completion_length
-        self._longest, self._respond = tokens, respond
+        self._respond = respond
         self.latest: dict[str, list[Rollout]] = {"train": [], "eval": []}
         self._sampled_at = -1
         reference = copy.deepcopy(model) if args.beta and not adapters and peft_config is None else None
@@ -113,7 +116,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             decoder,
             tokenizer,
             tokens,
-            at_once=at_once or args.generation_batch_size or 128,
+            at_once=min(at_once or MOST_AT_ONCE, args.generation_batch_size or MOST_AT_ONCE),
             selector="indexer" if self.selects else "dense",
             keep_selection=self.replays,
             config=config,
@@ -161,12 +164,7 @@ class SparseGRPOTrainer(GRPOTrainer):
                 groups[-1] = ids, groups[-1][1] + 1
             else:
                 groups.append((ids, 1))
-        longest = max(len(ids) for ids, _ in groups)
-        if longest + self._answers > self._longest:
-            raise UserError(
-                f"a prompt has {longest} tokens, and with {self._answers} of an answer more than the {self._longest} "
-                "that rollouts have room for; give more tokens, or shorter prompts"
-            )
+        self._sampler.check_room([ids for ids, _ in groups], self._answers)
         samples = {count for _, count in groups}
         sampling = Sampling(
             max_tokens=self._answers, temperature=1.0, top_p=self.args.top_p, top_k=self.args.top_k or 0,
@@ -240,31 +238,43 @@ def compare(
     }
 
 
-def check_honoured(model: Any, args: GRPOConfig, selection: str, config: EngineConfig | None) -> None:
-    """UserError for what `SparseGRPOTrainer` does not honour."""
+def check_model(model: Any, selection: str, config: EngineConfig | None) -> None:
+    """UserError for a model, a selection or a k with which the engine's rollouts and training would not agree."""
     if not isinstance(model, DecoderForCausalLM):
         raise UserError(
-            f"GRPO by the engine takes a model of tokensieve, or PEFT's wrapper of one, not {type(model).__name__}; "
+            f"rollouts of the engine take a model of tokensieve, or PEFT's wrapper of one, not {type(model).__name__}; "
             "load it with tokensieve.load"
         )
-    check_arguments(args)
     if selection not in ("indexer", "dense"):
         raise UserError(f"selection {selection!r}: rollouts and training select by the indexer, or not at all: 'dense'")
     if config is not None and config.top_k not in (0, model.top_k):
         raise UserError(f"the engine's top_k is {config.top_k}, and training selects {model.top_k}; leave it out")
 
 
-def check_arguments(args: GRPOConfig) -> None:
-    """UserError for TRL's options that rollouts of the engine do not honour."""
+def check_generation(args: Any, trainer: str) -> None:
+    """UserError for options of a trainer that the engine's rollouts do not honour. trainer: TRL's own, by name."""
     for name in UNHEARD:
-        if getattr(args, name):
-            raise UserError(f"{name} is {getattr(args, name)}; rollouts of the engine do not take it; leave it out")
+        if value := getattr(args, name, None):
+            raise UserError(f"{name} is {value}; rollouts of the engine do not take it; leave it out")
     if args.temperature != 1:
         raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
     if args.use_vllm:
-        raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own GRPOTrainer")
+        raise UserError(f"use_vllm excludes the engine's rollouts; leave it out, or use TRL's own {trainer}")
+
+
+def check_arguments(args: GRPOConfig) -> None:
+    """UserError for TRL's options that `SparseGRPOTrainer` does not honour."""
+    check_generation(args, "GRPOTrainer")
     if args.sync_ref_model:
         raise UserError("sync_ref_model: the reference stays as training began; set it to False")
+
+
+def check_dropout(dropout: float, args: Any) -> None:
+    """UserError for adapters whose training drops what the engine's rollouts do not."""
+    if dropout and not args.disable_dropout:
+        raise UserError(
+            f"lora_dropout is {dropout}, and rollouts drop nothing: they would be another model's; set it to 0"
+        )
 
 
 def check_adapters(adapters: Sequence[Any], args: Any, selects: bool) -> None:
@@ -274,11 +284,7 @@ def check_adapters(adapters: Sequence[Any], args: Any, selects: bool) -> None:
             raise UserError(
                 f"the adapters are {adapter.peft_type.value}'s, and the engine runs LoRA's; use peft.LoraConfig"
             )
-        if adapter.lora_dropout and not args.disable_dropout:
-            raise UserError(
-                f"lora_dropout is {adapter.lora_dropout}, and rollouts drop nothing: they would be another model's; "
-                "set it to 0"
-            )
+        check_dropout(adapter.lora_dropout, args)
         if selects and "indexer" not in (adapter.modules_to_save or ()):
             raise UserError("the indexers learn, and the adapter would not save them; add modules_to_save=['indexer']")
 

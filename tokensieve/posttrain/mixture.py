@@ -75,12 +75,18 @@ def _rows(value: object, places: Sequence[int], rows: int) -> object:
 
 
 def check_judge(config: JudgeConfig, asked: Asked) -> None:
-    """UserError if a judge is needed and does not answer a question of each group, or refuses."""
+    """UserError if a judge is needed and does not score an answer of each group that has rubrics, or refuses."""
     with judging(config, asked) as judge:
-        shown = [example for _, examples in asked for example in examples[:1] if example.item.rubric]
-        if judge is not None:
-            judge.scores(
-                [Question(e.item.question, e.item.answer, tuple(map(Criterion, e.item.rubric))) for e in shown]
+        if judge is None:
+            return
+        shown = [next((example for example in examples if example.item.rubric), None) for _, examples in asked]
+        found = judge.scores(
+            [Question(e.item.question, e.item.answer, tuple(map(Criterion, e.item.rubric))) for e in shown if e]
+        )
+        if all(score is None for score in found):
+            raise UserError(
+                f"judge {config.model} scores no right answer, as the log says; name another one with judge.url and "
+                "judge.model"
             )
 
 

@@ -18,11 +18,13 @@ from trl import DistillationConfig, DistillationTrainer
 from tokensieve.config import UserError
 from tokensieve.engine import EngineConfig, Sampling
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.posttrain.grpo import UNHEARD, check_adapters, compare
+from tokensieve.posttrain.grpo import check_adapters, check_generation, check_model, compare
 from tokensieve.posttrain.replay import replaying
 from tokensieve.posttrain.rollouts import Respond, Rollout, Rollouts
 from tokensieve.tasks import encoder
 from tokensieve.train.callbacks import indexers_learn
+
+TEACHERS = ("teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs")  # TRL's options
 
 
 class SparseDistillationTrainer(DistillationTrainer):
@@ -58,8 +60,10 @@ class SparseDistillationTrainer(DistillationTrainer):
         respond: Respond | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
+        check_model(decoder, selection, config)
+        check_arguments(args)
+        _check_teachers(decoder, teachers, prompts)
         self.selects = decoder.is_sparse and selection != "dense"
-        _check_honoured(decoder, teachers, args, prompts)
         check_adapters([*model.peft_config.values()] if is_peft_model(model) else [], args, self.selects)
         super().__init__(model=model, args=args, train_dataset=prompts, processing_class=tokenizer)
         self.teachers = {
@@ -72,7 +76,7 @@ class SparseDistillationTrainer(DistillationTrainer):
             decoder,
             tokenizer,
             tokens,
-            at_once=at_once or args.gradient_accumulation_steps,
+            at_once=min(at_once or args.gradient_accumulation_steps, args.gradient_accumulation_steps),
             selector="indexer" if self.selects else "dense",
             keep_selection=self.selects,
             config=config,
@@ -101,6 +105,7 @@ class SparseDistillationTrainer(DistillationTrainer):
         return [list(self._encode.prompt(prompt)) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> list[list[int]]:
+        self._sampler.check_room(prompt_ids, self.max_completion_length)
         sampling = Sampling(
             max_tokens=self.max_completion_length, temperature=1.0, top_p=self.top_p, top_k=self.top_k or 0,
             min_p=self.min_p or 0.0, repetition_penalty=self.repetition_penalty,
@@ -141,15 +146,7 @@ class SparseDistillationTrainer(DistillationTrainer):
         return hidden_BCD
 
 
-def _check_honoured(
-    model: Any, teachers: Mapping[str, DecoderForCausalLM], args: DistillationConfig, prompts: Dataset
-) -> None:
-    if not isinstance(model, DecoderForCausalLM):
-        raise UserError(
-            f"distillation by the engine takes a model of tokensieve, or PEFT's wrapper of one, not "
-            f"{type(model).__name__}; load it with tokensieve.load"
-        )
-    check_arguments(args)
+def _check_teachers(model: DecoderForCausalLM, teachers: Mapping[str, DecoderForCausalLM], prompts: Dataset) -> None:
     for name, teacher in teachers.items():
         if teacher.config.vocab_size != model.config.vocab_size:
             raise UserError(
@@ -168,10 +165,7 @@ def check_arguments(args: DistillationConfig) -> None:
             f"per_device_train_batch_size is {args.per_device_train_batch_size}; every row has a teacher of its own, "
             "so set it to 1, and gradient_accumulation_steps to the rows of a step"
         )
-    for name in UNHEARD:
-        if getattr(args, name, None):
-            raise UserError(f"{name} is {getattr(args, name)}; rollouts of the engine do not take it; leave it out")
-    if args.temperature != 1:
-        raise UserError(f"temperature is {args.temperature}; rollouts of the engine train at 1 alone")
-    if args.use_vllm:
-        raise UserError("use_vllm excludes the engine's rollouts; leave it out, or use TRL's own DistillationTrainer")
+    check_generation(args, "DistillationTrainer")
+    for name in TEACHERS:
+        if value := getattr(args, name, None):
+            raise UserError(f"{name} is {value}; the teachers are the specialists; leave it out")

@@ -13,6 +13,7 @@ import torch
 
 from tokensieve.config import UserError
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer
+from tokensieve.model.files import model_path
 from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
@@ -22,6 +23,7 @@ from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems import Domain, Problem
+from tokensieve.train.lora import targets_of
 
 log = logging.getLogger("tokensieve")
 
@@ -130,9 +132,20 @@ class Parts:
         """UserError now for what would stop a part only after hours.
 
         Problems that cannot be drawn or graded: no language, too few rows, no sandbox, no math-verify. Options that TRL
-        does not take. If answers are to be `rewarded`: no py3langid, or a judge that does not answer.
+        does not take, adapters of layers that are not there, and models to start from that are not. If answers are to
+        be `rewarded`: no py3langid, or a judge that does not answer.
         """
         stages.check_options(self.config)
+        distill, rl = self.config.distill, self.config.rl
+        for started in (rl.model, "" if distill.on_policy is None else distill.on_policy.model):
+            if started:
+                model_path(started)
+        tuned = (self.config.cold, self.config.specialist, distill.train, distill.on_policy, rl.train)
+        adapters = [stage.lora for stage in tuned if stage is not None and stage.lora is not None]
+        if adapters:
+            trunk = self.load(self.config.model).model
+            for adapter in adapters:
+                targets_of(trunk, adapter.targets)
         asked: list[tuple[Group, list[Problem]]] = []
         for group in self.groups(domains):
             count, seed = len(group.by_language), self._seed(COLD)

@@ -122,6 +122,15 @@ class Rollouts:
         model.train(training)  # an engine sets it to evaluation
         self._selector, self._tokens = selector, tokens
 
+    def check_room(self, prompts: Sequence[Sequence[int]], most: int) -> None:
+        """UserError for a prompt that leaves no room for `most` tokens of an answer."""
+        longest = max(map(len, prompts))
+        if longest + most > self._tokens:
+            raise UserError(
+                f"a prompt has {longest} tokens, and with {most} of an answer more than the {self._tokens} that "
+                "rollouts have room for; give more tokens, or shorter prompts"
+            )
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],

@@ -21,7 +21,7 @@ from tokensieve.config import LoraConfig, UserError
 from tokensieve.files import write_json
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.posttrain import on_policy
-from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments
+from tokensieve.posttrain.grpo import SparseGRPOTrainer, check_arguments, check_dropout
 from tokensieve.posttrain.on_policy import SparseDistillationTrainer
 from tokensieve.posttrain.outcomes import RewardFunction
 from tokensieve.posttrain.rollouts import Respond
@@ -44,13 +44,17 @@ def history(folder: Path) -> History | None:
 
 
 def check_options(config: PosttrainConfig) -> None:
-    """UserError for options of any stage that TRL or `SparseGRPOTrainer` does not take."""
+    """UserError for options and adapters of any stage that TRL, or a trainer with the engine's rollouts, refuses."""
     for sft in (config.cold, config.distill.train):
         _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows) | sft.options)
     for grpo in (config.specialist, config.rl.train):
-        check_arguments(_grpo_arguments(grpo, config, Path(config.out)))
-    if config.distill.on_policy is not None:
-        on_policy.check_arguments(_on_policy_arguments(config.distill.on_policy, config, Path(config.out)))
+        args = _grpo_arguments(grpo, config, Path(config.out))
+        check_arguments(args)
+        check_dropout(0.0 if grpo.lora is None else grpo.lora.dropout, args)
+    if (stage := config.distill.on_policy) is not None:
+        given = _on_policy_arguments(stage, config, Path(config.out))
+        on_policy.check_arguments(given)
+        check_dropout(0.0 if stage.lora is None else stage.lora.dropout, given)
 
 
 def fine_tune(

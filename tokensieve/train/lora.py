@@ -63,7 +63,7 @@ def adapted(
     import peft
 
     learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    layers, tensors = _targets(model.model, config.targets)
+    layers, tensors = targets_of(model.model, config.targets)
     if config.dropout and (tensors or any(name.endswith("kv_b_proj") for name in layers)):
         raise UserError(
             f"lora.dropout is {config.dropout}, and adapters of kv_b_proj and of experts have no input to drop from; "
@@ -161,7 +161,7 @@ def _tensors(adapter: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _targets(trunk: Trunk, targets: str | tuple[str, ...]) -> tuple[list[str], list[str]]:
+def targets_of(trunk: Trunk, targets: str | tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Names of linear layers, and of the experts' fused tensors, that get adapters. UserError for an unknown one."""
     layers = [name for name, m in trunk.named_modules() if isinstance(m, nn.Linear) and not is_indexer(name + ".")]
     experts = [
