@@ -1,6 +1,7 @@
 """Codeforces: which rows are asked, verdicts of the sandbox, and answers that are kept when the endpoint breaks."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,53 @@ def test_a_run_is_resumed_where_the_endpoint_broke(tmp_path: Path, monkeypatch: 
     assert whole == [("1/A", 1.0, 40), ("1/A", 1.0, 40), ("2/A", 1.0, 40), ("2/A", 1.0, 40)]
     assert len(bodies) == 2 and all(body["temperature"] == 1.0 and body["top_p"] == 0.95 for body in bodies)
     assert [json.loads(line)["level"] for line in file.read_text().splitlines()].count(1500) == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_is_asked_once_a_request_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Twelve are waiting, and those that are being answered are kept."""
+    monkeypatch.setattr(codeforces, "grade", lambda *_: 1.0)
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i}/A") for i in range(6)])
+    bodies: list[dict[str, Any]] = []
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        return (401, {}) if len(bodies) == at_once else (200, said(RIGHT))
+
+    with answering(answer) as url, pytest.raises(UserError, match="another API key"):
+        ask(url, tmp_path, at_once=at_once)
+    kept = len((tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    assert kept == len(bodies) - 1 and at_once <= len(bodies) < 12
+
+
+def test_an_interrupt_ends_a_run_before_the_answers_that_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i}/A") for i in range(6)])
+    interrupted, bodies = threading.Event(), []
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        if len(bodies) > 2:
+            interrupted.wait(60)
+        return 200, said(RIGHT)
+
+    def grade(*_: Any) -> float:
+        if len(graded) == 1:
+            raise KeyboardInterrupt
+        graded.append(1)
+        return 1.0
+
+    graded: list[int] = []
+    monkeypatch.setattr(codeforces, "grade", grade)
+    with answering(answer) as url:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ask(url, tmp_path, at_once=2)
+            assert not interrupted.is_set() and len(bodies) <= 4
+        finally:
+            interrupted.set()
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:

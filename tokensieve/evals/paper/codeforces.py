@@ -8,14 +8,16 @@ A row has "id", "rating", "contest_name", "description", "input_format", "output
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokensieve import sandbox
 from tokensieve.config import UserError
-from tokensieve.evals.endpoint import Endpoint, Refused
+from tokensieve.evals.endpoint import Endpoint, Refused, Reply
 from tokensieve.evals.paper.asking import Asked, kept_json
 from tokensieve.evals.paper.benchmarks import Benchmark
 from tokensieve.evals.paper.harnesses import Unavailable
@@ -83,27 +85,33 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
     write_text(file, "".join(_row(number, graded) for (_, number), graded in finished.items()))
     endpoint = Endpoint(asked.url, asked.key, config.seconds, config.retries, setting="seconds")
     sampling = {"temperature": config.temperature, "top_p": config.top_p}
-    with file.open("a", encoding="utf-8") as out, ThreadPoolExecutor(config.at_once) as pool:
-        futures = {
-            pool.submit(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling): (problem, number)
-            for problem, number in todo
-        }
-        failed: UserError | Refused | None = None
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            problem, number = futures[future]
-            try:
-                reply = future.result()
-            except (UserError, Refused) as error:
-                failed = failed or error
-                pool.shutdown(wait=False, cancel_futures=True)  # answers that are being made are still kept
-                continue
-            graded = Graded(problem.id, grade(problem, reply.text), reply.output_tokens, problem.rating)
-            finished[problem.id, number] = graded
-            out.write(_row(number, graded))
-            out.flush()
-    endpoint.close()
+    failed: UserError | Refused | None = None
+    waiting, running = iter(todo), dict[Future[Reply], tuple[Problem, int]]()
+    with file.open("a", encoding="utf-8") as out, ExitStack() as stack:
+        pool = ThreadPoolExecutor(config.at_once)
+        stack.callback(pool.shutdown, wait=False)
+        stack.callback(endpoint.close)
+
+        def ask() -> None:
+            for problem, number in islice(waiting, config.at_once - len(running)):
+                future = pool.submit(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling)
+                running[future] = problem, number
+
+        ask()
+        while running:
+            ready = [(running.pop(future), future) for future in wait(running, return_when=FIRST_COMPLETED).done]
+            if failed is None:
+                ask()
+            for (problem, number), future in ready:
+                try:
+                    reply = future.result()
+                except (UserError, Refused) as error:
+                    failed = failed or error  # answers that are being made are still kept
+                    continue
+                graded = Graded(problem.id, grade(problem, reply.text), reply.output_tokens, problem.rating)
+                finished[problem.id, number] = graded
+                out.write(_row(number, graded))
+                out.flush()
     if isinstance(failed, Refused):
         raise Unavailable(str(failed)) from failed
     if failed is not None:
