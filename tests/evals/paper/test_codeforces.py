@@ -68,6 +68,19 @@ def ask(url: str, folder: Path, **more: Any) -> list[tuple[str, float | None, in
     return sorted((answer.problem, answer.score, answer.tokens) for answer in found)
 
 
+@pytest.mark.parametrize(
+    ("thoughts", "content", "score"),
+    [("Perhaps ```python\nprint(3)\n", RIGHT, 1.0), (RIGHT, "", 0.0), (RIGHT, None, 0.0)],
+)
+def test_thoughts_are_not_graded(tmp_path: Path, thoughts: str, content: str | None, score: float) -> None:
+    """Neither a fence that they leave open nor a draft in them counts."""
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row()])
+    reply = said("")
+    reply["choices"][0]["message"] |= {"reasoning_content": thoughts, "content": content}
+    with answering(lambda *_: (200, reply)) as url:
+        assert [graded for _, graded, _ in ask(url, tmp_path)] == [score, score]
+
+
 def test_a_run_is_resumed_where_the_endpoint_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
     rows = [row("1/A"), row("2/A", 1500), row("3/A", 900, contest_name="Educational Round")]

@@ -108,7 +108,7 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
                 except (UserError, Refused) as error:
                     failed = failed or error  # answers that are being made are still kept
                     continue
-                graded = Graded(problem.id, grade(problem, reply.text), reply.output_tokens, problem.rating)
+                graded = Graded(problem.id, grade(problem, reply.content), reply.output_tokens, problem.rating)
                 finished[problem.id, number] = graded
                 out.write(_row(number, graded))
                 out.flush()
