@@ -18,6 +18,10 @@ class Refused(Exception):
     """The endpoint does not take a request: its route or one of its fields."""
 
 
+class Late(UserError):
+    """A reply did not come in time, which need not be so of the next one."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer, or a scored prompt: its text, and for each of its tokens the text, the log probability in nats, and
@@ -148,7 +152,7 @@ class Endpoint:
                 else:
                     reply = self._client.post(route, cast_to=object, body=body)
             except self._errors.APITimeoutError as error:
-                raise UserError(
+                raise Late(
                     f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise {self._setting}, or "
                     "ask for shorter prompts or answers. --resume keeps what is finished"
                 ) from error

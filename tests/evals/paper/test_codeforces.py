@@ -122,6 +122,35 @@ def test_no_more_is_asked_once_a_request_fails(tmp_path: Path, monkeypatch: pyte
     assert kept == len(bodies) - 1 and at_once <= len(bodies) < 12
 
 
+def test_a_request_that_is_refused_or_late_has_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have, and a later run asks for it again; an endpoint that is silent throughout is asked no more."""
+    monkeypatch.setattr(codeforces, "grade", lambda *_: 1.0)
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i:02}/A", description=f"No. {i}.") for i in range(12)])
+    bodies: list[dict[str, Any]] = []
+    over = threading.Event()
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        content = body["messages"][0]["content"]
+        if "No. 0." in content:
+            return 400, {}
+        if "No. 5." in content:
+            over.wait(60)
+        return 200, said(RIGHT)
+
+    with answering(answer) as url:
+        found = ask(url, tmp_path, seconds=1.0, at_once=2)
+        over.set()
+        assert {place for place, score, _ in found if score is None} == {"00/A", "05/A"} and len(found) == 24
+        bodies.clear()
+        assert sum(score is None for _, score, _ in ask(url, tmp_path)) == 2 and len(bodies) == 4
+    bodies.clear()
+    with answering(lambda _, body: bodies.append(body) or (400, {})) as url:
+        with pytest.raises(Unavailable, match="400"):
+            ask(url, tmp_path / "again", at_once=1, data=str(tmp_path / "data"))
+    assert codeforces.SILENT < len(bodies) < 24
+
+
 def test_an_interrupt_ends_a_run_before_the_answers_that_are_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokensieve import sandbox
 from tokensieve.config import UserError
-from tokensieve.evals.endpoint import Endpoint, Refused, Reply
+from tokensieve.evals.endpoint import Endpoint, Late, Refused, Reply
 from tokensieve.evals.paper.asking import Asked, kept_json
 from tokensieve.evals.paper.benchmarks import Benchmark
 from tokensieve.evals.paper.harnesses import Unavailable
@@ -30,6 +30,7 @@ SUBSET, SPLIT = "verifiable", "test"
 FILE = "answers.jsonl"
 TIMES, START = 5.0, 1.0  # a Python program has so many times the limit of a compiled one, and seconds to start
 MEBI = 1 << 20
+SILENT = 8  # problems without one answer in between, after which no other is asked
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)```", re.DOTALL)
 
 REQUEST = (
@@ -65,7 +66,8 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
 
     Raises:
         Unavailable: there are no problems, the endpoint has no chat, or programs cannot be isolated here.
-        UserError: the endpoint is down, slow or answers nonsense; what is finished is kept.
+        UserError: the endpoint is down, slow or answers nonsense; what is finished is kept. A request that it refuses
+            or answers too late has no score, and is asked again by the next call, unless nothing is answered.
     """
     why = sandbox.why_not()
     if why is not None:
@@ -86,6 +88,8 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
     endpoint = Endpoint(asked.url, asked.key, config.seconds, config.retries, setting="seconds")
     sampling = {"temperature": config.temperature, "top_p": config.top_p}
     failed: UserError | Refused | None = None
+    silent: dict[str, UserError | Refused] = {}  # since the last answer, by problem
+    missed: list[Graded] = []
     waiting, running = iter(todo), dict[Future[Reply], tuple[Problem, int]]()
     with file.open("a", encoding="utf-8") as out, ExitStack() as stack:
         pool = ThreadPoolExecutor(config.at_once)
@@ -105,19 +109,27 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
             for (problem, number), future in ready:
                 try:
                     reply = future.result()
-                except (UserError, Refused) as error:
+                except (Late, Refused) as error:
+                    missed.append(Graded(problem.id, None, level=problem.rating))
+                    silent.setdefault(problem.id, error)
+                    failed = failed or (error if len(silent) == SILENT else None)
+                    continue
+                except UserError as error:
                     failed = failed or error  # answers that are being made are still kept
                     continue
+                silent.clear()
                 graded = Graded(problem.id, grade(problem, reply.content), reply.output_tokens, problem.rating)
                 finished[problem.id, number] = graded
                 out.write(_row(number, graded))
                 out.flush()
+    if silent and not finished:
+        failed = failed or next(iter(silent.values()))
     if isinstance(failed, Refused):
         raise Unavailable(str(failed)) from failed
     if failed is not None:
         raise failed
     wanted = {(problem.id, number) for problem in problems for number in range(asked.repeats)}
-    return [graded for place, graded in finished.items() if place in wanted]
+    return [graded for place, graded in finished.items() if place in wanted] + missed
 
 
 def select(rows: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
