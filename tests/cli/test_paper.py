@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.endpoints import answering, said
 from tests.support.harness_files import codeforces, write_lines
+from tokensieve.cli.paper import run_name
 
 CARDS = {"data": [{"id": "m", "max_model_len": 4096}]}
 SUM = "```python\nprint(sum(map(int, input().split())))\n```"
@@ -50,6 +51,12 @@ def test_the_table_and_two_models(run, data: Path, tmp_path: Path, monkeypatch: 
     assert both.status == 0 and "-50.0" in both.out and "23 / 12" in both.out, both
     again = run("eval", "http://127.0.0.1:9/v1", "--suite", "paper", "--out", "a", "--set", "retries=0", "--resume")
     assert again.status == 2 and "cannot be reached" in again.err and again.err.count("\n") == 1
+
+
+def test_models_have_folders_of_their_own() -> None:
+    names = [run_name(model) for model in ("runs/adapt/step-000200", "runs/other/step-000200/", "runs/adapt", "base")]
+    assert names == ["adapt-step-000200", "other-step-000200", "adapt", "base"]
+    assert run_name("http://127.0.0.1:8000/v1") == "127.0.0.1-8000-v1"
 
 
 def test_nothing_could_be_measured(run, tmp_path: Path) -> None:

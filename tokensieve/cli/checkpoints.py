@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokensieve.cli.measuring import MEASURED, Progress, measure_suite
+from tokensieve.cli.paper import run_name
 from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
@@ -254,8 +255,7 @@ def evaluate(
         raise UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
     documents = list(read_documents(data, "test", held_out_share))
-    path = Path(model)
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
+    name = run_name(model)
     folder = out or Path("runs") / (f"eval-{name}" if suite == Suite.own else f"eval-{name}-{suite}")
     if suite == Suite.own:
         metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)

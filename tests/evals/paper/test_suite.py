@@ -2,6 +2,7 @@
 problem."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return rows
 
 
-def judge(url: str, config: PaperConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
-    return judge_paper(Endpoint(url, retries=0), "m", config, folder, resume, lambda _: None)
+def judge(url: str, config: PaperConfig, folder: Path, resume: bool = False, name: str = "m") -> dict[str, Any]:
+    return judge_paper(Endpoint(url, retries=0), name, config, folder, resume, lambda _: None)
 
 
 def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
@@ -63,6 +64,20 @@ def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
         asked.clear()
         judge(url, PaperConfig(**vars(config) | {"max_tokens": 64}), tmp_path / "out", resume=True)
         assert [key for key, *_ in asked] == ["mmlu_pro", "aime25", "hmmt25"]  # answers of other lengths are others
+
+
+def test_a_record_has_one_model_and_any_subset(config: PaperConfig, asked: list, tmp_path: Path) -> None:
+    """Benchmarks that are asked later join those that are there, which stay; another model is refused."""
+    one, other = (replace(config, benchmarks=(key,)) for key in ("mmlu_pro", "hmmt25"))
+    with answering(lambda *_: (200, CARDS)) as url:
+        first = judge(url, one, tmp_path / "out")
+        for more in ({"name": "b"}, {"config": replace(other, model="n")}, {"name": "b", "config": one}):
+            given = {"config": other, "name": "m"} | more
+            with pytest.raises(UserError, match="holds a run of m m, not .*--out"):
+                judge(url, folder=tmp_path / "out", resume=True, **given)
+        both = judge(url, replace(other, max_tokens=64), tmp_path / "out", resume=True)
+    assert both["mmlu_pro"] == first["mmlu_pro"] and both["hmmt25"]["asked"]["max_tokens"] == 64
+    assert [key for key, *_ in asked] == ["mmlu_pro", "hmmt25"]
 
 
 def test_an_endpoint_that_goes_down_ends_the_run_and_nothing_is_lost(

@@ -42,7 +42,7 @@ def judge_paper(
     """Asks the benchmarks that can be asked, and lists why the others cannot; returns the record.
 
     Args:
-        name: of the model, by which a resumed run knows that it is the same one.
+        name: of the model, by which a resumed run knows that it is the same one; a record has one model.
         folder: of metrics.json and the harnesses' files. What is finished in it is not asked again.
         announce: called with a line for whatever takes long.
         key, judge_key: of the endpoint and of the judge's.
@@ -51,15 +51,19 @@ def judge_paper(
 
     Raises:
         UserError: the endpoint is down or answers nonsense, a benchmark is unknown, or the folder holds another run.
-            What is finished is kept.
+            or one of another model. What is finished is kept.
     """
     chosen = _chosen(config)
     model, room = _served(endpoint, config)
     asked = Asked(endpoint.url, model, 1, 1, announce, key, judge_key)
     settings = {benchmark.key: _settings(benchmark, config, f"{name} {model}", room) for benchmark in chosen}
     with locked(folder):
-        record = RunRecord.of(folder, {benchmark.key: () for benchmark in chosen}, resume, "run of the paper's suite")
-        record.match({part: json.dumps(found, sort_keys=True) for part, found in settings.items()})
+        record = RunRecord.of(folder, dict.fromkeys(BY_KEY, ()), resume, "run of the paper's suite")
+        then = record.figures["settings"]
+        others = {json.loads(found)["model"] for found in then.values()} - {f"{name} {model}"}
+        if others:
+            raise UserError(f"{folder} holds a run of {others.pop()}, not {name} {model}; name another one with --out")
+        record.match(then | {part: json.dumps(found, sort_keys=True) for part, found in settings.items()})
         record.figures.setdefault(LACKING, {})
         record.write()
         for benchmark in chosen:
