@@ -11,6 +11,14 @@ from tests.support.harness_files import codeforces, write_lines
 from tokensieve.cli.paper import run_name
 
 CARDS = {"data": [{"id": "m", "max_model_len": 4096}]}
+IGNORED = [  # with --compare
+    ("--set", "limit=1"),
+    ("--out", "zz"),
+    ("--resume",),
+    ("--quick",),
+    ("--config", "paper-quick"),
+    ("--device", "cpu"),
+]
 SUM = "```python\nprint(sum(map(int, input().split())))\n```"
 
 
@@ -68,8 +76,17 @@ def test_nothing_could_be_measured(run, tmp_path: Path) -> None:
 def test_refusals(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     paper = ("eval", "base", "--suite", "paper")
+    serving, compare = ("eval", "--suite", "serving", "--url", "http://127.0.0.1:9/v1"), ("--compare", "a", "b")
     for words, *arguments in (
         ("--suite paper takes no", *paper, "--arm", "a=window"),
+        ("takes no --data or --held-out-share", *paper, "--data", "mine"),
+        ("takes no --data or --held-out-share", *paper, "--held-out-share", "0.5"),
+        ("and http://x/v1 is an endpoint", "eval", "http://x/v1", *paper[2:], "--device", "cuda"),
+        ("--suite serving takes no --data", *serving, "--data", "mine"),
+        ("--suite serving takes no --data", *serving, "--held-out-share", "0.5"),
+        ("--suite serving takes no --data", *serving, "--device", "cpu"),
+        ("it takes no MODEL", "eval", "nonsense", *paper[2:], *compare),
+        *(("it takes no MODEL", *paper, *compare, *more) for more in IGNORED),
         ("--compare is for --suite paper", "eval", "base", "--compare", "a", "b"),
         ("first: tokensieve eval nowhere --suite paper", *paper, "--compare", "nowhere", "b"),
         ("no such folder", "eval", "nowhere", "--suite", "paper"),

@@ -35,6 +35,8 @@ def run_paper(model: str, config: str, set_: tuple[str, ...], folder: Path | Non
     settings = load_config(PaperConfig, config, set_)
     key, judge_key = (os.environ.get(name) or "none" for name in ("OPENAI_API_KEY", "JUDGE_API_KEY"))
     name, served = model.rstrip("/"), bool(URL.match(model))
+    if served and device != "auto":
+        raise UserError(f"--device is of a model that is served here, and {name} is an endpoint; leave it out")
     if not served:
         known_folder(model)
         key = "none"
