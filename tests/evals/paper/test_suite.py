@@ -80,6 +80,20 @@ def test_a_record_has_one_model_and_any_subset(config: PaperConfig, asked: list,
     assert [key for key, *_ in asked] == ["mmlu_pro", "hmmt25"]
 
 
+def test_what_does_not_reach_aider_does_not_ask_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Path] = []
+    monkeypatch.setitem(suite.RUN, "harbor", lambda *given: runs.append(given[-1]) or [Graded("a", 1.0)])
+    monkeypatch.setattr(suite, "lacking", lambda *_: None)
+    config = PaperConfig(("aider_polyglot",))
+    with answering(lambda *_: (200, CARDS)) as url:
+        first = judge(url, config, tmp_path / "out")
+        assert {"temperature", "top_p", "max_tokens"}.isdisjoint(first["aider_polyglot"]["asked"])
+        judge(url, replace(config, temperature=0.5, top_p=0.5, max_tokens=9), tmp_path / "out", resume=True)
+        assert len(runs) == 1
+        judge(url, replace(config, repeats=2), tmp_path / "out", resume=True)
+        assert len(set(runs)) == 2
+
+
 def test_an_endpoint_that_goes_down_ends_the_run_and_nothing_is_lost(
     config: PaperConfig, asked: list, tmp_path: Path
 ) -> None:

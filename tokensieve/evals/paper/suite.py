@@ -70,7 +70,7 @@ def judge_paper(
             if benchmark.key in record.figures:
                 continue
             how = settings[benchmark.key]
-            one = replace(asked, max_tokens=how["max_tokens"], repeats=how["repeats"])
+            one = replace(asked, max_tokens=how.get("max_tokens", 0), repeats=how["repeats"])
             place = folder / f"{benchmark.key}-{_digest(how)}"
             reason = lacking(benchmark, config, endpoint.url)
             if reason is None:
@@ -147,19 +147,19 @@ def _check(endpoint: Endpoint) -> None:
 
 
 def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int | None) -> dict[str, Any]:
-    """All that a benchmark's score depends on."""
+    """All that a benchmark's score depends on. Nothing of how it is sampled reaches an agent of Harbor."""
     fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // 2)
     found: dict[str, Any] = {
         "model": model,
         "task": benchmark.task,
         "options": dict(benchmark.options),
-        "max_tokens": config.max_tokens or fits,
         "repeats": config.repeats or benchmark.repeats,
         "limit": config.limit,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
         "data": config.data or config.hub,
     }
+    if benchmark.harness != "harbor":
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        found |= {"max_tokens": config.max_tokens or fits, **sampling}
     if "judge" in benchmark.needs:
         found["judge_model"] = config.judge_model
     if "search" in benchmark.needs:
