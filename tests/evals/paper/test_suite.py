@@ -2,6 +2,7 @@
 problem."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,22 @@ def test_refusals(config: PaperConfig, tmp_path: Path) -> None:
     with answering(lambda *_: (404, {})) as url, pytest.raises(UserError, match="--set model=ID"):
         judge(url, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_data_are_alike_by_where_they_come_from(
+    config: PaperConfig, asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies in two folders are; a benchmark without one comes from its hub, even if others have copies."""
+    monkeypatch.setattr(suite, "lacking", lambda *_: None)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    config = replace(config, benchmarks=("mmlu_pro", "gpqa_diamond"))
+    with answering(lambda *_: (200, CARDS)) as url:
+        a = judge(url, config, tmp_path / "a")
+        b = judge(url, replace(config, data=str(tmp_path / "copy")), tmp_path / "b", name="b")
+        c = judge(url, replace(config, hub="huggingface"), tmp_path / "c", name="c")
+    assert [row["key"] for row in compare_models(a, b)] == ["mmlu_pro", "gpqa_diamond"]
+    with pytest.raises(UserError, match="GPQA-Diamond .* data differ"):
+        compare_models(a, c)
 
 
 def record(model: str, right: int, **asked: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tokensieve.evals.paper import codeforces, evalscope, harbor
 from tokensieve.evals.paper.asking import LOG, Asked
 from tokensieve.evals.paper.benchmarks import BENCHMARKS, BY_KEY, Benchmark
 from tokensieve.evals.paper.harnesses import Unavailable
-from tokensieve.evals.paper.needs import lacking
+from tokensieve.evals.paper.needs import lacking, source
 from tokensieve.evals.paper.scores import Graded, compared, figures, read_answers
 from tokensieve.files import locked
 from tokensieve.paper_config import PaperConfig
@@ -155,7 +155,7 @@ def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int |
         "options": dict(benchmark.options),
         "repeats": config.repeats or benchmark.repeats,
         "limit": config.limit,
-        "data": config.data or config.hub,
+        "data": source(benchmark, config),
     }
     if benchmark.harness != "harbor":
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
