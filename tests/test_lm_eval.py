@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 import tokensieve
 from tests.support.harness_files import write_lines
 from tokensieve import lm_eval
-
-pytestmark = pytest.mark.slow
+from tokensieve.evals.paper import harnesses
 
 ROWS = [
     {"before": "import os\nimport", "choices": [" sys\n", " qzx\n"], "answer": 0},
@@ -61,6 +61,7 @@ def evaluated(tasks: Path, *arguments: str) -> dict[str, list[Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_log_likelihoods_are_the_models_own(tasks: Path) -> None:
     """Those of the dense model too, whose texts are shorter than k and which therefore agrees."""
     found = evaluated(tasks, "--model_args", "path=sparse")
@@ -83,9 +84,35 @@ def test_log_likelihoods_are_the_models_own(tasks: Path) -> None:
     assert all(isinstance(said[0][0], str) and "\n" not in said[0][0] for said in found["texts"])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_one_line(tasks: Path) -> None:
     command = [sys.executable, "-m", "tokensieve.lm_eval", "run", "--model", "tokensieve", "--tasks", "choices"]
     command += ["--model_args", "path=nowhere", "--include_path", str(tasks)]
     ended = subprocess.run(command, cwd=lm_eval.ROOT, capture_output=True, text=True, timeout=1200)
     assert ended.returncode != 0 and "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("tokensieve: error: model 'nowhere': no such folder")
+
+
+def test_the_harness_keeps_its_versions_of_what_lies_beside_an_installed_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds tokensieve there, and its own `pinned` first, whatever PYTHONPATH says."""
+    ours, home = tmp_path / "site-packages", tmp_path / "harness"
+    (ours / "tokensieve").mkdir(parents=True)
+    (ours / "tokensieve" / "__init__.py").touch()
+    evaluate = "def evaluate(python):\n    import sys, pinned\n    print(pinned.WHOSE, python, *sys.argv[1:])\n"
+    (ours / "tokensieve" / "lm_eval.py").write_text(evaluate)
+    (ours / "pinned.py").write_text("WHOSE = 'ours'\n")
+    venv.create(home / "venv", symlinks=True, with_pip=False)
+    (theirs,) = (home / "venv").glob("lib/python*/site-packages")
+    (theirs / "pinned.py").write_text("WHOSE = 'theirs'\n")
+    commands: list[list[str]] = []
+    monkeypatch.setattr(harnesses, "environment", lambda *_: home)
+    monkeypatch.setattr(lm_eval.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(lm_eval.os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(lm_eval, "ROOT", ours)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "ls", "tasks"])
+    monkeypatch.setenv("PYTHONPATH", str(ours))
+    lm_eval.main()
+    ended = subprocess.run(commands[0], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stdout.split() == ["theirs", sys.executable, "ls", "tasks"], ended

@@ -20,7 +20,10 @@ from typing import Any
 
 NAME = "tokensieve"
 ROOT = Path(__file__).resolve().parents[1]
-AGAIN = "import sys; from tokensieve import lm_eval; lm_eval.evaluate(sys.argv.pop(1))"
+# Our place comes last, since all that is installed beside us may lie there, in other versions than the harness has.
+AGAIN = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from tokensieve import lm_eval; lm_eval.evaluate(sys.argv.pop(1))"
+)
 
 
 def model_class(python: str) -> type:
@@ -109,8 +112,7 @@ def main() -> None:
     from tokensieve.evals.paper.harnesses import HARNESSES, environment, program
 
     python = program(environment(HARNESSES["lm-eval"], lambda line: print(line, file=sys.stderr)))
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.execv(python, [python, "-c", AGAIN, sys.executable, *sys.argv[1:]])
+    os.execv(python, [python, "-E", "-c", AGAIN, str(ROOT), sys.executable, *sys.argv[1:]])  # -E: no PYTHONPATH either
 
 
 if __name__ == "__main__":

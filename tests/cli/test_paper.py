@@ -8,8 +8,17 @@ import pytest
 
 from tests.support.endpoints import answering, said
 from tests.support.harness_files import codeforces, write_lines
+from tokensieve.cli.paper import run_name
 
 CARDS = {"data": [{"id": "m", "max_model_len": 4096}]}
+IGNORED = [  # with --compare
+    ("--set", "limit=1"),
+    ("--out", "zz"),
+    ("--resume",),
+    ("--quick",),
+    ("--config", "paper-quick"),
+    ("--device", "cpu"),
+]
 SUM = "```python\nprint(sum(map(int, input().split())))\n```"
 
 
@@ -52,6 +61,12 @@ def test_the_table_and_two_models(run, data: Path, tmp_path: Path, monkeypatch: 
     assert again.status == 2 and "cannot be reached" in again.err and again.err.count("\n") == 1
 
 
+def test_models_have_folders_of_their_own() -> None:
+    names = [run_name(model) for model in ("runs/adapt/step-000200", "runs/other/step-000200/", "runs/adapt", "base")]
+    assert names == ["adapt-step-000200", "other-step-000200", "adapt", "base"]
+    assert run_name("http://127.0.0.1:8000/v1") == "127.0.0.1-8000-v1"
+
+
 def test_nothing_could_be_measured(run, tmp_path: Path) -> None:
     with answering(able(0)) as url:
         ended = run("eval", url, "--suite", "paper", "--set", 'benchmarks=["hle"]', "--out", tmp_path / "out")
@@ -61,8 +76,17 @@ def test_nothing_could_be_measured(run, tmp_path: Path) -> None:
 def test_refusals(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     paper = ("eval", "base", "--suite", "paper")
+    serving, compare = ("eval", "--suite", "serving", "--url", "http://127.0.0.1:9/v1"), ("--compare", "a", "b")
     for words, *arguments in (
         ("--suite paper takes no", *paper, "--arm", "a=window"),
+        ("takes no --data or --held-out-share", *paper, "--data", "mine"),
+        ("takes no --data or --held-out-share", *paper, "--held-out-share", "0.5"),
+        ("and http://x/v1 is an endpoint", "eval", "http://x/v1", *paper[2:], "--device", "cuda"),
+        ("--suite serving takes no --data", *serving, "--data", "mine"),
+        ("--suite serving takes no --data", *serving, "--held-out-share", "0.5"),
+        ("--suite serving takes no --data", *serving, "--device", "cpu"),
+        ("it takes no MODEL", "eval", "nonsense", *paper[2:], *compare),
+        *(("it takes no MODEL", *paper, *compare, *more) for more in IGNORED),
         ("--compare is for --suite paper", "eval", "base", "--compare", "a", "b"),
         ("first: tokensieve eval nowhere --suite paper", *paper, "--compare", "nowhere", "b"),
         ("no such folder", "eval", "nowhere", "--suite", "paper"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokensieve.cli.measuring import MEASURED, Progress, measure_suite
+from tokensieve.cli.paper import run_name
 from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tokensieve.model import DecoderForCausalLM
 
 log = logging.getLogger("tokensieve")
+HELD_OUT_SHARE = 0.02  # of a source, unless it is said otherwise
 
 
 class IndexDtype(StrEnum):
@@ -144,7 +146,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Source of the text; its held-out part is used.")] = "python",
     held_out_share: Annotated[
         float, typer.Option(min=0, max=1, help="Share of --data that is held out; 1 takes all of it.")
-    ] = 0.02,
+    ] = HELD_OUT_SHARE,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of the prompts.")] = None,
     arm: Annotated[
         list[str] | None,
@@ -202,13 +204,29 @@ def evaluate(
     begin = time.perf_counter()
     if quick and config != "evaluate":
         raise UserError("--quick is --config evaluate-quick; give one of the two")
+    texts = data != "python" or held_out_share != HELD_OUT_SHARE
     if suite == Suite.paper:
         if arm or context is not None or before is not None or url is not None or k is not None:
             raise UserError("--suite paper takes no --arm, --context, --before, --url or --k; MODEL may be a URL")
+        if texts:
+            raise UserError("--suite paper takes no --data or --held-out-share; --set data=FOLDER has its problems")
         from tokensieve.cli.paper import compare_paper, run_paper
 
         own = ("paper-quick" if quick else "paper") if config == "evaluate" else config
         if compare is not None:
+            if (
+                model != "base"
+                or quick
+                or config != "evaluate"
+                or set_
+                or out is not None
+                or resume
+                or device != "auto"
+            ):
+                raise UserError(
+                    "--compare reads two runs that are there; it takes no MODEL, --quick, --config, --set, --out, "
+                    "--resume or --device"
+                )
             compare_paper(*compare)
         else:
             run_paper(model, own, tuple(set_ or ()), out, resume, device)
@@ -220,6 +238,8 @@ def evaluate(
     if suite == Suite.serving:
         if model != "base" or selections or before is not None:
             raise UserError("--suite serving takes no MODEL, --arm or --before; --set serving.model=ID names the model")
+        if texts or device != "auto":
+            raise UserError("--suite serving takes no --data, --held-out-share or --device; it asks --url alone")
         from tokensieve.cli.checking import check_endpoint
 
         with Progress() as on_progress:
@@ -255,8 +275,7 @@ def evaluate(
         raise UserError(f"--arm: {model} is dense and selects nothing; sparsify it first")
     tokenizer = tokenizer_of(model, loaded)
     documents = list(read_documents(data, "test", held_out_share))
-    path = Path(model)
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
+    name = run_name(model)
     folder = out or Path("runs") / (f"eval-{name}" if suite == Suite.own else f"eval-{name}-{suite}")
     if suite == Suite.own:
         metrics = _measure(loaded, tokenizer, documents, sizes, context, selections)

@@ -35,10 +35,12 @@ def run_paper(model: str, config: str, set_: tuple[str, ...], folder: Path | Non
     settings = load_config(PaperConfig, config, set_)
     key, judge_key = (os.environ.get(name) or "none" for name in ("OPENAI_API_KEY", "JUDGE_API_KEY"))
     name, served = model.rstrip("/"), bool(URL.match(model))
+    if served and device != "auto":
+        raise UserError(f"--device is of a model that is served here, and {name} is an endpoint; leave it out")
     if not served:
         known_folder(model)
         key = "none"
-    folder = folder or Path("runs") / f"eval-{_short(settings.model or name)}-paper"
+    folder = folder or Path("runs") / f"eval-{run_name(settings.model or name)}-paper"
     with ExitStack() as stack, stderr().status("Measuring") as status:
 
         def announce(line: str) -> None:
@@ -51,8 +53,8 @@ def run_paper(model: str, config: str, set_: tuple[str, ...], folder: Path | Non
             raise UserError(f"{model} cannot be served: {error}") from error
         endpoint = Endpoint(url, key, min(settings.seconds, LISTING), settings.retries, setting="seconds")
         figures = judge_paper(endpoint, name, settings, folder, resume, announce, key, judge_key)
-    show_paper_suite(stdout(), _short(settings.model or name), figures)
-    table = write_paper_suite(folder / TABLE, _short(settings.model or name), figures)
+    show_paper_suite(stdout(), run_name(settings.model or name), figures)
+    table = write_paper_suite(folder / TABLE, run_name(settings.model or name), figures)
     typer.echo(f"\nFigures: {folder / FILE}, table: {table}")
     if BY_KEY.keys().isdisjoint(figures):
         raise UserError("nothing could be measured; each reason stands above, and --resume goes on once it is gone")
@@ -67,16 +69,22 @@ def compare_paper(a: str, b: str) -> None:
     show_comparison(stdout(), (a, b), rows)
 
 
-def _short(name: str) -> str:
-    """The name of a folder for a model or an endpoint."""
-    return re.sub(r"[^\w.-]+", "-", URL.sub("", name).strip("/")).strip("-") if URL.match(name) else Path(name).name
+def run_name(model: str) -> str:
+    """The name of a folder for the runs of a model, which is a folder itself or an endpoint.
+
+    A step's has that of its run before it.
+    """
+    if URL.match(model):
+        return re.sub(r"[^\w.-]+", "-", URL.sub("", model).strip("/")).strip("-")
+    path = Path(model)
+    return f"{path.parent.name}-{path.name}" if path.name.startswith("step-") else path.name
 
 
 def _record(name: str) -> dict[str, Any]:
     """The figures of a run. UserError if there are none."""
     from tokensieve.config import UserError
 
-    places = [Path(name) / FILE, Path("runs") / f"eval-{_short(name)}-paper" / FILE]
+    places = [Path(name) / FILE, Path("runs") / f"eval-{run_name(name)}-paper" / FILE]
     for place in places:
         if place.is_file():
             try:

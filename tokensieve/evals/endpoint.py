@@ -18,11 +18,16 @@ class Refused(Exception):
     """The endpoint does not take a request: its route or one of its fields."""
 
 
+class Late(UserError):
+    """A reply did not come in time, which need not be so of the next one."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """An answer, or a scored prompt: its text, and for each of its tokens the text, the log probability in nats, and
     those of the best alternatives. A log probability is None if the endpoint gave none, as for a prompt's first token.
-    output_tokens: None if the endpoint does not count them.
+    output_tokens: None if the endpoint does not count them. content: of a chat, the text without the thoughts that the
+    endpoint keeps apart from it.
     """
 
     text: str
@@ -31,6 +36,7 @@ class Reply:
     logprobs: tuple[float | None, ...] = ()
     top: tuple[Mapping[str, float], ...] = ()
     output_tokens: int | None = None
+    content: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,10 +96,11 @@ class Endpoint:
         said = _choice(reply).get("message")
         if not isinstance(said, dict):
             raise self._nonsense("/chat/completions", "no message")
-        text = "".join(str(said.get(part) or "") for part in ("reasoning_content", "content"))
+        thoughts, content = (str(said.get(part) or "") for part in ("reasoning_content", "content"))
         prompt_tokens = self._prompt_tokens(reply, "/chat/completions")
         made = reply["usage"].get("completion_tokens")
-        return Reply(text, prompt_tokens, output_tokens=made if isinstance(made, int) else None)
+        counted = made if isinstance(made, int) else None
+        return Reply(thoughts + content, prompt_tokens, output_tokens=counted, content=content)
 
     def crowd(self, model: str, prompt: str, others: Sequence[str], tokens: int) -> Reply:
         """The continuation of a text, while longer ones of other texts are made."""
@@ -145,7 +152,7 @@ class Endpoint:
                 else:
                     reply = self._client.post(route, cast_to=object, body=body)
             except self._errors.APITimeoutError as error:
-                raise UserError(
+                raise Late(
                     f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise {self._setting}, or "
                     "ask for shorter prompts or answers. --resume keeps what is finished"
                 ) from error

@@ -1,6 +1,7 @@
 """Codeforces: which rows are asked, verdicts of the sandbox, and answers that are kept when the endpoint breaks."""
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,19 @@ def ask(url: str, folder: Path, **more: Any) -> list[tuple[str, float | None, in
     return sorted((answer.problem, answer.score, answer.tokens) for answer in found)
 
 
+@pytest.mark.parametrize(
+    ("thoughts", "content", "score"),
+    [("Perhaps ```python\nprint(3)\n", RIGHT, 1.0), (RIGHT, "", 0.0), (RIGHT, None, 0.0)],
+)
+def test_thoughts_are_not_graded(tmp_path: Path, thoughts: str, content: str | None, score: float) -> None:
+    """Neither a fence that they leave open nor a draft in them counts."""
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row()])
+    reply = said("")
+    reply["choices"][0]["message"] |= {"reasoning_content": thoughts, "content": content}
+    with answering(lambda *_: (200, reply)) as url:
+        assert [graded for _, graded, _ in ask(url, tmp_path)] == [score, score]
+
+
 def test_a_run_is_resumed_where_the_endpoint_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint.time, "sleep", lambda _: None)
     rows = [row("1/A"), row("2/A", 1500), row("3/A", 900, contest_name="Educational Round")]
@@ -89,6 +103,82 @@ def test_a_run_is_resumed_where_the_endpoint_broke(tmp_path: Path, monkeypatch: 
     assert whole == [("1/A", 1.0, 40), ("1/A", 1.0, 40), ("2/A", 1.0, 40), ("2/A", 1.0, 40)]
     assert len(bodies) == 2 and all(body["temperature"] == 1.0 and body["top_p"] == 0.95 for body in bodies)
     assert [json.loads(line)["level"] for line in file.read_text().splitlines()].count(1500) == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_more_is_asked_once_a_request_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Twelve are waiting, and those that are being answered are kept."""
+    monkeypatch.setattr(codeforces, "grade", lambda *_: 1.0)
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i}/A") for i in range(6)])
+    bodies: list[dict[str, Any]] = []
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        return (401, {}) if len(bodies) == at_once else (200, said(RIGHT))
+
+    with answering(answer) as url, pytest.raises(UserError, match="another API key"):
+        ask(url, tmp_path, at_once=at_once)
+    kept = len((tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    assert kept == len(bodies) - 1 and at_once <= len(bodies) < 12
+
+
+def test_a_request_that_is_refused_or_late_has_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have, and a later run asks for it again; an endpoint that is silent throughout is asked no more."""
+    monkeypatch.setattr(codeforces, "grade", lambda *_: 1.0)
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i:02}/A", description=f"No. {i}.") for i in range(12)])
+    bodies: list[dict[str, Any]] = []
+    over = threading.Event()
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        content = body["messages"][0]["content"]
+        if "No. 0." in content:
+            return 400, {}
+        if "No. 5." in content:
+            over.wait(60)
+        return 200, said(RIGHT)
+
+    with answering(answer) as url:
+        found = ask(url, tmp_path, seconds=1.0, at_once=2)
+        over.set()
+        assert {place for place, score, _ in found if score is None} == {"00/A", "05/A"} and len(found) == 24
+        bodies.clear()
+        assert sum(score is None for _, score, _ in ask(url, tmp_path)) == 2 and len(bodies) == 4
+    bodies.clear()
+    with answering(lambda _, body: bodies.append(body) or (400, {})) as url:
+        with pytest.raises(Unavailable, match="400"):
+            ask(url, tmp_path / "again", at_once=1, data=str(tmp_path / "data"))
+    assert codeforces.SILENT < len(bodies) < 24
+
+
+def test_an_interrupt_ends_a_run_before_the_answers_that_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "data/codeforces/test.jsonl", [row(f"{i}/A") for i in range(6)])
+    interrupted, bodies = threading.Event(), []
+
+    def answer(_: str, body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        if len(bodies) > 2:
+            interrupted.wait(60)
+        return 200, said(RIGHT)
+
+    def grade(*_: Any) -> float:
+        if len(graded) == 1:
+            raise KeyboardInterrupt
+        graded.append(1)
+        return 1.0
+
+    graded: list[int] = []
+    monkeypatch.setattr(codeforces, "grade", grade)
+    with answering(answer) as url:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                ask(url, tmp_path, at_once=2)
+            assert not interrupted.is_set() and len(bodies) <= 4
+        finally:
+            interrupted.set()
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 1
 
 
 def test_what_cannot_run_says_why(tmp_path: Path) -> None:

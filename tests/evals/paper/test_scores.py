@@ -43,6 +43,15 @@ def test_repeats_of_one_problem_count_once() -> None:
     assert many["high"] - many["low"] > 0.9 * (once["high"] - once["low"])
 
 
+def test_the_interval_of_output_tokens_is_that_of_problems() -> None:
+    """Sixteen answers to each of five problems, whose lengths differ by problem, are five values."""
+    rows = [Graded(str(i), 1.0, 1000 * i + j) for i in range(5) for j in range(16)]
+    few = [Graded(str(i), 1.0, 1000 * i) for i in range(5)]
+    found, expected = (figures(answers, False)["tokens"] for answers in (rows, few))
+    assert found["n"] == 5 and found["value"] == expected["value"] + 7.5
+    assert found["high"] - found["low"] == pytest.approx(expected["high"] - expected["low"])
+
+
 def test_ungraded_answers_are_left_out_and_counted() -> None:
     rows = [Graded("a", 1.0, 4), Graded("b", None, 90), Graded("c", 0.0, None)]
     found = figures(rows, False)

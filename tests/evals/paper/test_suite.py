@@ -2,6 +2,8 @@
 problem."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     return rows
 
 
-def judge(url: str, config: PaperConfig, folder: Path, resume: bool = False) -> dict[str, Any]:
-    return judge_paper(Endpoint(url, retries=0), "m", config, folder, resume, lambda _: None)
+def judge(url: str, config: PaperConfig, folder: Path, resume: bool = False, name: str = "m") -> dict[str, Any]:
+    return judge_paper(Endpoint(url, retries=0), name, config, folder, resume, lambda _: None)
 
 
 def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
@@ -63,6 +65,34 @@ def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
         asked.clear()
         judge(url, PaperConfig(**vars(config) | {"max_tokens": 64}), tmp_path / "out", resume=True)
         assert [key for key, *_ in asked] == ["mmlu_pro", "aime25", "hmmt25"]  # answers of other lengths are others
+
+
+def test_a_record_has_one_model_and_any_subset(config: PaperConfig, asked: list, tmp_path: Path) -> None:
+    """Benchmarks that are asked later join those that are there, which stay; another model is refused."""
+    one, other = (replace(config, benchmarks=(key,)) for key in ("mmlu_pro", "hmmt25"))
+    with answering(lambda *_: (200, CARDS)) as url:
+        first = judge(url, one, tmp_path / "out")
+        for more in ({"name": "b"}, {"config": replace(other, model="n")}, {"name": "b", "config": one}):
+            given = {"config": other, "name": "m"} | more
+            with pytest.raises(UserError, match="holds a run of m m, not .*--out"):
+                judge(url, folder=tmp_path / "out", resume=True, **given)
+        both = judge(url, replace(other, max_tokens=64), tmp_path / "out", resume=True)
+    assert both["mmlu_pro"] == first["mmlu_pro"] and both["hmmt25"]["asked"]["max_tokens"] == 64
+    assert [key for key, *_ in asked] == ["mmlu_pro", "hmmt25"]
+
+
+def test_what_does_not_reach_aider_does_not_ask_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Path] = []
+    monkeypatch.setitem(suite.RUN, "harbor", lambda *given: runs.append(given[-1]) or [Graded("a", 1.0)])
+    monkeypatch.setattr(suite, "lacking", lambda *_: None)
+    config = PaperConfig(("aider_polyglot",))
+    with answering(lambda *_: (200, CARDS)) as url:
+        first = judge(url, config, tmp_path / "out")
+        assert {"temperature", "top_p", "max_tokens"}.isdisjoint(first["aider_polyglot"]["asked"])
+        judge(url, replace(config, temperature=0.5, top_p=0.5, max_tokens=9), tmp_path / "out", resume=True)
+        assert len(runs) == 1
+        judge(url, replace(config, repeats=2), tmp_path / "out", resume=True)
+        assert len(set(runs)) == 2
 
 
 def test_an_endpoint_that_goes_down_ends_the_run_and_nothing_is_lost(
@@ -104,6 +134,22 @@ def test_refusals(config: PaperConfig, tmp_path: Path) -> None:
     with answering(lambda *_: (404, {})) as url, pytest.raises(UserError, match="--set model=ID"):
         judge(url, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_data_are_alike_by_where_they_come_from(
+    config: PaperConfig, asked: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies in two folders are; a benchmark without one comes from its hub, even if others have copies."""
+    monkeypatch.setattr(suite, "lacking", lambda *_: None)
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    config = replace(config, benchmarks=("mmlu_pro", "gpqa_diamond"))
+    with answering(lambda *_: (200, CARDS)) as url:
+        a = judge(url, config, tmp_path / "a")
+        b = judge(url, replace(config, data=str(tmp_path / "copy")), tmp_path / "b", name="b")
+        c = judge(url, replace(config, hub="huggingface"), tmp_path / "c", name="c")
+    assert [row["key"] for row in compare_models(a, b)] == ["mmlu_pro", "gpqa_diamond"]
+    with pytest.raises(UserError, match="GPQA-Diamond .* data differ"):
+        compare_models(a, c)
 
 
 def record(model: str, right: int, **asked: Any) -> dict[str, Any]:

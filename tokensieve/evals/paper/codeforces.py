@@ -8,14 +8,16 @@ A row has "id", "rating", "contest_name", "description", "input_format", "output
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tokensieve import sandbox
 from tokensieve.config import UserError
-from tokensieve.evals.endpoint import Endpoint, Refused
+from tokensieve.evals.endpoint import Endpoint, Late, Refused, Reply
 from tokensieve.evals.paper.asking import Asked, kept_json
 from tokensieve.evals.paper.benchmarks import Benchmark
 from tokensieve.evals.paper.harnesses import Unavailable
@@ -28,6 +30,7 @@ SUBSET, SPLIT = "verifiable", "test"
 FILE = "answers.jsonl"
 TIMES, START = 5.0, 1.0  # a Python program has so many times the limit of a compiled one, and seconds to start
 MEBI = 1 << 20
+SILENT = 8  # problems without one answer in between, after which no other is asked
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\n(.*?)```", re.DOTALL)
 
 REQUEST = (
@@ -63,7 +66,8 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
 
     Raises:
         Unavailable: there are no problems, the endpoint has no chat, or programs cannot be isolated here.
-        UserError: the endpoint is down, slow or answers nonsense; what is finished is kept.
+        UserError: the endpoint is down, slow or answers nonsense; what is finished is kept. A request that it refuses
+            or answers too late has no score, and is asked again by the next call, unless nothing is answered.
     """
     why = sandbox.why_not()
     if why is not None:
@@ -83,33 +87,49 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
     write_text(file, "".join(_row(number, graded) for (_, number), graded in finished.items()))
     endpoint = Endpoint(asked.url, asked.key, config.seconds, config.retries, setting="seconds")
     sampling = {"temperature": config.temperature, "top_p": config.top_p}
-    with file.open("a", encoding="utf-8") as out, ThreadPoolExecutor(config.at_once) as pool:
-        futures = {
-            pool.submit(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling): (problem, number)
-            for problem, number in todo
-        }
-        failed: UserError | Refused | None = None
-        for future in as_completed(futures):
-            if future.cancelled():
-                continue
-            problem, number = futures[future]
-            try:
-                reply = future.result()
-            except (UserError, Refused) as error:
-                failed = failed or error
-                pool.shutdown(wait=False, cancel_futures=True)  # answers that are being made are still kept
-                continue
-            graded = Graded(problem.id, grade(problem, reply.text), reply.output_tokens, problem.rating)
-            finished[problem.id, number] = graded
-            out.write(_row(number, graded))
-            out.flush()
-    endpoint.close()
+    failed: UserError | Refused | None = None
+    silent: dict[str, UserError | Refused] = {}  # since the last answer, by problem
+    missed: list[Graded] = []
+    waiting, running = iter(todo), dict[Future[Reply], tuple[Problem, int]]()
+    with file.open("a", encoding="utf-8") as out, ExitStack() as stack:
+        pool = ThreadPoolExecutor(config.at_once)
+        stack.callback(pool.shutdown, wait=False)
+        stack.callback(endpoint.close)
+
+        def ask() -> None:
+            for problem, number in islice(waiting, config.at_once - len(running)):
+                future = pool.submit(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling)
+                running[future] = problem, number
+
+        ask()
+        while running:
+            ready = [(running.pop(future), future) for future in wait(running, return_when=FIRST_COMPLETED).done]
+            if failed is None:
+                ask()
+            for (problem, number), future in ready:
+                try:
+                    reply = future.result()
+                except (Late, Refused) as error:
+                    missed.append(Graded(problem.id, None, level=problem.rating))
+                    silent.setdefault(problem.id, error)
+                    failed = failed or (error if len(silent) == SILENT else None)
+                    continue
+                except UserError as error:
+                    failed = failed or error  # answers that are being made are still kept
+                    continue
+                silent.clear()
+                graded = Graded(problem.id, grade(problem, reply.content), reply.output_tokens, problem.rating)
+                finished[problem.id, number] = graded
+                out.write(_row(number, graded))
+                out.flush()
+    if silent and not finished:
+        failed = failed or next(iter(silent.values()))
     if isinstance(failed, Refused):
         raise Unavailable(str(failed)) from failed
     if failed is not None:
         raise failed
     wanted = {(problem.id, number) for problem in problems for number in range(asked.repeats)}
-    return [graded for place, graded in finished.items() if place in wanted]
+    return [graded for place, graded in finished.items() if place in wanted] + missed
 
 
 def select(rows: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:

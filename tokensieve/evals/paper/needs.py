@@ -34,6 +34,11 @@ def local_data(benchmark: Benchmark, config: PaperConfig) -> Path | None:
     return folder.resolve() if folder.is_dir() and any(folder.iterdir()) else None
 
 
+def source(benchmark: Benchmark, config: PaperConfig) -> str:
+    """From where its data come: "local", wherever that is, or the name of a hub."""
+    return "local" if local_data(benchmark, config) is not None else benchmark.host or config.hub
+
+
 def reachable(host: str) -> bool:
     """Whether a connection to a host's HTTPS port can be made. Not if HF_HUB_OFFLINE says to stay offline."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no", "off"):

@@ -4,7 +4,7 @@ Legend: n answers to m problems; those to one problem may err together, and coun
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -35,16 +35,16 @@ def figures(answers: Sequence[Graded], is_rating: bool) -> dict[str, Any]:
     """{"score", "tokens": an Estimate as a dict or None, "problems", "answers", "ungraded": counts, "graded": rows}.
 
     score: the share of right answers, or with `is_rating` the rating, whose value is None if it is infinite; None if
-    nothing was graded.
+    nothing was graded. tokens: the mean over problems of the mean of their answers.
     """
     graded = [answer for answer in answers if answer.score is not None]
-    counted = [float(answer.tokens) for answer in graded if answer.tokens is not None]
+    counted = _means((answer.problem, float(answer.tokens)) for answer in graded if answer.tokens is not None)
     score = (rating if is_rating else _share)(graded).to_dict() if graded else None
     if score is not None and math.isinf(score["value"]):
         score["value"] = None  # JSON has no infinity; the interval says on which side
     return {
         "score": score,
-        "tokens": mean(counted).to_dict() if counted else None,
+        "tokens": mean([*counted.values()]).to_dict() if counted else None,
         "problems": len({answer.problem for answer in graded}),
         "answers": len(graded),
         "ungraded": len(answers) - len(graded),
@@ -104,11 +104,15 @@ def compared(a: Sequence[Graded], b: Sequence[Graded]) -> Estimate | None:
 
 def by_problem(answers: Sequence[Graded]) -> dict[str, float]:
     """The mean score of every problem's graded answers."""
-    scores: dict[str, list[float]] = {}
-    for answer in answers:
-        if answer.score is not None:
-            scores.setdefault(answer.problem, []).append(answer.score)
-    return {problem: fmean(found) for problem, found in scores.items()}
+    return _means((answer.problem, answer.score) for answer in answers if answer.score is not None)
+
+
+def _means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each problem's values."""
+    found: dict[str, list[float]] = {}
+    for problem, value in values:
+        found.setdefault(problem, []).append(value)
+    return {problem: fmean(of_one) for problem, of_one in found.items()}
 
 
 def read_answers(rows: Sequence[Mapping[str, Any]]) -> list[Graded]:

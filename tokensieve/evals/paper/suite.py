@@ -14,7 +14,7 @@ from tokensieve.evals.paper import codeforces, evalscope, harbor
 from tokensieve.evals.paper.asking import LOG, Asked
 from tokensieve.evals.paper.benchmarks import BENCHMARKS, BY_KEY, Benchmark
 from tokensieve.evals.paper.harnesses import Unavailable
-from tokensieve.evals.paper.needs import lacking
+from tokensieve.evals.paper.needs import lacking, source
 from tokensieve.evals.paper.scores import Graded, compared, figures, read_answers
 from tokensieve.files import locked
 from tokensieve.paper_config import PaperConfig
@@ -42,7 +42,7 @@ def judge_paper(
     """Asks the benchmarks that can be asked, and lists why the others cannot; returns the record.
 
     Args:
-        name: of the model, by which a resumed run knows that it is the same one.
+        name: of the model, by which a resumed run knows that it is the same one; a record has one model.
         folder: of metrics.json and the harnesses' files. What is finished in it is not asked again.
         announce: called with a line for whatever takes long.
         key, judge_key: of the endpoint and of the judge's.
@@ -51,22 +51,26 @@ def judge_paper(
 
     Raises:
         UserError: the endpoint is down or answers nonsense, a benchmark is unknown, or the folder holds another run.
-            What is finished is kept.
+            or one of another model. What is finished is kept.
     """
     chosen = _chosen(config)
     model, room = _served(endpoint, config)
     asked = Asked(endpoint.url, model, 1, 1, announce, key, judge_key)
     settings = {benchmark.key: _settings(benchmark, config, f"{name} {model}", room) for benchmark in chosen}
     with locked(folder):
-        record = RunRecord.of(folder, {benchmark.key: () for benchmark in chosen}, resume, "run of the paper's suite")
-        record.match({part: json.dumps(found, sort_keys=True) for part, found in settings.items()})
+        record = RunRecord.of(folder, dict.fromkeys(BY_KEY, ()), resume, "run of the paper's suite")
+        then = record.figures["settings"]
+        others = {json.loads(found)["model"] for found in then.values()} - {f"{name} {model}"}
+        if others:
+            raise UserError(f"{folder} holds a run of {others.pop()}, not {name} {model}; name another one with --out")
+        record.match(then | {part: json.dumps(found, sort_keys=True) for part, found in settings.items()})
         record.figures.setdefault(LACKING, {})
         record.write()
         for benchmark in chosen:
             if benchmark.key in record.figures:
                 continue
             how = settings[benchmark.key]
-            one = replace(asked, max_tokens=how["max_tokens"], repeats=how["repeats"])
+            one = replace(asked, max_tokens=how.get("max_tokens", 0), repeats=how["repeats"])
             place = folder / f"{benchmark.key}-{_digest(how)}"
             reason = lacking(benchmark, config, endpoint.url)
             if reason is None:
@@ -143,19 +147,19 @@ def _check(endpoint: Endpoint) -> None:
 
 
 def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int | None) -> dict[str, Any]:
-    """All that a benchmark's score depends on."""
+    """All that a benchmark's score depends on. Nothing of how it is sampled reaches an agent of Harbor."""
     fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // 2)
     found: dict[str, Any] = {
         "model": model,
         "task": benchmark.task,
         "options": dict(benchmark.options),
-        "max_tokens": config.max_tokens or fits,
         "repeats": config.repeats or benchmark.repeats,
         "limit": config.limit,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "data": config.data or config.hub,
+        "data": source(benchmark, config),
     }
+    if benchmark.harness != "harbor":
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        found |= {"max_tokens": config.max_tokens or fits, **sampling}
     if "judge" in benchmark.needs:
         found["judge_model"] = config.judge_model
     if "search" in benchmark.needs:
