@@ -48,7 +48,8 @@ def run_harness(command: list[str], folder: Path, given: str = "", **variables: 
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG
     begin = log.stat().st_size if log.exists() else 0
-    variables = {**SILENT, **os.environ, "PYTHONPATH": "", **variables}
+    # Unbuffered, so that the error comes last in the log.
+    variables = {**SILENT, **os.environ, "PYTHONPATH": "", "PYTHONUNBUFFERED": "1", **variables}
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(
             command, cwd=folder, input=given, stdout=file, stderr=subprocess.STDOUT, text=True, env=variables
