@@ -214,15 +214,8 @@ def evaluate(
 
         own = ("paper-quick" if quick else "paper") if config == "evaluate" else config
         if compare is not None:
-            if (
-                model != "base"
-                or quick
-                or config != "evaluate"
-                or set_
-                or out is not None
-                or resume
-                or device != "auto"
-            ):
+            changed = model != "base", config != "evaluate", device != "auto"
+            if any((*changed, quick, set_, out, resume)):
                 raise UserError(
                     "--compare reads two runs that are there; it takes no MODEL, --quick, --config, --set, --out, "
                     "--resume or --device"

@@ -151,6 +151,15 @@ def test_a_request_that_is_refused_or_late_has_no_score(tmp_path: Path, monkeypa
     assert codeforces.SILENT < len(bodies) < 24
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread shows it too
+def test_an_error_of_our_own_is_raised() -> None:
+    before = threading.enumerate()
+    with pytest.raises(ZeroDivisionError):
+        codeforces._begun(lambda: 1 // 0).result(60)
+    for thread in [thread for thread in threading.enumerate() if thread not in before]:
+        thread.join()
+
+
 def test_an_interrupt_ends_a_run_before_the_answers_that_are_on_their_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,10 +181,12 @@ def test_an_interrupt_ends_a_run_before_the_answers_that_are_on_their_way(
     graded: list[int] = []
     monkeypatch.setattr(codeforces, "grade", grade)
     with answering(answer) as url:
+        before = threading.enumerate()
         try:
             with pytest.raises(KeyboardInterrupt):
                 ask(url, tmp_path, at_once=2)
-            assert not interrupted.is_set() and len(bodies) <= 4
+            assert len(bodies) <= 4
+            assert all(thread.daemon for thread in threading.enumerate() if thread not in before)  # nor at exit
         finally:
             interrupted.set()
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 1

@@ -7,10 +7,12 @@ A row has "id", "rating", "contest_name", "description", "input_format", "output
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,10 +66,12 @@ class Problem:
 def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -> list[Graded]:
     """The graded answers to a benchmark. What is finished stays in `folder`, and the next call goes on from there.
 
+    A request that is refused or answered too late has no score, and the next call makes it again.
+
     Raises:
         Unavailable: there are no problems, the endpoint has no chat, or programs cannot be isolated here.
-        UserError: the endpoint is down, slow or answers nonsense; what is finished is kept. A request that it refuses
-            or answers too late has no score, and is asked again by the next call, unless nothing is answered.
+        UserError: the endpoint is down or answers nonsense; or nothing comes in time, be it for `SILENT` problems in a
+            row alone. What is finished is kept.
     """
     why = sandbox.why_not()
     if why is not None:
@@ -91,15 +95,12 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
     silent: dict[str, UserError | Refused] = {}  # since the last answer, by problem
     missed: list[Graded] = []
     waiting, running = iter(todo), dict[Future[Reply], tuple[Problem, int]]()
-    with file.open("a", encoding="utf-8") as out, ExitStack() as stack:
-        pool = ThreadPoolExecutor(config.at_once)
-        stack.callback(pool.shutdown, wait=False)
-        stack.callback(endpoint.close)
+    with file.open("a", encoding="utf-8") as out:
 
         def ask() -> None:
             for problem, number in islice(waiting, config.at_once - len(running)):
-                future = pool.submit(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling)
-                running[future] = problem, number
+                chat = partial(endpoint.chat, asked.model, problem.message, asked.max_tokens, **sampling)
+                running[_begun(chat)] = problem, number
 
         ask()
         while running:
@@ -122,6 +123,7 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
                 finished[problem.id, number] = graded
                 out.write(_row(number, graded))
                 out.flush()
+    endpoint.close()
     if silent and not finished:
         failed = failed or next(iter(silent.values()))
     if isinstance(failed, Refused):
@@ -171,6 +173,23 @@ def grade(problem: Problem, answer: str) -> float:
         if not result.succeeded or result.out.split() != expected.encode().split():
             return 0.0
     return 1.0
+
+
+def _begun(chat: Callable[[], Reply]) -> Future[Reply]:
+    """An answer that is made in a thread of its own, for which a program that is interrupted does not wait."""
+    future = Future[Reply]()
+
+    def make() -> None:
+        try:
+            future.set_result(chat())
+        except (UserError, Refused) as error:
+            future.set_exception(error)
+        finally:
+            if not future.done():  # an error of ours
+                future.set_exception(sys.exc_info()[1])
+
+    threading.Thread(target=make, daemon=True).start()
+    return future
 
 
 def _text(row: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ def judge_paper(
     Returns {"settings", "seconds", KEY: `scores.figures` with "asked": its settings, "lacking": {KEY: reason}}.
 
     Raises:
-        UserError: the endpoint is down or answers nonsense, a benchmark is unknown, or the folder holds another run.
+        UserError: the endpoint is down or answers nonsense, a benchmark is unknown, or the folder holds another run,
             or one of another model. What is finished is kept.
     """
     chosen = _chosen(config)
