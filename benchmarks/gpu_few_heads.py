@@ -1,6 +1,6 @@
 """Sparse attention of one layer with few heads to a group, beside dense attention, on one GPU.
 
-    python benchmarks/gpu_few_heads.py [--lengths 32768 65536 131072] [--out FILE]
+    python benchmarks/gpu_few_heads.py [--lengths 32768 65536 131072] [--hopper] [--out FILE]
 
 Forward and backward with the indexer's loss, index and selection included, k = 2048 (512 at a head width of 64). The
 peer is cuDNN's attention, forward and backward, in the same run. Selections are drawn, since random tensors select at
@@ -11,7 +11,8 @@ diffuse as in the layers where they differ most (`DIFFUSE`)
 random  every query selects on its own, as no model does: the worst case
 
 The sizes of the unions that were drawn are printed. Results of the smallest length are compared with the kernels that
-take one query a program (`attention_kl`), which are timed there too.
+take one query a program (`attention_kl`), which are timed there too. With `--hopper` wide tiles go to the kernels in
+Gluon, whose results are compared alike.
 """
 
 import argparse
@@ -216,20 +217,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_few_heads.json")
+    parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels for wide tiles")
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of the shapes")
+    parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     options = parser.parse_args()
+    union_attention.WIDE_ON_HOPPER = options.hopper
     if not torch.cuda.is_available():
         print("gpu_few_heads: torch sees no CUDA device here", file=sys.stderr)
         return 2
     device, rows, wrong = torch.device("cuda"), list[Row](), False
     differences: dict[str, dict[str, float]] = {}
-    for shape in SHAPES:
+    for shape in (SHAPES[i] for i in options.shapes):
         for S in options.lengths:
             given = operands(shape, S, device)
             q, kv = given[:2]
             both_ways = dense(q, kv[..., : shape.width], kv[..., shape.width :])
             scored = index(shape, S, given)
-            for name, places in SELECTIONS.items():
-                selected = draw(S, shape.k, places, device)
+            for name in options.selections:
+                selected = draw(S, shape.k, SELECTIONS[name], device)
                 found = {B: unions(selected, B) for B in (2, 8, 32)}
                 some = sparse_with_some(shape, selected, given)
                 whole = sparse(union_kl, shape, selected, given)

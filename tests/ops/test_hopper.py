@@ -176,7 +176,7 @@ class NoGpu:
 
 driver.set_active(NoGpu())
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from tokensieve.ops.hopper import decode, dkv, dq, forward
+from tokensieve.ops.hopper import decode, dkv, dq, forward, union_backward, union_forward
 from tokensieve.ops.hopper import index as scores
 kinds = torch.bfloat16, torch.int32, torch.int64, torch.float32, torch.uint8
 half, index, long, single, byte = map(MockTensor, kinds)
@@ -186,6 +186,7 @@ common = {"KP": 2048, "num_warps": 8}
 rows = torch.empty(4096, 128, dtype=torch.float8_e4m3fn)
 boxes = [TensorDescriptor.from_tensor(rows, [n, 128], scores.SWIZZLED.value) for n in (256, 512)]
 split = {"W": 128, "BLOCKS": 2, "TWICE": True, "WITH_VALUE": True, "IN_ORDER": False}
+groups = {"H": 32, "G": 8, "E": 256, "MP": 4, "B": 32, "D": 128, "V": 128, "v_start": 128, "num_warps": 4}
 tail = {"W": 64, "BLOCKS": 1, "TWICE": False, "WITH_VALUE": False, "IN_ORDER": False}
 for name, kernel, arguments, options in (
     ("scores", scores.scores_kernel,
@@ -199,6 +200,10 @@ for name, kernel, arguments, options in (
     ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), common | tail),
     ("dkv_in_order", dkv.dkv_kernel,
      (half, half, half, half, index, single, *sizes, 0), common | split | {"IN_ORDER": True}),
+    ("union_forward", union_forward.union_forward_kernel,
+     (half, half, half, single, *[index] * 4, 65536, 8192, 0.1), groups | {"N": 128, "BUFFERS": 2}),
+    ("union_backward", union_backward.union_backward_kernel,
+     (half, half, half, single, single, half, single, *[index] * 3, 65536, 8192, 0.1), groups),
 ):
     compiled = kernel.warmup(*arguments, grid=(128,), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -217,7 +222,9 @@ def test_the_kernels_compile(tmp_path) -> None:
     child = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
     reports = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
-    assert set(reports) == {"scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order"}
+    assert set(reports) == {
+        *("scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward")
+    }
     for name, (shared, products) in reports.items():
         assert int(shared) <= 227 * 1024, name
         assert products == "overlapped", name

@@ -33,6 +33,15 @@ def _delta_kernel(dout, out, dlse, delta, rows, V: tl.constexpr, BR: tl.constexp
     tl.store(delta + row, sum, mask=mine)
 
 
+def delta_of(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
+    """dout . out - dlse, (S, H) float32, of (S, H, V) with V a power of two. Everything contiguous."""
+    S, H, V = out.shape
+    delta = torch.empty(S, H, dtype=torch.float32, device=out.device)
+    if S > 0:
+        _delta_kernel[(triton.cdiv(S * H, 16),)](dout, out, dlse, delta, S * H, V=V, BR=16, HAS_DLSE=dlse is not None)
+    return delta
+
+
 def pitch_of(K: int) -> int:
     """How many places a row of probabilities has: whole tiles."""
     return max(1, triton.cdiv(K, BLOCK)) * BLOCK
@@ -68,8 +77,7 @@ def backward_by_strips(
     (S, H, _), T, K = q.shape, kv.shape[0], indices.shape[1]
     dout, out, lse = dout_SHV.to(q.dtype).contiguous(), out_SHV.contiguous(), lse_SH.contiguous()
     dlse = dlse_SH.contiguous() if dlse_SH is not None else None
-    delta = torch.empty_like(lse)
-    _delta_kernel[(triton.cdiv(S * H, 16),)](dout, out, dlse, delta, S * H, V=VALUE, BR=16, HAS_DLSE=dlse is not None)
+    delta = delta_of(dout, out, dlse)
     in_order = wanted_in_order()
     row_bytes = 2 * H * pitch_of(K) * q.element_size() + (triton.cdiv(H, HEADS) * K * KEY * 4 if in_order else 0)
     buffer = q.new_empty(2, strip_length(S, row_bytes), H, pitch_of(K))  # every strip uses it

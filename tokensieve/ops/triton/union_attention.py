@@ -10,6 +10,8 @@ tile's rows fill the product, its entries are gathered once, and so are its sums
 Zero times NaN is NaN: as in `masked`, a program whose sums come out broken walks once more, guarded.
 """
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +34,18 @@ WIDEST = 128  # keys and values whose sums the registers of a program hold
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
+
+
+WIDE_ON_HOPPER = False  # its kernels compile and have never run: benchmarks/gpu_few_heads.py --hopper
+
+
+def kernels(q: Tensor) -> ModuleType:
+    """The module whose `forward` and `backward` take the tiles."""
+    if WIDE_ON_HOPPER and is_hopper(q.device):
+        from tokensieve.ops.hopper import unions as on_hopper
+
+        return on_hopper
+    return sys.modules[__name__]
 
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, d_k: int, v_start: int, d_v: int) -> bool:
@@ -165,7 +179,7 @@ def sparse_attention(
     q, kv, indices = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK))
     shape = shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K):
-        forward(levels(indices[part], T, shape["MP"]), q[part], kv, out[part], lse[part], scale, shape)
+        kernels(q).forward(levels(indices[part], T, shape["MP"]), q[part], kv, out[part], lse[part], scale, shape)
     return out, lse
 
 
@@ -333,7 +347,7 @@ def sparse_attention_backward(
     q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=bytes_in_order(K, kv)):
-        backward(
+        kernels(q).backward(
             levels(indices[part], T, shape["MP"]), dout[part], None if dlse is None else dlse[part], out_SHV[part],
             lse_SH[part], q[part], kv, dq[part], dkv, scale, shape,
         )  # fmt: skip

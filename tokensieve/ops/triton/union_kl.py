@@ -214,7 +214,7 @@ def sparse_attention_kl(
     shape = union_attention.shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=_kept(K, shape["MP"])):
         levels = union_attention.levels(indices[part], T, shape["MP"])
-        union_attention.forward(levels, q[part], kv, out[part], lse[part], scale, shape)
+        union_attention.kernels(q).forward(levels, q[part], kv, out[part], lse[part], scale, shape)
         for u in levels:
             mass = union_attention.head_mass(u, q[part], kv, lse[part], scale, shape)
             scores, rows = _scores(u, q_I[part], k_I, w[part]), part.stop - part.start
@@ -249,7 +249,7 @@ def sparse_attention_kl_backward(
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), union_attention.shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=_kept(K, shape["MP"]) + union_attention.bytes_in_order(K, kv)):
         levels = union_attention.levels(indices[part], T, shape["MP"])
-        union_attention.backward(
+        union_attention.kernels(q).backward(
             levels, dout[part], None if dlse is None else dlse[part], out_SHV[part], lse_SH[part], q[part], kv,
             dq[part], dkv, scale, shape,
         )  # fmt: skip

@@ -1,0 +1,45 @@
+"""What the kernels over unions share: a tile's rows, and the loading of its entries.
+
+Legend: S queries, H heads, G key-value groups, M heads of a group (MP padded), B queries of a tile, E width of a
+group's entry. A program holds 128 rows, B * MP of a tile's queries and one group's heads, and computes them in halves
+of 64.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from tokensieve.ops.hopper.warps import columns, copy_async, rows
+
+
+@gluon.jit
+def row_of(tile, g, first: gl.constexpr, S, H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr,
+           layout: gl.constexpr):  # fmt: skip
+    """Of 64 rows: the query within the tile, the place among all queries' heads, and whether it is one."""
+    r = first + rows(layout, 64)
+    M: gl.constexpr = H // G
+    b, m = r // MP, r % MP
+    t = tile * B + b
+    return b, t.to(gl.int64) * H + g * M + m, (b < B) & (m < M) & (t < S)
+
+
+@gluon.jit
+def load_keys(keys, base, begin, count, N: gl.constexpr, layout: gl.constexpr):
+    """N keys of a tile's list (int32), -1 past its end."""
+    n = begin + rows(layout, N)
+    return gl.load(keys + base + n, mask=n < count, other=-1)
+
+
+@gluon.jit
+def entries(key, g, G: gl.constexpr, E: gl.constexpr):
+    """Where the entries of one group begin; the first one's if there is no key."""
+    return (gl.where(key >= 0, key, 0).to(gl.int64) * G + g) * E
+
+
+@gluon.jit
+def load_entries(kv, row, live, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
+    """Starts the copy of W columns of entries, once `buffer` is free; zeros if not `live`."""
+    mbarrier.wait(empty, parity)
+    copy_async(buffer, kv + (row[:, None] + columns(layout, W)[None, :]), mask=live[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=False)
