@@ -192,10 +192,18 @@ for name, kernel, arguments, options in (
     ("scores", scores.scores_kernel,
      (*boxes, *[single] * 2, *[index] * 2, single, 4096, 32768, 512), {"H": 64, "num_warps": 8}),
     ("forward", forward.forward_kernel,
-     (half, half, index, half, single, half, single, *sizes, 0.1), common | {"KEEP": True}),
+     (half, half, index, index, *[single] * 2, half, single, half, single, *sizes, 0.1),
+     common | {"KEEP": True, "M": 0}),
+    ("forward_of_tiles", forward.forward_kernel,
+     (half, half, index, index, *[single] * 2, half, single, half, single, *sizes, 0.1),
+     common | {"KEEP": True, "M": 16, "KP": 8192}),
     ("decode", decode.decode_kernel, (half, byte, single, half, index, half, single, *sizes[:3], 41984, 0.1), common),
     ("dq", dq.dq_kernel,
-     (half, half, half, index, single, single, half, half, half, *sizes, 0.1), common | {"num_warps": 4}),
+     (half, half, half, index, index, single, single, half, half, half, *sizes, 0.1),
+     common | {"num_warps": 4, "M": 0}),
+    ("dq_of_tiles", dq.dq_kernel,
+     (half, half, half, index, index, single, single, half, half, half, *sizes, 0.1),
+     common | {"num_warps": 4, "M": 16, "KP": 8192}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), common | split),
     ("dkv_tail", dkv.dkv_kernel, (half, half, half, half, long, single, *sizes, 512), common | tail),
     ("dkv_in_order", dkv.dkv_kernel,
@@ -223,7 +231,8 @@ def test_the_kernels_compile(tmp_path) -> None:
     assert child.returncode == 0, child.stderr[-3000:]
     reports = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
     assert set(reports) == {
-        *("scores", "forward", "decode", "dq", "dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward")
+        *("scores", "forward", "forward_of_tiles", "decode", "dq", "dq_of_tiles"),
+        *("dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward"),
     }
     for name, (shared, products) in reports.items():
         assert int(shared) <= 227 * 1024, name

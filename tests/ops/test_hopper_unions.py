@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
 # Heads, groups and width of the shapes of benchmarks/gpu_few_heads.py, and groups of 32 heads.
 SHAPES = [(32, 8, 128), (16, 2, 128), (9, 3, 64), (64, 2, 128)]
-PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 600, 40))
+PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 300, 40))
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,13 @@
 """The Hopper backend: the function of each op."""
 
-from tokensieve.ops.hopper.attention import sparse_attention, sparse_attention_backward
-from tokensieve.ops.hopper.attention_kl import sparse_attention_kl, sparse_attention_kl_backward
 from tokensieve.ops.hopper.decode import sparse_attention_paged
 from tokensieve.ops.hopper.index import index_scores, index_topk
+from tokensieve.ops.hopper.selected import (
+    sparse_attention,
+    sparse_attention_backward,
+    sparse_attention_kl,
+    sparse_attention_kl_backward,
+)
 from tokensieve.ops.triton.index import index_scores_backward
 
 __all__ = [

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tokensieve.ops.hopper.forward import Tiled
 from tokensieve.ops.hopper.warps import (
     BLOCK,
     LOG2E,
@@ -28,7 +29,6 @@ from tokensieve.ops.hopper.warps import (
     allocate_barriers,
     barrier,
     columns,
-    live_columns,
     load_block,
     load_part,
     load_tile_index,
@@ -36,6 +36,7 @@ from tokensieve.ops.hopper.warps import (
     query_and_head,
     release,
     rows,
+    seen_pairs,
     store_block,
     used_tiles,
 )
@@ -65,7 +66,7 @@ def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
 @gluon.jit
 def _probabilities(
     q_mains, q_tails, mains, tails, p_shared, ds_shared, full, empty, p_ready, ds_ready,
-    indices, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale,
+    indices, marks, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale, M: gl.constexpr,
 ):  # fmt: skip
     """Computes P, and columns 0 to 255 and 512 to 543 of dq."""
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -85,7 +86,7 @@ def _probabilities(
         # registers, and spill.
         parity, zero = tile & 1, tile >> 30
         q_main, q_tail, main, tail = q_mains.index(zero), q_tails.index(zero), mains.index(zero), tails.index(zero)
-        live = live_columns(indices, tile, T, K, logits)
+        live = seen_pairs(indices, marks, tile, T, K, M, logits)
         x = gl.zeros([64, 64], gl.float32, logits)
         x = multiply_part(q_main, main, 0, x, full.index(0), parity)
         x = multiply_part(q_main, main, 256, x, full.index(1), parity)
@@ -117,7 +118,7 @@ def _probabilities(
 @gluon.jit
 def _slopes(
     douts, mains, tails, p_shared, ds_shared, full, empty, p_ready, ds_ready,
-    delta, dq, ds_out, first_row, heads, pitch, tiles, scale,
+    delta, dq, ds_out, first_row, heads, pitch, tiles, scale, M: gl.constexpr,
 ):  # fmt: skip
     """Computes dS, and columns 256 to 511 and 544 to 575 of dq."""
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -141,7 +142,10 @@ def _slopes(
         x = multiply_part(dout, main, 384, x, full.index(4), parity)
         x = warpgroup_mma_wait(0, (x,))
         mbarrier.wait(p_ready, parity)
-        ds = p_shared.load(logits).to(gl.float32) * (x - delta_H[:, None]) * scale
+        p = p_shared.load(logits).to(gl.float32)
+        ds = p * (x - delta_H[:, None]) * scale
+        if M > 0:  # a broken delta must not reach what its query did not select
+            ds = gl.where(p == 0, 0.0, ds)
         ds_shared.store(ds.to(ds_shared.dtype))
         fence_async_shared()
         release(ds_ready)
@@ -162,7 +166,10 @@ def _slopes(
 
 
 @gluon.jit(do_not_specialize=["T"])
-def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitch, scale, KP: gl.constexpr):
+def dq_kernel(
+    dout, q, kv, indices, marks, lse, delta, dq, p_out, ds_out, H, T, K, pitch, scale,
+    KP: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
     dtype: gl.constexpr = kv.dtype.element_ty
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -179,6 +186,8 @@ def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitc
     empty = allocate_barriers(PARTS, 1, 3, 2)  # both groups read the tail
 
     indices += t * K
+    if M > 0:
+        marks += t * K
     tiles = used_tiles(indices, K, KP, 4)
     row, mine = first_row + rows(lines, 64), rows(lines, 64) < heads
     for part in gl.static_range(4):
@@ -191,11 +200,11 @@ def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitc
         [
             (_probabilities, (
                 q_mains, q_tails, mains, tails, p_shared, ds_shared, full, empty, ready.index(0), ready.index(1),
-                indices, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale,
+                indices, marks, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale, M,
             )),
             (_slopes, (
                 douts, mains, tails, p_shared, ds_shared, full, empty, ready.index(0), ready.index(1),
-                delta, dq, ds_out, first_row, heads, pitch, tiles, scale,
+                delta, dq, ds_out, first_row, heads, pitch, tiles, scale, M,
             )),
             (_load, (kv, indices, T, K, tiles, mains, tails, full, empty)),
         ],
@@ -206,13 +215,15 @@ def dq_kernel(dout, q, kv, indices, lse, delta, dq, p_out, ds_out, H, T, K, pitc
 
 def probabilities_and_dq(
     dout: Tensor, q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, scale: float,
-    dq: Tensor, p: Tensor, ds: Tensor,
+    dq: Tensor, p: Tensor, ds: Tensor, tiled: Tiled | None = None,
 ) -> None:  # fmt: skip
     """Writes dq (S, H, 576), and P and dS (S, H, pitch) up to the end of a query's last used tile.
 
-    All contiguous, S > 0.
+    If `tiled` is given, a row of q is a tile of queries. All contiguous, S > 0.
     """
     (S, H, _), K = q.shape, indices.shape[1]
+    marks, M = (indices, 0) if tiled is None else (tiled.marks, tiled.M)
     dq_kernel[(cdiv(H, BLOCK) * S,)](
-        dout, q, kv, indices, lse, delta, dq, p, ds, H, kv.shape[0], K, p.shape[2], scale, KP=padded(K), num_warps=4
+        dout, q, kv, indices, marks, lse, delta, dq, p, ds, H, kv.shape[0], K, p.shape[2], scale,
+        KP=padded(K), M=M, num_warps=4,
     )  # fmt: skip

@@ -1,11 +1,13 @@
-"""The forward kernel: out and lse of one query and 64 heads.
+"""The forward kernel: out and lse of one query and 64 heads, or of a tile of queries with 64 heads together (`tiles`).
 
-Legend: S queries, T key tokens, H heads, K selected.
+Legend: S queries, T key tokens, H heads, K selected; M heads of a tile's query (0: one query).
 
 Four warps load, eight compute. The eight share a tile: each half takes 32 entries of the logits and 64 of every 128
 columns of the value. While a tile's logits are computed, the products of the tile before still run, and its buffer
 fills again part by part behind them. No product runs during the softmax.
 """
+
+from dataclasses import dataclass
 
 from torch import Tensor
 from triton import cdiv
@@ -25,8 +27,8 @@ from tokensieve.ops.hopper.warps import (
     PARTS,
     allocate_barriers,
     barrier,
+    breaks_of,
     columns,
-    live_columns,
     load_block,
     load_part,
     load_tile_index,
@@ -34,6 +36,7 @@ from tokensieve.ops.hopper.warps import (
     query_and_head,
     release,
     rows,
+    seen_pairs,
     used_tiles,
 )
 from tokensieve.ops.triton.index import padded
@@ -69,8 +72,8 @@ def _softmax_step(logit, live, scale, largest):
 
 @gluon.jit
 def attend(
-    q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
-    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr,
+    q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, breaks, row_breaks, out, lse, p_out, top_out,
+    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = p_shared.dtype
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
@@ -84,7 +87,9 @@ def attend(
     top_row = top_head * (pitch // 64)
 
     q_main, q_tail = q_mains.index(0), q_tails.index(0)
-    live = live_columns(indices, 0, T, K, logits)
+    live = seen_pairs(indices, marks, 0, T, K, M, logits)
+    if M > 0:
+        row_break = gl.load(row_breaks + first_row + top_head, mask=top_mine, other=0.0)[:, None]
     x = gl.zeros([64, 64], gl.float32, logits)
     x = multiply_part(q_main, mains.index(0), 0, x, full.index(0), 0)
     x = multiply_part(q_main, mains.index(0), 128, x, full.index(1), 0)
@@ -94,6 +99,8 @@ def attend(
     x = warpgroup_mma(q_tail, tails.index(0).permute((1, 0)), x, is_async=True)
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(4))
+    if M > 0:
+        x += row_break + breaks_of(breaks, indices, 0, T, K, logits)
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
     sums, _, largest = _softmax_step(x, live, scale, largest)
     p_shared.store(sums.to(dtype))
@@ -113,7 +120,7 @@ def attend(
         o1 = warpgroup_mma(p_shared, before.slice(128, 128, 1), o1, is_async=True)
         o2 = warpgroup_mma(p_shared, before.slice(256, 128, 1), o2, is_async=True)
         o3 = warpgroup_mma(p_shared, before.slice(384, 128, 1), o3, is_async=True)
-        live = live_columns(indices, tile, T, K, logits)
+        live = seen_pairs(indices, marks, tile, T, K, M, logits)
         if KEEP:
             gl.store(top_out + top_row + (tile - 1), largest, mask=top_mine)
             gl.store(p_out + pair + (tile - 1) * 64, p_shared.load(lines), mask=mine[:, None])
@@ -135,6 +142,8 @@ def attend(
         release(empty.index(e + 3))
         x = warpgroup_mma_wait(0, (x,))
         release(empty.index(b + 4))
+        if M > 0:
+            x += row_break + breaks_of(breaks, indices, tile, T, K, logits)
         p, shrink, largest = _softmax_step(x, live, scale, largest)
         sums = sums * shrink[:, None] + p
         p_shared.store(p.to(dtype))
@@ -173,7 +182,8 @@ def attend(
 
 @gluon.jit(do_not_specialize=["T"])
 def forward_kernel(
-    q, kv, indices, out, lse, p_out, top_out, H, T, K, pitch, scale, KP: gl.constexpr, KEEP: gl.constexpr
+    q, kv, indices, marks, breaks, row_breaks, out, lse, p_out, top_out, H, T, K, pitch, scale,
+    KP: gl.constexpr, KEEP: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = kv.dtype.element_ty
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
@@ -188,6 +198,8 @@ def forward_kernel(
     full, empty = allocate_barriers(2 * PARTS, 128), allocate_barriers(2 * PARTS, 1)
 
     indices += t * K
+    if M > 0:
+        marks += t * K
     tiles = gl.maximum(used_tiles(indices, K, KP, 8), 1)
     row, mine = (first_row + rows(lines, 64)) * 576, rows(lines, 64) < heads
     for part in gl.static_range(4):
@@ -198,14 +210,28 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                q_mains, q_tails, mains, tails, p_shared, full, empty, indices, out, lse, p_out, top_out,
-                first_row, heads, T, K, pitch, tiles, scale, KEEP,
+                q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, breaks, row_breaks,
+                out, lse, p_out, top_out, first_row, heads, T, K, pitch, tiles, scale, KEEP, M,
             )),
             (_load, (kv, indices, T, K, tiles, mains, tails, full, empty)),
         ],
         [4],
         [56],
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """What tells the queries of a tile apart.
+
+    marks: (tiles, K) int32 whose bit b says whether query b selected the place's key. breaks (T,), row_breaks (tiles,
+    64): float32, 0, or NaN if a key or a query is broken; q and kv themselves are finite. M: heads of a query.
+    """
+
+    marks: Tensor
+    breaks: Tensor
+    row_breaks: Tensor
+    M: int
 
 
 def forward(
@@ -216,15 +242,17 @@ def forward(
     out: Tensor,
     lse: Tensor,
     unscaled: tuple[Tensor, Tensor] | None = None,
+    tiled: Tiled | None = None,
 ) -> None:
-    """Writes out (S, H, 512) and lse (S, H).
+    """Writes out (S, H, 512) and lse (S, H). If `tiled` is given, a row of q is a tile of queries.
 
     If `unscaled` is given, it also gets the probabilities (S, H, pitch) over exp2 of their tile's largest logit so far,
     and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0.
     """
     (S, H, _), K = q.shape, indices.shape[1]
     p, top = unscaled if unscaled is not None else (out, lse)  # not touched
+    t = tiled or Tiled(indices, lse, lse, 0)  # not touched
     forward_kernel[(cdiv(H, BLOCK) * S,)](
-        q, kv, indices, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
-        KP=padded(K), KEEP=unscaled is not None, num_warps=8,
+        q, kv, indices, t.marks, t.breaks, t.row_breaks, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
+        KP=padded(K), KEEP=unscaled is not None, M=t.M, num_warps=8,
     )  # fmt: skip

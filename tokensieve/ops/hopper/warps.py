@@ -95,6 +95,26 @@ def live_columns(indices, tile, T, K, layout: gl.constexpr):
 
 
 @gluon.jit
+def seen_pairs(indices, marks, tile, T, K, M: gl.constexpr, layout: gl.constexpr):
+    """Which rows attend to which places of a tile. M: heads of a query whose bit is in the places' marks (0: all)."""
+    seen = live_columns(indices, tile, T, K, layout)
+    if M > 0:
+        at = tile * 64 + columns(layout, 64)
+        mark = gl.load(marks + at, mask=at < K, other=0)
+        seen = seen & (((mark[None, :] >> (rows(layout, 64) // M)[:, None]) & 1) != 0)
+    return seen
+
+
+@gluon.jit
+def breaks_of(breaks, indices, tile, T, K, layout: gl.constexpr):
+    """What makes the logits of a tile's places NaN where their keys are broken: 0, or NaN."""
+    at = tile * 64 + columns(layout, 64)
+    index = gl.load(indices + at, mask=at < K, other=-1)
+    live = (index >= 0) & (index < T)
+    return gl.load(breaks + gl.where(live, index, 0), mask=live, other=0.0)[None, :]
+
+
+@gluon.jit
 def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
     """Starts the copy of W columns of the entries that `index` names, once `buffer` is free; zeros if it names none."""
     mbarrier.wait(empty, parity)

@@ -190,6 +190,19 @@ def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
     return scores
 
 
+def write_kl(u: Unions, mass: Tensor, heads: int, q_I: Tensor, k_I: Tensor, w: Tensor, kl: Tensor) -> None:
+    """Writes the KL of these tiles' queries. mass (tiles, B, C): the probabilities summed over heads."""
+    scores, S = _scores(u, q_I, k_I, w), q_I.shape[0]
+    _kl_kernel[(S,)](mass, scores, u.marks, u.counts, kl, kl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=False)
+
+
+def kl_slopes(u: Unions, mass: Tensor, heads: int, dkl: Tensor, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
+    """(tiles, B, C) float32: dkl times the KL's derivative by the scores."""
+    slopes, S = _scores(u, q_I, k_I, w), q_I.shape[0]
+    _kl_kernel[(S,)](mass, slopes, u.marks, u.counts, dkl, dkl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=True)
+    return slopes
+
+
 def _kept(K: int, MP: int) -> int:
     """Bytes of target and scores that a query has in a wide tile and in a narrow one."""
     return 2 * 4 * (FIT + union_attention.NARROW // MP) * K
@@ -217,10 +230,7 @@ def sparse_attention_kl(
         union_attention.kernels(q).forward(levels, q[part], kv, out[part], lse[part], scale, shape)
         for u in levels:
             mass = union_attention.head_mass(u, q[part], kv, lse[part], scale, shape)
-            scores, rows = _scores(u, q_I[part], k_I, w[part]), part.stop - part.start
-            _kl_kernel[(rows,)](
-                mass, scores, u.marks, u.counts, kl[part], kl[part], rows, u.C, H, B=u.B, BN=512, WEIGHTED=False
-            )
+            write_kl(u, mass, H, q_I[part], k_I, w[part], kl[part])
     return out, lse, kl
 
 
@@ -255,15 +265,12 @@ def sparse_attention_kl_backward(
         )  # fmt: skip
         for u in levels:
             mass = union_attention.head_mass(u, q[part], kv, lse_SH[part], scale, shape)
-            slopes, rows = _scores(u, q_I[part], k_I, w[part]), part.stop - part.start
-            _kl_kernel[(rows,)](
-                mass, slopes, u.marks, u.counts, dkl[part], dkl[part], rows, u.C, H, B=u.B, BN=512, WEIGHTED=True
-            )
-            _index_gradients(u, q_I[part], k_I, w[part], slopes, dq_I[part], dk_I, dw[part])
+            slopes = kl_slopes(u, mass, H, dkl[part], q_I[part], k_I, w[part])
+            index_gradients(u, q_I[part], k_I, w[part], slopes, dq_I[part], dk_I, dw[part])
     return dq, dkv.to(kv_TGE.dtype), dq_I, dk_I.to(k_I.dtype), dw
 
 
-def _index_gradients(
+def index_gradients(
     u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor, slopes: Tensor, dq_I: Tensor, dk_I: Tensor, dw: Tensor
 ) -> None:
     """Writes dq_I and dw of the queries of these tiles, and adds to dk_I (T, D) float32."""
