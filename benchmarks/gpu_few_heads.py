@@ -11,8 +11,8 @@ diffuse as in the layers where they differ most (`DIFFUSE`)
 random  every query selects on its own, as no model does: the worst case
 
 The sizes of the unions that were drawn are printed. Results of the smallest length are compared with the kernels that
-take one query a program (`attention_kl`), which are timed there too. With `--hopper` wide tiles go to the kernels in
-Gluon, whose results are compared alike.
+take one query a program, which are timed there too. With `--hopper` tiles go to the kernels in Gluon, whose results are
+compared alike.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokensieve import ops
 from tokensieve.config import KL_BLOCK
-from tokensieve.ops.triton import attention_kl, union_attention, union_kl
+from tokensieve.ops.triton import attention, attention_kl, union_attention, union_kl
 from tokensieve.report.origin import environment
 
 ROOT = Path(__file__).parents[1]
@@ -54,16 +54,27 @@ class Shape:
     name: str
     heads: int
     groups: int
-    width: int
+    width: int  # of keys and values; 576 is MLA's latent entry, whose first 512 are the value
     index_heads: int
     index_width: int
     k: int
+
+    @property
+    def is_mla(self) -> bool:
+        return self.width == 576
+
+    @property
+    def parts(self) -> tuple[float, int, int, int]:
+        """scale, d_k, v_start, d_v."""
+        return (192**-0.5, 576, 0, 512) if self.is_mla else (self.width**-0.5, self.width, self.width, self.width)
 
 
 SHAPES = (
     Shape("32 heads, 8 groups x 128", 32, 8, 128, 16, 128, 2048),
     Shape("16 heads, 2 groups x 128", 16, 2, 128, 8, 128, 2048),
     Shape("9 heads, 3 groups x 64", 9, 3, 64, 4, 64, 512),
+    Shape("MLA, 16 heads", 16, 1, 576, 16, 128, 2048),
+    Shape("MLA, 64 heads", 64, 1, 576, 32, 128, 2048),
 )
 
 
@@ -134,10 +145,14 @@ class Row:
         return self.dense / (self.index + sum(self.some))
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> tuple[float, float]:
-    """Milliseconds of cuDNN's attention, forward, and both ways."""
-    q, k, v = (x.transpose(0, 1)[None].detach().requires_grad_() for x in (q, k, v))
-    dout = torch.randn_like(q)
+def dense(shape: Shape, S: int, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of cuDNN's attention, forward, and both ways. MLA trains with heads expanded to 192 and 128."""
+    D, V, G = (192, 128, shape.heads) if shape.is_mla else (shape.width, shape.width, shape.groups)
+    sizes = ((shape.heads, D), (G, D), (G, V))
+    q, k, v = (
+        torch.randn(1, n, S, width, device=device, dtype=torch.bfloat16, requires_grad=True) for n, width in sizes
+    )
+    dout = torch.randn(1, shape.heads, S, V, device=device, dtype=torch.bfloat16)
 
     def forward() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -155,37 +170,56 @@ def operands(shape: Shape, S: int, device: torch.device) -> tuple[Tensor, ...]:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
 
-    D = shape.width
-    q, kv, dout = normal(S, shape.heads, D), normal(S, shape.groups, 2 * D), normal(S, shape.heads, D)
+    _, d_k, v_start, d_v = shape.parts
+    q, dout = normal(S, shape.heads, d_k), normal(S, shape.heads, d_v)
+    kv = normal(S, shape.groups, max(d_k, v_start + d_v))
     q_I, k_I = normal(S, shape.index_heads, shape.index_width), normal(S, shape.index_width)
     w = normal(S, shape.index_heads).float() / (shape.index_heads * shape.index_width) ** 0.5
     return q, kv, q_I, k_I, w, dout, torch.full((S,), 1 / S, device=device)
 
 
-def sparse(module: ModuleType, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Way:
+    """The modules of one way of attention: with the KL, and without."""
+
+    kl: ModuleType
+    alone: ModuleType
+
+
+def ways(shape: Shape, hopper: bool) -> tuple[Way, Way]:
+    """Tiles of queries, if a query has few heads, and one query a program."""
+    if not shape.is_mla:
+        return Way(union_kl, union_attention), Way(attention_kl, attention)
+    from tokensieve.ops.hopper import attention as of_one_query
+    from tokensieve.ops.hopper import attention_kl as kl_of_one_query
+    from tokensieve.ops.hopper import tiles
+
+    one_query = Way(kl_of_one_query, of_one_query)
+    return (Way(tiles, tiles) if hopper and shape.heads in (16, 32) else one_query), one_query
+
+
+def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
     """Milliseconds forward and backward."""
     q, kv, q_I, k_I, w, dout, dkl = given
-    D = shape.width
-    operands = (q, kv, selected, D**-0.5, D, D, D, q_I, k_I, w)
-    out, lse, _ = module.sparse_attention_kl(*operands)
+    operands = (q, kv, selected, *shape.parts, q_I, k_I, w)
+    out, lse, _ = way.kl.sparse_attention_kl(*operands)
     return (
-        long_milliseconds(lambda: module.sparse_attention_kl(*operands)),
-        long_milliseconds(lambda: module.sparse_attention_kl_backward(dout, None, dkl, out, lse, *operands)),
+        long_milliseconds(lambda: way.kl.sparse_attention_kl(*operands)),
+        long_milliseconds(lambda: way.kl.sparse_attention_kl_backward(dout, None, dkl, out, lse, *operands)),
     )
 
 
-def sparse_with_some(shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
+def sparse_with_some(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
     """As `sparse`, with the KL at every fourth block of queries; the copies of the queries are not counted."""
     q, kv, q_I, k_I, w, dout, dkl = given
     taught = torch.arange(len(q), device=q.device) // KL_BLOCK % 4 == 0
     a, b = (tuple(x[rows] for x in (q, selected, q_I, w, dout, dkl)) for rows in (taught, ~taught))
-    forward, backward = sparse(union_kl, shape, a[1], (a[0], kv, a[2], k_I, a[3], a[4], a[5]))
-    D = shape.width
-    others = (b[0], kv, b[1], D**-0.5, D, D, D)
-    out, lse = union_attention.sparse_attention(*others)
+    forward, backward = sparse(way, shape, a[1], (a[0], kv, a[2], k_I, a[3], a[4], a[5]))
+    others = (b[0], kv, b[1], *shape.parts)
+    out, lse = way.alone.sparse_attention(*others)
     return (
-        forward + long_milliseconds(lambda: union_attention.sparse_attention(*others)),
-        backward + long_milliseconds(lambda: union_attention.sparse_attention_backward(b[4], None, out, lse, *others)),
+        forward + long_milliseconds(lambda: way.alone.sparse_attention(*others)),
+        backward + long_milliseconds(lambda: way.alone.sparse_attention_backward(b[4], None, out, lse, *others)),
     )
 
 
@@ -197,15 +231,14 @@ def index(shape: Shape, S: int, given: tuple[Tensor, ...]) -> float:
     return long_milliseconds(lambda: ops.index_topk(q_I, k_I, w, shape.k, starts, ends))
 
 
-def compared(shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative differences of the two ways' results."""
+def compared(both: tuple[Way, Way], shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative differences of two ways' results."""
     q, kv, q_I, k_I, w, dout, dkl = given
-    D = shape.width
     found = []
-    for module in (union_kl, attention_kl):
-        more = (q, kv, selected, D**-0.5, D, D, D, q_I, k_I, w)
-        out, lse, kl = module.sparse_attention_kl(*more)
-        found.append((out, lse, kl, *module.sparse_attention_kl_backward(dout, None, dkl, out, lse, *more)))
+    for way in both:
+        more = (q, kv, selected, *shape.parts, q_I, k_I, w)
+        out, lse, kl = way.kl.sparse_attention_kl(*more)
+        found.append((out, lse, kl, *way.kl.sparse_attention_kl_backward(dout, None, dkl, out, lse, *more)))
     names = ("out", "lse", "kl", "dq", "dkv", "dq_I", "dk_I", "dw")
     return {
         name: float((a.double() - b.double()).norm() / b.double().norm())
@@ -229,19 +262,18 @@ def main() -> int:
     differences: dict[str, dict[str, float]] = {}
     for shape in (SHAPES[i] for i in options.shapes):
         for S in options.lengths:
-            given = operands(shape, S, device)
-            q, kv = given[:2]
-            both_ways = dense(q, kv[..., : shape.width], kv[..., shape.width :])
+            dense_ms = dense(shape, S, device)
+            given, (tiled, one_query) = operands(shape, S, device), ways(shape, options.hopper)
             scored = index(shape, S, given)
             for name in options.selections:
                 selected = draw(S, shape.k, SELECTIONS[name], device)
                 found = {B: unions(selected, B) for B in (2, 8, 32)}
-                some = sparse_with_some(shape, selected, given)
-                whole = sparse(union_kl, shape, selected, given)
-                row = Row(shape.name, S, name, found, *both_ways, scored, *whole, some)
-                if min(options.lengths) == S:
-                    row.one_query = sparse(attention_kl, shape, selected, given)
-                    differences[f"{shape.name}, {name}"] = compared(shape, selected, given)
+                some = sparse_with_some(tiled, shape, selected, given)
+                whole = sparse(tiled, shape, selected, given)
+                row = Row(shape.name, S, name, found, *dense_ms, scored, *whole, some)
+                if min(options.lengths) == S and tiled != one_query:
+                    row.one_query = sparse(one_query, shape, selected, given)
+                    differences[f"{shape.name}, {name}"] = compared((tiled, one_query), shape, selected, given)
                 rows.append(row)
                 print(f"{row}\nfaster than dense: {row.faster:.2f}, with kl_every = 4 {row.faster_with_some:.2f}")
                 figures = {"run": environment(), "rows": [asdict(row) for row in rows], "differences": differences}

@@ -103,7 +103,10 @@ class Tiles:
 def _mass_kernel(
     p, top, lse, counts, mass, C, pitch, H: tl.constexpr, B: tl.constexpr, BN: tl.constexpr, UNSCALED: tl.constexpr
 ):
-    """The probabilities of one step of a tile's list, summed over the heads of each of its queries."""
+    """The probabilities of one step of a tile's list, summed over the heads of each of its queries.
+
+    Where a query has not selected the key it is 0, or NaN if the query has no keys at all: marks say what to read.
+    """
     steps, head, n = pitch // BN, tl.arange(0, H), tl.arange(0, BN)
     tile, step = (tl.program_id(0) // steps).to(tl.int64), tl.program_id(0) % steps
     place = step * BN + n
@@ -113,9 +116,7 @@ def _mass_kernel(
         row = (tile * B + b) * H + head
         p_HN = tl.load(p + row[:, None] * pitch + place[None, :]).to(tl.float32)
         if UNSCALED:
-            top_H = tl.load(top + row * steps + step)
-            # A query that has selected none of the keys so far has -inf, and nothing but zeros.
-            scale_H = tl.where(top_H == float("-inf"), 0.0, tl.exp2(top_H - tl.load(lse + row) * LOG2E))
+            scale_H = tl.exp2(tl.load(top + row * steps + step) - tl.load(lse + row) * LOG2E)
             p_HN *= scale_H[:, None]
         tl.store(mass + (tile * B + b) * C + place, tl.sum(p_HN, 0), mask=place < C)
 
