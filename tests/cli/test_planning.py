@@ -148,8 +148,8 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("--expert-parallel 5", "64 routed experts"), *lite, "--expert-parallel", 5)
     refused(("base: compile",), "plan", "base")
     refused(("11.5 billion parameters", "--expert-parallel"), *PAPER[:1], *PAPER[2:])
-    refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", "--gpus", 512,
-            "--set", "context_parallel=1")  # fmt: skip
+    alone = ("--set", "context_parallel=1", "--gpus", 512)
+    refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", *alone)
     Path("broken.toml").write_text('stage = "adapt"\nmodel = "base"\nout = ""\nphases = []\n')
     refused(("broken.toml", "no phases"), "plan", "broken.toml")
     assert not Path("runs").exists()

@@ -153,7 +153,7 @@ PEAKS = [
 
 @pytest.mark.parametrize(("context", "layers", "dense", "warmup", "adapt"), PEAKS)
 def test_measured_peaks(context: int, layers: int, dense: float, warmup: float, adapt: float) -> None:
-    """Never less than what was measured, and up to a quarter more: what is counted is not all there at the same time."""
+    """Never less than what was measured, and up to a quarter more: not all that is counted is there at once."""
     shape = cost.shape_of(LITE | {"num_hidden_layers": layers})
     total, indexer = cost.parameters(shape).total, cost.parameters(shape).indexer
     for stage, learning, peak in (

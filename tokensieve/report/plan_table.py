@@ -91,7 +91,8 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
         for phase in plan.phases:
             _add_step(rows.add_row, phase)
         steps = sum(phase.phase.steps for phase in plan.phases)
-        rows.add_row(f"all {steps:,} steps, {plan.tokens / 1e9:,.4g} billion tokens", cost.duration(plan.seconds), plan.label)
+        schedule = f"all {steps:,} steps, {plan.tokens / 1e9:,.4g} billion tokens"
+        rows.add_row(schedule, cost.duration(plan.seconds), plan.label)
         rows.add_row("GPU-hours", _number(plan.gpu_hours), plan.label)
         rows.add_row("USD", _number(plan.gpu_hours * price), plan.label)
         rows.add_row("model FLOPs of the bf16 peak", f"{plan.mfu:.0%}", plan.label)
