@@ -95,7 +95,7 @@ def test_a_model_of_your_own(run: Run) -> None:
     assert command.startswith(
         "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m"
     )
-    assert command.endswith(f"adapt --config adapt --model FOLDER {' '.join(more)}")
+    assert command.endswith(f"adapt --config adapt --model WARMED_UP {' '.join(more)}")
     options = {option for p in get_command(cli.app).commands["adapt"].params for option in p.opts}
     assert {word for word in shlex.split(command.partition(" adapt ")[2]) if word.startswith("--")} <= options
     assert run("plan", "adapt", "--model", "base", "--selection", "x").status == 2

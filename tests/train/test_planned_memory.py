@@ -1,4 +1,4 @@
-"""What a plan counts beside what two ranks hold: their parts between steps, and the layers that FSDP gathers."""
+"""The counts of a plan beside what two ranks hold: their parts between steps, and the layers that FSDP gathers."""
 
 from collections.abc import Iterator
 from typing import Any

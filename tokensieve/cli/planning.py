@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokensieve.config import TrainConfig
     from tokensieve.cost import Shape
 
-FOLDER = "FOLDER"  # in the place of a model whose weights are not here
+FOLDER, WARMED_UP = "FOLDER", "WARMED_UP"  # in the place of a model whose weights are not here
 UNTRAINED = "runs/untrained"
 
 
@@ -84,7 +84,7 @@ def plan(
 
 
 def _shape(config: "TrainConfig", top_k: int) -> tuple["Shape", bool]:
-    """The shape of the model that a config trains, and whether it still has to get the indexers that are counted."""
+    """The shape of the model that a config trains, and whether the indexers in it are still to be added."""
     from tokensieve.config import UserError
     from tokensieve.cost import shape_of, with_indexer
     from tokensieve.cost.plan import objective
@@ -119,6 +119,8 @@ def _commands(
         sizes = f"--top-k {new.top_k} --index-heads {new.index_heads} --index-dim {new.index_dim}"
         before = (f"tokensieve sparsify {shlex.quote(model)} {UNTRAINED} {sizes} --init attention",)
         model = UNTRAINED
+    elif new is not None:
+        model = WARMED_UP
     launcher = "tokensieve"
     if gpus > NODE:
         meeting = "--rdzv-backend c10d --rdzv-endpoint HOST:29500"

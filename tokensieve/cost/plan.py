@@ -26,7 +26,7 @@ MACHINES = 256  # the most that a refusal looks for
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU receives from others in a step, in bytes, and how fast, in bytes/s."""
+    """Bytes that one GPU receives from others in a step, and the bandwidth of their way in bytes/s."""
 
     name: str
     bytes: float
@@ -59,7 +59,7 @@ class StagePlan:
 
     @property
     def heaviest(self) -> PhasePlan:
-        """The phase that takes most memory."""
+        """The phase with the most memory."""
         return max(self.phases, key=lambda p: p.bytes)
 
     @property
@@ -138,7 +138,7 @@ def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> No
 
 
 def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
-    """Why training would refuse to divide the run so (`tokensieve/train/parallelize.py`), with a remedy; or None."""
+    """Reason why training (`tokensieve/train/parallelize.py`) refuses such a division, with a remedy; or None."""
     if ranks.gpus % ranks.context:
         return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
     if config.compile and ranks.gpus > 1:
@@ -277,7 +277,7 @@ def _phase(
 
 
 def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
-    """What a GPU receives in a step. A collective over machines uses the network of all their GPUs at once."""
+    """Traffic of one GPU in a step. A collective over machines uses the network of all their GPUs at once."""
     stage, counts = objective(config), parameters(shape)
     passes = phase.sequences // (phase.micro_batch * ranks.shards)
     T = phase.micro_batch * phase.context

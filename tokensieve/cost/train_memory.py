@@ -39,8 +39,9 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one GPU's memory. origin: "counted" for what follows from sizes, "estimated" for activations, of which
-    only the large ones are known.
+    """Bytes of one GPU's memory. origin: "counted" if they follow from sizes, "estimated" for activations and copies.
+
+    Of these only the large ones are known.
     """
 
     name: str
@@ -56,12 +57,12 @@ class LayerParameters:
     experts: int = 0
 
     def held(self, ranks: Ranks) -> int:
-        """Those that a GPU has while the layer is gathered."""
+        """Number of parameters that a GPU has while the layer is gathered."""
         return self.other + self.experts // ranks.experts
 
 
 def layer_parameters(shape: Shape) -> tuple[LayerParameters, ...]:
-    """Those of a layer of each kind that the model has, with experts and without."""
+    """Parameters of a layer of each kind that the model has, with experts and without."""
     counts, attention = parameters(shape), shape.attention
     indexer = counts.indexer // max(1, shape.index_layers)
     fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer
@@ -77,7 +78,7 @@ def layer_parameters(shape: Shape) -> tuple[LayerParameters, ...]:
 
 
 def trained(shape: Shape, stage: Stage) -> int:
-    """Parameters that learn in a stage."""
+    """Number of parameters that learn in a stage."""
     counts = parameters(shape)
     return counts.indexer if stage == "warmup" else counts.total - (counts.indexer if stage == "pretrain" else 0)
 
@@ -85,7 +86,7 @@ def trained(shape: Shape, stage: Stage) -> int:
 def memory(
     shape: Shape, stage: Stage, ranks: Ranks, *, sequences: int, context: int, checkpointing: bool
 ) -> list[Held]:
-    """What one GPU holds at the peak of a step. sequences: of a micro-batch, of `context` tokens each."""
+    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each."""
     T = sequences * context
     N = T // ranks.context
     counts, learning, logits = parameters(shape), trained(shape, stage), logits_bytes(shape, stage, N)

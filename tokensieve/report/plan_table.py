@@ -1,10 +1,11 @@
-"""What `tokensieve plan` writes and prints: plan.json, and a table for a terminal."""
+"""Output of `tokensieve plan`: the contents of plan.json, and tables for a terminal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from tokensieve import cost
 from tokensieve.cost.plan import PhasePlan, StagePlan, usable
@@ -13,8 +14,8 @@ from tokensieve.report.table import table
 
 @dataclass(frozen=True)
 class NamedPlan:
-    """A plan with what it is shown with. config, model: as they were given. commands: that start it; none if it cannot
-    be started yet.
+    """A plan and its names. config, model: as they were given. commands: those that start it; none if training cannot
+    run it yet.
     """
 
     config: str
@@ -83,13 +84,15 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
             f"{price:g} USD an hour{''.join(f'; {text}' for text in divided)}",
             highlight=False,
         )
-        rows = table("one GPU", "", "label")
+        size = plan.heaviest.phase
+        longest = f", {size.micro_batch:,} x {size.context:,} tokens at a time" if len(plan.phases) > 1 else ""
+        rows = table(f"one GPU{longest}", "", "label")
         for held in plan.heaviest.memory:
             if held.bytes:
                 rows.add_row(held.name, _bytes(held.bytes), held.origin)
         rows.add_row(f"together, of {usable(plan.gpu) / 1e9:.1f} GB", _bytes(plan.heaviest.bytes), "")
         for phase in plan.phases:
-            _add_step(rows.add_row, phase)
+            _add_step(rows, phase)
         steps = sum(phase.phase.steps for phase in plan.phases)
         schedule = f"all {steps:,} steps, {plan.tokens / 1e9:,.4g} billion tokens"
         rows.add_row(schedule, cost.duration(plan.seconds), plan.label)
@@ -104,13 +107,14 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
         console.print(f"together: {_number(hours)} GPU-hours, {_number(hours * price)} USD", highlight=False)
 
 
-def _add_step(add_row: Any, phase: PhasePlan) -> None:
+def _add_step(rows: Table, phase: PhasePlan) -> None:
+    """Adds the parts of a step to the table."""
     size = phase.phase
     for part in (*phase.parts, phase.exchange):
         if part.seconds:
             beside = ", beside the rest" if part is phase.exchange else ""
-            add_row(f"{part.name}{beside}", _seconds(part.seconds), part.label)
-    add_row(f"a step of {size.sequences:,} x {size.context:,} tokens", _seconds(phase.seconds), phase.label)
+            rows.add_row(f"{part.name}{beside}", _seconds(part.seconds), part.label)
+    rows.add_row(f"a step of {size.sequences:,} x {size.context:,} tokens", _seconds(phase.seconds), phase.label)
 
 
 def _count(gpus: int, name: str) -> str:
