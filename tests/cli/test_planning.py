@@ -59,6 +59,9 @@ def test_the_papers_schedule(run: Run) -> None:
         assert stage["usd"] == pytest.approx(2 * stage["gpu_hours"])
         assert "measured on H200" in stage["label"] and "roofline" in stage["label"]
         assert {held["origin"] for held in phase["memory"]} == {"counted", "estimated"}
+        (activations,) = (held["bytes"] for held in phase["memory"] if held["name"] == "activations")
+        both = stage["activation_bytes"]
+        assert activations == both["recomputed"] and both["kept"] >= both["recomputed"]
         assert sum(held["bytes"] for held in phase["memory"]) == stage["memory_bytes"]
     assert 0.5e3 < warmup["gpu_hours"] < 3e3 and 1e5 < adapt["gpu_hours"] < 1e6
     assert found["usd"] == pytest.approx(warmup["usd"] + adapt["usd"])

@@ -16,7 +16,17 @@ from tokensieve.cost.rates import PEAK, Rate
 from tokensieve.cost.serving import USABLE, expert_copies
 from tokensieve.cost.shape import Shape, parameters
 from tokensieve.cost.token_cost import Part, Timed
-from tokensieve.cost.train_memory import GATHERED, VALUE, WEIGHT, Held, Ranks, layer_parameters, memory, trained
+from tokensieve.cost.train_memory import (
+    ACTIVATIONS,
+    GATHERED,
+    VALUE,
+    WEIGHT,
+    Held,
+    Ranks,
+    layer_parameters,
+    memory,
+    trained,
+)
 from tokensieve.cost.train_rates import TrainRates, measured_rates
 from tokensieve.cost.training import Stage, TrainFlops, recomputed_flops, train_flops_parts
 
@@ -61,6 +71,12 @@ class StagePlan:
     def heaviest(self) -> PhasePlan:
         """The phase with the most memory."""
         return max(self.phases, key=lambda p: p.bytes)
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of activations of one GPU in the heaviest phase, with every layer recomputed or kept."""
+        changed = replace(self.config, activation_checkpointing=checkpointing)
+        held = _memory(changed, self.shape, self.ranks, self.heaviest.phase)
+        return next(h.bytes for h in held if h.name == ACTIVATIONS)
 
     @property
     def tokens(self) -> int:

@@ -19,6 +19,7 @@ GATHERED = WEIGHT  # bytes of a parameter in a layer that is gathered from all G
 LAYERS = 2  # gathered at a time: the one that runs, and the next one, which is on its way
 STRIP = 1 << 26  # entries of the warm-up's target, and of its scores, held at a time (tokensieve/ops/triton/loss.py)
 SCORES = 1 << 28  # index scores, or kept probabilities and slopes, held at a time in adaptation (ops/triton/topk.py)
+ACTIVATIONS = "activations"
 
 Origin = Literal["counted", "estimated"]
 
@@ -96,7 +97,7 @@ def memory(
         Held("gradients, float32", WEIGHT * learning // ranks.gpus, "counted"),
         Held("moments of Adam, float32", MOMENTS * learning // ranks.gpus, "counted"),
         *_gathered_layers(shape, stage, ranks, checkpointing),
-        Held("activations", activations, "estimated"),
+        Held(ACTIVATIONS, activations, "estimated"),
         *_gathered_keys(shape, stage, ranks, N, T, checkpointing),
         Held("buffers of scores and of the KL's target", _buffers(stage, N, T), "counted"),
         Held("logits, float32", logits, "counted"),

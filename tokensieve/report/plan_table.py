@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tokensieve import cost
 from tokensieve.cost.plan import PhasePlan, StagePlan, usable
+from tokensieve.cost.train_memory import ACTIVATIONS
 from tokensieve.report.table import table
 
 
@@ -46,6 +47,7 @@ def _stage(named: NamedPlan, price: float) -> dict[str, Any]:
         "context_parallel": plan.ranks.context,
         "expert_parallel": plan.ranks.experts,
         "activation_checkpointing": plan.config.activation_checkpointing,
+        "activation_bytes": {"recomputed": plan.activations(True), "kept": plan.activations(False)},
         "memory_bytes": plan.heaviest.bytes,
         "usable_bytes": usable(plan.gpu),
         "tokens": plan.tokens,
@@ -90,6 +92,10 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
         for held in plan.heaviest.memory:
             if held.bytes:
                 rows.add_row(held.name, _bytes(held.bytes), held.origin)
+            if held.name == ACTIVATIONS and plan.config.stage != "warmup":
+                recomputes = plan.config.activation_checkpointing
+                other = "without recomputation" if recomputes else "with recomputation"
+                rows.add_row(f"({other})", f"({_bytes(plan.activations(not recomputes))})", held.origin)
         rows.add_row(f"together, of {usable(plan.gpu) / 1e9:.1f} GB", _bytes(plan.heaviest.bytes), "")
         for phase in plan.phases:
             _add_step(rows, phase)
