@@ -95,6 +95,8 @@ REFUSALS = [
     ("profile", ".", "--model", "nowhere"),
     ("profile", ".", "--set", "mass=2"),
     ("profile", ".", "--set", "top_k=[512, 256]"),
+    ("plan", "nowhere"),
+    ("plan", "adapt"),
     ("convert", "nowhere", "new"),
     ("convert", "base", "new"),
     ("deploy", "vllm", "nowhere"),

@@ -59,6 +59,13 @@ def test_a_model_of_your_own(run: Run) -> None:
     assert json.loads(Path("runs/cost/cost.json").read_text())["serving"]["cache"] == "bf16"
 
 
+@pytest.mark.parametrize("model", ["moonlight-16b-a3b", "deepseek-v2-lite", "qwen3-8b"])
+def test_published_shapes_by_name(run: Run, model: str) -> None:
+    ended = run("cost", model, "--gpu", "H200", "--positions", "4096", "--weights", "bf16", "--out", "out")
+    assert ended.status == 0 and ended.out.startswith(f"{model} on H200"), ended
+    assert len(json.loads(Path("out/cost.json").read_text())["rows"]) == 4
+
+
 def test_prices_on_traffic(run: Run, tmp_path: Path) -> None:
     ended = run("cost", "--paper", "--prices", "prices", "--traffic", traffic(tmp_path), "--out", "out")
     assert ended.status == 0, ended

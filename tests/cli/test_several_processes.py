@@ -18,7 +18,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMMANDS = ["demo", "speedrun", "eval", "profile", "sparsify", "convert", "deploy"]
-COMMANDS += ["posttrain", "specialist", "distill", "rl"]
+COMMANDS += ["posttrain", "specialist", "distill", "rl", "plan"]
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -31,6 +31,7 @@ def test_one_line(stage: str, two: None, run: Any, tmp_path: Path, monkeypatch: 
         "deploy": ["vllm", "sparse"],
         "sparsify": ["base", "out"],
         "convert": ["base", "out"],
+        "plan": ["adapt"],
     }
     arguments = own.get(stage, ["--out", "out"])
     commands.refusal(run)((f"torchrun started 2 processes, and {stage} runs in one so far",), stage, *arguments)

@@ -15,6 +15,7 @@ with report_missing():
     from tokensieve.cli import sharing
     from tokensieve.cli import profiling
     from tokensieve.cli import pricing
+    from tokensieve.cli import planning
     from tokensieve.cli import reporting
     from tokensieve.cli import text
     from tokensieve.cli import serving
@@ -22,6 +23,6 @@ with report_missing():
     from tokensieve.cli.program import app, main
 
 __all__ = [
-    "app", "bench", "checkpoints", "main", "posttraining", "pricing", "profiling", "reporting", "serving", "sharing",
-    "text", "training",
+    "app", "bench", "checkpoints", "main", "planning", "posttraining", "pricing", "profiling", "reporting", "serving",
+    "sharing", "text", "training",
 ]  # fmt: skip

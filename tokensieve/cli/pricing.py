@@ -1,5 +1,6 @@
 """The command that prices a model: FLOPs, bytes, seconds and dollars of a token, and price lists on traffic."""
 
+import importlib.resources
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _own(
     from tokensieve.cost.serving import smallest
     from tokensieve.report import show_costs, write_costs
 
-    config, index = _config(model)
+    config, index = config_of(model)
     longest = config.max_position_embeddings
     shown = _positions(given.get("positions"), longest)
     sparse = _sparse(cost.shape_of(config), given)
@@ -170,7 +171,7 @@ def _show_balances(
         show_balances(stdout(), found)
 
 
-def _config(model: str) -> tuple[Any, str | None]:
+def config_of(model: str) -> tuple[Any, str | None]:
     """The config of a published shape by its name, of a config.json, or of a model's folder; and the format of index
     scores if it is stated.
     """
@@ -181,8 +182,7 @@ def _config(model: str) -> tuple[Any, str | None]:
 
     if model in FAMILIES:
         return FAMILIES[model].config(), None
-    path = Path(model)
-    if path.suffix == ".json" and path.is_file():
+    if (path := published(model) or Path(model)).suffix == ".json" and path.is_file():
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -194,6 +194,12 @@ def _config(model: str) -> tuple[Any, str | None]:
     else:
         raise UserError(f"model {model!r}: nothing is fetched for a price; give its folder or its config.json")
     return model_config(raw), raw.get("index_dtype")
+
+
+def published(model: str) -> Path | None:
+    """The config.json of a published shape that the package brings, by its name, such as moonlight-16b-a3b."""
+    path = Path(str(importlib.resources.files("tokensieve") / "configs" / f"{model}.json"))
+    return path if path.is_file() else None
 
 
 def _sparse(shape: "Shape", given: dict[str, Any]) -> "Shape":

@@ -30,14 +30,17 @@ from tokensieve.cost.training import (
     SHORTER,
     Adapters,
     Estimate,
+    TrainFlops,
     activation_bytes,
     duration,
     head_rows,
     phase_estimates,
+    recomputed_flops,
     run_estimate,
     time_range,
     train_estimate,
     train_flops,
+    train_flops_parts,
 )
 
 __all__ = [
@@ -78,7 +81,10 @@ __all__ = [
     "decode_cost",
     "Adapters",
     "Estimate",
+    "TrainFlops",
     "train_flops",
+    "train_flops_parts",
+    "recomputed_flops",
     "activation_bytes",
     "head_rows",
     "train_estimate",

@@ -5,11 +5,14 @@ which the same kernels run, "roofline" for a peak that nothing reaches in full, 
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from tokensieve.config import UserError
 from tokensieve.cost.serving import Serving
 from tokensieve.cost.shape import Shape
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Label = Literal["measured", "measured on H200", "roofline", "fitted", "given"]
 
@@ -109,7 +112,10 @@ def known_rates(serving: Serving, shape: Shape) -> Rates:
     return Rates(**{k: replace(r, label="measured on H200") if r.label == "measured" else r for k, r in moved.items()})
 
 
-def given_rates(rates: Rates, changes: list[str]) -> Rates:
+R = TypeVar("R", bound="DataclassInstance")
+
+
+def given_rates(rates: R, changes: list[str]) -> R:
     """`rates` with those that `NAME=SHARE` names. UserError for an unknown name, and for what is not a share."""
     names = [f.name for f in fields(rates)]
     for change in changes:

@@ -177,13 +177,19 @@ def exchange_bytes(shape: Shape, serving: Serving) -> tuple[float, float]:
     Within one machine a copy goes to each GPU that has experts of the token, beyond it to each such machine. Routing is
     assumed uniform, as in `read_experts`.
     """
-    inside = serving.gpus <= NODE
-    places = serving.gpus if inside else serving.gpus // NODE
-    bandwidth = serving.gpu.link if inside else serving.gpu.network
-    if not shape.experts or places == 1:
-        return 0.0, bandwidth
-    copies = places * (1 - (1 - 1 / places) ** shape.experts_per_token) * (places - 1) / places
-    return shape.moe_layers * shape.hidden * (DISPATCHED + COMBINED) * copies, bandwidth
+    bandwidth = serving.gpu.link if serving.gpus <= NODE else serving.gpu.network
+    numbers = shape.moe_layers * shape.hidden * expert_copies(shape, serving.gpus)
+    return numbers * (DISPATCHED + COMBINED), bandwidth
+
+
+def expert_copies(shape: Shape, gpus: int) -> float:
+    """Copies of a token that leave its GPU, within one machine, or its machine in each layer with experts, if these are
+    divided over so many GPUs.
+    """
+    places = gpus if gpus <= NODE else gpus // NODE
+    if not shape.experts:
+        return 0.0
+    return places * (1 - (1 - 1 / places) ** shape.experts_per_token) * (places - 1) / places
 
 
 def reduced_bytes(shape: Shape, serving: Serving) -> float:

@@ -53,36 +53,19 @@ class Part:
 
 
 @dataclass(frozen=True)
-class TokenCost:
-    """The cost of one token that sees `context` keys.
+class Timed:
+    """Operations one after the other, and beside them what GPUs exchange: the longer of the two takes the time."""
 
-    batch: sequences that a group decodes together; None in prefill. exchange: what experts exchange, beside the parts.
-    """
-
-    phase: Phase
-    sparse: bool
-    context: int
-    batch: int | None
     parts: tuple[Part, ...]
     exchange: Part
 
     @property
-    def flops(self) -> float:
-        return sum(part.flops for part in self.parts)
-
-    @property
-    def bytes(self) -> float:
-        """Of memory that is read or written; what goes between GPUs is not among them."""
-        return sum(part.bytes for part in self.parts if part.bound != "interconnect")
-
-    @property
     def seconds(self) -> float:
-        """GPU-seconds: the time of a step of a group, times its GPUs, over the tokens that it yields."""
         return max(sum(part.seconds for part in self.parts), self.exchange.seconds)
 
     @property
     def bounding(self) -> tuple[Part, ...]:
-        """The parts whose times the token's time is made of."""
+        """The parts that the time is made of."""
         hidden = self.exchange.seconds <= sum(part.seconds for part in self.parts)
         return tuple(part for part in self.parts if part.seconds) if hidden else (self.exchange,)
 
@@ -102,6 +85,29 @@ class TokenCost:
         if len(shown) == 1:
             return next(iter(shown))
         return ", ".join(f"{shown[label]:.0%} {label}" for label in sorted(shown, key=shown.__getitem__, reverse=True))
+
+
+@dataclass(frozen=True)
+class TokenCost(Timed):
+    """The cost of one token that sees `context` keys.
+
+    Its seconds are GPU-seconds: the time of a step of a group, times its GPUs, over the tokens that it yields. batch:
+    sequences that a group decodes together; None in prefill. exchange: what experts exchange, beside the parts.
+    """
+
+    phase: Phase
+    sparse: bool
+    context: int
+    batch: int | None
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+    @property
+    def bytes(self) -> float:
+        """Of memory that is read or written; what goes between GPUs is not among them."""
+        return sum(part.bytes for part in self.parts if part.bound != "interconnect")
 
     def usd_per_million(self, price: float) -> float:
         """Dollars for a million such tokens at `price` dollars a GPU hour."""
@@ -224,4 +230,4 @@ class _Roofline:
         sent, bandwidth = exchange_bytes(shape, self.serving)
         seconds = tokens * sent / (bandwidth * rates.network.share)
         exchange = Part("exchange of experts", 0, tokens * sent, seconds, "interconnect", rates.network.label)
-        return TokenCost(phase, shape.sparse, context, batch, tuple(parts), exchange)
+        return TokenCost(tuple(parts), exchange, phase, shape.sparse, context, batch)

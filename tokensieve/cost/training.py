@@ -5,7 +5,7 @@ Legend: c context (the keys that a query sees, itself included), k selected keys
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from tokensieve.config import TrainConfig, UserError
 from tokensieve.cost.forward import Mode, attention_flops_per_key, forward_flops, index_flops_per_key, visible_keys
@@ -98,6 +98,66 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+class TrainFlops(NamedTuple):
+    """FLOPs of training: of products with weights, and of all that grows with the keys that a query sees.
+
+    The second are attention, index scores, and the target and gradients of the indexers' loss.
+    """
+
+    products: float
+    keys: float
+
+
+def train_flops_parts(
+    shape: Shape,
+    stage: Stage,
+    context: int,
+    adapters: Adapters | None = None,
+    kl_every: int = 1,
+    pass_tokens: int | None = None,
+) -> TrainFlops:
+    """The parts of `train_flops`, which has the same arguments."""
+    counts = parameters(shape)
+    visible = visible_keys(context)
+    index_linear = 2 * counts.indexer_matmul * context
+    if stage == "warmup":
+        trunk = 2 * counts.matmul * context
+        attention = shape.layers * visible * attention_flops_per_key(shape, "mha")
+        target = 2 * shape.attention.heads * shape.attention.score
+        scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
+        loss = shape.layers * visible * (target + scoring) / kl_every
+        taught = index_linear * shape.layers / max(1, shape.index_layers)
+        return TrainFlops(trunk + INDEX_FORWARD_BACKWARD * taught, attention + loss)
+    own = LINEAR_FORWARD_BACKWARD if adapters is None else FROZEN_FORWARD_BACKWARD
+    linear = 2 * own * (counts.matmul + counts.head) * context
+    if adapters is not None:
+        routed = adapters.weights * shape.experts_per_token / max(1, shape.experts)  # the weights that a token meets
+        linear += 2 * (LINEAR_FORWARD_BACKWARD - own) * routed * context
+        linear += sum(adapters.flops(context, pass_tokens or context))
+    if stage == "pretrain":
+        attention = visible * attention_flops_per_key(shape, "mha")
+        return TrainFlops(linear, ATTENTION_FORWARD_BACKWARD * shape.layers * attention)
+    selected = visible_keys(context, top_k=shape.top_k)
+    attention = selected * attention_flops_per_key(shape, "mqa")
+    selecting = shape.index_layers * visible * index_flops_per_key(shape)
+    scoring = 2 * selected * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
+    keys = ATTENTION_FORWARD_BACKWARD * shape.layers * attention + selecting + shape.layers * scoring / kl_every
+    return TrainFlops(linear + INDEX_FORWARD_BACKWARD * index_linear, keys)
+
+
+def recomputed_flops(shape: Shape, stage: Stage, context: int) -> TrainFlops:
+    """FLOPs of a sequence that activation checkpointing adds: every layer's forward pass, without the output head.
+
+    A warm-up has no backward pass through layers, and so nothing to recompute.
+    """
+    if stage == "warmup":
+        return TrainFlops(0.0, 0.0)
+    sparse, counts = stage == "adapt", parameters(shape)
+    mode: Mode = "mqa" if sparse else "mha"
+    products = 2.0 * (counts.matmul + (counts.indexer_matmul if sparse else 0)) * context
+    return TrainFlops(products, forward_flops(shape, context, sparse=sparse, logits=0, mode=mode) - products)
+
+
 def train_flops(
     shape: Shape,
     stage: Stage,
@@ -122,31 +182,7 @@ def train_flops(
     adapters: those that learn in the trunk's place; None: none do. pass_tokens: tokens of a forward and backward pass,
     which share what the adapters compute once; None: those of the sequence.
     """
-    counts = parameters(shape)
-    visible = visible_keys(context)
-    index_linear = 2 * counts.indexer_matmul * context
-    if stage == "warmup":
-        trunk = forward_flops(shape, context, sparse=False, logits=0)
-        target = 2 * shape.attention.heads * shape.attention.score
-        scoring = index_flops_per_key(shape) + index_gradient_flops_per_key(shape)
-        loss = shape.layers * visible * (target + scoring) / kl_every
-        taught = index_linear * shape.layers / max(1, shape.index_layers)
-        return trunk + INDEX_FORWARD_BACKWARD * taught + loss
-    own = LINEAR_FORWARD_BACKWARD if adapters is None else FROZEN_FORWARD_BACKWARD
-    linear = 2 * own * (counts.matmul + counts.head) * context
-    if adapters is not None:
-        routed = adapters.weights * shape.experts_per_token / max(1, shape.experts)  # the weights that a token meets
-        linear += 2 * (LINEAR_FORWARD_BACKWARD - own) * routed * context
-        linear += sum(adapters.flops(context, pass_tokens or context))
-    if stage == "pretrain":
-        attention = visible * attention_flops_per_key(shape, "mha")
-        return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention
-    selected = visible_keys(context, top_k=shape.top_k)
-    attention = selected * attention_flops_per_key(shape, "mqa")
-    selecting = shape.index_layers * visible * index_flops_per_key(shape)
-    scoring = 2 * selected * index_flops_per_key(shape) + selected * index_gradient_flops_per_key(shape)
-    index = INDEX_FORWARD_BACKWARD * index_linear + selecting + shape.layers * scoring / kl_every
-    return linear + ATTENTION_FORWARD_BACKWARD * shape.layers * attention + index
+    return sum(train_flops_parts(shape, stage, context, adapters, kl_every, pass_tokens))
 
 
 def index_gradient_flops_per_key(shape: Shape) -> int:
@@ -157,16 +193,20 @@ def index_gradient_flops_per_key(shape: Shape) -> int:
     return 2 * 2 * shape.index_heads * shape.index_dim
 
 
-def layer_values(shape: Shape, moe: bool) -> int:
-    """Numbers per token that one layer keeps for its backward pass: inputs of norms and products, heads around RoPE.
+def attention_values(shape: Shape) -> int:
+    """Numbers per token that attention keeps for its backward pass: inputs of norms and products, heads around RoPE.
 
     Those of its indexer are counted apart, by `index_values`.
     """
-    ffn = 4 * shape.dense_ffn
-    if moe:
-        ffn = 4 * shape.expert_ffn * (shape.experts_per_token + shape.shared_experts)
-        ffn += 2 * shape.hidden * shape.experts_per_token + shape.experts
-    return 5 * shape.hidden + shape.attention.kept + ffn
+    return 3 * shape.hidden + shape.attention.kept
+
+
+def ffn_values(shape: Shape, moe: bool) -> int:
+    """Numbers per token that a feed-forward layer keeps for its backward pass."""
+    if not moe:
+        return 2 * shape.hidden + 4 * shape.dense_ffn
+    expanded = 4 * shape.expert_ffn * (shape.experts_per_token + shape.shared_experts)
+    return 2 * shape.hidden * (1 + shape.experts_per_token) + expanded + shape.experts
 
 
 def index_values(shape: Shape) -> int:
@@ -179,22 +219,30 @@ def head_rows(vocabulary: int) -> int:
     return max(1, LOGITS // vocabulary)
 
 
+def logits_bytes(shape: Shape, stage: Stage, tokens: int) -> int:
+    """Bytes of logits and of their gradient, float32, for at most `head_rows` tokens; a warm-up has none."""
+    return 0 if stage == "warmup" else 2 * 4 * shape.vocabulary * min(tokens, head_rows(shape.vocabulary))
+
+
 def activation_bytes(shape: Shape, stage: Stage, tokens: int, value_bytes: int, *, checkpointing: bool) -> int:
     """Peak bytes of the activations of a micro-batch of `tokens` tokens, without the blocks of attention.
 
-    warmup keeps one layer, whatever the depth. Checkpointing keeps every layer's input and one whole layer. The logits
-    and their gradient are float32, for at most `head_rows` tokens; the selected indices are int32.
+    warmup keeps half a layer, attention with its indexer or the feed-forward part, whatever the depth: no gradient goes
+    through it. Checkpointing keeps every layer's input and one whole layer. Logits are those of `logits_bytes`; the
+    selected indices are int32.
     """
-    moe_values, dense_values, index = layer_values(shape, True), layer_values(shape, False), index_values(shape)
-    dense_layers = shape.layers - shape.moe_layers
-    widest = max(moe_values if shape.moe_layers else 0, dense_values if dense_layers else 0) + index
+    dense_layers, index = shape.layers - shape.moe_layers, index_values(shape)
+    ffn = max(ffn_values(shape, moe) for moe, count in ((True, shape.moe_layers), (False, dense_layers)) if count)
+    attention = attention_values(shape)
     if stage == "warmup":
-        return tokens * value_bytes * (widest + shape.hidden)
-    logits = 2 * 4 * shape.vocabulary * min(tokens, head_rows(shape.vocabulary))
+        return tokens * value_bytes * (max(attention + index, ffn) + shape.hidden)
+    logits = logits_bytes(shape, stage, tokens)
     if checkpointing:
         held = shape.index_layers if shape.index_layers < shape.layers else 1  # borrowed indices are a layer's inputs
-        return tokens * (value_bytes * (shape.layers * shape.hidden + widest) + held * 4 * shape.top_k) + logits
-    values = shape.moe_layers * moe_values + dense_layers * dense_values + shape.index_layers * index
+        values = shape.layers * shape.hidden + attention + ffn + index
+        return tokens * (value_bytes * values + held * 4 * shape.top_k) + logits
+    values = shape.moe_layers * ffn_values(shape, True) + dense_layers * ffn_values(shape, False)
+    values += shape.layers * attention + shape.index_layers * index
     return tokens * (value_bytes * values + shape.index_layers * 4 * shape.top_k) + logits
 
 
@@ -248,9 +296,8 @@ def train_estimate(
     activations = activation_bytes(shape, stage, pass_tokens, value_bytes, checkpointing=checkpointing)
     if adapters is not None:
         activations += adapters.sum_bytes(weight_bytes, value_bytes, checkpointing=checkpointing)
-    if checkpointing and stage != "warmup":
-        mode: Mode = "mqa" if stage == "adapt" else "mha"
-        sequence += forward_flops(shape, context, sparse=stage == "adapt", logits=0, mode=mode)
+    if checkpointing:
+        sequence += sum(recomputed_flops(shape, stage, context))
         sequence += 0 if adapters is None else adapters.flops(context, pass_tokens)[0]
     flops = sequence * tokens_per_step * steps / context
     return Estimate(

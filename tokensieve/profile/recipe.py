@@ -87,7 +87,7 @@ def _cost(
     config = type(sparse.config).from_dict(sparse.config.to_dict() | {"index_topk": top_k})
     tokens = paper_tokens(stage, cost.shape_of(config))
     phases = (PhaseConfig(steps=math.ceil(tokens / context), context=context, sequences=1),)
-    run = replace(load_config(TrainConfig, f"paper_{stage}"), phases=phases)
+    run = replace(load_config(TrainConfig, f"paper_{stage}"), phases=phases, context_parallel=1)
     device = sparse.lm_head.weight.device
     value_bytes = 4 if peak_flops is None and device.type == "cpu" else 2
     rate, speed = (peak_flops * utilization, f"{utilization:.0%} of the peak given") if peak_flops else (None, "")

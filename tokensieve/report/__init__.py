@@ -15,6 +15,7 @@ from tokensieve.report import plots
 from tokensieve.report.cost_figures import show_balances, show_costs, show_paper, write_costs, write_paper
 from tokensieve.report.origin import environment
 from tokensieve.report.paper_suite import show_comparison, show_paper_suite, write_paper_suite
+from tokensieve.report.plan_table import NamedPlan, plan_figures, show_plan
 from tokensieve.report.posttrain import show_posttraining, write_curves
 from tokensieve.report.posttrain_page import write_posttraining
 from tokensieve.report.profile_page import write_profile
@@ -25,7 +26,9 @@ from tokensieve.report.table import crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
+    "NamedPlan",
     "environment",
+    "plan_figures",
     "read_run",
     "serving_line",
     "show",
@@ -36,6 +39,7 @@ __all__ = [
     "show_long",
     "show_paper",
     "show_paper_suite",
+    "show_plan",
     "show_posttraining",
     "show_profile",
     "show_short",

@@ -1,0 +1,159 @@
+"""`tokensieve plan`: its table and plan.json, the command that it gives, and one line for what cannot be."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from tests.support.commands import Run, refusal, runner
+from tokensieve import cli
+from tokensieve.config import TrainConfig, load_config
+from tokensieve.cost.gpus import GPUS
+
+MODELS = ("moonlight-16b-a3b", "deepseek-v2-lite", "qwen3-8b")
+PAPER = ("plan", "paper_warmup", "paper_adapt", "--model", "deepseek_v32", "--gpus", 1024, "--gpu", "H800")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+    monkeypatch.chdir(tmp_path)
+    return runner(capsys)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_published_shapes_have_plans_and_configs(run: Run, model: str) -> None:
+    """On eight GPUs of 80 GB, without weights: both stages fit, with the commands that run them in their order."""
+    ended = run("plan", f"{model}-warmup", f"{model}-adapt", "--model", model, "--gpu", "h100", "--out", "out")
+    assert ended.status == 0, ended
+    found = json.loads(Path("out/plan.json").read_text())
+    warmup, adapt = found["stages"]
+    assert [stage["stage"] for stage in found["stages"]] == ["warmup", "adapt"]
+    assert warmup["memory_bytes"] < warmup["usable_bytes"] == 0.9 * GPUS["h100"].memory
+    heads = 16 if model == "qwen3-8b" else 8
+    sparsify, train = warmup["commands"]
+    assert sparsify.startswith(f"tokensieve sparsify FOLDER runs/untrained --top-k 2048 --index-heads {heads} ")
+    torchrun = "torchrun --nproc-per-node 8 -m tokensieve"
+    assert train == f"{torchrun} warmup --config {model}-warmup --model runs/untrained"
+    config = load_config(TrainConfig, f"{model}-warmup")
+    last = f"{config.out}/step-{config.phases[0].steps:06d}"
+    assert adapt["commands"] == [f"{torchrun} adapt --config {model}-adapt --model {last}"]
+    assert all(command in ended.out for command in (sparsify, train, *adapt["commands"]))
+    text = (Path(cli.__file__).parents[1] / "configs" / f"{model}-adapt.toml").read_text()
+    assert last in text and " ".join(text.replace("#", "").replace("\\", "").split()).count(adapt["commands"][0]) == 1
+
+
+def test_the_papers_schedule(run: Run) -> None:
+    """2.1 and 943.7 billion tokens, and the GPU-hours of each stage; a command is not given for what cannot run."""
+    ended = run(*PAPER, "--expert-parallel", 64, "--json")
+    assert ended.status == 0, ended
+    found = json.loads(ended.out)
+    assert found == json.loads(Path("runs/plan/plan.json").read_text())
+    warmup, adapt = found["stages"]
+    assert (warmup["tokens"], adapt["tokens"]) == (1000 * 16 * 131072, 15000 * 480 * 131072)
+    assert warmup["commands"] == adapt["commands"] == []
+    for stage in (warmup, adapt):
+        (phase,) = stage["phases"]
+        assert stage["gpu_hours"] == pytest.approx(phase["steps"] * phase["step_seconds"] * 1024 / 3600)
+        assert stage["usd"] == pytest.approx(2 * stage["gpu_hours"])
+        assert "measured on H200" in stage["label"] and "roofline" in stage["label"]
+        assert {held["origin"] for held in phase["memory"]} == {"counted", "estimated"}
+        (activations,) = (held["bytes"] for held in phase["memory"] if held["name"] == "activations")
+        both = stage["activation_bytes"]
+        assert activations == both["recomputed"] and both["kept"] >= both["recomputed"]
+        assert sum(held["bytes"] for held in phase["memory"]) == stage["memory_bytes"]
+    assert 0.5e3 < warmup["gpu_hours"] < 3e3 and 1e5 < adapt["gpu_hours"] < 1e6
+    assert found["usd"] == pytest.approx(warmup["usd"] + adapt["usd"])
+    shown = run(*PAPER, "--expert-parallel", 64)
+    assert "which training cannot do yet" in shown.out and "GPU-hours" in shown.out and "torchrun" not in shown.out
+
+
+def test_shares_and_prices_that_are_given(run: Run) -> None:
+    model = ("plan", "deepseek-v2-lite-adapt", "--model", "deepseek-v2-lite", "--json")
+    plain, given = (json.loads(run(*model, *more).out) for more in ((), ("--rate", "products=0.5", "--price", "3")))
+    assert given["usd_per_gpu_hour"] == 3 and given["usd"] == pytest.approx(3 * given["gpu_hours"])
+    old, new = (found["stages"][0]["phases"][0]["parts"][0] for found in (plain, given))
+    assert new["label"] == "given" and new["seconds"] == pytest.approx(new["flops"] / (0.5 * 989.5e12))
+    assert old["label"] == "measured" and old["flops"] == new["flops"]
+
+
+def test_a_model_of_your_own(run: Run) -> None:
+    """A folder, a config.json, a new model of a [shape], and machines of eight."""
+    ended = run("plan", "adapt", "--model", "sparse", "--gpus", 1)
+    assert ended.status == 0 and "tokensieve adapt --config adapt --model sparse" in ended.out, ended
+    ended = run("plan", "base", "--gpus", 1)
+    assert (
+        ended.status == 0 and ended.out.count("a step of") == 4 and "tokensieve pretrain --config base\n" in ended.out
+    )
+    ended = run("plan", "base-128k", "--gpus", 1)
+    assert ended.status == 0 and "--model base" in ended.out
+    raw = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+    raw |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+    Path("config.json").write_text(json.dumps(raw | {"max_position_embeddings": 131072}))
+    more = ("--set", "phases.0.sequences=16", "--set", "activation_checkpointing=true")
+    ended = run("plan", "adapt", "--model", "config.json", "--gpus", 16, *more)
+    assert ended.status == 0, ended
+    command = next(line.strip() for line in ended.out.splitlines() if "torchrun" in line)
+    assert command.startswith(
+        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m"
+    )
+    assert command.endswith(f"adapt --config adapt --model WARMED_UP {' '.join(more)}")
+    options = {option for p in get_command(cli.app).commands["adapt"].params for option in p.opts}
+    assert {word for word in shlex.split(command.partition(" adapt ")[2]) if word.startswith("--")} <= options
+    assert run("plan", "adapt", "--model", "base", "--selection", "x").status == 2
+    dense = run("plan", "adapt", "--model", "base", "--gpus", 1, "--set", "selection=false")
+    assert dense.status == 0 and "sparsify" not in dense.out
+
+
+TOO_LARGE = [
+    ("moonlight-16b-a3b-adapt", "moonlight-16b-a3b", ("--gpus", 8, "--set", "activation_checkpointing=false")),
+    ("moonlight-16b-a3b-adapt", "moonlight-16b-a3b", ("--gpus", 2)),
+    ("deepseek-v2-lite-adapt", "deepseek-v2-lite", ("--gpus", 8, "--set", "context_parallel=1")),
+    ("qwen3-8b-adapt", "qwen3-8b", ("--gpus", 8, "--set", "phases.0.micro_batch=8")),
+    ("paper_warmup", "deepseek_v32", ("--gpus", 1024)),
+]
+
+
+@pytest.mark.parametrize(("config", "model", "options"), TOO_LARGE)
+def test_what_would_fit_fits(run: Run, config: str, model: str, options: tuple) -> None:
+    """Each of the settings that a refusal names makes a plan."""
+    arguments = ("plan", config, "--model", model, "--gpu", "H100", *options)
+    ended = run(*arguments)
+    assert ended.status == 2 and "Traceback" not in ended.err
+    (line,) = [line for line in ended.err.splitlines() if "tokensieve: error: " in line]
+    assert line.startswith(f"tokensieve: error: {config}: the plan does not fit: it takes ")
+    ways = line.partition("what fits: ")[2].split("; or ")
+    assert ways != [""]
+    for way in ways:
+        again = run(*arguments, *shlex.split(way))
+        assert again.status == 0, (way, again)
+
+
+def test_bad_input(run: Run, tmp_path: Path) -> None:
+    refused = refusal(run)
+    lite = ("plan", "deepseek-v2-lite-adapt", "--model", "deepseek-v2-lite")
+    refused(("'nowhere'", "not a bundled one"), "plan", "nowhere")
+    refused(("adapt names no model", "--model"), "plan", "adapt")
+    refused(("model 'nowhere'",), "plan", "adapt", "--model", "nowhere")
+    refused(("nothing is fetched",), "plan", "adapt", "--model", "owner/name")
+    refused(("A100", "H800"), *lite, "--gpu", "A100")
+    refused(("MI350", "CUDA"), *lite, "--gpu", "MI350")
+    refused(("--gpus 0",), *lite, "--gpus", 0)
+    refused(("--gpus 9", "machines of 8"), *lite, "--gpus", 9)
+    refused(("2.0 is not a share",), *lite, "--rate", "attention=2")
+    refused(("--rate memory=1", "products, attention, network"), *lite, "--rate", "memory=1")
+    refused(("context_parallel is 8", "4 GPUs"), *lite, "--gpus", 4)
+    refused(("phases.context 262144", "163840 positions"), *lite, "--set", "phases.0.context=262144")
+    refused(("[lora]",), *lite, "--set", "lora.rank=8")
+    refused(("--set steps",), *lite, "--set", "steps")
+    refused(("unknown key nothing",), *lite, "--set", "nothing=1")
+    refused(("--expert-parallel 5", "64 routed experts"), *lite, "--expert-parallel", 5)
+    refused(("base: compile",), "plan", "base")
+    refused(("11.5 billion parameters", "--expert-parallel"), *PAPER[:1], *PAPER[2:])
+    alone = ("--set", "context_parallel=1", "--gpus", 512)
+    refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", *alone)
+    Path("broken.toml").write_text('stage = "adapt"\nmodel = "base"\nout = ""\nphases = []\n')
+    refused(("broken.toml", "no phases"), "plan", "broken.toml")
+    assert not Path("runs").exists()
+    assert run(*lite, "--price", -1).status == 2

@@ -1,0 +1,267 @@
+"""Plans of training runs: time against measured steps and hand counts, traffic against measured bytes, refusals."""
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tokensieve import cost
+from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.cost.gpus import GPUS
+from tokensieve.cost.paper import published_shape
+from tokensieve.cost.plan import StagePlan, plan, refusal, usable
+from tokensieve.cost.rates import Rate
+from tokensieve.cost.train_memory import Ranks
+from tokensieve.cost.train_rates import GROUPED, LITE, TrainRates, measured_rates, measurements
+from tokensieve.mesh import Mesh
+from tokensieve.train.parallelize import divide
+
+SMALL = {"model_type": "qwen3_dsa", "vocab_size": 320, "hidden_size": 48, "intermediate_size": 64}
+SMALL |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SMALL |= {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 16}
+BIG = replace(published_shape(), layers=1, moe_layers=0, index_layers=1)
+H200 = GPUS["h200"]
+
+
+def run(stage: str = "adapt", steps: int = 10, context: int = 4096, sequences: int = 8, **changes: Any) -> TrainConfig:
+    phases = (PhaseConfig(steps, context, sequences),)
+    return TrainConfig(stage, "", "", **{"phases": phases, "activation_checkpointing": True} | changes)
+
+
+def planned(config: TrainConfig, shape: Any, gpus: int = 8, gpu: str = "h200", **more: Any) -> StagePlan:
+    shape = shape if isinstance(shape, cost.Shape) else cost.shape_of(shape)
+    return plan(config, shape, GPUS[gpu], gpus, more.pop("rates", TrainRates()), **more)
+
+
+# time
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
+@pytest.mark.parametrize(("context", "layers"), [(8192, 20), (32768, 20), (131072, 8)])
+def test_a_measured_stack_takes_its_measured_time(stage: str, context: int, layers: int) -> None:
+    """docs/results/training.md: tokens a second of the V2-Lite shape on one H200, here on eight."""
+    speeds = {"pretrain": (13794, 9442, 8325), "warmup": (30922, 17459, 13793), "adapt": (6644, 6442, 12378)}
+    shape = cost.shape_of(LITE | {"num_hidden_layers": layers})
+    model = run(stage, phases=(PhaseConfig(1, context, 8, 8),), context_parallel=8)
+    found = planned(model, shape)
+    expected = 8 * context / speeds[stage][(8192, 32768, 131072).index(context)] / 8
+    assert sum(part.seconds for part in found.phases[0].parts) == pytest.approx(expected, rel=1e-9)
+    assert found.label == "measured"
+    assert measured_rates(shape, stage, context, GPUS["h100"]).attention.label == "measured on H200"
+
+
+@pytest.mark.parametrize(
+    ("stage", "context", "ms"),
+    [("pretrain", 32768, 302.1), ("adapt", 131072, 1186), ("warmup", 131072, 1280 + 2965), ("warmup", 8192, 29.991)],
+)
+def test_a_measured_layer_takes_its_measured_time(stage: str, context: int, ms: float) -> None:
+    """docs/kernels.md: attention of one layer of the 671B model; its products are a roofline."""
+    model = run(stage, context=context, sequences=8, context_parallel=8, activation_checkpointing=False)
+    products, attention = planned(model, BIG).phases[0].parts
+    assert attention.seconds == pytest.approx(ms / 1e3, rel=1e-9) and attention.label == "measured"
+    assert products.label == "roofline"
+    assert products.seconds == products.flops / H200.bf16
+
+
+def test_shares_between_contexts_and_beyond() -> None:
+    lite = cost.shape_of(LITE)
+    at = {c: measured_rates(lite, "adapt", c, H200).products.share for c in (2048, 8192, 16384, 32768, 1 << 20)}
+    assert at[2048] == at[8192] and at[1 << 20] == measured_rates(lite, "adapt", 131072, H200).products.share
+    assert at[16384] == pytest.approx((at[8192] + at[32768]) / 2)
+    assert all(0.05 < m.share() < 0.6 for m in measurements())
+    for other in (SMALL, LITE | {"hidden_size": 4096}, GROUPED | {"num_key_value_heads": 4}):
+        assert measured_rates(cost.shape_of(other), "adapt", 8192, H200) == TrainRates()
+    assert measured_rates(lite, "adapt", 8192, GPUS["b200"]) == TrainRates()
+    assert measured_rates(cost.shape_of(GROUPED), "warmup", 8192, H200) == TrainRates()  # not measured
+
+
+def test_time_by_hand() -> None:
+    shape = cost.shape_of(SMALL)
+    rates = TrainRates(products=Rate(0.4, "given"), attention=Rate(0.2, "given"), network=Rate(0.5, "given"))
+    phases = (PhaseConfig(10, 4096, 8), PhaseConfig(5, 8192, 16, 2))
+    found = planned(run(phases=phases), shape, rates=rates)
+    seconds = 0.0
+    for phase, made in zip(phases, found.phases, strict=True):
+        parts, again = (
+            cost.train_flops_parts(shape, "adapt", phase.context),
+            cost.recomputed_flops(shape, "adapt", phase.context),
+        )
+        one = phase.sequences / 8 / 989.5e12
+        compute = one * ((parts.products + again.products) / 0.4 + (parts.keys + again.keys) / 0.2)
+        counts = cost.parameters(shape)
+        network = 4 * 3 * counts.total * 7 / 8 / (450e9 * 0.5) * (phase.sequences // (8 * phase.micro_batch))
+        assert made.seconds == pytest.approx(max(compute, network), rel=1e-12)
+        seconds += phase.steps * max(compute, network)
+    assert found.seconds == pytest.approx(seconds) and found.gpu_hours == pytest.approx(8 * seconds / 3600)
+    assert found.tokens == 10 * 8 * 4096 + 5 * 16 * 8192
+    model = sum(p.steps * p.sequences * cost.train_flops(shape, "adapt", p.context) for p in phases)
+    assert found.mfu == pytest.approx(model / (8 * 989.5e12 * seconds))
+
+
+def test_parts_are_the_whole() -> None:
+    shape = cost.shape_of(LITE)
+    for stage, every in itertools.product(("pretrain", "warmup", "adapt"), (1, 4)):
+        parts = cost.train_flops_parts(shape, stage, 8192, kl_every=every)
+        assert sum(parts) == cost.train_flops(shape, stage, 8192, kl_every=every)
+    again = cost.recomputed_flops(shape, "adapt", 8192)
+    assert sum(again) == cost.forward_flops(shape, 8192, mode="mqa", logits=0)
+    assert sum(cost.recomputed_flops(shape, "warmup", 8192)) == 0
+
+
+def test_products_equal_torchs_counter() -> None:
+    """Forward and backward of a model without experts under torch's FLOP counter. Its attention is not causal, and has
+    six products: two forward and four backward.
+    """
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tests.support import models
+
+    tokens = 48
+    config = models.config("v3", first_k_dense_replace=3, attn_implementation="eager")
+    model = transformers.DeepseekV3ForCausalLM(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long)).logits.sum().backward()
+    shape = cost.shape_of(config)
+    attention = 3 * shape.layers * tokens**2 * cost.attention_flops_per_key(shape, "mha")
+    products, keys = cost.train_flops_parts(shape, "pretrain", tokens)
+    assert counter.get_total_flops() == products + attention
+    assert keys == 3.5 * shape.layers * cost.visible_keys(tokens) * cost.attention_flops_per_key(shape, "mha")
+
+
+# traffic
+
+
+@pytest.mark.parametrize(("ranks", "warmup", "adapt"), [(2, 6144, 10240), (4, 9216, 15360)])
+def test_keys_on_their_way_as_measured(ranks: int, warmup: int, adapt: int) -> None:
+    """docs/results/training.md: KiB that a rank received in a layer over 8192 tokens, in float32."""
+    for stage, kib in (("warmup", warmup), ("adapt", adapt)):
+        model = run(stage, context=8192, sequences=1, context_parallel=ranks, activation_checkpointing=False)
+        (keys,) = (t for t in planned(model, SMALL, ranks).phases[0].traffic if t.name.startswith("keys"))
+        assert 2 * keys.bytes == kib * 1024  # a plan counts bfloat16
+
+
+def test_recomputed_layers_gather_keys_again() -> None:
+    model = run(context=8192, sequences=1, context_parallel=2)
+    plain, again = (
+        next(t.bytes for t in planned(c, SMALL, 2).phases[0].traffic if t.name.startswith("keys"))
+        for c in (replace(model, activation_checkpointing=False), model)
+    )
+    assert again == 1.5 * plain  # forward, again, and gradients back
+
+
+def test_layers_on_their_way_by_hand() -> None:
+    """Gathered forward and backward, gradients scattered, for each micro-batch; a warm-up has those of indexers."""
+    counts = cost.parameters(cost.shape_of(SMALL))
+    (layers,) = planned(run(sequences=32), SMALL).phases[0].traffic
+    assert layers.bytes == 4 * (4 * 2 * counts.total + 4 * counts.total) * 7 / 8 and layers.bandwidth == 450e9
+    (layers,) = planned(run("warmup", sequences=32), SMALL, 16).phases[0].traffic
+    assert layers.bytes == 2 * 4 * (counts.total + counts.indexer) * 15 / 16 and layers.bandwidth == 8 * 50e9
+    assert planned(run(), SMALL, 1).phases[0].traffic == ()
+
+
+def test_tokens_of_divided_experts_by_hand() -> None:
+    found = planned(run(sequences=16), LITE, 16, experts=16)
+    (tokens,) = (t for t in found.phases[0].traffic if t.name == "tokens of experts")
+    away = 2 * (1 - 0.5**6) * 0.5  # of two machines, those that have one of six experts, if it is the other one
+    assert tokens.bytes == pytest.approx(4096 * 27 * away * 2048 * 2 * 2 * 3)  # there and back, three passes
+    assert tokens.bandwidth == 50e9
+
+
+# what is refused
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    lite = cost.shape_of(LITE)
+    large = run(context=32768, sequences=16, activation_checkpointing=False)
+    with pytest.raises(UserError, match="above all activations .* 126.9 GB of one H200") as refused:
+        planned(large, lite)
+    assert "what fits: --set activation_checkpointing=true" in str(refused.value)
+    planned(replace(large, activation_checkpointing=True), lite)
+    with pytest.raises(UserError, match="what fits: --gpus 8$"):
+        planned(run(), lite, 2, "h100")
+    planned(run(), lite, 8, "h100")
+    phases = (PhaseConfig(1, 32768, 32, 4),)
+    with pytest.raises(UserError, match=r"what fits: --set phases\.0\.micro_batch=1;") as refused:
+        planned(run(phases=phases), lite, 8, "h100")
+    planned(run(phases=(replace(phases[0], micro_batch=1),)), lite, 8, "h100")
+    long = run(context=131072, sequences=16)
+    with pytest.raises(UserError, match="what fits: --set context_parallel=4; or --gpus 16 --set context_parallel=2$"):
+        planned(long, lite, 8, "h100")
+    planned(replace(long, context_parallel=4), lite, 8, "h100")
+    planned(replace(long, context_parallel=2), lite, 16, "h100")
+
+
+def test_a_layer_that_no_gpu_holds() -> None:
+    shape, long = published_shape(), {"context": 131072, "sequences": 480, "context_parallel": 32}
+    with pytest.raises(UserError, match="what fits: --gpu B200$"):
+        planned(run("warmup", **long), shape, 1024, "h800")
+    planned(run("warmup", **long), shape, 1024, "b200")
+    with pytest.raises(
+        UserError, match=r"a layer of 11\.5 billion parameters is gathered whole, with the next one; count"
+    ):
+        planned(run(**long), shape, 1024, "h800")
+    counted = planned(run(**long), shape, 1024, "h800", experts=64)
+    assert counted.heaviest.bytes < usable(GPUS["h800"])
+
+
+REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("--gpu MI350: training runs on CUDA devices; use one of H100", {}, {"gpu": "mi350"}),
+    ("--gpus 0: give at least 1", {}, {"gpus": 0}),
+    ("--gpus 12: no whole machines of 8", {}, {"gpus": 12}),
+    ("device is cpu", {"device": "cpu"}, {}),
+    ("no phases", {"phases": ()}, {}),
+    (r"\[lora\]", {"lora": LoraConfig()}, {}),
+    ("needs a shape with an indexer", {}, {"dense": True}),
+    ("--expert-parallel 3 must divide 8 GPUs and the model's 64 routed experts", {}, {"experts": 3}),
+    ("--expert-parallel 0", {}, {"experts": 0}),
+    ("context_parallel is 16, which does not divide 8 GPUs; .* --set context_parallel=1", {"context_parallel": 16}, {}),
+    ("compile runs on one GPU", {"compile": True}, {}),
+    (
+        "4 sequences a step do not divide into micro-batches of 1 on 8 groups of 1 GPUs; .* --set context_parallel=2",
+        {"sequences": 4},
+        {},
+    ),
+    ("16 GPUs share sequences of a multiple of 128", {"context": 4032, "kl_every": 4, "sequences": 1}, {"context": 16}),
+]
+
+
+@pytest.mark.parametrize(("words", "changes", "more"), REFUSALS)
+def test_refusals(words: str, changes: dict[str, Any], more: dict[str, Any]) -> None:
+    shape, more = cost.shape_of(LITE), dict(more)
+    if more.pop("dense", False):
+        shape = cost.without_indexer(shape)
+    if (context := more.pop("context", None)) is not None:  # the config itself would refuse it
+        assert words.removeprefix("16 ") in (refusal(run("warmup", **changes), Ranks(16, context)) or "")
+        return
+    with pytest.raises(UserError, match=words):
+        planned(run(**changes), shape, **more)
+
+
+def test_experts_of_a_model_without_any() -> None:
+    with pytest.raises(UserError, match="--expert-parallel 2 must divide 8 GPUs and the model's no routed experts"):
+        planned(run(), SMALL, experts=2)
+
+
+def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every division that a plan refuses, `divide` refuses, and no other."""
+    axes = SimpleNamespace(get_local_rank=lambda name: 0, get_group=lambda name: None)
+    monkeypatch.setattr(Mesh, "axes", lambda self, **sizes: axes)
+    refused = 0
+    for gpus, context, sequences, micro, compiled in itertools.product(
+        (1, 2, 4, 6, 8), (1, 2, 4), (2, 6, 8), (1, 2), (False, True)
+    ):
+        phases = (PhaseConfig(1, 64, sequences, micro),)
+        config = run(phases=phases, context_parallel=context, compile=compiled)
+        try:
+            divide(config, Mesh(0, gpus, torch.device("cpu")))
+            trains = True
+        except UserError:
+            trains = False
+        alone = gpus == 1 and sequences % micro  # one process does not divide, and training checks it elsewhere
+        assert trains == (refusal(config, Ranks(gpus, context)) is None) or alone, (gpus, context, sequences, micro)
+        refused += not trains
+    assert 0 < refused < 180

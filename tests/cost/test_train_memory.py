@@ -1,0 +1,165 @@
+"""The memory of one GPU in training against counts of built models, kernels' own constants, and measured peaks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import grouped, models
+from tokensieve import cost
+from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, layer_parameters, memory
+from tokensieve.cost.train_rates import LITE
+from tokensieve.model import DecoderForCausalLM
+
+SHARED = ["full", "shared", "shared", "full"]
+BUILT: dict[str, Any] = {
+    "v32": lambda: models.config("v32"),
+    "v32 tied": lambda: models.config("v32", tie_word_embeddings=True, q_lora_rank=None),
+    "glm": lambda: models.config("glm", num_hidden_layers=4, indexer_types=SHARED),
+    "qwen3_dsa": lambda: grouped.config("qwen3_dsa"),
+    "qwen3_moe_dsa": lambda: grouped.config("qwen3_moe_dsa"),
+    "llama_dsa": lambda: grouped.config("llama_dsa", mlp_bias=True, attention_bias=True),
+}
+
+
+def built(kind: str) -> tuple[DecoderForCausalLM, cost.Shape]:
+    config = BUILT[kind]()
+    with torch.device("meta"):
+        model = DecoderForCausalLM(config)
+    return model, cost.shape_of(config)
+
+
+def held(shape: cost.Shape, stage: cost.training.Stage, ranks: Ranks, **more: Any) -> dict[str, int]:
+    sizes = {"sequences": 1, "context": 64, "checkpointing": True} | more
+    return {h.name: h.bytes for h in memory(shape, stage, ranks, **sizes)}
+
+
+def numbers(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_what_lasts_is_divided(kind: str) -> None:
+    model, shape = built(kind)
+    biases = sum(b.numel() for n, b in model.named_buffers() if n.endswith("correction_bias"))
+    total, indexers = numbers(model.parameters()) + biases, numbers(model.indexer_parameters())
+    for stage, learning in (("adapt", total), ("warmup", indexers), ("pretrain", total - indexers)):
+        found = held(shape, stage, Ranks(4))
+        assert found["weights, float32"] == 4 * total // 4
+        assert found["gradients, float32"] == 4 * learning // 4
+        assert found["moments of Adam, float32"] == 8 * learning // 4
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_a_layer_is_gathered_whole(kind: str) -> None:
+    """Of a model whose layers all have an indexer, parameters are counted layer by layer, experts apart."""
+    model, shape = built(kind)
+    counted = {(layer.other, layer.experts) for layer in layer_parameters(shape)}
+    own = set()
+    for layer in model.model.layers:
+        if layer.self_attn.indexer is not None:
+            experts = [p for n, p in layer.named_parameters() if ".experts." in n]
+            own.add((numbers(layer.parameters()) - numbers(experts), numbers(experts)))
+    assert counted == own
+
+
+def test_gathered_layers_by_hand() -> None:
+    """Two layers in float32 with embedding and head; in the backward pass a layer's gradient twice."""
+    model, shape = built("v32")
+    layer = max(numbers(layer.parameters()) for layer in model.model.layers)
+    tables = 2 * models.VOCAB * 48
+    found = held(shape, "adapt", Ranks(2))
+    assert found["gathered layers, embedding and head"] == 4 * (2 * layer + tables)
+    assert found["their gradients"] == 4 * (2 * layer + tables)
+    assert found["weights in bfloat16, for products"] == 2 * layer
+    warm = held(shape, "warmup", Ranks(2))
+    assert warm["their gradients"] == 0 and warm["weights in bfloat16, for products"] == 2 * layer
+    alone = held(shape, "adapt", Ranks(1), checkpointing=False)  # no layer is gathered; every copy is kept
+    assert "gathered layers, embedding and head" not in alone
+    assert alone["weights in bfloat16, for products"] == 2 * (cost.parameters(shape).total - models.VOCAB * 48)
+
+
+def test_layers_that_share_an_indexer_are_gathered_together() -> None:
+    _, shape = built("glm")
+    one = replace(shape, index_layers=shape.layers)
+    tables = 2 * shape.vocabulary * shape.hidden
+    layer = max(kind.held(Ranks(2)) for kind in layer_parameters(shape))
+    assert held(shape, "warmup", Ranks(2))["gathered layers, embedding and head"] == 4 * (2 * 2 * layer + tables)
+    assert held(one, "warmup", Ranks(2))["gathered layers, embedding and head"] == 4 * (2 * layer + tables)
+
+
+def test_the_end_of_the_forward_pass_may_be_the_peak() -> None:
+    """Autocast's copies of all linear layers, where these are more than the gradients of one layer."""
+    _, shape = built("qwen3_dsa")
+    deep = replace(shape, layers=40, index_layers=40)
+    found = held(deep, "adapt", Ranks(2))
+    counts = cost.parameters(deep)
+    assert found["weights in bfloat16, for products"] == 2 * (counts.total - counts.head)
+    assert found["their gradients"] == 0
+
+
+def test_divided_experts() -> None:
+    _, shape = built("v32")
+    kinds = layer_parameters(shape)
+    assert {kind.held(Ranks(4, experts=4)) for kind in kinds} == {kind.other + kind.experts // 4 for kind in kinds}
+
+
+def test_gathered_keys_by_hand() -> None:
+    """Entries of 576 and index keys of 128 numbers, received and put in order in bfloat16; their gradients in float32
+    and, as they are sent, in bfloat16. A warm-up expands the other ranks' entries to 192 + 192 + 256 numbers a head.
+    """
+    shape = cost.paper.published_shape()
+    T, ranks = 131072, Ranks(16, context=16)
+    name = "gathered keys and values, index keys"
+    adapt = held(shape, "adapt", ranks, context=T)
+    assert adapt[name] == T * 704 * (2 + 2 + 6)
+    warmup = held(shape, "warmup", ranks, context=T)
+    assert warmup[name] == T * 704 * (2 + 2) + (T - T // 16) * 128 * 640 * 2
+    kept = held(shape, "adapt", ranks, context=T, checkpointing=False)
+    assert kept[name] == T * 704 * (2 + 61 * 2 + 6)
+    assert name not in held(shape, "adapt", Ranks(16), context=T)
+
+
+def test_activations_are_those_of_a_rank_of_the_context() -> None:
+    shape = cost.paper.published_shape()
+    for stage in ("warmup", "adapt", "pretrain"):
+        whole, part = (held(shape, stage, Ranks(8, c), context=1 << 17)["activations"] for c in (1, 8))
+        assert whole == 8 * part
+
+
+def test_buffers_are_the_kernels() -> None:
+    from tokensieve.ops.triton import loss, topk
+
+    assert (STRIP, SCORES) == (loss.STRIP, topk.SCORES)
+    shape = cost.paper.published_shape()
+    name = "buffers of scores and of the KL's target"
+    assert held(shape, "warmup", Ranks(8), context=1 << 17)[name] == 2 * 4 * STRIP
+    assert held(shape, "adapt", Ranks(8), context=1 << 17)[name] == 4 * SCORES
+    assert held(shape, "warmup", Ranks(8), context=1 << 10)[name] == 2 * 4 * (1 << 20)
+    assert held(shape, "pretrain", Ranks(8), context=1 << 10)[name] == 0
+
+
+# docs/results/training.md: context, layers, and peaks in GiB of dense steps, warm-up and adaptation on one H200, with
+# weights, gradients and moments in bfloat16.
+PEAKS = [
+    (8192, 20, 91.3, 24.3, 92.8),
+    (32768, 20, 96.0, 26.9, 97.8),
+    (131072, 8, 65.4, 24.2, 70.7),
+    (8192, 4, 22.1, 6.3, 22.5),
+    (32768, 4, 26.1, 8.9, 27.5),
+]
+
+
+@pytest.mark.parametrize(("context", "layers", "dense", "warmup", "adapt"), PEAKS)
+def test_measured_peaks(context: int, layers: int, dense: float, warmup: float, adapt: float) -> None:
+    """Never less than what was measured, and up to a quarter more: not all that is counted is there at once."""
+    shape = cost.shape_of(LITE | {"num_hidden_layers": layers})
+    total, indexer = cost.parameters(shape).total, cost.parameters(shape).indexer
+    for stage, learning, peak in (
+        ("pretrain", total - indexer, dense),
+        ("warmup", indexer, warmup),
+        ("adapt", total, adapt),
+    ):
+        activations = cost.activation_bytes(shape, stage, context, 2, checkpointing=True)
+        assert peak < (2 * total + 6 * learning + activations) / 2**30 < 1.25 * peak

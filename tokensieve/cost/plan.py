@@ -1,0 +1,322 @@
+"""A training run on a number of GPUs before it starts: memory of one GPU, time of a step and of the schedule, dollars.
+
+Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, and beside them what GPUs
+exchange: FSDP's layers and gradients, the entries of context parallelism, and what experts exchange. A step takes the
+longer of the two. Its FLOPs are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments,
+reading data, checkpoints, and GPUs that wait for each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.cost.gpus import NODE, Gpu, gpu_of
+from tokensieve.cost.rates import PEAK, Rate
+from tokensieve.cost.serving import USABLE, expert_copies
+from tokensieve.cost.shape import Shape, parameters
+from tokensieve.cost.token_cost import Part, Timed
+from tokensieve.cost.train_memory import (
+    ACTIVATIONS,
+    GATHERED,
+    VALUE,
+    WEIGHT,
+    Held,
+    Ranks,
+    layer_parameters,
+    memory,
+    trained,
+)
+from tokensieve.cost.train_rates import TrainRates, measured_rates
+from tokensieve.cost.training import Stage, TrainFlops, recomputed_flops, train_flops_parts
+
+TRAINING = ("H100", "H200", "H800", "B200")  # training runs on CUDA devices
+MACHINES = 256  # the most that a refusal looks for
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one GPU receives from others in a step, and the bandwidth of their way in bytes/s."""
+
+    name: str
+    bytes: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class PhasePlan(Timed):
+    """A step of one phase, seen from one GPU. model_flops: of all GPUs together, without what is recomputed."""
+
+    phase: PhaseConfig
+    memory: tuple[Held, ...]
+    traffic: tuple[Traffic, ...]
+    model_flops: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(held.bytes for held in self.memory)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A configured run. `ranks.context` is the config's context_parallel."""
+
+    config: TrainConfig
+    shape: Shape
+    gpu: Gpu
+    ranks: Ranks
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def heaviest(self) -> PhasePlan:
+        """The phase with the most memory."""
+        return max(self.phases, key=lambda p: p.bytes)
+
+    def activations(self, checkpointing: bool) -> int:
+        """Bytes of activations of one GPU in the heaviest phase, with every layer recomputed or kept."""
+        changed = replace(self.config, activation_checkpointing=checkpointing)
+        held = _memory(changed, self.shape, self.ranks, self.heaviest.phase)
+        return next(h.bytes for h in held if h.name == ACTIVATIONS)
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.phase.steps * p.phase.sequences * p.phase.context for p in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        return sum(p.phase.steps * p.seconds for p in self.phases)
+
+    @property
+    def label(self) -> str:
+        """The labels of the phases' times."""
+        return "; ".join(dict.fromkeys(p.label for p in self.phases))
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds * self.ranks.gpus / 3600
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs' bf16 peak would do in the same time; what is recomputed does not count."""
+        flops = sum(p.phase.steps * p.model_flops for p in self.phases)
+        return flops / (self.seconds * self.ranks.gpus * self.gpu.bf16)
+
+
+def usable(gpu: Gpu) -> float:
+    """Bytes of a GPU's memory that a plan may fill; the rest is for libraries and for fragments."""
+    return USABLE * gpu.memory
+
+
+def objective(config: TrainConfig) -> Stage:
+    """The stage whose costs a run has: adaptation without selection costs as much as pretraining."""
+    return "pretrain" if config.stage == "adapt" and not config.selection else config.stage
+
+
+def plan(config: TrainConfig, shape: Shape, gpu: Gpu, gpus: int, rates: TrainRates, experts: int = 1) -> StagePlan:
+    """The plan of a run of a model of this shape on `gpus` GPUs.
+
+    rates: shares that are given. Where they are `PEAK`, a share that was measured for such a model takes its place.
+    experts: GPUs that the routed experts are divided over, which training cannot do yet.
+
+    UserError for settings that training refuses, and for what does not fit, with what would.
+    """
+    ranks = Ranks(gpus, config.context_parallel, experts)
+    _check_gpus(config, shape, gpu, ranks)
+    if (reason := refusal(config, ranks)) is not None:
+        would = (c for c in _divisors(gpus) if refusal(config, replace(ranks, context=c)) is None)
+        raise UserError(reason + "".join(f", as with --set context_parallel={c}" for c in [*would][:1]))
+    phases = tuple(_phase(config, shape, gpu, ranks, rates, phase) for phase in config.phases)
+    found = StagePlan(config, shape, gpu, ranks, phases)
+    if found.heaviest.bytes > usable(gpu):
+        raise UserError(_does_not_fit(found))
+    return found
+
+
+def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> None:
+    if gpu.name not in TRAINING:
+        raise UserError(f"--gpu {gpu.name}: training runs on CUDA devices; use one of {', '.join(TRAINING)}")
+    if config.device == "cpu":
+        raise UserError("device is cpu, and a plan is for GPUs; add --set device=auto")
+    if not config.phases:
+        raise UserError("the run has no phases: give at least one [[phases]] table")
+    if ranks.gpus < 1:
+        raise UserError(f"--gpus {ranks.gpus}: give at least 1")
+    if ranks.gpus > NODE and ranks.gpus % NODE:
+        raise UserError(f"--gpus {ranks.gpus}: no whole machines of {NODE}; give {NODE} or less, or a multiple")
+    if config.lora is not None:
+        raise UserError("a plan counts training of all weights, and the config has a [lora] table; leave it out")
+    if objective(config) != "pretrain" and not shape.sparse:
+        raise UserError(f"{config.stage} needs a shape with an indexer; `with_indexer` adds one")
+    experts = ranks.experts
+    if experts < 1 or ranks.gpus % experts or (experts > 1 and (not shape.experts or shape.experts % experts)):
+        has = f"{shape.experts} routed experts" if shape.experts else "no routed experts"
+        raise UserError(f"--expert-parallel {experts} must divide {ranks.gpus} GPUs and the model's {has}")
+
+
+def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
+    """Reason why training (`tokensieve/train/parallelize.py`) refuses such a division, with a remedy; or None."""
+    if ranks.gpus % ranks.context:
+        return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
+    if config.compile and ranks.gpus > 1:
+        return "compile runs on one GPU so far; leave it out, or plan for --gpus 1"
+    for phase in config.phases:
+        together = phase.micro_batch * ranks.shards
+        if phase.sequences % together:
+            return (
+                f"{phase.sequences} sequences a step do not divide into micro-batches of {phase.micro_batch} on "
+                f"{ranks.shards} groups of {ranks.context} GPUs; make phases.sequences a multiple of {together}, or "
+                f"change how many GPUs share a sequence (context_parallel)"
+            )
+        multiple = 2 * ranks.context * config.kl_queries
+        if ranks.context > 1 and phase.context % multiple:
+            return (
+                f"phases.context is {phase.context}; {ranks.context} GPUs share sequences of a multiple of {multiple} "
+                "tokens; change it"
+            )
+    return None
+
+
+def _divisors(gpus: int) -> list[int]:
+    return [c for c in range(1, gpus + 1) if gpus % c == 0]
+
+
+# What would fit
+
+
+def _does_not_fit(found: StagePlan) -> str:
+    config, shape, gpu, ranks = found.config, found.shape, found.gpu, found.ranks
+    heaviest = found.heaviest
+    largest = sorted(heaviest.memory, key=lambda held: held.bytes, reverse=True)[:2]
+    parts = " and ".join(f"{held.name} {held.bytes / 1e9:.1f} GB" for held in largest)
+    needs = (
+        f"the plan does not fit: it takes {heaviest.bytes / 1e9:.1f} GB, above all {parts}, of the "
+        f"{usable(gpu) / 1e9:.1f} GB of one {gpu.name} that can be used"
+    )
+    ways = [*_other_settings(config, shape, gpu, ranks), *_more_gpus(config, shape, gpu, ranks)]
+    ways = ways or [f"--gpu {name}" for name in TRAINING if _fits(config, shape, gpu_of(name), ranks)]
+    if ways:
+        return f"{needs}; what fits: {'; or '.join(ways)}"
+    one = max(kind.held(ranks) for kind in layer_parameters(shape))
+    remedies = ["count with divided experts (--expert-parallel), which training cannot do yet"] if shape.experts else []
+    one_token = (PhaseConfig(1, 1, 1),)
+    if _holds(replace(config, phases=one_token, context_parallel=1, kl_every=1), shape, gpu, replace(ranks, context=1)):
+        remedies.insert(0, "take shorter sequences")
+    remedy = f"; {' or '.join(remedies)}" if remedies else ""
+    return (
+        f"{needs}, and no other settings, {MACHINES} machines or other GPUs do: a layer of {one / 1e9:.1f} billion "
+        f"parameters is gathered whole, with the next one{remedy}"
+    )
+
+
+def _fits(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
+    return refusal(config, ranks) is None and _holds(config, shape, gpu, ranks)
+
+
+def _holds(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
+    return all(sum(held.bytes for held in _memory(config, shape, ranks, p)) <= usable(gpu) for p in config.phases)
+
+
+def _changed(config: TrainConfig, ranks: Ranks) -> Iterator[tuple[TrainConfig, Ranks, list[str]]]:
+    """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first."""
+    recompute = not config.activation_checkpointing and config.stage != "warmup"
+    smaller = any(phase.micro_batch > 1 for phase in config.phases)
+    context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
+    choices = product((False, True) if recompute else (False,), (False, True) if smaller else (False,), context)
+    for again, single, c in sorted(choices, key=lambda x: (x[2] != ranks.context, x[2], x[0] + x[1], x[1])):
+        changes = ["--set activation_checkpointing=true"] if again else []
+        phases = tuple(replace(phase, micro_batch=1) for phase in config.phases) if single else config.phases
+        changes += [
+            f"--set phases.{i}.micro_batch=1" for i, p in enumerate(config.phases) if single and p.micro_batch > 1
+        ]
+        changes += [f"--set context_parallel={c}"] if c != ranks.context else []
+        checkpointing = config.activation_checkpointing or again
+        # The config checks its contexts; those that do not divide are refused afterwards.
+        changed = replace(config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1)
+        yield changed, replace(ranks, context=c), changes
+
+
+def _other_settings(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
+    """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
+    for changed, other, changes in _changed(config, ranks):
+        if changes and _fits(changed, shape, gpu, other):
+            yield " ".join(changes)
+            return
+
+
+def _more_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
+    """The fewest GPUs that would do, with the same settings if they can, or else with others."""
+    counts = [n for n in (2, 4, *range(NODE, NODE * MACHINES + 1, NODE)) if n > ranks.gpus and n % ranks.experts == 0]
+    for gpus in counts:
+        for changed, other, changes in _changed(config, replace(ranks, gpus=gpus)):
+            if _fits(changed, shape, gpu, other):
+                yield " ".join([f"--gpus {gpus}", *changes])
+                return
+
+
+# One phase
+
+
+def _memory(config: TrainConfig, shape: Shape, ranks: Ranks, phase: PhaseConfig) -> list[Held]:
+    return memory(
+        shape,
+        objective(config),
+        ranks,
+        sequences=phase.micro_batch,
+        context=phase.context,
+        checkpointing=config.activation_checkpointing,
+    )
+
+
+def _phase(
+    config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, rates: TrainRates, phase: PhaseConfig
+) -> PhasePlan:
+    stage = objective(config)
+    known = measured_rates(shape, stage, phase.context, gpu)
+    model = train_flops_parts(shape, stage, phase.context, kl_every=config.kl_every)
+    again = recomputed_flops(shape, stage, phase.context) if config.activation_checkpointing else TrainFlops(0, 0)
+
+    def part(name: str, flops: float, given: Rate, measured: Rate) -> Part:
+        """flops: of one sequence."""
+        rate, flops = measured if given == PEAK else given, flops * phase.sequences / ranks.gpus
+        return Part(name, flops, 0, flops / (gpu.bf16 * rate.share), "compute", rate.label)
+
+    parts = (
+        part("products with weights", model.products + again.products, rates.products, known.products),
+        part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
+    )
+    traffic = tuple(_traffic(config, shape, gpu, ranks, phase))
+    network = rates.network
+    seconds = sum(t.bytes / (t.bandwidth * network.share) for t in traffic)
+    exchange = Part("between GPUs", 0, sum(t.bytes for t in traffic), seconds, "interconnect", network.label)
+    held = tuple(_memory(config, shape, ranks, phase))
+    return PhasePlan(parts, exchange, phase, held, traffic, phase.sequences * sum(model))
+
+
+def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
+    """Traffic of one GPU in a step. A collective over machines uses the network of all their GPUs at once."""
+    stage, counts = objective(config), parameters(shape)
+    passes = phase.sequences // (phase.micro_batch * ranks.shards)
+    T = phase.micro_batch * phase.context
+    again = config.activation_checkpointing and stage != "warmup"
+
+    def bandwidth(gpus: int) -> float:
+        return gpu.link if gpus <= NODE else min(gpu.link, NODE * gpu.network)
+
+    if ranks.gpus > 1:
+        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
+        held = counts.total - routed + routed // ranks.experts
+        learning = trained(shape, stage) if stage == "warmup" else held
+        gathers = 1 if stage == "warmup" else 2
+        received = passes * (GATHERED * gathers * held + WEIGHT * learning) * (ranks.gpus - 1) / ranks.gpus
+        yield Traffic("layers and gradients", received, bandwidth(ranks.gpus))
+    if ranks.context > 1:
+        # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
+        entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim
+        numbers = (1 + again) * (entries + index) + (index if stage == "warmup" else entries + index)
+        received = passes * shape.layers * T * numbers * VALUE * (ranks.context - 1) / ranks.context
+        yield Traffic("keys and values, index keys", received, bandwidth(ranks.context))
+    if ranks.experts > 1:
+        copies = expert_copies(shape, ranks.experts) * shape.moe_layers * T / ranks.context
+        there_and_back = 2 * (1 if stage == "warmup" else 2 + again)
+        received = passes * copies * shape.hidden * VALUE * there_and_back
+        yield Traffic("tokens of experts", received, gpu.link if ranks.experts <= NODE else gpu.network)

@@ -1,0 +1,169 @@
+"""Memory of one GPU in training, on one GPU or under FSDP2 and context parallelism, in bytes.
+
+What lasts from step to step (weights, gradients, moments) is divided over all GPUs. What a step needs besides is not:
+the layers that are gathered at a time, and the activations of the tokens that a GPU computes. Under context parallelism
+a GPU has the entries and index keys of a whole sequence, one layer at a time.
+
+Legend: N tokens of a micro-batch that a GPU computes, T tokens of its sequences.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tokensieve.cost.shape import Shape, parameters
+from tokensieve.cost.training import Stage, activation_bytes, logits_bytes
+
+WEIGHT, VALUE, MOMENTS = 4, 2, 8  # bytes: of a parameter or its gradient, of an activation, of Adam's two moments
+GATHERED = WEIGHT  # bytes of a parameter in a layer that is gathered from all GPUs
+LAYERS = 2  # gathered at a time: the one that runs, and the next one, which is on its way
+STRIP = 1 << 26  # entries of the warm-up's target, and of its scores, held at a time (tokensieve/ops/triton/loss.py)
+SCORES = 1 << 28  # index scores, or kept probabilities and slopes, held at a time in adaptation (ops/triton/topk.py)
+ACTIVATIONS = "activations"
+
+Origin = Literal["counted", "estimated"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The GPUs of a run. context: those that share a sequence. experts: those that routed experts are divided over."""
+
+    gpus: int
+    context: int = 1
+    experts: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Groups that read different sequences."""
+        return self.gpus // self.context
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one GPU's memory. origin: "counted" if they follow from sizes, "estimated" for activations and copies.
+
+    Of these only the large ones are known.
+    """
+
+    name: str
+    bytes: int
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one layer, its indexer included. experts: those of routed experts."""
+
+    other: int
+    experts: int = 0
+
+    def held(self, ranks: Ranks) -> int:
+        """Number of parameters that a GPU has while the layer is gathered."""
+        return self.other + self.experts // ranks.experts
+
+
+def layer_parameters(shape: Shape) -> tuple[LayerParameters, ...]:
+    """Parameters of a layer of each kind that the model has, with experts and without."""
+    counts, attention = parameters(shape), shape.attention
+    indexer = counts.indexer // max(1, shape.index_layers)
+    fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer
+    expert = 3 * shape.hidden * shape.expert_ffn
+    kinds = []
+    if shape.moe_layers:
+        router = shape.hidden * shape.experts
+        kinds.append(LayerParameters(fixed + router + shape.shared_experts * expert, shape.experts * expert))
+    if shape.layers > shape.moe_layers:
+        bias = (2 * shape.dense_ffn + shape.hidden) * shape.mlp_bias
+        kinds.append(LayerParameters(fixed + 3 * shape.hidden * shape.dense_ffn + bias))
+    return tuple(kinds)
+
+
+def trained(shape: Shape, stage: Stage) -> int:
+    """Number of parameters that learn in a stage."""
+    counts = parameters(shape)
+    return counts.indexer if stage == "warmup" else counts.total - (counts.indexer if stage == "pretrain" else 0)
+
+
+def memory(
+    shape: Shape, stage: Stage, ranks: Ranks, *, sequences: int, context: int, checkpointing: bool
+) -> list[Held]:
+    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each."""
+    T = sequences * context
+    N = T // ranks.context
+    counts, learning, logits = parameters(shape), trained(shape, stage), logits_bytes(shape, stage, N)
+    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+    return [
+        Held("weights, float32", WEIGHT * counts.total // ranks.gpus, "counted"),
+        Held("gradients, float32", WEIGHT * learning // ranks.gpus, "counted"),
+        Held("moments of Adam, float32", MOMENTS * learning // ranks.gpus, "counted"),
+        *_gathered_layers(shape, stage, ranks, checkpointing),
+        Held(ACTIVATIONS, activations, "estimated"),
+        *_gathered_keys(shape, stage, ranks, N, T, checkpointing),
+        Held("buffers of scores and of the KL's target", _buffers(stage, N, T), "counted"),
+        Held("logits, float32", logits, "counted"),
+    ]
+
+
+def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool) -> Iterator[Held]:
+    """Whole layers as FSDP gathers them, their gradients, and the bfloat16 copies that products read.
+
+    Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step. A gradient
+    is there twice: as it was made, and as it is sent. Autocast keeps the copies of linear layers that learn to the end
+    of the forward pass, in which there are no gradients yet. Experts make theirs anew in every pass. With recomputation
+    a layer's copies go with it in the backward pass.
+    """
+    counts, learns = parameters(shape), stage != "warmup"
+    embedding = 0 if shape.tied else counts.head
+    together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
+    largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
+    unit, tables = together * largest.held(ranks), embedding + counts.head
+    copies, gradients = VALUE * largest.held(ranks), 0
+    if learns and ranks.gpus > 1:
+        gradients = (GATHERED + WEIGHT) * unit + GATHERED * tables
+    if learns:
+        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
+        forward = counts.total - embedding - routed + (largest.experts if checkpointing else routed) // ranks.experts
+        if not checkpointing:
+            copies = VALUE * forward
+        elif VALUE * forward > copies + gradients:
+            copies, gradients = VALUE * forward, 0  # the end of the forward pass is the peak
+    if ranks.gpus > 1:
+        yield Held("gathered layers, embedding and head", GATHERED * (LAYERS * unit + tables), "counted")
+        yield Held("their gradients", gradients, "counted")
+    yield Held("weights in bfloat16, for products", copies, "estimated")
+
+
+def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:
+    """Entries and index keys of whole sequences: as they arrive, in their order, and the gradients that are sent back.
+
+    Dense attention expands the entries to keys and values per head, of all T tokens; a GPU's own are counted with the
+    activations. Without recomputation every layer keeps them.
+    """
+    if ranks.context == 1:
+        return
+    attention = shape.attention
+    sent = attention.cached + (shape.index_dim if stage != "pretrain" else 0)
+    layers = 1 if checkpointing or stage == "warmup" else shape.layers
+    gradient = WEIGHT + VALUE if stage != "warmup" else 0  # summed in float32, sent in bfloat16
+    size = T * sent * (VALUE * (1 + layers) + gradient)
+    if stage != "adapt":
+        size += (T - N) * expanded(shape) * VALUE * (layers + (stage == "pretrain"))
+    yield Held("gathered keys and values, index keys", size, "estimated")
+
+
+def expanded(shape: Shape) -> int:
+    """Numbers per token of the keys and values of all heads that dense attention reads, and of what they are made of.
+
+    Under MLA: the up-projected latent, keys with their rotated part, and values as wide as keys. Grouped ones are
+    repeated for the heads of their group.
+    """
+    attention = shape.attention
+    if attention.gathered != attention.masked:
+        return attention.heads * (attention.masked - attention.rotated + 2 * attention.score)
+    return attention.heads * attention.masked
+
+
+def _buffers(stage: Stage, N: int, T: int) -> int:
+    if stage == "pretrain":
+        return 0
+    return 4 * (2 * min(STRIP, N * T) if stage == "warmup" else min(SCORES, N * T))
