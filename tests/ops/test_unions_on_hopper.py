@@ -1,0 +1,145 @@
+"""What the host does for unions on Hopper, with the Gluon kernels written out in PyTorch: they need a GPU."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import oracle
+from tests.support.cases import Case, Inputs, causal, make
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+
+from tokensieve.ops.hopper import unions as on_hopper
+from tokensieve.ops.reference import sparse
+from tokensieve.ops.triton import union_attention, unions
+
+TOLERANCE = 1e-5  # float32, as in test_triton.py
+GROUPED = {"heads": 6, "groups": 2, "entry": 32, "d_k": 16, "v_start": 16, "d_v": 16}
+PACK = Case("two tiles of 32 queries, and a part of one", causal(70), keys=70, k=4, **GROUPED)
+
+
+class Written:
+    """A kernel's place: called as `kernel[grid](...)`."""
+
+    def __init__(self, run) -> None:
+        self.run, self.tiles = run, 0
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return self.run
+
+
+def each_query(keys: Tensor, marks: Tensor, counts: Tensor, B: int, S: int):
+    """(query, the keys of its tile's list that it selected)."""
+    for tile, count in enumerate(counts.tolist()):
+        for b in range(B if count >= 0 else 0):
+            if tile * B + b < S:
+                bits = (marks[tile, :count] >> b) & 1
+                yield tile * B + b, tile, keys[tile, :count], bits != 0
+
+
+def parts(kv: Tensor, listed: Tensor, H: int, G: int, D: int, v_start: int, V: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a list (C, H, D), (C, H, V)."""
+    entries = kv[listed.long()].repeat_interleave(H // G, 1)
+    return entries[..., :D], entries[..., v_start : v_start + V]
+
+
+def run_forward(q, kv, out, lse, keys, marks, counts, broken, S, *, scale, H, G, D, V, v_start, B, **_) -> None:
+    for t, tile, listed, seen in each_query(keys, marks, counts, B, S):
+        k, v = parts(kv, listed, H, G, D, v_start, V)
+        logit = torch.where(seen, torch.einsum("hd,chd->hc", q[t], k) * scale, -math.inf)
+        lse[t] = logit.logsumexp(1) if len(listed) else -math.inf
+        p = torch.where(lse[t].isneginf()[:, None], 0.0, (logit - lse[t][:, None]).exp())
+        out[t] = torch.einsum("hc,chv->hv", p, v)  # zero times NaN is NaN
+        if not out[t].isfinite().all():
+            broken[tile] = 1
+
+
+def run_backward(
+    dout, q, kv, lse, delta, dq, dkv, keys, marks, counts, S, *, scale, H, G, D, V, v_start, B, **_
+) -> None:
+    for t, _tile, listed, seen in each_query(keys, marks, counts, B, S):
+        k, v = parts(kv, listed, H, G, D, v_start, V)
+        logit = torch.einsum("hd,chd->hc", q[t], k) * scale
+        p = torch.where(seen, (logit - torch.where(lse[t].isneginf(), math.inf, lse[t])[:, None]).exp(), 0.0)
+        ds = torch.where(seen, p * (torch.einsum("hv,chv->hc", dout[t], v) - delta[t][:, None]), 0.0)
+        dq[t] = torch.einsum("hc,chd->hd", ds, k) * scale
+        group = torch.arange(H) // (H // G)
+        for h in range(H):
+            dkv[listed.long(), group[h], :D] += ds[h][:, None] * q[t, h] * scale
+            dkv[listed.long(), group[h], v_start : v_start + V] += p[h][:, None] * dout[t, h]
+
+
+@pytest.fixture(autouse=True)
+def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(union_attention, "WIDE_ON_HOPPER", True)
+    monkeypatch.setattr(union_attention, "is_hopper", lambda device: True)
+    monkeypatch.setattr(on_hopper, "union_forward_kernel", Written(run_forward))
+    monkeypatch.setattr(on_hopper, "union_backward_kernel", Written(run_backward))
+    monkeypatch.setattr(on_hopper, "takes", lambda u, kv, shape: u.B * shape["MP"] == union_attention.ROWS)
+
+
+def operands(x: Inputs) -> tuple:
+    return x.q_SHD, x.kv_TGE, x.indices_SK, x.scale, *x.parts.values()
+
+
+def both_ways(module, x: Inputs, dout: Tensor, dlse: Tensor) -> dict[str, Tensor]:
+    out, lse = module.sparse_attention(*operands(x))
+    dq, dkv = module.sparse_attention_backward(dout, dlse, out, lse, *operands(x))
+    return {"out": out, "lse": lse, "dq": dq, "dkv": dkv}
+
+
+def given(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Gradients of out and lse."""
+    g = torch.Generator().manual_seed(2)
+    S, H, _ = x.q_SHD.shape
+    return torch.randn(S, H, 16, generator=g), torch.randn(S, H, generator=g)
+
+
+@pytest.mark.parametrize("fit", [1, 4])
+def test_wide_tiles_and_narrow_ones(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unions, "FIT", fit)
+    x = make(PACK, "cpu")
+    x.indices_SK[32:64] = x.indices_SK[63]  # one union fits in any case
+    expected = both_ways(sparse, x.to(torch.float64), *(g.double() for g in given(x)))
+    for name, a in both_ways(union_attention, x, *given(x)).items():
+        oracle.assert_close(a.double(), expected[name], TOLERANCE, 1.0, name)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("kv_TGE", math.nan),
+        pytest.param("kv_TGE", math.inf, marks=pytest.mark.slow),
+        pytest.param("q_SHD", math.nan, marks=pytest.mark.slow),
+    ],
+)
+def test_broken_numbers_reach_only_who_selected_them(where: str, value: float) -> None:
+    x = make(PACK, "cpu")
+    spoiled = getattr(x, where).clone()
+    at = int(x.indices_SK[40, 1]) if where == "kv_TGE" else 40
+    spoiled[at] = value
+    whole, broken = (
+        both_ways(union_attention, x, *given(x)),
+        both_ways(union_attention, dataclasses.replace(x, **{where: spoiled}), *given(x)),
+    )
+    hit = (x.indices_SK == at).any(1) if where == "kv_TGE" else torch.arange(70) == at
+    chosen = torch.zeros(70, dtype=torch.bool)
+    chosen[x.indices_SK[hit][x.indices_SK[hit] >= 0].long()] = True
+    assert hit.any() and not hit.all() and not chosen.all()
+    for name, e in whole.items():
+        kept = ~chosen if name == "dkv" else ~hit
+        oracle.assert_close(broken[name][kept].double(), e[kept].double(), TOLERANCE, 1.0, name)
+    assert not broken["out"][hit].isfinite().all((1, 2)).any()
+
+
+def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
+    x = make(PACK, "cpu")
+    dout, dlse = given(x)
+    dlse[9] = math.nan
+    gradients = both_ways(union_attention, x, dout, dlse)
+    assert (~gradients["dq"].isfinite().all((1, 2))).nonzero().tolist() == [[9]]
+    selected = x.indices_SK[9][x.indices_SK[9] >= 0]
+    assert (~gradients["dkv"].isfinite().all((1, 2))).nonzero()[:, 0].tolist() == selected.tolist()
