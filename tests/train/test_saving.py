@@ -19,6 +19,7 @@ from tests.support.training import SMALL, Workplace, workplace
 from tokensieve import checkpoint, train
 from tokensieve.checkpoint import writing
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.families import model_config
 from tokensieve.files import locked
 from tokensieve.train import loop, parallelize, saving
 from tokensieve.train.state import checkpoints
@@ -145,7 +146,7 @@ def files_of_rank(settings: TrainConfig) -> list[str]:
 
 def read_by_rank(folder: Path) -> tuple[int, int, dict[str, Any]]:
     """Values that this rank reads of a checkpoint, the most that it holds at once, and its gathered tensors."""
-    made, sizes, mesh = parallelize.empty_model(folder), [], ranks.HERE[0]
+    made, sizes, mesh = parallelize.empty_model(model_config(checkpoint.read_config(folder))), [], ranks.HERE[0]
     settings = TrainConfig("adapt", "", "", (PhaseConfig(1, 48, 4, 1),), device="cpu")
     parallelize.shard(made, parallelize.divide(settings, mesh))
     real = checkpoint.load_tensors
@@ -253,6 +254,14 @@ def test_no_rank_reads_what_it_does_not_keep(two: ranks.Group, here: Workplace) 
         assert read < 0.52 * total and most <= largest // 2  # biases that are not divided come whole
         assert tensors.keys() == whole.keys()
         assert all((tensors[name] == whole[name].numpy()).all() for name in whole)
+
+
+def test_two_ranks_extend_a_model(two: ranks.Group, here: Workplace) -> None:
+    """Its tensors are read in parts, its positions are those of the shape."""
+    settings = here.run("pretrain", "extended", PhaseConfig(2, 48, 4, 2), model=str(here.root / "dense"))
+    settings = replace(settings, shape={"max_position_embeddings": 512})
+    assert run(two, settings).losses == pytest.approx(alone(replace(settings, out=f"{settings.out}-one")), rel=ROUNDING)
+    assert tokensieve.load(Path(settings.out, "step-000002")).config.max_position_embeddings == 512
 
 
 def test_a_checkpoint_counts_once_all_ranks_have_written(two: ranks.Group, here: Workplace) -> None:

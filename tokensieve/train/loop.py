@@ -122,9 +122,9 @@ class Run:
             check_memory(config, _model_config(config, model, self._resumed), self.mesh)
         resumed = self._resumed if config.lora is None else None
         parts = None
-        if several and (resumed or (model is None and not config.shape)):
+        if several and (resumed or (model is None and config.model)):
             parts = resumed or model_path(config.model)
-            self.model = empty_model(parts)
+            self.model = empty_model(_model_config(config, model, resumed))
         elif resumed:
             self.model = load(resumed, torch.float32, self.device)
         else:
@@ -272,6 +272,11 @@ class Run:
                 self.saver.settle()
             failure = OneRankError if self.mesh.size > 1 else UserError
             raise failure(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
+        except torch.OutOfMemoryError as error:
+            raise OneRankError(
+                f"step {number + 1}: rank {self.mesh.rank} has run out of memory on {self.device}; start more ranks, "
+                "set activation_checkpointing=true, or make phases.context or phases.micro_batch smaller"
+            ) from error
         if self.mesh.size > 1:
             sums = dict(zip(sums, self.mesh.all_reduce(torch.stack([*sums.values()])), strict=True))
             loads = tuple(self.mesh.all_reduce(load) for load in loads)
@@ -369,7 +374,7 @@ def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForC
     if model is not None:
         return model
     if config.stage == "pretrain" and config.shape and config.model:
-        return pretrain.extended_model(config)
+        return load(config.model, torch.float32, config=pretrain.extended_config(config))
     if config.stage == "pretrain" and config.shape:
         model = pretrain.new_model(config)
         model.folder = model_path(config.data.tokenizer)
@@ -383,6 +388,8 @@ def _model_config(config: TrainConfig, model: DecoderForCausalLM | None, resumed
         return model.config
     if resumed is None and not config.model:
         return DeepseekV3Config(**config.shape)
+    if resumed is None and config.stage == "pretrain" and config.shape:
+        return pretrain.extended_config(config)
     return model_config(checkpoint.read_config(resumed or model_path(config.model)))
 
 

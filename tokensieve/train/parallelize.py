@@ -23,7 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.families import model_config
+from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
@@ -146,10 +146,10 @@ def own_part(shape: torch.Size, like: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-def empty_model(folder: Path) -> DecoderForCausalLM:
-    """The model of a checkpoint without its tensors, for `shard` and then `read_parts`."""
+def empty_model(config: ModelConfig) -> DecoderForCausalLM:
+    """A model without its tensors, for `shard` and then `read_parts`."""
     with torch.device("meta"):
-        return DecoderForCausalLM(model_config(checkpoint.read_config(folder)))
+        return DecoderForCausalLM(config)
 
 
 def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) -> None:
