@@ -66,7 +66,7 @@ def test_the_losses_of_one_process(run: Any, home: Path, tmp_path: Path, stage: 
 def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{tmp_path}")
-    for words, stage, more in (
+    cases: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
         (
             ("context_parallel is 3", "torchrun started 2"),
             "warmup",
@@ -81,8 +81,9 @@ def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: py
             "adapt",
             (*SHARED, "--selection", "broken:fills"),
         ),
-    ):
-        out = tmp_path / "out"
+    )
+    for number, (words, stage, more) in enumerate(cases):
+        out = tmp_path / f"out-{number}"
         _, err = ended(process := started(*tiny(home, stage, out, *more)))
         lines = [line for line in err.splitlines() if line.startswith("tokensieve: error: ")]
         assert process.returncode != 0 and len(lines) == 1 and "exitcode  : 2" in err, err
