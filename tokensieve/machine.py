@@ -1,5 +1,6 @@
 """This machine: the device of a command, the processes that share the work, the processor, installed versions."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -73,3 +74,14 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def code_digest() -> str:
+    """A digest of this package's source, and of the versions of Python and of what computes."""
+    root = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (platform.python_version(), *map(str, map(version, ("torch", "transformers", "triton")))):
+        digest.update(name.encode())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -6,8 +6,9 @@ The engine builds on it, and training. All ranks call the same methods in the sa
 import functools
 import hashlib
 import logging
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,18 +132,33 @@ class Mesh:
             sys.exit(1)
 
 
+def check_restarts(environment: Mapping[str, str]) -> None:
+    """UserError if torchrun may start the ranks again, and then they could not find each other.
+
+    By default they meet in a store that outlives them. A rank that comes back may read there the address of a process
+    that has ended (https://github.com/pytorch/pytorch/issues/135712).
+    """
+    if int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) and environment["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise UserError(
+            "ranks that torchrun starts again may not find each other; start it with --standalone (on several machines "
+            "with --rdzv-backend c10d) and with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, or without "
+            "--max-restarts"
+        )
+
+
 @contextmanager
 def join_mesh(device: str = "auto") -> Iterator[Mesh]:
     """Mesh of the ranks that torchrun started, or of this process alone, as a context manager.
 
     device: device as commands take it.
 
-    Raises UserError, on every rank, if there are fewer GPUs than ranks.
+    Raises UserError, on every rank, if there are fewer GPUs than ranks, and if torchrun could not start them again.
     """
     info, target = rank_info(), torch.device(choose_device(device))
     if info.size == 1:
         yield Mesh(0, 1, target)
         return
+    check_restarts(os.environ)
     if target.type == "cuda":
         if info.local_size > (gpus := torch.cuda.device_count()):
             raise UserError(f"--nproc-per-node {info.local_size} needs as many GPUs, and this machine has {gpus}")

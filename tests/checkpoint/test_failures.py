@@ -164,7 +164,7 @@ def test_any_failure_leaves_the_old_checkpoint_whole(tmp_path: Path, monkeypatch
 
     with pytest.raises(Killed):
         checkpoint.save_tensors(folder, config.to_dict(), half_a_model(), shard_bytes=1000)
-    for name in ("_swap", "_sync"):
+    for name in ("_swap", "sync"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(folder_module, name, killed)
             save(folder, config, source, shard_bytes=1000)
@@ -217,7 +217,7 @@ def test_a_full_disk(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     elif how == "safetensors":
         monkeypatch.setattr(writing, "save_file", no_space_in_rust)
     else:
-        monkeypatch.setattr(folder_module, "_sync", no_space)
+        monkeypatch.setattr(folder_module, "sync", no_space)
     with pytest.raises(UserError, match=r"m: cannot write the checkpoint \(.*the disk is full; free space") as caught:
         save(folder, config, source)
     assert "\n" not in str(caught.value)

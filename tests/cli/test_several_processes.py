@@ -1,5 +1,6 @@
 """Commands that run in one process refuse a launch of several, in one line and before anything is read or written."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import tokensieve
 from tests.support import commands
 from tests.support.training import model
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.mesh import check_restarts
 
 
 @pytest.fixture
@@ -61,3 +63,14 @@ def test_the_loop_refuses_too(two: None) -> None:
     settings = TrainConfig("adapt", "", "nowhere", (PhaseConfig(1, 48, 2),))
     with pytest.raises(UserError, match="torchrun started 2 processes"):
         tokensieve.train.run(settings, model())
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shared", "refused"), [("3", "True", True), ("3", "False", False), ("0", "True", False)]
+)
+def test_restarts_in_a_store_that_outlives_the_ranks(restarts: str, shared: str, refused: bool) -> None:
+    environment = {"TORCHELASTIC_MAX_RESTARTS": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
+    expected = pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") if refused else nullcontext()
+    with expected:
+        check_restarts(environment)
+    check_restarts({})  # started by something else

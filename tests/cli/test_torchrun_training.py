@@ -18,10 +18,16 @@ from tests.support.torchrun import ended, ranks_of, started
 SHARED = ("--set", "context_parallel=2")
 BROKEN = """
 import os
+import torch
 
 def fails(c):
     if os.environ["RANK"] == "1":
         raise ValueError("a NaN among the scores")
+    return c.topk()
+
+def fills(c):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
     return c.topk()
 """
 
@@ -37,10 +43,10 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def begun(process: subprocess.Popen, folder: Path) -> None:
-    """Waits for the first step of a run."""
+def begun(process: subprocess.Popen, folder: Path, step: int = 1) -> None:
+    """Waits for a step of a run."""
     limit = time.monotonic() + 120
-    while not losses(folder):
+    while len(losses(folder)) < step:
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
 
@@ -60,7 +66,7 @@ def test_the_losses_of_one_process(run: Any, home: Path, tmp_path: Path, stage: 
 def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{tmp_path}")
-    for words, stage, more in (
+    cases: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
         (
             ("context_parallel is 3", "torchrun started 2"),
             "warmup",
@@ -70,8 +76,14 @@ def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: py
         (("4 sequences", "2 shards"), "warmup", ("--set", "phases.0.sequences=4", "--set", "phases.0.micro_batch=4")),
         (("2 ranks cannot hold the model", "at least"), "pretrain", ("--set", "shape.num_hidden_layers=9000000")),
         (("step 1: a NaN among the scores",), "adapt", (*SHARED, "--selection", "broken:fails")),  # on rank 1 alone
-    ):
-        out = tmp_path / "out"
+        (
+            ("step 1: rank 1 has run out of memory", "start more ranks"),
+            "adapt",
+            (*SHARED, "--selection", "broken:fills"),
+        ),
+    )
+    for number, (words, stage, more) in enumerate(cases):
+        out = tmp_path / f"out-{number}"
         _, err = ended(process := started(*tiny(home, stage, out, *more)))
         lines = [line for line in err.splitlines() if line.startswith("tokensieve: error: ")]
         assert process.returncode != 0 and len(lines) == 1 and "exitcode  : 2" in err, err
@@ -101,6 +113,25 @@ def test_a_rank_that_is_killed_ends_all(home: Path, tmp_path: Path) -> None:
     _, err = ended(process := started(*tiny(home, "adapt", tmp_path / "cut", *SHARED, *steps, "--resume")))
     assert process.returncode == 0, err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_from_the_last_checkpoint(home: Path, tmp_path: Path) -> None:
+    """Both ranks are killed once, wherever they are, and the losses are those of a run that was left alone."""
+    steps = ("--set", "phases.0.steps=60", "--resume")
+    _, err = ended(process := started(*tiny(home, "adapt", tmp_path / "whole", *SHARED, *steps)))
+    assert process.returncode == 0, err
+    process = started(*tiny(home, "adapt", tmp_path / "cut", *SHARED, *steps), restarts=2)
+    try:
+        for rank, step in ((1, 8), (0, 25)):
+            begun(process, tmp_path / "cut", step)
+            ranks_of(process)[rank].kill()
+        out, err = ended(process)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and out.count("the trained model") == 1, err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") and len(losses(tmp_path / "cut")) == 60
+    assert sorted(path.name for path in (tmp_path / "cut").glob("*step-*")) == ["step-000059", "step-000060"]
 
 
 @pytest.mark.slow

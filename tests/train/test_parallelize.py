@@ -3,11 +3,8 @@
 The ranks share a step of ragged packs: parameters are sharded over all of them, and tokens over some.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +14,8 @@ from torch import Tensor
 
 import tokensieve
 from tests.support import grouped, models, ranks
-from tests.support.training import OPTIMIZER, Workplace, apart, batch, config, cut, step_gradients, workplace
-from tokensieve import train
+from tests.support.training import OPTIMIZER, apart, batch, config, cut, step_gradients
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
-from tokensieve.files import locked
 from tokensieve.mesh import Mesh
 from tokensieve.model import ForwardOptions, SelectionContext
 from tokensieve.model.gathered import ContextGroup
@@ -92,28 +87,6 @@ def selections_of_rank(family: str, ties: bool) -> tuple[list[np.ndarray], list[
     return selections(family, divide(settings("adapt", ranks.HERE[0].size), ranks.HERE[0]).context, ties)
 
 
-def losses_of_another_config(run: TrainConfig) -> str:
-    return losses_of_rank(replace(run, seed=ranks.HERE[0].rank), False, None)
-
-
-def losses_of_rank(run: TrainConfig, resume: bool, stop: int | None) -> str:
-    """The losses of a run, or why it ended. stop: the step in which it is given up."""
-    losses = []
-
-    def given_up(done: int, figures: dict[str, float]) -> None:
-        losses.append(figures["loss"])
-        if done == stop:
-            raise KeyboardInterrupt
-
-    try:
-        train.run(run, resume=resume, on_step=given_up, progress=False, mesh=ranks.HERE[0])
-    except KeyboardInterrupt:
-        pass
-    except UserError as error:
-        return str(error)
-    return json.dumps(losses)
-
-
 # here
 
 
@@ -183,48 +156,6 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
             equal = (scores == expected[layer][own]).all(1)
             assert equal.all() if ties or layer == 0 else equal.any()
             assert (chosen[layer] == whole[layer][own])[equal].all()
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return workplace(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.mark.parametrize("stage", ["warmup", pytest.param("adapt", marks=pytest.mark.slow)])
-def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, stage: str) -> None:
-    """To the bit on as many ranks, and within rounding on one."""
-
-    def losses(run: TrainConfig, resume: bool = False, stop: int | None = None) -> list[float]:
-        answers = two.ask(losses_of_rank, run, resume, stop)
-        assert answers[0] == answers[1]
-        return json.loads(answers[0])
-
-    whole = here.run(stage, f"{stage}-whole", context_parallel=2, save_every=2)
-    begun = replace(whole, out=whole.out.replace("whole", "cut"))
-    expected = losses(whole)
-    assert losses(begun, stop=3) == expected[:3]  # the third step comes after the checkpoint
-    assert losses(begun, resume=True) == expected[2:] and len(expected) == 4
-    final = Path("step-000004", "model.safetensors")
-    assert (Path(begun.out) / final).read_bytes() == (Path(whole.out) / final).read_bytes()
-    rows = [json.loads(line) for line in Path(begun.out, "metrics.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows] == expected
-    for later in (Path(begun.out, "step-000004"), Path(begun.out, "metrics.jsonl")):  # back to the second step
-        shutil.rmtree(later) if later.is_dir() else later.unlink()
-    alone: list[float] = []
-    train.run(replace(begun, context_parallel=1), resume=True, on_step=lambda _, row: alone.append(row["loss"]))
-    assert alone == pytest.approx(expected[2:], rel=1e-5)
-
-
-def test_two_runs_in_one_folder(two: ranks.Group, here: Workplace) -> None:
-    run = here.run("warmup", "twice", context_parallel=2)
-    with locked(run.out):
-        for answer in two.ask(losses_of_rank, run, False, None):
-            assert "is in use by another run" in answer
-
-
-def test_ranks_with_other_settings(two: ranks.Group, here: Workplace) -> None:
-    for answer in two.ask(losses_of_another_config, here.run("warmup", "others")):
-        assert answer == "the ranks differ in their config; start all of them with the same"
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 import tokensieve
 from tests.support import forks
 from tests.support.training import Workplace, batch, workplace
+from tokensieve.checkpoint import writing
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
-from tokensieve.train import Interrupted, history, loop, run, state
+from tokensieve.train import Interrupted, history, loop, run, saving
 from tokensieve.train.state import checkpoints
 
 PHASES = (PhaseConfig(4, 48, 4, 2), PhaseConfig(3, 96, 2, 1, lr_scale=0.5))
@@ -239,7 +240,7 @@ def test_what_a_resumed_model_was_loaded_from_may_rotate_away(here: Workplace) -
 def test_a_half_removed_checkpoint_does_not_count(here: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = here.run("warmup", "half", PhaseConfig(2, 48, 2), save_every=1, keep=1)
     monkeypatch.setattr(
-        state.shutil, "rmtree", lambda folder, **_: (Path(folder) / "config.json").unlink(missing_ok=True)
+        saving.shutil, "rmtree", lambda folder, **_: (Path(folder) / "config.json").unlink(missing_ok=True)
     )
     run(settings, progress=False)
     assert (Path(settings.out) / "step-000001" / "model.safetensors").is_file()
@@ -333,16 +334,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ) -> None:
     expected = straight("adapt")
     settings = replace(expected, out=f"{expected.out}-full-{type(error).__name__}", save_every=2)
-    real, written = state.save_file, []
+    real, written = writing.save_file, []
 
-    def full(tensors: Any, path: Any) -> None:
+    def full(tensors: Any, path: Any, **more: Any) -> None:
         written.append(path)
-        if len(written) == 2:
+        if len(written) == 4:  # the second checkpoint's moments
             Path(path).write_bytes(b"half of it")
             raise error
-        real(tensors, path)
+        real(tensors, path, **more)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", full)
     with pytest.raises(UserError, match=r"step-000004: cannot write .* the disk is full; free space"):
         run(settings, progress=False)
     assert [p.name for p in checkpoints(Path(settings.out))] == ["step-000002"]

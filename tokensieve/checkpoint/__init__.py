@@ -14,7 +14,7 @@ from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer, hold
 from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
 from tokensieve.checkpoint.export import export_config, exportable
-from tokensieve.checkpoint.folder import replacing_folder
+from tokensieve.checkpoint.folder import begin_folder, end_folder, replacing_folder, saving_folder, sync, writing_errors
 from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, expected_tensors, memory_layout
 from tokensieve.checkpoint.reading import (
     Extras,
@@ -29,7 +29,7 @@ from tokensieve.checkpoint.reading import (
     tensor_headers,
 )
 from tokensieve.checkpoint.to_blocks import Rounding, convert_to_blocks
-from tokensieve.checkpoint.writing import save_tensors
+from tokensieve.checkpoint.writing import ShardWriter, add_model, save_tensors, write_config
 
 __all__ = [
     "FLOAT32_SUFFIXES",
@@ -37,11 +37,15 @@ __all__ = [
     "Extras",
     "Header",
     "Rounding",
+    "ShardWriter",
+    "add_model",
+    "begin_folder",
     "block_tensors",
     "check_division",
     "convert_to_blocks",
     "copy_tokenizer",
     "demo_name",
+    "end_folder",
     "expected_tensors",
     "export_config",
     "exportable",
@@ -61,9 +65,13 @@ __all__ = [
     "read_end_tokens",
     "replacing_folder",
     "save_tensors",
+    "saving_folder",
     "shard_axis",
     "shard_blocks",
+    "sync",
     "tensor_headers",
     "write_card",
+    "write_config",
     "write_shards",
+    "writing_errors",
 ]

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +136,13 @@ class Shards:
         """Return the size of a stored tensor in bytes."""
         return math.prod(self.shape[name]) * _BYTES[self.dtype[name]]
 
-    def read(self, name: str, fp8_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """Return a tensor as stored; FP8 blocks come back multiplied out, in ``fp8_dtype``. May alias the file."""
-        if self.dtype[name] != FP8:
+    def read(self, name: str, fp8_dtype: torch.dtype = torch.bfloat16, rows: slice = slice(None)) -> torch.Tensor:
+        """Return rows of a tensor as stored, FP8 blocks multiplied out in ``fp8_dtype``. May alias the file."""
+        if self.dtype[name] == FP8:
+            return dequantize_weight(self.piece(name), self.piece(name + _SCALE), self.block, fp8_dtype)[rows]
+        if rows == slice(None):
             return self.piece(name)
-        return dequantize_weight(self.piece(name), self.piece(name + _SCALE), self.block, fp8_dtype)
+        return self._handles[self.file_of[name]].get_slice(self._inside[name])[rows]
 
     def piece(self, name: str, axis: int | None = None, part: int = 0, parts: int = 1) -> torch.Tensor:
         """Return one of ``parts`` equal slices along ``axis`` (None: the whole), as stored. May alias the file."""
@@ -336,7 +338,11 @@ def blocks_in(shards: Shards, layout: dict[str, list[str]]) -> set[str]:
 
 
 def load_tensors(
-    folder: str | Path, config: Any, dtype: torch.dtype, kept: Collection[str] = ()
+    folder: str | Path,
+    config: Any,
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
+    rows: Callable[[str], slice] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream the tensors of a checkpoint folder: (in-memory name, tensor), in the order of the model.
 
@@ -345,17 +351,19 @@ def load_tensors(
     memory; the router's correction bias and the indexer's ``weights_proj`` stay float32. FP8 blocks are multiplied out
     by ``weight_scale_inv``. Names in ``kept``, a subset of :func:`block_tensors`, come as stored, each followed by its
     scales as NAME_scale_inv. Besides the tensor last yielded, at most one layer's fused experts are held. A tied
-    ``lm_head`` is not yielded.
+    ``lm_head`` is not yielded. rows: for an in-memory name, the rows (of fused experts, the experts) that are wanted;
+    no others are read, but for a GGUF file, which is read whole. Not together with ``kept``.
     Headers are checked before this returns: raises UserError, naming file, tensor and remedy, for a truncated or
     corrupt file, a missing, unknown or misshapen tensor, an unknown quantization, or a folder that holds only pickles.
     A GGUF file is read by `gguf.load_tensors` instead.
     """
     if gguf.is_gguf(folder):
-        return gguf.load_tensors(Path(folder), config, dtype)
+        whole = gguf.load_tensors(Path(folder), config, dtype)
+        return whole if rows is None else ((name, tensor[rows(name)]) for name, tensor in whole)
     shards = open_shards(folder)
     check_tensors(folder, expected_tensors(config), config, shards)
     check_tied(folder, config, shards)
-    return stream(shards, memory_layout(config), dtype, kept)
+    return stream(shards, memory_layout(config), dtype, kept, rows)
 
 
 def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
@@ -369,7 +377,11 @@ def check_tied(folder: str | Path, config: Any, shards: Shards) -> None:
 
 
 def stream(
-    shards: Shards, layout: dict[str, list[str]], dtype: torch.dtype, kept: Collection[str] = ()
+    shards: Shards,
+    layout: dict[str, list[str]],
+    dtype: torch.dtype,
+    kept: Collection[str] = (),
+    rows: Callable[[str], slice] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (in-memory name, tensor) for the ``layout`` of :func:`memory_layout`; the rest as :func:`load_tensors`."""
     for name, parts in layout.items():
@@ -385,15 +397,17 @@ def stream(
                 yield name + tail, torch.cat(pieces).unflatten(0, (experts, -1))
             continue
         kind = torch.float32 if name.endswith(FLOAT32_SUFFIXES) else dtype
+        own = slice(None) if rows is None else rows(name)
         if parts == [name]:
-            yield name, shards.read(name, kind).to(kind, copy=True)
+            yield name, shards.read(name, kind, own).to(kind, copy=True)
             continue
-        rows = [shards.shape[part][0] for part in parts]
-        fused = torch.empty(sum(rows), shards.shape[parts[0]][1], dtype=kind)
-        for part, target in zip(parts, fused.split(rows), strict=True):
+        per_expert = 2 if name.endswith("gate_up_proj") else 1
+        parts = parts if rows is None else parts[own.start * per_expert : own.stop * per_expert]
+        height = sum(shards.shape[part][0] for part in layout[name][:per_expert])
+        fused = torch.empty(len(parts) // per_expert, height, shards.shape[layout[name][0]][1], dtype=kind)
+        for part, target in zip(parts, fused.flatten(0, 1).split([shards.shape[p][0] for p in parts]), strict=True):
             target.copy_(shards.read(part, kind))
-        experts = len(parts) // (2 if name.endswith("gate_up_proj") else 1)
-        yield name, fused.unflatten(0, (experts, -1))
+        yield name, fused
 
 
 @dataclass(frozen=True)

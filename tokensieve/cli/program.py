@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -201,6 +202,11 @@ def _fail(status: int, *messages: str, alone: bool = False) -> None:
         sys.exit(0)
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
+    if alone and rank_info().size > 1:
+        # gloo's threads still wait for the other ranks, and an ordinary end would abort on them with another status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -24,8 +24,8 @@ from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.families import model_config
-from tokensieve.files import locked, write_json
-from tokensieve.machine import choose_device, rank_info
+from tokensieve.files import LOCK, locked, write_json
+from tokensieve.machine import choose_device, code_digest, rank_info
 from tokensieve.mesh import Mesh, OneRankError
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
@@ -33,7 +33,8 @@ from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.parallelize import check_memory, clip, divide, shard
+from tokensieve.train.parallelize import Root, check_memory, clip, divide, empty_model, read_parts, shard
+from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, backward, options_of
 from tokensieve.train.state import (
@@ -42,13 +43,10 @@ from tokensieve.train.state import (
     began_as,
     checkpoints,
     decisive,
-    folder_of,
     newest,
     read_state,
     restore_optimizer,
-    save_state,
     what_differs,
-    whole_state,
 )
 from tokensieve.train.stopping import StopSignal
 from tokensieve.train.tracking import Tracker
@@ -98,10 +96,16 @@ class Run:
         self._rehearse = rehearse and self.mesh.size == 1
         self.resume, self.stage = resume, STAGES[config.stage]
         self.mesh.check_same("their config", json.dumps(to_dict(config)))
-        self.mesh.agree(lambda: self._begin(model))
-        self.root = shard(self.model, self.division)
+        if self.mesh.size > 1:
+            self.mesh.check_same("their code", code_digest())
+        parts = self.mesh.agree(lambda: self._begin(model))
+        self.root: Root = shard(self.model, self.division)
+        if parts is not None:
+            self.mesh.agree(lambda: read_parts(self.model, parts, self.device))
+        self.saver = Saver(self.out, config.keep, self.mesh)
 
-    def _begin(self, model: DecoderForCausalLM | None) -> None:
+    def _begin(self, model: DecoderForCausalLM | None) -> Path | None:
+        """Checks the run and makes its model. Returns the checkpoint whose parts it still lacks, on several ranks."""
         config = self.config
         check_phases(config.phases)
         self.division = divide(config, self.mesh)
@@ -109,23 +113,28 @@ class Run:
             import peft  # noqa: F401  before anything takes long; the command names a package that is missing
         self._resumed = newest(self.out, self.resume)
         if self._resumed:
-            self._state = read_state(self._resumed)
+            self._state = read_state(self._resumed, self.mesh)
             if (self._resumed / lora.TENSORS).exists() != (config.lora is not None):
                 raise self._other_run()
         self.first = self._state.step if self._resumed else 0
         several = self.mesh.size > 1
         if several:
             check_memory(config, _model_config(config, model, self._resumed), self.mesh)
-        # Several ranks move the layers one by one, as they shard them.
-        device = torch.device("cpu") if several else self.device
-        if self._resumed and config.lora is None:
-            self.model = load(self._resumed, torch.float32, device)
+        resumed = self._resumed if config.lora is None else None
+        parts = None
+        if several and (resumed or (model is None and config.model)):
+            parts = resumed or model_path(config.model)
+            self.model = empty_model(_model_config(config, model, resumed))
+        elif resumed:
+            self.model = load(resumed, torch.float32, self.device)
         else:
-            self.model = _start(config, model).to(device)
+            # Several ranks move the layers one by one, as they shard them.
+            self.model = _start(config, model).to(torch.device("cpu") if several else self.device)
         self.last = total_steps(config.phases)
         self.options = replace(options_of(self.stage, config), context=self.division.context)
         if self.stage.objective(config) != "none":
             check_indexers(self.model, config.stage)
+        return parts
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator["Run"]:
@@ -140,9 +149,18 @@ class Run:
             held.enter_context(locked(self.out))
             if newest(self.out, self.resume) != self._resumed:
                 raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
+            clear(self.out)
+
+        def see() -> None:
+            if not (self.out / LOCK).exists():
+                raise UserError(
+                    f"{self.out}: rank {self.mesh.rank} does not see this folder of rank 0; name one on a file system "
+                    "that all machines share"
+                )
 
         with contextlib.ExitStack() as held:
             self.mesh.agree(lambda: hold() if self.mesh.leads else None)
+            self.mesh.agree(see)
             self.adapter = held.enter_context(adapters)
             held.enter_context(learning(model, learners))
             model.model.gradient_checkpointing = config.activation_checkpointing
@@ -186,7 +204,7 @@ class Run:
             self._check_same(self._state)
             if self.adapter is not None:
                 lora.restore_adapter(self.adapter, self._resumed)
-            restore_optimizer(self._resumed, self.model, self.optimizer)
+            restore_optimizer(self._resumed, self.model, self.optimizer, self.mesh)
         elif not began_as(self.out, to_dict(self.config)):
             raise self._other_run()
 
@@ -250,8 +268,15 @@ class Run:
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
+            if self.mesh.size == 1:
+                self.saver.settle()
             failure = OneRankError if self.mesh.size > 1 else UserError
             raise failure(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
+        except torch.OutOfMemoryError as error:
+            raise OneRankError(
+                f"step {number + 1}: rank {self.mesh.rank} has run out of memory on {self.device}; start more ranks, "
+                "set activation_checkpointing=true, or make phases.context or phases.micro_batch smaller"
+            ) from error
         if self.mesh.size > 1:
             sums = dict(zip(sums, self.mesh.all_reduce(torch.stack([*sums.values()])), strict=True))
             loads = tuple(self.mesh.all_reduce(load) for load in loads)
@@ -264,6 +289,7 @@ class Run:
         }
         figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
         if not all(math.isfinite(v) for v in figures.values()):
+            self.saver.settle()  # the last good weights
             raise UserError(
                 f"step {number + 1}: the loss or a gradient is not finite "
                 f"({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); {DIVERGED}"
@@ -280,20 +306,12 @@ class Run:
         }
 
     def save(self, done: int) -> Path:
-        """Writes the checkpoint after `done` steps. UserError on a full disk, with everything older intact.
+        """Takes the checkpoint after `done` steps; `self.saver.settle` finishes it. Returns the folder that it will be.
 
-        From then on it is what the model comes from: a card that is written later takes this training over from it.
+        UserError on a full disk, with everything older intact.
         """
         state = RunState(done, self.fingerprint, self.config.phases)
-        tensors = whole_state(self.model, self.optimizer, keep=self.mesh.leads)
-
-        def save() -> Path:
-            if not self.mesh.leads:
-                return folder_of(self.out, done)
-            return save_state(self.out, self.model, tensors, state, self.config.keep, adapter=self.adapter)
-
-        self.model.folder = folder = self.mesh.agree(save)
-        return folder
+        return self.saver.begin(self.model, self.optimizer, state, self.adapter)
 
 
 def run(
@@ -343,6 +361,7 @@ def run(
             stopping = this.mesh.any(stop.requested)
             if due or stopping or done == this.last:
                 folder = this.save(done)
+            this.saver.settle(wait=stopping or done == this.last)
             if stopping:
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
@@ -355,7 +374,7 @@ def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForC
     if model is not None:
         return model
     if config.stage == "pretrain" and config.shape and config.model:
-        return pretrain.extended_model(config)
+        return load(config.model, torch.float32, config=pretrain.extended_config(config))
     if config.stage == "pretrain" and config.shape:
         model = pretrain.new_model(config)
         model.folder = model_path(config.data.tokenizer)
@@ -369,6 +388,8 @@ def _model_config(config: TrainConfig, model: DecoderForCausalLM | None, resumed
         return model.config
     if resumed is None and not config.model:
         return DeepseekV3Config(**config.shape)
+    if resumed is None and config.stage == "pretrain" and config.shape:
+        return pretrain.extended_config(config)
     return model_config(checkpoint.read_config(resumed or model_path(config.model)))
 
 

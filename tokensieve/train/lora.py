@@ -25,7 +25,8 @@ from tokensieve.train.learning import is_indexer
 
 log = logging.getLogger("tokensieve")
 
-TENSORS = "adapter_model.safetensors"  # PEFT's name, in a checkpoint
+STEM = "adapter_model"  # PEFT's name, in a checkpoint
+TENSORS = f"{STEM}.safetensors"
 MISREAD = {"gate_proj", "up_proj", "down_proj"}  # by PEFT, in a model with experts
 
 
@@ -98,7 +99,12 @@ def adapted(
 
 def save_adapter(adapter: Any, folder: Path) -> None:
     """Writes PEFT's two files, adapter_model.safetensors and adapter_config.json."""
-    save_file(_tensors(adapter), folder / TENSORS, metadata={"format": "pt"})
+    save_file(tensors_of(adapter), folder / TENSORS, metadata={"format": "pt"})
+    save_settings(adapter, folder)
+
+
+def save_settings(adapter: Any, folder: Path) -> None:
+    """Writes adapter_config.json alone."""
     adapter.peft_config["default"].save_pretrained(folder)
 
 
@@ -122,7 +128,7 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / TENSORS}: cannot be read ({error}); remove {folder} to go on before it") from error
-    shapes, there = ({n: tuple(t.shape) for n, t in x.items()} for x in (_tensors(adapter), tensors))
+    shapes, there = ({n: tuple(t.shape) for n, t in x.items()} for x in (tensors_of(adapter), tensors))
     for name in shapes | there:
         if shapes.get(name) != there.get(name):
             raise UserError(
@@ -154,7 +160,8 @@ def adapters_of(model: nn.Module) -> cost.Adapters | None:
     )
 
 
-def _tensors(adapter: Any) -> dict[str, torch.Tensor]:
+def tensors_of(adapter: Any) -> dict[str, torch.Tensor]:
+    """The tensors of adapter_model.safetensors: adapters, and indexers that learn."""
     import peft
 
     tensors = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)

@@ -9,6 +9,7 @@ step, so gradients are summed over the ranks and never averaged. Expert and tens
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -17,13 +18,16 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from tokensieve import cost
+from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError
+from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.files import came_from, fill
 from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.transformer import DecoderLayer
 
@@ -134,12 +138,41 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks hold, on the device of `like` and sharded as it."""
-    tensor = tensor.to(like.device)
+def own_part(shape: torch.Size, like: Tensor) -> tuple[slice, ...]:
+    """The part of a whole tensor that this rank holds, if it is divided as `like`, a slice for each dimension."""
     if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+        return tuple(slice(0, size) for size in shape)
+    sizes, starts = compute_local_shape_and_global_offset(shape, like.device_mesh, like.placements)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def empty_model(config: ModelConfig) -> DecoderForCausalLM:
+    """A model without its tensors, for `shard` and then `read_parts`."""
+    with torch.device("meta"):
+        return DecoderForCausalLM(config)
+
+
+def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) -> None:
+    """Fills a sharded model with this rank's parts of a checkpoint, in float32. No other parts are read.
+
+    Besides what the rank keeps it holds one tensor's part at a time. UserError as `tokensieve.load`.
+    """
+    like = model.state_dict()
+    parts = {name: own_part(tensor.shape, tensor) for name, tensor in like.items()}
+
+    def part(name: str, rows: Tensor) -> Tensor:
+        target = like[name]
+        own = rows[(slice(None), *parts[name][1:])].to(device)
+        if not isinstance(target, DTensor):
+            return own
+        return DTensor.from_local(
+            own, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
+        )
+
+    rows = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
+    fill(model, ((name, part(name, tensor)) for name, tensor in rows))
+    model.extras = checkpoint.mtp_tensors(folder, model.config)
+    came_from(model, folder)
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:

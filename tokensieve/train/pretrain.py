@@ -8,8 +8,8 @@ from transformers import DeepseekV3Config
 
 from tokensieve import checkpoint
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.families import model_config
-from tokensieve.model import DecoderForCausalLM, load, model_path
+from tokensieve.families import ModelConfig, model_config
+from tokensieve.model import DecoderForCausalLM, model_path
 from tokensieve.model.moe import Router
 from tokensieve.train.stage import Stage, language_losses
 
@@ -38,8 +38,8 @@ def new_model(config: TrainConfig) -> DecoderForCausalLM:
 POSITIONS = ("max_position_embeddings", "rope_parameters")  # fields that no tensor's size depends on
 
 
-def extended_model(config: TrainConfig) -> DecoderForCausalLM:
-    """The model `config.model` with other positions: those in `config.shape`, the rest as its own config has it.
+def extended_config(config: TrainConfig) -> ModelConfig:
+    """The config of the model `config.model` with other positions: those in `config.shape`, the rest as it was.
 
     Raises:
         UserError: the shape names fields of anything else.
@@ -52,7 +52,7 @@ def extended_model(config: TrainConfig) -> DecoderForCausalLM:
             )
     fields = model_config(checkpoint.read_config(model_path(config.model))).to_dict()
     rope = (fields.get("rope_parameters") or {}) | config.shape.get("rope_parameters", {})
-    return load(config.model, torch.float32, config=model_config(fields | config.shape | {"rope_parameters": rope}))
+    return model_config(fields | config.shape | {"rope_parameters": rope})
 
 
 def routers(model: DecoderForCausalLM) -> list[Router]:

@@ -1,31 +1,30 @@
-"""Checkpoints of a run: written atomically, rotated, and sufficient to continue as if nothing had happened.
+"""Checkpoints of a run: sufficient to continue as if nothing had happened.
 
 A checkpoint is a folder `step-000120` of the run. It holds the model in Hugging Face format (under LoRA the adapter in
 PEFT's), the optimizer's moments and the random state as safetensors, and state.json (step, phases, fingerprint of
 config and data, checksums of the safetensors). Data order needs no state: a sequence is a function of seed and number.
+Tensors are whole, whatever number of ranks has written them (`tokensieve/train/saving.py`) or reads them.
 """
 
 import json
-import shutil
+import warnings
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from tokensieve import checkpoint
 from tokensieve.config import PhaseConfig, UserError
+from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.model.loading import copy_tokenizer
-from tokensieve.train.lora import save_adapter
-from tokensieve.train.parallelize import as_sharded, whole
 from tokensieve.train.tracking import METRICS
 
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"  # of a checkpoint
+OPTIMIZER, STATE = "optimizer", "state.json"  # of a checkpoint: the stem of some files, and a file
 CONFIG = "config.json"  # of the run
 NAMED = 3  # the most settings that a message names
 
@@ -40,84 +39,6 @@ class RunState:
 
 def folder_of(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"
-
-
-class WholeState(NamedTuple):
-    """The tensors of a checkpoint: of the model by name, and of the optimizer by name|moment."""
-
-    model: dict[str, Tensor]
-    moments: dict[str, Tensor]
-
-
-def whole_state(model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, keep: bool = True) -> WholeState:
-    """The tensors of a checkpoint, gathered from the ranks that share them. All ranks call this.
-
-    keep: on this rank; otherwise gathered tensors are empty.
-    """
-
-    def gathered(tensor: Tensor) -> Tensor:
-        all_of_it = whole(tensor)
-        if all_of_it is tensor:
-            return tensor.contiguous()
-        return all_of_it.cpu() if keep else torch.empty(0)
-
-    names = {id(p): n for n, p in model.named_parameters()}
-    moments = {
-        f"{names[id(parameter)]}|{key}": gathered(torch.as_tensor(value))
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-    return WholeState({name: gathered(tensor) for name, tensor in model.state_dict().items()}, moments)
-
-
-def save_state(
-    run: Path,
-    model: DecoderForCausalLM,
-    tensors: WholeState,
-    state: RunState,
-    keep: int,
-    shard_bytes: float = 5e9,
-    adapter: Any = None,
-) -> Path:
-    """Writes a checkpoint and removes the oldest ones beyond `keep`.
-
-    adapter: PEFT's model; the checkpoint then holds what it trains instead of the model.
-
-    UserError on a full disk, with all older checkpoints intact.
-    """
-    folder = folder_of(run, state.step)
-    with checkpoint.replacing_folder(folder) as new:
-        if adapter is None:
-            checkpoint.save_tensors(new, model.config.to_dict(), tensors.model.items(), model.extras, shard_bytes)
-        else:
-            save_adapter(adapter, new)
-        moments = dict(tensors.moments)
-        moments["rng|cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            moments["rng|cuda"] = torch.cuda.get_rng_state()
-        save_file(moments, new / OPTIMIZER)
-        checksums = {path.name: _checksum(path) for path in sorted(new.glob("*.safetensors"))}
-        (new / STATE).write_text(json.dumps(asdict(replace(state, checksums=checksums))))
-        if getattr(model, "folder", None) is not None:
-            copy_tokenizer(Path(model.folder), new)
-    source = getattr(model, "folder", None)
-    adapted = None if adapter is None else model.config.to_dict()
-    checkpoint.write_card(folder, None if source is None else Path(source), adapted=adapted)
-    newest = checkpoints(run)[-max(1, keep) :]
-    for old in run.glob("step-*"):
-        if old.is_dir() and old not in newest:
-            _leave(model, old, folder)
-            (old / STATE).unlink(missing_ok=True)  # first, so that after a kill the rest does not look complete
-            shutil.rmtree(old)
-    return folder
-
-
-def _leave(model: DecoderForCausalLM, old: Path, new: Path) -> None:
-    """Points a resumed model to `new` for its tokenizer and carried tensors, if they are in `old`, soon removed."""
-    if getattr(model, "folder", None) is not None and Path(model.folder).resolve() == old.resolve():
-        model.folder = new
-    if model.extras is not None and model.extras.folder == old.resolve():
-        model.extras = replace(model.extras, folder=new.resolve())
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -140,29 +61,31 @@ def newest(run: Path, resume: bool) -> Path | None:
     raise UserError(f"{run} holds a run already ({reached}); add --resume to continue it, or name another folder")
 
 
-def read_state(folder: Path) -> RunState:
-    """The state of the checkpoint `folder`. UserError if one of its files is damaged."""
+def read_state(folder: Path, mesh: Mesh) -> RunState:
+    """The state of the checkpoint `folder`. Each rank checks some of its files. UserError if one is damaged."""
     try:
         raw: dict[str, Any] = json.loads((folder / STATE).read_text())
         phases = tuple(PhaseConfig(**phase) for phase in raw.get("phases", ()))
         state = RunState(raw["step"], raw["fingerprint"], phases, dict(raw.get("checksums", {})))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise _damaged(folder, STATE, f"cannot be read ({error})") from error
-    for name, checksum in state.checksums.items():
+        raise damaged(folder, STATE, f"cannot be read ({error})") from error
+    for name, checksum in list(state.checksums.items())[mesh.rank :: mesh.size]:
         try:
-            found = _checksum(folder / name)
+            found = checksum_of(folder / name)
         except OSError as error:
-            raise _damaged(folder, name, f"cannot be read ({error.strerror})") from error
+            raise damaged(folder, name, f"cannot be read ({error.strerror})") from error
         if found != checksum:
-            raise _damaged(folder, name, "is damaged: its content has changed since it was saved")
+            raise damaged(folder, name, "is damaged: its content has changed since it was saved")
     return state
 
 
-def _damaged(folder: Path, name: str, how: str) -> UserError:
+def damaged(folder: Path, name: str, how: str) -> UserError:
+    """The error of a checkpoint one of whose files cannot be used."""
     return UserError(f"{folder / name}: {how}; remove {folder} to resume from the checkpoint before it")
 
 
-def _checksum(path: Path) -> int:
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file's content."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -233,22 +156,55 @@ def _value(settings: dict[str, Any], name: str) -> str:
     return json.dumps(settings[name]) if name in settings else "not given"
 
 
-def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> None:
-    """Restores moments and random state from the checkpoint `folder`. UserError if the file is damaged."""
-    try:
-        tensors = load_file(folder / OPTIMIZER)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(folder, OPTIMIZER, f"cannot be read ({error})") from error
-    torch.set_rng_state(tensors.pop("rng|cpu"))
-    cuda = tensors.pop("rng|cuda", None)
-    if cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(cuda)
+def optimizer_tensors(model: DecoderForCausalLM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by parameter|moment, sharded as the parameters."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}|{key}": torch.as_tensor(value)
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def random_states(mesh: Mesh) -> dict[str, Tensor]:
+    """The state of each kind of random numbers, (ranks, bytes) uint8. All ranks call this."""
+    states = {"rng|cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["rng|cuda"] = torch.cuda.get_rng_state(mesh.device if mesh.device.type == "cuda" else "cuda")
+    return {name: torch.stack(mesh.all_gather(state) if mesh.size > 1 else [state]) for name, state in states.items()}
+
+
+def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+    """Restores the moments, of which every rank reads its parts, and the random state. All ranks call this.
+
+    The checkpoint may come from any number of ranks. A rank that it has no random state of takes another one's.
+    UserError if a file is damaged.
+    """
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
+    moments: dict[str, Tensor] = {}
+    random: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    name, _, moment = key.partition("|")
+                    if name == "rng":
+                        random[moment] = torch.atleast_2d(file.get_tensor(key))  # earlier ones are of one process
+                    else:
+                        like = parameters[name].detach()
+                        moments[key] = torch.zeros(()) if moment == "step" else torch.zeros_like(like)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process that is right
+            dcp.load(moments, storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (SafetensorError, OSError, dcp.CheckpointException) as error:
+        raise damaged(folder, OPTIMIZER, f"cannot be read ({error})") from error
+    # Copies, since torch reads a state from the begin of its storage.
+    own = {kind: states[mesh.rank % len(states)].clone() for kind, states in random.items()}
+    torch.set_rng_state(own["cpu"])
+    if "cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
+    for key, value in moments.items():
         name, _, moment = key.partition("|")
-        parameter = parameters[name]
-        if moment != "step":
-            value = as_sharded(value, parameter)
-        elif optimizer.param_groups[0].get("fused"):  # else the optimizer keeps the step count on the CPU
-            value = value.to(parameter.device)
-        optimizer.state[parameter][moment] = value
+        if moment == "step" and optimizer.param_groups[0].get("fused"):  # else the optimizer keeps it on the CPU
+            value = value.to(parameters[name].device)
+        optimizer.state[parameters[name]][moment] = value

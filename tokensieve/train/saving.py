@@ -1,0 +1,209 @@
+"""Checkpoints that are written beside the steps of a run, by all of its ranks.
+
+A checkpoint's files hold whole tensors and are dealt to the ranks. Between two steps the tensors are gathered one after
+the other, and each rank keeps those of its files in host memory. A thread writes them while the run goes on. After the
+first step by whose end every rank has written its files, rank 0 gives the folder its name. Until then it has another,
+so a checkpoint that was cut off is none. One process on a CPU would only copy its own memory, and writes at once.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+
+from tokensieve import checkpoint
+from tokensieve.checkpoint import ShardWriter
+from tokensieve.config import UserError
+from tokensieve.mesh import Mesh
+from tokensieve.model import DecoderForCausalLM
+from tokensieve.train import lora
+from tokensieve.train.parallelize import whole
+from tokensieve.train.state import (
+    OPTIMIZER,
+    STATE,
+    RunState,
+    checkpoints,
+    checksum_of,
+    folder_of,
+    optimizer_tensors,
+    random_states,
+)
+
+FILE_BYTES = 5e9  # of a file, unless one tensor is larger
+
+
+class Pending:
+    """A checkpoint between its first file and its name.
+
+    exported: the model's config.json. adapter: PEFT's model, if the checkpoint holds that.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: RunState,
+        model: DecoderForCausalLM,
+        adapter: Any,
+        writers: list[ShardWriter],
+        exported: dict[str, Any],
+    ):
+        self.folder, self.state, self.model, self.adapter = folder, state, model, adapter
+        self.writers, self.exported = writers, exported
+        self.new = checkpoint.saving_folder(folder)
+        self.names: list[str] = []  # of all ranks' files
+        self.checksums: dict[str, int] = {}  # of this rank's files
+        self.failure: UserError | None = None
+        # A process that ends, ends: what its thread has written then is no checkpoint.
+        self.thread = Thread(target=self.write, daemon=True)
+
+    def write(self) -> None:
+        """Writes this rank's files."""
+        try:
+            with checkpoint.writing_errors(self.folder):
+                names: list[str] = []
+                for writer in self.writers:
+                    files = writer.close()
+                    for name in writer.own(files):
+                        checkpoint.sync(self.new / name)
+                        self.checksums[name] = checksum_of(self.new / name)
+                    names += files
+                self.names = names
+        except UserError as error:
+            self.failure = error
+
+    def wait(self) -> None:
+        """Returns once this rank's files are on the disk. UserError if they could not be written."""
+        if self.thread.ident is not None:
+            self.thread.join()
+        if self.failure is not None:
+            raise self.failure
+        assert self.names, "the writing thread has failed; its traceback is above"
+
+
+class Saver:
+    """The checkpoints of one run. All ranks call the same methods in the same order.
+
+    keep: number of checkpoints that stay.
+    """
+
+    def __init__(self, run: Path, keep: int, mesh: Mesh):
+        self.run, self.keep, self.mesh = run, keep, mesh
+        self._pending: Pending | None = None
+
+    def begin(
+        self, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, state: RunState, adapter: Any = None
+    ) -> Path:
+        """Takes the checkpoint of `state`, once the one before is finished. Returns the folder that it will be.
+
+        adapter: PEFT's model; the checkpoint then holds what it trains instead of the model.
+
+        UserError, on all ranks, on a full disk, with all older checkpoints intact.
+        """
+        self.settle()
+        mesh, folder = self.mesh, folder_of(self.run, state.step).resolve()
+        later = mesh.size > 1 or mesh.device.type == "cuda"
+        with self._saving(folder):
+            self._lead(lambda: checkpoint.begin_folder(folder), folder)
+            new, exported = checkpoint.saving_folder(folder), model.config.to_dict()
+
+            def writer(stem: str, file_bytes: float, first: int) -> ShardWriter:
+                """A writer whose first file is that of rank `first`."""
+                return ShardWriter(new, file_bytes, stem, (mesh.rank - first) % mesh.size, mesh.size, later)
+
+            if adapter is None:
+                weights = writer("model", FILE_BYTES, 0)
+                tensors = ((name, whole(tensor)) for name, tensor in model.state_dict().items())
+                exported = checkpoint.add_model(weights, exported, tensors, model.extras)
+            else:
+                weights = writer(lora.STEM, float("inf"), 0)
+                for name, tensor in lora.tensors_of(adapter).items():
+                    weights.add(name, whole(tensor))
+            moments = writer(OPTIMIZER, FILE_BYTES, mesh.size - 1)
+            for name, tensor in (optimizer_tensors(model, optimizer) | random_states(mesh)).items():
+                moments.add(name, whole(tensor))
+        self._pending = Pending(folder, state, model, adapter, [weights, moments], exported)
+        if later:
+            self._pending.thread.start()
+        else:
+            self._pending.write()
+            self.settle()
+        return folder_of(self.run, state.step)
+
+    def settle(self, wait: bool = True) -> None:
+        """Finishes the checkpoint on its way, if every rank has written its files; with `wait` it waits until then.
+
+        From then on it is what the model comes from: a card that is written later takes this training over from it.
+
+        UserError, on all ranks, on a full disk, with all older checkpoints intact.
+        """
+        pending = self._pending
+        if pending is None or (not wait and self.mesh.any(pending.thread.is_alive())):
+            return
+        self._pending = None
+        with self._saving(pending.folder):
+            self.mesh.agree(pending.wait)
+            sums = torch.tensor([pending.checksums.get(name, 0) for name in pending.names])
+            sums = self.mesh.all_reduce(sums) if self.mesh.size > 1 else sums
+            checksums = dict(sorted(zip(pending.names, sums.tolist(), strict=True)))
+            self._lead(lambda: _finish(pending, checksums), pending.folder)
+        model, source = pending.model, getattr(pending.model, "folder", None)
+        model.folder = folder_of(self.run, pending.state.step)
+        if pending.adapter is None and model.extras is not None:
+            model.extras = replace(model.extras, folder=pending.folder)
+        adapted = None if pending.adapter is None else pending.exported
+        self._lead(
+            lambda: checkpoint.write_card(model.folder, source and Path(source), adapted=adapted), pending.folder
+        )
+        self._lead(self._rotate, pending.folder)
+
+    def _lead(self, act: Callable[[], Any], folder: Path) -> None:
+        """Lets rank 0 act on a checkpoint. UserError, on all ranks, as `writing_errors`."""
+
+        def lead() -> None:
+            if self.mesh.leads:
+                with checkpoint.writing_errors(folder):
+                    act()
+
+        self.mesh.agree(lead)
+
+    @contextlib.contextmanager
+    def _saving(self, folder: Path) -> Iterator[None]:
+        """Within the block the checkpoint's files are written; if it fails, rank 0 removes them."""
+        try:
+            with checkpoint.writing_errors(folder):
+                yield
+        except UserError:
+            if self.mesh.leads:
+                shutil.rmtree(checkpoint.saving_folder(folder), ignore_errors=True)
+            raise
+
+    def _rotate(self) -> None:
+        newest = checkpoints(self.run)[-max(1, self.keep) :]
+        for old in self.run.glob("step-*"):
+            if old.is_dir() and old not in newest:
+                (old / STATE).unlink(missing_ok=True)  # first, so that after a kill the rest does not look complete
+                shutil.rmtree(old)
+
+
+def _finish(pending: Pending, checksums: dict[str, int]) -> None:
+    """Writes the files that there are one of, and gives the folder its name."""
+    if pending.adapter is None:
+        checkpoint.write_config(pending.new, pending.exported)
+    else:
+        lora.save_settings(pending.adapter, pending.new)
+    (pending.new / STATE).write_text(json.dumps(asdict(replace(pending.state, checksums=checksums))))
+    if (source := getattr(pending.model, "folder", None)) is not None:
+        checkpoint.copy_tokenizer(Path(source), pending.new)
+    checkpoint.end_folder(pending.folder)
+
+
+def clear(run: Path) -> None:
+    """Removes the files of checkpoints that were cut off."""
+    for folder in run.glob(checkpoint.saving_folder(run / "step-*").name):
+        shutil.rmtree(folder)
