@@ -142,6 +142,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile whole layers where no indexer learns, the feed-forward part otherwise
     # Ranks that share the tokens of a sequence, a divisor of torchrun's processes; the others read other sequences.
     context_parallel: int = 1
+    # Ranks that divide the routed experts of every layer, a divisor of torchrun's processes and of the experts.
+    expert_parallel: int = 1
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
     balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load
     save_every: int = 0  # steps between checkpoints; 0: only at the end and on Ctrl-C
@@ -161,6 +163,12 @@ class TrainConfig:
         ranks = self.context_parallel
         if ranks < 1:
             raise UserError(f"context_parallel is {ranks}; it must be at least 1")
+        if self.expert_parallel < 1:
+            raise UserError(f"expert_parallel is {self.expert_parallel}; it must be at least 1")
+        if self.expert_parallel > 1 and self.lora is not None:
+            raise UserError(
+                f"expert_parallel is {self.expert_parallel}, and lora runs without it so far; leave one of them out"
+            )
         multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
         if any(phase.context % multiple for phase in self.phases):
             given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]

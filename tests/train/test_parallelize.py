@@ -14,13 +14,14 @@ from torch import Tensor
 
 import tokensieve
 from tests.support import grouped, models, ranks
-from tests.support.training import OPTIMIZER, apart, batch, config, cut, step_gradients
-from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tests.support.training import OPTIMIZER, VOCAB, apart, batch, config, cut, step_gradients
+from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.mesh import Mesh
-from tokensieve.model import ForwardOptions, SelectionContext
+from tokensieve.model import DecoderForCausalLM, ForwardOptions, SelectionContext
 from tokensieve.model.gathered import ContextGroup
 from tokensieve.model.selection import indexer
-from tokensieve.train.parallelize import check_memory, divide
+from tokensieve.train import parallelize
+from tokensieve.train.parallelize import check_model, divide
 
 ROWS, LENGTH = 4, 48
 FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
@@ -31,7 +32,9 @@ FAMILIES: dict[str, Any] = {
     "qwen3_dsa": lambda: grouped.config("qwen3_dsa"),
     "qwen3_moe_dsa": lambda: grouped.config("qwen3_moe_dsa", tie_word_embeddings=True),
     "fp8": lambda: config("v32", index_dtype="fp8", q_lora_rank=None),
+    "parted": lambda: config("v32"),
 }
+WITH_EXPERTS = ("v32", "glm", "qwen3_moe_dsa", "parted")
 STAGES = ("warmup", "adapt", "pretrain")
 
 
@@ -43,10 +46,43 @@ def settings(
     return TrainConfig(stage, "", "", phases, **made | changes)
 
 
-def step(run: TrainConfig) -> list[dict[str, Tensor]]:
-    """Packs whose documents begin at other places in each row, and cross the bounds of all chunks."""
+def made(family: str) -> DecoderForCausalLM:
+    """A model. The tokens of a "parted" one go to the first half of the experts or to the second, by their half of the
+    vocabulary.
+    """
+    model = models.ours(FAMILIES[family]())
+    if family == "parted":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                half = torch.ones(len(parameter), 1)
+                half[len(parameter) // 2 :] = -1
+                if name.endswith("embed_tokens.weight"):
+                    parameter += half
+                elif name.endswith("mlp.gate.weight"):
+                    parameter += 0.1 * half
+    return model
+
+
+def step(family: str, run: TrainConfig) -> list[dict[str, Tensor]]:
+    """Packs whose documents begin at other places in each row, and cross the bounds of all chunks.
+
+    Of a "parted" model the first half of the rows has one half of the vocabulary, and the second half the other.
+    """
     phase = run.phases[0]
-    return cut(batch(ROWS, phase.context, documents=True), ROWS // phase.micro_batch)
+    whole = batch(ROWS, phase.context, documents=True)
+    if family == "parted":
+        whole["input_ids"] = whole["input_ids"] % (VOCAB // 2)
+        whole["input_ids"][ROWS // 2 :] += VOCAB // 2
+    return cut(whole, ROWS // phase.micro_batch)
+
+
+def outcome(
+    run: TrainConfig, model: DecoderForCausalLM, micro: list[dict[str, Tensor]], mesh: Mesh | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradients of a step, with the routers' new biases, and its figures."""
+    gradients, figures = step_gradients(run, model, micro, mesh)
+    biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return gradients | biases, figures
 
 
 # in a rank's process
@@ -55,17 +91,17 @@ def step(run: TrainConfig) -> list[dict[str, Tensor]]:
 def step_of_rank(family: str, run: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     mesh = ranks.HERE[0]
     division = divide(run, mesh)
-    own = step(run)[division.shard :: division.shards]
-    found, figures = step_gradients(run, models.ours(FAMILIES[family]()), own, mesh)
-    return {name: g.full_tensor().numpy() for name, g in found.items()}, figures
+    own = step(family, run)[division.shard :: division.shards]
+    found, figures = outcome(run, made(family), own, mesh)
+    return {name: parallelize.whole(g).numpy() for name, g in found.items()}, figures
 
 
 @torch.no_grad()
 def selections(family: str, context: ContextGroup | None, ties: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Every layer's index scores, -inf outside a query's range, and selected keys of this rank's queries."""
-    made = models.ours(FAMILIES[family]())
+    model = made(family)
     if ties:
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if "indexer.wq_b" in name:
                 parameter.zero_()  # every score is 0
     scores, chosen = [], []
@@ -78,8 +114,8 @@ def selections(family: str, context: ContextGroup | None, ties: bool) -> tuple[l
         return torch.from_numpy(chosen[-1])
 
     inputs = batch(ROWS, LENGTH, documents=True)
-    with tokensieve.selecting(made, recording):
-        made.model(inputs["input_ids"], position_ids=inputs["position_ids"], options=ForwardOptions(context=context))
+    with tokensieve.selecting(model, recording):
+        model.model(inputs["input_ids"], position_ids=inputs["position_ids"], options=ForwardOptions(context=context))
     return scores, chosen
 
 
@@ -104,8 +140,8 @@ def four() -> Iterator[ranks.Group]:
 
 def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
     """One step's figures and gradients are those of one process."""
-    whole = replace(run, context_parallel=1, activation_checkpointing=False)
-    expected, figures = step_gradients(whole, models.ours(FAMILIES[family]()), step(run))
+    whole = replace(run, context_parallel=1, expert_parallel=1, activation_checkpointing=False)
+    expected, figures = outcome(whole, made(family), step(family, run))
     for answer, reported in group.ask(step_of_rank, family, run):
         found = {name: torch.from_numpy(x) for name, x in answer.items()}
         assert apart(found, expected) < 1e-4  # float32 sums in another order
@@ -119,6 +155,11 @@ def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
 )
 def test_a_step_of_two_ranks(two: ranks.Group, family: str, stage: str, context_parallel: int) -> None:
     check_step(two, family, settings(stage, context_parallel))
+
+
+@pytest.mark.parametrize(("stage", "context_parallel"), [("warmup", 1), ("adapt", 2)])
+def test_two_ranks_that_divide_the_experts(two: ranks.Group, stage: str, context_parallel: int) -> None:
+    check_step(two, "v32", settings(stage, context_parallel, expert_parallel=2))
 
 
 @pytest.mark.slow
@@ -135,6 +176,27 @@ def test_two_ranks(two: ranks.Group, family: str, stage: str) -> None:
 def test_four_ranks(four: ranks.Group, family: str, stage: str) -> None:
     for context_parallel in (1, 2, 4):
         check_step(four, family, settings(stage, context_parallel))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_two_ranks_divide_the_experts(two: ranks.Group, family: str, stage: str) -> None:
+    for sharing in (1, 2):
+        run = settings(stage, sharing, 2, expert_parallel=2, activation_checkpointing=sharing == 1)
+        check_step(two, family, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_four_ranks_divide_the_experts(four: ranks.Group, family: str, stage: str) -> None:
+    """By two, each half sharded over two, and by four. No token of the first two rows of a parted model goes to the
+    second half, so one of the ranks that share it has none.
+    """
+    for sharing, dividing in ((1, 2), (1, 4), (2, 2), (2, 4), (4, 2)):
+        run = settings(stage, sharing, expert_parallel=dividing, activation_checkpointing=sharing == 2)
+        check_step(four, family, run)
 
 
 @pytest.mark.slow
@@ -163,6 +225,8 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
     [
         (1, 2, {}, ("context_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
         (4, 3, {}, ("context_parallel is 3", "torchrun started 4", "multiple of 3")),
+        (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
+        (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "torchrun started 4", "multiple of 3")),
         (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
         (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
         (2, 2, {"compile": True}, ("compile runs in one",)),
@@ -172,6 +236,26 @@ def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, 
     with pytest.raises(UserError) as refusal:
         divide(settings("adapt", context_ranks, **changes), Mesh(0, size, torch.device("cpu")))
     assert all(word in str(refusal.value) for word in words), refusal.value
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "dividing", "words"),
+    [
+        ("v32", 16, 16, "expert_parallel is 16, and the model has 8 routed experts; make it a divisor of them"),
+        ("qwen3_dsa", 2, 2, "expert_parallel is 2, and the model has no routed experts; leave it out"),
+        ("v32", 6, 2, "leaves an expert to 3 of 6 ranks, which do not divide the 48 and 32 rows .* make it larger"),
+    ],
+)
+def test_experts_that_do_not_divide(family: str, size: int, dividing: int, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_model(settings("adapt", expert_parallel=dividing), FAMILIES[family](), Mesh(0, size, torch.device("cpu")))
+
+
+def test_settings_that_experts_do_not_take() -> None:
+    with pytest.raises(UserError, match="expert_parallel is 0; it must be at least 1"):
+        settings("adapt", expert_parallel=0)
+    with pytest.raises(UserError, match="expert_parallel is 2, and lora runs without it so far; leave one of them out"):
+        settings("adapt", expert_parallel=2, lora=LoraConfig())
 
 
 def test_rows_that_are_too_short() -> None:
@@ -184,4 +268,4 @@ def test_rows_that_are_too_short() -> None:
 def test_a_model_that_the_ranks_cannot_hold() -> None:
     large = config("v32", num_hidden_layers=200_000)
     with pytest.raises(UserError, match=r"2 ranks cannot hold the model: .* GiB; start at least \d+ ranks"):
-        check_memory(settings("adapt", 2), large, Mesh(0, 2, torch.device("cpu")))
+        check_model(settings("adapt", 2), large, Mesh(0, 2, torch.device("cpu")))

@@ -144,10 +144,31 @@ def files_of_rank(settings: TrainConfig) -> list[str]:
     return written
 
 
-def read_by_rank(folder: Path) -> tuple[int, int, dict[str, Any]]:
+def gathered_by_rank(settings: TrainConfig) -> list[tuple[int, ...]]:
+    """Shapes of what this rank gathers of the experts for a checkpoint, their moments included."""
+    shapes: list[tuple[int, ...]] = []
+
+    def recording(patch: pytest.MonkeyPatch, rank: int) -> None:
+        for name in ("blocks", "whole"):
+            real = getattr(saving, name)
+
+            def gather(tensor: torch.Tensor, real: Any = real) -> Any:
+                found = real(tensor)
+                blocks = [found] if isinstance(found, torch.Tensor) else list(found)
+                shapes.extend(tuple(block.shape) for block in blocks if block.dim() == 3)
+                return found if isinstance(found, torch.Tensor) else iter(blocks)
+
+            patch.setattr(saving, name, gather)
+
+    assert not trained(settings, prepare=recording).error
+    return shapes
+
+
+def read_by_rank(folder: Path, expert_parallel: int) -> tuple[int, int, dict[str, Any]]:
     """Values that this rank reads of a checkpoint, the most that it holds at once, and its gathered tensors."""
     made, sizes, mesh = parallelize.empty_model(model_config(checkpoint.read_config(folder))), [], ranks.HERE[0]
-    settings = TrainConfig("adapt", "", "", (PhaseConfig(1, 48, 4, 1),), device="cpu")
+    phases = (PhaseConfig(1, 48, 4, 1),)
+    settings = TrainConfig("adapt", "", "", phases, device="cpu", expert_parallel=expert_parallel)
     parallelize.shard(made, parallelize.divide(settings, mesh))
     real = checkpoint.load_tensors
 
@@ -231,9 +252,11 @@ def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, st
     assert run(two, replace(single, context_parallel=2), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
 
 
-def test_the_ranks_share_the_files(two: ranks.Group, here: Workplace) -> None:
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_the_ranks_share_the_files(two: ranks.Group, here: Workplace, expert_parallel: int) -> None:
     """Each writes about half, and together they are a checkpoint in Hugging Face format."""
-    settings = here.run("adapt", "files", PhaseConfig(1, 48, 4, 2))
+    phase = PhaseConfig(1, 48, 4, 2)
+    settings = here.run("adapt", f"files-{expert_parallel}", phase, expert_parallel=expert_parallel)
     parts = two.ask(files_of_rank, settings)
     (last,) = checkpoints(Path(settings.out))
     names = {path.name for path in last.glob("*.safetensors")}
@@ -246,11 +269,18 @@ def test_the_ranks_share_the_files(two: ranks.Group, here: Workplace) -> None:
     assert (last / "tokenizer.json").is_file() and not list(Path(settings.out).glob(".*"))
 
 
-def test_no_rank_reads_what_it_does_not_keep(two: ranks.Group, here: Workplace) -> None:
+def test_experts_are_gathered_a_rank_s_at_a_time(two: ranks.Group, here: Workplace) -> None:
+    settings = here.run("adapt", "blocks", PhaseConfig(1, 48, 4, 2), expert_parallel=2)
+    for shapes in two.ask(gathered_by_rank, settings):
+        assert len(shapes) == 2 * 2 * 3 and all(shape[0] == 4 for shape in shapes)  # two tensors; weights and moments
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_no_rank_reads_what_it_does_not_keep(two: ranks.Group, here: Workplace, expert_parallel: int) -> None:
     folder = here.root / "sparse"
     whole = tokensieve.load(folder).state_dict()
     total, largest = sum(t.numel() for t in whole.values()), max(t.numel() for t in whole.values())
-    for read, most, tensors in two.ask(read_by_rank, folder):
+    for read, most, tensors in two.ask(read_by_rank, folder, expert_parallel):
         assert read < 0.52 * total and most <= largest // 2  # biases that are not divided come whole
         assert tensors.keys() == whole.keys()
         assert all((tensors[name] == whole[name].numpy()).all() for name in whole)
@@ -318,6 +348,35 @@ def test_a_folder_that_one_machine_has(two: ranks.Group, here: Workplace) -> Non
 
 
 # ---- more ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
+def test_divided_experts_and_whole_ones(four: ranks.Group, two: ranks.Group, here: Workplace, stage: str) -> None:
+    """A run of four ranks, whose experts are divided by two and sharded over two, goes on in every other way, and the
+    other way round.
+    """
+    phase, name = PhaseConfig(4, 48, 4, 1), f"experts-{stage}"
+    whole = here.run(stage, name, phase, context_parallel=2, expert_parallel=2, save_every=2)
+    one = replace(whole, out=f"{whole.out}-one", context_parallel=1, expert_parallel=1)
+    expected = alone(one)
+    losses = run(four, whole).losses
+    assert losses == pytest.approx(expected, rel=ROUNDING)
+    again = content(Path(whole.out, "step-000004"))
+    back_to(whole.out, 2)
+    assert run(four, whole, True).losses == losses[2:]
+    new = content(Path(whole.out, "step-000004"))
+    assert again.keys() == new.keys() and all(torch.equal(again[name], new[name]) for name in again)
+    for group, sharing, dividing in ((four, 1, 4), (four, 4, 1), (two, 1, 2), (two, 2, 1)):
+        back_to(whole.out, 2)
+        changed = replace(whole, context_parallel=sharing, expert_parallel=dividing)
+        assert run(group, changed, True).losses == pytest.approx(expected[2:], rel=ROUNDING)
+    back_to(whole.out, 2)
+    assert alone(replace(whole, context_parallel=1, expert_parallel=1), True) == pytest.approx(
+        expected[2:], rel=ROUNDING
+    )
+    back_to(one.out, 2)
+    assert run(four, replace(whole, out=one.out), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
 
 
 @pytest.mark.slow

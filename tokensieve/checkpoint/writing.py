@@ -1,6 +1,7 @@
 """Stream a checkpoint folder out, in shards, in the published layout."""
 
 import errno
+import itertools
 import json
 import math
 import shutil
@@ -54,7 +55,8 @@ def add_model(
 ) -> dict[str, Any]:
     """Add the tensors of a model to a writer, under the names of the published layout. Return their config.json.
 
-    The arguments, and the errors of unsuitable tensors, are those of :func:`save_tensors`.
+    The arguments, and the errors of unsuitable tensors, are those of :func:`save_tensors`. A layer's fused experts may
+    come in several tensors of one name, some experts in each, in their order.
     """
     model = SimpleNamespace(**config)
     shapes, layout = expected_tensors(model), memory_layout(model)
@@ -66,13 +68,17 @@ def add_model(
             raise ValueError(f"{name} is not a tensor of this {model.model_type}, or came twice")
         parts = layout.pop(name)
         rows = tensor.detach().flatten(0, 1) if len(parts) > 1 or tensor.dim() == 3 else tensor.detach()
-        if sum(shapes[part][0] for part in parts) != rows.shape[0] or shapes[parts[0]][1:] != rows.shape[1:]:
+        ends = list(itertools.accumulate(shapes[part][0] for part in parts))
+        if rows.shape[0] not in ends or shapes[parts[0]][1:] != rows.shape[1:]:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, which does not make up {parts[0]} {shapes[parts[0]]}")
+        count = ends.index(rows.shape[0]) + 1
+        if count < len(parts):
+            layout[name] = parts[count:]
         if dtype is None:  # nearly all tensors have one dtype, so the first one is enough to know the total size
             writer.expect(sum(math.prod(shape) for shape in shapes.values()) * tensor.element_size())
         if dtype is None or name == "model.embed_tokens.weight":
             dtype = tensor.dtype
-        for part, piece in zip(parts, rows.split([shapes[part][0] for part in parts]), strict=True):
+        for part, piece in zip(parts[:count], rows.split([shapes[part][0] for part in parts[:count]]), strict=True):
             for stored, values in quantized(part, piece) if in_fp8 else ((part, piece),):
                 writer.add(stored, values)
     if layout or dtype is None:
@@ -128,11 +134,19 @@ class ShardWriter:
         if not self.later:
             require_space(self.folder, size)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: torch.Tensor, blocks: Iterable[torch.Tensor] | None = None) -> None:
+        """blocks: the rows of a tensor that is not all here, some at a time, in their order."""
         size = tensor.numel() * tensor.element_size()
         if self.pending and self.pending_bytes + size > self.shard_bytes:
             self._end_file()
-        if len(self.shards) % self.ranks != self.rank:
+        own = len(self.shards) % self.ranks == self.rank
+        if blocks is not None:
+            self.pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu" if own else "meta")
+            left = self.pending[name]
+            for block in blocks:
+                left[: len(block)].copy_(block)
+                left = left[len(block) :]
+        elif not own:
             self.pending[name] = tensor.to("meta")
         else:
             self.pending[name] = tensor.to("cpu", copy=self.later).contiguous()

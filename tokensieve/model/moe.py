@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.families import ModelConfig, family_of
+from tokensieve.model.expert_group import ExpertGroup
 from tokensieve.ops.eager import is_single_token, without_autocast
 
 # With a multiple of this many rows, a row's bits do not depend on the other rows: matrix libraries compute a remainder
@@ -81,11 +82,13 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts as two tensors: gate and up rows (E, 2I, D), down (E, D, I). On disk each expert is by itself.
 
-    first: index of this rank's first expert if other ranks hold the others; tokens that are routed to those contribute
-    zero here.
+    first: index of this rank's first expert if other ranks hold the others and have the same tokens; tokens that are
+    routed to those contribute zero here. group: the ranks that hold the others and have tokens of their own, which they
+    exchange; the tensors are then DTensors of all experts.
     """
 
     first: int | None = None
+    group: ExpertGroup | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -124,7 +127,10 @@ class Experts(nn.Module):
         # Autocast would turn the sum over K, and with it the residual stream, into float32.
         with without_autocast(x_ND):
             x = x_ND.index_select(0, order // K)
-            y = self._products(x, ends_E, counts_E)
+            if self.group is None:
+                y = self._products(x, ends_E, counts_E)
+            else:
+                y = self.group.products(self._products, x, counts_E)
             if self.first is not None:
                 y = y.masked_fill((torch.arange(N * K, device=y.device) >= ends_E[-1]).unsqueeze(-1), 0)
             # Back to the tokens' order: a gather and a sum over K, so that no addition depends on the batch.
@@ -139,13 +145,20 @@ class Experts(nn.Module):
             return self._grouped(x, ends_E.to(torch.int32))
         return self._one_by_one(x, counts_E)
 
+    def _own(self) -> tuple[Tensor, Tensor]:
+        """The two tensors of the experts that are here."""
+        gate_up: Any = self.gate_up_proj
+        down: Any = self.down_proj
+        return (gate_up, down) if self.group is None else (gate_up.to_local(), down.to_local())
+
     @torch.compiler.disable  # every new set of counts would be another program
     def _one_by_one(self, x: Tensor, counts_E: Tensor) -> Tensor:
         counts = counts_E.tolist()
         *by_expert, others = x.split([*counts, x.shape[0] - sum(counts)])
         parts = []
         # unbind, not indexing: each expert's gradient of an index is a tensor of all experts' size, mostly zeros.
-        for part, gate_up, down in zip(by_expert, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+        matrices = (own.unbind() for own in self._own())
+        for part, gate_up, down in zip(by_expert, *matrices, strict=True):
             if rows := part.shape[0]:
                 if not torch.is_grad_enabled():
                     part = F.pad(part, (0, 0, 0, -rows % ORDINARY_ROWS))
@@ -181,8 +194,9 @@ class Experts(nn.Module):
 
     def _grouped(self, x: Tensor, ends_E: Tensor) -> Tensor:
         # Grouped products exist in bfloat16 only; float32 parameters are cast, as autocast does for a linear layer.
-        gate, up = torch._grouped_mm(x, self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
-        return torch._grouped_mm(F.silu(gate) * up, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends_E)
+        gate_up, down = (own.to(x.dtype).transpose(1, 2) for own in self._own())
+        gate, up = torch._grouped_mm(x, gate_up, offs=ends_E).chunk(2, dim=-1)
+        return torch._grouped_mm(F.silu(gate) * up, down, offs=ends_E)
 
 
 class MoE(nn.Module):
@@ -204,7 +218,7 @@ class MoE(nn.Module):
         chosen_NK, weights_NK = self.gate(x_ND)
         load_E = None
         # A module in the experts' place (an adapter), or one that holds some of them only, has no way but forward().
-        whole = isinstance(self.experts, Experts) and self.experts.first is None
+        whole = isinstance(self.experts, Experts) and self.experts.first is None and self.experts.group is None
         if real is not None:
             rows = x_ND[:real], chosen_NK[:real], weights_NK[:real]
             routed = self.experts.few_tokens(*rows) if whole else self.experts(*rows)[0]

@@ -33,7 +33,7 @@ from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.parallelize import Root, check_memory, clip, divide, empty_model, read_parts, shard
+from tokensieve.train.parallelize import Root, by_mesh, check_model, clip, divide, empty_model, read_parts, shard
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, backward, options_of
@@ -119,7 +119,7 @@ class Run:
         self.first = self._state.step if self._resumed else 0
         several = self.mesh.size > 1
         if several:
-            check_memory(config, _model_config(config, model, self._resumed), self.mesh)
+            check_model(config, _model_config(config, model, self._resumed), self.mesh)
         resumed = self._resumed if config.lora is None else None
         parts = None
         if several and (resumed or (model is None and config.model)):
@@ -411,7 +411,11 @@ def make_optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch
             peak = o.indexer_lr if id(parameter) in indexers and o.indexer_lr is not None else o.lr
             groups.setdefault((peak, o.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": p, "lr": peak, "peak": peak, "weight_decay": decay} for (peak, decay), p in groups.items()],
+        [
+            {"params": p, "lr": peak, "peak": peak, "weight_decay": decay}
+            for (peak, decay), group in groups.items()
+            for p in by_mesh(group)
+        ],
         betas=(o.beta1, o.beta2),
         eps=o.eps,
         fused=device.type == "cuda",

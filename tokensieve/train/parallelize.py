@@ -1,13 +1,17 @@
-"""One model on several ranks in training, applied from outside of it: FSDP2, and context parallelism.
+"""One model on several ranks in training, applied from outside of it: FSDP2, context and expert parallelism.
 
 The ranks form one DeviceMesh with the axes "shard" and "context". Ranks of the same shard share the tokens of their
 sequences (`tokensieve.model.gathered`); different shards read different micro-batches of a step. Parameters, gradients
 and the optimizer's moments are sharded over all ranks. Every rank's losses are its shares of the means over the whole
-step, so gradients are summed over the ranks and never averaged. Expert and tensor parallelism would be further axes.
+step, so gradients are summed over the ranks and never averaged.
+
+Experts may have a mesh of their own, of the same ranks, with the axes "expert_shard" and "experts". Ranks of the same
+expert shard divide the experts (`tokensieve.model.expert_group`), and FSDP gathers the matrices of a rank's experts
+over the other axis alone. Tensor parallelism would be a further axis.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tokensieve import checkpoint, cost
@@ -27,8 +31,10 @@ from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.expert_group import ExpertGroup
 from tokensieve.model.files import came_from, fill
 from tokensieve.model.gathered import CHUNK, ContextGroup
+from tokensieve.model.moe import Experts
 from tokensieve.model.transformer import DecoderLayer
 
 
@@ -37,7 +43,8 @@ class Division:
     """The division of a run's work over the ranks, seen from one of them.
 
     context: the ranks that share this rank's sequences; None: it has them alone. axes: all ranks; None: there is one.
-    shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step.
+    shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step. experts: all
+    ranks, with the axes of the experts; None: experts are sharded as everything else.
     """
 
     mesh: Mesh
@@ -45,6 +52,7 @@ class Division:
     context: ContextGroup | None = None
     shard: int = 0
     shards: int = 1
+    experts: DeviceMesh | None = None
 
 
 def divide(config: TrainConfig, mesh: Mesh) -> Division:
@@ -52,12 +60,13 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
 
     UserError for settings that do not divide over so many ranks, or that run in one process only.
     """
-    R = config.context_parallel
-    if mesh.size % R:
-        started = "there is one process" if mesh.size == 1 else f"torchrun started {mesh.size}"
-        raise UserError(
-            f"context_parallel is {R} and {started}; start a multiple of {R}: torchrun --nproc-per-node {R}"
-        )
+    R, X = config.context_parallel, config.expert_parallel
+    for name, ranks in (("context_parallel", R), ("expert_parallel", X)):
+        if mesh.size % ranks:
+            started = "there is one process" if mesh.size == 1 else f"torchrun started {mesh.size}"
+            raise UserError(
+                f"{name} is {ranks} and {started}; start a multiple of {ranks}: torchrun --nproc-per-node {ranks}"
+            )
     if mesh.size == 1:
         return Division(mesh)
     for name, given in (("lora", config.lora is not None), ("compile", config.compile)):
@@ -77,11 +86,13 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
     if R > 1:
         # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
         context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
-    return Division(mesh, axes, context, shard, shards)
+    experts = mesh.axes(expert_shard=mesh.size // X, experts=X) if X > 1 else None
+    return Division(mesh, axes, context, shard, shards, experts)
 
 
-def check_memory(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
-    """UserError if the ranks cannot hold their parts of the weights, gradients and moments."""
+def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
+    """UserError if the ranks cannot divide the experts, or hold their parts of the weights, gradients and moments."""
+    _check_experts(config, model_config, mesh)
     cuda = mesh.device.type == "cuda"
     needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
     held = needed.weight_bytes + needed.gradient_bytes + needed.optimizer_bytes
@@ -90,10 +101,27 @@ def check_memory(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
     else:
         there, what = psutil.virtual_memory().total // rank_info().local_size, "a rank's share of the memory"
     if held > there * mesh.size:
-        least = math.ceil(held / there / config.context_parallel) * config.context_parallel
+        together = math.lcm(config.context_parallel, config.expert_parallel)
+        least = math.ceil(held / there / together) * together
         raise UserError(
             f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments are {held / 2**30:.1f} GiB, "
             f"and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
+        )
+
+
+def _check_experts(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
+    X = config.expert_parallel
+    if X == 1:
+        return
+    shape = cost.shape_of(model_config)
+    E, widths = shape.experts, (2 * shape.expert_ffn, shape.hidden)
+    if not E or E % X:
+        has = f"{E} routed experts; make it a divisor of them" if E else "no routed experts; leave it out"
+        raise UserError(f"expert_parallel is {X}, and the model has {has}")
+    if any(width % (mesh.size // X) for width in widths):
+        raise UserError(
+            f"expert_parallel {X} leaves an expert to {mesh.size // X} of {mesh.size} ranks, which do not divide the "
+            f"{widths[0]} and {widths[1]} rows of its matrices; make it larger, or start another number of ranks"
         )
 
 
@@ -118,6 +146,11 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     if division.axes is None:
         return root
     ranks = division.axes._flatten("ranks")
+    if division.experts is not None:
+        division.experts._flatten("expert_ranks")  # norms are then summed in one operation
+        for module in model.modules():
+            if isinstance(module, Experts):
+                _shard_experts(module, division.experts)
     # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
     unit: list[nn.Module] = []
     for layer in model.model.layers:
@@ -133,9 +166,49 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     return root
 
 
+def _shard_experts(module: Experts, axes: DeviceMesh) -> None:
+    """Leaves each rank its experts, and of their matrices its rows. Few ranks have as many experts as share one."""
+    experts = axes["experts"]
+    module.group = ExpertGroup(experts.size(), experts.get_group())
+    for name, parameter in list(module.named_parameters()):
+        own = distribute_tensor(parameter.detach(), experts, [Shard(0)], src_data_rank=None)
+        setattr(module, name, nn.Parameter(own, parameter.requires_grad))
+    fully_shard(module, mesh=axes["expert_shard"], shard_placement_fn=lambda parameter: Shard(1))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank. All ranks call it for the same tensors in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def experts_of(tensor: Tensor) -> DeviceMesh | None:
+    """The ranks that divide a tensor's experts, if it is one of divided experts."""
+    names = tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else None
+    return tensor.device_mesh["experts"] if isinstance(tensor, DTensor) and "experts" in (names or ()) else None
+
+
+def blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """All of a tensor's rows on every rank, in their order: divided experts a rank's after the other, and else at once.
+
+    All ranks call it for the same tensors in the same order.
+    """
+    experts = experts_of(tensor)
+    if experts is None or not isinstance(tensor, DTensor):
+        yield whole(tensor)
+        return
+    own = tensor.redistribute(placements=[Replicate(), Shard(0)]).to_local()
+    for rank in range(experts.size()):
+        block = own if rank == experts.get_local_rank() else torch.empty_like(own)
+        torch.distributed.broadcast(block, group=experts.get_group(), group_src=rank)
+        yield block
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters, in groups of the same mesh: PyTorch does not compute with several meshes at once."""
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
 
 
 def own_part(shape: torch.Size, like: Tensor) -> tuple[slice, ...]:
@@ -162,7 +235,7 @@ def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) ->
 
     def part(name: str, rows: Tensor) -> Tensor:
         target = like[name]
-        own = rows[(slice(None), *parts[name][1:])].to(device)
+        own = rows[(slice(None), *parts[name][1:])].to(device).contiguous()
         if not isinstance(target, DTensor):
             return own
         return DTensor.from_local(
@@ -177,6 +250,9 @@ def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) ->
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scales the gradients down to the norm `limit`, if they are longer. Returns their norm () over all ranks."""
-    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    groups = by_mesh(parameters)
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norm = torch.nn.utils.get_total_norm([whole(norm) for norm in norms])
+    for group in groups:
+        torch.nn.utils.clip_grads_with_norm_(group, limit, norm)
     return norm

@@ -23,7 +23,7 @@ from tokensieve.config import UserError
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import lora
-from tokensieve.train.parallelize import whole
+from tokensieve.train.parallelize import blocks, experts_of, whole
 from tokensieve.train.state import (
     OPTIMIZER,
     STATE,
@@ -118,7 +118,7 @@ class Saver:
 
             if adapter is None:
                 weights = writer("model", FILE_BYTES, 0)
-                tensors = ((name, whole(tensor)) for name, tensor in model.state_dict().items())
+                tensors = ((name, block) for name, tensor in model.state_dict().items() for block in blocks(tensor))
                 exported = checkpoint.add_model(weights, exported, tensors, model.extras)
             else:
                 weights = writer(lora.STEM, float("inf"), 0)
@@ -126,7 +126,10 @@ class Saver:
                     weights.add(name, whole(tensor))
             moments = writer(OPTIMIZER, FILE_BYTES, mesh.size - 1)
             for name, tensor in (optimizer_tensors(model, optimizer) | random_states(mesh)).items():
-                moments.add(name, whole(tensor))
+                if experts_of(tensor) is None:
+                    moments.add(name, whole(tensor))
+                else:
+                    moments.add(name, tensor, blocks(tensor))
         self._pending = Pending(folder, state, model, adapter, [weights, moments], exported)
         if later:
             self._pending.thread.start()
