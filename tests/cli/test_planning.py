@@ -45,14 +45,17 @@ def test_published_shapes_have_plans_and_configs(run: Run, model: str) -> None:
 
 
 def test_the_papers_schedule(run: Run) -> None:
-    """2.1 and 943.7 billion tokens, and the GPU-hours of each stage; a command is not given for what cannot run."""
-    ended = run(*PAPER, "--expert-parallel", 64, "--json")
+    """2.1 and 943.7 billion tokens, and the GPU-hours of each stage; the experts are divided as the configs say."""
+    ended = run(*PAPER, "--json")
     assert ended.status == 0, ended
     found = json.loads(ended.out)
     assert found == json.loads(Path("runs/plan/plan.json").read_text())
     warmup, adapt = found["stages"]
     assert (warmup["tokens"], adapt["tokens"]) == (1000 * 16 * 131072, 15000 * 480 * 131072)
-    assert warmup["commands"] == adapt["commands"] == []
+    nodes = "torchrun --nnodes 128 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m tokensieve"
+    assert warmup["commands"] == [f"{nodes} warmup --config paper_warmup --model FOLDER"]
+    assert adapt["commands"] == [f"{nodes} adapt --config paper_adapt --model runs/paper-warmup/step-001000"]
+    assert warmup["expert_parallel"] == adapt["expert_parallel"] == 32
     for stage in (warmup, adapt):
         (phase,) = stage["phases"]
         assert stage["gpu_hours"] == pytest.approx(phase["steps"] * phase["step_seconds"] * 1024 / 3600)
@@ -65,8 +68,8 @@ def test_the_papers_schedule(run: Run) -> None:
         assert sum(held["bytes"] for held in phase["memory"]) == stage["memory_bytes"]
     assert 0.5e3 < warmup["gpu_hours"] < 3e3 and 1e5 < adapt["gpu_hours"] < 1e6
     assert found["usd"] == pytest.approx(warmup["usd"] + adapt["usd"])
-    shown = run(*PAPER, "--expert-parallel", 64)
-    assert "which training cannot do yet" in shown.out and "GPU-hours" in shown.out and "torchrun" not in shown.out
+    shown = run(*PAPER)
+    assert " ".join(shown.out.split()).count("; expert_parallel 32 ") == 2 and shown.out.count("torchrun") == 2
 
 
 def test_shares_and_prices_that_are_given(run: Run) -> None:
@@ -111,7 +114,8 @@ TOO_LARGE = [
     ("moonlight-16b-a3b-adapt", "moonlight-16b-a3b", ("--gpus", 2)),
     ("deepseek-v2-lite-adapt", "deepseek-v2-lite", ("--gpus", 8, "--set", "context_parallel=1")),
     ("qwen3-8b-adapt", "qwen3-8b", ("--gpus", 8, "--set", "phases.0.micro_batch=8")),
-    ("paper_warmup", "deepseek_v32", ("--gpus", 1024)),
+    ("paper_warmup", "deepseek_v32", ("--gpus", 1024, "--set", "expert_parallel=1")),
+    ("paper_adapt", "deepseek_v32", ("--gpus", 1024, "--set", "expert_parallel=1")),
 ]
 
 
@@ -148,9 +152,8 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("[lora]",), *lite, "--set", "lora.rank=8")
     refused(("--set steps",), *lite, "--set", "steps")
     refused(("unknown key nothing",), *lite, "--set", "nothing=1")
-    refused(("--expert-parallel 5", "64 routed experts"), *lite, "--expert-parallel", 5)
+    refused(("expert_parallel is 5", "8 GPUs"), *lite, "--set", "expert_parallel=5")
     refused(("base: compile",), "plan", "base")
-    refused(("11.5 billion parameters", "--expert-parallel"), *PAPER[:1], *PAPER[2:])
     alone = ("--set", "context_parallel=1", "--gpus", 512)
     refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", *alone)
     Path("broken.toml").write_text('stage = "adapt"\nmodel = "base"\nout = ""\nphases = []\n')

@@ -16,6 +16,7 @@ from tests.support.commands import tiny
 from tests.support.torchrun import ended, ranks_of, started
 
 SHARED = ("--set", "context_parallel=2")
+EXPERTS = ("--set", "expert_parallel=2")
 BROKEN = """
 import os
 import torch
@@ -52,7 +53,9 @@ def begun(process: subprocess.Popen, folder: Path, step: int = 1) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "more"), [("pretrain", ()), ("warmup", SHARED), ("adapt", SHARED)])
+@pytest.mark.parametrize(
+    ("stage", "more"), [("pretrain", ()), ("warmup", SHARED), ("adapt", SHARED), ("adapt", EXPERTS)]
+)
 def test_the_losses_of_one_process(run: Any, home: Path, tmp_path: Path, stage: str, more: tuple[str, ...]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*tiny(home, stage, one)).status == 0
@@ -72,6 +75,7 @@ def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: py
             "warmup",
             ("--set", "context_parallel=3", "--set", "phases.0.context=48"),
         ),
+        (("expert_parallel is 5", "torchrun started 2"), "adapt", ("--set", "expert_parallel=5")),
         (("every phases.context", "multiple of 4"), "warmup", (*SHARED, "--set", "phases.0.context=2")),
         (("4 sequences", "2 shards"), "warmup", ("--set", "phases.0.sequences=4", "--set", "phases.0.micro_batch=4")),
         (("2 ranks cannot hold the model", "at least"), "pretrain", ("--set", "shape.num_hidden_layers=9000000")),

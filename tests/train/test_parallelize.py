@@ -243,7 +243,7 @@ def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, 
     [
         ("v32", 16, 16, "expert_parallel is 16, and the model has 8 routed experts; make it a divisor of them"),
         ("qwen3_dsa", 2, 2, "expert_parallel is 2, and the model has no routed experts; leave it out"),
-        ("v32", 6, 2, "leaves an expert to 3 of 6 ranks, which do not divide the 48 and 32 rows .* make it larger"),
+        ("v32", 6, 2, "expert_parallel is 2, so 3 of 6 ranks share an expert, .* the 48 and 32 rows .* make it larger"),
     ],
 )
 def test_experts_that_do_not_divide(family: str, size: int, dividing: int, words: str) -> None:

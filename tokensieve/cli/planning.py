@@ -31,9 +31,6 @@ def plan(
     ] = None,
     price: Annotated[float, typer.Option(min=0, help="Dollars a GPU hour.")] = PRICE,
     top_k: Annotated[int, typer.Option(min=1, help="Keys that a dense model will select.")] = TOP_K,
-    expert_parallel: Annotated[
-        int, typer.Option(help="Count as if so many GPUs divided the experts, which training cannot do yet.")
-    ] = 1,
     rate: Annotated[
         list[str] | None,
         typer.Option("--rate", metavar="NAME=SHARE", help="A share of the peak: products, attention or network."),
@@ -68,10 +65,10 @@ def plan(
     for name, config in zip(configs, stages, strict=True):
         shape, dense = _shape(config, top_k)
         try:
-            found = plan_of(config, shape, chosen, gpus, rates, expert_parallel)
+            found = plan_of(config, shape, chosen, gpus, rates)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        commands = _commands(name, config, gpus, set_, start, shape if dense else None) if expert_parallel == 1 else ()
+        commands = _commands(name, config, gpus, set_, start, shape if dense else None)
         plans.append(NamedPlan(name, config.model or "a new model", found, commands))
         start = f"{config.out}/step-{sum(phase.steps for phase in config.phases):06d}"
     figures = plan_figures(plans, price)

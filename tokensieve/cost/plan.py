@@ -1,19 +1,19 @@
 """A training run on a number of GPUs before it starts: memory of one GPU, time of a step and of the schedule, dollars.
 
-Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, and beside them what GPUs
-exchange: FSDP's layers and gradients, the entries of context parallelism, and what experts exchange. A step takes the
-longer of the two. Its FLOPs are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments,
-reading data, checkpoints, and GPUs that wait for each other.
+Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, with the tokens that go to
+divided experts and back, for which they wait. Beside them GPUs exchange FSDP's layers and gradients, and the entries of
+context parallelism. A step takes the longer of the two. Its FLOPs are divided evenly over the GPUs. Not counted: the
+optimizer's own pass over its moments, reading data, checkpoints, and GPUs that wait for each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.cost.gpus import NODE, Gpu, gpu_of
 from tokensieve.cost.rates import PEAK, Rate
-from tokensieve.cost.serving import USABLE, expert_copies
+from tokensieve.cost.serving import USABLE
 from tokensieve.cost.shape import Shape, parameters
 from tokensieve.cost.token_cost import Part, Timed
 from tokensieve.cost.train_memory import (
@@ -31,6 +31,7 @@ from tokensieve.cost.train_rates import TrainRates, measured_rates
 from tokensieve.cost.training import Stage, TrainFlops, recomputed_flops, train_flops_parts
 
 TRAINING = ("H100", "H200", "H800", "B200")  # training runs on CUDA devices
+TOKENS = "tokens on the way to experts and back"
 MACHINES = 256  # the most that a refusal looks for
 
 
@@ -59,7 +60,7 @@ class PhasePlan(Timed):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A configured run. `ranks.context` is the config's context_parallel."""
+    """A configured run. `ranks` has the config's context_parallel and expert_parallel."""
 
     config: TrainConfig
     shape: Shape
@@ -112,19 +113,19 @@ def objective(config: TrainConfig) -> Stage:
     return "pretrain" if config.stage == "adapt" and not config.selection else config.stage
 
 
-def plan(config: TrainConfig, shape: Shape, gpu: Gpu, gpus: int, rates: TrainRates, experts: int = 1) -> StagePlan:
+def plan(config: TrainConfig, shape: Shape, gpu: Gpu, gpus: int, rates: TrainRates) -> StagePlan:
     """The plan of a run of a model of this shape on `gpus` GPUs.
 
     rates: shares that are given. Where they are `PEAK`, a share that was measured for such a model takes its place.
-    experts: GPUs that the routed experts are divided over, which training cannot do yet.
-
     UserError for settings that training refuses, and for what does not fit, with what would.
     """
-    ranks = Ranks(gpus, config.context_parallel, experts)
+    ranks = Ranks(gpus, config.context_parallel, config.expert_parallel)
     _check_gpus(config, shape, gpu, ranks)
     if (reason := refusal(config, ranks)) is not None:
         would = (c for c in _divisors(gpus) if refusal(config, replace(ranks, context=c)) is None)
         raise UserError(reason + "".join(f", as with --set context_parallel={c}" for c in [*would][:1]))
+    if (reason := experts_refusal(shape, ranks)) is not None:
+        raise UserError(reason)
     phases = tuple(_phase(config, shape, gpu, ranks, rates, phase) for phase in config.phases)
     found = StagePlan(config, shape, gpu, ranks, phases)
     if found.heaviest.bytes > usable(gpu):
@@ -147,16 +148,14 @@ def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> No
         raise UserError("a plan counts training of all weights, and the config has a [lora] table; leave it out")
     if objective(config) != "pretrain" and not shape.sparse:
         raise UserError(f"{config.stage} needs a shape with an indexer; `with_indexer` adds one")
-    experts = ranks.experts
-    if experts < 1 or ranks.gpus % experts or (experts > 1 and (not shape.experts or shape.experts % experts)):
-        has = f"{shape.experts} routed experts" if shape.experts else "no routed experts"
-        raise UserError(f"--expert-parallel {experts} must divide {ranks.gpus} GPUs and the model's {has}")
 
 
 def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
     """Reason why training (`tokensieve/train/parallelize.py`) refuses such a division, with a remedy; or None."""
     if ranks.gpus % ranks.context:
         return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
+    if ranks.gpus % ranks.experts:
+        return f"expert_parallel is {ranks.experts}, which does not divide {ranks.gpus} GPUs; make it a divisor"
     if config.compile and ranks.gpus > 1:
         return "compile runs on one GPU so far; leave it out, or plan for --gpus 1"
     for phase in config.phases:
@@ -173,6 +172,26 @@ def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
                 f"phases.context is {phase.context}; {ranks.context} GPUs share sequences of a multiple of {multiple} "
                 "tokens; change it"
             )
+    return None
+
+
+def experts_refusal(shape: Shape, ranks: Ranks) -> str | None:
+    """Reason why so many ranks cannot divide the experts of a model and then the matrices of one; or None."""
+    experts, sharing = ranks.experts, ranks.gpus // ranks.experts
+    if experts == 1:
+        return None
+    if not shape.experts:
+        return f"expert_parallel is {experts}, and the model has no routed experts; leave it out"
+    if shape.experts % experts:
+        return (
+            f"expert_parallel is {experts}, and the model has {shape.experts} routed experts; make it a divisor of them"
+        )
+    widths = 2 * shape.expert_ffn, shape.hidden
+    if any(width % sharing for width in widths):
+        return (
+            f"expert_parallel is {experts}, so {sharing} of {ranks.gpus} ranks share an expert, and they do not divide "
+            f"the {widths[0]} and {widths[1]} rows of its matrices; make it larger, or start another number of ranks"
+        )
     return None
 
 
@@ -197,11 +216,9 @@ def _does_not_fit(found: StagePlan) -> str:
     if ways:
         return f"{needs}; what fits: {'; or '.join(ways)}"
     one = max(kind.held(ranks) for kind in layer_parameters(shape))
-    remedies = ["count with divided experts (--expert-parallel), which training cannot do yet"] if shape.experts else []
     one_token = (PhaseConfig(1, 1, 1),)
-    if _holds(replace(config, phases=one_token, context_parallel=1, kl_every=1), shape, gpu, replace(ranks, context=1)):
-        remedies.insert(0, "take shorter sequences")
-    remedy = f"; {' or '.join(remedies)}" if remedies else ""
+    shorter = replace(config, phases=one_token, context_parallel=1, kl_every=1)
+    remedy = "; take shorter sequences" if _holds(shorter, shape, gpu, replace(ranks, context=1)) else ""
     return (
         f"{needs}, and no other settings, {MACHINES} machines or other GPUs do: a layer of {one / 1e9:.1f} billion "
         f"parameters is gathered whole, with the next one{remedy}"
@@ -209,35 +226,46 @@ def _does_not_fit(found: StagePlan) -> str:
 
 
 def _fits(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
-    return refusal(config, ranks) is None and _holds(config, shape, gpu, ranks)
+    divides = refusal(config, ranks) is None and experts_refusal(shape, ranks) is None
+    return divides and _holds(config, shape, gpu, ranks)
 
 
 def _holds(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
     return all(sum(held.bytes for held in _memory(config, shape, ranks, p)) <= usable(gpu) for p in config.phases)
 
 
-def _changed(config: TrainConfig, ranks: Ranks) -> Iterator[tuple[TrainConfig, Ranks, list[str]]]:
-    """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first."""
+def _changed(
+    config: TrainConfig, ranks: Ranks, experts: Sequence[int]
+) -> Iterator[tuple[TrainConfig, Ranks, list[str]]]:
+    """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first.
+
+    experts: numbers of ranks that may divide them; another one than now comes last.
+    """
     recompute = not config.activation_checkpointing and config.stage != "warmup"
     smaller = any(phase.micro_batch > 1 for phase in config.phases)
     context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
-    choices = product((False, True) if recompute else (False,), (False, True) if smaller else (False,), context)
-    for again, single, c in sorted(choices, key=lambda x: (x[2] != ranks.context, x[2], x[0] + x[1], x[1])):
+    choices = product(
+        (False, True) if recompute else (False,), (False, True) if smaller else (False,), context, experts
+    )
+    order = sorted(choices, key=lambda x: (x[3] != ranks.experts, x[2] != ranks.context, x[2], x[0] + x[1], x[1], x[3]))
+    for again, single, c, dividing in order:
         changes = ["--set activation_checkpointing=true"] if again else []
         phases = tuple(replace(phase, micro_batch=1) for phase in config.phases) if single else config.phases
         changes += [
             f"--set phases.{i}.micro_batch=1" for i, p in enumerate(config.phases) if single and p.micro_batch > 1
         ]
         changes += [f"--set context_parallel={c}"] if c != ranks.context else []
+        changes += [f"--set expert_parallel={dividing}"] if dividing != ranks.experts else []
         checkpointing = config.activation_checkpointing or again
         # The config checks its contexts; those that do not divide are refused afterwards.
         changed = replace(config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1)
-        yield changed, replace(ranks, context=c), changes
+        yield changed, replace(ranks, context=c, experts=dividing), changes
 
 
 def _other_settings(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
-    for changed, other, changes in _changed(config, ranks):
+    experts = [x for x in _divisors(ranks.gpus) if x >= ranks.experts]
+    for changed, other, changes in _changed(config, ranks, experts):
         if changes and _fits(changed, shape, gpu, other):
             yield " ".join(changes)
             return
@@ -247,7 +275,7 @@ def _more_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Ite
     """The fewest GPUs that would do, with the same settings if they can, or else with others."""
     counts = [n for n in (2, 4, *range(NODE, NODE * MACHINES + 1, NODE)) if n > ranks.gpus and n % ranks.experts == 0]
     for gpus in counts:
-        for changed, other, changes in _changed(config, replace(ranks, gpus=gpus)):
+        for changed, other, changes in _changed(config, replace(ranks, gpus=gpus), [ranks.experts]):
             if _fits(changed, shape, gpu, other):
                 yield " ".join([f"--gpus {gpus}", *changes])
                 return
@@ -280,16 +308,20 @@ def _phase(
         rate, flops = measured if given == PEAK else given, flops * phase.sequences / ranks.gpus
         return Part(name, flops, 0, flops / (gpu.bf16 * rate.share), "compute", rate.label)
 
-    parts = (
+    traffic = tuple(_traffic(config, shape, gpu, ranks, phase))
+
+    def exchange(name: str, *chosen: Traffic) -> Part:
+        seconds = sum(t.bytes / (t.bandwidth * rates.network.share) for t in chosen)
+        return Part(name, 0, sum(t.bytes for t in chosen), seconds, "interconnect", rates.network.label)
+
+    parts = [
         part("products with weights", model.products + again.products, rates.products, known.products),
         part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
-    )
-    traffic = tuple(_traffic(config, shape, gpu, ranks, phase))
-    network = rates.network
-    seconds = sum(t.bytes / (t.bandwidth * network.share) for t in traffic)
-    exchange = Part("between GPUs", 0, sum(t.bytes for t in traffic), seconds, "interconnect", network.label)
+    ]
+    parts += [exchange(t.name, t) for t in traffic if t.name == TOKENS]
+    beside = exchange("between GPUs", *(t for t in traffic if t.name != TOKENS))
     held = tuple(_memory(config, shape, ranks, phase))
-    return PhasePlan(parts, exchange, phase, held, traffic, phase.sequences * sum(model))
+    return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model))
 
 
 def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
@@ -303,20 +335,33 @@ def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: P
         return gpu.link if gpus <= NODE else min(gpu.link, NODE * gpu.network)
 
     if ranks.gpus > 1:
-        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-        held = counts.total - routed + routed // ranks.experts
-        learning = trained(shape, stage) if stage == "warmup" else held
-        gathers = 1 if stage == "warmup" else 2
-        received = passes * (GATHERED * gathers * held + WEIGHT * learning) * (ranks.gpus - 1) / ranks.gpus
-        yield Traffic("layers and gradients", received, bandwidth(ranks.gpus))
+        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn if ranks.experts > 1 else 0
+        warmup = stage == "warmup"  # indexers learn alone, and nothing is gathered again to go back
+        gathers = 1 if warmup else 2
+
+        def received(held: int, learning: int, gpus: int) -> float:
+            return passes * (GATHERED * gathers * held + WEIGHT * learning) * (gpus - 1) / gpus
+
+        held = counts.total - routed
+        learning = trained(shape, stage) if warmup else held
+        yield Traffic("layers and gradients", received(held, learning, ranks.gpus), bandwidth(ranks.gpus))
+        if routed:
+            # Those that share an expert are as far apart as others divide them, and of one machine are few.
+            held, sharing = routed // ranks.experts, ranks.gpus // ranks.experts
+            own = received(held, 0 if warmup else held, sharing)
+            near = max(1, NODE // ranks.experts)
+            way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
+            yield Traffic("experts and gradients", own, way)
     if ranks.context > 1:
         # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
         entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim
         numbers = (1 + again) * (entries + index) + (index if stage == "warmup" else entries + index)
-        received = passes * shape.layers * T * numbers * VALUE * (ranks.context - 1) / ranks.context
-        yield Traffic("keys and values, index keys", received, bandwidth(ranks.context))
+        keys = passes * shape.layers * T * numbers * VALUE * (ranks.context - 1) / ranks.context
+        yield Traffic("keys and values, index keys", keys, bandwidth(ranks.context))
     if ranks.experts > 1:
-        copies = expert_copies(shape, ranks.experts) * shape.moe_layers * T / ranks.context
+        # Of a token's copies, one for each of its experts, those that leave the GPU, or of several machines its own.
+        places = ranks.experts if ranks.experts <= NODE else ranks.experts // NODE
+        copies = shape.experts_per_token * (1 - 1 / places) * shape.moe_layers * T / ranks.context
         there_and_back = 2 * (1 if stage == "warmup" else 2 + again)
-        received = passes * copies * shape.hidden * VALUE * there_and_back
-        yield Traffic("tokens of experts", received, gpu.link if ranks.experts <= NODE else gpu.network)
+        tokens = passes * copies * shape.hidden * VALUE * there_and_back
+        yield Traffic(TOKENS, tokens, gpu.link if ranks.experts <= NODE else gpu.network)

@@ -1,4 +1,4 @@
-"""Memory of one GPU in training, on one GPU or under FSDP2 and context parallelism, in bytes.
+"""Memory of one GPU in training, on one GPU or under FSDP2, context and expert parallelism, in bytes.
 
 What lasts from step to step (weights, gradients, moments) is divided over all GPUs. What a step needs besides is not:
 the layers that are gathered at a time, and the activations of the tokens that a GPU computes. Under context parallelism
@@ -26,7 +26,7 @@ Origin = Literal["counted", "estimated"]
 
 @dataclass(frozen=True)
 class Ranks:
-    """The GPUs of a run. context: those that share a sequence. experts: those that routed experts are divided over."""
+    """The GPUs of a run. context: those that share a sequence. experts: those that divide the routed experts."""
 
     gpus: int
     context: int = 1

@@ -15,9 +15,7 @@ from tokensieve.report.table import table
 
 @dataclass(frozen=True)
 class NamedPlan:
-    """A plan and its names. config, model: as they were given. commands: those that start it; none if training cannot
-    run it yet.
-    """
+    """A plan and its names. config, model: as they were given. commands: those that start it."""
 
     config: str
     model: str
@@ -80,7 +78,7 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
     for named in plans:
         plan, ranks = named.plan, named.plan.ranks
         divided = [f"context_parallel {ranks.context}"] if ranks.context > 1 else []
-        divided += [f"experts over {ranks.experts}, which training cannot do yet"] if ranks.experts > 1 else []
+        divided += [f"expert_parallel {ranks.experts}"] if ranks.experts > 1 else []
         console.print(
             f"{named.config}: {plan.config.stage} of {named.model} on {_count(ranks.gpus, plan.gpu.name)} at "
             f"{price:g} USD an hour{''.join(f'; {text}' for text in divided)}",
@@ -106,7 +104,7 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
         rows.add_row("USD", _number(plan.gpu_hours * price), plan.label)
         rows.add_row("model FLOPs of the bf16 peak", f"{plan.mfu:.0%}", plan.label)
         console.print(rows)
-        for command in named.commands or ("not started by any command: training cannot divide experts yet",):
+        for command in named.commands:
             console.print(f"  {command}", highlight=False, soft_wrap=True)
     if len(plans) > 1:
         hours = sum(named.plan.gpu_hours for named in plans)

@@ -27,6 +27,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError
+from tokensieve.cost.plan import experts_refusal
+from tokensieve.cost.train_memory import Ranks
 from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
 from tokensieve.mesh import Mesh
@@ -92,7 +94,9 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
     """UserError if the ranks cannot divide the experts, or hold their parts of the weights, gradients and moments."""
-    _check_experts(config, model_config, mesh)
+    ranks = Ranks(mesh.size, config.context_parallel, config.expert_parallel)
+    if (reason := experts_refusal(cost.shape_of(model_config), ranks)) is not None:
+        raise UserError(reason)
     cuda = mesh.device.type == "cuda"
     needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
     held = needed.weight_bytes + needed.gradient_bytes + needed.optimizer_bytes
@@ -106,22 +110,6 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
         raise UserError(
             f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments are {held / 2**30:.1f} GiB, "
             f"and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
-        )
-
-
-def _check_experts(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
-    X = config.expert_parallel
-    if X == 1:
-        return
-    shape = cost.shape_of(model_config)
-    E, widths = shape.experts, (2 * shape.expert_ffn, shape.hidden)
-    if not E or E % X:
-        has = f"{E} routed experts; make it a divisor of them" if E else "no routed experts; leave it out"
-        raise UserError(f"expert_parallel is {X}, and the model has {has}")
-    if any(width % (mesh.size // X) for width in widths):
-        raise UserError(
-            f"expert_parallel {X} leaves an expert to {mesh.size // X} of {mesh.size} ranks, which do not divide the "
-            f"{widths[0]} and {widths[1]} rows of its matrices; make it larger, or start another number of ranks"
         )
 
 
