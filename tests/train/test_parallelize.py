@@ -157,9 +157,9 @@ def test_a_step_of_two_ranks(two: ranks.Group, family: str, stage: str, context_
     check_step(two, family, settings(stage, context_parallel))
 
 
-@pytest.mark.parametrize(("stage", "context_parallel"), [("warmup", 1), ("adapt", 2)])
-def test_two_ranks_that_divide_the_experts(two: ranks.Group, stage: str, context_parallel: int) -> None:
-    check_step(two, "v32", settings(stage, context_parallel, expert_parallel=2))
+@pytest.mark.parametrize(("family", "stage", "context_parallel"), [("glm", "warmup", 1), ("v32", "adapt", 2)])
+def test_two_ranks_that_divide_the_experts(two: ranks.Group, family: str, stage: str, context_parallel: int) -> None:
+    check_step(two, family, settings(stage, context_parallel, expert_parallel=2))
 
 
 @pytest.mark.slow
