@@ -6,6 +6,7 @@ Legend: N queries, T keys, K selected.
 import itertools
 import re
 import sqlite3
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,7 +148,7 @@ def retriever(subject: Subject) -> dict[str, Any]:
     for the question, whether the layers select the answer, and what is answered by reading either.
     """
     sizes, k = subject.sizes, subject.sparse.top_k
-    task = Needles(subject.encode, Documents(test=bundled_texts()), context=sizes.haystack)
+    task = Needles(subject.encode, Documents(test=bundled_texts()), context=sizes.haystack, needles=sizes.needles)
     bounds = LineBounds(subject.encode)
     rows: list[dict[str, Any]] = []
     examples = task.examples("test", sizes.haystacks * task.needles)
@@ -176,7 +177,7 @@ def retriever(subject: Subject) -> dict[str, Any]:
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of the questions, whose intervals are over contexts."""
+    """Shares of the questions and means, all with intervals over contexts."""
     contexts = [row["context"] for row in rows]
     layers, arms = range(len(rows[0]["layers"])), [*rows[0]["answered"]]
     answered = {arm: [float(row["answered"][arm]) for row in rows] for arm in arms}
@@ -184,13 +185,19 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def share(values: Sequence[float]) -> Estimate:
         return intervals.clustered_share([float(value) for value in values], contexts)
 
+    def mean(values: Sequence[float]) -> Estimate:
+        by_context = {
+            number: [x for x, at in zip(values, contexts, strict=True) if at == number] for number in contexts
+        }
+        return intervals.mean([statistics.fmean(of) for of in by_context.values()])
+
     return {
         "bm25": [share([row["bm25"] < top for row in rows]) for top in TOPS],
         "layers": [[share([row["layers"][layer] < top for row in rows]) for top in TOPS] for layer in layers],
         "any": share([any(row["selected"]) for row in rows]),
         "selected": [share([row["selected"][layer] for row in rows]) for layer in layers],
-        "in_bm25": [share([row["in_bm25"][layer] for row in rows]) for layer in layers],
-        "of_context": share([row["of_context"] for row in rows]),
+        "in_bm25": [mean([row["in_bm25"][layer] for row in rows]) for layer in layers],
+        "of_context": mean([row["of_context"] for row in rows]),
         "answered": {arm: share(values) for arm, values in answered.items()},
         "less": {
             arm: intervals.clustered_difference(answered[arm], answered["indexer"], contexts)

@@ -24,11 +24,12 @@ class Sizes:
     few: int = 8  # texts of each kind of input, and where a text is read many times
     asked: int = 100  # short questions of each task
     haystack: int = 4096  # tokens of a context with needles
-    haystacks: int = 6  # contexts, with 16 needles each
+    haystacks: int = 6  # contexts with needles
+    needles: int = 16  # of a context, each asked for
     queries: int = 64  # of a text whose selections are looked at
 
 
-QUICK = Sizes(context=576, texts=2, few=1, asked=1, haystack=1024, haystacks=1, queries=4)
+QUICK = Sizes(context=576, texts=2, few=1, asked=1, haystack=1024, haystacks=2, needles=2, queries=4)
 
 
 @dataclass(frozen=True)
