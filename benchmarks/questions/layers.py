@@ -64,8 +64,8 @@ def look(subject: Subject, text: Tensor) -> dict[str, Any]:
 
     {"lift": {kind: [by layer]}, how often far keys of a kind are selected over how often they occur; "available":
     {kind: share of the far keys}; "near": share of the selected keys that are among the last RECENT, by layer; "first":
-    share of the first 4 keys that are selected, by layer; "common": (L, L) share of common keys; "chance": that share
-    if both layers drew their keys}.
+    share of the first 4 keys that are selected, by layer; "common": (L, L) share of common keys; "common_far": share
+    of a layer's far keys that another selects too; "chance": share of common keys if both layers drew them}.
     """
     k, rows = SMALL_K, torch.linspace(4 * SMALL_K, len(text) - 1, subject.sizes.queries).long()
     watching = Watching(rows)
@@ -87,6 +87,7 @@ def look(subject: Subject, text: Tensor) -> dict[str, Any]:
         "near": (1 - far_LNT.sum((1, 2)) / total).tolist(),
         "first": chosen_LNT[:, :, :4].mean((1, 2)).tolist(),
         "common": (torch.einsum("ant,bnt->ab", chosen_LNT, chosen_LNT) / total).tolist(),
+        "common_far": (torch.einsum("ant,bnt->ab", far_LNT, far_LNT) / far_LNT.sum((1, 2))[:, None]).tolist(),
         "chance": float((k / (rows + 1)).mean()),
     }
 
@@ -114,4 +115,6 @@ def layers(subject: Subject) -> dict[str, Any]:
     chance = statistics.fmean(of["chance"] for of in found)
     show(f"Common keys of two layers, over k; {chance:.2f} if both drew them", ("", *head),
          [(name, *cells([of["common"][layer] for of in found])) for layer, name in enumerate(head)])  # fmt: skip
+    show("Share of a layer's far keys that another layer selects too", ("", *head),
+         [(name, *cells([of["common_far"][layer] for of in found])) for layer, name in enumerate(head)])  # fmt: skip
     return {"texts": found}
