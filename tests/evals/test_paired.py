@@ -16,7 +16,7 @@ from tokensieve.tasks.retrieval import NeedleExample
 def test_shares_of_the_same_questions_are_paired_by_context():
     first, second = share_of([[1, 0], [1, 1]], "p"), json.loads(json.dumps(share_of([[0, 0], [1, 1]], "p")))
     how, found = compared(first, second)
-    assert how == "less" and found == intervals.clustered_difference([0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1])
+    assert how == "difference" and found == intervals.clustered_difference([0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1])
     assert first["value"] == 0.75 and first["n"] == 4 and found.value == -0.25
 
 
@@ -24,7 +24,7 @@ def test_perplexities_of_the_same_texts_are_paired_by_text():
     """The texts differ far more than the runs do, which only pairs show."""
     first, second = ratio_of([1.0, 2.0, 3.0], "p"), ratio_of([1.1, 2.1, 3.1], "p")
     how, found = compared(first, second)
-    assert how == "over" and found.value == pytest.approx(math.exp(0.1)) and found.low == pytest.approx(found.high)
+    assert how == "ratio" and found.value == pytest.approx(math.exp(0.1)) and found.low == pytest.approx(found.high)
     assert first["high"] - first["low"] > 10 and first["value"] == pytest.approx(math.exp(2))
 
 
@@ -68,7 +68,7 @@ def test_an_evaluation_keeps_what_its_figures_are_made_of():
         sparse["needle"]["by_context"] == [[1, 0], [1, 1]] and sparse["needle"]["value"] == metrics["sparse"]["needle"]
     )
     how, ratio = compared(dense["ppl"], sparse["ppl"])
-    assert how == "over" and vars(ratio) == pytest.approx(metrics["compared"]["ppl"]["dense"])
+    assert how == "ratio" and vars(ratio) == pytest.approx(metrics["compared"]["ppl"]["dense"])
     how, difference = compared(dense["needle"], sparse["needle"])
-    assert how == "less" and difference.value == metrics["compared"]["needle"]["dense"]["value"] == 0
+    assert how == "difference" and difference.value == metrics["compared"]["needle"]["dense"]["value"] == 0
     assert difference == intervals.clustered_difference([1, 0, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1])

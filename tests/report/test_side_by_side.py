@@ -46,8 +46,8 @@ def test_two_runs_of_the_same_prompts_are_paired(tmp_path):
     expected = intervals.clustered_difference([1, 0, 0, 1, 0, 0, 1, 1], [1, 1, 0, 1, 1, 0, 1, 1], contexts)
     one, two, difference = rows["Scores by task, sparse k=128, single"]
     assert one.startswith("0.750 (") and two.startswith("0.500 (")
-    assert difference == f"less {text_of(vars(expected))}, n = 8" and expected.value == -0.25
-    assert rows["Perplexity against position, sparse k=128, 512"][2] == "over 1.051 (1.051 to 1.051), n = 4"
+    assert difference == f"difference {text_of(vars(expected))}, n = 8" and expected.value == -0.25
+    assert rows["Perplexity against position, sparse k=128, 512"][2] == "ratio 1.051 (1.051 to 1.051), n = 4"
 
     page = write_runs(tmp_path / "out", runs).read_text(encoding="utf-8")
     assert (

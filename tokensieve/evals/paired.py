@@ -42,13 +42,13 @@ def ratio_of(nats: Sequence[float], prompts: str) -> dict[str, Any]:
 
 
 def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Estimate] | None:
-    """("less", b - a) of shares or ("over", b / a) of perplexities, paired; None unless both read the same prompts."""
+    """("difference", b - a) of shares or ("ratio", b / a) of perplexities, paired; None of different prompts."""
     if a.get("prompts") is None or a["prompts"] != b.get("prompts"):
         return None
     if "nats" in a:
-        return "over", intervals.ratio([y - x for x, y in zip(a["nats"], b["nats"], strict=True)])
+        return "ratio", intervals.ratio([y - x for x, y in zip(a["nats"], b["nats"], strict=True)])
     values = [*chain(*b["by_context"])], [*chain(*a["by_context"])]
-    return "less", intervals.clustered_difference(*values, _contexts(a["by_context"]))
+    return "difference", intervals.clustered_difference(*values, _contexts(a["by_context"]))
 
 
 def _contexts(by_context: Sequence[Sequence[float]]) -> list[int]:

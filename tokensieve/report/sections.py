@@ -156,8 +156,12 @@ def short(found: Figures) -> list[Section]:
         Table(("task", "arm", "score", "questions", "less the first arm's"), rows),
         Table((f"texts of {found['sizes']['tokens']} tokens", "perplexity", "over the first arm's", "texts"), texts),
     ]
-    chart = Chart("short-tasks", "Scores of small tasks", "Four choices each.", tasks, "task", "score", mark=0.25)
-    return [Section("short", "Short prompts", ["Prompts far below k, where nothing is selected."], tables, [chart])]
+    ppl: list[tuple[float | str, Estimates]] = [(row["arm"], row["ppl"]) for row in found["texts"]]
+    charts = [
+        Chart("short-tasks", "Scores of small tasks", "Four choices each.", tasks, "task", "score", mark=0.25),
+        Chart("short-texts", "Perplexity of short texts", "Intervals over the texts.", {"": ppl}, "arm", "perplexity"),
+    ]
+    return [Section("short", "Short prompts", ["Prompts far below k, where nothing is selected."], tables, charts)]
 
 
 def arms(metrics: Figures) -> list[Section]:

@@ -10,9 +10,9 @@ from tokensieve.report.charts import Chart, Estimates
 from tokensieve.report.sections import Section, Table, text_of
 
 LEAD = (
-    "Every figure that at least two of the runs have. To the first: shares less those of the first run, and "
-    "perplexities over them, paired prompt by prompt. It is empty if the two read different prompts, or if a run did "
-    "not keep what its figure was made of."
+    "Every figure that at least two of the runs have. To the first: the difference of shares, and the ratio of "
+    "perplexities, to those of the first run, paired prompt by prompt. It is empty if the two read different prompts, "
+    "or if a run did not keep what its figure was made of."
 )
 
 Place = tuple[str, str, float | str]  # chart, series, place
@@ -80,7 +80,7 @@ def _name(place: Place) -> str:
 
 
 def _difference(first: Estimates | None, other: Estimates | None) -> str:
-    """ "less -0.062 (-0.154 to 0.030), 16 prompts"; empty if the two cannot be paired."""
+    """The paired difference or ratio in words; empty if the two cannot be paired."""
     found = None if first is None or other is None else compared(first, other)
     if found is None:
         return ""
