@@ -1,6 +1,6 @@
 """Five questions about sparse attention, each answered by a small experiment on the bundled models.
 
-    python benchmarks/questions                        # all of them, about an hour on one core
+    python benchmarks/questions                        # all of them; on a busy machine it took 50 minutes
     python benchmarks/questions --only layers,retriever
 
 short: whether short text loses anything. dense: which inputs want dense attention, by a rule on the figures of
