@@ -92,6 +92,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         options: ForwardOptions | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalOutput | tuple:
         """Logits, and a loss if `labels` (B, S) are given (unshifted; -100 is ignored). In warm-up the loss is the KL.
@@ -99,7 +100,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` returned
         them; None for a layer whose attention is dense. `options`: how the pass runs; an enclosing `selecting` or
         `training` block fills in whatever they leave open. `output_hidden_states` None takes config's. UserError for
-        `output_attentions`, here or in config, since no kernel keeps the attention weights.
+        `output_attentions`, here or in config, since no kernel keeps the attention weights, and for
+        `output_router_logits`, since no balance loss is computed.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise UserError(
@@ -119,6 +121,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             selection=selection,
             return_selection=return_selection,
             options=options,
+            output_router_logits=output_router_logits,
         )
         hidden, objective = out.last_hidden_state, out.objective
         counted = self.training and kwargs.get("num_items_in_batch") is not None
