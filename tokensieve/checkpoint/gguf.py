@@ -116,7 +116,7 @@ def load_tensors(path: Path, config: Any, dtype: torch.dtype) -> Iterator[tuple[
     Raises UserError for a damaged file, a quantization that transformers does not read, and tensors that are missing,
     of another shape, or not the model's.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     dense = copy.deepcopy(config)  # transformers notes its folder in it
     with (
@@ -125,7 +125,12 @@ def load_tensors(path: Path, config: Any, dtype: torch.dtype) -> Iterator[tuple[
     ):  # transformers' bars, and its report of what is missing
         _refuse_surplus(path, config)
         model, report = AutoModelForCausalLM.from_pretrained(
-            **source, config=dense, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            **source,
+            config=dense,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     misshapen = {name for name, *_ in report["mismatched_keys"]}
     lacking = sorted({*report["missing_keys"], *misshapen} - {"lm_head.weight"})
