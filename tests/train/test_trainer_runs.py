@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, Trainer, TrainingArguments, default_data_collator
+from transformers import LlamaConfig, Qwen3MoeConfig, Trainer, TrainingArguments, default_data_collator
 
 import tokensieve
 from tests.support.models import ours
@@ -38,8 +38,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def fresh(family: str, seed: int = 0) -> DecoderForCausalLM:
     if family == "latent":
         return model(seed=seed)
-    dense = ours(LlamaConfig(**SMALL, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2), seed)
-    return tokensieve.sparsify(dense, 16, 4, 16, seed=seed)
+    heads = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    config = Qwen3MoeConfig(**SMALL, **heads, **experts) if family == "experts" else LlamaConfig(**SMALL, **heads)
+    return tokensieve.sparsify(ours(config, seed), 16, 4, 16, seed=seed)
 
 
 def settings(here: Workplace, name: str, stage: str = "adapt", **changes: Any) -> TrainConfig:
@@ -112,12 +114,13 @@ def adapter_of(family: str) -> peft.LoraConfig:
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS[family], modules_to_save=["indexer"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "experts"])
 @pytest.mark.parametrize("trainer", ["transformers", "trl"])
 @pytest.mark.parametrize("stage", ["adapt", "warmup"])
 def test_the_weights_of_our_loop(
     stage: Any, trainer: str, family: str, here: Workplace, data: list, tmp_path: Path
 ) -> None:
+    """Of experts too, whose balance loss TRL would add if the config named it."""
     expected = run(
         settings(here, stage, stage, out=str(tmp_path / "ours")), fresh(family), progress=False, rehearse=False
     )

@@ -316,6 +316,9 @@ def test_from_pretrained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     assert torch.equal(again(STEP["input_ids"]).logits, made(STEP["input_ids"]).logits)
     assert DecoderForCausalLM.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
     assert DecoderForCausalLM.from_pretrained(tmp_path, dtype="auto", device_map="auto").dtype == torch.float32
+    tokensieve.save(made, tmp_path / "half", dtype=torch.bfloat16)
+    assert DecoderForCausalLM.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    assert DecoderForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float32
     with pytest.raises(UserError, match="dtype 'bf17'"):
         DecoderForCausalLM.from_pretrained(tmp_path, dtype="bf17")
     with pytest.raises(UserError, match="push_to_hub"):

@@ -66,6 +66,13 @@ def read(
     return model.eval()
 
 
+def stored_dtype(name: str | Path) -> torch.dtype | None:
+    """The dtype that config.json gives to the weights of a folder or file; None if it names none of torch's."""
+    raw = checkpoint.read_config(model_path(name))
+    kind = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return kind if isinstance(kind, torch.dtype) else None
+
+
 def fitting_device(device_map: Any) -> torch.device:
     """The one device that a `device_map` of transformers names: "auto" is a GPU if there is one; None is the CPU.
 
