@@ -26,11 +26,11 @@ K = 16
 QUIET = Console(quiet=True)
 SMALL = {
     "tokens": 64, "new_tokens": 6, "modes": ["direct"], "domains": ["logic", "writing"], "save_every": 1,
-    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.lr": 1e-3,
+    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.rows": 2, "cold.lr": 1e-3,
     "specialist.steps": 2, "specialist.prompts": 1, "specialist.lr": 1e-3, "distill.prompts": 2, "distill.samples": 2,
     "distill.train.steps": 1, "distill.train.rows": 2, "distill.on_policy.steps": 2, "distill.on_policy.prompts": 2,
     "distill.on_policy.lr": 1e-3, "cold_steps": {}, "evaluations": {}, "evaluations.writing": 3,
-    "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0,
+    "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0, "difficulty.fixed": {},
 }  # fmt: skip
 
 

@@ -8,17 +8,39 @@ from tokensieve.tasks.problems.checks import CHECKS, met
 from tokensieve.tasks.problems.problem import Item
 from tokensieve.tasks.words import ADJECTIVES, THINGS
 
-# By split, and no phrasing in both: the task, and how each wish is told.
-ASKS: dict[Split, str] = {
-    "train": "Write a short text about a {a} {b}.",
-    "test": "Compose some lines on this: {a} {b}.",
+# By split, and no phrasing in both: the task, and how each wish is told. Training has several phrasings of each, so
+# that a small model learns to take a text's words from the question, wherever they stand in it.
+ASKS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "Write a short text about a {a} {b}.",
+        "Subject: {a} {b}. Describe it briefly.",
+        "Tell me something of a {a} {b}.",
+        "{a} {b}: what is there to say of it?",
+        "I need a few words for the {a} {b}.",
+    ),
+    "test": ("Compose some lines on this: {a} {b}.",),
 }
-WISHES: dict[str, dict[Split, str]] = {
-    "sentences": {"train": "Use {0} sentences.", "test": "It should consist of {0} sentences."},
-    "most words": {"train": "Use no more than {0} words.", "test": "Keep it within {0} words."},
-    "names": {"train": 'The word "{0}" must occur.', "test": 'Work in the word "{0}".'},
-    "avoids": {"train": 'Do not use the word "{0}".', "test": 'Leave the word "{0}" out.'},
-    "begins": {"train": 'Begin with the word "{0}".', "test": 'Let "{0}" be the first word.'},
+WISHES: dict[str, dict[Split, tuple[str, ...]]] = {
+    "sentences": {
+        "train": ("Use {0} sentences.", "Sentences: {0}.", "{0} sentences are wanted.", "Make {0} sentences of it."),
+        "test": ("It should consist of {0} sentences.",),
+    },
+    "most words": {
+        "train": ("Use no more than {0} words.", "At most {0} words.", "{0} words are the limit."),
+        "test": ("Keep it within {0} words.",),
+    },
+    "names": {
+        "train": ('The word "{0}" must occur.', 'Mention "{0}".', '"{0}" has to be in it.'),
+        "test": ('Work in the word "{0}".',),
+    },
+    "avoids": {
+        "train": ('Do not use the word "{0}".', 'Avoid "{0}".', '"{0}" may not occur.'),
+        "test": ('Leave the word "{0}" out.',),
+    },
+    "begins": {
+        "train": ('Begin with the word "{0}".', 'First comes the word "{0}".', '"{0}" opens the text.'),
+        "test": ('Let "{0}" be the first word.',),
+    },
 }
 
 
@@ -41,8 +63,8 @@ class Writing:
         other, shunned, opening = rng.sample([word for word in THINGS if word != thing], 3)
         values = {"most words": 12 * count, "names": other, "avoids": shunned, "begins": opening}
         chosen = {"sentences": count} | {kind: values[kind] for kind in rng.sample([*values], difficulty)}
-        asked = [ASKS[split].format(a=adjective, b=thing)]
-        asked += [WISHES[kind][split].format(value) for kind, value in chosen.items()]
+        asked = [rng.choice(ASKS[split]).format(a=adjective, b=thing)]
+        asked += [rng.choice(WISHES[kind][split]).format(value) for kind, value in chosen.items()]
         first = opening.capitalize() if "begins" in chosen else "Here"
         lines = [f"{first} is a {adjective} {thing}."]
         lines += [f"It stands near the {other}.", "It is quiet.", "Nobody knows it well."][: count - 1]
