@@ -377,7 +377,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(
     refused("options of SFTConfig: .*leraning_rate", distill__train__options__leraning_rate=1)
     refused("options of GRPOConfig: .*leraning_rate", rl__train__options__leraning_rate=1)
     refused("rollouts of the engine train at 1 alone", rl__train__options__temperature=0.5)
-    refused("logic has difficulties from 3 to 10, not 2", **{"difficulty.fixed.logic-direct": 2})
+    refused("logic has difficulties from 2 to 10, not 1", **{"difficulty.fixed.logic-direct": 1})
     refused("no reply from judge m at http://127.0.0.1:9/v1", judge__url="http://127.0.0.1:9/v1", judge__model="m")
     monkeypatch.setattr(program, "isolation", no_isolation)
     refused("no isolation here", domains=["logic", "programming"])
