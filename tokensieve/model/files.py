@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tokensieve import checkpoint
 from tokensieve.config import UserError
@@ -112,14 +113,19 @@ def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def check_savable(model: Any, state: dict[str, Tensor] | None = None) -> None:
-    """UserError for a model whose tensors are not those of its config: FP8 blocks held for inference, adapters.
+    """UserError for a model whose tensors are not those of its config: FP8 blocks for inference, adapters, shards.
 
     state: the tensors to write, if they are not the model's own.
     """
     if fp8.holds(model):
         raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
     known = {*checkpoint.memory_layout(model.config), "lm_head.weight"}
-    foreign = [name for name in (model.state_dict() if state is None else state) if name not in known]
+    state = model.state_dict() if state is None else state
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise UserError(
+            "the model is sharded over ranks; under a trainer, call trainer.save_model(FOLDER) on all of them"
+        )
+    foreign = [name for name in state if name not in known]
     if foreign:
         raise UserError(
             f"the model holds adapters or other tensors that its config does not know ({foreign[0]}); merge them first "
