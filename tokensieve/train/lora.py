@@ -127,6 +127,7 @@ def first_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
             yield name, weight
 
 
+@torch.no_grad()
 def _replicate(model: nn.Module) -> None:
     """Gathers the adapters of a sharded model on every rank, since some of their products have no sharded form."""
     for module in model.modules():
