@@ -106,7 +106,7 @@ def test_two_ranks(two: ranks.Group, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocasts_copies_go_with_their_layer(two: ranks.Group, family: str) -> None:
-    """At no time there are more than a plan counts; after the forward pass those of the head and the last norm are left."""
+    """At no time there are more than a plan counts. After the forward pass the head's and the last norm's are left."""
     shape = cost.shape_of(FAMILIES[family]())
     counted = memory(shape, "adapt", Ranks(2), sequences=1, context=64, checkpointing=True)
     planned = {h.name: h.bytes for h in counted}["weights in bfloat16, for products"]

@@ -212,6 +212,12 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items() if "rng" not in n}
 
 
+def random_states(folder: Path) -> torch.Tensor:
+    """The states of all ranks' random numbers."""
+    (states,) = (t for path in folder.glob("*.safetensors") for n, t in load_file(path).items() if n == "rng|cpu")
+    return states
+
+
 def assert_same_content(a: Path, b: Path) -> None:
     left, right = content(a), content(b)
     assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
@@ -246,10 +252,10 @@ def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, st
 LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "down_proj", "experts.gate_up_proj"))
 
 
-def assert_merged(run: Path) -> None:
+def assert_merged(run: Path, family: str = "sparse", setting: LoraConfig = LORA) -> None:
     """The run's merged model is its base with what the last adapter's file says, as one process merges it."""
-    base = tokensieve.load(run.parents[1] / "sparse", torch.float32)
-    with lora.adapted(base, LORA) as adapter:
+    base = tokensieve.load(run.parents[1] / family, torch.float32)
+    with lora.adapted(base, setting) as adapter:
         lora.restore_adapter(adapter, checkpoints(run)[-1])
     merged = tokensieve.load(run / MERGED, torch.float32).state_dict()
     assert merged.keys() == base.state_dict().keys()
@@ -281,12 +287,15 @@ def test_adapters_go_on_with_other_ranks(two: ranks.Group, here: Workplace) -> N
 
 @pytest.mark.slow
 def test_dropout_goes_on_to_the_bit(two: ranks.Group, here: Workplace) -> None:
+    """Ranks draw different numbers, since they have different tokens."""
     setting = LoraConfig(rank=3, targets=("q_b_proj", "o_proj"), dropout=0.3)
     whole = here.run("adapt", "dropout-whole", save_every=2, lora=setting)
     begun = replace(whole, out=whole.out.replace("whole", "cut"))
     expected = run(two, whole).losses
     run(two, begun, False, 3, waiting)
     assert run(two, begun, True).losses == expected[2:]
+    states = random_states(Path(begun.out, "step-000004"))
+    assert len(states) == 2 and not torch.equal(states[0], states[1])
 
 
 def test_a_disk_that_is_full_when_adapters_are_merged(two: ranks.Group, here: Workplace) -> None:
@@ -424,6 +433,28 @@ def test_four_ranks_two_and_one(four: ranks.Group, two: ranks.Group, here: Workp
             assert all(torch.equal(t, again[n]) for n, t in content(Path(whole.out, "step-000004")).items())
     back_to(whole.out, 2)
     assert alone(replace(whole, context_parallel=1), resume=True) == pytest.approx(expected[2:], rel=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sparse", "uneven"])
+def test_adapters_of_four_ranks_two_and_one(four: ranks.Group, two: ranks.Group, here: Workplace, family: str) -> None:
+    """Those of all linear layers, and of five experts, which no number of ranks divides evenly."""
+    setting = LoraConfig(rank=3)
+    if family == "uneven":
+        setting = LoraConfig(rank=3, targets=("o_proj", "experts.gate_up_proj", "experts.down_proj"))
+        model = models.ours(grouped.config("qwen3_moe_dsa", **SMALL | {"num_experts": 5}, tie_word_embeddings=True))
+        model.folder = here.root / "tokenizer"
+        tokensieve.save(model, here.root / family)
+    whole = here.run("adapt", f"lora-{family}", model=str(here.root / family), save_every=2, lora=setting)
+    whole = replace(whole, context_parallel=2)
+    expected = alone(replace(whole, context_parallel=1, out=f"{whole.out}-one"))
+    assert run(four, whole).losses == pytest.approx(expected, rel=ROUNDING)
+    assert_merged(Path(whole.out), family, setting)
+    back_to(whole.out, 2)
+    assert run(two, whole, True).losses == pytest.approx(expected[2:], rel=ROUNDING)
+    assert_merged(Path(whole.out), family, setting)
+    back_to(whole.out, 2)
+    assert run(four, replace(whole, context_parallel=4), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
 
 
 @pytest.mark.slow

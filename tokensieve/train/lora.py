@@ -130,10 +130,10 @@ def first_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _replicate(model: nn.Module) -> None:
     """Gathers the adapters of a sharded model on every rank, since some of their products have no sharded form."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor) and ".lora_" in name:
-                setattr(module, name, nn.Parameter(parameter.redistribute(placements=[Replicate()])))
+    for name, module in model.named_modules():
+        if ".lora_" in name and isinstance(module, nn.Linear) and isinstance(weight := module.weight, DTensor):
+            whole = [Replicate()] * weight.device_mesh.ndim
+            module.weight = nn.Parameter(weight.redistribute(placements=whole))
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:

@@ -54,7 +54,7 @@ class Division:
 def divide(config: TrainConfig, mesh: Mesh) -> Division:
     """The division of a run over the ranks of `mesh`.
 
-    UserError for settings that do not divide over so many ranks, or that run in one process only.
+    UserError for settings that do not divide over so many ranks.
     """
     R = config.context_parallel
     if mesh.size % R:
@@ -187,7 +187,7 @@ def read_parts(
             for place in places[name]:
                 yield place, part(place, rows[(slice(None), *parts[name][1:])])
         for name, tensor in adapters:
-            yield name, part(name, tensor[parts[name]])
+            yield name, part(name, tensor[own_part(tensor.shape, like[name])])
 
     fill(model, own_tensors())
     model.extras = checkpoint.mtp_tensors(folder, model.config)
