@@ -2,80 +2,38 @@
 
 import errno
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tokensieve
 from tests.support import grouped, models, ranks
 from tests.support.training import SMALL, Workplace, workplace
-from tokensieve import checkpoint, train
+from tests.support.training_runs import (
+    ROUNDING,
+    Ended,
+    alone,
+    assert_same_content,
+    back_to,
+    content,
+    run,
+    trained,
+    waiting,
+)
+from tokensieve import checkpoint
 from tokensieve.checkpoint import writing
-from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.families import model_config
-from tokensieve.files import MERGED, locked
-from tokensieve.train import loop, lora, parallelize, saving
+from tokensieve.files import locked
+from tokensieve.train import loop, parallelize
 from tokensieve.train.state import checkpoints
 
-SEVERAL = 30_000  # bytes of a file, of which the tiny model then has several
-ROUNDING = 1e-4  # of losses, relative, after some steps with sums in another order
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A run on one rank: its losses, why it ended if it failed, and what it found after each step."""
-
-    losses: list[float]
-    error: str = ""
-    found: tuple[list[str], ...] = ()
-
-
 # in a rank's process
-
-
-def trained(
-    settings: TrainConfig,
-    resume: bool = False,
-    stop: int = 0,
-    prepare: Callable[[pytest.MonkeyPatch, int], Callable[[int], None] | None] | None = None,
-) -> Ended:
-    """A run on this rank.
-
-    stop: the step in which it is given up. prepare: changes this rank; what it returns is called after each step.
-    """
-    mesh, losses, found = ranks.HERE[0], [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "FILE_BYTES", SEVERAL)
-        after = prepare(patch, mesh.rank) if prepare else None
-
-        def on_step(done: int, figures: dict[str, float]) -> None:
-            losses.append(figures["loss"])
-            found.append(sorted(path.name for path in Path(settings.out).glob("*step-*")))
-            if after is not None:
-                after(done)
-            if done == stop:
-                raise KeyboardInterrupt
-
-        try:
-            train.run(settings, resume=resume, on_step=on_step, progress=False, mesh=mesh)
-        except UserError as error:
-            return Ended(losses, str(error), tuple(found))
-        except KeyboardInterrupt:
-            pass
-    return Ended(losses, "", tuple(found))
-
-
-def waiting(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """Every checkpoint is finished in the step that it is taken in."""
-    settle = saving.Saver.settle
-    patch.setattr(saving.Saver, "settle", lambda saver, wait=True: settle(saver))
 
 
 def other_seed(settings: TrainConfig) -> Ended:
@@ -132,18 +90,6 @@ def full_disk(patch: pytest.MonkeyPatch, rank: int) -> None:
     patch.setattr(writing, "save_file", save_file)
 
 
-def no_room_to_merge(patch: pytest.MonkeyPatch, rank: int) -> None:
-    """The merged model finds the disk of rank 1 full."""
-    require = writing.require_space
-
-    def refusing(path: Path, size: int) -> None:
-        if rank == 1 and MERGED in path.name:
-            raise OSError(errno.ENOSPC, "no space left")
-        require(path, size)
-
-    patch.setattr(writing, "require_space", refusing)
-
-
 def files_of_rank(settings: TrainConfig) -> list[str]:
     """The files that this rank writes."""
     written: list[str] = []
@@ -194,42 +140,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace(tmp_path_factory.mktemp("saving"))
 
 
-def run(group: ranks.Group, *arguments: Any) -> Ended:
-    """All ranks' answer, which is one."""
-    answers = group.ask(trained, *arguments)
-    assert all((a.losses, a.error) == (answers[0].losses, answers[0].error) for a in answers)
-    return answers[0]
-
-
-def alone(settings: TrainConfig, resume: bool = False) -> list[float]:
-    losses: list[float] = []
-    train.run(settings, resume=resume, on_step=lambda _, row: losses.append(row["loss"]), progress=False)
-    return losses
-
-
-def content(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors, and the moments."""
-    return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items() if "rng" not in n}
-
-
-def random_states(folder: Path) -> torch.Tensor:
-    """The states of all ranks' random numbers."""
-    (states,) = (t for path in folder.glob("*.safetensors") for n, t in load_file(path).items() if n == "rng|cpu")
-    return states
-
-
-def assert_same_content(a: Path, b: Path) -> None:
-    left, right = content(a), content(b)
-    assert left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
-
-
-def back_to(out: str, step: int) -> None:
-    """The folder as if a kill had come after this step."""
-    for later in checkpoints(Path(out)):
-        if int(later.name[5:]) > step:
-            shutil.rmtree(later)
-
-
 @pytest.mark.parametrize("stage", ["warmup", pytest.param("adapt", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, stage: str) -> None:
     """To the bit on as many ranks, and within rounding on one, and on two after one."""
@@ -247,73 +157,6 @@ def test_a_resumed_run_has_the_same_losses(two: ranks.Group, here: Workplace, st
     assert alone(single) == pytest.approx(expected, rel=ROUNDING)
     back_to(single.out, 2)
     assert run(two, replace(single, context_parallel=2), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
-
-
-LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "down_proj", "experts.gate_up_proj"))
-
-
-def assert_merged(run: Path, family: str = "sparse", setting: LoraConfig = LORA) -> None:
-    """The run's merged model is its base with what the last adapter's file says, as one process merges it."""
-    base = tokensieve.load(run.parents[1] / family, torch.float32)
-    with lora.adapted(base, setting) as adapter:
-        lora.restore_adapter(adapter, checkpoints(run)[-1])
-    merged = tokensieve.load(run / MERGED, torch.float32).state_dict()
-    assert merged.keys() == base.state_dict().keys()
-    for name, tensor in base.state_dict().items():
-        assert models.difference(merged[name], tensor) < 1e-6, name  # float32 products on parts of their rows
-
-
-def test_adapters_go_on_with_other_ranks(two: ranks.Group, here: Workplace) -> None:
-    """As a whole model's run does; the adapter and the merged model are those of one process."""
-    whole = here.run("adapt", "lora-whole", context_parallel=2, save_every=2, lora=LORA)
-    begun = replace(whole, out=whole.out.replace("whole", "cut"))
-    expected = run(two, whole).losses
-    assert run(two, begun, False, 3, waiting).losses == expected[:3] and not Path(begun.out, MERGED).exists()
-    assert run(two, begun, True).losses == expected[2:] and len(expected) == 4
-    assert_same_content(Path(begun.out, "step-000004"), Path(whole.out, "step-000004"))
-    assert_same_content(Path(begun.out, MERGED), Path(whole.out, MERGED))
-    assert not list(Path(begun.out, "step-000004").glob("model*"))
-    assert (Path(begun.out, MERGED, "tokenizer.json")).is_file() and not list(Path(begun.out).glob(".*"))
-    assert_merged(Path(begun.out))
-    back_to(begun.out, 2)
-    assert alone(replace(begun, context_parallel=1), resume=True) == pytest.approx(expected[2:], rel=ROUNDING)
-    single = replace(whole, out=whole.out.replace("whole", "one"), context_parallel=1)
-    assert alone(single) == pytest.approx(expected, rel=ROUNDING)
-    assert_merged(Path(single.out))
-    back_to(single.out, 2)
-    assert run(two, replace(single, context_parallel=2), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
-    assert_merged(Path(single.out))
-
-
-@pytest.mark.slow
-def test_dropout_goes_on_to_the_bit(two: ranks.Group, here: Workplace) -> None:
-    """Ranks draw different numbers, since they have different tokens."""
-    setting = LoraConfig(rank=3, targets=("q_b_proj", "o_proj"), dropout=0.3)
-    whole = here.run("adapt", "dropout-whole", save_every=2, lora=setting)
-    begun = replace(whole, out=whole.out.replace("whole", "cut"))
-    expected = run(two, whole).losses
-    run(two, begun, False, 3, waiting)
-    assert run(two, begun, True).losses == expected[2:]
-    states = random_states(Path(begun.out, "step-000004"))
-    assert len(states) == 2 and not torch.equal(states[0], states[1])
-
-
-def test_a_disk_that_is_full_when_adapters_are_merged(two: ranks.Group, here: Workplace) -> None:
-    settings = here.run("adapt", "lora-full", PhaseConfig(1, 48, 4, 2), lora=LORA)
-    assert "merged: cannot write the checkpoint" in run(two, settings, False, 0, no_room_to_merge).error
-    assert not Path(settings.out, MERGED).exists() and len(checkpoints(Path(settings.out))) == 1
-    assert run(two, settings, True).error == ""
-    assert_merged(Path(settings.out))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("stage", "adapters"), [("pretrain", None), ("adapt", None), ("adapt", LORA)])
-def test_compiled_layers(two: ranks.Group, here: Workplace, stage: str, adapters: LoraConfig | None) -> None:
-    settings = here.run(stage, f"eager-{stage}-{adapters is None}", context_parallel=2, lora=adapters)
-    expected = run(two, settings).losses
-    found = run(two, replace(settings, out=settings.out.replace("eager", "compiled"), compile=True)).losses
-    assert found == pytest.approx(expected, rel=ROUNDING) and len(found) == 4
 
 
 def test_the_ranks_share_the_files(two: ranks.Group, here: Workplace) -> None:
@@ -433,28 +276,6 @@ def test_four_ranks_two_and_one(four: ranks.Group, two: ranks.Group, here: Workp
             assert all(torch.equal(t, again[n]) for n, t in content(Path(whole.out, "step-000004")).items())
     back_to(whole.out, 2)
     assert alone(replace(whole, context_parallel=1), resume=True) == pytest.approx(expected[2:], rel=ROUNDING)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["sparse", "uneven"])
-def test_adapters_of_four_ranks_two_and_one(four: ranks.Group, two: ranks.Group, here: Workplace, family: str) -> None:
-    """Those of all linear layers, and of five experts, which no number of ranks divides evenly."""
-    setting = LoraConfig(rank=3)
-    if family == "uneven":
-        setting = LoraConfig(rank=3, targets=("o_proj", "experts.gate_up_proj", "experts.down_proj"))
-        model = models.ours(grouped.config("qwen3_moe_dsa", **SMALL | {"num_experts": 5}, tie_word_embeddings=True))
-        model.folder = here.root / "tokenizer"
-        tokensieve.save(model, here.root / family)
-    whole = here.run("adapt", f"lora-{family}", model=str(here.root / family), save_every=2, lora=setting)
-    whole = replace(whole, context_parallel=2)
-    expected = alone(replace(whole, context_parallel=1, out=f"{whole.out}-one"))
-    assert run(four, whole).losses == pytest.approx(expected, rel=ROUNDING)
-    assert_merged(Path(whole.out), family, setting)
-    back_to(whole.out, 2)
-    assert run(two, whole, True).losses == pytest.approx(expected[2:], rel=ROUNDING)
-    assert_merged(Path(whole.out), family, setting)
-    back_to(whole.out, 2)
-    assert run(four, replace(whole, context_parallel=4), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
 
 
 @pytest.mark.slow
