@@ -174,7 +174,7 @@ def read_parts(
     parts = {name: own_part(like[names[0]].shape, like[names[0]]) for name, names in places.items()}
 
     def part(name: str, own: Tensor) -> Tensor:
-        target, own = like[name], own.to(device, copy=True)
+        target, own = like[name], own.to(device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
             return own
         return DTensor.from_local(
