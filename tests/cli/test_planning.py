@@ -149,7 +149,6 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("--set steps",), *lite, "--set", "steps")
     refused(("unknown key nothing",), *lite, "--set", "nothing=1")
     refused(("--expert-parallel 5", "64 routed experts"), *lite, "--expert-parallel", 5)
-    refused(("base: compile",), "plan", "base")
     refused(("11.5 billion parameters", "--expert-parallel"), *PAPER[:1], *PAPER[2:])
     alone = ("--set", "context_parallel=1", "--gpus", 512)
     refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", *alone)

@@ -219,7 +219,6 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("--expert-parallel 3 must divide 8 GPUs and the model's 64 routed experts", {}, {"experts": 3}),
     ("--expert-parallel 0", {}, {"experts": 0}),
     ("context_parallel is 16, which does not divide 8 GPUs; .* --set context_parallel=1", {"context_parallel": 16}, {}),
-    ("compile runs on one GPU", {"compile": True}, {}),
     (
         "4 sequences a step do not divide into micro-batches of 1 on 8 groups of 1 GPUs; .* --set context_parallel=2",
         {"sequences": 4},
@@ -251,11 +250,9 @@ def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = SimpleNamespace(get_local_rank=lambda name: 0, get_group=lambda name: None)
     monkeypatch.setattr(Mesh, "axes", lambda self, **sizes: axes)
     refused = 0
-    for gpus, context, sequences, micro, compiled in itertools.product(
-        (1, 2, 4, 6, 8), (1, 2, 4), (2, 6, 8), (1, 2), (False, True)
-    ):
+    for gpus, context, sequences, micro in itertools.product((1, 2, 4, 6, 8), (1, 2, 4), (2, 6, 8), (1, 2)):
         phases = (PhaseConfig(1, 64, sequences, micro),)
-        config = run(phases=phases, context_parallel=context, compile=compiled)
+        config = run(phases=phases, context_parallel=context)
         try:
             divide(config, Mesh(0, gpus, torch.device("cpu")))
             trains = True
@@ -264,4 +261,4 @@ def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         alone = gpus == 1 and sequences % micro  # one process does not divide, and training checks it elsewhere
         assert trains == (refusal(config, Ranks(gpus, context)) is None) or alone, (gpus, context, sequences, micro)
         refused += not trains
-    assert 0 < refused < 180
+    assert 0 < refused < 90

@@ -15,7 +15,7 @@ from torch import Tensor
 import tokensieve
 from tests.support import grouped, models, ranks
 from tests.support.training import OPTIMIZER, apart, batch, config, cut, step_gradients
-from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.mesh import Mesh
 from tokensieve.model import ForwardOptions, SelectionContext
 from tokensieve.model.gathered import ContextGroup
@@ -121,6 +121,28 @@ def test_a_step_of_two_ranks(two: ranks.Group, family: str, stage: str, context_
     check_step(two, family, settings(stage, context_parallel))
 
 
+LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "context_parallel", "changes"),
+    [
+        ("adapt", 1, {}),
+        ("adapt", 2, {"activation_checkpointing": True}),
+        ("adapt", 2, {"selection": False}),
+    ],
+)
+def test_adapters_on_two_ranks(two: ranks.Group, stage: str, context_parallel: int, changes: dict[str, Any]) -> None:
+    check_step(two, "v32", settings(stage, context_parallel, lora=LORA, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_all_linear_layers(two: ranks.Group, four: ranks.Group, family: str) -> None:
+    check_step(two, family, settings("adapt", 2, lora=LoraConfig(rank=4)))
+    check_step(four, family, settings("adapt", 2, lora=LoraConfig(rank=4)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,7 +187,6 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
         (4, 3, {}, ("context_parallel is 3", "torchrun started 4", "multiple of 3")),
         (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
         (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
-        (2, 2, {"compile": True}, ("compile runs in one",)),
     ],
 )
 def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:

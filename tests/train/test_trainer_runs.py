@@ -19,6 +19,7 @@ from tests.support.training import SMALL, Workplace, model, workplace
 from tokensieve.config import LoraConfig, OptimizerConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import Run, run
+from tokensieve.train.lora import first_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory.*")
 STEPS, ROWS, CLIP = 4, 4, 0.3  # steps, rows of a step in two micro-batches, and a norm that clips every step
@@ -135,18 +136,21 @@ def test_the_weights_of_our_loop(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_of_our_loop_by_lora(family: str, here: Workplace, data: list, tmp_path: Path) -> None:
-    """peft_config given to SFTTrainer; PEFT's model given to Trainer. What they save is the same model."""
+    """peft_config given to SFTTrainer; PEFT's model given to Trainer. What they save is the same model.
+
+    If the adapters begin with the same weights: of a seed PEFT makes others.
+    """
     config = settings(here, "lora", lora=LoraConfig(4, targets=tuple(TARGETS[family])), out=str(tmp_path / "ours"))
     expected = run(config, fresh(family), progress=False, rehearse=False)
     base = fresh(family)
     for trainer in ("transformers", "trl"):
         made, out = fresh(family), tmp_path / trainer
-        torch.manual_seed(config.seed)
         with tokensieve.training(made, "adapt", clip=CLIP) as kl:
             if trainer == "trl":
                 this = trl(out, made, data, kl, here.root / "tokenizer", adapter_of(family), seed=config.seed)
             else:
                 this = hugging_face(out, peft.get_peft_model(made, adapter_of(family)), data, kl)
+            made.load_state_dict(dict(first_weights(made, config.seed)), strict=False)
             this.train()
         this.save_model(str(out / "saved"))
         again = peft.PeftModel.from_pretrained(fresh(family), out / "saved").merge_and_unload()

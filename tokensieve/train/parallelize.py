@@ -7,7 +7,8 @@ step, so gradients are summed over the ranks and never averaged. Expert and tens
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,9 @@ from tokensieve.model.files import came_from, fill
 from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.transformer import DecoderLayer
 
+# What PEFT adds to the name of a tensor that it wraps, or of which a copy learns.
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b")
+
 
 @dataclass(frozen=True)
 class Division:
@@ -50,7 +54,7 @@ class Division:
 def divide(config: TrainConfig, mesh: Mesh) -> Division:
     """The division of a run over the ranks of `mesh`.
 
-    UserError for settings that do not divide over so many ranks, or that run in one process only.
+    UserError for settings that do not divide over so many ranks.
     """
     R = config.context_parallel
     if mesh.size % R:
@@ -60,9 +64,6 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
         )
     if mesh.size == 1:
         return Division(mesh)
-    for name, given in (("lora", config.lora is not None), ("compile", config.compile)):
-        if given:
-            raise UserError(f"torchrun started {mesh.size} processes, and {name} runs in one so far; leave it out")
     shards = mesh.size // R
     for phase in config.phases:
         if phase.sequences % (phase.micro_batch * shards):
@@ -84,7 +85,9 @@ def check_memory(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
     """UserError if the ranks cannot hold their parts of the weights, gradients and moments."""
     cuda = mesh.device.type == "cuda"
     needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
-    held = needed.weight_bytes + needed.gradient_bytes + needed.optimizer_bytes
+    held = needed.weight_bytes
+    if config.lora is None:  # what adapters need besides is little
+        held += needed.gradient_bytes + needed.optimizer_bytes
     if cuda:
         there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     else:
@@ -113,7 +116,10 @@ class Root(nn.Module):
 
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
-    """The root of a model, whose parameters are sharded over all ranks, if there are several."""
+    """The root of a model, whose parameters are sharded over all ranks, if there are several.
+
+    Autocast's copies of a layer's weights, which are whole, go with the layer.
+    """
     root = Root(model)
     if division.axes is None:
         return root
@@ -121,6 +127,7 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
     unit: list[nn.Module] = []
     for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: torch.clear_autocast_cache())
         unit.append(layer)
         if not cast(DecoderLayer, layer).self_attn.lends:
             fully_shard(unit, mesh=ranks)
@@ -152,25 +159,37 @@ def empty_model(config: ModelConfig) -> DecoderForCausalLM:
         return DecoderForCausalLM(config)
 
 
-def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) -> None:
+def read_parts(
+    model: DecoderForCausalLM, folder: Path, device: torch.device, adapters: Iterable[tuple[str, Tensor]] = ()
+) -> None:
     """Fills a sharded model with this rank's parts of a checkpoint, in float32. No other parts are read.
 
-    Besides what the rank keeps it holds one tensor's part at a time. UserError as `tokensieve.load`.
+    adapters: whole tensors of the model that the checkpoint does not have. Besides what the rank keeps it holds one
+    tensor's part at a time. UserError as `tokensieve.load`.
     """
     like = model.state_dict()
-    parts = {name: own_part(tensor.shape, tensor) for name, tensor in like.items()}
+    places: dict[str, list[str]] = {}  # name in the checkpoint -> names in the model
+    for name in like:
+        places.setdefault(WRAPPED.sub("", name), []).append(name)
+    parts = {name: own_part(like[names[0]].shape, like[names[0]]) for name, names in places.items()}
 
-    def part(name: str, rows: Tensor) -> Tensor:
-        target = like[name]
-        own = rows[(slice(None), *parts[name][1:])].to(device)
+    def part(name: str, own: Tensor) -> Tensor:
+        target, own = like[name], own.to(device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
             return own
         return DTensor.from_local(
             own, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
         )
 
-    rows = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
-    fill(model, ((name, part(name, tensor)) for name, tensor in rows))
+    def own_tensors() -> Iterator[tuple[str, Tensor]]:
+        read = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
+        for name, rows in read:
+            for place in places[name]:
+                yield place, part(place, rows[(slice(None), *parts[name][1:])])
+        for name, tensor in adapters:
+            yield name, part(name, tensor[own_part(tensor.shape, like[name])])
+
+    fill(model, own_tensors())
     model.extras = checkpoint.mtp_tensors(folder, model.config)
     came_from(model, folder)
 
