@@ -249,12 +249,13 @@ def compared(both: tuple[Way, Way], shape: Shape, selected: Tensor, given: tuple
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_few_heads.json")
+    parser.add_argument("--out", type=Path, help="of the figures (gpu_few_heads.json or gpu_few_heads_hopper.json)")
     parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels for wide tiles")
-    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of the shapes")
+    parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), default=range(len(SHAPES)))
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     options = parser.parse_args()
     union_attention.WIDE_ON_HOPPER = options.hopper
+    out = options.out or ROOT / "benchmarks" / "results" / f"gpu_few_heads{'_hopper' * options.hopper}.json"
     if not torch.cuda.is_available():
         print("gpu_few_heads: torch sees no CUDA device here", file=sys.stderr)
         return 2
@@ -277,8 +278,8 @@ def main() -> int:
                 rows.append(row)
                 print(f"{row}\nfaster than dense: {row.faster:.2f}, with kl_every = 4 {row.faster_with_some:.2f}")
                 figures = {"run": environment(), "rows": [asdict(row) for row in rows], "differences": differences}
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for what, found in differences.items():
         too_large = [name for name, value in found.items() if not value <= DIFFERENCE]  # NaN is
         wrong = wrong or bool(too_large)

@@ -109,7 +109,7 @@ def test_demo_writes_checkpoint_metrics_and_report(base):
         "seconds",
     }
     assert set(metrics) == set(ARMS) | rest | {"compared"}
-    assert all(set(metrics[arm]) == {"ppl", "needle", "needle_interval"} for arm in ARMS)
+    assert all(set(metrics[arm]) == {"ppl", "needle", "needle_interval", "estimates"} for arm in ARMS)
     over_dense = metrics["compared"]["ppl"]["dense"]
     assert over_dense["value"] == pytest.approx(metrics["sparse"]["ppl"] / metrics["dense"]["ppl"], rel=1e-6)
     assert set(metrics["kl"]) == set(metrics["recall"]) == {"first", "last"}
@@ -152,7 +152,8 @@ def test_a_demo_without_needles(base, tmp_path):
     console = Console(record=True, width=120)
     few = {"needle_contexts": 0, "heat_lengths": (), "long": None, "short": None, "decode_contexts": (64,)}
     metrics = demo.run(config(base, out=str(tmp_path / "out"), **few), console)
-    assert set(metrics["sparse"]) == {"ppl"} and metrics["compared"]["needle"] == {}
+    assert set(metrics["sparse"]) == {"ppl", "estimates"} and set(metrics["sparse"]["estimates"]) == {"ppl"}
+    assert metrics["compared"]["needle"] == {}
     assert {c.name.split()[0] for c in parity_criteria(metrics)} == {"sparse", "recall"}
     page, shown = (tmp_path / "out" / "report.html").read_text(), console.export_text()
     assert "acts found" not in page and "</html>" in page and "needles -" not in shown and "questions" not in shown

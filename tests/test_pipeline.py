@@ -26,11 +26,11 @@ K = 16
 QUIET = Console(quiet=True)
 SMALL = {
     "tokens": 64, "new_tokens": 6, "modes": ["direct"], "domains": ["logic", "writing"], "save_every": 1,
-    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.lr": 1e-3,
+    "evaluation": 2, "difficulty.samples": 2, "difficulty.tries": 1, "cold.steps": 2, "cold.rows": 2, "cold.lr": 1e-3,
     "specialist.steps": 2, "specialist.prompts": 1, "specialist.lr": 1e-3, "distill.prompts": 2, "distill.samples": 2,
     "distill.train.steps": 1, "distill.train.rows": 2, "distill.on_policy.steps": 2, "distill.on_policy.prompts": 2,
     "distill.on_policy.lr": 1e-3, "cold_steps": {}, "evaluations": {}, "evaluations.writing": 3,
-    "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0,
+    "rl.train.prompts": 1, "rl.train.lr": 1e-3, "reward.language": 0, "difficulty.fixed": {},
 }  # fmt: skip
 
 
@@ -377,7 +377,7 @@ def test_what_is_missing_is_said_before_anything_is_trained(
     refused("options of SFTConfig: .*leraning_rate", distill__train__options__leraning_rate=1)
     refused("options of GRPOConfig: .*leraning_rate", rl__train__options__leraning_rate=1)
     refused("rollouts of the engine train at 1 alone", rl__train__options__temperature=0.5)
-    refused("logic has difficulties from 3 to 10, not 2", **{"difficulty.fixed.logic-direct": 2})
+    refused("logic has difficulties from 2 to 10, not 1", **{"difficulty.fixed.logic-direct": 1})
     refused("no reply from judge m at http://127.0.0.1:9/v1", judge__url="http://127.0.0.1:9/v1", judge__model="m")
     monkeypatch.setattr(program, "isolation", no_isolation)
     refused("no isolation here", domains=["logic", "programming"])

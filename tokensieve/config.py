@@ -165,10 +165,12 @@ class TrainConfig:
             raise UserError(f"context_parallel is {ranks}; it must be at least 1")
         if self.expert_parallel < 1:
             raise UserError(f"expert_parallel is {self.expert_parallel}; it must be at least 1")
-        if self.expert_parallel > 1 and self.lora is not None:
-            raise UserError(
-                f"expert_parallel is {self.expert_parallel}, and lora runs without it so far; leave one of them out"
-            )
+        for name, on in (("lora", self.lora is not None), ("compile", self.compile)):
+            if on and self.expert_parallel > 1:
+                raise UserError(
+                    f"expert_parallel is {self.expert_parallel}, and {name} runs without it so far; leave one of the "
+                    "two out"
+                )
         multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
         if any(phase.context % multiple for phase in self.phases):
             given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]

@@ -162,12 +162,17 @@ def refuse_run(folder: Path) -> None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises UserError if a folder holds a PEFT adapter and no model.
+    """Raises UserError if a folder holds a PEFT adapter, which would be left out.
 
     That of a LoRA run has another remedy than PEFT's, which would load some of its adapters into the experts.
     """
-    if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("model*.safetensors")):
+    if not (folder / ADAPTER_CONFIG).is_file():
         return
+    if any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"{folder}: a model and a PEFT adapter, which would be left out; merge it (PEFT: merge_and_unload), or "
+            f"move {ADAPTER_CONFIG} elsewhere to use the model alone"
+        )
     if (_settings_of_run(folder.parent) or {}).get("lora") and (folder / "state.json").is_file():
         raise UserError(f"{folder}: the adapter of a LoRA run, not a model; {_merged(folder.parent)}")
     try:

@@ -248,9 +248,9 @@ def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any
 
 
 def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
-    knob, modes = config.difficulty, len(config.modes)
-    tries = 0 if config.difficulty.fixed else 2  # of `knob.tries`: the usual difficulty and a next one
-    asked = knob.prompts * modes * tries
+    knob = config.difficulty
+    measured = sum(f"{name}-{mode}" not in knob.fixed for mode in config.modes)
+    asked = knob.prompts * measured * min(2, knob.tries)  # the usual difficulty and a next one
     given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
     begin = config.cold_of(name)
     judge = JudgeConfig(url=config.judge.model, model=config.judge.model)  # where it is, and its budget, may change

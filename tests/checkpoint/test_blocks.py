@@ -172,6 +172,8 @@ def test_the_command_reports_the_loss(plain: Path, tmp_path: Path, capsys: pytes
     assert error and 2 < float(error[1]) <= float(error[2]) < 3.2
     found = re.search(r"Perplexity of 1023 tokens of Python: ([\d.]+) before, ([\d.]+) after", ended.out)
     assert found and 0 < abs(float(found[1]) / float(found[2]) - 1) < 0.05
+    card = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert f"- {found[0]}" in card and any(line.startswith(f"- {error[0]}") for line in card)
     refused = commands.refusal(run)
     refused(("exists already",), "convert", plain, tmp_path / "out", "--fp8")
     refused(("leave --reverse",), "convert", plain, tmp_path / "x", "--fp8", "--reverse")

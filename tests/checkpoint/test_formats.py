@@ -110,6 +110,16 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         checkpoint.load_tensors(tmp_path, sparse_config(), torch.float32)
 
 
+def test_an_adapter_beside_a_model_is_not_left_out(tmp_path: Path) -> None:
+    tokensieve.save(ours(config("v3")), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    for read in (tokensieve.load, checkpoint.read_config):
+        with pytest.raises(UserError, match="a model and a PEFT adapter, which would be left out; merge it"):
+            read(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    tokensieve.load(tmp_path)
+
+
 def test_what_the_refusal_of_an_adapter_says_works(tmp_path: Path) -> None:
     base = ours(config("v3"))
     tokensieve.save(base, tmp_path / "base")

@@ -2,16 +2,26 @@
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import tokensieve
 from tests.support import commands, gguf_files, stdlib
+from tests.support.models import difference, randomize
 from tests.support.tokenizers import LLAMA_3, LLAMA_3_MARKERS, bpe, fast
 from tokensieve import checkpoint, files
 from tokensieve.config import UserError
@@ -61,6 +71,45 @@ def test_the_logits_are_the_source_models(model: Any, tokenizer: Any, kind: Kind
     assert {t.dtype for t in tokensieve.load(tmp_path / "m.gguf", torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+# Heads of a width, and experts of a size, that are no default of transformers'.
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_family(family: str, kind: Kind, tokenizer: Any, tmp_path: Path) -> None:
+    """With the sizes of the file, also those that transformers does not read from it."""
+    config, changes = FAMILIES[family]
+    built = config(**SHAPE | changes, vocab_size=len(tokenizer))
+    source = randomize(AutoModelForCausalLM.from_config(built, dtype=torch.float32), 3)
+    read = gguf_files.write(tmp_path / "m.gguf", source, tokenizer, kind)
+    ours = tokensieve.load(tmp_path / "m.gguf")
+    assert ours.config.model_type == family
+    tied = {"lm_head.weight": read["model.embed_tokens.weight"]} if built.tie_word_embeddings else {}
+    source.load_state_dict(read | tied)
+    ids = torch.randint(5, len(tokenizer), (1, 40), generator=torch.Generator().manual_seed(0))
+    assert difference(ours(ids).logits, source(ids).logits) < 1e-4
+
+
 def test_its_tokenizer_and_end_tokens(file: Path, tokenizer: Any) -> None:
     read = load_tokenizer(file)
     assert read(TEXT, add_special_tokens=False).input_ids == tokenizer(TEXT, add_special_tokens=False).input_ids
@@ -70,10 +119,18 @@ def test_its_tokenizer_and_end_tokens(file: Path, tokenizer: Any) -> None:
     assert loaded.end_tokens(read) == {1, 4} and loaded.config.bos_token_id == 0
 
 
-def test_commands_read_it(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_commands_read_it(
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     run = commands.runner(capsys)
     ended = run("sparsify", file, tmp_path / "sparse", *commands.SMALL)
     assert ended.status == 0, ended
+    assert "GGUF" not in ended.err + caplog.text  # transformers warns of weights that stay packed, which these do not
     sparse, dense = tokensieve.load(tmp_path / "sparse"), tokensieve.load(file, torch.bfloat16)
     assert sparse.model.embed_tokens.weight.equal(dense.model.embed_tokens.weight.float())
     assert json.loads((tmp_path / "sparse" / "config.json").read_text())["eos_token_id"] == [1, 4]
@@ -86,10 +143,22 @@ def test_commands_read_it(file: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 REFUSED = {
-    "architecture": ({"architecture": "rwkv6"}, "architecture rwkv6 is not supported"),
-    "another family": ({"architecture": "starcoder2"}, "model_type 'starcoder2' is not supported"),
+    "architecture": (
+        {"architecture": "plamo2"},
+        "architecture 'plamo2' is not read from GGUF; use safetensors of a model of type deepseek_v2, .*; the nearest "
+        "family is llama",
+    ),
+    "of another name": ({"architecture": "deepseek2"}, "'deepseek2' is not read from GGUF; .* family is deepseek_v2"),
+    "another family": ({"architecture": "starcoder2"}, "model_type 'starcoder2' is not supported.* family is llama"),
     "scaled": ({"llama__rope__scaling__type": "yarn"}, r"its positions are scaled \(llama.rope.scaling.type\)"),
     "split": ({"split__count": 3}, "one part of a split model; join them first"),
+    "partly rotated": (
+        {"llama__attention__key_length": 32},
+        r"16 of the 32 dims of a head are rotated \(rope.dimension_count\)",
+    ),
+    "window": ({"llama__attention__sliding_window": 128}, "an attention window of 128"),
+    "experts": ({"llama__block_count": 1}, r"blk.1.attn_k.weight is no tensor of a llama model"),
+    "shapes": ({"llama__feed_forward_length": 64}, r"6 tensors are missing or misshapen, model.layers.0.mlp.down_proj"),
 }
 
 
@@ -130,6 +199,14 @@ def test_tensors_that_are_missing(model: Any, tokenizer: Any, tmp_path: Path) ->
     less.state_dict = lambda: {n: t for n, t in state().items() if "layers.1.mlp.up_proj" not in n}
     gguf_files.write(tmp_path / "m.gguf", less, tokenizer)
     with pytest.raises(UserError, match=r"1 tensors are missing or misshapen, model.layers.1.mlp.up_proj.weight"):
+        tokensieve.load(tmp_path / "m.gguf")
+
+
+def test_tensors_that_are_not_the_models(tokenizer: Any, tmp_path: Path) -> None:
+    """Biases, which transformers would leave out."""
+    biased = gguf_files.llama(len(tokenizer), attention_bias=True)
+    gguf_files.write(tmp_path / "m.gguf", biased, tokenizer)
+    with pytest.raises(UserError, match=r"blk.0.attn_k.bias is no tensor of a llama model; use the safetensors"):
         tokensieve.load(tmp_path / "m.gguf")
 
 

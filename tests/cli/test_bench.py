@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,40 @@ def test_quick_benchmark_writes_its_figures(tmp_path: Path) -> None:
         assert set(figures[name]) == {"tokensieve", "transformers"}
     assert min(figures["decode_ms"].values()) > 0 and set(figures["own_decode_ms"]) == {"256", "512", "1024"}
     assert set(figures["request_ms"]) == {"kept", "new"} and min(figures["request_ms"].values()) > 0
+
+
+def questions(out: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "benchmarks/questions", "--quick", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return json.loads(out.read_text())
+
+
+def test_what_layers_select_and_whether_they_find_what_a_retriever_finds(tmp_path: Path) -> None:
+    found = questions(tmp_path / "new" / "questions.json", "--only", "layers,retriever")
+    for text in found["layers"]["texts"]:
+        kinds = ("word or name", "keyword", "number", "punctuation", "line end", "space")
+        assert sum(text["available"][kind] for kind in kinds) == pytest.approx(1)
+        mean = [sum(text["available"][kind] * text["lift"][kind][layer] for kind in kinds) for layer in range(8)]
+        assert mean == pytest.approx([1] * 8)  # every selected token is of one of these kinds
+        assert [row[layer] for layer, row in enumerate(text["common"])] == pytest.approx([1] * 8)
+        assert all(text["chance"] < share <= 1.001 for row in text["common"] for share in row)
+    rows = found["retriever"]["rows"]
+    assert [row["context"] for row in rows] == [0, 0, 1, 1]
+    assert all(row["bm25"] == row["layers"][-1] == 0 and row["selected"][-1] for row in rows)  # its last layer finds it
+    assert all(row["answered"]["indexer"] and row["answered"]["BM25"] for row in rows)
+
+
+@pytest.mark.slow
+def test_all_questions_are_answered(tmp_path: Path) -> None:
+    found = questions(tmp_path / "questions.json")
+    below, *_, beyond = found["short"]["stretches"]
+    assert below["largest"]["512"] < 1e-3 < beyond["largest"]["512"]  # up to k only rounding differs
+    assert len(found["dense"]["inputs"]) == 12 and all(0 < of["mass"] < 1 for of in found["dense"]["inputs"])
+    appended = [of for name, of in found["stream"].items() if name != "engine"]
+    assert len(appended) == 8 and all(of["largest"] < 1e-3 and of["same"]["value"] == 1 for of in appended)
+    assert [of["cached"] for of in found["stream"]["engine"].values()] == [512, 512, 0]
 
 
 @pytest.mark.slow

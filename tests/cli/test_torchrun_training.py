@@ -54,12 +54,14 @@ def begun(process: subprocess.Popen, folder: Path, step: int = 1) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "more"), [("pretrain", ()), ("warmup", SHARED), ("adapt", SHARED), ("adapt", EXPERTS)]
+    ("stage", "more"),
+    [("pretrain", ()), ("warmup", ()), ("adapt", ()), ("adapt", ("--set", "lora.rank=4")), ("adapt", EXPERTS)],
 )
 def test_the_losses_of_one_process(run: Any, home: Path, tmp_path: Path, stage: str, more: tuple[str, ...]) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run(*tiny(home, stage, one)).status == 0
-    out, err = ended(process := started(*tiny(home, stage, two, *more)))
+    assert run(*tiny(home, stage, one, *more)).status == 0
+    shared = () if stage == "pretrain" else SHARED
+    out, err = ended(process := started(*tiny(home, stage, two, *shared, *more)))
     assert process.returncode == 0 and out.count("the trained model") == 1 and "Traceback" not in err, err
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert (two / "metrics.json").exists() and not (two / ".lock").exists()
@@ -79,6 +81,7 @@ def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: py
         (("every phases.context", "multiple of 4"), "warmup", (*SHARED, "--set", "phases.0.context=2")),
         (("4 sequences", "2 shards"), "warmup", ("--set", "phases.0.sequences=4", "--set", "phases.0.micro_batch=4")),
         (("2 ranks cannot hold the model", "at least"), "pretrain", ("--set", "shape.num_hidden_layers=9000000")),
+        (("lora.targets: 'nothing' names no linear layer",), "adapt", ("--set", 'lora.targets=["nothing"]')),
         (("step 1: a NaN among the scores",), "adapt", (*SHARED, "--selection", "broken:fails")),  # on rank 1 alone
         (
             ("step 1: rank 1 has run out of memory", "start more ranks"),

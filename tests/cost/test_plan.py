@@ -219,9 +219,9 @@ def test_a_layer_that_no_gpu_holds() -> None:
     with pytest.raises(UserError, match="what fits: --set expert_parallel=4$"):
         planned(run("warmup", **long), shape, 1024, "h800")
     planned(run("warmup", **long, expert_parallel=4), shape, 1024, "h800")
-    with pytest.raises(UserError, match="what fits: --set expert_parallel=32$"):
+    with pytest.raises(UserError, match="what fits: --set expert_parallel=8$"):
         planned(run(**long), shape, 1024, "h800")
-    divided = planned(run(**long, expert_parallel=32), shape, 1024, "h800")
+    divided = planned(run(**long, expert_parallel=8), shape, 1024, "h800")
     assert divided.heaviest.bytes < usable(GPUS["h800"])
     dense = replace(shape, moe_layers=0, experts=0, dense_ffn=600_000)
     with pytest.raises(UserError, match=r"a layer of 13\.\d billion parameters is gathered whole, with the next one$"):
@@ -243,7 +243,6 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {"gpus": 128},
     ),
     ("context_parallel is 16, which does not divide 8 GPUs; .* --set context_parallel=1", {"context_parallel": 16}, {}),
-    ("compile runs on one GPU", {"compile": True}, {}),
     (
         "4 sequences a step do not divide into micro-batches of 1 on 8 groups of 1 GPUs; .* --set context_parallel=2",
         {"sequences": 4},
@@ -275,11 +274,11 @@ def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = SimpleNamespace(get_local_rank=lambda name: 0, get_group=lambda name: None)
     monkeypatch.setattr(Mesh, "axes", lambda self, **sizes: axes)
     refused = 0
-    for gpus, context, sequences, micro, compiled, experts in itertools.product(
-        (1, 2, 4, 6, 8), (1, 2, 4), (2, 6, 8), (1, 2), (False, True), (1, 4)
+    for gpus, context, sequences, micro, experts in itertools.product(
+        (1, 2, 4, 6, 8), (1, 2, 4), (2, 6, 8), (1, 2), (1, 4)
     ):
         phases = (PhaseConfig(1, 64, sequences, micro),)
-        config = run(phases=phases, context_parallel=context, compile=compiled, expert_parallel=experts)
+        config = run(phases=phases, context_parallel=context, expert_parallel=experts)
         try:
             divide(config, Mesh(0, gpus, torch.device("cpu")))
             trains = True
@@ -288,4 +287,4 @@ def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         alone = gpus == 1 and sequences % micro  # one process does not divide, and training checks it elsewhere
         assert trains == (refusal(config, Ranks(gpus, context, experts)) is None) or alone, config
         refused += not trains
-    assert 0 < refused < 360
+    assert 0 < refused < 180

@@ -89,14 +89,18 @@ def test_layers_that_share_an_indexer_are_gathered_together() -> None:
     assert held(one, "warmup", Ranks(2))["gathered layers, embedding and head"] == 4 * (2 * layer + tables)
 
 
-def test_the_end_of_the_forward_pass_may_be_the_peak() -> None:
-    """Autocast's copies of all linear layers, where these are more than the gradients of one layer."""
+def test_copies_go_with_their_layer() -> None:
+    """If layers are gathered and recomputed; a large head has a copy too."""
     _, shape = built("qwen3_dsa")
     deep = replace(shape, layers=40, index_layers=40)
-    found = held(deep, "adapt", Ranks(2))
-    counts = cost.parameters(deep)
-    assert found["weights in bfloat16, for products"] == 2 * (counts.total - counts.head)
-    assert found["their gradients"] == 0
+    name, counts = "weights in bfloat16, for products", cost.parameters(deep)
+    (layer,) = layer_parameters(deep)
+    assert held(deep, "adapt", Ranks(2))[name] == 2 * layer.other
+    for kept in (held(deep, "adapt", Ranks(1)), held(deep, "adapt", Ranks(2), checkpointing=False)):
+        assert kept[name] == 2 * (counts.total - counts.head)
+    wide = replace(shape, vocabulary=100_000)
+    assert held(wide, "adapt", Ranks(2))[name] == 2 * 100_000 * shape.hidden
+    assert held(wide, "warmup", Ranks(2))[name] == 2 * layer.other
 
 
 def test_divided_experts() -> None:

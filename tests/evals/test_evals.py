@@ -215,7 +215,7 @@ def test_compare_scores_every_arm_on_the_same_prompts(encode, dense, sparse, tex
     assert sparse.top_k == K and not sparse.model._forward_pre_hooks
     metrics = evals.metrics_of(scores)
     assert list(metrics) == [*evals.ARMS, "compared"]
-    assert set(metrics["window"]) == {"ppl", "needle", "needle_interval"}
+    assert set(metrics["window"]) == {"ppl", "needle", "needle_interval", "estimates"}
     assert set(metrics["compared"]["needle"]) == set(metrics["compared"]["ppl"]) == set(evals.ARMS) - {"sparse"}
     of_window = metrics["compared"]["ppl"]["window"]
     assert of_window["value"] == pytest.approx(metrics["sparse"]["ppl"] / metrics["window"]["ppl"])

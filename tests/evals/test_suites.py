@@ -100,12 +100,16 @@ def test_every_arm_is_asked_the_same_in_every_cell(sparse, tokenizer, documents)
         assert row["contexts"] == (1 if row["task"] == "multikey" else 2)
         assert (row["score"]["low"] is None) == (row["contexts"] == 1)
         assert sum(row["counts"]) == (2 if row["task"] == "multikey" else 0)
+        assert [len(values) for values in row["score"]["by_context"]] == [2 // row["contexts"]] * row["contexts"]
     positions = found["positions"]
     assert positions["edges"] == [0, 233, 466, 699] and list(positions["ppl"]) == list(arms)
     assert all(len(rows) == 3 and rows[0]["n"] == 2 for rows in positions["ppl"].values())
     few, dense = (positions["ppl"][name] for name in ("few", "dense"))
     for ratio, a, b in zip(positions["ratio"]["few"], few, dense, strict=True):
         assert ratio["value"] == pytest.approx(a["value"] / b["value"])
+    assert few[0]["value"] == pytest.approx(math.exp(sum(few[0]["nats"]) / 2))
+    asked = {(row["task"], row["context"], row["score"]["prompts"]) for row in found["tasks"]}
+    assert len(asked) == 4 and len({digest for *_, digest in asked}) == 4  # the same for every arm of a cell
     steps = [done for _, done, _ in told]
     assert steps == sorted(steps) and told[-1][1] == told[-1][2] and told[0][0] == "perplexity, dense"
     console = Console(width=200, record=True)
@@ -177,12 +181,10 @@ def test_ratios_by_position_are_of_the_same_texts(dense, encode, documents):
     texts = evals.text_sequences(encode, documents, 200, 3)
     one, fewer = evals.perplexity(dense, texts, 0, 4), evals.perplexity(dense, texts[:2], 0, 4)
     losses = torch.stack([evals.token_losses(dense, t) for t in texts]).double()
-    first = one.by_position()[0]
-    assert first.value == pytest.approx(math.exp(losses[:, : one.edges[1]].mean())) and first.n == 3
-    assert first.low < first.value < first.high
-    assert [ratio.value for ratio in one.ratios_to(one)] == [1.0] * 4
+    assert one.by_position()[0] == pytest.approx(losses[:, : one.edges[1]].mean(1).tolist())
+    assert one.less(one) == [[0.0] * 3] * 4
     with pytest.raises(ValueError, match="not those of the same texts"):
-        one.ratios_to(fewer)
+        one.less(fewer)
 
 
 # short prompts

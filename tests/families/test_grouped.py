@@ -111,6 +111,14 @@ def test_saved_configs_hold_the_published_fields(kind: str, tmp_path: Path) -> N
     assert hasattr(transformers, dense) and FAMILIES[f"{kind}_dsa"].architecture == dense.replace("For", "DSAFor")
 
 
+def test_a_sparse_model_has_no_balance_loss() -> None:
+    """Whatever a folder names, which a dense one keeps: TRL reads the coefficient."""
+    named = config("qwen3_moe").to_dict() | {"router_aux_loss_coef": 0.02}
+    assert model_config(named).router_aux_loss_coef == 0.02
+    fields = family_of(named).sparse_fields(model_config(named)) | {"index_topk": 16}
+    assert fields["router_aux_loss_coef"] == 0.02 and model_config(fields).router_aux_loss_coef == 0.0
+
+
 def _plain(built: Any) -> dict[str, Any]:
     return {k: v for k, v in built.to_dict().items() if k not in ("dtype", "architectures", "_name_or_path")}
 

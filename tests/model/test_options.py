@@ -78,6 +78,16 @@ def test_attention_weights_are_refused(folder: Path) -> None:
 
 
 @torch.no_grad()
+def test_logits_of_the_routers_are_refused(folder: Path) -> None:
+    """A trainer that asks for them would compute a balance loss."""
+    model, ids = tokensieve.load(folder), tokens(1, 12)
+    for part in (model, model.model):
+        with pytest.raises(UserError, match="output_router_logits is not supported, .* router_aux_loss_coef to 0"):
+            part(ids, output_router_logits=True)
+        part(ids, output_router_logits=False)
+
+
+@torch.no_grad()
 def test_another_cache_is_refused(folder: Path) -> None:
     model, ids = tokensieve.load(folder), tokens(1, 12)
     with pytest.raises(UserError, match="cache_implementation 'static' is not supported"):

@@ -186,6 +186,17 @@ def test_what_is_refused(texts: list[str], tmp_path: Path) -> None:
     (tmp_path / "k" / "tiktoken.model").write_text("not base64 at all !\n")
     with pytest.raises(UserError, match="the tokenizer cannot be read"):
         load_tokenizer(tmp_path / "k")
+    vocabulary = write_tiktoken(bpe(texts), tmp_path / "k", {0: "[BOS]", 257: "<|im_end|>"})
+    whole = (tmp_path / "k" / "tiktoken.model").read_bytes()
+    assert len(load_tokenizer(tmp_path / "k")) == len(vocabulary) + 258
+    for cut in (whole[: len(whole) // 2], b"".join(whole.splitlines(keepends=True)[:300])):
+        (tmp_path / "k" / "tiktoken.model").write_bytes(cut)
+        with pytest.raises(UserError, match="the tokenizer cannot be read"):
+            load_tokenizer(tmp_path / "k")
+    with pytest.raises(
+        UserError, match=f"holds 300 tokens, .* a special token {len(vocabulary)}, far from its end: trunc"
+    ):
+        load_tokenizer(tmp_path / "k")
     (tmp_path / "k" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Other"}))
     with pytest.raises(UserError, match=r"its tokenizer is tiktoken.model, read by Python code"):
         load_tokenizer(tmp_path / "k")

@@ -212,6 +212,9 @@ for name, kernel, arguments, options in (
      (half, half, half, single, *[index] * 4, 65536, 8192, 0.1), groups | {"N": 128, "BUFFERS": 2}),
     ("union_backward", union_backward.union_backward_kernel,
      (half, half, half, single, single, half, single, *[index] * 3, 65536, 8192, 0.1), groups),
+    ("union_backward_64", union_backward.union_backward_kernel,
+     (half, half, half, single, single, half, single, *[index] * 3, 65536, 8192, 0.1),
+     groups | {"H": 9, "G": 3, "E": 128, "D": 64, "V": 64, "v_start": 64}),
 ):
     compiled = kernel.warmup(*arguments, grid=(128,), **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +235,7 @@ def test_the_kernels_compile(tmp_path) -> None:
     reports = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
     assert set(reports) == {
         *("scores", "forward", "forward_of_tiles", "decode", "dq", "dq_of_tiles"),
-        *("dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward"),
+        *("dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward", "union_backward_64"),
     }
     for name, (shared, products) in reports.items():
         assert int(shared) <= 227 * 1024, name

@@ -33,8 +33,12 @@ def test_a_demonstration_earns_the_reward(mode: str, encode) -> None:
     examples = task.examples("train", 3)
     prompts, shown = prompts_of(examples, encode), demonstrations_of(examples, encode)
     answers = [row["input_ids"][len(p) :] for row, p in zip(shown, prompts["prompt"], strict=True)]
-    for row, p in zip(shown, prompts["prompt"], strict=True):
-        assert row["input_ids"][: len(p)] == p and sum(row["completion_mask"]) == len(row["input_ids"]) - len(p)
+    for example, row, p in zip(examples, shown, prompts["prompt"], strict=True):
+        assert row["input_ids"][: len(p)] == p
+        learnt = [tuple(turn) for turn in turns_of(row["input_ids"], [bool(m) for m in row["completion_mask"]])]
+        texts = [message["content"] for message in example.prompt[1::2]] + [example.demonstration]
+        assert len(texts) > 1 and [answer_to(encode, example, turn).text for turn in learnt] == texts
+        assert all(turn[-1] == encode.eos for turn in learnt)  # each ends, as the last one
     plain = Weights(language=0, length=0)
     given = reward_of(task, examples, encode, plain)
     assert given(completion_ids=answers, number=[0, 1, 2], prompts=[], trainer_state=None) == [1.0, 1.0, 1.0]
@@ -88,7 +92,10 @@ def test_an_agents_demonstration_is_an_episode_whose_turns_alone_are_learnt(name
     prompts = prompts_of(examples, encode)["prompt"]
     for number, (row, prompt) in enumerate(zip(demonstrations_of(examples, encode), prompts, strict=True)):
         ids, mask = row["input_ids"][len(prompt) :], [bool(m) for m in row["completion_mask"][len(prompt) :]]
-        assert row["input_ids"][: len(prompt)] == prompt and not any(row["completion_mask"][: len(prompt)])
+        assert row["input_ids"][: len(prompt)] == prompt
+        earlier = turns_of(prompt, [bool(m) for m in row["completion_mask"][: len(prompt)]])
+        texts = [message["content"] for message in examples[number].prompt[1::2]]  # results of tools are the user's
+        assert texts and [answer_to(encode, examples[number], turn).text for turn in earlier] == texts
         turns, rollout = [tuple(turn) for turn in turns_of(ids, mask)], []
         assert len(turns) == len(examples[number].steps) + 1 >= 3
         for place, turn in enumerate(turns):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import tokensieve
+from tests.support import grouped
 from tests.support.models import config, ours
 from tokensieve.config import load_config
 from tokensieve.posttrain import stages
@@ -41,3 +42,17 @@ def test_only_the_models_own_tokens_are_learnt(
         learnt = [t if own else -100 for t, own in zip(row["input_ids"], row["completion_mask"], strict=True)]
         assert seen[tuple(row["input_ids"])] == learnt
         assert 0 < sum(row["completion_mask"]) < len(learnt) / 4
+
+
+def test_experts_learn_without_a_balance_loss(tmp_path: Path) -> None:
+    """Of a dense model, whose config names a coefficient that TRL reads: the step's loss is the language loss."""
+    tokenizer = tokensieve.load_tokenizer("base")
+    encode = encoder(tokenizer)
+    rows = demonstrations_of(Problems(DOMAINS["logic"], encode, tokens=100).examples("train", 2), encode)
+    wanted = (f"out={tmp_path}", "selection=dense", "cold.micro_batch=1", "cold.rows=2", "cold.steps=1", "device=cpu")
+    settings = load_config(PosttrainConfig, "posttrain-tiny", wanted)
+    shape = {"vocab_size": 4096, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    model = ours(grouped.config("qwen3_moe", router_aux_loss_coef=0.5, **shape))
+    (row,) = stages.fine_tune(model, tokenizer, rows, settings.cold, settings, tmp_path)
+    assert row["loss"] > 0 and "aux_loss" not in row
+    assert stages._grpo_arguments(settings.rl.train, settings, tmp_path).router_aux_loss_coef == 0

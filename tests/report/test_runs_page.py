@@ -13,6 +13,7 @@ from tokensieve.config import UserError
 from tokensieve.evals.paper import BENCHMARKS
 from tokensieve.report import read_run, write_runs
 from tokensieve.report.charts import Chart
+from tokensieve.report.side_by_side import side_by_side
 
 
 def estimate(value: float, half: float | None = 0.1, n: int = 8) -> dict[str, Any]:
@@ -135,7 +136,10 @@ def test_one_page_of_all_kinds_of_runs(tmp_path):
     assert "http://" not in page and "https://" not in page and "<script" not in page
     assert "&lt;all&gt; hold" in page and "Not judged: b: why." in page
     assert "Far above and not drawn: window at 128 (40.00)." in page
-    charts = [chart for run in runs for section in run.sections for chart in section.charts]
+    together = side_by_side({run.name: run.sections for run in runs})  # two have short questions, two have costs
+    assert [section.kind for section in together] == ["short"]
+    sections = [section for run in runs for section in run.sections] + together
+    charts = [chart for section in sections for chart in section.charts]
     files = re.findall(r'href="(plots/[^"]+)"', page)
     assert len(files) == 2 * len(charts) == 2 * page.count("<svg ") and len(set(files)) == len(files)
     for file in files:

@@ -113,10 +113,13 @@ def step_gradients(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The gradients, by name, and the figures of one step of our loop, unclipped unless the config clips."""
     this = Run(run, trained.train(), mesh=mesh)
-    with learning(trained, this.stage.learners(run)):
+    with this.divided(), learning(trained, this.stage.learners(run)):
+        for name, parameter in trained.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.fill_(0.01)  # at zero its A would have no gradient
         this.optimizer = optimizer = Still([p for p in trained.parameters() if p.requires_grad])
         figures = this.step(0, micro)
-    return {n: optimizer.kept[p] for n, p in trained.named_parameters() if p in optimizer.kept}, figures
+        return {n: optimizer.kept[p] for n, p in trained.named_parameters() if p in optimizer.kept}, figures
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

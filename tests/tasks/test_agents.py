@@ -144,6 +144,7 @@ def test_prompts_hold_whole_episodes(encode) -> None:
     for name in AGENTS:
         task = Problems(DOMAINS[name], encode, "direct", tokens=1500)
         example: Problem = task.examples("train", 1)[0]
-        text = example.prompt[0]["content"]
+        text = "\n".join(message["content"] for message in example.prompt)
         assert text.count("<tool_response>") == text.count("</tool_response>") >= 2 * len(example.steps)
         assert all(f"{tool.name}(" in text for tool in DOMAINS[name].tools)
+        assert all(message["role"] == "user" for message in example.prompt if "<tool_response>" in message["content"])

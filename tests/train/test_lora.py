@@ -23,6 +23,7 @@ from tests.support.models import difference, ours
 from tests.support.training import OPTIMIZER, SMALL, Workplace, batch, model, workplace
 from tokensieve import cost
 from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.files import MERGED
 from tokensieve.train import Interrupted, history, lora, run
 from tokensieve.train.learning import learning
 from tokensieve.train.loop import STAGES, make_optimizer
@@ -73,15 +74,15 @@ def test_adapters_and_indexers_learn(family: str, here: Workplace) -> None:
     linear = {n for n, m in made.model.named_modules(prefix="model") if isinstance(m, torch.nn.Linear)}
     assert layers == {n for n in linear if ".indexer." not in n}
     expected = learned(base, adapter, 2.0)
-    merged = tensors_of(out / lora.MERGED)
+    merged = tensors_of(out / MERGED)
     assert merged.keys() == expected.keys()
     for name, tensor in merged.items():
         assert difference(tensor, expected[name]) < 1e-6, name
         moves = ".indexer." in name or name.removesuffix(".weight") in layers
         assert torch.equal(tensor, base[name]) != moves or "k_norm" in name, name
     ids = batch(1, 60)["input_ids"]
-    assert torch.equal(tokensieve.load(out / lora.MERGED)(ids).logits, made(ids).logits)
-    assert (out / lora.MERGED / "tokenizer.json").is_file()
+    assert torch.equal(tokensieve.load(out / MERGED)(ids).logits, made(ids).logits)
+    assert (out / MERGED / "tokenizer.json").is_file()
     losses = [row["lm"] for row in history(out)]
     assert losses[-1] < losses[0] - 0.1
 
@@ -89,7 +90,7 @@ def test_adapters_and_indexers_learn(family: str, here: Workplace) -> None:
 def test_experts_learn_through_their_tensors(here: Workplace) -> None:
     settings = here.run("adapt", "experts", lora=replace(LORA, targets=EXPERTS, alpha=8))
     run(settings, progress=False, rehearse=False)
-    base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / lora.MERGED)
+    base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / MERGED)
     moved = {n.rpartition(".mlp.")[2] or n for n in merged if not torch.equal(merged[n], base[n])}
     moved = {n for n in moved if ".indexer." not in n}
     assert {n.rpartition("self_attn.")[2] for n in moved} == {
@@ -102,7 +103,7 @@ def test_experts_learn_through_their_tensors(here: Workplace) -> None:
 def test_without_selection_the_indexers_stay(here: Workplace) -> None:
     settings = here.run("adapt", "dense", lora=LORA, selection=False)
     run(settings, progress=False, rehearse=False)
-    base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / lora.MERGED)
+    base, merged = tensors_of(here.root / "sparse"), tensors_of(Path(settings.out) / MERGED)
     assert all(
         torch.equal(merged[n], base[n]) == (".indexer." in n) for n in base if "_proj" in n and "experts" not in n
     )
@@ -129,7 +130,7 @@ def test_the_callers_model_is_left_as_it_was(here: Workplace, tmp_path: Path) ->
     assert difference(made.state_dict()["model.layers.0.self_attn.o_proj.weight"], base[
         "model.layers.0.self_attn.o_proj.weight"
     ]) > 1e-4  # fmt: skip
-    assert not (tmp_path / lora.MERGED).exists()
+    assert not (tmp_path / MERGED).exists()
 
 
 def test_the_optimizer_has_adapters_and_indexers(here: Workplace) -> None:
@@ -170,7 +171,7 @@ def test_resumed_bit_for_bit(here: Workplace) -> None:
     for step in (1, 2, 3, 4):
         with pytest.raises(Interrupted, match=f"step-00000{step}"):
             run(parts, resume=True, on_step=stop, progress=False)
-        assert not (Path(parts.out) / lora.MERGED).exists()
+        assert not (Path(parts.out) / MERGED).exists()
     run(parts, resume=True, progress=False)
     figures = [
         [{k: v for k, v in row.items() if k not in MEASURED} for row in history(x.out)] for x in (straight, parts)

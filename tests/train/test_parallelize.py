@@ -162,6 +162,28 @@ def test_two_ranks_that_divide_the_experts(two: ranks.Group, family: str, stage:
     check_step(two, family, settings(stage, context_parallel, expert_parallel=2))
 
 
+LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "o_proj", "experts.gate_up_proj", "experts.down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "context_parallel", "changes"),
+    [
+        ("adapt", 1, {}),
+        ("adapt", 2, {"activation_checkpointing": True}),
+        ("adapt", 2, {"selection": False}),
+    ],
+)
+def test_adapters_on_two_ranks(two: ranks.Group, stage: str, context_parallel: int, changes: dict[str, Any]) -> None:
+    check_step(two, "v32", settings(stage, context_parallel, lora=LORA, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_all_linear_layers(two: ranks.Group, four: ranks.Group, family: str) -> None:
+    check_step(two, family, settings("adapt", 2, lora=LoraConfig(rank=4)))
+    check_step(four, family, settings("adapt", 2, lora=LoraConfig(rank=4)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -229,7 +251,6 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
         (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "torchrun started 4", "multiple of 3")),
         (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
         (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
-        (2, 2, {"compile": True}, ("compile runs in one",)),
     ],
 )
 def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -254,8 +275,10 @@ def test_experts_that_do_not_divide(family: str, size: int, dividing: int, words
 def test_settings_that_experts_do_not_take() -> None:
     with pytest.raises(UserError, match="expert_parallel is 0; it must be at least 1"):
         settings("adapt", expert_parallel=0)
-    with pytest.raises(UserError, match="expert_parallel is 2, and lora runs without it so far; leave one of them out"):
+    with pytest.raises(UserError, match="expert_parallel is 2, and lora runs without it so far; leave one"):
         settings("adapt", expert_parallel=2, lora=LoraConfig())
+    with pytest.raises(UserError, match="expert_parallel is 2, and compile runs without it so far"):
+        settings("pretrain", expert_parallel=2, compile=True)
 
 
 def test_rows_that_are_too_short() -> None:

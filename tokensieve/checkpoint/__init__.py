@@ -9,7 +9,7 @@ the official inference demo what names.py, reading.py and writing.py do for a ch
 
 from tokensieve.checkpoint import gguf
 from tokensieve.checkpoint.blocks import in_blocks
-from tokensieve.checkpoint.card import write_card
+from tokensieve.checkpoint.card import add_to_card, write_card
 from tokensieve.checkpoint.companions import OTHER_WEIGHTS, copy_tokenizer, holds_another
 from tokensieve.checkpoint.demo_names import check_division, demo_name, rank_file, rank_tensors, shard_axis
 from tokensieve.checkpoint.demo_shards import join_shards, load_shard, shard_blocks, write_shards
@@ -32,6 +32,7 @@ from tokensieve.checkpoint.to_blocks import Rounding, convert_to_blocks
 from tokensieve.checkpoint.writing import ShardWriter, add_model, save_tensors, write_config
 
 __all__ = [
+    "add_to_card",
     "FLOAT32_SUFFIXES",
     "OTHER_WEIGHTS",
     "Extras",

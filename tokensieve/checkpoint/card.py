@@ -98,6 +98,12 @@ def write_card(
     write_text(card, "\n\n".join(parts) + "\n")
 
 
+def add_to_card(folder: Path, title: str, lines: list[str]) -> None:
+    """Adds a section to the end of a folder's card."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    write_text(folder / CARD, f"{text}\n## {title}\n\n" + "".join(f"- {line}\n" for line in lines))
+
+
 def _take_along(card: Path, target: Path) -> None:
     if card.is_file() and not target.exists():
         shutil.copyfile(card, target)

@@ -42,8 +42,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         previous = previous_of(Path(folder))
         hint = f"an interrupted save left it in {previous}: rename that" if previous.is_dir() else "check the path"
         raise UserError(f"{folder}: no such folder; {hint}")
+    refuse_adapter(Path(folder))
     if not path.is_file():
-        refuse_adapter(Path(folder))
         refuse_gguf(Path(folder))
         raise UserError(f"{path}: not found; a checkpoint folder needs the config.json that came with its weights")
     config = _read_json(path)

@@ -13,7 +13,7 @@ TEXT_BYTES = 4_000_000  # of sources from which the held-out text is taken
 
 def convert_to_fp8(source: str, out: Path) -> None:
     """Writes the folder and prints the relative error of its weights, the perplexity of a short text before and after,
-    and which programs cannot read it."""
+    and which programs cannot read it. The first two are also in its card."""
     from rich.markup import escape
 
     from tokensieve import checkpoint
@@ -27,16 +27,16 @@ def convert_to_fp8(source: str, out: Path) -> None:
         kept = f", {lost.kept} were in blocks before and kept every bit" if lost.kept else ""
         typer.echo(f"{out}: {lost.matrices} matrices rounded to FP8 in blocks{kept}")
         if lost.matrices:
-            typer.echo(
-                f"Relative error of the rounded weights: {100 * lost.error:.2f}%, at most {100 * lost.worst:.2f}% "
-                f"({lost.worst_name})"
-            )
+            error = f"{100 * lost.error:.2f}%, at most {100 * lost.worst:.2f}% ({lost.worst_name})"
+            typer.echo(f"Relative error of the rounded weights: {error}")
             status.update("Measuring")
             try:
                 before, after, tokens = _perplexities(folder, out)
-                typer.echo(f"Perplexity of {tokens} tokens of Python: {before:.4f} before, {after:.4f} after")
-            except UserError as error:
-                typer.echo(f"Perplexity: not measured ({error})")
+                perplexity = f"Perplexity of {tokens} tokens of Python: {before:.4f} before, {after:.4f} after"
+            except UserError as why:
+                perplexity = f"Perplexity: not measured ({why})"
+            typer.echo(perplexity)
+            checkpoint.add_to_card(out, "FP8", [f"Relative error of the rounded weights: {error}", perplexity])
     for reason in checkpoint.exportable(model_config(checkpoint.read_config(out))):
         typer.echo(f"Cannot read it: {reason}")
 

@@ -16,6 +16,7 @@ def report(
     """Put the figures of runs on one page: HTML with plots, each beside it as SVG and its data as CSV.
 
     A run is the folder of an evaluation with any suite, a check of serving, a demo, a profile, costs or post-training.
+    Runs of one kind are set side by side, with paired differences if they read the same prompts.
 
     Example: tokensieve report runs/eval-sparse-parity runs/eval-sparse-long
     """

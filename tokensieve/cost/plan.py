@@ -156,8 +156,6 @@ def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
         return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
     if ranks.gpus % ranks.experts:
         return f"expert_parallel is {ranks.experts}, which does not divide {ranks.gpus} GPUs; make it a divisor"
-    if config.compile and ranks.gpus > 1:
-        return "compile runs on one GPU so far; leave it out, or plan for --gpus 1"
     for phase in config.phases:
         together = phase.micro_batch * ranks.shards
         if phase.sequences % together:

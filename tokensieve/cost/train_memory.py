@@ -108,29 +108,24 @@ def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bo
     """Whole layers as FSDP gathers them, their gradients, and the bfloat16 copies that products read.
 
     Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step. A gradient
-    is there twice: as it was made, and as it is sent. Autocast keeps the copies of linear layers that learn to the end
-    of the forward pass, in which there are no gradients yet. Experts make theirs anew in every pass. With recomputation
-    a layer's copies go with it in the backward pass.
+    is there twice: as it was made, and as it is sent. The copies of a layer go with it if layers are gathered and
+    recomputed. On one GPU autocast keeps those of linear layers that learn to the end of the forward pass, and without
+    recomputation the backward pass needs them all.
     """
     counts, learns = parameters(shape), stage != "warmup"
     embedding = 0 if shape.tied else counts.head
     together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
     unit, tables = together * largest.held(ranks), embedding + counts.head
-    copies, gradients = VALUE * largest.held(ranks), 0
-    if learns and ranks.gpus > 1:
-        gradients = (GATHERED + WEIGHT) * unit + GATHERED * tables
-    if learns:
+    copied = max(largest.held(ranks), counts.head if learns else 0)
+    if learns and (ranks.gpus == 1 or not checkpointing):
         routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-        forward = counts.total - embedding - routed + (largest.experts if checkpointing else routed) // ranks.experts
-        if not checkpointing:
-            copies = VALUE * forward
-        elif VALUE * forward > copies + gradients:
-            copies, gradients = VALUE * forward, 0  # the end of the forward pass is the peak
+        copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed) // ranks.experts
+    gradients = (GATHERED + WEIGHT) * unit + GATHERED * tables if learns else 0
     if ranks.gpus > 1:
         yield Held("gathered layers, embedding and head", GATHERED * (LAYERS * unit + tables), "counted")
         yield Held("their gradients", gradients, "counted")
-    yield Held("weights in bfloat16, for products", copies, "estimated")
+    yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
 
 
 def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:

@@ -17,6 +17,7 @@ from tokensieve.evals.evaluation import PREFILL_CHUNK
 from tokensieve.evals.finished import Finished
 from tokensieve.evals.losses import Perplexity, perplexity_of, predictions, text_sequences
 from tokensieve.evals.mass import recall
+from tokensieve.evals.paired import ratio_of, texts_digest
 from tokensieve.evals.parity import Arm
 from tokensieve.evals.parity_verdict import verdicts
 from tokensieve.evals.progress import OnProgress, part
@@ -123,7 +124,7 @@ def judge_parity(
     figures = {
         "context": context,
         "top_k": list(ks),
-        **_texts({name: finished[f"texts, {name}"] for name in arms}),
+        **_texts({name: finished[f"texts, {name}"] for name in arms}, texts_digest(sequences, ks)),
         "recall": [{"arm": name, "k": k, **_recall(finished[f"recall, {name}"])} for name, (_, k) in recalled.items()],
         "tasks": answers["tasks"],
         "sizes": asdict(sizes) | {"long": asdict(tasks)},
@@ -191,8 +192,8 @@ def _recalls(
     return found
 
 
-def _texts(read: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows "texts", and the arms' perplexity by position."""
+def _texts(read: Mapping[str, Mapping[str, Any]], prompts: str) -> dict[str, Any]:
+    """The rows "texts", and the arms' perplexity by position. prompts: digest of the texts."""
     found = {name: Perplexity(**figures["perplexity"]) for name, figures in read.items()}
     first = next(iter(found.values()))
     rows = []
@@ -204,14 +205,14 @@ def _texts(read: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             {
                 "arm": name,
                 "k": int(name.partition("=")[2]) if "=" in name else None,
-                "ppl": intervals.ratio(text.by_text).to_dict(),
-                "ratio": None if text is first else intervals.ratio(differences).to_dict(),
+                "ppl": ratio_of(text.by_text, prompts),
+                "ratio": None if text is first else ratio_of(differences, prompts),
                 "same": intervals.clustered_share([*chain(*same)], clusters).to_dict(),
                 "first": intervals.mean([[*tokens, 0].index(0) for tokens in same]).to_dict(),
             }
         )
     others = {name: text for name, text in found.items() if text is not first}
-    ratios = {name: [e.to_dict() for e in text.ratios_to(first)] for name, text in others.items()}
+    ratios = {name: [ratio_of(nats, prompts) for nats in text.less(first)] for name, text in others.items()}
     return {"texts": rows, "positions": {"edges": list(first.edges), "ratio": ratios}}
 
 

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.data.store import encoded
-from tokensieve.evals import intervals
 from tokensieve.evals.evaluation import evaluating
-from tokensieve.evals.intervals import Estimate
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.tasks import Document, encoder, stable_fraction
@@ -106,20 +104,20 @@ class Perplexity:
         """The loss by position, in nats, of the first so many texts."""
         return [fmean(stretch) for stretch in zip(*self.loss_by_text[:texts], strict=True)]
 
-    def by_position(self) -> list[Estimate]:
-        """The perplexity of each stretch between two edges: exp of its mean loss, with its interval over the texts."""
-        return [intervals.ratio(stretch) for stretch in zip(*self.loss_by_text, strict=True)]
+    def by_position(self) -> list[tuple[float, ...]]:
+        """The losses of the texts, in nats, in each stretch between two edges."""
+        return list(zip(*self.loss_by_text, strict=True))
 
-    def ratios_to(self, other: "Perplexity") -> list[Estimate]:
-        """The perplexity of each stretch over that of `other`, which read the same texts, with its interval over them.
+    def less(self, other: "Perplexity") -> list[list[float]]:
+        """The losses of the texts in each stretch less those of `other`, which read the same texts.
 
         Raises:
             ValueError: the two do not have the same edges and number of texts.
         """
         if self.edges != other.edges or len(self.by_text) != len(other.by_text):
             raise ValueError(f"stretches {self.edges} and {other.edges} are not those of the same texts")
-        pairs = zip(zip(*self.loss_by_text, strict=True), zip(*other.loss_by_text, strict=True), strict=True)
-        return [intervals.ratio([x - y for x, y in zip(a, b, strict=True)]) for a, b in pairs]
+        pairs = zip(self.by_position(), other.by_position(), strict=True)
+        return [[x - y for x, y in zip(a, b, strict=True)] for a, b in pairs]
 
 
 def perplexity(

@@ -14,6 +14,7 @@ from tokensieve.config import UserError
 from tokensieve.evals import intervals
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
 from tokensieve.evals.losses import Perplexity, perplexity
+from tokensieve.evals.paired import digest, ratio_of, texts_digest
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.selection import Selector
@@ -48,8 +49,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmScores:
+    """needles: None if none were asked for. read: `paired.texts_digest`."""
+
     text: Perplexity
-    needles: Evaluation | None  # None: no needles were asked for
+    needles: Evaluation | None
+    read: str
 
 
 def arms_of(model: DecoderForCausalLM) -> dict[str, Arm]:
@@ -121,27 +125,30 @@ def compare(
         with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k or top_k):
             text = perplexity(arm.model, read[name], max(top_k, ppl_after), on_progress=texts)
             found = evaluate(arm.model, tokenizer, task, examples, on_progress=questions) if examples else None
-            scores[name] = ArmScores(text, found)
+            scores[name] = ArmScores(text, found, texts_digest(read[name], [max(top_k, ppl_after)]))
     return scores
 
 
 def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
-    """{arm: {"ppl", "needle", "needle_interval"}} in the order of `ARMS`, and "compared" with what the arms are to each
-    other.
+    """{arm: {"ppl", "needle", "needle_interval", "estimates"}} in the order of `ARMS`, and "compared" with what the
+    arms are to each other.
 
     ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the arm's
-    questions answered, with its 95% interval. compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm:
-    share of sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
+    questions answered, with its 95% interval. estimates: {"ppl", "needle"} of all that the arm read, to be compared
+    with another run's (`paired`). compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm: share of
+    sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
     `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm. What
     has to do with needles is left out if none were asked for.
     """
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
     figures: dict[str, dict[str, Any]] = {}
     for arm in order:
-        figures[arm] = {"ppl": scores[arm].text.ppl_of(shared_texts(scores))}
+        estimates = {"ppl": ratio_of(scores[arm].text.by_text, scores[arm].read)}
+        figures[arm] = {"ppl": scores[arm].text.ppl_of(shared_texts(scores)), "estimates": estimates}
         if found := _answered(scores[arm]):
             interval = intervals.share(sum(found), len(found))
             figures[arm] |= {"needle": interval.value, "needle_interval": [interval.low, interval.high]}
+            estimates["needle"] = interval.to_dict() | _questions(scores[arm])
     return figures | {"compared": _compared(scores)}
 
 
@@ -152,6 +159,15 @@ def shared_texts(scores: Mapping[str, ArmScores]) -> int:
 
 def _answered(scores: ArmScores) -> list[float]:
     return [] if scores.needles is None else [record.score.value for record in scores.needles.records]
+
+
+def _questions(scores: ArmScores) -> dict[str, Any]:
+    """The questions and what was answered, for `paired.compared`."""
+    assert scores.needles is not None
+    records = scores.needles.records
+    prompts = digest((list(record.example.context), record.example.prompt) for record in records)
+    groups = by_context([record.example for record in records])
+    return {"prompts": prompts, "by_context": [[records[place].score.value for place in places] for places in groups]}
 
 
 def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:

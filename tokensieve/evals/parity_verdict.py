@@ -1,10 +1,11 @@
 """Whether sparse attention is as good as dense, for each k: only if prompts are longer and a control does worse."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from tokensieve.evals.criteria import MASTERED, Criterion
+from tokensieve.evals.intervals import Estimate
 
 
 def verdicts(figures: Mapping[str, Any], ppl_loss: float, task_loss: float) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ def _criteria(
         return [], []
     arm = f"{kind} k={k}"
     texts = next(row for row in figures["texts"] if row["arm"] == arm)
-    criteria, left_out = [Criterion("perplexity", **texts["ratio"], relation="<=", bound=1 + ppl_loss)], []
+    criteria, left_out = [Criterion("perplexity", **_estimate(texts["ratio"]), relation="<=", bound=1 + ppl_loss)], []
     dense = {row["task"]: row["score"]["value"] for row in figures["tasks"] if row["arm"] == "dense"}
     for row in figures["tasks"]:
         if row["arm"] != arm:
@@ -66,3 +67,8 @@ def _criteria(
         else:
             criteria.append(Criterion(row["task"], **row["difference"], relation=">=", bound=-task_loss))
     return criteria, left_out
+
+
+def _estimate(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an `Estimate`, without what it was made of."""
+    return {field.name: found[field.name] for field in fields(Estimate)}

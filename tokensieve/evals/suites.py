@@ -17,6 +17,7 @@ from tokensieve.evals.evaluation import Evaluation, by_context, evaluating
 from tokensieve.evals.finished import Finished
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
+from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
 from tokensieve.evals.parity import Arm
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
@@ -167,6 +168,8 @@ def _selecting(arms: Mapping[str, Arm], tokens: int) -> dict[str, Arm]:
 def _row(examples: Sequence[LongExample], values: Sequence[float], first: Sequence[float] | None) -> dict[str, Any]:
     groups = by_context(examples)
     clusters = [number for number, places in enumerate(groups) for _ in places]
+    answered = [[values[place] for place in places] for places in groups]
+    prompts = digest((list(example.context), example.prompt) for example in examples)
     difference = None
     if first is not None:
         both = min(len(values), len(first))  # the first questions, if one of the two was asked fewer
@@ -175,7 +178,7 @@ def _row(examples: Sequence[LongExample], values: Sequence[float], first: Sequen
     at = [(e.depth, value) for e, value in zip(examples, values, strict=True) if e.depth is not None]
     by_depth = depths(at)
     return {
-        "score": intervals.clustered_share(values, clusters).to_dict(),
+        "score": share_of(answered, prompts),
         "contexts": len(groups),
         "shortest": min(example.length for example in examples),
         "difference": difference,
@@ -205,10 +208,11 @@ def _positions(
                 finished.add(what, asdict(perplexity(arm.model, sequences, 0, buckets, callback)))
         found[name] = Perplexity(**finished[what])
     first, *others = found
+    read = texts_digest(sequences, found[first].edges)
     return {
         "edges": list(found[first].edges),
-        "ppl": {name: [e.to_dict() for e in text.by_position()] for name, text in found.items()},
-        "ratio": {name: [e.to_dict() for e in found[name].ratios_to(found[first])] for name in others},
+        "ppl": {name: [ratio_of(nats, read) for nats in text.by_position()] for name, text in found.items()},
+        "ratio": {name: [ratio_of(nats, read) for nats in found[name].less(found[first])] for name in others},
     }
 
 
@@ -255,18 +259,19 @@ def judge_short(
                 callback = part(on_progress, f"{task.name}, {name}", done, total)
                 values = _values(choose(arm.model, encode, task, examples, callback))
             score = intervals.share(sum(values), len(values)).to_dict()
+            score |= {"prompts": digest(e.prompt for e in examples), "by_context": [[value] for value in values]}
             difference = None if first is None else intervals.difference(values, first).to_dict()
             rows.append({"task": task.name, "arm": name, "score": score, "difference": difference})
             first, done = first or values, done + sizes.prompts
-    known: list[float] | None = None
+    known, read = None, texts_digest(sequences, [0])
     for name, arm in arms.items():
         with asking(arm):
             callback = part(on_progress, f"texts, {name}", done, total)
             losses = perplexity(arm.model, sequences, 0, 1, callback).by_text
         ratio = None
         if known is not None:
-            ratio = intervals.ratio([a - b for a, b in zip(losses, known, strict=True)]).to_dict()
-        texts.append({"arm": name, "ppl": intervals.ratio(losses).to_dict(), "ratio": ratio})
+            ratio = ratio_of([a - b for a, b in zip(losses, known, strict=True)], read)
+        texts.append({"arm": name, "ppl": ratio_of(losses, read), "ratio": ratio})
         known, done = known or list(losses), done + len(sequences)
     return {"tasks": rows, "texts": texts, "sizes": asdict(sizes)}
 

@@ -43,7 +43,7 @@ def family_of(config: Any, where: str = "config.json") -> Family:
     """The row of a config object, or of the fields of a config.json. UserError for a model_type without a row."""
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise UserError(f"{where}: {refusal(kind, FAMILIES)}")
+        raise UserError(f"{where}: {refusal(config, kind, FAMILIES)}")
     return FAMILIES[str(kind)]
 
 

@@ -67,9 +67,11 @@ class SparseQwen3Config(IndexerFields, Qwen3Config):
 
 @strict
 class SparseQwen3MoeConfig(IndexerFields, Qwen3MoeConfig):
-    """`qwen3_moe` with indexers."""
+    """`qwen3_moe` with indexers, and without the balance loss of its routers, which TRL would add."""
 
     model_type = "qwen3_moe_dsa"
+
+    router_aux_loss_coef: float = 0.0
 
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -209,7 +211,9 @@ class GroupedExperts(Grouped):
             )
 
     def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        return super().readable(_by_published_name(raw))
+        """As in `Family`. A sparse model has no balance loss, whatever the dense one's coefficient was."""
+        fields = super().readable(_by_published_name(raw))
+        return fields | ({"router_aux_loss_coef": 0.0} if self.sparse else {})
 
     def tidy(self, fields: dict[str, Any], mtp: bool) -> dict[str, Any]:
         return super().tidy(_by_published_name(fields), mtp)

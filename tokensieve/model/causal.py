@@ -92,6 +92,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         options: ForwardOptions | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalOutput | tuple:
         """Logits, and a loss if `labels` (B, S) are given (unshifted; -100 is ignored). In warm-up the loss is the KL.
@@ -99,7 +100,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         `selection`: per layer (B, S, K) positions to use instead of selecting, as `return_selection=True` returned
         them; None for a layer whose attention is dense. `options`: how the pass runs; an enclosing `selecting` or
         `training` block fills in whatever they leave open. `output_hidden_states` None takes config's. UserError for
-        `output_attentions`, here or in config, since no kernel keeps the attention weights.
+        `output_attentions`, here or in config, since no kernel keeps the attention weights, and for
+        `output_router_logits`, since no balance loss is computed.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise UserError(
@@ -119,6 +121,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             selection=selection,
             return_selection=return_selection,
             options=options,
+            output_router_logits=output_router_logits,
         )
         hidden, objective = out.last_hidden_state, out.objective
         counted = self.training and kwargs.get("num_items_in_batch") is not None
@@ -157,9 +160,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """`tokensieve.load` under transformers' name.
 
         `AutoModelForCausalLM` opens these folders too, in this class if transformers has none of its own for the family
-        (`llama_dsa`, not `deepseek_v32`). `torch_dtype` is the old name of `dtype`. Of transformers' other options
-        those are accepted that change nothing here (`NEUTRAL`), and any that is None. Raises UserError for the rest,
-        for an unknown dtype or device, and as `load` does.
+        (`llama_dsa`, not `deepseek_v32`). `dtype` "auto" is that of the folder's weights, as its config.json names it;
+        `torch_dtype` is the option's old name. Of transformers' other options those are accepted that change nothing
+        here (`NEUTRAL`), and any that is None. Raises UserError for the rest, for an unknown dtype or device, and as
+        `load` does.
         """
         others.pop("_from_auto", None)
         if not (others.get("adapter_kwargs") or {}).get("_adapter_model_path"):
@@ -170,7 +174,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             if value is not None and value not in NEUTRAL.get(name, ()):
                 raise UserError(f"from_pretrained: {name}={value!r} is not supported; leave it out")
         dtype = torch_dtype if dtype is None else dtype
-        kind = None if dtype == "auto" else getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype == "auto":
+            dtype = files.stored_dtype(pretrained_model_name_or_path)
+        kind = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
         if kind is not None and not isinstance(kind, torch.dtype):
             raise UserError(f"dtype {dtype!r} is not one of torch's; use for instance 'bfloat16'")
         model = files.read(cls, pretrained_model_name_or_path, kind, files.fitting_device(device_map), config)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tokensieve import checkpoint
 from tokensieve.config import UserError
@@ -66,6 +67,13 @@ def read(
     return model.eval()
 
 
+def stored_dtype(name: str | Path) -> torch.dtype | None:
+    """The dtype that config.json gives to the weights of a folder or file; None if it names none of torch's."""
+    raw = checkpoint.read_config(model_path(name))
+    kind = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return kind if isinstance(kind, torch.dtype) else None
+
+
 def fitting_device(device_map: Any) -> torch.device:
     """The one device that a `device_map` of transformers names: "auto" is a GPU if there is one; None is the CPU.
 
@@ -105,14 +113,19 @@ def fill(model: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def check_savable(model: Any, state: dict[str, Tensor] | None = None) -> None:
-    """UserError for a model whose tensors are not those of its config: FP8 blocks held for inference, adapters.
+    """UserError for a model whose tensors are not those of its config: FP8 blocks for inference, adapters, shards.
 
     state: the tensors to write, if they are not the model's own.
     """
     if fp8.holds(model):
         raise UserError("the model holds FP8 blocks for inference; to save it, load it again without keep_fp8")
     known = {*checkpoint.memory_layout(model.config), "lm_head.weight"}
-    foreign = [name for name in (model.state_dict() if state is None else state) if name not in known]
+    state = model.state_dict() if state is None else state
+    if any(isinstance(tensor, DTensor) for tensor in state.values()):
+        raise UserError(
+            "the model is sharded over ranks; under a trainer, call trainer.save_model(FOLDER) on all of them"
+        )
+    foreign = [name for name in state if name not in known]
     if foreign:
         raise UserError(
             f"the model holds adapters or other tensors that its config does not know ({foreign[0]}); merge them first "

@@ -119,6 +119,12 @@ def _kimi(folder: Path, settings: dict[str, Any]) -> Any:
     file = folder / TIKTOKEN
     first = len(Converter.load_tiktoken_bpe(str(file)))
     named = {int(number): token["content"] for number, token in settings.get("added_tokens_decoder", {}).items()}
+    outside = [number for number in named if not first <= number < first + KIMI_RESERVED + 2]
+    if outside:
+        raise ValueError(
+            f"{TIKTOKEN} holds {first} tokens, and {SETTINGS} names a special token {outside[0]}, "
+            "far from its end: truncated, or of another model"
+        )
     count = max(first + KIMI_RESERVED, max(named, default=0) + 1)
     special = [named.get(number, f"<|reserved_token_{number}|>") for number in range(first, count)]
     raw = Converter(str(file), KIMI_PIECES, extra_special_tokens=special).converted()

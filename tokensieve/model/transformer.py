@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from tokensieve.config import UserError
 from tokensieve.families import ModelConfig, family_of
 from tokensieve.model.attention import Attention
 from tokensieve.model.cache import Cached, LatentCache
@@ -157,8 +158,14 @@ class Trunk(DecoderPreTrainedModel):
         selection: list[Tensor | None] | None = None,
         return_selection: bool = False,
         options: ForwardOptions | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> TrunkOutput:
+        if output_router_logits:
+            raise UserError(
+                "output_router_logits is not supported, since no balance loss of the routers is computed; set the "
+                "trainer's router_aux_loss_coef to 0"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if selection is not None and len(selection) != len(self.layers):

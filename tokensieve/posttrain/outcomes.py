@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import cast
 
 from datasets import Dataset
 
@@ -13,6 +14,7 @@ from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
 from tokensieve.posttrain.rollouts import Respond
 from tokensieve.tasks import THINK, Answer, PlainEncoder
 from tokensieve.tasks.problems import Agent, Problem, Problems, split_thinking
+from tokensieve.tasks.turns import Message
 
 RewardFunction = Callable[..., list[float | None]]
 
@@ -25,20 +27,15 @@ def prompts_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
 def demonstrations_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
     """Columns "input_ids" and "completion_mask" for a cold start under TRL's SFTTrainer: answers alone are learnt.
 
-    An agent's is a whole episode, of which the model's turns are learnt, and the results of tools are not. Examples
-    without a known answer are left out. UserError if no other is there.
+    The answers of the worked examples, which are earlier turns of the prompt, are learnt too: a row of 1.6K tokens has
+    dozens. An agent's is a whole episode, of which the model's turns are learnt, and the results of tools are not.
+    Examples without a known answer are left out. UserError if no other is there.
     """
-    rows, close = [], encode.chat().close
-    for example in examples:
-        if not example.item.answer:
-            continue
-        ids = _prompt(example, encode)
-        mask = [0] * len(ids)
-        for text, result in (*example.steps, (example.demonstration, None)):
-            turn = [*encode.solution(text.removeprefix(THINK) if _opens_thoughts(example, encode) else text), *close]
-            after = [] if result is None else encode.next_turn(result, think=example.mode == "think")
-            ids, mask = [*ids, *turn, *after], [*mask, *[1] * len(turn), *[0] * len(after)]
-        rows.append((ids, mask))
+    rows = [
+        _conversation(example, encode, [*_earlier(example), *example.steps, (example.demonstration, None)])
+        for example in examples
+        if example.item.answer
+    ]
     if not rows:
         raise UserError("no example has a right answer to show, so there is no cold start; begin with GRPO")
     return Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "completion_mask": [mask for _, mask in rows]})
@@ -129,7 +126,30 @@ def turns_of(ids: Sequence[int], written: Sequence[bool]) -> list[list[int]]:
 
 
 def _prompt(example: Problem, encode: PlainEncoder) -> list[int]:
-    return encode.prompt(example.prompt, think=example.mode == "think")
+    return _conversation(example, encode, _earlier(example))[0]
+
+
+def _earlier(example: Problem) -> list[tuple[str, str | None]]:
+    """The assistant's turns in the prompt, each with the user's that follows."""
+    texts = [message["content"] for message in cast("Sequence[Message]", example.prompt)[1:]]
+    return [*zip(texts[::2], texts[1::2], strict=True)]
+
+
+def _conversation(
+    example: Problem, encode: PlainEncoder, turns: Sequence[tuple[str, str | None]]
+) -> tuple[list[int], list[int]]:
+    """Ids of the prompt's first message and of these turns, and for each id 1 if it is the assistant's, else 0.
+
+    Each turn of the assistant is followed by one of the user, or by None at the end. Thoughts are in all of them.
+    """
+    think, close = example.mode == "think", encode.chat().close
+    ids = encode.prompt(cast("Sequence[Message]", example.prompt)[:1], think)
+    mask = [0] * len(ids)
+    for text, following in turns:
+        turn = [*encode.solution(text.removeprefix(THINK) if _opens_thoughts(example, encode) else text), *close]
+        after = [] if following is None else encode.next_turn(following, think)
+        ids, mask = [*ids, *turn, *after], [*mask, *[1] * len(turn), *[0] * len(after)]
+    return ids, mask
 
 
 def _opens_thoughts(example: Problem, encode: PlainEncoder) -> bool:

@@ -35,6 +35,7 @@ log = logging.getLogger("tokensieve")
 OnStep = Callable[[int, int, dict[str, float]], None]  # the step, all steps, and its figures
 History = list[dict[str, float]]
 HISTORY, MODEL, ADAPTER = "history.json", "model", "adapter"
+NO_BALANCE = {"router_aux_loss_coef": 0.0}  # for TRL: our models compute no balance loss of their routers
 
 
 def history(folder: Path) -> History | None:
@@ -46,7 +47,7 @@ def history(folder: Path) -> History | None:
 def check_options(config: PosttrainConfig) -> None:
     """UserError for options and adapters of any stage that TRL, or a trainer with the engine's rollouts, refuses."""
     for sft in (config.cold, config.distill.train):
-        _made(SFTConfig, _arguments(sft, config, Path(config.out), sft.rows) | sft.options)
+        _sft_arguments(sft, config, Path(config.out))
     for grpo in (config.specialist, config.rl.train):
         args = _grpo_arguments(grpo, config, Path(config.out))
         check_arguments(args)
@@ -71,9 +72,7 @@ def fine_tune(
     rows: as `demonstrations_of` makes them. UserError for options that SFTConfig does not take.
     """
     longest = max(map(len, rows["input_ids"]))
-    arguments = _arguments(stage, config, folder, stage.rows)
-    arguments |= {"max_length": longest, "completion_only_loss": True}  # else TRL ignores the rows' completion_mask
-    args = _made(SFTConfig, arguments | stage.options)
+    args = _sft_arguments(stage, config, folder, max_length=longest)
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SFTTrainer(learner, args=args, train_dataset=rows, processing_class=tokenizer)
         with selecting(model, "dense") if config.selection == "dense" else indexers_learn(trainer):
@@ -159,8 +158,14 @@ def _on_policy_arguments(stage: OnPolicyConfig, config: PosttrainConfig, folder:
     return _made(DistillationConfig, arguments | stage.options)
 
 
+def _sft_arguments(stage: SftConfig, config: PosttrainConfig, folder: Path, **more: Any) -> SFTConfig:
+    arguments = _arguments(stage, config, folder, stage.rows) | NO_BALANCE | more
+    arguments |= {"completion_only_loss": True}  # else TRL ignores the rows' completion_mask
+    return _made(SFTConfig, arguments | stage.options)
+
+
 def _grpo_arguments(stage: GrpoConfig, config: PosttrainConfig, folder: Path) -> GRPOConfig:
-    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples)
+    arguments = _arguments(stage, config, folder, stage.prompts * stage.samples) | NO_BALANCE
     arguments |= {"num_generations": stage.samples, "max_completion_length": config.new_tokens, "beta": 0.0}
     return _made(GRPOConfig, arguments | stage.options)
 

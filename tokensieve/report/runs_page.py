@@ -16,6 +16,7 @@ from tokensieve.files import write_text
 from tokensieve.report import sections
 from tokensieve.report.profile_plots import standalone
 from tokensieve.report.sections import Section
+from tokensieve.report.side_by_side import side_by_side
 from tokensieve.report.templates import render
 
 FILES = ("metrics.json", "serving.json", "cost.json")  # of a run; the first that is there counts
@@ -88,16 +89,19 @@ def read_run(folder: Path) -> Run:
 
 
 def write_runs(folder: Path, runs: Sequence[Run]) -> Path:
-    """Writes report.html to a folder, and plots/RUN-CHART.svg and .csv; returns the page's path.
+    """Writes report.html to a folder, and plots/RUN-CHART.svg and .csv; returns the page's path. Runs of one kind come
+    first, side by side.
 
     Raises:
         UserError: a file cannot be written, or two runs would have the same files.
     """
-    stems = [run.stem for run in runs]
+    together = side_by_side({run.name: run.sections for run in runs})
+    parts_of_page = [*([Run("Side by side", together, {})] if together else []), *runs]
+    stems = [run.stem for run in parts_of_page]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise UserError(f"two runs are called {twice[0]}; name each once, in a folder of its own")
     shown = []
-    for run in runs:
+    for run in parts_of_page:
         parts = []
         for section in run.sections:
             charts = []
@@ -109,4 +113,4 @@ def write_runs(folder: Path, runs: Sequence[Run]) -> Path:
                 charts.append({"title": chart.title, "caption": caption, "svg": Markup(drawn), "file": file})
             parts.append((section, charts))
         shown.append((run, parts))
-    return write_text(folder / "report.html", render("runs.html.j2", runs=shown))
+    return write_text(folder / "report.html", render("runs.html.j2", runs=shown, names=[run.name for run in runs]))

@@ -28,8 +28,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. title: what was measured. lead: paragraphs."""
+    """A part of the page. kind: of runs that can be compared. title: what was measured. lead: paragraphs."""
 
+    kind: str
     title: str
     lead: Sequence[str] = ()
     tables: Sequence[Table] = ()
@@ -91,7 +92,8 @@ def parity(found: Figures) -> list[Section]:
               "What the selected keys hold, over what the best keys of that number hold.",
               {r["arm"]: list(enumerate(r["by_layer"])) for r in found["recall"]}, "layer", "recall"),
     ]  # fmt: skip
-    return [Section("Parity with dense attention", lead, [verdicts, judged, texts], [*charts, *_tasks(found["tasks"])])]
+    tables = [verdicts, judged, texts]
+    return [Section("parity", "Parity with dense attention", lead, tables, [*charts, *_tasks(found["tasks"])])]
 
 
 def _positions(found: Figures, kind: str = "") -> dict[str, list[tuple[float | str, Estimates]]]:
@@ -140,7 +142,7 @@ def long(found: Figures) -> list[Section]:
             charts.append(Chart("ratio-by-position", f"Perplexity over that of {first}, against position",
                                 "Paired by text.", _positions(found["positions"]), "tokens of context",
                                 f"perplexity over that of {first}", mark=1.0, above=FAR))  # fmt: skip
-    return [Section("Long contexts", lead, [Table(head, rows)], charts)]
+    return [Section("long", "Long contexts", lead, [Table(head, rows)], charts)]
 
 
 def short(found: Figures) -> list[Section]:
@@ -154,8 +156,12 @@ def short(found: Figures) -> list[Section]:
         Table(("task", "arm", "score", "questions", "less the first arm's"), rows),
         Table((f"texts of {found['sizes']['tokens']} tokens", "perplexity", "over the first arm's", "texts"), texts),
     ]
-    chart = Chart("short-tasks", "Scores of small tasks", "Four choices each.", tasks, "task", "score", mark=0.25)
-    return [Section("Short prompts", ["Prompts far below k, where nothing is selected."], tables, [chart])]
+    ppl: list[tuple[float | str, Estimates]] = [(row["arm"], row["ppl"]) for row in found["texts"]]
+    charts = [
+        Chart("short-tasks", "Scores of small tasks", "Four choices each.", tasks, "task", "score", mark=0.25),
+        Chart("short-texts", "Perplexity of short texts", "Intervals over the texts.", {"": ppl}, "arm", "perplexity"),
+    ]
+    return [Section("short", "Short prompts", ["Prompts far below k, where nothing is selected."], tables, charts)]
 
 
 def arms(metrics: Figures) -> list[Section]:
@@ -173,7 +179,11 @@ def arms(metrics: Figures) -> list[Section]:
         what = "Of sparse less the arm's; the controls untrained_indexer and window: of dense less theirs."
         charts.append(Chart("needles", "Differences in needles", what, {"": list(compared["needle"].items())}, "arm",
                             "difference", mark=0.0))  # fmt: skip
-    section = Section(f"Arms in {metrics['context']:,} tokens, k = {metrics['top_k']:,}", (),
+    measured = {name: metrics[name]["estimates"] for name in names if "estimates" in metrics[name]}
+    for key, title in (("ppl", "Perplexity"), ("needle", "Needles found")):
+        if of := [(name, estimates[key]) for name, estimates in measured.items() if key in estimates]:
+            charts.append(Chart(f"{key}-by-arm", title, "", {"": of}, "arm", title.lower()))
+    section = Section("arms", f"Arms in {metrics['context']:,} tokens, k = {metrics['top_k']:,}", (),
                       [Table(head, rows), _criteria(parity_criteria(metrics))], charts)  # fmt: skip
     return [section, *(part for key, read in SUITES.items() if key in metrics for part in read(metrics[key]))]
 
@@ -202,7 +212,7 @@ def acceptance(metrics: Figures) -> list[Section]:
     }
     chart = Chart("needles", "Needles found by depth", "Wilson's intervals, over the questions of each tenth.", series,
                   "depth in percent", "share found")  # fmt: skip
-    return [Section("Use of the context", (), [_criteria(acceptance_criteria(metrics))], [chart])]
+    return [Section("acceptance", "Use of the context", (), [_criteria(acceptance_criteria(metrics))], [chart])]
 
 
 def serving(record: Figures) -> list[Section]:
@@ -212,7 +222,7 @@ def serving(record: Figures) -> list[Section]:
     fault = record.get("diagnosis")
     lead = f"Probably: {fault['cause']}." if fault else "Nothing is wrong in what was measured."
     asked = record["asked"]
-    return [Section(f"Serving of {asked['model']}, k = {asked['k']:,}", [lead],
+    return [Section("serving", f"Serving of {asked['model']}, k = {asked['k']:,}", [lead],
                     [Table(("probe", "tokens", "state", "what was seen"), rows)])]  # fmt: skip
 
 
@@ -239,7 +249,7 @@ def posttraining(metrics: Figures, histories: Mapping[str, Sequence[Mapping[str,
             curves.append(
                 Chart(name.replace(" ", "-"), f"{name.capitalize()} against training step", what, steps, "step", name)
             )
-    return [Section("Post-training", (), [table], [chart, *curves])]
+    return [Section("posttraining", "Post-training", (), [table], [chart, *curves])]
 
 
 def _bare(value: float) -> Estimates:
@@ -254,7 +264,7 @@ def profile(metrics: Figures) -> list[Section]:
     charts = [Chart("mass", "Share of the attention's mass in the best k keys", "Intervals over the texts.",
                     {"mean of the layers": points}, "k", "share of the mass", log=True)] if points else []  # fmt: skip
     rows = [(name, why) for name, why in advice["reasons"].items()]
-    return [Section(f"Profile: {advice['verdict']}", (), [Table(("answer", "reason"), rows)], charts)]
+    return [Section("profile", f"Profile: {advice['verdict']}", (), [Table(("answer", "reason"), rows)], charts)]
 
 
 def paper(record: Figures) -> list[Section]:
@@ -268,7 +278,7 @@ def paper(record: Figures) -> list[Section]:
     }
     what = "The paper gives no intervals. Ratings are in the table alone."
     chart = [Chart("benchmarks", "Scores beside the paper's", what, series, "benchmark", "score")] if found else []
-    return [Section("The paper's benchmarks", remarks, [Table(head, rows)], chart)]
+    return [Section("paper", "The paper's benchmarks", remarks, [Table(head, rows)], chart)]
 
 
 def costs(record: Figures) -> list[Section]:
@@ -290,7 +300,7 @@ def _costs(title: str, found: Mapping[str, Mapping[str, float]], price: float) -
     series = {name: [(int(place), _bare(usd)) for place, usd in points.items()] for name, points in found.items()}
     chart = Chart("cost", "Dollars per million tokens, against token position", "Computed, not sampled.", series,
                   "token position", "USD per million tokens")  # fmt: skip
-    return Section(title, [f"At {price:g} dollars a GPU hour."], (), [chart])
+    return Section("costs", title, [f"At {price:g} dollars a GPU hour."], (), [chart])
 
 
 SUITES: Mapping[str, Callable[[Figures], list[Section]]] = {"parity": parity, "long": long, "short": short}

@@ -13,17 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokensieve.config import UserError
 from tokensieve.model import ForwardOptions, KLScale, Objective, Trunk
+from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train.learning import check_indexers, is_indexer, learning
 from tokensieve.train.resuming import make_resumable
 
@@ -67,6 +69,7 @@ def indexers_learn(trainer: Trainer) -> Iterator[None]:
     """Within the block the indexers of a trainer's model learn by equation (4). UserError as `training` raises it."""
     with training(trainer.model, "adapt") as callback:
         trainer.add_callback(callback)
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, trainer.model)
         try:
             yield
         finally:
@@ -79,13 +82,17 @@ class KLCallback(TrainerCallback):
     They do not depend on how the step is cut up. `training` creates the callback. Micro-batches may hold different
     numbers of valid queries (padding, several processes), so the mean is a running one: each call is weighted by its
     share of the queries so far, and the gradients that are already there by the rest. `kl`, in nats per query and
-    layer, is added to the logs.
+    layer over all processes, is added to the logs; in warm-up it is their `loss` too.
 
-    Raises UserError, when training begins, for a setting under which it cannot be exact: a model without indexers to
-    train, float16 (its gradient scaler would divide a gradient that was never multiplied), several GPUs in one process,
-    FSDP and DeepSpeed (they keep gradients elsewhere), tensor and context parallelism, torch_compile, label smoothing
-    (transformers smooths this model's labels unshifted), and clipping by both. Raises UserError, while training, for
-    two forward passes before one backward pass.
+    Under FSDP2 every micro-batch's gradients are reduced at once, since those that wait unreduced cannot be weighted.
+
+    Raises UserError, when the trainer is made or begins, for a setting under which it cannot be exact: a model without
+    indexers to train, float16 (its gradient scaler would divide a gradient that was never multiplied), several GPUs in
+    one process, FSDP's version 1 and DeepSpeed (they keep gradients elsewhere), FSDP2 that casts what it hands to a
+    layer (the KL's weights and the positions' rotations would be rounded), or that loads on one process a model with
+    buffers, accelerate's parallelism_config, torch_compile, label smoothing (transformers smooths this model's labels
+    unshifted), a router's auxiliary loss, and clipping by both. Raises UserError, while training, for two forward
+    passes before one backward pass.
     """
 
     def __init__(self, trunk: Trunk, objective: Literal["warmup", "adapt"], clip: float | None = None) -> None:
@@ -93,10 +100,26 @@ class KLCallback(TrainerCallback):
         self._scale: KLScale | None = None  # None: no trainer has begun
         self._hooks: list[Any] = []
         self._indexers: list[torch.nn.Parameter] = []
+        self._sharded: FSDPModule | None = None  # the model, if it is sharded
+        self._device = torch.device("cpu")
         self._seen = 0.0  # valid queries of the step so far, over all processes
         self._waiting = False  # a forward pass has been weighted, its backward pass has not come yet
         self._kl: Tensor | float = 0.0  # sum over the queries since the last log, mean over layers
         self._queries = 0.0
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """UserError for settings of accelerate that end in no model, or another one, before training begins."""
+        accelerator = _accelerator()
+        sharded = accelerator.distributed_type == "FSDP" and accelerator.fsdp_plugin
+        if accelerator.parallelism_config is not None:
+            raise UserError("KLCallback: parallelism_config is not supported; use data parallelism")
+        if sharded and sharded.cpu_ram_efficient_loading and list(model.buffers()):
+            raise UserError(
+                "KLCallback: accelerate cannot hand out this model's buffers; set fsdp_cpu_ram_efficient_loading to "
+                "false"
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -104,22 +127,27 @@ class KLCallback(TrainerCallback):
         indexers = [x for name, x in self._trunk.named_parameters() if is_indexer(name) and x.requires_grad]
         if model is not None and all(module is not self._trunk for module in model.modules()):
             raise UserError("KLCallback: the trainer's model is another one; give training() the same")
-        parallelism = getattr(args, "parallelism_config", None)
         for wrong, reason in (
             (not indexers, "every indexer is frozen; let its parameters require gradients"),
             (args.n_gpu > 1, "several GPUs in one process are not supported; start one process per GPU with torchrun"),
             (args.fp16, "float16 scales the loss and would not scale the KL; use bf16=True"),
-            (bool(args.fsdp), "FSDP is not supported; use tokensieve's own loop (tokensieve warmup, adapt)"),
             (bool(args.deepspeed), "DeepSpeed is not supported; use tokensieve's own loop (tokensieve warmup, adapt)"),
-            (parallelism is not None, "parallelism_config is not supported; use data parallelism"),
             (args.torch_compile, "torch_compile is not supported here; set it to False"),
             (args.label_smoothing_factor > 0, "labels would be smoothed unshifted; set label_smoothing_factor to 0"),
+            (
+                getattr(self._trunk.config, "output_router_logits", False),
+                "the router has no auxiliary loss here; set router_aux_loss_coef to 0 (TRL), or config's "
+                "output_router_logits to False",
+            ),
             (self._clip and args.max_grad_norm, "clip is given, and the trainer clips too; set max_grad_norm to 0"),
         ):
             if wrong:
                 raise UserError(f"KLCallback: {reason}")
         self.close()
-        self._indexers = indexers
+        self._indexers, self._device = indexers, args.device
+        self._sharded = sharded_model(model, bool(args.fsdp))
+        if self._sharded is not None and self._objective == "warmup":
+            keep_lent_indexers(self._trunk)
         self._kl, self._queries, self._seen, self._waiting = 0.0, 0.0, 0.0, False
         across = args.world_size if args.average_tokens_across_devices else 1
         self._scale = KLScale(divisor=args.gradient_accumulation_steps * across)
@@ -150,12 +178,18 @@ class KLCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not self._queries:
+        if logs is None or "loss" not in logs:
             return
-        logs["kl"] = float(self._kl) / self._queries
-        if state.log_history:
-            state.log_history[-1]["kl"] = logs["kl"]
+        kl, queries = _over_processes([float(self._kl), self._queries], self._device)
         self._kl, self._queries = 0.0, 0.0
+        if not queries:
+            return
+        figures = {"kl": kl / queries}
+        if self._objective == "warmup":  # the trainer's own figure is a mean of micro-batches' means
+            figures["loss"] = figures["kl"]
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save:
@@ -170,7 +204,7 @@ class KLCallback(TrainerCallback):
         """Removes the hooks and forgets the trainer."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._scale = [], None
+        self._hooks, self._scale, self._sharded = [], None, None
 
     def before_forward(
         self, trunk: Trunk, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,11 +227,9 @@ class KLCallback(TrainerCallback):
                 "is one pass"
             )
         here = _valid_queries(inputs)
-        everywhere, processes = here, 1
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            total = torch.tensor(here, dtype=torch.float64, device=self._indexers[0].device)
-            dist.all_reduce(total)
-            everywhere, processes = float(total), dist.get_world_size()
+        if self._sharded is not None:
+            self._sharded.set_requires_gradient_sync(True)  # accelerate postpones it to the step's last micro-batch
+        everywhere, processes = _over_processes([here, 1.0], self._device)
         before, self._seen = self._seen, self._seen + everywhere
         if before:
             for parameter in self._indexers:
@@ -216,6 +248,53 @@ class KLCallback(TrainerCallback):
 
     def _after_backward(self, parameter: Tensor) -> None:
         self._waiting = False
+
+
+def sharded_model(model: nn.Module | None, wanted: bool) -> FSDPModule | None:
+    """The model, if accelerate's FSDP2 has sharded it. UserError for FSDP under which the KL would not be exact.
+
+    wanted: whether the trainer was told to use FSDP.
+    """
+    modules = [] if model is None else list(model.modules())
+    if any(isinstance(module, FullyShardedDataParallel) for module in modules):
+        raise UserError("KLCallback: FSDP's version 1 is not supported; set fsdp_version to 2")
+    if not isinstance(model, FSDPModule):
+        if wanted or any(isinstance(module, FSDPModule) for module in modules):
+            raise UserError(
+                "KLCallback: accelerate has not sharded the whole model, as it does on GPUs; leave fsdp out"
+            )
+        return None
+    policy = _accelerator().fsdp_plugin.mixed_precision_policy
+    if policy is not None and (policy.output_dtype or (policy.param_dtype and policy.cast_forward_inputs)):
+        raise UserError(
+            "KLCallback: FSDP2's mixed precision would round the KL's weights and the rotations; before train(), set "
+            "trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy("
+            "param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)"
+        )
+    return model
+
+
+def keep_lent_indexers(trunk: Trunk) -> None:
+    """Lets sharded layers keep their parameters gathered until the backward pass, if the next layer teaches theirs."""
+    for layer in trunk.layers:
+        if isinstance(layer, FSDPModule) and cast(DecoderLayer, layer).self_attn.lends:
+            layer.set_reshard_after_forward(False)
+
+
+def _accelerator() -> Any:
+    """The settings that the trainer's Accelerator took from its arguments and from `accelerate launch`."""
+    from accelerate.state import AcceleratorState  # comes with the trainers
+
+    return AcceleratorState()
+
+
+def _over_processes(values: list[float], device: torch.device) -> list[float]:
+    """Each value's sum over all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
 def _trains(trunk: Trunk) -> bool:

@@ -23,15 +23,20 @@ def learning(model: nn.Module, learners: Learners) -> Iterator[None]:
     all: those that require them already, and the indexers. indexers: the indexers alone. trunk: those that require them
     already, without the indexers.
     """
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By module, since FSDP2 replaces the parameters.
+    before = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     for name, parameter in model.named_parameters():
         learns = learners != "trunk" if is_indexer(name) else parameter.requires_grad and learners != "indexers"
         parameter.requires_grad_(learns)
     try:
         yield
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
+        for module, name, required in before:
+            module.get_parameter(name).requires_grad_(required)
 
 
 def check_indexers(model: nn.Module, objective: str) -> None:

@@ -33,7 +33,7 @@ from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.parallelize import Root, by_mesh, check_model, clip, divide, empty_model, read_parts, shard
+from tokensieve.train.parallelize import Root, check_model, clip, divide, empty_model, mesh_of, read_parts, shard
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, backward, options_of
@@ -41,7 +41,6 @@ from tokensieve.train.state import (
     CONFIG,
     RunState,
     began_as,
-    checkpoints,
     decisive,
     newest,
     read_state,
@@ -98,10 +97,8 @@ class Run:
         self.mesh.check_same("their config", json.dumps(to_dict(config)))
         if self.mesh.size > 1:
             self.mesh.check_same("their code", code_digest())
-        parts = self.mesh.agree(lambda: self._begin(model))
-        self.root: Root = shard(self.model, self.division)
-        if parts is not None:
-            self.mesh.agree(lambda: read_parts(self.model, parts, self.device))
+        self._parts = self.mesh.agree(lambda: self._begin(model))
+        self.root, self.adapter = Root(self.model), None
         self.saver = Saver(self.out, config.keep, self.mesh)
 
     def _begin(self, model: DecoderForCausalLM | None) -> Path | None:
@@ -117,11 +114,10 @@ class Run:
             if (self._resumed / lora.TENSORS).exists() != (config.lora is not None):
                 raise self._other_run()
         self.first = self._state.step if self._resumed else 0
-        several = self.mesh.size > 1
-        if several:
-            check_model(config, _model_config(config, model, self._resumed), self.mesh)
+        several, parts = self.mesh.size > 1, None
         resumed = self._resumed if config.lora is None else None
-        parts = None
+        if several:
+            check_model(config, _model_config(config, model, resumed), self.mesh)
         if several and (resumed or (model is None and config.model)):
             parts = resumed or model_path(config.model)
             self.model = empty_model(_model_config(config, model, resumed))
@@ -137,13 +133,23 @@ class Run:
         return parts
 
     @contextlib.contextmanager
+    def divided(self) -> Iterator[None]:
+        """Within the block the model has its adapters, and on several ranks this one's parts of all parameters."""
+        config, model, parts = self.config, self.model, self._parts
+        indexers = self.stage.learners(config) == "all" and model.is_sparse
+        with lora.adapted(model, config.lora, config.seed, config.model, indexers) as self.adapter:
+            self.root = shard(model, self.division)
+            if parts is not None:
+                adapters = lora.first_weights(model, config.seed)
+                self.mesh.agree(lambda: read_parts(model, parts, self.device, adapters))
+            yield
+
+    @contextlib.contextmanager
     def prepared(self) -> Iterator["Run"]:
         """Within the block the model trains. Afterwards only its weights have changed."""
         config, model = self.config, self.model
         was_training, checkpointing = model.training, model.model.gradient_checkpointing
         compiled: list[torch.nn.Module] = []
-        learners = self.stage.learners(config)
-        adapters = lora.adapted(model, config.lora, config.seed, config.model, learners == "all" and model.is_sparse)
 
         def hold() -> None:
             held.enter_context(locked(self.out))
@@ -161,8 +167,8 @@ class Run:
         with contextlib.ExitStack() as held:
             self.mesh.agree(lambda: hold() if self.mesh.leads else None)
             self.mesh.agree(see)
-            self.adapter = held.enter_context(adapters)
-            held.enter_context(learning(model, learners))
+            held.enter_context(self.divided())
+            held.enter_context(learning(model, self.stage.learners(config)))
             model.model.gradient_checkpointing = config.activation_checkpointing
             try:
                 self.mesh.leader_first(self._load_data)
@@ -180,7 +186,7 @@ class Run:
                 yield self
             finally:
                 for unit in compiled:
-                    unit._compiled_call_impl = None
+                    del unit.forward
                 model.model.gradient_checkpointing = checkpointing
                 model.zero_grad(set_to_none=True)
                 model.train(was_training)
@@ -199,7 +205,7 @@ class Run:
     def _restore(self) -> None:
         """Sets the optimizer and the random state, to those of a new run or of its last checkpoint."""
         self.optimizer = make_optimizer(self.config, self.model, self.device)
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed + self.mesh.rank)  # ranks drop out different values
         if self._resumed is not None:
             self._check_same(self._state)
             if self.adapter is not None:
@@ -234,7 +240,7 @@ class Run:
         whole = self.stage.objective(self.config) == "none"
         units = [layer if whole else cast(DecoderLayer, layer).mlp for layer in self.model.model.layers]
         for unit in units:
-            unit.compile()
+            unit.forward = torch.compile(unit.forward)  # the hooks by which FSDP gathers a layer stay outside
         return units
 
     def batches(self) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
@@ -365,8 +371,8 @@ def run(
             if stopping:
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
-        with locked(this.out):
-            lora.save_merged(this.model, this.out, checkpoints(this.out)[-1])
+        with this.mesh.together():
+            this.saver.save_merged(this.model)
     return this.model.eval()
 
 
@@ -405,17 +411,14 @@ def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
 def make_optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
     o = config.optimizer
     indexers = {id(p) for p in model.indexer_parameters()}
-    groups: dict[tuple[float, float], list] = {}
+    groups: dict[tuple[float, float, Any], list] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             peak = o.indexer_lr if id(parameter) in indexers and o.indexer_lr is not None else o.lr
-            groups.setdefault((peak, o.weight_decay if parameter.dim() > 1 else 0.0), []).append(parameter)
+            decay = o.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((peak, decay, mesh_of(parameter)), []).append(parameter)
     return torch.optim.AdamW(
-        [
-            {"params": p, "lr": peak, "peak": peak, "weight_decay": decay}
-            for (peak, decay), group in groups.items()
-            for p in by_mesh(group)
-        ],
+        [{"params": p, "lr": peak, "peak": peak, "weight_decay": decay} for (peak, decay, _), p in groups.items()],
         betas=(o.beta1, o.beta2),
         eps=o.eps,
         fused=device.type == "cuda",

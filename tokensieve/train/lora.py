@@ -5,6 +5,7 @@ and writes it into the adapter's file, so this file is all that a run has learne
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from tokensieve import cost
-from tokensieve.checkpoint import write_card
 from tokensieve.config import LoraConfig, UserError
-from tokensieve.files import MERGED
-from tokensieve.model import DecoderForCausalLM, Trunk, save
+from tokensieve.model import DecoderForCausalLM, Trunk
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
+from tokensieve.train.parallelize import own_part
 
 log = logging.getLogger("tokensieve")
 
@@ -55,8 +57,11 @@ def adapted(
     Yields PEFT's wrapper of the model, or None if `config` is None.
 
     seed: of the adapters' first weights. base: what adapter_config.json names as the model. indexers: whether they
-    learn, whole. UserError, before anything is changed, for targets that the model does not have, and for dropout at
-    targets that cannot have it.
+    learn, whole. The model may be empty, and may be filled and sharded within the block: `first_weights` are then the
+    caller's to set. All ranks of a sharded model merge together, so one whose block fails does not merge.
+
+    UserError, before anything is changed, for targets that the model does not have, and for dropout at targets that
+    cannot have it.
     """
     if config is None:
         yield None
@@ -76,7 +81,6 @@ def adapted(
             "PEFT by itself would load the adapters of %s into the experts; to merge them, resume with lora.merge=true",
             ", ".join(sorted(misread)),
         )
-    torch.manual_seed(seed)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
@@ -89,12 +93,47 @@ def adapted(
     # The layers are in place; from here on the wrapper is one of the model itself, as trainers expect (TRL).
     adapter.base_model.model, adapter.base_model.config = model, model.config
     settings.base_model_name_or_path, settings.task_type = base, "CAUSAL_LM"
-    try:
-        yield adapter
-    finally:
-        adapter.merge_and_unload()
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(dict(first_weights(model, seed)), strict=False)
+
+    def end(merge: bool) -> None:
+        if merge:
+            _replicate(model)
+            adapter.merge_and_unload()
+        else:
+            adapter.unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(learned[name])
+
+    try:
+        yield adapter
+    except BaseException:
+        end(merge=not any(isinstance(parameter, DTensor) for parameter in model.parameters()))
+        raise
+    end(merge=True)
+
+
+def first_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """First weights of a model's adapters by name, whole and in float32, distributed as PEFT's own.
+
+    A: uniform within 1 / sqrt(its inputs), from numbers that the seed alone decides. B: zero.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            weight = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=draw)
+            yield name, weight
+
+
+@torch.no_grad()
+def _replicate(model: nn.Module) -> None:
+    """Gathers the adapters of a sharded model on every rank, since some of their products have no sharded form."""
+    for name, module in model.named_modules():
+        if ".lora_" in name and isinstance(module, nn.Linear) and isinstance(weight := module.weight, DTensor):
+            whole = [Replicate()] * weight.device_mesh.ndim
+            module.weight = nn.Parameter(weight.redistribute(placements=whole))
 
 
 def save_adapter(adapter: Any, folder: Path) -> None:
@@ -108,34 +147,28 @@ def save_settings(adapter: Any, folder: Path) -> None:
     adapter.peft_config["default"].save_pretrained(folder)
 
 
-def save_merged(model: DecoderForCausalLM, run: Path, trained: Path) -> None:
-    """Writes the model with its adapter merged into a run's folder; from then on the model comes from there.
-
-    trained: the run's last checkpoint, whose training the card records.
-    """
-    folder = run / MERGED
-    save(model, folder)
-    source = getattr(model, "folder", None)
-    write_card(folder, None if source is None else Path(source), replace=True, trained=trained)
-    model.folder = folder
-
-
 def restore_adapter(adapter: Any, folder: Path) -> None:
-    """Loads the adapter of a checkpoint. UserError, before anything is changed, if it is damaged or of other shapes."""
-    import peft
+    """Loads the adapter of a checkpoint, of which a rank reads what it keeps.
 
+    UserError, before anything is changed, if it is damaged or of other shapes.
+    """
+    tensors = tensors_of(adapter)  # those of the model itself
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        tensors = load_file(folder / TENSORS)
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no dict
+            for name in shapes | there:
+                if shapes.get(name) != there.get(name):
+                    raise UserError(
+                        f"{folder / TENSORS}: {name} is {there.get(name, 'missing')}, and the model's is "
+                        f"{shapes.get(name, 'missing')}; give the model that the run began with"
+                    )
+            for name, tensor in tensors.items():
+                own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if own.numel():
+                    own.copy_(file.get_slice(name)[own_part(tensor.shape, tensor)])
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / TENSORS}: cannot be read ({error}); remove {folder} to go on before it") from error
-    shapes, there = ({n: tuple(t.shape) for n, t in x.items()} for x in (tensors_of(adapter), tensors))
-    for name in shapes | there:
-        if shapes.get(name) != there.get(name):
-            raise UserError(
-                f"{folder / TENSORS}: {name} is {there.get(name, 'missing')}, and the model's is "
-                f"{shapes.get(name, 'missing')}; give the model that the run began with"
-            )
-    peft.set_peft_model_state_dict(adapter, tensors)
 
 
 def adapters_of(model: nn.Module) -> cost.Adapters | None:

@@ -11,6 +11,7 @@ over the other axis alone. Tensor parallelism would be a further axis.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.moe import Experts
 from tokensieve.model.transformer import DecoderLayer
 
+# What PEFT adds to the name of a tensor that it wraps, or of which a copy learns.
+WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b")
+
 
 @dataclass(frozen=True)
 class Division:
@@ -60,7 +64,7 @@ class Division:
 def divide(config: TrainConfig, mesh: Mesh) -> Division:
     """The division of a run over the ranks of `mesh`.
 
-    UserError for settings that do not divide over so many ranks, or that run in one process only.
+    UserError for settings that do not divide over so many ranks.
     """
     R, X = config.context_parallel, config.expert_parallel
     for name, ranks in (("context_parallel", R), ("expert_parallel", X)):
@@ -71,9 +75,6 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
             )
     if mesh.size == 1:
         return Division(mesh)
-    for name, given in (("lora", config.lora is not None), ("compile", config.compile)):
-        if given:
-            raise UserError(f"torchrun started {mesh.size} processes, and {name} runs in one so far; leave it out")
     shards = mesh.size // R
     for phase in config.phases:
         if phase.sequences % (phase.micro_batch * shards):
@@ -99,7 +100,9 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
         raise UserError(reason)
     cuda = mesh.device.type == "cuda"
     needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
-    held = needed.weight_bytes + needed.gradient_bytes + needed.optimizer_bytes
+    held = needed.weight_bytes
+    if config.lora is None:  # what adapters need besides is little
+        held += needed.gradient_bytes + needed.optimizer_bytes
     if cuda:
         there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     else:
@@ -129,7 +132,10 @@ class Root(nn.Module):
 
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
-    """The root of a model, whose parameters are sharded over all ranks, if there are several."""
+    """The root of a model, whose parameters are sharded over all ranks, if there are several.
+
+    Autocast's copies of a layer's weights, which are whole, go with the layer.
+    """
     root = Root(model)
     if division.axes is None:
         return root
@@ -142,6 +148,7 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
     unit: list[nn.Module] = []
     for layer in model.model.layers:
+        layer.register_forward_hook(lambda *_: torch.clear_autocast_cache())
         unit.append(layer)
         if not cast(DecoderLayer, layer).self_attn.lends:
             fully_shard(unit, mesh=ranks)
@@ -191,12 +198,9 @@ def blocks(tensor: Tensor) -> Iterator[Tensor]:
         yield block
 
 
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters, in groups of the same mesh: PyTorch does not compute with several meshes at once."""
-    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
-    return list(groups.values())
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
+    """The mesh of a sharded tensor. PyTorch does not compute with tensors of several meshes at once."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def own_part(shape: torch.Size, like: Tensor) -> tuple[slice, ...]:
@@ -213,32 +217,47 @@ def empty_model(config: ModelConfig) -> DecoderForCausalLM:
         return DecoderForCausalLM(config)
 
 
-def read_parts(model: DecoderForCausalLM, folder: Path, device: torch.device) -> None:
+def read_parts(
+    model: DecoderForCausalLM, folder: Path, device: torch.device, adapters: Iterable[tuple[str, Tensor]] = ()
+) -> None:
     """Fills a sharded model with this rank's parts of a checkpoint, in float32. No other parts are read.
 
-    Besides what the rank keeps it holds one tensor's part at a time. UserError as `tokensieve.load`.
+    adapters: whole tensors of the model that the checkpoint does not have. Besides what the rank keeps it holds one
+    tensor's part at a time. UserError as `tokensieve.load`.
     """
     like = model.state_dict()
-    parts = {name: own_part(tensor.shape, tensor) for name, tensor in like.items()}
+    places: dict[str, list[str]] = {}  # name in the checkpoint -> names in the model
+    for name in like:
+        places.setdefault(WRAPPED.sub("", name), []).append(name)
+    parts = {name: own_part(like[names[0]].shape, like[names[0]]) for name, names in places.items()}
 
-    def part(name: str, rows: Tensor) -> Tensor:
-        target = like[name]
-        own = rows[(slice(None), *parts[name][1:])].to(device).contiguous()
+    def part(name: str, own: Tensor) -> Tensor:
+        target, own = like[name], own.to(device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
             return own
         return DTensor.from_local(
             own, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
         )
 
-    rows = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
-    fill(model, ((name, part(name, tensor)) for name, tensor in rows))
+    def own_tensors() -> Iterator[tuple[str, Tensor]]:
+        read = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
+        for name, rows in read:
+            for place in places[name]:
+                yield place, part(place, rows[(slice(None), *parts[name][1:])])
+        for name, tensor in adapters:
+            yield name, part(name, tensor[own_part(tensor.shape, like[name])])
+
+    fill(model, own_tensors())
     model.extras = checkpoint.mtp_tensors(folder, model.config)
     came_from(model, folder)
 
 
 def clip(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scales the gradients down to the norm `limit`, if they are longer. Returns their norm () over all ranks."""
-    groups = by_mesh(parameters)
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_mesh.setdefault(mesh_of(parameter), []).append(parameter)
+    groups = by_mesh.values()
     norms = [torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     norm = torch.nn.utils.get_total_norm([whole(norm) for norm in norms])
     for group in groups:

@@ -8,6 +8,7 @@ so a checkpoint that was cut off is none. One process on a CPU would only copy i
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ import torch
 from tokensieve import checkpoint
 from tokensieve.checkpoint import ShardWriter
 from tokensieve.config import UserError
+from tokensieve.files import MERGED, locked
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import lora
@@ -34,6 +36,8 @@ from tokensieve.train.state import (
     optimizer_tensors,
     random_states,
 )
+
+log = logging.getLogger("tokensieve")
 
 FILE_BYTES = 5e9  # of a file, unless one tensor is larger
 
@@ -118,8 +122,7 @@ class Saver:
 
             if adapter is None:
                 weights = writer("model", FILE_BYTES, 0)
-                tensors = ((name, block) for name, tensor in model.state_dict().items() for block in blocks(tensor))
-                exported = checkpoint.add_model(weights, exported, tensors, model.extras)
+                exported = _add_model(weights, model)
             else:
                 weights = writer(lora.STEM, float("inf"), 0)
                 for name, tensor in lora.tensors_of(adapter).items():
@@ -165,6 +168,38 @@ class Saver:
         )
         self._lead(self._rotate, pending.folder)
 
+    def save_merged(self, model: DecoderForCausalLM) -> None:
+        """Writes the model with its adapter merged into the run's folder; from then on the model comes from there.
+
+        Its card records the training of the last checkpoint. UserError as `settle`.
+        """
+        mesh, folder = self.mesh, self.run.resolve() / MERGED
+        new, source, trained = checkpoint.saving_folder(folder), getattr(model, "folder", None), checkpoints(self.run)
+        with contextlib.ExitStack() as held:
+            mesh.agree(lambda: held.enter_context(locked(self.run)) if mesh.leads else None)
+            held.enter_context(self._saving(folder))
+            self._lead(lambda: checkpoint.begin_folder(folder), folder)
+            writer = ShardWriter(new, FILE_BYTES, "model", mesh.rank, mesh.size, mesh.size > 1)
+            exported = _add_model(writer, model)
+
+            def finish() -> None:
+                checkpoint.write_config(new, exported)
+                if source is not None:
+                    checkpoint.copy_tokenizer(Path(source), new)
+                checkpoint.end_folder(folder)
+                checkpoint.write_card(folder, source and Path(source), replace=True, trained=trained[-1])
+
+            def write() -> None:
+                with checkpoint.writing_errors(folder):
+                    for name in writer.own(writer.close()):
+                        checkpoint.sync(new / name)
+
+            mesh.agree(write)
+            self._lead(finish, folder)
+        for reason in checkpoint.exportable(model.config):
+            log.warning("%s: %s", folder, reason)
+        model.folder = self.run / MERGED
+
     def _lead(self, act: Callable[[], Any], folder: Path) -> None:
         """Lets rank 0 act on a checkpoint. UserError, on all ranks, as `writing_errors`."""
 
@@ -192,6 +227,12 @@ class Saver:
             if old.is_dir() and old not in newest:
                 (old / STATE).unlink(missing_ok=True)  # first, so that after a kill the rest does not look complete
                 shutil.rmtree(old)
+
+
+def _add_model(writer: ShardWriter, model: DecoderForCausalLM) -> dict[str, Any]:
+    """Adds all ranks' tensors to a writer, whole. Returns their config.json. All ranks call this."""
+    tensors = ((name, block) for name, tensor in model.state_dict().items() for block in blocks(tensor))
+    return checkpoint.add_model(writer, model.config.to_dict(), tensors, model.extras)
 
 
 def _finish(pending: Pending, checksums: dict[str, int]) -> None:

@@ -6,6 +6,9 @@ power of two of heads. All else runs on the portable kernels of `tokensieve.ops.
 measurements that earned these their place.
 
 `warps` holds what the kernels share, `forward`, `dq` and `dkv` one kernel each, `attention` and `attention_kl` the ops
-made of them, `index` the scores and the ops on them, `decode` the op on pages. `backend` is the module that dispatch
-imports, and `limits` says what it can run. Neither this file nor `limits` imports Triton: it is not on every machine.
+made of them, `index` the scores and the ops on them, `decode` the op on pages. `tiles` makes one query of several with
+few heads, and `selected` chooses between the two. `unions` stands in for the portable tiles of grouped queries, with
+the kernels `union_forward` and `union_backward`, which share `union_rows`. Tiles and unions are off: they never ran.
+`backend` is the module that dispatch imports, and `limits` says what it can run. Neither this file nor `limits` imports
+Triton: it is not on every machine.
 """

@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tokensieve.ops.hopper.warps import (
     BLOCK,
     LN2,
-    LOG2E,
     PARTS,
     allocate_barriers,
     barrier,
@@ -37,6 +36,7 @@ from tokensieve.ops.hopper.warps import (
     release,
     rows,
     seen_pairs,
+    softmax_step,
     used_tiles,
 )
 from tokensieve.ops.triton.index import padded
@@ -56,18 +56,6 @@ def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
         load_part(kv, now, 256, 128, main.slice(256, 128, 1), empty.index(b + 2), full.index(b + 2), parity, layout)
         load_part(kv, now, 384, 128, main.slice(384, 128, 1), empty.index(b + 3), full.index(b + 3), parity, layout)
         load_part(kv, now, 512, 64, tail, empty.index(b + 4), full.index(b + 4), parity, layout)
-
-
-@gluon.jit
-def _softmax_step(logit, live, scale, largest):
-    """Online softmax to base 2.
-
-    Returns probabilities over exp2(largest logit so far), the factor by which earlier sums shrink, and that logit.
-    """
-    logit = gl.where(live, logit * (scale * LOG2E), float("-inf"))
-    now = gl.maximum(largest, gl.max(logit, 1))
-    base = gl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
-    return gl.exp2(logit - base[:, None]), gl.exp2(largest - base), now
 
 
 @gluon.jit
@@ -102,7 +90,7 @@ def attend(
     if M > 0:
         x += row_break + breaks_of(breaks, indices, 0, T, K, logits)
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
-    sums, _, largest = _softmax_step(x, live, scale, largest)
+    sums, _, largest = softmax_step(x, live, scale, largest)
     p_shared.store(sums.to(dtype))
     o0 = gl.zeros([64, 128], gl.float32, values)
     o1 = gl.zeros([64, 128], gl.float32, values)
@@ -144,7 +132,7 @@ def attend(
         release(empty.index(b + 4))
         if M > 0:
             x += row_break + breaks_of(breaks, indices, tile, T, K, logits)
-        p, shrink, largest = _softmax_step(x, live, scale, largest)
+        p, shrink, largest = softmax_step(x, live, scale, largest)
         sums = sums * shrink[:, None] + p
         p_shared.store(p.to(dtype))
         shrink = gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
@@ -222,7 +210,7 @@ def forward_kernel(
 
 @dataclass(frozen=True)
 class Tiled:
-    """What tells the queries of a tile apart.
+    """Marks of the queries of a tile, and of what is broken.
 
     marks: (tiles, K) int32 whose bit b says whether query b selected the place's key. breaks (T,), row_breaks (tiles,
     64): float32, 0, or NaN if a key or a query is broken; q and kv themselves are finite. M: heads of a query.

@@ -1,4 +1,4 @@
-"""What the kernels for Hopper take: one shape, the 671B model's. The portable ones take the rest. Imports no Triton."""
+"""Limits of the Hopper backend: the 671B model's shapes. The portable one takes the rest. Imports no Triton."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +39,11 @@ def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
 
     S, H, _ = q.shape
     return None if beats_pieces(S, H, operands["indices"].shape[1]) else "it does not share out so few queries"
+
+
+def whole(x: Tensor) -> Tensor:
+    """Whether all numbers along the last axis are finite (bool), without a copy of `x`."""
+    return torch.linalg.vector_norm(x, torch.inf, -1).isfinite()
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ itself alone. Four neighbours fill it, and what they select together is little m
 list of keys (`unions`), of which each sees its own. B queries select at most B K keys, which take no longer than B
 programs of one query each: nothing is lost if their selections differ.
 
-Zero times NaN is NaN. So the kernels multiply finite numbers only. What was broken is told beside them, and makes the
-logits of a query NaN that has it or has selected it.
+Zero times NaN is NaN. So the kernels multiply finite numbers only. A mask beside them marks what was broken, and makes
+the logits NaN of a query that has it or has selected it.
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from tokensieve.ops.hopper.attention import delta_of, pitch_of
 from tokensieve.ops.hopper.dkv import add_dkv
 from tokensieve.ops.hopper.dq import probabilities_and_dq
 from tokensieve.ops.hopper.forward import Tiled, forward
-from tokensieve.ops.hopper.limits import aligned
+from tokensieve.ops.hopper.limits import aligned, whole
 from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
 from tokensieve.ops.triton.attention import LOG2E
 from tokensieve.ops.triton.in_order import add_in_order, wanted_in_order
 from tokensieve.ops.triton.union_kl import index_gradients, kl_slopes, write_kl
 from tokensieve.ops.triton.unions import Unions, strips, unions
 
-ENABLED = False  # they compile and have never run: tests/ops/test_hopper_tiles.py
+ENABLED = False  # they compile and have never run: tests/ops/test_hopper_tiles_gpu.py
 
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor) -> bool:
@@ -38,13 +38,9 @@ def pays(q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor) -> bool:
     return ENABLED and q_SHD.shape[1] in (16, 32) and min(len(q_SHD), len(kv_TGE), indices_SK.shape[1]) > 0
 
 
-def _whole(x: Tensor) -> Tensor:
-    """Whether all numbers along the last axis are finite, without a copy of `x`."""
-    return torch.linalg.vector_norm(x, torch.inf, -1).isfinite()
-
-
-def _break(whole: Tensor) -> Tensor:
-    return torch.where(whole, 0.0, torch.nan)
+def _breaks(x: Tensor) -> Tensor:
+    """float32: 0, or NaN if not all numbers along the last axis are finite."""
+    return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device).masked_fill(~whole(x), torch.nan)
 
 
 def _padded(x: Tensor, rows: int, value: float = 0) -> Tensor:
@@ -78,8 +74,8 @@ class Tiles:
         self.rows = triton.cdiv(self.S, self.B) * self.B
         self.q, self.kv = self.fold(_finite(q)), aligned(_finite(kv))
         self.indices = _padded(indices, self.rows, -1)
-        self.key_breaks = _break(_whole(kv[:, 0]))
-        self.row_breaks = self.fold(_break(_whole(q)))
+        self.key_breaks = _breaks(kv[:, 0])
+        self.row_breaks = self.fold(_breaks(q))
 
     def fold(self, x: Tensor) -> Tensor:
         """(S, H, ...) as (tiles, 64, ...)."""
@@ -150,11 +146,13 @@ def sparse_attention_kl(
     out, lse = x.new(VALUE, dtype=q_SHD.dtype), x.new(dtype=torch.float32)
     q_I, k_I, w = (_padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows))
     kl = torch.empty(x.rows, dtype=torch.float32, device=out.device)
+    buffers = None  # every strip uses them, of which the first is the longest
     for part in x.parts(_kept(x, buffers=1)):
-        rows, queries = part.tiles, part.queries
-        pitch = pitch_of(part.u.C)
-        p = out.new_empty(len(part.u), BLOCK, pitch)
-        top = lse.new_empty(len(part.u), BLOCK, pitch // BLOCK)
+        rows, queries, n = part.tiles, part.queries, len(part.u)
+        if buffers is None:
+            pitch = pitch_of(part.u.C)
+            buffers = out.new_empty(n, BLOCK, pitch), lse.new_empty(n, BLOCK, pitch // BLOCK)
+        p, top = buffers[0][:n], buffers[1][:n]
         forward(x.q[rows], x.kv, part.keys, scale, out[rows], lse[rows], (p, top), part.tiled)
         mass = _mass(part, p, x.H, top, lse[rows])
         write_kl(part.u, mass, x.H, q_I[queries], k_I, w[queries], kl[queries])
@@ -162,8 +160,9 @@ def sparse_attention_kl(
 
 
 def _kept(x: Tiles, buffers: int) -> int:
-    """Bytes that a key of a query needs: its tile's probabilities, and its own target and scores."""
-    return x.B * (buffers * x.H * x.q.element_size() + 2 * 4)
+    """Bytes that a key of a query needs: its tile's probabilities, its own target and scores, and sums in order."""
+    in_order = KEY * 4 if buffers > 1 and wanted_in_order() else 0
+    return x.B * (buffers * x.H * x.q.element_size() + 2 * 4) + in_order
 
 
 def _backward_by_parts(
@@ -175,9 +174,12 @@ def _backward_by_parts(
     dlse = None if dlse_SH is None else dlse_SH.contiguous()
     delta = x.fold(delta_of(dout, out_SHV.contiguous(), dlse))
     dout, lse = x.fold(_finite(dout)), x.fold(lse_SH)
+    buffer = None  # every strip uses it, of which the first is the longest
     for part in x.parts(_kept(x, buffers=2)):
-        rows, n, pitch = part.tiles, len(part.u), pitch_of(part.u.C)
-        p, ds = dout.new_empty(2, n, BLOCK, pitch)
+        rows, n = part.tiles, len(part.u)
+        if buffer is None:
+            buffer = dout.new_empty(2, n, BLOCK, pitch_of(part.u.C))
+        p, ds = buffer[:, :n]
         probabilities_and_dq(
             dout[rows], x.q[rows], x.kv, part.keys, lse[rows], delta[rows], scale, dq[rows], p, ds, part.tiled
         )

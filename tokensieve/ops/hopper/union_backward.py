@@ -20,34 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import entries, load_entries, load_keys, row_of
+from tokensieve.ops.hopper.union_rows import entries, load_keys, load_union, row_of
 from tokensieve.ops.hopper.warps import LOG2E, allocate_barriers, barrier, columns, load_block, release
 
 TILE: gl.constexpr = gl.constexpr(64)  # keys
-
-
-@gluon.jit
-def _load(
-    kv, keys, base, count, tiles, g, k_shared, v_shared, full, empty,
-    G: gl.constexpr, E: gl.constexpr, D: gl.constexpr, V: gl.constexpr, v_start: gl.constexpr,
-):  # fmt: skip
-    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
-    k_key = load_keys(keys, base, 0, count, 64, k_layout)
-    v_key = load_keys(keys, base, 0, count, 64, v_layout)
-    for tile in range(tiles):
-        buffer, parity = tile & 1, ((tile >> 1) & 1) ^ 1
-        k_now, v_now = k_key, v_key
-        k_key = load_keys(keys, base, (tile + 1) * TILE, count, 64, k_layout)
-        v_key = load_keys(keys, base, (tile + 1) * TILE, count, 64, v_layout)
-        load_entries(
-            kv, entries(k_now, g, G, E), k_now >= 0, D, k_shared.index(buffer), empty.index(buffer),
-            full.index(buffer), parity, k_layout,
-        )  # fmt: skip
-        load_entries(
-            kv + v_start, entries(v_now, g, G, E), v_now >= 0, V, v_shared.index(buffer), empty.index(2 + buffer),
-            full.index(2 + buffer), parity, v_layout,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -211,7 +187,9 @@ def union_backward_kernel(
                 q_shared, dout_shared, k_shared, v_shared, p_shared, ds_shared, dk_staging, full, empty, pairs,
                 dk_staged, marks, lse, delta, dq, base, count, tiles, tile_of, g, S, scale, H, G, MP, B, D, V, True,
             )),
-            (_load, (kv, keys, base, count, tiles, g, k_shared, v_shared, full, empty, G, E, D, V, v_start)),
+            (load_union, (
+                kv, keys, base, count, tiles, g, k_shared, v_shared, full, empty, G, E, D, V, v_start, TILE, 2
+            )),
             (_add, (
                 dkv, keys, base, count, tiles, g, dv_staging, dk_staging, dv_staged, dk_staged, G, E, D, V, v_start
             )),

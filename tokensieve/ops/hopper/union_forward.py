@@ -17,43 +17,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import entries, load_entries, load_keys, row_of
-from tokensieve.ops.hopper.warps import LN2, LOG2E, allocate_barriers, barrier, columns, load_block, release
+from tokensieve.ops.hopper.union_rows import load_union, row_of
+from tokensieve.ops.hopper.warps import (
+    LN2,
+    allocate_barriers,
+    barrier,
+    columns,
+    load_block,
+    release,
+    softmax_step,
+)
 
 
 @gluon.jit
-def _load(
-    kv, keys, base, count, steps, g, k_shared, v_shared, full, empty,
-    G: gl.constexpr, E: gl.constexpr, D: gl.constexpr, V: gl.constexpr, v_start: gl.constexpr, N: gl.constexpr,
-    BUFFERS: gl.constexpr,
-):  # fmt: skip
-    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
-    k_key = load_keys(keys, base, 0, count, N, k_layout)
-    v_key = load_keys(keys, base, 0, count, N, v_layout)
-    for step in range(steps):
-        buffer, parity = step % BUFFERS, ((step // BUFFERS) & 1) ^ 1
-        k_now, v_now = k_key, v_key
-        k_key = load_keys(keys, base, (step + 1) * N, count, N, k_layout)
-        v_key = load_keys(keys, base, (step + 1) * N, count, N, v_layout)
-        load_entries(
-            kv, entries(k_now, g, G, E), k_now >= 0, D, k_shared.index(buffer), empty.index(buffer),
-            full.index(buffer), parity, k_layout,
-        )  # fmt: skip
-        load_entries(
-            kv + v_start, entries(v_now, g, G, E), v_now >= 0, V, v_shared.index(buffer), empty.index(BUFFERS + buffer),
-            full.index(BUFFERS + buffer), parity, v_layout,
-        )  # fmt: skip
-
-
-@gluon.jit
-def _softmax(x, mark, b, scale, largest):
-    """Online softmax to base 2: probabilities over exp2(the largest logit so far), the shrinking factor, that logit."""
-    seen = ((mark[None, :] >> b[:, None]) & 1) != 0
-    x = gl.where(seen, x * (scale * LOG2E), float("-inf"))
-    now = gl.maximum(largest, gl.max(x, 1))
-    relative = gl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
-    return gl.exp2(x - relative[:, None]), gl.exp2(largest - relative), now
+def _seen(mark, b):
+    return ((mark[None, :] >> b[:, None]) & 1) != 0
 
 
 @gluon.jit
@@ -83,7 +61,7 @@ def _attend(
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(0))
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
-    p, _, largest = _softmax(x, mark, b, scale, largest)
+    p, _, largest = softmax_step(x, _seen(mark, b), scale, largest)
     total = gl.sum(p, 1)
     p_half.store(p.to(dtype))
     acc = gl.zeros([64, V], gl.float32, values)
@@ -101,7 +79,7 @@ def _attend(
         release(empty.index(BUFFERS + before))
         x = warpgroup_mma_wait(0, (x,))
         release(empty.index(step % BUFFERS))
-        p, shrink, largest = _softmax(x, mark, b, scale, largest)
+        p, shrink, largest = softmax_step(x, _seen(mark, b), scale, largest)
         total = total * shrink + gl.sum(p, 1)
         p_half.store(p.to(dtype))
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
@@ -155,7 +133,7 @@ def union_forward_kernel(
                 q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, tile,
                 g, S, scale, H, G, MP, B, V, N, BUFFERS, True,
             )),
-            (_load, (
+            (load_union, (
                 kv, keys, base, count, steps, g, k_shared, v_shared, full, empty, G, E, D, V, v_start, N, BUFFERS
             )),
         ],

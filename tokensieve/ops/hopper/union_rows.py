@@ -1,4 +1,4 @@
-"""What the kernels over unions share: a tile's rows, and the loading of its entries.
+"""Rows and entries of the kernels over unions, which both share.
 
 Legend: S queries, H heads, G key-value groups, M heads of a group (MP padded), B queries of a tile, E width of a
 group's entry. A program holds 128 rows, B * MP of a tile's queries and one group's heads, and computes them in halves
@@ -16,7 +16,7 @@ from tokensieve.ops.hopper.warps import columns, copy_async, rows
 @gluon.jit
 def row_of(tile, g, first: gl.constexpr, S, H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr,
            layout: gl.constexpr):  # fmt: skip
-    """Of 64 rows: the query within the tile, the place among all queries' heads, and whether it is one."""
+    """64 rows: the query within the tile, the place among all queries' heads, and whether it is one."""
     r = first + rows(layout, 64)
     M: gl.constexpr = H // G
     b, m = r // MP, r % MP
@@ -33,7 +33,7 @@ def load_keys(keys, base, begin, count, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def entries(key, g, G: gl.constexpr, E: gl.constexpr):
-    """Where the entries of one group begin; the first one's if there is no key."""
+    """Beginnings of one group's entries; the first one's if there is no key."""
     return (gl.where(key >= 0, key, 0).to(gl.int64) * G + g) * E
 
 
@@ -43,3 +43,29 @@ def load_entries(kv, row, live, W: gl.constexpr, buffer, empty, full, parity, la
     mbarrier.wait(empty, parity)
     copy_async(buffer, kv + (row[:, None] + columns(layout, W)[None, :]), mask=live[:, None])
     async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def load_union(
+    kv, keys, base, count, steps, g, k_shared, v_shared, full, empty,
+    G: gl.constexpr, E: gl.constexpr, D: gl.constexpr, V: gl.constexpr, v_start: gl.constexpr, N: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """Loads N keys of a tile's list and their values a step, BUFFERS steps ahead. Barriers: of keys, then of values."""
+    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
+    k_key = load_keys(keys, base, 0, count, N, k_layout)
+    v_key = load_keys(keys, base, 0, count, N, v_layout)
+    for step in range(steps):
+        buffer, parity = step % BUFFERS, ((step // BUFFERS) & 1) ^ 1
+        k_now, v_now = k_key, v_key
+        k_key = load_keys(keys, base, (step + 1) * N, count, N, k_layout)
+        v_key = load_keys(keys, base, (step + 1) * N, count, N, v_layout)
+        load_entries(
+            kv, entries(k_now, g, G, E), k_now >= 0, D, k_shared.index(buffer), empty.index(buffer),
+            full.index(buffer), parity, k_layout,
+        )  # fmt: skip
+        load_entries(
+            kv + v_start, entries(v_now, g, G, E), v_now >= 0, V, v_shared.index(buffer), empty.index(BUFFERS + buffer),
+            full.index(BUFFERS + buffer), parity, v_layout,
+        )  # fmt: skip

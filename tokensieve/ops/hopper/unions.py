@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.ops.hopper.attention import delta_of
+from tokensieve.ops.hopper.limits import whole
 from tokensieve.ops.hopper.union_backward import union_backward_kernel
 from tokensieve.ops.hopper.union_forward import union_forward_kernel
 from tokensieve.ops.triton import union_attention
@@ -24,13 +25,13 @@ STEP = {"N": 128, "BUFFERS": 2}  # keys of a step of the forward, and steps in s
 def takes(u: Unions, kv: Tensor, shape: dict[str, Any]) -> bool:
     """Whether there is a kernel for these tiles.
 
-    It takes bf16 and half precision, 128 rows, keys and values 64 or 128 wide, and entries in lines of 16 bytes.
+    It takes bf16 and half precision, 128 rows, keys and values 64 or 128 wide, entries in lines of 16 bytes, and a
+    key at least.
     """
     widths = shape["D"] in (64, 128) and shape["V"] in (64, 128)
     lines = shape["E"] % 8 == 0 and shape["v_start"] % 8 == 0 and kv.data_ptr() % 16 == 0
-    return (
-        kv.dtype in (torch.bfloat16, torch.float16) and u.B * shape["MP"] == union_attention.ROWS and widths and lines
-    )
+    rows = len(kv) > 0 and u.B * shape["MP"] == union_attention.ROWS
+    return kv.dtype in (torch.bfloat16, torch.float16) and rows and widths and lines
 
 
 def _parts(u: Unions, shape: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +57,6 @@ def forward(
         union_attention.forward([u], q, kv, out, lse, scale, shape)
 
 
-def _whole(x: Tensor) -> Tensor:
-    """Whether all numbers along the last axis are finite, without a copy of `x`."""
-    return torch.linalg.vector_norm(x, torch.inf, -1).isfinite()
-
-
 def _tiles_with(rows: Tensor, u: Unions) -> Tensor:
     """Whether any of a tile's queries is marked in `rows` (S,)."""
     padded = torch.nn.functional.pad(rows, (0, len(u) * u.B - len(rows)))
@@ -69,8 +65,8 @@ def _tiles_with(rows: Tensor, u: Unions) -> Tensor:
 
 def _broken(u: Unions, q: Tensor, kv: Tensor, delta: Tensor, lse: Tensor) -> Tensor:
     """Tiles of which a query or a key of the list is broken, or a gradient or an output (then delta is)."""
-    queries = ~(_whole(q) & delta.isfinite() & (lse < torch.inf)).all(1)
-    keys = ~_whole(kv).all(1)
+    queries = ~(whole(q) & delta.isfinite() & (lse < torch.inf)).all(1)
+    keys = ~whole(kv).all(1)
     places = torch.arange(u.C, device=u.keys.device) < u.counts[:, None]
     listed = (keys[torch.where(places, u.keys, 0)] & places).any(1)
     return _tiles_with(queries, u) | listed
@@ -92,7 +88,7 @@ def backward(
     """Writes dq of the queries of these tiles, and adds to dkv (T, G, E) float32. Everything contiguous."""
     for u in levels:
         if takes(u, kv, shape) and not wanted_in_order():
-            delta = delta_of(dout, out, dlse)
+            delta = delta_of(dout, out.contiguous(), dlse)
             broken = _broken(u, q, kv, delta, lse)
             mine = _only(u, ~broken)
             union_backward_kernel[(len(u) * shape["G"],)](

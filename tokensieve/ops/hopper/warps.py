@@ -96,7 +96,10 @@ def live_columns(indices, tile, T, K, layout: gl.constexpr):
 
 @gluon.jit
 def seen_pairs(indices, marks, tile, T, K, M: gl.constexpr, layout: gl.constexpr):
-    """Which rows attend to which places of a tile. M: heads of a query whose bit is in the places' marks (0: all)."""
+    """A mask of the places of a tile that each row attends to.
+
+    M: heads of a query, whose bit is in the places' marks; 0: all rows attend alike.
+    """
     seen = live_columns(indices, tile, T, K, layout)
     if M > 0:
         at = tile * 64 + columns(layout, 64)
@@ -107,7 +110,7 @@ def seen_pairs(indices, marks, tile, T, K, M: gl.constexpr, layout: gl.constexpr
 
 @gluon.jit
 def breaks_of(breaks, indices, tile, T, K, layout: gl.constexpr):
-    """What makes the logits of a tile's places NaN where their keys are broken: 0, or NaN."""
+    """0, or NaN where a place's key is broken: added to logits, it makes them NaN."""
     at = tile * 64 + columns(layout, 64)
     index = gl.load(indices + at, mask=at < K, other=-1)
     live = (index >= 0) & (index < T)
@@ -136,3 +139,15 @@ def multiply_part(x, main, begin: gl.constexpr, sum, full, parity):
     """Starts sum += x . k over 128 columns of a tile's entries, once they are there."""
     mbarrier.wait(full, parity)
     return warpgroup_mma(x.slice(begin, 128, 1), main.slice(begin, 128, 1).permute((1, 0)), sum, is_async=True)
+
+
+@gluon.jit
+def softmax_step(logit, live, scale, largest):
+    """Online softmax to base 2.
+
+    Returns probabilities over exp2(largest logit so far), the factor by which earlier sums shrink, and that logit.
+    """
+    logit = gl.where(live, logit * (scale * LOG2E), float("-inf"))
+    now = gl.maximum(largest, gl.max(logit, 1))
+    base = gl.where(now == float("-inf"), 0.0, now)  # before the first key: -inf minus -inf would be NaN
+    return gl.exp2(logit - base[:, None]), gl.exp2(largest - base), now

@@ -35,7 +35,6 @@ FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps":
 MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
 
-
 WIDE_ON_HOPPER = False  # its kernels compile and have never run: benchmarks/gpu_few_heads.py --hopper
 
 

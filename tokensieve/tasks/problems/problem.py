@@ -1,8 +1,8 @@
-"""What a domain is, and the task that makes prompts of its items: worked examples, then one question.
+"""What a domain is, and the task that makes prompts of its items: worked examples as earlier turns, then one question.
 
 A prompt of post-training must be several times longer than k, or it says nothing of sparse attention. So it begins with
-worked examples of the same kind, as many as fit into its length. An agent's are whole episodes, calls and results
-included.
+worked examples of the same kind, as many as fit into its length, each as a turn of the user and one of the assistant.
+An agent's are whole episodes, calls and results included.
 """
 
 import random
@@ -23,13 +23,12 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 TRIES = 10_000  # draws until an item of the wanted split must have come
 
 ASKS = {
-    ("en", "think"): f"Solve the last problem as the others are solved. Think between {THINK} and {END_THINK}, then "
-    "answer.",
-    ("en", "direct"): "Solve the last problem as the others are solved. Answer at once, without thinking aloud.",
-    ("zh", "think"): f"请像前面的例题那样解答最后一题。先在 {THINK} 和 {END_THINK} 之间思考，然后作答。",
-    ("zh", "direct"): "请像前面的例题那样解答最后一题。直接作答，不要写出思考过程。",
+    ("en", "think"): f"Solve the problems one by one. Think between {THINK} and {END_THINK}, then answer.",
+    ("en", "direct"): "Solve the problems one by one. Answer at once, without thinking aloud.",
+    ("zh", "think"): f"请逐一解答下列各题。先在 {THINK} 和 {END_THINK} 之间思考，然后作答。",
+    ("zh", "direct"): "请逐一解答下列各题。直接作答，不要写出思考过程。",
 }
-HEADS = {"en": ("Problem:", "Solution:"), "zh": ("题目：", "解答：")}
+LANGUAGES = ("en", "zh")  # in which prompts are worded
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,8 @@ class Problems:
         if self.language not in self.domain.languages:
             known = ", ".join(self.domain.languages)
             raise UserError(f"{self.domain.name} has no problems in language {self.language!r}; use one of {known}")
-        if self.language not in HEADS:
-            known = ", ".join(HEADS)
+        if self.language not in LANGUAGES:
+            known = ", ".join(LANGUAGES)
             raise UserError(
                 f"{self.domain.name}: no prompts are worded in language {self.language!r}; use one of {known}"
             )
@@ -155,24 +154,26 @@ class Problems:
 
     def _problem(self, rng: random.Random, size: int, split: Split) -> Problem:
         asked = self._item(rng, size, split)
-        ask, (question, _) = ASKS[self.language, self.mode], HEADS[self.language]
+        ask = ASKS[self.language, self.mode]
         if isinstance(self.domain, Agent):
             ask = f"{listing(self.domain.tools, self.domain.most_calls, self.language)}\n\n{ask}"
-        end = f"{ask}\n\n{question} {asked.question}"
-        shown: list[str] = []
-        length, tries = len(self.encode(end)), 0
+        shown: list[str] = []  # turns of user and assistant
+        length, tries = len(self.encode(ask)) + len(self.encode(asked.question)), 0
         while length < self.tokens:
             item = self._item(rng, size, split)
             tries += 1
             if item.key != asked.key and item.answer:
-                shown.append(self._worked(item))
-                length += len(self.encode(shown[-1]))
+                turns = self._worked(item)
+                shown += turns
+                length += sum(len(self.encode.solution(turn)) for turn in turns)
             elif not shown and tries > TRIES:
                 raise UserError(
                     f"{self.domain.name} has no answers in its {split} split to show as worked examples, which make "
                     f"prompts long; give some, or prompts of {self.tokens} tokens"
                 )
-        prompt = [{"role": "user", "content": "".join(shown) + end}]
+        first, *others = [*shown, asked.question]
+        texts = [f"{ask}\n\n{first}", *others]
+        prompt = [{"role": "assistant" if place % 2 else "user", "content": text} for place, text in enumerate(texts)]
         return Problem(
             name=f"{self.domain.name} {asked.key}", prompt=prompt, domain=self.domain.name, mode=self.mode,
             language=self.language, item=asked, demonstration=self._turn(asked.thoughts, asked.answer),
@@ -192,10 +193,10 @@ class Problems:
     def _steps(self, item: Item) -> tuple[tuple[str, str], ...]:
         return tuple((self._turn(step.thoughts, str(step.call)), response(step.result)) for step in item.steps)
 
-    def _worked(self, item: Item) -> str:
-        question, solution = HEADS[self.language]
-        steps = "".join(f"{turn}\n{result}\n" for turn, result in self._steps(item))
-        return f"{question} {item.question}\n{solution} {steps}{self._turn(item.thoughts, item.answer)}\n\n"
+    def _worked(self, item: Item) -> list[str]:
+        """The turns of a whole episode: the question, an agent's turns and the results of its tools, the answer."""
+        steps = [text for step in self._steps(item) for text in step]
+        return [item.question, *steps, self._turn(item.thoughts, item.answer)]
 
     def respond(self, example: Problem, turns: Sequence[str]) -> str | None:
         """The result of the call that the last of an agent's turns ends with, as the model reads it.

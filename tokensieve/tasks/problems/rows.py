@@ -22,7 +22,7 @@ from tokensieve.config import UserError
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.checks import met
 from tokensieve.tasks.problems.expressions import Expressions, final, is_expression, is_symbolic
-from tokensieve.tasks.problems.problem import HEADS, Item, split_of
+from tokensieve.tasks.problems.problem import LANGUAGES, Item, split_of
 
 FILES = (".jsonl", ".ndjson", ".parquet")
 
@@ -162,8 +162,8 @@ def _item(row: Any, where: str) -> tuple[int, str, Item]:
     if not answers and not rubric:
         raise UserError(f'{where} has nothing to grade by; give it an "answer" or a "rubric"')
     language, level = row.get("language") or "en", row.get("difficulty")
-    if language not in HEADS:
-        raise UserError(f"{where}: language {language!r} is unknown; use one of {', '.join(HEADS)}")
+    if language not in LANGUAGES:
+        raise UserError(f"{where}: language {language!r} is unknown; use one of {', '.join(LANGUAGES)}")
     level = 1 if level is None else level
     if isinstance(level, bool) or not isinstance(level, int) or level < 1:
         raise UserError(f"{where}: difficulty is {level!r}; it is a whole number from 1 on")

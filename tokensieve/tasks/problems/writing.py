@@ -8,17 +8,83 @@ from tokensieve.tasks.problems.checks import CHECKS, met
 from tokensieve.tasks.problems.problem import Item
 from tokensieve.tasks.words import ADJECTIVES, THINGS
 
-# By split, and no phrasing in both: the task, and how each wish is told.
-ASKS: dict[Split, str] = {
-    "train": "Write a short text about a {a} {b}.",
-    "test": "Compose some lines on this: {a} {b}.",
+# By split, and no phrasing in both: the task, and how each wish is told. Training has several phrasings of each, so
+# that a small model learns to take a text's words from the question, wherever they stand in it.
+ASKS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "Write a short text about a {a} {b}.",
+        "Subject: {a} {b}. Describe it briefly.",
+        "Tell me something of a {a} {b}.",
+        "{a} {b}: what is there to say of it?",
+        "I need a few words for the {a} {b}.",
+        "The {a} {b}, in plain words.",
+        "Please note down what comes to your mind about one {a} {b}.",
+        "Text wanted; it is on the {a} {b}.",
+        "Give an account of any {a} {b}.",
+        "Theme {a} {b}; be brief.",
+        "What would you tell a friend of that {a} {b}?",
+        "Picture a {a} {b} and put it into words.",
+    ),
+    "test": ("Compose some lines on this: {a} {b}.",),
 }
-WISHES: dict[str, dict[Split, str]] = {
-    "sentences": {"train": "Use {0} sentences.", "test": "It should consist of {0} sentences."},
-    "most words": {"train": "Use no more than {0} words.", "test": "Keep it within {0} words."},
-    "names": {"train": 'The word "{0}" must occur.', "test": 'Work in the word "{0}".'},
-    "avoids": {"train": 'Do not use the word "{0}".', "test": 'Leave the word "{0}" out.'},
-    "begins": {"train": 'Begin with the word "{0}".', "test": 'Let "{0}" be the first word.'},
+WISHES: dict[str, dict[Split, tuple[str, ...]]] = {
+    "sentences": {
+        "train": (
+            "Use {0} sentences.",
+            "Sentences: {0}.",
+            "{0} sentences are wanted.",
+            "Make {0} sentences of it.",
+            "Its length is {0} sentences.",
+            "Stop after {0} sentences.",
+            "Exactly {0} sentences, please.",
+            "The text has {0} sentences.",
+        ),
+        "test": ("It should consist of {0} sentences.",),
+    },
+    "most words": {
+        "train": (
+            "Use no more than {0} words.",
+            "At most {0} words.",
+            "{0} words are the limit.",
+            "Spend {0} words or fewer.",
+            "The text is not longer than {0} words.",
+            "Stay below or at {0} words.",
+        ),
+        "test": ("Keep it within {0} words.",),
+    },
+    "names": {
+        "train": (
+            'The word "{0}" must occur.',
+            'Mention "{0}".',
+            '"{0}" has to be in it.',
+            'One of its words is "{0}".',
+            'Include "{0}" somewhere.',
+            'It talks of "{0}" too.',
+        ),
+        "test": ('Work in the word "{0}".',),
+    },
+    "avoids": {
+        "train": (
+            'Do not use the word "{0}".',
+            'Avoid "{0}".',
+            '"{0}" may not occur.',
+            'Never say "{0}".',
+            'Go without the word "{0}".',
+            'The word "{0}" is forbidden.',
+        ),
+        "test": ('Leave the word "{0}" out.',),
+    },
+    "begins": {
+        "train": (
+            'Begin with the word "{0}".',
+            'First comes the word "{0}".',
+            '"{0}" opens the text.',
+            'Start with "{0}".',
+            'The first of all words is "{0}".',
+            'Put "{0}" in front.',
+        ),
+        "test": ('Let "{0}" be the first word.',),
+    },
 }
 
 
@@ -41,8 +107,8 @@ class Writing:
         other, shunned, opening = rng.sample([word for word in THINGS if word != thing], 3)
         values = {"most words": 12 * count, "names": other, "avoids": shunned, "begins": opening}
         chosen = {"sentences": count} | {kind: values[kind] for kind in rng.sample([*values], difficulty)}
-        asked = [ASKS[split].format(a=adjective, b=thing)]
-        asked += [WISHES[kind][split].format(value) for kind, value in chosen.items()]
+        asked = [rng.choice(ASKS[split]).format(a=adjective, b=thing)]
+        asked += [rng.choice(WISHES[kind][split]).format(value) for kind, value in chosen.items()]
         first = opening.capitalize() if "begins" in chosen else "Here"
         lines = [f"{first} is a {adjective} {thing}."]
         lines += [f"It stands near the {other}.", "It is quiet.", "Nobody knows it well."][: count - 1]

@@ -18,6 +18,7 @@ from tokensieve.ops.triton import unions
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
+LSE_TOLERANCE = 1e-4  # as test_hopper.py: of float32 sums
 MLA = {"groups": 1, "entry": 576, "d_k": 576, "v_start": 0, "d_v": 512}
 PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(301), Document(340, 300, 40))
 
@@ -35,7 +36,9 @@ def order(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def with_few_heads() -> list:
-    parameters = [pytest.param(Case("pack", PACK, keys=650, k=40, heads=h, **MLA), id=f"pack-{h}") for h in (16, 32)]
+    cases = [Case(f"pack-{h}", PACK, keys=650, k=40, heads=h, **MLA) for h in (16, 32)]
+    cases += [Case(f"many steps-{h}", causal(701), keys=701, k=300, heads=h, **MLA) for h in (16, 32)]
+    parameters = [pytest.param(case, id=case.name) for case in cases]
     return parameters + [
         pytest.param(dataclasses.replace(case, heads=16, **MLA), id=str(case)) for case in CASES if case.magnitude <= 16
     ]
@@ -49,7 +52,8 @@ def test_values_and_gradients(case: Case, dtype: str, order: None) -> None:
     expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "hopper", SPARSE)
     for name, e in expected.items():
         assert actual[name].isfinite().eq(e.isfinite()).all(), name
-        oracle.assert_close(actual[name].double(), e, TOLERANCE[dtype], 1.0, name)
+        allowed = LSE_TOLERANCE if name.endswith(": lse") else TOLERANCE[dtype]
+        oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
 
 
 @pytest.mark.parametrize(("where", "value"), [("kv_TGE", math.nan), ("kv_TGE", math.inf), ("q_SHD", math.nan)])
@@ -91,11 +95,15 @@ def test_strips_are_one_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         oracle.assert_close(a.double(), whole[name].double(), TOLERANCE["bfloat16"], 1.0, name)
 
 
-def test_a_second_run_has_the_same_bits() -> None:
+@pytest.fixture
+def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_second_run_has_the_same_bits(poisoned: None) -> None:
     x = make(Case("twice", causal(700, 1, 1500), keys=2201, k=300, heads=16, dtype="bfloat16", **MLA), "cuda")
     first, second = results(x, "hopper", SPARSE), results(x, "hopper", SPARSE)
-    torch.use_deterministic_algorithms(False)
     for name, e in first.items():
-        if ": d q_I" not in name and ": d k_I" not in name:
-            assert torch.equal(second[name], e), name
+        assert torch.equal(second[name], e), name

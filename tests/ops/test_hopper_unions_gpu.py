@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support import oracle
-from tests.support.cases import Case, Document, causal, make
+from tests.support.cases import Case, Document, Inputs, causal, make
 from tests.support.op_results import SPARSE, results
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
@@ -17,6 +17,7 @@ from tokensieve.ops.triton import union_attention, unions
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
+LSE_TOLERANCE = 1e-4  # as test_hopper.py: of float32 sums
 # Heads, groups and width of the shapes of benchmarks/gpu_few_heads.py, and groups of 32 heads.
 SHAPES = [(32, 8, 128), (16, 2, 128), (9, 3, 64), (64, 2, 128)]
 PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 300, 40))
@@ -49,10 +50,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert {"forward", "backward"} <= set(taken)
 
 
-def grouped(shape: tuple[int, int, int], name: str, dtype: str = "bfloat16", **more: int) -> Case:
+def grouped(shape: tuple[int, int, int], name: str, dtype: str = "bfloat16", long: bool = False) -> Case:
+    """long: lists of many steps, so that every buffer in shared memory is used again."""
     heads, groups, D = shape
     parts = {"heads": heads, "groups": groups, "entry": 2 * D, "d_k": D, "v_start": D, "d_v": D}
-    return Case(name, PACK, keys=650, k=40, dtype=dtype, **parts | more)
+    documents, keys, k = (causal(1200), 1200, 300) if long else (PACK, 650, 40)
+    return Case(name, documents, keys=keys, k=k, dtype=dtype, **parts)
+
+
+def compare(x: Inputs, tolerance: float) -> None:
+    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "triton", SPARSE)
+    for name, e in expected.items():
+        allowed = LSE_TOLERANCE if name.endswith(": lse") else tolerance
+        oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -60,9 +70,40 @@ def grouped(shape: tuple[int, int, int], name: str, dtype: str = "bfloat16", **m
 def test_values_and_gradients(shape: tuple[int, int, int], dtype: str) -> None:
     x = make(grouped(shape, "unions", dtype), "cuda")
     x.indices_SK[100:200] = x.indices_SK[220]  # tiles that share every key, beside tiles that share few
-    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "triton", SPARSE)
-    for name, e in expected.items():
-        oracle.assert_close(actual[name].double(), e, TOLERANCE[dtype], 1.0, name)
+    compare(x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_lists_of_many_steps(shape: tuple[int, int, int]) -> None:
+    x = make(grouped(shape, "many steps", long=True), "cuda")
+    heads, groups, _ = shape
+    for first in range(600, 1200, 8):  # four selections to a wide tile of 32 queries
+        x.indices_SK[first : first + 8] = x.indices_SK[first]
+    wide = union_attention.levels(x.indices_SK, len(x.k_TD), union_attention.heads_padded(heads, groups))[0]
+    assert int(wide.counts.max()) > 4 * 128
+    compare(x, TOLERANCE["bfloat16"])
+
+
+def test_in_order(counted: list[str]) -> None:
+    """The portable kernels take the whole backward then."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        x = make(grouped(SHAPES[0], "in order"), "cuda")
+        compare(x, TOLERANCE["bfloat16"])
+        first, second = results(x, "triton", SPARSE), results(x, "triton", SPARSE)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(counted) == {"forward"}
+    assert all(torch.equal(second[name], e) for name, e in first.items())
+    results(x, "triton", SPARSE)  # the backward again
+
+
+def test_no_keys_at_all(counted: list[str]) -> None:
+    case = dataclasses.replace(grouped(SHAPES[0], "no keys"), documents=(Document(0, 0, 40),), keys=0, k=2)
+    for name, a in results(make(case, "cuda"), "triton", SPARSE).items():
+        assert (a == -math.inf if name.endswith(": lse") else a == 0).all(), name
+    assert not counted
+    results(make(grouped(SHAPES[0], "keys"), "cuda"), "triton", SPARSE)
 
 
 def test_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +112,7 @@ def test_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     x.indices_SK[100:200] = x.indices_SK[220]
     wide, _narrow = union_attention.levels(x.indices_SK, len(x.k_TD), MP=4)
     assert (wide.counts < 0).any() and (wide.counts >= 0).any()
-    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "triton", SPARSE)
-    for name, e in expected.items():
-        oracle.assert_close(actual[name].double(), e, TOLERANCE["bfloat16"], 1.0, name)
+    compare(x, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize(("where", "value"), [("kv_TGE", math.nan), ("kv_TGE", math.inf), ("q_SHD", math.nan)])

@@ -22,12 +22,13 @@ PACK = Case("two tiles of 32 queries, and a part of one", causal(70), keys=70, k
 
 
 class Written:
-    """A kernel's place: called as `kernel[grid](...)`."""
+    """A kernel's place, called as `kernel[grid](...)`, which counts its calls."""
 
     def __init__(self, run) -> None:
-        self.run, self.tiles = run, 0
+        self.run, self.calls = run, 0
 
     def __getitem__(self, grid: tuple[int, ...]):
+        self.calls += 1
         return self.run
 
 
@@ -73,12 +74,15 @@ def run_backward(
 
 
 @pytest.fixture(autouse=True)
-def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def written_out(monkeypatch: pytest.MonkeyPatch) -> dict[str, Written]:
+    """The kernels that stand in, by name."""
     monkeypatch.setattr(union_attention, "WIDE_ON_HOPPER", True)
     monkeypatch.setattr(union_attention, "is_hopper", lambda device: True)
-    monkeypatch.setattr(on_hopper, "union_forward_kernel", Written(run_forward))
-    monkeypatch.setattr(on_hopper, "union_backward_kernel", Written(run_backward))
+    kernels = {"forward": Written(run_forward), "backward": Written(run_backward)}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(on_hopper, f"union_{name}_kernel", kernel)
     monkeypatch.setattr(on_hopper, "takes", lambda u, kv, shape: u.B * shape["MP"] == union_attention.ROWS)
+    return kernels
 
 
 def operands(x: Inputs) -> tuple:
@@ -98,14 +102,20 @@ def given(x: Inputs) -> tuple[Tensor, Tensor]:
     return torch.randn(S, H, 16, generator=g), torch.randn(S, H, generator=g)
 
 
-@pytest.mark.parametrize("fit", [1, 4])
-def test_wide_tiles_and_narrow_ones(fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fit", "in_order"), [(1, False), (4, False), (4, True)])
+def test_wide_tiles_and_narrow_ones(
+    fit: int, in_order: bool, written_out: dict[str, Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order the portable kernels take the whole backward."""
     monkeypatch.setattr(unions, "FIT", fit)
+    for module in (on_hopper, union_attention):
+        monkeypatch.setattr(module, "wanted_in_order", lambda: in_order)
     x = make(PACK, "cpu")
     x.indices_SK[32:64] = x.indices_SK[63]  # one union fits in any case
     expected = both_ways(sparse, x.to(torch.float64), *(g.double() for g in given(x)))
     for name, a in both_ways(union_attention, x, *given(x)).items():
         oracle.assert_close(a.double(), expected[name], TOLERANCE, 1.0, name)
+    assert {name: kernel.calls for name, kernel in written_out.items()} == {"forward": 1, "backward": int(not in_order)}
 
 
 @pytest.mark.parametrize(
@@ -143,3 +153,19 @@ def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
     assert (~gradients["dq"].isfinite().all((1, 2))).nonzero().tolist() == [[9]]
     selected = x.indices_SK[9][x.indices_SK[9] >= 0]
     assert (~gradients["dkv"].isfinite().all((1, 2))).nonzero()[:, 0].tolist() == selected.tolist()
+
+
+def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    shape = {"MP": 4, "D": 128, "V": 128, "E": 256, "v_start": 128}
+    lists = torch.zeros(1, 8, dtype=torch.int32)
+    wide, narrow = (unions.Unions(lists, lists, torch.zeros(1, dtype=torch.int32), B) for B in (32, 4))
+    kv = torch.zeros(5, 8, 256, dtype=torch.bfloat16)
+    odd = torch.zeros(5 * 8 * 256 + 1, dtype=torch.bfloat16)[1:].view(5, 8, 256)
+    takes = on_hopper.takes
+    assert takes(wide, kv, shape) and takes(wide, kv.half(), shape)
+    assert takes(wide, kv, shape | {"D": 64, "V": 64, "E": 128, "v_start": 64})
+    assert not takes(narrow, kv, shape) and not takes(wide, kv.float(), shape) and not takes(wide, odd, shape)
+    assert not takes(wide, kv[:0], shape)
+    for change in ({"D": 96}, {"V": 32}, {"E": 260}, {"v_start": 132}, {"MP": 2}):
+        assert not takes(wide, kv, shape | change), change

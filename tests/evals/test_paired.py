@@ -1,0 +1,74 @@
+"""Estimates of two runs: paired if both read the same prompts, and only then."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tokensieve.evals import ArmScores, Evaluation, Record, intervals, metrics_of
+from tokensieve.evals.losses import perplexity_of
+from tokensieve.evals.paired import compared, digest, ratio_of, share_of, texts_digest
+from tokensieve.tasks import Answer, Score
+from tokensieve.tasks.retrieval import NeedleExample
+
+
+def test_shares_of_the_same_questions_are_paired_by_context():
+    first, second = share_of([[1, 0], [1, 1]], "p"), json.loads(json.dumps(share_of([[0, 0], [1, 1]], "p")))
+    how, found = compared(first, second)
+    assert how == "difference" and found == intervals.clustered_difference([0, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1])
+    assert first["value"] == 0.75 and first["n"] == 4 and found.value == -0.25
+
+
+def test_perplexities_of_the_same_texts_are_paired_by_text():
+    """The texts differ far more than the runs do, which only pairs show."""
+    first, second = ratio_of([1.0, 2.0, 3.0], "p"), ratio_of([1.1, 2.1, 3.1], "p")
+    how, found = compared(first, second)
+    assert how == "ratio" and found.value == pytest.approx(math.exp(0.1)) and found.low == pytest.approx(found.high)
+    assert first["high"] - first["low"] > 10 and first["value"] == pytest.approx(math.exp(2))
+
+
+def test_other_prompts_are_not_paired():
+    share, ratio = share_of([[1], [0]], "p"), ratio_of([1.0, 2.0], "p")
+    assert compared(share, share_of([[1], [0]], "q")) is None
+    assert compared(ratio, {key: value for key, value in ratio.items() if key != "prompts"}) is None
+    assert compared({"value": 1.0, "low": None, "high": None, "n": 1}, ratio) is None
+
+
+def test_a_digest_is_of_every_token_and_of_what_is_measured():
+    texts = [torch.tensor([1, 2, 3]), torch.tensor([4])]
+    same = texts_digest([text.clone() for text in texts], [0, 8])
+    assert same == texts_digest(texts, [0, 8]) and len(same) == 16
+    others = [
+        texts_digest(texts, [0, 9]),
+        texts_digest(texts[:1], [0, 8]),
+        texts_digest([torch.tensor([1, 2]), torch.tensor([3, 4])], [0, 8]),
+        digest(["1, 2, 3", "4"]),
+    ]
+    assert len({same, *others}) == 5
+
+
+def test_an_evaluation_keeps_what_its_figures_are_made_of():
+    """Two runs can be compared by what `metrics_of` returns, as two arms of one run are."""
+    contexts = [(1, 2), (1, 3)]
+    examples = [
+        NeedleExample(name="", prompt=[number], context=contexts[number // 2], target=[5], depth=0.5, key="", value="")
+        for number in range(4)
+    ]
+
+    def scores(nats: float, *right: int) -> ArmScores:
+        losses = torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 5.0]]) + nats
+        records = tuple(Record(e, Answer(""), Score(float(x))) for e, x in zip(examples, right, strict=True))
+        return ArmScores(perplexity_of(losses, 1), Evaluation(records), texts_digest([torch.arange(4)], [1]))
+
+    arms = {"dense": scores(0.0, 1, 1, 1, 0), "sparse": scores(0.2, 1, 0, 1, 1)}
+    metrics = json.loads(json.dumps(metrics_of(arms)))
+    dense, sparse = (metrics[arm]["estimates"] for arm in arms)
+    assert (
+        sparse["needle"]["by_context"] == [[1, 0], [1, 1]] and sparse["needle"]["value"] == metrics["sparse"]["needle"]
+    )
+    how, ratio = compared(dense["ppl"], sparse["ppl"])
+    assert how == "ratio" and vars(ratio) == pytest.approx(metrics["compared"]["ppl"]["dense"])
+    how, difference = compared(dense["needle"], sparse["needle"])
+    assert how == "difference" and difference.value == metrics["compared"]["needle"]["dense"]["value"] == 0
+    assert difference == intervals.clustered_difference([1, 0, 1, 1], [1, 1, 1, 0], [0, 0, 1, 1])
