@@ -54,14 +54,22 @@ def begun(process: subprocess.Popen, folder: Path, step: int = 1) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "more"),
-    [("pretrain", ()), ("warmup", ()), ("adapt", ()), ("adapt", ("--set", "lora.rank=4")), ("adapt", EXPERTS)],
+    ("stage", "more", "several"),
+    [
+        ("pretrain", (), ()),
+        ("warmup", (), SHARED),
+        ("adapt", (), SHARED),
+        ("adapt", ("--set", "lora.rank=4"), SHARED),
+        ("adapt", (), EXPERTS),
+    ],
 )
-def test_the_losses_of_one_process(run: Any, home: Path, tmp_path: Path, stage: str, more: tuple[str, ...]) -> None:
+def test_the_losses_of_one_process(
+    run: Any, home: Path, tmp_path: Path, stage: str, more: tuple[str, ...], several: tuple[str, ...]
+) -> None:
+    """several: the settings of two ranks alone."""
     one, two = tmp_path / "one", tmp_path / "two"
     assert run(*tiny(home, stage, one, *more)).status == 0
-    shared = () if stage == "pretrain" else SHARED
-    out, err = ended(process := started(*tiny(home, stage, two, *shared, *more)))
+    out, err = ended(process := started(*tiny(home, stage, two, *several, *more)))
     assert process.returncode == 0 and out.count("the trained model") == 1 and "Traceback" not in err, err
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert (two / "metrics.json").exists() and not (two / ".lock").exists()
