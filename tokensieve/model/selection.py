@@ -77,13 +77,13 @@ class Once:
 class SelectionContext:
     """The input of a selector: queries of one layer, and the keys that they may see.
 
-    layer: its index. layers: how many the model has. k: the most keys to select per query, which may be more than a
-    query sees. starts_N, ends_N (int32): each query may see the keys [start, end). Positions count along the packed
-    keys of the pass, or on pages from each sequence's own beginning; a selector that keeps to [start, end), as `topk`
-    and `select` do, need not know which. before (N, K): what the layer before reads, which a selector may read again;
-    None in the first layer, and behind one that attends to every key. divided: whether ranks divide the model, so that
-    each chooses for some of the queries: then K and None must not depend on values. Everything is computed only if it
-    is used.
+    layer: its index. layers: how many the model has. k: the most keys to select per query in this layer, which may be
+    more than a query sees. starts_N, ends_N (int32): each query may see the keys [start, end). Positions count along
+    the packed keys of the pass, or on pages from each sequence's own beginning; a selector that keeps to [start, end),
+    as `topk` and `select` do, need not know which. before (N, K): what the layer before reads, which a selector may
+    read again; None in the first layer, and behind one that attends to every key. divided: whether ranks divide the
+    model, so that each chooses for some of the queries: then K and None must not depend on values. Everything is
+    computed only if it is used.
     """
 
     def __init__(

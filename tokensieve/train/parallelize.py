@@ -60,7 +60,11 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
         )
     if mesh.size == 1:
         return Division(mesh)
-    for name, given in (("lora", config.lora is not None), ("compile", config.compile)):
+    for name, given in (
+        ("lora", config.lora is not None),
+        ("compile", config.compile),
+        ("budget", config.budget is not None),
+    ):
         if given:
             raise UserError(f"torchrun started {mesh.size} processes, and {name} runs in one so far; leave it out")
     shards = mesh.size // R
