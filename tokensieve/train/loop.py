@@ -31,6 +31,7 @@ from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tok
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.batches import batches, step_totals
+from tokensieve.train.budget import budget_texts, learn_budget
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
 from tokensieve.train.parallelize import Root, check_memory, clip, divide, empty_model, read_parts, shard
@@ -201,6 +202,7 @@ class Run:
             for i, p in enumerate(config.phases)
         ]
         self.fingerprint = _fingerprint(config, [d.fingerprint for d in self.datasets])
+        self.budget_texts = budget_texts(config, self.model, self.datasets[-1])
 
     def _restore(self) -> None:
         """Sets the optimizer and the random state, to those of a new run or of its last checkpoint."""
@@ -352,9 +354,11 @@ def run(
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         stop = stack.enter_context(StopSignal())
         advance = stack.enter_context(_bar(progress and leads, config.stage, this.first, this.last))
+        learn_budget(config, this.model, this.budget_texts, this.first, this.last)
         for number, batch in this.batches():
             figures = this.step(number, batch)
             done = number + 1
+            learn_budget(config, this.model, this.budget_texts, done, this.last)
             if tracker is not None and (done % config.log_every == 0 or done == this.last):
                 tracker.row(done, figures)
             if on_step is not None:
