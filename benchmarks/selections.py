@@ -4,7 +4,8 @@
     python benchmarks/selections.py --also distilled-4=runs/warm-4/step-000100
 
 Prints a table in Markdown, with 95% intervals, and writes every figure as JSON. Perplexity and needles are compared
-with the top k of the model, prompt by prompt. `--also` adds another checkpoint, which selects its own. Keys are the
+with the top k of the model, prompt by prompt. `--also` adds another checkpoint, which selects its own, and `--plain`
+leaves out all arms but dense attention and those of checkpoints. Keys are the
 mean over layers and over queries that see more than k; index scores are those of a text's last query, in units of one
 for every key in every layer.
 """
@@ -51,15 +52,16 @@ class Counting:
         return self.keys / max(1, self.queries)
 
 
+PLAIN: dict[str, tuple[Any, float]] = {"dense": (dense, 0.0), "sparse": (indexer, 1.0)}
+
+
 def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
     """Each selector, fitted to a budget of k keys on `texts`, and the index scores of its last query, in units of one
     for every key in every layer.
     """
     layers, tokens, block = len(model.model.layers), len(texts[0]), 32
     blocks = 2 * k // block
-    arms: dict[str, tuple[Any, float]] = {
-        "dense": (dense, 0.0),
-        "sparse": (indexer, 1.0),
+    arms = PLAIN | {
         "window": (window, 0.0),
         "top k, sinks, window": (Recent(last=min(64, k // 4)), 1.0),
         "k by query": (AtLeast(evals.fitted_share(model, texts, k)), 1.0),
@@ -86,7 +88,7 @@ def rows_of(
     model, encode = models["sparse"], encoder(tokenizer)
     training = list(read_documents("python", "train", DataConfig().held_out_share))
     fitted_on = evals.text_sequences(encode, training, sizes.context, sizes.fit)
-    selectors = arms_of(model, fitted_on, k)
+    selectors = PLAIN if sizes.plain else arms_of(model, fitted_on, k)
     held_out = list(read_documents("python", "test", DataConfig().held_out_share))
     sequences = evals.text_sequences(encode, held_out, sizes.context, sizes.texts)
     task = Needles(encode, Documents(test=held_out), context=sizes.context)
@@ -132,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="sparse")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--texts", type=int, default=16, help="held-out texts")
     parser.add_argument("--needles", type=int, default=8, help="contexts with 16 needles each")

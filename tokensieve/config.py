@@ -121,6 +121,23 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """A number of keys for each layer, `index_topk` in the mean, learned from attention on the run's own sequences.
+
+    The model's config keeps them as `index_topk_by_layer`.
+    """
+
+    sequences: int = 4  # of the last phase, the first ones; their documents of more than k tokens are read
+    queries: int = 128  # measured in each layer of each document
+    most: int = 4  # a layer gets at most so many times index_topk
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequences", 1), ("queries", 1), ("most", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"budget.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     stage: Literal["pretrain", "warmup", "adapt"]
     model: str  # checkpoint or bundled name to start from; empty: pretrain begins with a new one, of a [shape]
@@ -134,6 +151,8 @@ class TrainConfig:
         True  # adapt: by the indexer; False or "dense": none, the dense model on the same tokens; or a selector's name
     )
     lora: LoraConfig | None = None  # adapt: adapters learn instead of the trunk's weights; None: the weights themselves
+    # Give each layer a k of its own: warmup after its last step, adapt before its first; None: k stays as it is.
+    budget: BudgetConfig | None = None
     # Take the KL at every so many queries, at others in the next step; in adapt at blocks of 32.
     kl_every: int = 1
     seed: int = 0
@@ -179,6 +198,9 @@ class TrainConfig:
             )
         if self.lora is not None and self.stage != "adapt":
             raise UserError(f"lora is a setting of adapt, and the stage is {self.stage}; leave it out")
+        if self.budget is not None and (self.stage == "pretrain" or self.lora is not None or self.selection is False):
+            where = self.stage if self.stage == "pretrain" else "adapt by lora" if self.lora else "the dense model"
+            raise UserError(f"budget shares keys out among a model's indexers, not in {where}; leave it out")
         if self.selection == "dense":
             object.__setattr__(self, "selection", False)
 

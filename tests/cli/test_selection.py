@@ -119,3 +119,18 @@ def test_a_broken_selector_is_refused_in_one_line(name: str, words: str, home: P
     (home / "prompts.txt").write_text(TEXT)
     served = (words.replace("146", "149"), "prompt 1 has no answer")  # with what stands around a prompt
     refused(served, "generate", home / "sparse", "--input-file", home / "prompts.txt", "--selection", selection)
+
+
+@pytest.mark.parametrize("suite", [(), ("--suite", "long", "--set", "long.contexts=[500]", "--set", "long.prompts=1")])
+def test_a_broken_arm_is_refused_before_the_others_are_measured(
+    suite: tuple[str, ...], home: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may take an hour, and what they have measured would be lost."""
+    monkeypatch.setattr("tokensieve.data.sources.is_held_out", lambda name, share: True)
+    for measures in ("judge.compare", "suites.perplexity", "suites.answering"):
+        monkeypatch.setattr(f"tokensieve.evals.{measures}", lambda *_, **__: pytest.fail("it was measured"))
+    suite = (*suite, "--set", 'long.tasks=["single"]') if suite else ()
+    options = (*suite, "--data", home / "text" / "*.py", "--out", tmp_path)
+    arms = ("--arm", "good=window", "--arm", "bad=tests.cli.test_selection:with_a_key_twice")
+    quick = ("--set", "sparse.needle_contexts=1", "--set", "sparse.texts=1", "--context", "1500") if not suite else ()
+    commands.refusal(run)(("a key twice",), "eval", home / "sparse", *arms, *quick, *options)

@@ -193,3 +193,21 @@ def test_what_it_refuses() -> None:
     dense.model.layers[1].self_attn.o_proj.weight.fill_(torch.nan)
     with pytest.raises(UserError, match="layer 2: its input is not finite"):
         tokensieve.sparsify(dense, K, 2, 8, init="attention", calibration=ids())
+
+
+@pytest.mark.parametrize("family", ["v3", "llama"])
+@pytest.mark.parametrize("part", ["queries", "keys"])
+def test_a_layer_with_nothing_to_begin_from_stays_random(family: str, part: str) -> None:
+    """Queries of zeros would be divided by their size, which is 0."""
+    dense = ours((grouped if family == "llama" else models).config(family))
+    attention = dense.model.layers[1].self_attn
+    names = {"queries": ("q_proj", "q_b_proj"), "keys": ("k_proj", "kv_a_proj_with_mqa")}[part]
+    with torch.no_grad():
+        for name, weight in attention.named_parameters():
+            if name.startswith(names):
+                weight.zero_()
+    drawn, made = (tokensieve.sparsify(dense, K, 2, 16, init=init) for init in ("random", "attention"))
+    pairs = list(zip(drawn.named_parameters(), made.named_parameters(), strict=True))
+    assert all(bool(weight.isfinite().all()) for _, (_, weight) in pairs)
+    same = {int(name.split(".")[2]) for (name, a), (_, b) in pairs if "wq_b" in name and "index" in name and a.equal(b)}
+    assert same == {1}

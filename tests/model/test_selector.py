@@ -129,7 +129,18 @@ WRONG = {
     "a mask": (lambda c: window(c) >= 0, "returned torch.bool"),
     "no column": (lambda c: window(c)[:, :0], "returned no key in layer 0"),
     "k = 0": (lambda c: c.topk(0), "asked for k = 0 keys"),
+    "a part of a key": (lambda c: c.topk(2.5), "asked for k = 2.5 keys"),
+    "k in letters": (lambda c: c.topk("8"), "asked for k = '8' keys"),
     "no tensor": (lambda c: [1, 2], "returned list"),
+    "another device": (lambda c: c.topk().to("meta"), "returned a torch.strided on meta in layer 0; make it dense"),
+    "no dense tensor": (lambda c: c.topk().to_sparse(), "returned a torch.sparse_coo on cpu"),
+    "scores of NaN": (lambda c: c.select(c.scores() * torch.nan), "layer 0: index scores of query 0 contain NaN"),
+    "scores of few keys": (lambda c: c.select(c.scores()[:, :3]), "layer 0: select_topk: key ranges must lie in"),
+    "scores of few queries": (
+        lambda c: c.select(c.scores()[1:]),
+        r"gave \(89, \d+\) as scores in layer 0",
+    ),
+    "no scores": (lambda c: c.select([1.0]), "gave list as scores in layer 0"),
 }
 
 

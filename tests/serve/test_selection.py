@@ -49,3 +49,18 @@ def test_dense_attention_has_one_name_and_no_mirror() -> None:
 def test_an_unknown_one_is_refused_before_anything_is_served() -> None:
     with pytest.raises(UserError, match="there is no module nowhere"):
         ServeConfig("sparse", selection="nowhere:f")
+
+
+@pytest.mark.parametrize("selection", ["DenseBelow(60)", "DenseIfSpread(0.9)", "PerLayer([8])"])
+def test_options_are_written_in_the_name(selection: str) -> None:
+    """A model that stays dense below a length or where attention is spread answers as `generate` does."""
+    (model, tokenizer), name = servers.tiny(), f"tokensieve.selectors:{selection}"
+    with servers.running((model, tokenizer), EngineConfig(pages=16, running=2, chunk=64), selection=name) as (at, _):
+        for tokens in (40, 150):
+            ids = torch.randint(20, 4000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+            with torch.no_grad(), tokensieve.selecting(model, name):
+                out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+            body = {"model": "sparse", "prompt": ids[0].tolist(), "max_tokens": 8, "ignore_eos": True}
+            body |= {"return_token_ids": True, "temperature": 0}
+            answer = httpx.post(at + "/v1/completions", json=body, timeout=60).json()
+            assert answer["choices"][0]["token_ids"] == out[0, tokens:].tolist(), answer

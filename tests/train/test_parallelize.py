@@ -15,7 +15,7 @@ from torch import Tensor
 import tokensieve
 from tests.support import grouped, models, ranks
 from tests.support.training import OPTIMIZER, VOCAB, apart, batch, config, cut, step_gradients
-from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.config import BudgetConfig, LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, SelectionContext
 from tokensieve.model.gathered import ContextGroup
@@ -251,6 +251,7 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
         (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "torchrun started 4", "multiple of 3")),
         (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
         (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
+        (2, 1, {"budget": BudgetConfig()}, ("budget runs in one", "leave it out")),
     ],
 )
 def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -172,13 +172,20 @@ def _what(raw: dict[str, Any], config: Any, base: str | None, training: list[dic
         "",
         "| | |",
         "|---|---|",
-        f"| keys per query (k) | {config.index_topk} |",
+        f"| keys per query (k) | {_keys(config)} |",
         f"| index heads | {config.index_n_heads} of width {config.index_head_dim} |",
         f"| arithmetic of the index scores | {config.index_dtype} |" if hasattr(config, "index_dtype") else "",
     ]
     if not trained and base is not None:
         lines += ["", "No training of the indexers is recorded here. If they are new, they choose at random."]
     return "\n".join(line for place, line in enumerate(lines) if line or not place or lines[place - 1])
+
+
+def _keys(config: Any) -> str:
+    ks = family_of(config).top_k(config)
+    if len({*ks}) == 1:
+        return str(config.index_topk)
+    return f"{config.index_topk} in the mean; by layer {', '.join(map(str, ks))}"
 
 
 def _origin(base: str | None, licence: dict[str, str], training: list[dict[str, Any]], base_card: bool) -> str:

@@ -51,7 +51,7 @@ from tokensieve.checkpoint.reading import (
 )
 from tokensieve.checkpoint.writing import ShardWriter, require_space
 from tokensieve.config import UserError
-from tokensieve.families import model_config
+from tokensieve.families import TOP_K_BY_LAYER, model_config
 from tokensieve.files import check_free
 
 log = logging.getLogger("tokensieve")
@@ -75,8 +75,8 @@ def write_shards(
     demo has none; a tied ``lm_head``, which the demo does not know, is written as a copy of the embedding.
     Raises UserError for a checkpoint that :func:`load_tensors` refuses, for another number of experts, for a number of
     ranks that does not divide heads, vocabulary, experts and widths or that would cut through an FP8 block (for which
-    the official conversion stops or gives a rank the wrong scales), for biases, for layers that share indexers, and for
-    a folder that is not empty.
+    the official conversion stops or gives a rank the wrong scales), for biases, for layers that share indexers or
+    have a k of their own, and for a folder that is not empty.
     """
     source, out = Path(source), Path(out)
     raw = read_config(source)
@@ -84,6 +84,10 @@ def write_shards(
     check_divisible(source, config)
     if "shared" in (getattr(config, "indexer_types", None) or ()):
         raise UserError(f"{source}: layers share indexers, and the official demo has one in every layer; serve it here")
+    if getattr(config, TOP_K_BY_LAYER, None) is not None:
+        raise UserError(
+            f"{source}: every layer has a k of its own, and the official demo has one for all; serve it here"
+        )
     check_free(out)
     _check_experts(source, config, n_experts)
     shards = open_shards(source)

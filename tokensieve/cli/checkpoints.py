@@ -58,7 +58,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same 
 def sparsify(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not hold one.")],
-    top_k: Annotated[int, typer.Option(help="Keys that a query selects.")] = 2048,
+    top_k: Annotated[
+        str, typer.Option(metavar="N or N,N,...", help="Keys that a query selects: in all layers, or in each.")
+    ] = "2048",
     index_heads: Annotated[int, typer.Option(help="Heads of the indexer.")] = 64,
     index_dim: Annotated[int, typer.Option(help="Width of an indexer head.")] = 128,
     index_dtype: Annotated[IndexDtype, typer.Option(help="Arithmetic of the index scores.")] = IndexDtype.bf16,
@@ -84,6 +86,7 @@ def sparsify(
     from tokensieve.config import UserError
     from tokensieve.files import check_free, check_source, known_folder
 
+    keys = _keys(top_k)
     known_folder(model)
     check_free(out)
     if init_data is not None and init != Init.attention:
@@ -97,13 +100,34 @@ def sparsify(
     dense = tokensieve.load(model, dtype=_stored_dtype(model))
     calibration = _calibration(source, model, dense) if reads_text else None
     sparse = tokensieve.sparsify(
-        dense, top_k, index_heads, index_dim, index_dtype.value, seed, share_every, init.value, calibration
+        dense,
+        keys,
+        index_heads,
+        index_dim,
+        index_dtype.value,
+        seed,
+        share_every,
+        init.value,
+        calibration,
     )
     tokensieve.save(sparse, out)
     count = sum(p.numel() for p in sparse.indexer_parameters())
     typer.echo(f"{out}: {count:,} parameters of indexers added, {top_k} keys per query, not trained yet")
     _say_what_its_tokenizer_lacks(out, sparse)
     typer.echo(f"Next: tokensieve warmup --model {out}")
+
+
+def _keys(given: str) -> int | list[int]:
+    """`--top-k` of sparsify: one number, or one for each layer."""
+    from tokensieve.config import UserError
+
+    try:
+        keys = [int(n) for n in given.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--top-k {given}: write a number of keys, or one for each layer, as in 256,128,64,64"
+        ) from error
+    return keys[0] if len(keys) == 1 else keys
 
 
 def _calibration(source: str, name: str, model: "DecoderForCausalLM") -> "Tensor":

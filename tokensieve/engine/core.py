@@ -128,7 +128,7 @@ class Engine:
         check_servable(model)
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model, tokenizer
-        kept = (self.config.top_k or model.top_k) if self.config.keep_selection else 0
+        kept = max(model.model.layer_top_k(self.config.top_k or None)) if self.config.keep_selection else 0
         pages = self.config.pages or default_pages(model, self.config.running, kept_keys=kept)
         _check_pages(model, pages, kept)
         self.runner = Runner(
@@ -158,7 +158,7 @@ class Engine:
 
     @property
     def top_k(self) -> int | None:
-        """Keys that the indexer selects per query; None for a dense model."""
+        """Keys that the indexer selects per query, in the mean over the layers; None for a dense model."""
         return (self.config.top_k or self.model.top_k) if self.model.is_sparse else None
 
     @property

@@ -125,7 +125,7 @@ class Runner:
         self.device = model.device
         self.selected = None
         if keep_selection:
-            k = self._top_k or model.top_k
+            k = max(model.model.layer_top_k(self._top_k))
             self.selected = SelectedPages(model.config.num_hidden_layers, pages, k, self.device)
         self.entry = family_of(model.config).entry(model.config)
         # In other dtypes experts run one by one, by counts that the host reads, which no graph can record.

@@ -22,23 +22,24 @@ STEP = 8  # keys that change layers at once
 class Recorder:
     """A selection that only watches, and leaves attention dense: what the best keys of the index scores hold."""
 
-    most: int
+    k: int
+    most: int  # times k: the keys that are tried
     queries: int  # measured in each sequence and layer, evenly spaced among those that see more than k keys
     shares: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> (R, M): of the index scores' softmax
     mass: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> (R, M): of attention, the best score first
 
     def __call__(self, c: SelectionContext) -> None:
-        rows = torch.nonzero(c.ends_N - c.starts_N > c.k).flatten()
+        rows = torch.nonzero(c.ends_N - c.starts_N > self.k).flatten()
         if not len(rows):
             return
         if len(rows) > self.queries:
             rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
         for r in rows.split(ROWS):
             block = c.rows(r)
-            indices_RM, shares_RM = best_shares(block, self.most * c.k)
+            indices_RM, shares_RM = best_shares(block, self.most * self.k)
             order = shares_RM.argsort(dim=1, descending=True, stable=True)
             held_RM = block.head_mass().gather(1, indices_RM.clamp_min(0).long()).masked_fill(indices_RM < 0, 0.0)
-            pad = (0, self.most * c.k - indices_RM.shape[1])
+            pad = (0, self.most * self.k - indices_RM.shape[1])
             for kept, values in ((self.shares, shares_RM), (self.mass, held_RM)):
                 ordered = torch.nn.functional.pad(values.gather(1, order), pad)
                 kept.setdefault(c.layer, []).append(ordered.cpu())
@@ -47,7 +48,7 @@ class Recorder:
 def _recorded(
     model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None, most: int, queries: int
 ) -> Recorder:
-    recorder = Recorder(most, queries)
+    recorder = Recorder(k or model.top_k, most, queries)
     with evaluating(model), selecting(model, recorder, k):
         for ids in sequences:
             model.model(input_ids=ids[None].to(model.device))
@@ -74,6 +75,14 @@ def fitted_share(
     return float(shares.kthvalue(len(shares) - asked * (k or model.top_k) + 1).values)
 
 
+def check_budget(model: DecoderForCausalLM, k: int) -> None:
+    """UserError if `fitted_k` cannot share k keys out among the layers of the model, whatever the text."""
+    if k % STEP:
+        raise UserError(f"k is {k}, and keys are given out {STEP} at a time; give a multiple of {STEP}")
+    if model.model.indexers < len(model.model.layers):
+        raise UserError("layers of this model share indexers, and so the number of keys; give a model whose do not")
+
+
 def fitted_k(
     model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None = None, most: int = 4, queries: int = 128
 ) -> tuple[int, ...]:
@@ -87,11 +96,9 @@ def fitted_k(
     Raises:
         UserError: no sequence is longer than k tokens, layers share indexers, or k is not a multiple of STEP.
     """
-    if (k or model.top_k) % STEP:
-        raise UserError(f"k is {k or model.top_k}, and keys are given out {STEP} at a time; give a multiple of {STEP}")
-    recorder, k = _recorded(model, sequences, k, most, queries), k or model.top_k
-    if len(recorder.mass) < len(model.model.layers):
-        raise UserError("layers of this model share indexers, and so the number of keys; give a model whose do not")
+    k = k or model.top_k
+    check_budget(model, k)
+    recorder = _recorded(model, sequences, k, most, queries)
     means = torch.stack([torch.cat(recorder.mass[layer]).mean(0) for layer in sorted(recorder.mass)])
     gains = means.double().unflatten(1, (-1, STEP)).sum(2).cummin(1).values  # the mean curve is concave but for noise
     first, rest = gains[:, :1], gains[:, 1:]

@@ -12,6 +12,7 @@ from tokensieve.evals.losses import token_losses
 from tokensieve.evals.progress import OnProgress
 from tokensieve.families import family_of
 from tokensieve.model import DecoderForCausalLM, selecting
+from tokensieve.model.sharing import check_one_k
 from tokensieve.selectors import Shared
 
 
@@ -48,14 +49,15 @@ def greedy_choice(
     counts. For L layers and n left that is (L - n)(L + n - 1) / 2 passes over the sequences, and one more.
 
     Raises:
-        UserError: `keep` is below 1 or not less than the layers; layers share indexers already; a sequence of at most k
-            tokens.
+        UserError: `keep` is below 1 or not less than the layers; layers share indexers already, or have a k of their
+            own; a sequence of at most k tokens.
     """
     family, layers = family_of(model.config), len(model.model.layers)
     if not family.sparse:
         raise UserError("the model is dense and has no indexers to share; make it sparse first: tokensieve sparsify")
     if model.model.indexers < layers:
         raise UserError("layers of this model share indexers already; choose from the model that has one in each")
+    check_one_k(model.config)
     if not 1 <= keep < layers:
         raise UserError(f"keep is {keep}; of {layers} indexers at least 1 is kept, and fewer than all")
     shortest = min((len(ids) for ids in sequences), default=0)

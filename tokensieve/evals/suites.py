@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokensieve.config import LongSizes, ShortSizes, UserError
@@ -18,7 +19,7 @@ from tokensieve.evals.finished import Finished
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
 from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
-from tokensieve.evals.parity import Arm
+from tokensieve.evals.parity import Arm, try_own
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.positions import check_positions
@@ -110,6 +111,7 @@ def judge_long(
     read = _selecting(arms, longest - 1)
     cells = [(task, context) for context in sizes.contexts for task in tasks]
     prompts = [task.examples("test", sizes.prompts, context) for task, context in cells]
+    try_own(arms, torch.tensor(prompts[0][0].context))
     counts = {name: None if judged is None or name in judged else sizes.other_prompts for name in arms}
     asked = {
         (name, cell): prompts[cell][: counts[name]]

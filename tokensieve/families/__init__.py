@@ -15,12 +15,13 @@ from transformers import PreTrainedConfig
 from tokensieve.config import UserError
 from tokensieve.families import deepseek, glm, grouped, kimi
 from tokensieve.families.deepseek import SparseConfig
-from tokensieve.families.family import AttentionCost, Entry, Experts, Family
+from tokensieve.families.family import TOP_K_BY_LAYER, AttentionCost, Entry, Experts, Family
 from tokensieve.families.rope_fields import check_rope
 from tokensieve.families.unsupported import refusal
 
 __all__ = [
     "FAMILIES",
+    "TOP_K_BY_LAYER",
     "AttentionCost",
     "Entry",
     "Experts",

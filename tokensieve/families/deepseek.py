@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV32Config
 
 from tokensieve.config import UserError
-from tokensieve.families.family import AttentionCost, Entry, Family, Shapes, required
+from tokensieve.families.family import TOP_K_BY_LAYER, AttentionCost, Entry, Family, Shapes, required
 
 
 @strict
@@ -250,6 +250,8 @@ class DeepSeek(Family):
             reasons.append(
                 everything + "layers share indexers, which they know in glm_moe_dsa alone; tokensieve runs it"
             )
+        if getattr(config, TOP_K_BY_LAYER, None) is not None:
+            reasons.append(everything + "all layers select index_topk keys there; tokensieve gives each its own number")
         if not self.softmax_scores and self.softmax_router(config):
             reasons.append(everything + f"the router is sigmoid there, here it is {config.scoring_func}")
         if config.tie_word_embeddings:

@@ -119,14 +119,37 @@ class Family(ABC):
         if config.hidden_act != "silu":
             raise UserError(f"config.json: hidden_act {config.hidden_act!r} is not supported; use a model with 'silu'")
         check_rope("rope_parameters", config.rope_parameters)
+        if not self.sparse:
+            return
+        self._check_indexer_types(config)
+        self._check_top_k(config)
+
+    def _check_indexer_types(self, config: Any) -> None:
         kinds, layers = getattr(config, "indexer_types", None), config.num_hidden_layers
-        if not self.sparse or kinds is None:
+        if kinds is None:
             return
         if len(kinds) < layers or kinds[0] != "full" or not {*kinds} <= {"full", "shared"}:
             raise UserError(
                 f"config.json: indexer_types must be 'full' or 'shared' for each of {layers} layers, and 'full' for "
                 "the first, since no layer before it selects; copy it from the original config.json"
             )
+
+    def _check_top_k(self, config: Any) -> None:
+        ks, k, layers = getattr(config, TOP_K_BY_LAYER, None), config.index_topk, config.num_hidden_layers
+        if ks is None:
+            return
+        whole = isinstance(ks, list | tuple) and all(type(n) is int and n > 0 for n in ks)
+        if not whole or len(ks) != layers or sum(ks) != layers * k:
+            raise UserError(
+                f"config.json: {TOP_K_BY_LAYER} is {ks}; it must give each of {layers} layers at least 1 key, and "
+                f"index_topk = {k} in the mean"
+            )
+        for layer in range(1, layers):
+            if not self.has_indexer(config, layer) and ks[layer] != ks[layer - 1]:
+                raise UserError(
+                    f"config.json: {TOP_K_BY_LAYER} gives layer {layer} {ks[layer]} keys, and it reads the "
+                    f"{ks[layer - 1]} of the layer before it; give both as many"
+                )
 
     def readable(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a config.json with the types of the config class: `routed_scaling_factor` 1 becomes 1.0.
@@ -202,6 +225,11 @@ class Family(ABC):
         kinds = getattr(config, "indexer_types", None)
         return self.sparse and (kinds is None or kinds[layer] == "full")
 
+    def top_k(self, config: Any) -> tuple[int, ...]:
+        """The number of keys that a query selects in each layer of a sparse model."""
+        ks = getattr(config, TOP_K_BY_LAYER, None)
+        return (config.index_topk,) * config.num_hidden_layers if ks is None else tuple(ks)
+
     def indexer_tensors(self, config: Any, layer: int) -> Shapes:
         """The indexer's tensors, named as in the published checkpoint; none if the layer has no indexer."""
         if not self.has_indexer(config, layer):
@@ -247,6 +275,9 @@ class Family(ABC):
         Each begins with the programs that it applies to.
         """
 
+
+# A field of our own: how many keys a query selects in each layer; their mean is index_topk. None: so many in all.
+TOP_K_BY_LAYER = "index_topk_by_layer"
 
 COMMON_SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings "

@@ -157,7 +157,7 @@ class Attention(nn.Module, ABC):
             return before
         selector = dense if ctx.selector is indexer and self.indexer is None else ctx.selector
         needed = ctx.trace is not None or ctx.keep_indices or ctx.objective == "adapt"
-        if not needed and is_own(selector) and keys.all_within(ctx.top_k):
+        if not needed and is_own(selector) and keys.all_within(ctx.top_k[self.layer]):
             return None  # the built-in selectors would select every key; a user's function may not
         if selector is dense and ctx.trace is None:
             return None
@@ -167,7 +167,8 @@ class Attention(nn.Module, ABC):
 
         with torch.no_grad():
             divided = self.head_group is not ONE_GROUP
-            c = SelectionContext(self.layer, self.layers, ctx.top_k, keys, index, Once(attention), before, divided)
+            k = ctx.top_k[self.layer]
+            c = SelectionContext(self.layer, self.layers, k, keys, index, Once(attention), before, divided)
             indices = before
             if not self.borrows:
                 indices = self.head_group.select(len(c), lambda rows: selector(c if rows is None else c.rows(rows)))

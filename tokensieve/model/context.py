@@ -37,7 +37,7 @@ class ForwardOptions:
     """
 
     selector: Selector | None = None  # indexer
-    top_k: int | None = None  # index_topk of the config
+    top_k: int | None = None  # index_topk of the config, and its numbers by layer; another one is that of all layers
     form: Form | None = None  # auto
     backend: str | None = None  # auto, of the ops
     objective: Objective | None = None  # none
@@ -61,7 +61,7 @@ class ForwardContext:
     rotation: Rotation
     entries: Entries
     selector: Selector
-    top_k: int
+    top_k: tuple[int, ...]  # of each layer
     form: Form = "auto"
     backend: str = "auto"
     objective: Literal["none", "warmup", "adapt"] = "none"
@@ -137,9 +137,9 @@ def selecting(
 ) -> Iterator[None]:
     """Within the block `model` selects keys by `selector`: a function, its `module:function`, or a name.
 
-    `top_k`: keys per query, the model's own number unless given. The indices that your own function returns are checked
-    on the CPU; check=True checks them on a GPU too, check=False nowhere. UserError for an unknown name, and for
-    top_k < 1.
+    `top_k`: keys per query; not given, or the model's own k: its numbers, layer by layer; else as many in every layer.
+    The indices that your own function returns are checked on the CPU; check=True checks them on a GPU too, check=False
+    nowhere. UserError for an unknown name, and for top_k < 1.
     """
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; the number of selected keys must be at least 1")

@@ -70,7 +70,8 @@ def _initialise(layout: Layout) -> Callable[[Attention, tuple[Any, ...]], None]:
             )
         assert attention.indexer is not None
         heads = _project(attention, attention.indexer, layout, h_NC, attention.softmax_scale(ctx.rotation))
-        _weigh(attention, attention.indexer, heads, h_NC, ctx)
+        if heads:
+            _weigh(attention, attention.indexer, heads, h_NC, ctx)
 
     return hook
 
@@ -105,13 +106,17 @@ def _layout(config: ModelConfig, device: torch.device) -> Layout:
 
 
 def _project(attention: Attention, indexer: Indexer, layout: Layout, h_NC: Tensor, scale: float) -> int:
-    """Writes wk, its norm and wq_b. Returns J."""
+    """Writes wk, its norm and wq_b. Returns J; 0, and nothing is written, if all queries or keys are zero: there is
+    nothing to begin from.
+    """
     groups, width, d_k, _, _ = attention.entry
     rows = _spread(len(h_NC), QUERIES, h_NC.device)
     _, entries_NW, _ = attention.project(h_NC, _unrotated(layout, h_NC))
     queries, _, source_rS = attention.project(h_NC[rows], _unrotated(layout, h_NC[rows]))
     k_NGE = entries_NW.view(-1, groups, width)[..., :d_k].float()
     q_rHE = attention.gathered_queries(queries).float() * scale
+    if not bool(q_rHE.any()) or not bool(k_NGE.any()):
+        return 0
     h_NC, source_rS = h_NC.float(), source_rS.float()
     basis = Basis(q_rHE, k_NGE, layout)
     w_q_HES, w_k_GEC = (matrix.float() for matrix in attention.projections())

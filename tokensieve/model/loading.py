@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from tokensieve import checkpoint
 from tokensieve.checkpoint import copy_tokenizer
 from tokensieve.config import UserError
-from tokensieve.families import ModelConfig, family_of, model_config
+from tokensieve.families import TOP_K_BY_LAYER, ModelConfig, family_of, model_config
 from tokensieve.model import files, index_init
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import check_savable, fill
@@ -117,7 +118,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def sparsify(
     model: DecoderForCausalLM,
-    top_k: int = 2048,
+    top_k: int | Sequence[int] = 2048,
     index_heads: int = 64,
     index_dim: int = 128,
     index_dtype: str = "bf16",
@@ -129,7 +130,8 @@ def sparsify(
     """A sparse model with the dense model's tensors (shared, not copied) and an untrained indexer in every layer, or
     with `share_every` n in the layers 0, n, 2n, ...; the others then read the keys of the layer before them.
 
-    `top_k` keys are selected per query. The indexer has `index_heads` heads of width `index_dim`, of which the first
+    `top_k` keys are selected per query; several numbers are those of the layers, which have a whole number as their
+    mean. The indexer has `index_heads` heads of width `index_dim`, of which the first
     dims (MLA: qk_rope_head_dim; grouped attention: up to 64) carry positions. `init` "random": its weights are normal
     with std fan_in**-0.5 (and ones for its norm), drawn from `seed`. "attention": they are made from the layer's own
     queries and keys (`tokensieve.model.index_init`), which takes one dense pass over `calibration`: token ids (B, S)
@@ -148,10 +150,11 @@ def sparsify(
     family = family_of(model.config)
     if family.sparse:
         raise UserError("the model already has indexers; train them with: tokensieve warmup")
-    for name, value in (("top_k", top_k), ("index_heads", index_heads), ("share_every", share_every)):
+    k, by_layer = _keys(top_k, model.config.num_hidden_layers)
+    for name, value in (("top_k", k), ("index_heads", index_heads), ("share_every", share_every)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
-    indexer = {"index_topk": top_k, "index_n_heads": index_heads, "index_head_dim": index_dim}
+    indexer = {"index_topk": k, "index_n_heads": index_heads, "index_head_dim": index_dim} | by_layer
     fields = family.sparse_fields(model.config) | indexer | {"index_dtype": index_dtype}
     if share_every > 1:
         layers = model.config.num_hidden_layers
@@ -176,6 +179,18 @@ def sparsify(
     if init == "attention":
         index_init.from_attention(sparse, calibration, seed)
     return sparse
+
+
+def _keys(top_k: int | Sequence[int], layers: int) -> tuple[int, dict[str, Any]]:
+    """`index_topk`, and the field that holds the numbers of the layers if they are given."""
+    if isinstance(top_k, int):
+        return top_k, {}
+    ks = [*top_k]
+    if len(ks) != layers or min(ks) < 1 or sum(ks) % layers:
+        raise UserError(
+            f"top_k is {ks}; give one number, or one of at least 1 for each of {layers} layers, whose mean is whole"
+        )
+    return sum(ks) // layers, {TOP_K_BY_LAYER: ks}
 
 
 def _initial(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

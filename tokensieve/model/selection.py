@@ -21,6 +21,7 @@ options is a frozen dataclass that can be called, and is written as in Python: `
 import ast
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
@@ -52,6 +53,10 @@ class HeadGroup:
 ONE_GROUP = HeadGroup()
 
 
+class ScoresError(UserError, ValueError):
+    """Scores of which no key is the best, such as NaN. A ValueError as that of the ops, for which training looks."""
+
+
 class Once:
     """A computation that runs when its result is first asked for, with gradients if they were on when it was made.
 
@@ -77,13 +82,13 @@ class Once:
 class SelectionContext:
     """The input of a selector: queries of one layer, and the keys that they may see.
 
-    layer: its index. layers: how many the model has. k: the most keys to select per query, which may be more than a
-    query sees. starts_N, ends_N (int32): each query may see the keys [start, end). Positions count along the packed
-    keys of the pass, or on pages from each sequence's own beginning; a selector that keeps to [start, end), as `topk`
-    and `select` do, need not know which. before (N, K): what the layer before reads, which a selector may read again;
-    None in the first layer, and behind one that attends to every key. divided: whether ranks divide the model, so that
-    each chooses for some of the queries: then K and None must not depend on values. Everything is computed only if it
-    is used.
+    layer: its index. layers: how many the model has. k: the most keys to select per query in this layer, which may be
+    more than a query sees. starts_N, ends_N (int32): each query may see the keys [start, end). Positions count along
+    the packed keys of the pass, or on pages from each sequence's own beginning; a selector that keeps to [start, end),
+    as `topk` and `select` do, need not know which. before (N, K): what the layer before reads, which a selector may
+    read again; None in the first layer, and behind one that attends to every key. divided: whether ranks divide the
+    model, so that each chooses for some of the queries: then K and None must not depend on values. Everything is
+    computed only if it is used.
     """
 
     def __init__(
@@ -151,22 +156,41 @@ class SelectionContext:
 
         The scores need not fit in memory. k: self.k unless given. UserError without an indexer, and for k < 1.
         """
-        return self.keys.index_topk(*self.index_queries, self._columns(k), self._rows)
+        with self._naming_layer("NaN"):
+            return self.keys.index_topk(*self.index_queries, self._columns(k), self._rows)
 
     def topk_blocks(self, block: int, blocks: int, k: int | None = None) -> Tensor:
         """As `topk`, among the keys of the best `blocks` blocks of `block` keys: `tokensieve.ops.index_topk_blocks`."""
-        return self.keys.index_topk_blocks(*self.index_queries, self._columns(k), block, blocks, self._rows)
+        with self._naming_layer("NaN"):
+            return self.keys.index_topk_blocks(*self.index_queries, self._columns(k), block, blocks, self._rows)
 
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
         """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
 
-        Ties go to the smaller position. k: self.k unless given. UserError for k < 1.
+        Ties go to the smaller position. k: self.k unless given. UserError for k < 1, for scores of another shape, and
+        on the CPU for NaN.
         """
-        return self.keys.select(scores_NT, self._columns(k), self._rows)
+        if not isinstance(scores_NT, Tensor) or scores_NT.dim() != 2 or len(scores_NT) != len(self):
+            found = tuple(scores_NT.shape) if isinstance(scores_NT, Tensor) else type(scores_NT).__name__
+            raise UserError(
+                f"a selector gave {found} as scores in layer {self.layer}; select takes ({len(self)}, T), as c.scores()"
+            )
+        with self._naming_layer(""):
+            return self.keys.select(scores_NT, self._columns(k), self._rows)
+
+    @contextmanager
+    def _naming_layer(self, word: str) -> Iterator[None]:
+        """ScoresError instead of a ValueError of the ops whose message has `word`."""
+        try:
+            yield
+        except ValueError as error:
+            if word not in str(error):
+                raise
+            raise ScoresError(f"layer {self.layer}: {error}") from error
 
     def _columns(self, k: int | None) -> int:
-        if k is not None and k < 1:
-            raise UserError(f"a selector asked for k = {k} keys; the number of selected keys must be at least 1")
+        if k is not None and (not isinstance(k, int) or k < 1):
+            raise UserError(f"a selector asked for k = {k!r} keys; the number of selected keys must be at least 1")
         return self.keys.columns(self.k if k is None else k)
 
 
@@ -316,6 +340,9 @@ def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> N
         raise UserError(f"selection {name} returned {result} in layer {c.layer}; return ({len(c)}, K) int32 positions")
     if indices_NK.shape[1] < 1:
         raise UserError(f"selection {name} returned no key in layer {c.layer}; return at least one column")
+    if indices_NK.device != c.ends_N.device or indices_NK.layout != torch.strided:
+        found = f"a {indices_NK.layout} on {indices_NK.device}"
+        raise UserError(f"selection {name} returned {found} in layer {c.layer}; make it dense, on {c.ends_N.device}")
     if indices_NK.dtype not in (torch.int32, torch.int64):
         raise UserError(f"selection {name} returned {indices_NK.dtype} in layer {c.layer}; return int32 positions")
     used = indices_NK >= 0

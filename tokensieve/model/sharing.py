@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tokensieve.config import UserError
-from tokensieve.families import family_of, model_config
+from tokensieve.families import TOP_K_BY_LAYER, ModelConfig, family_of, model_config
 from tokensieve.model.causal import DecoderForCausalLM
 from tokensieve.model.files import fill
 
@@ -19,6 +19,15 @@ def sharing_fields(fields: Mapping[str, Any], kinds: Sequence[str]) -> dict[str,
     """The fields of a sparse config that change if its layers share indexers as `kinds` say."""
     form = family_of(fields).sharing_form
     return {"indexer_types": [*kinds]} | ({} if form is None else {"model_type": form})
+
+
+def check_one_k(config: ModelConfig) -> None:
+    """UserError for a model whose layers have a k of their own: layers that share an indexer have one together."""
+    if getattr(config, TOP_K_BY_LAYER, None) is not None:
+        raise UserError(
+            f"each layer has a k of its own ({TOP_K_BY_LAYER}), and layers that share an indexer have one together; "
+            "take the model before its keys were shared out"
+        )
 
 
 def share(model: DecoderForCausalLM, kept: Sequence[int]) -> DecoderForCausalLM:
@@ -38,6 +47,7 @@ def share(model: DecoderForCausalLM, kept: Sequence[int]) -> DecoderForCausalLM:
         raise UserError(
             f"indexers are kept in layers {sorted({*kept})}, but {found}; give layers from 0 to {layers - 1}"
         )
+    check_one_k(config)
     fields = config.to_dict()
     fields |= sharing_fields(fields, ["full" if layer in kept else "shared" for layer in range(layers)])
     with torch.device("meta"):

@@ -143,8 +143,16 @@ class Trunk(DecoderPreTrainedModel):
 
     @property
     def top_k(self) -> int:
-        """Number of keys selected per query, unless a pass's options override it."""
+        """Number of keys selected per query, in the mean over the layers, unless a pass's options override it."""
         return getattr(self.config, "index_topk", self.config.max_position_embeddings)
+
+    def layer_top_k(self, top_k: int | None = None) -> tuple[int, ...]:
+        """Numbers of keys that a query selects in each layer, `top_k` in the mean: the model's own, if that is its own
+        number too or None; else the same in all layers.
+        """
+        if self.is_sparse and top_k in (None, self.top_k):
+            return family_of(self.config).top_k(self.config)
+        return (top_k or self.top_k,) * len(self.layers)
 
     def forward(
         self,
@@ -256,7 +264,7 @@ class Trunk(DecoderPreTrainedModel):
             rotation=self.rotation(pack.positions_N, options.yarn is not False),
             entries=entries,
             selector=options.selector or indexer,
-            top_k=options.top_k or self.top_k,
+            top_k=self.layer_top_k(options.top_k),
             form=options.form or "auto",
             backend=options.backend or "auto",
             check_selection=pack.positions_N.is_cpu if check is None else check,

@@ -42,7 +42,10 @@ def _least(c: SelectionContext, most: int, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class PerLayer:
-    """The top k with a k of its own in each layer. `tokensieve.evals.budget.fitted_k` learns them from attention."""
+    """The top k with a k of its own in each layer. `tokensieve.evals.budget.fitted_k` learns them from attention.
+
+    A checkpoint may hold such numbers itself: `index_topk_by_layer` of its config, which every selector's k follows.
+    """
 
     k: tuple[int, ...]
 

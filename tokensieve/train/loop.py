@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from transformers import DeepseekV3Config
 
-from tokensieve import checkpoint, cost
+from tokensieve import checkpoint
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
 from tokensieve.families import model_config
@@ -31,9 +30,11 @@ from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tok
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, lora, pretrain, warmup
 from tokensieve.train.batches import batches, step_totals
+from tokensieve.train.budget import budget_texts, learn_budget
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
 from tokensieve.train.parallelize import Root, check_model, clip, divide, empty_model, mesh_of, read_parts, shard
+from tokensieve.train.progress import progress_bar
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, backward, options_of
@@ -201,6 +202,7 @@ class Run:
             for i, p in enumerate(config.phases)
         ]
         self.fingerprint = _fingerprint(config, [d.fingerprint for d in self.datasets])
+        self.budget_texts = budget_texts(config, self.model, self.datasets[-1])
 
     def _restore(self) -> None:
         """Sets the optimizer and the random state, to those of a new run or of its last checkpoint."""
@@ -351,10 +353,12 @@ def run(
         # Each kind of layer is compiled anew for every phase; past the default limit torch would go on uncompiled.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         stop = stack.enter_context(StopSignal())
-        advance = stack.enter_context(_bar(progress and leads, config.stage, this.first, this.last))
+        advance = stack.enter_context(progress_bar(progress and leads, config.stage, this.first, this.last))
+        learn_budget(config, this.model, this.budget_texts, this.first, this.last)
         for number, batch in this.batches():
             figures = this.step(number, batch)
             done = number + 1
+            learn_budget(config, this.model, this.budget_texts, done, this.last)
             if tracker is not None and (done % config.log_every == 0 or done == this.last):
                 tracker.row(done, figures)
             if on_step is not None:
@@ -429,21 +433,3 @@ def _fingerprint(config: TrainConfig, data: list[str]) -> str:
     return hashlib.blake2b(
         json.dumps([decisive(to_dict(config)), data], sort_keys=True).encode(), digest_size=16
     ).hexdigest()
-
-
-@contextlib.contextmanager
-def _bar(show: bool, name: str, first: int, last: int) -> Iterator[Callable[[dict[str, float], float], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[left]}"), disable=not show) as bar:
-        task = bar.add_task(name, total=last, completed=first, figures="", left="")
-
-        def advance(figures: dict[str, float], seconds: float) -> None:
-            text = "  ".join(f"{k} {figures[k]:.3f}" for k in ("lm", "kl") if k in figures)
-            bar.update(task, advance=1, figures=text, left=f"left {cost.duration(seconds)}" if seconds else "")
-
-        yield advance

@@ -75,6 +75,8 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
             )
     if mesh.size == 1:
         return Division(mesh)
+    if config.budget is not None:
+        raise UserError(f"torchrun started {mesh.size} processes, and budget runs in one so far; leave it out")
     shards = mesh.size // R
     for phase in config.phases:
         if phase.sequences % (phase.micro_batch * shards):

@@ -98,8 +98,8 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     data = settings["data"] | {"cache": ""}
     lora = settings.get("lora")
     # Checkpoints from before these settings have none of them.
-    free = ("lora", "context_parallel", "expert_parallel")
-    rest = {k: v for k, v in settings.items() if k not in free and (k, v) != ("kl_every", 1)}
+    free, defaults = ("lora", "context_parallel", "expert_parallel"), (("kl_every", 1), ("budget", None))
+    rest = {k: v for k, v in settings.items() if k not in free and (k, v) not in defaults}
     return (rest | {"lora": lora | {"merge": True}} if lora else rest) | {
         "out": "",
         "save_every": 0,
