@@ -33,8 +33,8 @@ def convert_to_fp8(source: str, out: Path) -> None:
             try:
                 before, after, tokens = _perplexities(folder, out)
                 perplexity = f"Perplexity of {tokens} tokens of Python: {before:.4f} before, {after:.4f} after"
-            except UserError as reason:
-                perplexity = f"Perplexity: not measured ({reason})"
+            except UserError as why:
+                perplexity = f"Perplexity: not measured ({why})"
             typer.echo(perplexity)
             checkpoint.add_to_card(out, "FP8", [f"Relative error of the rounded weights: {error}", perplexity])
     for reason in checkpoint.exportable(model_config(checkpoint.read_config(out))):
