@@ -234,6 +234,17 @@ def packaged(name: str) -> Path | None:
     return found[0]
 
 
+def _bundled() -> dict[str, Path]:
+    """The folders of the models that this package brings, by name."""
+    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
+    return {path.name: path for path in sorted(root.iterdir()) if path.is_dir()}
+
+
+def bundled_models() -> list[str]:
+    """Names that stand for a model without a path: those of this package, and those that another package brings."""
+    return [*_bundled(), *PACKAGED]
+
+
 def known_folder(model: str | Path) -> Path | None:
     """The folder, or GGUF file, of a model that is on this machine: a path as given, a bundled model by name (`base`,
     `sparse`), or one that a package brings (`smollm2`).
@@ -250,15 +261,13 @@ def known_folder(model: str | Path) -> Path | None:
         refuse_gguf(path)
         return path
     refuse_file(path)
-    root = Path(str(importlib.resources.files("tokensieve") / "bundled"))
-    if (root / str(model)).is_dir():
-        return root / str(model)
+    if (folder := _bundled().get(str(model))) is not None:
+        return folder
     if (file := packaged(str(model))) is not None:
         return file
     if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return None
-    bundled = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir()))
     raise UserError(
-        f"model {str(model)!r}: no such folder, and not a bundled model ({bundled}); "
+        f"model {str(model)!r}: no such folder, and not a bundled model ({', '.join(bundled_models())}); "
         "give a checkpoint folder, a GGUF file or owner/name"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from subject import SMALL_K, Subject, losses, percent, show, text_of
+from subject import SMALL_K, Subject, losses, percent, show
 from torch import Tensor
 
 from tokensieve.data import read_documents
@@ -17,6 +17,7 @@ from tokensieve.demo import bundled_texts
 from tokensieve.evals import intervals
 from tokensieve.evals.intervals import Estimate
 from tokensieve.profile.concentration import measure
+from tokensieve.report.sections import text_of
 from tokensieve.tasks import Documents
 from tokensieve.tasks.retrieval import Needles
 from tokensieve.tasks.words import THINGS
@@ -76,7 +77,7 @@ def dense(subject: Subject) -> dict[str, Any]:
                 {"input": f"{kind} {number}", "k": k, "mass": mass, "log_ratio": nats}
                 for number, (mass, nats) in enumerate(zip(masses, extra, strict=True))
             ]
-            rows.append((kind, str(k), text_of(intervals.mean(masses)), text_of(intervals.ratio(extra))))
+            rows.append((kind, str(k), text_of(vars(intervals.mean(masses))), text_of(vars(intervals.ratio(extra)))))
     show(f"{subject.sizes.few} inputs of each kind, {subject.sizes.context} tokens",
          ("input", "k", "mass of the best k", "perplexity over dense's"), rows)  # fmt: skip
     rules = {threshold: [_little_lost(inputs, threshold, above) for above in (True, False)] for threshold in THRESHOLDS}

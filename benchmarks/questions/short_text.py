@@ -4,13 +4,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from subject import SMALL_K, Subject, losses, points, show, text_of
+from subject import SMALL_K, Subject, losses, points, show
 
 from tokensieve import evals
 from tokensieve.config import ShortSizes
 from tokensieve.demo import bundled_texts
 from tokensieve.evals import Arm, intervals
 from tokensieve.evals.intervals import Estimate
+from tokensieve.report.sections import text_of
 
 FEW_KEYS = (32, SMALL_K, 512)  # that short questions are asked with
 
@@ -45,7 +46,7 @@ def _stretches(subject: Subject) -> list[dict[str, Any]]:
     ]
     show(f"Perplexity over dense attention's, {len(subject.texts)} texts",
          ("tokens seen", *(f"k = {k}" for k in ks), *(f"largest difference of a loss, k = {k}" for k in ks)),
-         [(f"{row['from']:,} to {row['to']:,}", *(text_of(e, 4) for e in row["ratio"].values()),
+         [(f"{row['from']:,} to {row['to']:,}", *(text_of(vars(e), 4) for e in row["ratio"].values()),
            *(f"{nats:.1e}" for nats in row["largest"].values())) for row in rows])  # fmt: skip
     return rows
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from subject import Subject, percent, show, text_of
+from subject import Subject, percent, show
 from torch import Tensor
 
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.evals import Arm, intervals
 from tokensieve.evals.suites import asking
 from tokensieve.model import DecoderForCausalLM, LatentCache
+from tokensieve.report.sections import text_of
 
 PIECES = (1, 16, 64, 256)  # tokens that arrive at once
 MOST = 64  # pieces of a text that are appended
@@ -36,7 +37,7 @@ def stream(subject: Subject) -> dict[str, Any]:
             for piece in PIECES:
                 appended = [_appended(subject.sparse, text, half, piece) for text in texts]
                 found[f"{selection} {piece}"] = _agreement(texts, read, appended)
-    rows = [(*name.split(), f"{of['largest']:.1e}", percent(of["same"]), text_of(of["ratio"], 5),
+    rows = [(*name.split(), f"{of['largest']:.1e}", percent(of["same"]), text_of(vars(of["ratio"]), 5),
              f"{of['ms']:.0f}", f"{of['anew_ms']:.0f}") for name, of in found.items()]  # fmt: skip
     show(f"Up to {MOST} pieces appended, {len(texts)} texts of {subject.sizes.context} tokens, median times",
          ("attention", "tokens of a piece", "largest difference of a logit", "same best token",

@@ -44,11 +44,6 @@ class Subject:
     sizes: Sizes
 
 
-def text_of(e: Estimate, digits: int = 3) -> str:
-    interval = "" if e.low is None else f" ({e.low:.{digits}f} to {e.high:.{digits}f})"
-    return f"{e.value:.{digits}f}{interval}"
-
-
 def percent(e: Estimate) -> str:
     interval = "" if e.low is None else f" ({100 * e.low:.0f} to {100 * e.high:.0f})"
     return f"{100 * e.value:.1f}%{interval}"

@@ -2,15 +2,17 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
-from tests.support.commands import Run, refusal, runner
+from tests.support.commands import Ended, Run, refusal, runner
 from tokensieve import cli
 from tokensieve.config import TrainConfig, load_config
 from tokensieve.cost.gpus import GPUS
+from tokensieve.model import model_path
 
 MODELS = ("moonlight-16b-a3b", "deepseek-v2-lite", "qwen3-8b")
 PAPER = ("plan", "paper_warmup", "paper_adapt", "--model", "deepseek_v32", "--gpus", 1024, "--gpu", "H800")
@@ -20,6 +22,16 @@ PAPER = ("plan", "paper_warmup", "paper_adapt", "--model", "deepseek_v32", "--gp
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
     monkeypatch.chdir(tmp_path)
     return runner(capsys)
+
+
+def commands_of(ended: Ended) -> list[str]:
+    """The commands that a plan prints, each read by the options of its own subcommand."""
+    assert ended.status == 0, ended
+    found = [line.strip() for line in ended.out.splitlines() if line.startswith(("  tokensieve ", "  torchrun "))]
+    for command in found:
+        name, *arguments = shlex.split(command.partition("tokensieve ")[2])
+        get_command(cli.app).commands[name].make_context(name, arguments)  # raises for an unknown option
+    return found
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -81,6 +93,24 @@ def test_shares_and_prices_that_are_given(run: Run) -> None:
     assert old["label"] == "measured" and old["flops"] == new["flops"]
 
 
+def test_a_folder_comes_before_a_name(run: Run) -> None:
+    """A folder of the user's is not replaced by the published shape, or the file, of that name."""
+    shutil.copytree(model_path("base"), "qwen3-8b")
+    shutil.copytree(model_path("base"), "deepseek_v32")
+    for name in ("qwen3-8b", "./qwen3-8b", "deepseek_v32"):
+        sparsify, _ = commands_of(run("plan", "warmup", "--model", name, "--gpus", 1))
+        assert sparsify.startswith(f"tokensieve sparsify {name} ") and "--index-heads 4 " in sparsify
+    absolute = Path("x").absolute()
+    shutil.copytree(model_path("base"), absolute)
+    shape = Path(cli.__file__).parents[1] / "configs" / "qwen3-8b.json"
+    shutil.copy(shape, f"{absolute}.json")
+    sparsify, _ = commands_of(run("plan", "warmup", "--model", absolute, "--gpus", 1))
+    assert sparsify.startswith(f"tokensieve sparsify {absolute} ") and "--index-heads 4 " in sparsify
+    refused = refusal(run)
+    for name in (f"{shape.with_suffix('')}", "../configs/qwen3-8b", "qwen3-8c"):
+        refused((f"model '{name}'", "sparse", "qwen3-8b", "moonlight-16b-a3b"), "cost", name)
+
+
 def test_a_model_of_your_own(run: Run) -> None:
     """A folder, a config.json, a new model of a [shape], and machines of eight."""
     ended = run("plan", "adapt", "--model", "sparse", "--gpus", 1)
@@ -89,24 +119,70 @@ def test_a_model_of_your_own(run: Run) -> None:
     assert (
         ended.status == 0 and ended.out.count("a step of") == 4 and "tokensieve pretrain --config base\n" in ended.out
     )
-    ended = run("plan", "base-128k", "--gpus", 1)
-    assert ended.status == 0 and "--model base" in ended.out
+    assert commands_of(run("plan", "base-128k", "--gpus", 1)) == ["tokensieve pretrain --config base-128k"]
     raw = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     raw |= {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
     Path("config.json").write_text(json.dumps(raw | {"max_position_embeddings": 131072}))
     more = ("--set", "phases.0.sequences=16", "--set", "activation_checkpointing=true")
     ended = run("plan", "adapt", "--model", "config.json", "--gpus", 16, *more)
     assert ended.status == 0, ended
-    command = next(line.strip() for line in ended.out.splitlines() if "torchrun" in line)
+    (command,) = commands_of(ended)
     assert command.startswith(
         "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m"
     )
     assert command.endswith(f"adapt --config adapt --model WARMED_UP {' '.join(more)}")
-    options = {option for p in get_command(cli.app).commands["adapt"].params for option in p.opts}
-    assert {word for word in shlex.split(command.partition(" adapt ")[2]) if word.startswith("--")} <= options
     assert run("plan", "adapt", "--model", "base", "--selection", "x").status == 2
     dense = run("plan", "adapt", "--model", "base", "--gpus", 1, "--set", "selection=false")
     assert dense.status == 0 and "sparsify" not in dense.out
+
+
+def test_pretraining_names_its_model_by_set(run: Run) -> None:
+    """`pretrain` has no --model. What its config says itself is not said again."""
+    plain = "tokensieve pretrain --config base-128k"
+    assert commands_of(run("plan", "base-128k", "--gpus", 1, "--model", "base")) == [plain]
+    Path("mine").mkdir()
+    shutil.copy(model_path("base") / "config.json", "mine")
+    (command,) = commands_of(run("plan", "base-128k", "--gpus", 1, "--model", "mine", "--set", "seed=2"))
+    words = shlex.split(command.removeprefix(plain))
+    assert words == ["--set", 'model="mine"', "--set", 'data.tokenizer="mine"', "--set", "seed=2"]
+    (command,) = commands_of(run("plan", "base-128k", "--gpus", 1, "--model", "mine/config.json"))
+    assert 'model="FOLDER"' in command
+
+
+def test_a_chain_goes_on_with_what_the_stage_before_leaves(run: Run) -> None:
+    """The road to 128K of docs/training.md: the positions that the first stage gives are there in the next ones."""
+    road = ("base-128k", "warmup-128k", "adapt-128k")
+    commands = commands_of(run("plan", *road, "--model", "base", "--gpus", 1, "--out", "out"))
+    extended, warmed_up = "runs/base-128k/step-000350", "runs/warmup-128k/step-000180"
+    stages = json.loads(Path("out/plan.json").read_text())["stages"]
+    assert [stage["phases"][-1]["context"] for stage in stages] == [131072] * 3
+    assert commands == commands_of(run("plan", *road, "--gpus", 1))
+    assert commands == [command for stage in stages for command in stage["commands"]] and len(commands) == 4
+    assert commands[0] == "tokensieve pretrain --config base-128k"
+    assert commands[1].startswith(f"tokensieve sparsify {extended} runs/untrained --top-k 2048 ")
+    assert commands[2] == "tokensieve warmup --config warmup-128k --model runs/untrained"
+    assert commands[3] == f"tokensieve adapt --config adapt-128k --model {warmed_up}"
+    dense = ("plan", "base-128k", "adapt", "--gpus", 1, "--set", "selection=false")
+    assert commands_of(run(*dense))[1] == f"tokensieve adapt --config adapt --model {extended} --set selection=false"
+    last = f"runs/base/step-{sum(phase.steps for phase in load_config(TrainConfig, 'base').phases):06d}"
+    _, command = commands_of(run("plan", "base", "base-128k", "--gpus", 1))
+    assert shlex.split(command)[4:] == ["--set", f'model="{last}"', "--set", f'data.tokenizer="{last}"']
+
+
+def test_a_chain_that_cannot_be(run: Run) -> None:
+    refused = refusal(run)
+    one = ("--gpus", 1)
+    refused(("base: it makes a new model", "first stage"), "plan", "base-128k", "base", *one)
+    refused(("adapt-128k: it selects keys", "warm up in between"), "plan", "base-128k", "adapt-128k", *one)
+    refused(("131072 is past the model's 32768 positions",), "plan", "warmup-128k", "--model", "base", *one)
+    refused(("base: its shape has ", "max_position_embeddings"), "plan", "base", "--model", "base", *one)
+    stages = ("warmup", "adapt", "--model", "base")
+    refused(("--set out", "by itself"), "plan", *stages, *one, "--set", "out=runs/mine")
+    refused(("adapt and adapt both write to runs/adapt",), "plan", "adapt", "adapt", "--model", "sparse", *one)
+    refused(("--set model", "--model"), "plan", *stages, *one, "--set", "model=sparse")
+    assert commands_of(run("plan", "warmup", "--model", "base", *one, "--set", "out=runs/mine"))
+    both = ("qwen3-8b-warmup", "qwen3-8b-adapt", "--model", "qwen3-8b", "--gpu", "H100")
+    refused(("fits: --set", "plan qwen3-8b-adapt by itself"), "plan", *both, "--set", "phases.0.micro_batch=8")
 
 
 TOO_LARGE = [
@@ -138,7 +214,7 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused = refusal(run)
     lite = ("plan", "deepseek-v2-lite-adapt", "--model", "deepseek-v2-lite")
     refused(("'nowhere'", "not a bundled one"), "plan", "nowhere")
-    refused(("adapt names no model", "--model"), "plan", "adapt")
+    refused(("adapt: names no model", "--model"), "plan", "adapt")
     refused(("model 'nowhere'",), "plan", "adapt", "--model", "nowhere")
     refused(("nothing is fetched",), "plan", "adapt", "--model", "owner/name")
     refused(("A100", "H800"), *lite, "--gpu", "A100")

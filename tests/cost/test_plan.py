@@ -53,6 +53,33 @@ def test_a_measured_stack_takes_its_measured_time(stage: str, context: int, laye
     assert measured_rates(shape, stage, context, GPUS["h100"]).attention.label == "measured on H200"
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "warmup", "adapt"])
+@pytest.mark.parametrize(("context", "layers"), [(8192, 20), (32768, 20), (131072, 8)])
+def test_the_shares_of_measured_stacks_by_hand(stage: str, context: int, layers: int) -> None:
+    """From the FLOPs of a V2-Lite layer, written out: the plan's own count would give its own time with any FLOPs."""
+    D, H, k, T, V = 2048, 16, 2048, context, 102400
+    attention = D * H * 192 + D * 576 + 512 * H * 256 + H * 128 * D
+    indexer = D * 16 * 128 + D * 128 + D * 16
+    layer, head = attention + D * 64 + (6 + 2) * 3 * D * 1408, D * V
+    seen, selected = T * (T + 1) // 2, k * (k + 1) // 2 + (T - k) * k
+    # Of a query and a key. A score is the weighted sum of the index heads' products.
+    dense, latent, score, gradients = 2 * H * (192 + 128), 2 * H * (576 + 512), 2 * 16 * (128 + 1), 4 * 16 * 128
+    flops = {
+        # Products three times and attention three and a half times, the layers' forward pass once more.
+        "pretrain": 6 * T * (layers * layer + head) + 2 * T * layers * layer + layers * 4.5 * seen * dense,
+        # Forward alone, without the head; the target; a score and its two gradients.
+        "warmup": layers * (2 * T * (layer + 2 * indexer) + seen * (dense + 2 * H * 192 + score + gradients)),
+        # A score of each key forward, and again; of each selected one twice, with its two gradients.
+        "adapt": 6 * T * (layers * layer + head)
+        + 2 * T * layers * (layer + 3 * indexer)
+        + layers * (4.5 * selected * latent + 2 * seen * score + selected * (2 * score + gradients)),
+    }[stage]
+    speeds = {"pretrain": (13794, 9442, 8325), "warmup": (30922, 17459, 13793), "adapt": (6644, 6442, 12378)}
+    speed = speeds[stage][(8192, 32768, 131072).index(context)]
+    (found,) = (m for m in measurements() if m.step and (m.stage, m.context) == (stage, context))
+    assert found.share() == pytest.approx(flops * speed / T / 989.5e12, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("stage", "context", "ms"),
     [("pretrain", 32768, 302.1), ("adapt", 131072, 1186), ("warmup", 131072, 1280 + 2965), ("warmup", 8192, 29.991)],
@@ -74,6 +101,13 @@ def test_shares_between_contexts_and_beyond() -> None:
     assert all(0.05 < m.share() < 0.6 for m in measurements())
     for other in (SMALL, LITE | {"hidden_size": 4096}, GROUPED | {"num_key_value_heads": 4}):
         assert measured_rates(cost.shape_of(other), "adapt", 8192, H200) == TrainRates()
+    labels = [measured_rates(lite, "adapt", c, H200).products.label for c in (8191, 8192, 16384, 131072, 131073)]
+    assert labels == ["extrapolated", "measured", "measured", "measured", "extrapolated"]
+    grouped = cost.shape_of(GROUPED)  # one context of the other stages
+    one = [measured_rates(grouped, "pretrain", c, GPUS["h100"]).attention.label for c in (4096, 65536, 131072)]
+    assert one == ["extrapolated", "measured on H200", "extrapolated"]
+    for other in ({"n_routed_experts": 128}, {"num_experts_per_tok": 8}, {"n_shared_experts": 1}):
+        assert measured_rates(cost.shape_of(LITE | other), "adapt", 8192, H200) == TrainRates()
     assert measured_rates(lite, "adapt", 8192, GPUS["b200"]) == TrainRates()
     assert measured_rates(cost.shape_of(GROUPED), "warmup", 8192, H200) == TrainRates()  # not measured
 

@@ -157,13 +157,14 @@ PEAKS = [
 
 @pytest.mark.parametrize(("context", "layers", "dense", "warmup", "adapt"), PEAKS)
 def test_measured_peaks(context: int, layers: int, dense: float, warmup: float, adapt: float) -> None:
-    """Never less than what was measured, and up to a quarter more: not all that is counted is there at once."""
+    """Never less than what was measured, and up to a quarter more: not all that is counted is there at once.
+
+    What lasts was in bfloat16, so half of it counts, and there were no copies for products.
+    """
     shape = cost.shape_of(LITE | {"num_hidden_layers": layers})
-    total, indexer = cost.parameters(shape).total, cost.parameters(shape).indexer
-    for stage, learning, peak in (
-        ("pretrain", total - indexer, dense),
-        ("warmup", indexer, warmup),
-        ("adapt", total, adapt),
-    ):
-        activations = cost.activation_bytes(shape, stage, context, 2, checkpointing=True)
-        assert peak < (2 * total + 6 * learning + activations) / 2**30 < 1.25 * peak
+    for stage, peak in (("pretrain", dense), ("warmup", warmup), ("adapt", adapt)):
+        parts = held(shape, stage, Ranks(1), context=context)
+        del parts["weights in bfloat16, for products"]
+        lasting = ("weights, float32", "gradients, float32", "moments of Adam, float32")
+        counted = sum(parts.values()) - sum(parts[name] for name in lasting) / 2
+        assert peak < counted / 2**30 < 1.25 * peak

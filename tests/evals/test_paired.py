@@ -67,6 +67,8 @@ def test_an_evaluation_keeps_what_its_figures_are_made_of():
     assert (
         sparse["needle"]["by_context"] == [[1, 0], [1, 1]] and sparse["needle"]["value"] == metrics["sparse"]["needle"]
     )
+    both = intervals.clustered_share([1, 0, 1, 1], [0, 0, 1, 1])  # of two contexts, not of four questions
+    assert (sparse["needle"]["low"], sparse["needle"]["high"]) == (both.low, both.high)
     how, ratio = compared(dense["ppl"], sparse["ppl"])
     assert how == "ratio" and vars(ratio) == pytest.approx(metrics["compared"]["ppl"]["dense"])
     how, difference = compared(dense["needle"], sparse["needle"])

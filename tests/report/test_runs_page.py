@@ -2,16 +2,20 @@
 
 import csv
 import json
+import math
 import re
 import xml.etree.ElementTree as ET
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from tokensieve.config import UserError
+from tokensieve.evals.paired import ratio_of, share_of
 from tokensieve.evals.paper import BENCHMARKS
-from tokensieve.report import read_run, write_runs
+from tokensieve.report import read_run, sections, write_runs
 from tokensieve.report.charts import Chart
 from tokensieve.report.side_by_side import side_by_side
 
@@ -189,3 +193,38 @@ def test_what_is_no_run_is_refused(tmp_path):
     run = read_run(folder_of(tmp_path, "short"))
     with pytest.raises(UserError, match="two runs are called .*short; name each once"):
         write_runs(tmp_path / "out", [run, run])
+
+
+def test_arms_of_one_series_read_the_same_texts():
+    """Controls read fewer texts and contexts. The table's perplexity is that of the texts that all arms read."""
+    nats = {"dense": [1.0, 2.0, 3.0], "sparse": [1.1, 2.1, 3.4], "window": [1.5]}
+    found = {"dense": [[1, 1], [1, 0]], "sparse": [[1, 1], [0, 0]], "window": [[1, 0]]}
+    arms = {
+        arm: {
+            "ppl": math.exp(nats[arm][0]),
+            "needle": fmean(chain(*found[arm])),
+            "needle_interval": [0.0, 1.0],
+            "estimates": {
+                "ppl": ratio_of(nats[arm], f"{len(nats[arm])}"),
+                "needle": share_of(found[arm], f"{len(found[arm])}"),
+            },
+        }
+        for arm in nats
+    }
+    (section, *_) = sections.arms(ARMS | arms)
+    charts = {chart.name: chart for chart in section.charts}
+    ppl = charts["ppl-by-arm"].series
+    assert [*ppl] == ["1 text", "3 texts"]
+    rows = {row[0]: row for row in section.tables[0].rows}
+    assert {arm: f"{e['value']:.3f}" for arm, e in ppl["1 text"]} == {arm: rows[arm][1] for arm in nats}
+    assert [arm for arm, _ in ppl["3 texts"]] == ["dense", "sparse"]
+    assert dict(ppl["3 texts"])["dense"] == ratio_of(nats["dense"], "3")
+    assert dict(ppl["1 text"])["dense"] == ratio_of(nats["dense"][:1], "1")
+    needles = charts["needle-by-arm"].series
+    assert {name: [arm for arm, _ in points] for name, points in needles.items()} == {
+        "1 context": ["dense", "sparse", "window"],
+        "2 contexts": ["dense", "sparse"],
+    }
+    whole = dict(needles["2 contexts"])["dense"]
+    assert rows["dense"][3] == f"75.0% ({100 * whole['low']:.0f} to {100 * whole['high']:.0f})"
+    assert rows["window"][3] == "50.0%"  # one context bounds nothing

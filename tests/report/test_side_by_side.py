@@ -1,6 +1,7 @@
 """Runs of one kind on one page: figures beside each other, differences of the same prompts, curves in one plot."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_two_runs_of_the_same_prompts_are_paired(tmp_path):
         and '<p class="lead">2 runs.' in page
     )
     assert difference in page
-    curves = (tmp_path / "out/plots/Side-by-side-long-by-position.csv").read_text().splitlines()[1:]
+    curves = (tmp_path / "out/plots/side-by-side/long-by-position.csv").read_text().splitlines()[1:]
     assert [line.partition(",")[0] for line in curves] == [f"sparse k=128 ({run.name})" for run in runs for _ in "ab"]
 
 
@@ -97,3 +98,32 @@ def test_checks_of_serving_stand_probe_beside_probe():
         ("one", "b", "8", "ok"),
         ("two", "b", "8", "ok"),
     ]
+
+
+def test_a_run_without_charts_is_not_left_out():
+    """Of the runs of a kind one has charts, or two have: the tables of all stand beside each other."""
+    chart = Chart("mass", "Mass", "", {"": [(64, share_of(RIGHT, "p"))]}, "k", "mass")
+    drawn, bare = (
+        Section("profile", "Profile", tables=[Table(("answer", "reason"), [("verdict", word)])], charts=charts)
+        for word, charts in (("sparse", [chart]), ("dense", []))
+    )
+    (section,) = side_by_side({"one": [drawn], "two": [bare]})
+    assert [table.rows for table in section.tables] == [[("one", "verdict", "sparse"), ("two", "verdict", "dense")]]
+    assert not section.charts
+    (section,) = side_by_side({"one": [drawn], "two": [bare], "three": [drawn]})
+    figures, answers = section.tables
+    assert figures.head[1:3] == ("one", "three") and len(figures.rows) == 1 and len(section.charts) == 1
+    assert {row[0] for row in answers.rows} == {"one", "two", "three"}
+
+
+def test_a_run_may_have_any_name(tmp_path):
+    names = ("Side by side", "side-by-side", "two")
+    runs = [read_run(folder_of(tmp_path, name, long_run(RIGHT, [1.0, 2.0], "p"))) for name in names]
+    write_runs(tmp_path / "out", [replace(run, name=name) for run, name in zip(runs, names, strict=True)])
+    files = {str(file.relative_to(tmp_path / "out/plots")) for file in (tmp_path / "out/plots").rglob("*-position.csv")}
+    assert files == {
+        "Side-by-side-by-position.csv",
+        "side-by-side-by-position.csv",
+        "two-by-position.csv",
+        "side-by-side/long-by-position.csv",
+    }

@@ -2,12 +2,13 @@
 
 import json
 import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.pricing import PRICE, TOP_K, config_of, published
+from tokensieve.cli.pricing import PRICE, TOP_K, config_of, is_published
 from tokensieve.cli.program import OneProcess, Set, app, overrides, stdout
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def plan(
     """
     from tokensieve.config import TrainConfig, UserError, load_config
 
-    stages = [load_config(TrainConfig, name, overrides(set_, model)) for name in configs]
-    for name, config in zip(configs, stages, strict=True):
-        if not config.model and not config.shape:
-            raise UserError(f"config {name} names no model; give one with --model, a folder or a published shape")
-    from tokensieve.cost import gpu_of
+    _check_changes(set_, several=len(configs) > 1)
+    written = [load_config(TrainConfig, name, tuple(set_ or ())) for name in configs]
+    stages = [load_config(TrainConfig, configs[0], overrides(set_, model)), *written[1:]]
+    _check_folders(configs, stages)
+    from tokensieve.cost import gpu_of, with_indexer
+    from tokensieve.cost.plan import objective
     from tokensieve.cost.plan import plan as plan_of
     from tokensieve.cost.rates import given_rates
     from tokensieve.cost.train_rates import TrainRates
@@ -61,16 +63,21 @@ def plan(
 
     chosen, rates = gpu_of(gpu), given_rates(TrainRates(), rate or [])
     plans: list[NamedPlan] = []
-    start = None  # what the stage before leaves
-    for name, config in zip(configs, stages, strict=True):
-        shape, dense = _shape(config, top_k)
+    before = None
+    for name, file, config in zip(configs, written, stages, strict=True):
         try:
+            start = _start(config, before)
+            lacks = not start.shape.sparse and objective(config) != "pretrain"
+            shape = with_indexer(start.shape, top_k) if lacks else start.shape
             found = plan_of(config, shape, chosen, gpus, rates)
         except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        commands = _commands(name, config, gpus, set_, start, shape if dense else None)
-        plans.append(NamedPlan(name, config.model or "a new model", found, commands))
-        start = f"{config.out}/step-{sum(phase.steps for phase in config.phases):06d}"
+            everywhere = len(configs) > 1 and "--set" in str(error)  # in the remedy
+            alone = f" (--set changes every stage: to change this one alone, plan {name} by itself)"
+            raise UserError(f"{name}: {error}{alone if everywhere else ''}") from error
+        commands = _commands(name, file, config, gpus, set_, start, shape if lacks else None)
+        plans.append(NamedPlan(name, stages[0].model or "a new model", found, commands))
+        last = f"{config.out}/step-{sum(phase.steps for phase in config.phases):06d}"
+        before = Start(last, shape, start.positions)
     figures = plan_figures(plans, price)
     write_json(out / "plan.json", figures)
     if as_json:
@@ -80,37 +87,103 @@ def plan(
     typer.echo(f"\nFigures: {out}")
 
 
-def _shape(config: "TrainConfig", top_k: int) -> tuple["Shape", bool]:
-    """The shape of the model that a config trains, and whether the indexers in it are still to be added."""
+@dataclass(frozen=True)
+class Start:
+    """The model that a stage begins with. name: as its command names it; empty for one that the stage makes."""
+
+    name: str
+    shape: "Shape"
+    positions: int
+
+
+def _check_changes(set_: list[str] | None, several: bool) -> None:
+    """UserError for a --set of what the commands name themselves, and for one that only a single stage can have."""
     from tokensieve.config import UserError
-    from tokensieve.cost import shape_of, with_indexer
+
+    keys = [change.partition("=")[0].strip() for change in set_ or ()]
+    if "model" in keys:
+        raise UserError(
+            "--set model: name the first stage's with --model; a later one begins with what the one before leaves"
+        )
+    if several and "out" in keys:
+        raise UserError("--set out: all stages would write to one folder; leave it out, or plan each stage by itself")
+
+
+def _check_folders(names: list[str], stages: "list[TrainConfig]") -> None:
+    """UserError if two stages write to one folder, or if one that another follows names none."""
+    from tokensieve.config import UserError
+
+    used: dict[str, str] = {}
+    for name, config in zip(names, stages, strict=True):
+        if not config.out and len(stages) > 1:
+            raise UserError(f"{name} names no folder that the next stage could begin from; give it an `out`")
+        if config.out in used:
+            raise UserError(f"{used[config.out]} and {name} both write to {config.out}; give each an `out` of its own")
+        used[config.out] = name
+
+
+def _start(config: "TrainConfig", before: Start | None) -> Start:
+    """The model of a stage, with the positions that the stage gives it.
+
+    It is what the stage before leaves, or for the first stage the one that the config names or describes.
+    """
+    from tokensieve.config import UserError
+    from tokensieve.cost import shape_of
     from tokensieve.cost.plan import objective
     from tokensieve.families import model_config
 
-    found: Any = model_config({"model_type": "deepseek_v3"} | config.shape) if not config.model else None
-    if found is None:
-        found, _ = config_of(config.model)
-    positions = config.shape.get("max_position_embeddings", found.max_position_embeddings)
+    makes = config.stage == "pretrain" and not config.model and bool(config.shape)
+    if before is not None:
+        if makes:
+            raise UserError("it makes a new model, and so can only be the first stage")
+        if not before.shape.sparse and config.stage == "adapt" and objective(config) == "adapt":
+            raise UserError("it selects keys, and the stage before leaves a model without indexers; warm up in between")
+        start = before
+    elif not config.model and not makes:
+        raise UserError("names no model; give one with --model, a folder or a published shape")
+    else:
+        found: Any = model_config({"model_type": "deepseek_v3"} | config.shape) if makes else config_of(config.model)[0]
+        start = Start(_weights(config.model), shape_of(found), found.max_position_embeddings)
+    if config.stage == "pretrain":
+        if not makes:
+            _check_extension(config)
+        start = replace(start, positions=config.shape.get("max_position_embeddings", start.positions))
     longest = max((phase.context for phase in config.phases), default=0)
-    if longest > positions:
-        raise UserError(f"phases.context {longest} is past the model's {positions} positions; shorten it")
-    shape = shape_of(found)
-    dense = not shape.sparse and objective(config) != "pretrain"
-    return (with_indexer(shape, top_k), True) if dense else (shape, False)
+    if longest > start.positions:
+        raise UserError(f"phases.context {longest} is past the model's {start.positions} positions; shorten it")
+    return start
+
+
+def _check_extension(config: "TrainConfig") -> None:
+    """UserError if a run that goes on with a model changes more of its shape than positions, as in training."""
+    from tokensieve.config import UserError
+    from tokensieve.train.pretrain import POSITIONS
+
+    if others := sorted(set(config.shape) - {*POSITIONS}):
+        raise UserError(f"its shape has {others[0]}; a model that is there can change {' and '.join(POSITIONS)} alone")
+
+
+def _weights(model: str) -> str:
+    """What a command names the model by; FOLDER for a shape or a config.json, whose weights are elsewhere."""
+    weightless = is_published(model) or (model.endswith(".json") and Path(model).is_file())
+    return FOLDER if weightless else model
 
 
 def _commands(
-    name: str, config: "TrainConfig", gpus: int, set_: list[str] | None, start: str | None, new: "Shape | None"
+    name: str,
+    file: "TrainConfig",
+    config: "TrainConfig",
+    gpus: int,
+    set_: list[str] | None,
+    start: Start,
+    new: "Shape | None",
 ) -> tuple[str, ...]:
-    """The commands that start a stage. start: the checkpoint that the stage before leaves; None: this is the first.
-
-    new: the shape with indexers that are still to be added.
+    """The commands that start a stage. file: its config without --model. new: the shape with indexers that are still to
+    be added.
     """
     from tokensieve.cost.gpus import NODE
-    from tokensieve.families import FAMILIES
 
-    weightless = config.model in FAMILIES or published(config.model) or config.model.endswith(".json")
-    model = FOLDER if weightless else config.model
+    model = start.name
     before: tuple[str, ...] = ()
     if new is not None and config.stage == "warmup":
         sizes = f"--top-k {new.top_k} --index-heads {new.index_heads} --index-dim {new.index_dim}"
@@ -124,6 +197,13 @@ def _commands(
         launcher = f"torchrun --nnodes {gpus // NODE} --nproc-per-node {NODE} {meeting} -m tokensieve"
     elif gpus > 1:
         launcher = f"torchrun --nproc-per-node {gpus} -m tokensieve"
-    given = [] if config.stage == "pretrain" and not config.model else ["--model", start or model]
+    given = ["--model", model] if config.stage != "pretrain" else _continued(file, model)
     changes = [part for change in set_ or () for part in ("--set", change)]
     return (*before, f"{launcher} {shlex.join([config.stage, '--config', name, *given, *changes])}")
+
+
+def _continued(file: "TrainConfig", model: str) -> list[str]:
+    """The options that let `pretrain`, which has no --model, go on with a model; none if its config says so itself."""
+    named = {"model": file.model} | ({"data.tokenizer": file.data.tokenizer} if file.data.tokenizer else {})
+    changed = [f"{key}={json.dumps(model)}" for key, value in named.items() if model and value != model]
+    return [part for change in changed for part in ("--set", change)]

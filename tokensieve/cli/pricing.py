@@ -172,34 +172,48 @@ def _show_balances(
 
 
 def config_of(model: str) -> tuple[Any, str | None]:
-    """The config of a published shape by its name, of a config.json, or of a model's folder; and the format of index
-    scores if it is stated.
+    """The config of a model's folder, of a config.json, or of a published shape by its name; and the format of index
+    scores if it is stated. A path that exists comes before a name.
     """
     from tokensieve.checkpoint import read_config
     from tokensieve.config import UserError
     from tokensieve.families import FAMILIES, model_config
-    from tokensieve.files import known_folder
+    from tokensieve.files import bundled_models, known_folder
 
-    if model in FAMILIES:
+    if is_published(model) and model in FAMILIES:
         return FAMILIES[model].config(), None
-    if (path := published(model) or Path(model)).suffix == ".json" and path.is_file():
+    path = _shapes()[model] if is_published(model) else Path(model)
+    if path.suffix == ".json" and path.is_file():
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); give a model's config.json") from error
         if not isinstance(raw, dict):
             raise UserError(f"{path}: not an object; give a model's config.json")
-    elif (folder := known_folder(model)) is not None:
+    elif path.exists() or model in bundled_models():
+        folder = known_folder(model)
+        assert folder is not None
         raw = read_config(folder)
     else:
-        raise UserError(f"model {model!r}: nothing is fetched for a price; give its folder or its config.json")
+        shapes = ", ".join([MODEL, *sorted(_shapes())])
+        raise UserError(
+            f"model {model!r}: no such folder or config.json, not a bundled model ({', '.join(bundled_models())}) and "
+            f"not a published shape ({shapes}, or a model_type); nothing is fetched for a price"
+        )
     return model_config(raw), raw.get("index_dtype")
 
 
-def published(model: str) -> Path | None:
-    """The config.json of a published shape that the package brings, by its name, such as moonlight-16b-a3b."""
-    path = Path(str(importlib.resources.files("tokensieve") / "configs" / f"{model}.json"))
-    return path if path.is_file() else None
+def is_published(model: str) -> bool:
+    """Whether `model` names a published shape, whose weights are not here: no path has that name."""
+    from tokensieve.families import FAMILIES
+
+    return (model in FAMILIES or model in _shapes()) and not Path(model).exists()
+
+
+def _shapes() -> dict[str, Path]:
+    """The config.json of each published shape that the package brings, by its name, such as moonlight-16b-a3b."""
+    folder = Path(str(importlib.resources.files("tokensieve") / "configs"))
+    return {path.stem: path for path in folder.glob("*.json")}
 
 
 def _sparse(shape: "Shape", given: dict[str, Any]) -> "Shape":

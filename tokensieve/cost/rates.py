@@ -1,7 +1,8 @@
 """The share of a GPU's peak that each operation reaches: measured if docs hold a measurement, else 1 (roofline).
 
 Every share has a label that its figures carry: "measured" on this very GPU, "measured on H200" for other Hoppers, on
-which the same kernels run, "roofline" for a peak that nothing reaches in full, "fitted" and "given".
+which the same kernels run, "extrapolated" from shorter or longer sequences that were measured, "roofline" for a peak
+that nothing reaches in full, "fitted" and "given".
 """
 
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from tokensieve.cost.shape import Shape
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-Label = Literal["measured", "measured on H200", "roofline", "fitted", "given"]
+Label = Literal["measured", "measured on H200", "extrapolated", "roofline", "fitted", "given"]
 
 
 @dataclass(frozen=True)

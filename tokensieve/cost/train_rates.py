@@ -4,8 +4,11 @@ Two kinds of measurements, both on one H200. A whole step gives one share for al
 index scores and the indexers' loss, gives that of what grows with the keys; products with weights then are a roofline.
 
 Seconds are those of the pages that each row names, FLOPs those of `train_flops_parts`, so that a share is always that
-of the FLOPs that a plan counts. Between measured contexts shares are interpolated in the logarithm of the context;
-beyond them the nearest one holds.
+of the FLOPs that a plan counts. Between measured contexts shares are interpolated in the logarithm of the context.
+Beyond them the nearest one is taken, and labelled "extrapolated".
+
+The steps had random weights, gradients and moments in bfloat16. A run of `tokensieve/train` has float32 ones, copies
+for autocast in every micro-batch, and AdamW in float32. Its time was not measured at this size.
 """
 
 import math
@@ -21,7 +24,8 @@ from tokensieve.cost.shape import Shape, shape_of
 from tokensieve.cost.training import Stage, recomputed_flops, train_flops_parts
 
 MEASURED_ON = GPUS["h200"]
-KERNELS, FEW_HEADS = "docs/kernels.md, a layer", "docs/kernels.md, few heads to a group, near selections, 64K tokens"
+KERNELS = "docs/kernels.md, a layer"
+FEW_HEADS = "docs/kernels.md, few heads to a group, 64K tokens, near selections (diffuse ones take 2.5 times as long)"
 STACK = "docs/results/training.md, speed and memory of a 16B-class stack"
 
 
@@ -55,16 +59,18 @@ class Measured:
         return (sum(flops) + sum(again)) / self.seconds / MEASURED_ON.bf16
 
     def describes(self, shape: Shape) -> bool:
-        """Whether its layers are those of `shape`; a step needs the same experts too. The number of index heads, depth
-        and vocabulary may differ: their FLOPs are counted.
+        """Whether its attention is that of `shape`, and for a step its layers too: width, and experts, by size and
+        number. The number of index heads, depth and vocabulary may differ: their FLOPs are counted.
         """
-        if _attends(self.shape) != _attends(shape):
-            return False
-        return not self.step or (self.shape.hidden, self.shape.expert_ffn) == (shape.hidden, shape.expert_ffn)
+        return _attends(self.shape) == _attends(shape) and (not self.step or _layer(self.shape) == _layer(shape))
 
 
 def _attends(shape: Shape) -> tuple[int, int, int]:
     return shape.attention.heads, shape.attention.gathered, shape.attention.cached
+
+
+def _layer(shape: Shape) -> tuple[int, ...]:
+    return shape.hidden, shape.expert_ffn, shape.experts, shape.experts_per_token, shape.shared_experts
 
 
 def _layers(shape: Shape, count: int) -> Shape:
@@ -140,8 +146,11 @@ def measured_rates(shape: Shape, stage: Stage, context: int, gpu: Gpu) -> TrainR
     steps = [m for m in rows if m.step]
     if not rows:
         return TrainRates()
+    used = steps or rows
     label: Label = "measured" if gpu == MEASURED_ON else "measured on H200"
-    rate = Rate(_at(steps or rows, context), label, rows[0].source)
+    if not min(m.context for m in used) <= context <= max(m.context for m in used):
+        label = "extrapolated"
+    rate = Rate(_at(used, context), label, used[0].source)
     return TrainRates(products=rate if steps else PEAK, attention=rate)
 
 

@@ -14,7 +14,7 @@ from tokensieve.config import UserError
 from tokensieve.evals import intervals
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluate, evaluating
 from tokensieve.evals.losses import Perplexity, perplexity
-from tokensieve.evals.paired import digest, ratio_of, texts_digest
+from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.selection import Selector, is_own, resolve
@@ -148,11 +148,11 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     arms are to each other.
 
     ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the arm's
-    questions answered, with its 95% interval. estimates: {"ppl", "needle"} of all that the arm read, to be compared
-    with another run's (`paired`). compared: {"ppl": {arm: sparse perplexity / the arm's}, "needle": {arm: share of
-    sparse - the arm's}}, each an `Estimate` over all texts or questions that both read. In "needle" the arms
-    `untrained_indexer` and `window` are compared with dense, from which they shall differ, as dense - the arm. What
-    has to do with needles is left out if none were asked for.
+    questions answered, with its 95% interval as if all were independent. estimates: {"ppl", "needle"} of all that the
+    arm read, with intervals over texts and contexts, to be compared with another run's (`paired`). compared: {"ppl":
+    {arm: sparse perplexity / the arm's}, "needle": {arm: share of sparse - the arm's}}, each an `Estimate` over all
+    texts or questions that both read. In "needle" the arms `untrained_indexer` and `window` are compared with dense,
+    from which they shall differ, as dense - the arm. What has to do with needles is left out if none were asked for.
     """
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
     figures: dict[str, dict[str, Any]] = {}
@@ -162,7 +162,7 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
         if found := _answered(scores[arm]):
             interval = intervals.share(sum(found), len(found))
             figures[arm] |= {"needle": interval.value, "needle_interval": [interval.low, interval.high]}
-            estimates["needle"] = interval.to_dict() | _questions(scores[arm])
+            estimates["needle"] = _needles(scores[arm])
     return figures | {"compared": _compared(scores)}
 
 
@@ -175,13 +175,13 @@ def _answered(scores: ArmScores) -> list[float]:
     return [] if scores.needles is None else [record.score.value for record in scores.needles.records]
 
 
-def _questions(scores: ArmScores) -> dict[str, Any]:
-    """The questions and what was answered, for `paired.compared`."""
+def _needles(scores: ArmScores) -> dict[str, Any]:
+    """The share of the questions that were answered, with an interval over contexts, for `paired.compared`."""
     assert scores.needles is not None
     records = scores.needles.records
     prompts = digest((list(record.example.context), record.example.prompt) for record in records)
     groups = by_context([record.example for record in records])
-    return {"prompts": prompts, "by_context": [[records[place].score.value for place in places] for places in groups]}
+    return share_of([[records[place].score.value for place in places] for places in groups], prompts)
 
 
 def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:

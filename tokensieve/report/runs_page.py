@@ -22,6 +22,7 @@ from tokensieve.report.templates import render
 FILES = ("metrics.json", "serving.json", "cost.json")  # of a run; the first that is there counts
 HISTORY = "history.json"  # TRL's rows, in the folder of each stage of post-training
 PLOTS = "plots"  # folder of the charts, beside the page
+TOGETHER = "side-by-side/"  # in it
 
 
 def _posttraining(figures: Any, folder: Path) -> list[Section]:
@@ -90,23 +91,25 @@ def read_run(folder: Path) -> Run:
 
 def write_runs(folder: Path, runs: Sequence[Run]) -> Path:
     """Writes report.html to a folder, and plots/RUN-CHART.svg and .csv; returns the page's path. Runs of one kind come
-    first, side by side.
+    first, side by side, with their charts in plots/side-by-side/.
 
     Raises:
         UserError: a file cannot be written, or two runs would have the same files.
     """
-    together = side_by_side({run.name: run.sections for run in runs})
-    parts_of_page = [*([Run("Side by side", together, {})] if together else []), *runs]
-    stems = [run.stem for run in parts_of_page]
+    stems = [run.stem for run in runs]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise UserError(f"two runs are called {twice[0]}; name each once, in a folder of its own")
+    together = side_by_side({run.name: run.sections for run in runs})
+    parts_of_page = [(f"{run.stem}-", run) for run in runs]
+    if together:  # a folder of its own, since a run may have any name
+        parts_of_page.insert(0, (TOGETHER, Run("Side by side", together, {})))
     shown = []
-    for run in parts_of_page:
+    for prefix, run in parts_of_page:
         parts = []
         for section in run.sections:
             charts = []
             for chart in section.charts:
-                file, drawn = f"{PLOTS}/{run.stem}-{chart.name}", chart.svg()
+                file, drawn = f"{PLOTS}/{prefix}{chart.name}", chart.svg()
                 write_text(folder / f"{file}.svg", standalone(drawn))
                 write_text(folder / f"{file}.csv", chart.csv())
                 caption = f"{chart.caption} {chart.left_out}".strip()

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokensieve.evals import acceptance_criteria, intervals, parity_criteria
 from tokensieve.evals.criteria import Criterion
+from tokensieve.evals.paired import ratio_of, share_of
 from tokensieve.evals.paper import AFTER, BEFORE, BENCHMARKS
 from tokensieve.evals.parity import ARMS
 from tokensieve.report.charts import Chart, Estimates
@@ -176,23 +177,55 @@ def arms(metrics: Figures) -> list[Section]:
     charts = [Chart("arms", "Perplexity of sparse over each arm's", "Paired by text.",
                     {"sparse": list(compared["ppl"].items())}, "arm", "ratio", mark=1.0, above=FAR)]  # fmt: skip
     if compared["needle"]:
-        what = "Of sparse less the arm's; the controls untrained_indexer and window: of dense less theirs."
+        what = (
+            "Of sparse less the arm's; the controls untrained_indexer and window: of dense less theirs. "
+            "Questions count as independent, as in the criteria."
+        )
         charts.append(Chart("needles", "Differences in needles", what, {"": list(compared["needle"].items())}, "arm",
                             "difference", mark=0.0))  # fmt: skip
-    measured = {name: metrics[name]["estimates"] for name in names if "estimates" in metrics[name]}
-    for key, title in (("ppl", "Perplexity"), ("needle", "Needles found")):
-        if of := [(name, estimates[key]) for name, estimates in measured.items() if key in estimates]:
-            charts.append(Chart(f"{key}-by-arm", title, "", {"": of}, "arm", title.lower()))
+    charts += _measured({name: metrics[name].get("estimates", {}) for name in names})
     section = Section("arms", f"Arms in {metrics['context']:,} tokens, k = {metrics['top_k']:,}", (),
                       [Table(head, rows), _criteria(parity_criteria(metrics))], charts)  # fmt: skip
     return [section, *(part for key, read in SUITES.items() if key in metrics for part in read(metrics[key]))]
 
 
+def _measured(by_arm: Mapping[str, Mapping[str, Estimates]]) -> list[Chart]:
+    """Perplexity and needles of the arms. by_arm: {arm: {"ppl", "needle"}} of all that each read."""
+    ppl = {arm: found["ppl"] for arm, found in by_arm.items() if "ppl" in found}
+    needle = {arm: found["needle"] for arm, found in by_arm.items() if "needle" in found}
+    charts = (
+        Chart("ppl-by-arm", "Perplexity", "Arms of one series read the same texts. Intervals are over texts.",
+              _alike(ppl, "nats", ratio_of, "text"), "arm", "perplexity"),
+        Chart("needle-by-arm", "Needles found", "Arms of one series were asked the same. Intervals are over contexts.",
+              _alike(needle, "by_context", share_of, "context"), "arm", "needles found"),
+    )  # fmt: skip
+    return [chart for chart in charts if chart.series]
+
+
+def _alike(
+    found: Mapping[str, Estimates], kept: str, estimate: Callable[..., dict[str, Any]], of: str
+) -> dict[str, list[tuple[float | str, Estimates]]]:
+    """A series for each number of texts or contexts that an arm read, with all arms that read so many or more: of
+    these it takes the first ones, which are the same for all.
+    """
+    read = {len(e[kept]): e["prompts"] for e in found.values()}
+    return {
+        f"{n} {of}{'s' if n > 1 else ''}": [
+            (arm, estimate(e[kept][:n], prompts)) for arm, e in found.items() if len(e[kept]) >= n
+        ]
+        for n, prompts in sorted(read.items())
+    }
+
+
 def _percent(figures: Figures) -> str:
+    """Needles found, with the interval of the chart; runs that kept no estimates have another one."""
     if "needle" not in figures:
         return ""
-    low, high = figures["needle_interval"]
-    return f"{100 * figures['needle']:.1f}% ({100 * low:.0f} to {100 * high:.0f})"
+    bounds = figures["needle_interval"]
+    if (estimate := figures.get("estimates", {}).get("needle")) is not None:
+        bounds = [estimate["low"], estimate["high"]]
+    low, high = bounds
+    return f"{100 * figures['needle']:.1f}%" + ("" if low is None else f" ({100 * low:.0f} to {100 * high:.0f})")
 
 
 def _criteria(criteria: Sequence[Criterion]) -> Table:

@@ -21,7 +21,7 @@ Place = tuple[str, str, float | str]  # chart, series, place
 def side_by_side(runs: Mapping[str, Sequence[Section]]) -> list[Section]:
     """{name of a run: its sections} -> a section for each kind that several runs have figures of.
 
-    Kinds without charts, such as checks of serving, have their tables' rows beside each other.
+    If some of them have no charts, such as checks of serving, the rows of all tables stand beside each other too.
     """
     kinds = dict.fromkeys(section.kind for sections in runs.values() for section in sections)
     found = []
@@ -29,11 +29,12 @@ def side_by_side(runs: Mapping[str, Sequence[Section]]) -> list[Section]:
         having = {name: part for name, parts in runs.items() for part in parts if part.kind == kind}
         charts = {name: part.charts for name, part in having.items() if part.charts}
         title = " | ".join(dict.fromkeys(part.title for part in having.values()))
-        if len(charts) > 1 and (rows := _rows(charts)):
-            head = ("figure", *charts, *(f"{name}, to the first" for name in [*charts][1:]))
-            found.append(Section(kind, title, [LEAD], [Table(head, rows)], _merged(kind, charts)))
-        elif len(having) > 1 and not charts:
-            found.append(Section(kind, title, (), _stacked(having)))
+        rows = _rows(charts) if len(charts) > 1 else []
+        head = ("figure", *charts, *(f"{name}, to the first" for name in [*charts][1:]))
+        tables = [Table(head, rows)] if rows else []
+        tables += _stacked(having) if len(charts) < len(having) > 1 else []
+        if tables:
+            found.append(Section(kind, title, [LEAD] if rows else (), tables, _merged(kind, charts) if rows else ()))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tokensieve.report.sections import text_of
 from tokensieve.report.table import table
 
 
@@ -21,7 +22,7 @@ def show_parity(console: Console, figures: Mapping[str, Any]) -> None:
     texts = table(f"{figures['context']:,} tokens", "perplexity over dense's", "same tokens", "95% interval",
                   f"first of {written} that differs")  # fmt: skip
     for row in figures["texts"]:
-        texts.add_row(row["arm"], _interval(row["ratio"]), *_share(row["same"]), _plus_minus(row["first"], 1))
+        texts.add_row(row["arm"], text_of(row["ratio"]), *_share(row["same"]), _plus_minus(row["first"], 1))
     console.print(texts)
     count = figures["texts"][0]["ppl"]["n"]
     texts_read = f"{count} text{'' if count == 1 else 's'}"
@@ -93,7 +94,7 @@ def show_short(console: Console, figures: Mapping[str, Any]) -> None:
     console.print("[dim]Four choices each: chance is 25%[/dim]", highlight=False)
     texts = table(f"texts of {figures['sizes']['tokens']} tokens", "perplexity", "n", "over the first arm's")
     for row in figures["texts"]:
-        texts.add_row(row["arm"], _interval(row["ppl"]), str(row["ppl"]["n"]), _interval(row["ratio"]))
+        texts.add_row(row["arm"], text_of(row["ppl"]), str(row["ppl"]["n"]), text_of(row["ratio"]))
     console.print()
     console.print(texts)
 
@@ -113,13 +114,6 @@ def _difference(found: Mapping[str, Any] | None) -> str:
 def _plus_minus(found: Mapping[str, Any], digits: int = 3) -> str:
     half = "" if found["low"] is None else f" ± {(found['high'] - found['low']) / 2:.{digits}f}"
     return f"{found['value']:.{digits}f}{half}"
-
-
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    interval = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
-    return f"{found['value']:.3f}{interval}"
 
 
 def serving_line(probe: Mapping[str, Any]) -> str:
