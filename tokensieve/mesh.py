@@ -115,6 +115,10 @@ class Mesh:
         if self.size > 1 and len({bytes(part.tolist()) for part in self.all_gather(torch.tensor([*digest]))}) > 1:
             raise UserError(f"the ranks differ in {what}; start all of them with the same")
 
+    def lone_error(self, text: str) -> UserError:
+        """The error of something that this rank meets, and that the others, if there are any, may not."""
+        return OneRankError(text) if self.size > 1 else UserError(text)
+
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
         return value if self.size == 1 else not self.all_reduce_min(not value)

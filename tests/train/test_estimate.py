@@ -13,7 +13,7 @@ from tests.support.training import Workplace, batch, model, workplace
 from tokensieve.config import PhaseConfig, TrainConfig
 from tokensieve.train import Run, estimate, loop
 from tokensieve.train.learning import learning
-from tokensieve.train.loop import make_optimizer
+from tokensieve.train.starting import make_optimizer
 
 
 @pytest.fixture(scope="module")

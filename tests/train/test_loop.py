@@ -16,8 +16,8 @@ from tests.support.training import OPTIMIZER, Workplace, apart, batch, cut, inde
 from tokensieve.config import OptimizerConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.train import batches, history, loop, run
 from tokensieve.train.learning import learning
-from tokensieve.train.loop import make_optimizer
 from tokensieve.train.schedule import lr_share, position, total_steps
+from tokensieve.train.starting import make_optimizer, start
 
 FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
 STAGES = ["pretrain", "warmup", "adapt"]
@@ -317,7 +317,7 @@ def test_pretraining_goes_on_past_the_models_positions(here: Workplace) -> None:
     shape = {"max_position_embeddings": 2 * positions, "rope_parameters": rope}
     own, long = str(here.root / "dense"), PhaseConfig(1, 2 * positions, 1)
     settings = here.run("pretrain", "extended", long, model=own, shape=shape)
-    begun = loop._start(settings, None)
+    begun = start(settings, None)
     assert all(torch.equal(tensor, begun.state_dict()[name]) for name, tensor in before.state_dict().items())
     theta = before.config.rope_parameters["rope_theta"]
     assert begun.config.rope_parameters.items() >= (rope | {"rope_theta": theta}).items()

@@ -26,8 +26,9 @@ from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.files import MERGED
 from tokensieve.train import Interrupted, history, lora, run
 from tokensieve.train.learning import learning
-from tokensieve.train.loop import STAGES, make_optimizer
+from tokensieve.train.loop import STAGES
 from tokensieve.train.stage import StepTotals, backward, options_of
+from tokensieve.train.starting import make_optimizer
 from tokensieve.train.state import checkpoints
 
 LORA = LoraConfig(rank=4)

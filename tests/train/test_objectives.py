@@ -16,7 +16,7 @@ from tokensieve.model.kl import LayerLocalLoss
 from tokensieve.model.selection import indexer
 from tokensieve.train import Run
 from tokensieve.train.learning import learning
-from tokensieve.train.loop import make_optimizer
+from tokensieve.train.starting import make_optimizer
 
 FREE = OPTIMIZER.__class__(lr=3e-3, clip=1e9, indexer_clip=1e9)
 

@@ -3,11 +3,14 @@
 The ranks share a step of ragged packs: parameters are sharded over all of them, and tokens over some.
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 import tokensieve
 from tests.support import grouped, models, ranks
 from tests.support.training import OPTIMIZER, VOCAB, apart, batch, config, cut, step_gradients
+from tokensieve import cost
 from tokensieve.config import BudgetConfig, LoraConfig, PhaseConfig, TrainConfig, UserError
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, SelectionContext
@@ -293,3 +297,14 @@ def test_a_model_that_the_ranks_cannot_hold() -> None:
     large = config("v32", num_hidden_layers=200_000)
     with pytest.raises(UserError, match=r"2 ranks cannot hold the model: .* GiB; start at least \d+ ranks"):
         check_model(settings("adapt", 2), large, Mesh(0, 2, torch.device("cpu")))
+
+
+def test_the_copy_of_a_checkpoint_counts_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and gradients of 4 bytes a parameter, moments of 8, and weights and moments once more."""
+    made, run = config("v32", num_hidden_layers=40), settings("adapt", 2)
+    needed = cost.run_estimate(made, run, 1.0)
+    held = 2 * (needed.weight_bytes + needed.optimizer_bytes) + needed.gradient_bytes
+    for total, fits in ((held, True), (held - 8, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total // 2))
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="with the copy of a checkpoint"):
+            check_model(run, made, Mesh(0, 2, torch.device("cpu")))

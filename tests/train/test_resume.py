@@ -319,6 +319,29 @@ def test_a_damaged_checkpoint_is_named(name: str, here: Workplace) -> None:
     assert [r["step"] for r in history(settings.out)] == [1, 2]
 
 
+def test_a_checkpoint_without_its_moments(here: Workplace) -> None:
+    """One of an earlier version, which has no checksums that notice it."""
+    settings = here.run("warmup", "no-moments", PhaseConfig(2, 48, 2), save_every=1)
+    run(settings, progress=False)
+    folder = Path(settings.out) / "step-000002"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": {}}))
+    whole = (folder / "optimizer.safetensors").read_bytes()
+    for content, words in (
+        (None, r"optimizer\*.safetensors: missing"),
+        (whole[:-9], "optimizer.safetensors: cannot be"),
+    ):
+        (folder / "optimizer.safetensors").unlink()
+        if content:
+            (folder / "optimizer.safetensors").write_bytes(content)
+        else:
+            (folder / "unrelated").touch()
+        with pytest.raises(UserError, match=rf"step-000002/{words}.*; remove .* to resume") as caught:
+            run(settings, resume=True, progress=False)
+        assert "\n" not in str(caught.value)
+        (folder / "optimizer.safetensors").touch()
+
+
 # ---- full disk
 
 

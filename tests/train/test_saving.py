@@ -2,9 +2,11 @@
 
 import errno
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,8 @@ def other_code(patch: pytest.MonkeyPatch, rank: int) -> None:
     patch.setattr(loop, "code_digest", lambda: f"of rank {rank}")
 
 
-def another_machine(patch: pytest.MonkeyPatch, rank: int) -> None:
-    patch.setattr(loop, "LOCK", f"of-rank-{rank}" if rank else ".lock")
-
-
-def slow_disk(patch: pytest.MonkeyPatch, rank: int) -> Callable[[int], None] | None:
-    """Rank 1 writes its files of the checkpoint of step 2 after its step 4."""
+def slow_disk(patch: pytest.MonkeyPatch, rank: int, until: int = 4) -> Callable[[int], None] | None:
+    """Rank 1 writes its files of the checkpoint of step 2 after its step `until`."""
     if rank != 1:
         return None
     real, left = writing.save_file, [False]
@@ -68,7 +66,7 @@ def slow_disk(patch: pytest.MonkeyPatch, rank: int) -> Callable[[int], None] | N
         real(*given, **more)
 
     def after(done: int) -> None:
-        if done == 4:
+        if done == until:
             left[0] = True
             time.sleep(1)  # more than the files take
 
@@ -88,6 +86,19 @@ def full_disk(patch: pytest.MonkeyPatch, rank: int) -> None:
         real(tensors, path, **more)
 
     patch.setattr(writing, "save_file", save_file)
+
+
+def threads_left(settings: TrainConfig) -> int:
+    """Threads of this rank that outlive a run that is given up while it writes."""
+    before = threading.active_count()
+
+    def slow_files(patch: pytest.MonkeyPatch, rank: int) -> None:
+        real = writing.save_file
+        patch.setattr(writing, "save_file", lambda *given, **more: (time.sleep(0.1), real(*given, **more)))
+
+    ended = trained(settings, False, 3, slow_files)
+    assert ended.found[2] == [".step-000002.saving"]
+    return threading.active_count() - before
 
 
 def files_of_rank(settings: TrainConfig) -> list[str]:
@@ -226,7 +237,7 @@ def test_a_checkpoint_counts_once_all_ranks_have_written(two: ranks.Group, here:
     """Until then training goes on, and a run that is given up has none."""
     settings = here.run("warmup", "beside", PhaseConfig(6, 48, 4, 2), save_every=2, context_parallel=2, keep=9)
     one_save = replace(settings, save_every=2, phases=(PhaseConfig(6, 48, 4, 2),))
-    assert run(two, one_save, False, 3, slow_disk).error == ""
+    assert run(two, one_save, False, 3, partial(slow_disk, until=3)).error == ""
     out = Path(settings.out)
     assert [path.name for path in out.glob("*step-*")] == [".step-000002.saving"] and not checkpoints(out)
     answers = two.ask(trained, one_save, True, 0, slow_disk)
@@ -234,6 +245,13 @@ def test_a_checkpoint_counts_once_all_ranks_have_written(two: ranks.Group, here:
     assert answers[0].found[2] == answers[0].found[3] == [".step-000002.saving"]
     assert [path.name for path in checkpoints(out)] == ["step-000002", "step-000004", "step-000006"]
     assert not list(out.glob(".step*"))
+
+
+def test_nothing_is_written_after_a_run(two: ranks.Group, here: Workplace) -> None:
+    """Its folder is free then, and another run may make one of the same name."""
+    settings = here.run("warmup", "given-up", context_parallel=2, save_every=2)
+    assert two.ask(threads_left, settings) == [0, 0]
+    assert run(two, settings, True).error == ""
 
 
 def test_a_disk_that_is_full_for_one_rank(two: ranks.Group, here: Workplace) -> None:
@@ -268,11 +286,6 @@ def test_ranks_that_differ(two: ranks.Group, here: Workplace, tmp_path: Path) ->
         errors = {answer.error for answer in question()}
         assert errors == {f"the ranks differ in their {what}; start all of them with the same"}
     assert not Path(settings.out).exists()
-
-
-def test_a_folder_that_one_machine_has(two: ranks.Group, here: Workplace) -> None:
-    settings = here.run("warmup", "local", context_parallel=2)
-    assert "rank 1 does not see this folder of rank 0" in run(two, settings, False, 0, another_machine).error
 
 
 # ---- more ranks

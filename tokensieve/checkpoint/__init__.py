@@ -29,7 +29,7 @@ from tokensieve.checkpoint.reading import (
     tensor_headers,
 )
 from tokensieve.checkpoint.to_blocks import Rounding, convert_to_blocks
-from tokensieve.checkpoint.writing import ShardWriter, add_model, save_tensors, write_config
+from tokensieve.checkpoint.writing import ShardWriter, add_model, require_space, save_tensors, write_config
 
 __all__ = [
     "add_to_card",
@@ -64,6 +64,7 @@ __all__ = [
     "rank_tensors",
     "read_config",
     "read_end_tokens",
+    "require_space",
     "replacing_folder",
     "save_tensors",
     "saving_folder",

@@ -81,6 +81,7 @@ def end_folder(folder: Path) -> None:
         sync(path)
     _swap(new, folder)
     sync(folder.parent)
+    shutil.rmtree(new, ignore_errors=True)  # the old folder, if the two were exchanged
 
 
 @contextmanager

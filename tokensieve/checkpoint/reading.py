@@ -417,8 +417,8 @@ class Extras:
     folder: Path
     names: tuple[str, ...]
 
-    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors bit for bit, FP8 blocks multiplied out to bfloat16. Raises UserError if they are gone."""
+    def check(self) -> "Shards":
+        """Return the files that hold them, opened. Raises UserError if the folder or a tensor is gone."""
         if not self.folder.is_dir():
             raise UserError(
                 f"{self.folder}: gone, and with it the multi-token-prediction layer to be saved; put it back, or set "
@@ -428,6 +428,12 @@ class Extras:
         for name in self.names:
             if name not in shards.shape:
                 raise UserError(f"{self.folder}: {name} is gone since the model was loaded; put it back")
+        return shards
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors bit for bit, FP8 blocks multiplied out to bfloat16. Raises UserError as :meth:`check`."""
+        shards = self.check()
+        for name in self.names:
             yield name, shards.read(name)
 
 

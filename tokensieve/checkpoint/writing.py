@@ -130,7 +130,10 @@ class ShardWriter:
         self.kept: dict[int, dict[str, torch.Tensor]] = {}  # by number of the file
 
     def expect(self, size: int) -> None:
-        """Raise the OSError of a full disk if ``size`` bytes cannot be written now."""
+        """Raise the OSError of a full disk if ``size`` bytes cannot be written now.
+
+        With `later` the caller has asked, since an error of one rank alone would leave the others waiting.
+        """
         if not self.later:
             require_space(self.folder, size)
 

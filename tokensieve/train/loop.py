@@ -12,20 +12,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config
 
-from tokensieve import checkpoint
 from tokensieve.config import TrainConfig, UserError, to_dict
 from tokensieve.data import build_dataset
-from tokensieve.families import model_config
-from tokensieve.files import LOCK, locked, write_json
+from tokensieve.files import LOCK, locked, seen, write_json
 from tokensieve.machine import choose_device, code_digest, rank_info
-from tokensieve.mesh import Mesh, OneRankError
+from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer, model_path
 from tokensieve.model.transformer import DecoderLayer
 from tokensieve.train import adapt, lora, pretrain, warmup
@@ -33,16 +31,19 @@ from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.budget import budget_texts, learn_budget
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.parallelize import Root, check_model, clip, divide, empty_model, mesh_of, read_parts, shard
+from tokensieve.train.parallelize import Root, check_model, clip, divide, empty_model, read_parts, shard
 from tokensieve.train.progress import progress_bar
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
 from tokensieve.train.stage import Stage, backward, options_of
+from tokensieve.train.starting import check_positions, make_optimizer, start, starting_config
 from tokensieve.train.state import (
     CONFIG,
+    STATE,
     RunState,
     began_as,
     decisive,
+    folder_of,
     newest,
     read_state,
     restore_optimizer,
@@ -98,18 +99,41 @@ class Run:
         self.mesh.check_same("their config", json.dumps(to_dict(config)))
         if self.mesh.size > 1:
             self.mesh.check_same("their code", code_digest())
-        self._parts = self.mesh.agree(lambda: self._begin(model))
+        self.now = "before the first step"  # names the part of the run in messages
+        self.mesh.agree(self._check)
+        self._resumed = self._newest()
+        with self._memory_errors():
+            self._parts = self.mesh.agree(lambda: self._begin(model))
         self.root, self.adapter = Root(self.model), None
         self.saver = Saver(self.out, config.keep, self.mesh)
 
-    def _begin(self, model: DecoderForCausalLM | None) -> Path | None:
-        """Checks the run and makes its model. Returns the checkpoint whose parts it still lacks, on several ranks."""
-        config = self.config
-        check_phases(config.phases)
-        self.division = divide(config, self.mesh)
-        if config.lora is not None:
+    def _check(self) -> None:
+        """Checks the settings of the run, and divides it over the ranks."""
+        check_phases(self.config.phases)
+        self.division = divide(self.config, self.mesh)
+        if self.config.lora is not None:
             import peft  # noqa: F401  before anything takes long; the command names a package that is missing
-        self._resumed = newest(self.out, self.resume)
+
+    def _newest(self) -> Path | None:
+        """The checkpoint that rank 0 finds, from which all continue; None if the run begins."""
+        found = self.mesh.agree(lambda: newest(self.out, self.resume) if self.mesh.leads else None)
+        if self.mesh.size > 1:
+            (step,) = self.mesh.broadcast([int(found.name[5:]) if found else -1])
+            found = folder_of(self.out, step) if step >= 0 else None
+            self.mesh.agree(lambda: self._see(found / STATE) if found else None)
+        return found
+
+    def _see(self, path: Path) -> None:
+        """UserError if this rank does not see a file of rank 0 in the run's folder."""
+        if not seen(path):
+            raise UserError(
+                f"{self.out}: rank {self.mesh.rank} does not see {path.relative_to(self.out)} of rank 0 there; name a "
+                "folder on a file system that all machines share"
+            )
+
+    def _begin(self, model: DecoderForCausalLM | None) -> Path | None:
+        """Makes the model. Returns the checkpoint whose parts it still lacks, on several ranks."""
+        config = self.config
         if self._resumed:
             self._state = read_state(self._resumed, self.mesh)
             if (self._resumed / lora.TENSORS).exists() != (config.lora is not None):
@@ -118,15 +142,15 @@ class Run:
         several, parts = self.mesh.size > 1, None
         resumed = self._resumed if config.lora is None else None
         if several:
-            check_model(config, _model_config(config, model, resumed), self.mesh)
+            check_model(config, starting_config(config, model, resumed), self.mesh)
         if several and (resumed or (model is None and config.model)):
             parts = resumed or model_path(config.model)
-            self.model = empty_model(_model_config(config, model, resumed))
+            self.model = empty_model(starting_config(config, model, resumed))
         elif resumed:
             self.model = load(resumed, torch.float32, self.device)
         else:
             # Several ranks move the layers one by one, as they shard them.
-            self.model = _start(config, model).to(torch.device("cpu") if several else self.device)
+            self.model = start(config, model).to(torch.device("cpu") if several else self.device)
         self.last = total_steps(config.phases)
         self.options = replace(options_of(self.stage, config), context=self.division.context)
         if self.stage.objective(config) != "none":
@@ -158,23 +182,20 @@ class Run:
                 raise UserError(f"{self.out}: another run has trained there meanwhile; start again")
             clear(self.out)
 
-        def see() -> None:
-            if not (self.out / LOCK).exists():
-                raise UserError(
-                    f"{self.out}: rank {self.mesh.rank} does not see this folder of rank 0; name one on a file system "
-                    "that all machines share"
-                )
-
         with contextlib.ExitStack() as held:
+            held.enter_context(self._memory_errors())
             self.mesh.agree(lambda: hold() if self.mesh.leads else None)
-            self.mesh.agree(see)
+            self.mesh.agree(lambda: self._see(self.out / LOCK))
             held.enter_context(self.divided())
             held.enter_context(learning(model, self.stage.learners(config)))
+            held.callback(self.saver.close)  # while the folder is held, and the adapter is not merged yet
             model.model.gradient_checkpointing = config.activation_checkpointing
             try:
                 self.mesh.leader_first(self._load_data)
                 self.mesh.check_same("their data", self.fingerprint)
-                self.mesh.agree(self._restore)
+                self._restore()
+                if self.first < self.last:
+                    self.saver.check(model, self.adapter, config.lora is not None and config.lora.merge)
                 self.mesh.agree(lambda: write_json(self.out / CONFIG, to_dict(config)) if self.mesh.leads else None)
                 model.train()
                 rehearsal = None
@@ -192,11 +213,25 @@ class Run:
                 model.zero_grad(set_to_none=True)
                 model.train(was_training)
 
+    @contextlib.contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """Within the block a lack of device memory is a UserError, on a rank alone, that names the step."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            several = self.mesh.size > 1
+            who = f"rank {self.mesh.rank}" if several else "the run"
+            more = "start more ranks" if several else "divide the model over several GPUs with torchrun"
+            raise self.mesh.lone_error(
+                f"{self.now}: {who} has run out of memory on {self.device}; set activation_checkpointing=true, make "
+                f"phases.context or phases.micro_batch smaller, or {more}"
+            ) from error
+
     def _load_data(self) -> None:
         config = self.config
         tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(tokenizer, self.model.config)
-        _check_positions(config, self.model)
+        check_positions(config, self.model)
         self.datasets = [
             build_dataset(config.data, tokenizer, p.context, p.steps * p.sequences, config.seed + 1000 * i)
             for i, p in enumerate(config.phases)
@@ -208,11 +243,19 @@ class Run:
         """Sets the optimizer and the random state, to those of a new run or of its last checkpoint."""
         self.optimizer = make_optimizer(self.config, self.model, self.device)
         torch.manual_seed(self.config.seed + self.mesh.rank)  # ranks drop out different values
+        self.mesh.agree(self._check_run)
+        if self._resumed is not None:
+            self.mesh.agree(self._restore_adapter)
+            restore_optimizer(self._resumed, self.model, self.optimizer, self.mesh)
+
+    def _restore_adapter(self) -> None:
+        if self.adapter is not None and self._resumed is not None:
+            lora.restore_adapter(self.adapter, self._resumed)
+
+    def _check_run(self) -> None:
+        """UserError if the run of the folder is another one."""
         if self._resumed is not None:
             self._check_same(self._state)
-            if self.adapter is not None:
-                lora.restore_adapter(self.adapter, self._resumed)
-            restore_optimizer(self._resumed, self.model, self.optimizer, self.mesh)
         elif not began_as(self.out, to_dict(self.config)):
             raise self._other_run()
 
@@ -255,6 +298,7 @@ class Run:
         UserError, before anything is changed, if a loss or a gradient is not finite.
         """
         config, model, optimizer = self.config, self.model, self.optimizer
+        self.now = f"step {number + 1}"
         begin = time.perf_counter()
         totals = step_totals(micro, self.division)
         yarn = config.phases[position(config.phases, number).phase].yarn
@@ -276,15 +320,8 @@ class Run:
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
-            if self.mesh.size == 1:
-                self.saver.settle()
-            failure = OneRankError if self.mesh.size > 1 else UserError
-            raise failure(f"step {number + 1}: {error}; {DIVERGED}") from error  # the ops select and quantize no NaN
-        except torch.OutOfMemoryError as error:
-            raise OneRankError(
-                f"step {number + 1}: rank {self.mesh.rank} has run out of memory on {self.device}; start more ranks, "
-                "set activation_checkpointing=true, or make phases.context or phases.micro_batch smaller"
-            ) from error
+            # The ops select and quantize no NaN.
+            raise self.mesh.lone_error(f"{self.now}: {error}; {DIVERGED}") from error
         if self.mesh.size > 1:
             sums = dict(zip(sums, self.mesh.all_reduce(torch.stack([*sums.values()])), strict=True))
             loads = tuple(self.mesh.all_reduce(load) for load in loads)
@@ -297,9 +334,9 @@ class Run:
         }
         figures = {k: float(v) for k, v in (sums | {k: v for k, v in norms.items() if v is not None}).items()}
         if not all(math.isfinite(v) for v in figures.values()):
-            self.saver.settle()  # the last good weights
+            self.saver.settle()  # the last good weights; all ranks come here
             raise UserError(
-                f"step {number + 1}: the loss or a gradient is not finite "
+                f"{self.now}: the loss or a gradient is not finite "
                 f"({', '.join(f'{k} {v:.3g}' for k, v in figures.items())}); {DIVERGED}"
             )
         optimizer.step()
@@ -340,8 +377,8 @@ def run(
     training. `resume`: continue from the newest checkpoint of `config.out`, or begin if there is none.
     `on_step(step, figures)` is called after every step. `rehearse`: time a pass first, and say what the run needs (a
     run of a few steps takes hardly longer than that). `mesh`: the ranks that train together, each of which calls this
-    (`tokensieve.mesh.join_mesh`). Raises UserError for bad configs and data, a NaN loss or a full disk (the last
-    checkpoint stays), and Interrupted after Ctrl-C.
+    (`tokensieve.mesh.join_mesh`). Raises UserError for bad configs and data, a NaN loss, a lack of device memory or a
+    full disk (the last checkpoint stays), and Interrupted after Ctrl-C.
     """
     with contextlib.ExitStack() as stack:
         if mesh is not None:
@@ -349,7 +386,9 @@ def run(
         this = Run(config, model, resume, rehearse, mesh)
         leads = this.mesh.leads
         stack.enter_context(this.prepared())
-        tracker = stack.enter_context(contextlib.closing(Tracker(config, this.first))) if leads else None
+        tracker = this.mesh.agree(lambda: Tracker(config, this.first) if leads else None)
+        if tracker is not None:
+            stack.enter_context(contextlib.closing(tracker))
         # Each kind of layer is compiled anew for every phase; past the default limit torch would go on uncompiled.
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=64))
         stop = stack.enter_context(StopSignal())
@@ -359,8 +398,8 @@ def run(
             figures = this.step(number, batch)
             done = number + 1
             learn_budget(config, this.model, this.budget_texts, done, this.last)
-            if tracker is not None and (done % config.log_every == 0 or done == this.last):
-                tracker.row(done, figures)
+            if done % config.log_every == 0 or done == this.last:
+                this.mesh.agree(partial(tracker.row, done, figures) if tracker is not None else lambda: None)
             if on_step is not None:
                 on_step(done, figures)
             this.forecast.advance()
@@ -375,58 +414,10 @@ def run(
             if stopping:
                 raise Interrupted(f"saved {folder} after step {done} of {this.last}; continue with --resume")
     if config.lora is not None and config.lora.merge:
-        with this.mesh.together():
+        this.now = "merging"
+        with this.mesh.together(), this._memory_errors():
             this.saver.save_merged(this.model)
     return this.model.eval()
-
-
-def _start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForCausalLM:
-    if model is not None:
-        return model
-    if config.stage == "pretrain" and config.shape and config.model:
-        return load(config.model, torch.float32, config=pretrain.extended_config(config))
-    if config.stage == "pretrain" and config.shape:
-        model = pretrain.new_model(config)
-        model.folder = model_path(config.data.tokenizer)
-        return model
-    return load(config.model, torch.float32)
-
-
-def _model_config(config: TrainConfig, model: DecoderForCausalLM | None, resumed: Path | None) -> Any:
-    """The config of the model that a run will train, before it is loaded or made."""
-    if model is not None and resumed is None:
-        return model.config
-    if resumed is None and not config.model:
-        return DeepseekV3Config(**config.shape)
-    if resumed is None and config.stage == "pretrain" and config.shape:
-        return pretrain.extended_config(config)
-    return model_config(checkpoint.read_config(resumed or model_path(config.model)))
-
-
-def _check_positions(config: TrainConfig, model: DecoderForCausalLM) -> None:
-    longest = max(p.context for p in config.phases)
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"phases.context {longest} is past the model's {model.config.max_position_embeddings} positions; "
-            "shorten it or choose another model"
-        )
-
-
-def make_optimizer(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> torch.optim.AdamW:
-    o = config.optimizer
-    indexers = {id(p) for p in model.indexer_parameters()}
-    groups: dict[tuple[float, float, Any], list] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            peak = o.indexer_lr if id(parameter) in indexers and o.indexer_lr is not None else o.lr
-            decay = o.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((peak, decay, mesh_of(parameter)), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr": peak, "peak": peak, "weight_decay": decay} for (peak, decay, _), p in groups.items()],
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-        fused=device.type == "cuda",
-    )
 
 
 def _fingerprint(config: TrainConfig, data: list[str]) -> str:

@@ -96,25 +96,31 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
 
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
-    """UserError if the ranks cannot divide the experts, or hold their parts of the weights, gradients and moments."""
+    """UserError if the ranks cannot divide the experts, or hold their parts of the weights, gradients and moments.
+
+    On CPUs the copy of weights and moments counts that they keep while a checkpoint is written.
+    """
     ranks = Ranks(mesh.size, config.context_parallel, config.expert_parallel)
     if (reason := experts_refusal(cost.shape_of(model_config), ranks)) is not None:
         raise UserError(reason)
     cuda = mesh.device.type == "cuda"
     needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
-    held = needed.weight_bytes
-    if config.lora is None:  # what adapters need besides is little
+    held, copied = needed.weight_bytes, needed.weight_bytes
+    if config.lora is None:  # what adapters need besides is little, and their copy is the merged model
         held += needed.gradient_bytes + needed.optimizer_bytes
+        copied += needed.optimizer_bytes
     if cuda:
         there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     else:
         there, what = psutil.virtual_memory().total // rank_info().local_size, "a rank's share of the memory"
+        held += copied
     if held > there * mesh.size:
+        note = "" if cuda else ", with the copy of a checkpoint,"
         together = math.lcm(config.context_parallel, config.expert_parallel)
         least = math.ceil(held / there / together) * together
         raise UserError(
-            f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments are {held / 2**30:.1f} GiB, "
-            f"and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
+            f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments{note} are "
+            f"{held / 2**30:.1f} GiB, and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
         )
 
 

@@ -3,7 +3,8 @@
 A checkpoint's files hold whole tensors and are dealt to the ranks. Between two steps the tensors are gathered one after
 the other, and each rank keeps those of its files in host memory. A thread writes them while the run goes on. After the
 first step by whose end every rank has written its files, rank 0 gives the folder its name. Until then it has another,
-so a checkpoint that was cut off is none. One process on a CPU would only copy its own memory, and writes at once.
+so a checkpoint that was cut off is none. One process writes at once if it is on a CPU, where it would only copy its own
+memory, or if the copy does not fit into the host's memory.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ from threading import Thread
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tokensieve import checkpoint
 from tokensieve.checkpoint import ShardWriter
 from tokensieve.config import UserError
-from tokensieve.files import MERGED, locked
+from tokensieve.files import MERGED, locked, remedy
+from tokensieve.machine import free_memory, rank_info
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train import lora
@@ -82,9 +85,12 @@ class Pending:
             self.failure = error
 
     def wait(self) -> None:
-        """Returns once this rank's files are on the disk. UserError if they could not be written."""
+        """Returns once nothing more is written."""
         if self.thread.ident is not None:
             self.thread.join()
+
+    def check(self) -> None:
+        """UserError if this rank's files could not be written."""
         if self.failure is not None:
             raise self.failure
         assert self.names, "the writing thread has failed; its traceback is above"
@@ -100,6 +106,27 @@ class Saver:
         self.run, self.keep, self.mesh = run, keep, mesh
         self._pending: Pending | None = None
 
+    def check(self, model: DecoderForCausalLM, adapter: Any = None, merge: bool = False) -> None:
+        """UserError, on all ranks, if there is no room for a checkpoint: on the disk, and in the memory of several.
+
+        Called before the first step, so that it is not the first checkpoint that finds out. merge: the merged model
+        will be written too.
+        """
+        mesh, size = self.mesh, checkpoint_bytes(model, adapter)
+        merged = sum(p.numel() * p.element_size() for p in model.parameters()) if merge else 0
+        self._lead(lambda: checkpoint.require_space(self.run, size + merged), self.run)
+
+        def hold() -> None:
+            copied, free = max(size, merged) * rank_info().local_size // mesh.size, free_memory()
+            if mesh.size > 1 and copied > free:
+                raise UserError(
+                    f"{self.run}: while a checkpoint is written, the machine of rank {mesh.rank} keeps about "
+                    f"{copied / 1e9:.3g} GB of it in memory, and {free / 1e9:.3g} GB are free; free memory, or divide "
+                    "the run over more machines"
+                )
+
+        mesh.agree(hold)
+
     def begin(
         self, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, state: RunState, adapter: Any = None
     ) -> Path:
@@ -111,35 +138,58 @@ class Saver:
         """
         self.settle()
         mesh, folder = self.mesh, folder_of(self.run, state.step).resolve()
-        later = mesh.size > 1 or mesh.device.type == "cuda"
-        with self._saving(folder):
-            self._lead(lambda: checkpoint.begin_folder(folder), folder)
-            new, exported = checkpoint.saving_folder(folder), model.config.to_dict()
+        size = checkpoint_bytes(model, adapter)
+        later = beside_steps(mesh, size)
+        if adapter is None:
+            self._check_extras(model)
 
-            def writer(stem: str, file_bytes: float, first: int) -> ShardWriter:
-                """A writer whose first file is that of rank `first`."""
-                return ShardWriter(new, file_bytes, stem, (mesh.rank - first) % mesh.size, mesh.size, later)
+        def begin() -> None:
+            checkpoint.require_space(self.run, size)
+            checkpoint.begin_folder(folder)
 
-            if adapter is None:
-                weights = writer("model", FILE_BYTES, 0)
-                exported = _add_model(weights, model)
-            else:
-                weights = writer(lora.STEM, float("inf"), 0)
-                for name, tensor in lora.tensors_of(adapter).items():
-                    weights.add(name, whole(tensor))
-            moments = writer(OPTIMIZER, FILE_BYTES, mesh.size - 1)
-            for name, tensor in (optimizer_tensors(model, optimizer) | random_states(mesh)).items():
-                if experts_of(tensor) is None:
-                    moments.add(name, whole(tensor))
-                else:
-                    moments.add(name, tensor, blocks(tensor))
-        self._pending = Pending(folder, state, model, adapter, [weights, moments], exported)
+        self._lead(begin, folder)
+        try:
+            with self._saving(folder):
+                writers, exported = self._gather(folder, model, optimizer, adapter, later)
+        except UserError as error:
+            raise mesh.lone_error(str(error)) from error
+        pending = Pending(folder, state, model, adapter, writers, exported)
         if later:
-            self._pending.thread.start()
+            pending.thread.start()
         else:
-            self._pending.write()
+            pending.write()
+        self._pending = pending
+        if not later:
             self.settle()
         return folder_of(self.run, state.step)
+
+    def _gather(
+        self, folder: Path, model: DecoderForCausalLM, optimizer: torch.optim.Optimizer, adapter: Any, later: bool
+    ) -> tuple[list[ShardWriter], dict[str, Any]]:
+        """Writers that have all tensors of a checkpoint, and the config.json of its model.
+
+        later: this rank's tensors are copied; otherwise only the last file is still to be written.
+        """
+        mesh, new, exported = self.mesh, checkpoint.saving_folder(folder), model.config.to_dict()
+
+        def writer(stem: str, file_bytes: float, first: int) -> ShardWriter:
+            """A writer whose first file is that of rank `first`."""
+            return ShardWriter(new, file_bytes, stem, (mesh.rank - first) % mesh.size, mesh.size, later)
+
+        if adapter is None:
+            weights = writer("model", FILE_BYTES, 0)
+            exported = _add_model(weights, model)
+        else:
+            weights = writer(lora.STEM, float("inf"), 0)
+            for name, tensor in lora.tensors_of(adapter).items():
+                weights.add(name, whole(tensor))
+        moments = writer(OPTIMIZER, FILE_BYTES, mesh.size - 1)
+        for name, tensor in (optimizer_tensors(model, optimizer) | random_states(mesh)).items():
+            if experts_of(tensor) is None:
+                moments.add(name, whole(tensor))
+            else:
+                moments.add(name, tensor, blocks(tensor))
+        return [weights, moments], exported
 
     def settle(self, wait: bool = True) -> None:
         """Finishes the checkpoint on its way, if every rank has written its files; with `wait` it waits until then.
@@ -151,9 +201,10 @@ class Saver:
         pending = self._pending
         if pending is None or (not wait and self.mesh.any(pending.thread.is_alive())):
             return
+        pending.wait()
         self._pending = None
         with self._saving(pending.folder):
-            self.mesh.agree(pending.wait)
+            self.mesh.agree(pending.check)
             sums = torch.tensor([pending.checksums.get(name, 0) for name in pending.names])
             sums = self.mesh.all_reduce(sums) if self.mesh.size > 1 else sums
             checksums = dict(sorted(zip(pending.names, sums.tolist(), strict=True)))
@@ -163,10 +214,29 @@ class Saver:
         if pending.adapter is None and model.extras is not None:
             model.extras = replace(model.extras, folder=pending.folder)
         adapted = None if pending.adapter is None else pending.exported
-        self._lead(
-            lambda: checkpoint.write_card(model.folder, source and Path(source), adapted=adapted), pending.folder
-        )
-        self._lead(self._rotate, pending.folder)
+
+        def complete() -> None:
+            if self.mesh.leads:
+                with _complete(pending.folder):
+                    checkpoint.write_card(model.folder, source and Path(source), adapted=adapted)
+                    self._rotate()
+
+        self.mesh.agree(complete)
+
+    def close(self) -> None:
+        """Ends the saving, however the run has ended; nothing is written afterwards.
+
+        One process finishes the checkpoint on its way. Several ranks cannot, since one that failed alone does not know
+        where the others are: each waits for its own thread, and the checkpoint is lost.
+        """
+        if self.mesh.size > 1:
+            if self._pending is not None:
+                self._pending.wait()
+            return
+        try:
+            self.settle()
+        except UserError as error:  # beside the error that the run ends with
+            log.warning("%s", error)
 
     def save_merged(self, model: DecoderForCausalLM) -> None:
         """Writes the model with its adapter merged into the run's folder; from then on the model comes from there.
@@ -177,6 +247,7 @@ class Saver:
         new, source, trained = checkpoint.saving_folder(folder), getattr(model, "folder", None), checkpoints(self.run)
         with contextlib.ExitStack() as held:
             mesh.agree(lambda: held.enter_context(locked(self.run)) if mesh.leads else None)
+            self._check_extras(model)
             held.enter_context(self._saving(folder))
             self._lead(lambda: checkpoint.begin_folder(folder), folder)
             writer = ShardWriter(new, FILE_BYTES, "model", mesh.rank, mesh.size, mesh.size > 1)
@@ -187,7 +258,8 @@ class Saver:
                 if source is not None:
                     checkpoint.copy_tokenizer(Path(source), new)
                 checkpoint.end_folder(folder)
-                checkpoint.write_card(folder, source and Path(source), replace=True, trained=trained[-1])
+                with _complete(folder):
+                    checkpoint.write_card(folder, source and Path(source), replace=True, trained=trained[-1])
 
             def write() -> None:
                 with checkpoint.writing_errors(folder):
@@ -199,6 +271,11 @@ class Saver:
         for reason in checkpoint.exportable(model.config):
             log.warning("%s: %s", folder, reason)
         model.folder = self.run / MERGED
+
+    def _check_extras(self, model: DecoderForCausalLM) -> None:
+        """UserError, on all ranks, if what a save copies from the model's folder is gone for one of them."""
+        if model.extras is not None:
+            self.mesh.agree(model.extras.check)
 
     def _lead(self, act: Callable[[], Any], folder: Path) -> None:
         """Lets rank 0 act on a checkpoint. UserError, on all ranks, as `writing_errors`."""
@@ -213,13 +290,12 @@ class Saver:
     @contextlib.contextmanager
     def _saving(self, folder: Path) -> Iterator[None]:
         """Within the block the checkpoint's files are written; if it fails, rank 0 removes them."""
-        try:
+        with contextlib.ExitStack() as undo:
+            if self.mesh.leads:
+                undo.callback(shutil.rmtree, checkpoint.saving_folder(folder), ignore_errors=True)
             with checkpoint.writing_errors(folder):
                 yield
-        except UserError:
-            if self.mesh.leads:
-                shutil.rmtree(checkpoint.saving_folder(folder), ignore_errors=True)
-            raise
+            undo.pop_all()
 
     def _rotate(self) -> None:
         newest = checkpoints(self.run)[-max(1, self.keep) :]
@@ -248,6 +324,48 @@ def _finish(pending: Pending, checksums: dict[str, int]) -> None:
 
 
 def clear(run: Path) -> None:
-    """Removes the files of checkpoints that were cut off."""
+    """Removes the files of checkpoints that were cut off. UserError if they cannot be removed."""
     for folder in run.glob(checkpoint.saving_folder(run / "step-*").name):
-        shutil.rmtree(folder)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be removed ({error}); {remedy(error)}") from error
+
+
+@contextlib.contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    """Within the block is done what follows a checkpoint that has its name. UserError if the system fails there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        what = remedy(error) if isinstance(error, OSError) else "check the path and its permissions"
+        raise UserError(
+            f"{folder}: the checkpoint is complete, but its card could not be written or an older checkpoint removed "
+            f"({error}); {what}, then continue with --resume"
+        ) from error
+
+
+def checkpoint_bytes(model: DecoderForCausalLM, adapter: Any = None) -> int:
+    """Bytes of a checkpoint's tensors: of the model, or of PEFT's adapter alone, and two moments of all that learns.
+
+    The multi-token-prediction layers, which a save copies, are left out.
+    """
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    saved = model.state_dict() if adapter is None else lora.tensors_of(adapter)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    tensors = [*(t for name, t in saved.items() if name not in tied), *learned, *learned]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def beside_steps(mesh: Mesh, size: int) -> bool:
+    """Whether a checkpoint of `size` bytes is copied to host memory and written while training goes on."""
+    if mesh.size > 1:
+        return True
+    free = free_memory()
+    if mesh.device.type == "cuda" and size > free:
+        log.info(
+            "training waits for the checkpoint: a copy of it is %.3g GB, and %.3g GB of memory are free",
+            size / 1e9,
+            free / 1e9,
+        )
+    return mesh.device.type == "cuda" and size <= free

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.nn import Parameter
 
 from tokensieve.config import PhaseConfig, UserError
 from tokensieve.mesh import Mesh
@@ -179,26 +180,17 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
     """Restores the moments, of which every rank reads its parts, and the random state. All ranks call this.
 
     The checkpoint may come from any number of ranks. A rank that it has no random state of takes another one's.
-    UserError if a file is damaged.
+    UserError, on all ranks, if a file is damaged or missing on one of them.
     """
     parameters = dict(model.named_parameters())
-    moments: dict[str, Tensor] = {}
-    random: dict[str, Tensor] = {}
+    moments, random = mesh.agree(lambda: _read_headers(folder, parameters))
     try:
-        for path in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  it is no dict
-                    name, _, moment = key.partition("|")
-                    if name == "rng":
-                        random[moment] = torch.atleast_2d(file.get_tensor(key))  # earlier ones are of one process
-                    else:
-                        like = parameters[name].detach()
-                        moments[key] = torch.zeros(()) if moment == "step" else torch.zeros_like(like)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process that is right
             dcp.load(moments, storage_reader=HuggingFaceStorageReader(str(folder)))
-    except (SafetensorError, OSError, dcp.CheckpointException) as error:
-        raise damaged(folder, OPTIMIZER, f"cannot be read ({error})") from error
+    except dcp.CheckpointException as error:  # of all ranks
+        reason, _ = next(iter(error.failures.values()))
+        raise damaged(folder, f"{OPTIMIZER}*.safetensors", f"cannot be read ({reason})") from error
     # Copies, since torch reads a state from the begin of its storage.
     own = {kind: states[mesh.rank % len(states)].clone() for kind, states in random.items()}
     torch.set_rng_state(own["cpu"])
@@ -209,3 +201,24 @@ def restore_optimizer(folder: Path, model: DecoderForCausalLM, optimizer: torch.
         if moment == "step" and optimizer.param_groups[0].get("fused"):  # else the optimizer keeps it on the CPU
             value = value.to(parameters[name].device)
         optimizer.state[parameters[name]][moment] = value
+
+
+def _read_headers(folder: Path, parameters: dict[str, Parameter]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Zeros for the moments that a checkpoint holds, divided as the parameters, and its random states."""
+    moments: dict[str, Tensor] = {}
+    random: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(f"{OPTIMIZER}*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no dict
+                    name, _, moment = key.partition("|")
+                    if name == "rng":
+                        random[moment] = torch.atleast_2d(file.get_tensor(key))  # earlier ones are of one process
+                    else:
+                        like = parameters[name].detach()
+                        moments[key] = torch.zeros(()) if moment == "step" else torch.zeros_like(like)
+        except (SafetensorError, OSError) as error:
+            raise damaged(folder, path.name, f"cannot be read ({error})") from error
+    if "cpu" not in random:
+        raise damaged(folder, f"{OPTIMIZER}*.safetensors", "missing, or without the random state")
+    return moments, random
