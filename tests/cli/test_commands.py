@@ -20,7 +20,7 @@ from tests.support.commands import tiny
 from tokensieve.files import written
 
 COMMANDS = (
-    "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost "
+    "demo doctor pretrain speedrun sparsify warmup adapt specialist distill rl posttrain eval share profile cost plan "
     "report generate convert deploy serve bench"
 ).split()
 BENCHES = ["bench serve"]
@@ -65,7 +65,6 @@ def test_help_loads_no_torch() -> None:
         ("warmup", "--steps", "3"),
         ("serve", "--port", "70000"),
         ("train",),
-        ("sparsify", "base", "x", "--top-k", "many"),
         ("generate", "base", "--prompt", "x", "--max-new-tokens", "0"),
     ],
 )

@@ -17,7 +17,7 @@ KEYS = {
     "demo": ["top_k=256", "warmup.phases.1.context=2048", "heat_lengths=[1024]"],
     "speedrun": ["pretrain.optimizer.lr=", "evaluate.sparse.texts="],
     "posttrain": [
-        "cold.rows=2",
+        "cold.rows=1",
         "rl.train.samples=2",
         "reward.outcome=1.0",
         'judge.url="scripted"',

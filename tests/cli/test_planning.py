@@ -214,7 +214,7 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused = refusal(run)
     lite = ("plan", "deepseek-v2-lite-adapt", "--model", "deepseek-v2-lite")
     refused(("'nowhere'", "not a bundled one"), "plan", "nowhere")
-    refused(("adapt: names no model", "--model"), "plan", "adapt")
+    refused(("adapt names no model", "--model"), "plan", "adapt")
     refused(("model 'nowhere'",), "plan", "adapt", "--model", "nowhere")
     refused(("nothing is fetched",), "plan", "adapt", "--model", "owner/name")
     refused(("A100", "H800"), *lite, "--gpu", "A100")

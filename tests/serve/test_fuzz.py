@@ -152,8 +152,10 @@ def fuzz(api: Any, method: str, path: str, mode: GenerationMode, examples: int, 
     @given(case=api[mode][path][method].as_strategy(mode))
     def holds(case: Any) -> None:
         response = case.call(headers=KEY)
-        case.validate_response(response, checks=checks, headers=KEY)
         answered[response.status_code] += 1
+        # A body that is too large is refused before it is read, whatever it says: schemathesis expects other statuses.
+        wanted = [c for c in checks if not (response.status_code == 413 and c is negative_data_rejection)]
+        case.validate_response(response, checks=wanted, headers=KEY)
 
     holds()
     assert mode == GenerationMode.NEGATIVE or answered[200] >= answered.total() / 6, answered

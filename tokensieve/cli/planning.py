@@ -53,6 +53,8 @@ def plan(
     written = [load_config(TrainConfig, name, tuple(set_ or ())) for name in configs]
     stages = [load_config(TrainConfig, configs[0], overrides(set_, model)), *written[1:]]
     _check_folders(configs, stages)
+    if not stages[0].model and not _makes(stages[0]):
+        raise UserError(f"{configs[0]} names no model; give one with --model, a folder or a published shape")
     from tokensieve.cost import gpu_of, with_indexer
     from tokensieve.cost.plan import objective
     from tokensieve.cost.plan import plan as plan_of
@@ -122,6 +124,11 @@ def _check_folders(names: list[str], stages: "list[TrainConfig]") -> None:
         used[config.out] = name
 
 
+def _makes(config: "TrainConfig") -> bool:
+    """Whether a stage makes a new model."""
+    return config.stage == "pretrain" and not config.model and bool(config.shape)
+
+
 def _start(config: "TrainConfig", before: Start | None) -> Start:
     """The model of a stage, with the positions that the stage gives it.
 
@@ -132,15 +139,13 @@ def _start(config: "TrainConfig", before: Start | None) -> Start:
     from tokensieve.cost.plan import objective
     from tokensieve.families import model_config
 
-    makes = config.stage == "pretrain" and not config.model and bool(config.shape)
+    makes = _makes(config)
     if before is not None:
         if makes:
             raise UserError("it makes a new model, and so can only be the first stage")
         if not before.shape.sparse and config.stage == "adapt" and objective(config) == "adapt":
             raise UserError("it selects keys, and the stage before leaves a model without indexers; warm up in between")
         start = before
-    elif not config.model and not makes:
-        raise UserError("names no model; give one with --model, a folder or a published shape")
     else:
         found: Any = model_config({"model_type": "deepseek_v3"} | config.shape) if makes else config_of(config.model)[0]
         start = Start(_weights(config.model), shape_of(found), found.max_position_embeddings)

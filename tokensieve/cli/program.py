@@ -197,13 +197,14 @@ def _interruptions() -> tuple[type[BaseException], ...]:
 def _fail(status: int, *messages: str, alone: bool = False) -> None:
     from tokensieve.machine import rank_info
 
-    # Rank 0 prints; a failing status of another rank could end rank 0 before it has printed.
     if rank_info().rank and not alone:
-        sys.exit(0)
+        # Rank 0 prints; a failing status of another rank could end rank 0 before it has printed.
+        status, messages = 0, ()
     for message in messages:
         print(f"tokensieve: {' '.join(message.split())}", file=sys.stderr)
-    if alone and rank_info().size > 1:
-        # gloo's threads still wait for the other ranks, and an ordinary end would abort on them with another status.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # gloo's threads still wait for the other ranks, and an ordinary end may abort on them with another status.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
