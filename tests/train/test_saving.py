@@ -354,5 +354,5 @@ def test_four_ranks_two_and_one(four: ranks.Group, two: ranks.Group, here: Workp
 def test_fp8_blocks_are_read_in_parts(two: ranks.Group, here: Workplace, tmp_path: Path) -> None:
     tokensieve.save(tokensieve.load(here.root / "sparse"), tmp_path / "fp8", fp8=True)
     whole = tokensieve.load(tmp_path / "fp8", torch.float32).state_dict()
-    for _, _, tensors in two.ask(read_by_rank, tmp_path / "fp8"):
+    for _, _, tensors in two.ask(read_by_rank, tmp_path / "fp8", 1):
         assert all((tensors[name] == whole[name].numpy()).all() for name in whole)
