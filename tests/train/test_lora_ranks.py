@@ -1,7 +1,6 @@
 """LoRA and compiled layers on several ranks: runs that go on with other ranks, and what their checkpoints hold."""
 
 import errno
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,18 +19,6 @@ from tokensieve.train import lora
 from tokensieve.train.state import checkpoints
 
 LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "down_proj", "experts.gate_up_proj"))
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[ranks.Group]:
-    with ranks.started(4) as group:
-        yield group
 
 
 @pytest.fixture(scope="module")

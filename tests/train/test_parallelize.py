@@ -4,7 +4,6 @@ The ranks share a step of ragged packs: parameters are sharded over all of them,
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -128,18 +127,6 @@ def selections_of_rank(family: str, ties: bool) -> tuple[list[np.ndarray], list[
 
 
 # here
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[ranks.Group]:
-    with ranks.started(4) as group:
-        yield group
 
 
 def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:

@@ -1,6 +1,5 @@
 """The counts of a plan beside what two ranks hold: their parts between steps, and the layers that FSDP gathers."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -75,12 +74,6 @@ def copies_of_rank(family: str) -> tuple[int, int, int]:
     with copies:
         losses.total.backward()
     return copies.most, after, sum(size for size, _ in copies.made)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,6 @@
 import errno
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,12 +94,6 @@ def little_memory(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 
 # here
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
 
 
 @pytest.fixture(scope="module")

@@ -156,18 +156,6 @@ def read_by_rank(folder: Path, expert_parallel: int) -> tuple[int, int, dict[str
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[ranks.Group]:
-    with ranks.started(4) as group:
-        yield group
-
-
-@pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace(tmp_path_factory.mktemp("saving"))
 

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shlex
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -189,12 +188,6 @@ def refusal_of_rank(folder: Path, options: dict[str, Any], changes: dict[str, An
 
 
 # here
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.Group]:
-    with ranks.started(2) as group:
-        yield group
 
 
 @pytest.fixture(scope="module")
