@@ -10,9 +10,10 @@ near    neighbouring queries select nearly the same keys, as measured on real te
 diffuse as in the layers where they differ most (`DIFFUSE`)
 random  every query selects on its own, as no model does: the worst case
 
-The sizes of the unions that were drawn are printed. Results of the smallest length are compared with the kernels that
+Where a query sees fewer keys than the pools hold they are narrower, as selections on real text are. The sizes of the
+unions that were drawn are printed. Results of the smallest length are compared with the kernels that
 take one query a program, which are timed there too. With `--hopper` tiles go to the kernels in Gluon, whose results are
-compared alike.
+compared alike. With `--kernels` the time of each kernel is printed, both ways together.
 """
 
 import argparse
@@ -86,9 +87,10 @@ def draw(S: int, k: int, places: dict[int, float] | None, device: torch.device) 
     width[: sum(counts)] = torch.repeat_interleave(
         torch.tensor(list(places or {1: 0}), device=device), torch.tensor(counts or [0], device=device)
     )
-    begins, pool_size = width.cumsum(0) - width, int(width.sum())
+    most, margin = int(width.sum()), k // 64
+    rounding = torch.arange(k, device=device) * 0.618 % 1  # of single places, which are even in the sum
     selected = torch.full((S, k), -1, dtype=torch.int32, device=device)
-    pool = None
+    pool = torch.empty(0, dtype=torch.int64, device=device)
     for first in range(0, S, BLOCK):
         rows = min(BLOCK, S - first)
         past = first + 1  # keys that all of the block's queries see
@@ -96,20 +98,21 @@ def draw(S: int, k: int, places: dict[int, float] | None, device: torch.device) 
             keys = torch.arange(k, device=device, dtype=torch.int32).expand(rows, k)
             own = torch.arange(first, first + rows, device=device)[:, None]
             selected[first : first + rows] = torch.where(keys <= own, keys, -1)
-        elif places is None or past < pool_size:
+        elif places is None:
             scores = torch.rand(rows, past, generator=generator, device=device)
             selected[first : first + rows] = scores.topk(k, 1).indices.sort(1).values.int()
         else:
+            part = min(1.0, max(0, past - k - margin) / (most - k))  # of the pools, if there are fewer keys
+            now = 1 + ((width - 1) * part + rounding).long()
+            size = int(now.sum())
+            stays = torch.rand(len(pool), generator=generator, device=device) < KEPT
             fresh = torch.randperm(past, generator=generator, device=device)
-            if pool is None:
-                pool = fresh[:pool_size]
-            else:  # half of it is drawn anew, from what it does not hold
-                stays = torch.rand(pool_size, generator=generator, device=device) < KEPT
-                others = fresh[~torch.isin(fresh, pool)]
-                change = (~stays).nonzero()[: len(others), 0]
-                pool = pool.index_copy(0, change, others[: len(change)])
-            offset = (torch.rand(rows, k, generator=generator, device=device) * width).long()
-            selected[first : first + rows] = pool[begins + offset].sort(1).values.int()
+            others = fresh[~torch.isin(fresh, pool)]
+            more, others = others.split([size - len(pool), past - size])
+            change = (~stays).nonzero()[: len(others), 0]  # drawn anew, from what the pool does not hold
+            pool = torch.cat([pool.index_copy(0, change, others[: len(change)]), more])
+            offset = (torch.rand(rows, k, generator=generator, device=device) * now).long()
+            selected[first : first + rows] = pool[now.cumsum(0) - now + offset].sort(1).values.int()
     return selected
 
 
@@ -209,6 +212,18 @@ def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) 
     )
 
 
+def kernel_times(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> dict[str, float]:
+    """Milliseconds of each kernel of one forward and backward, the longest first."""
+    q, kv, q_I, k_I, w, dout, dkl = given
+    operands = (q, kv, selected, *shape.parts, q_I, k_I, w)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        out, lse, _ = way.kl.sparse_attention_kl(*operands)
+        way.kl.sparse_attention_kl_backward(dout, None, dkl, out, lse, *operands)
+        torch.cuda.synchronize()
+    found = {event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
 def sparse_with_some(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
     """As `sparse`, with the KL at every fourth block of queries; the copies of the queries are not counted."""
     q, kv, q_I, k_I, w, dout, dkl = given
@@ -251,6 +266,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--out", type=Path, help="of the figures (gpu_few_heads.json or gpu_few_heads_hopper.json)")
     parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels for wide tiles")
+    parser.add_argument("--kernels", action="store_true", help="print the time of each kernel")
     parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), default=range(len(SHAPES)))
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     options = parser.parse_args()
@@ -272,6 +288,8 @@ def main() -> int:
                 some = sparse_with_some(tiled, shape, selected, given)
                 whole = sparse(tiled, shape, selected, given)
                 row = Row(shape.name, S, name, found, *dense_ms, scored, *whole, some)
+                for kernel, ms in list(kernel_times(tiled, shape, selected, given).items() if options.kernels else ()):
+                    print(f"{ms:9.2f} ms  {kernel[:100]}")
                 if min(options.lengths) == S and tiled != one_query:
                     row.one_query = sparse(one_query, shape, selected, given)
                     differences[f"{shape.name}, {name}"] = compared((tiled, one_query), shape, selected, given)
