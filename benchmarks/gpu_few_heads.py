@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tokensieve import ops
 from tokensieve.config import KL_BLOCK
+from tokensieve.ops.hopper import selected as hopper_selected
 from tokensieve.ops.triton import attention, attention_kl, union_attention, union_kl
 from tokensieve.report.origin import environment
 
@@ -190,15 +191,16 @@ class Way:
 
 
 def ways(shape: Shape, hopper: bool) -> tuple[Way, Way]:
-    """Tiles of queries, if a query has few heads, and one query a program."""
+    """Tiles of queries, and one query a program."""
     if not shape.is_mla:
-        return Way(union_kl, union_attention), Way(attention_kl, attention)
+        tiled = Way(hopper_selected, hopper_selected) if hopper else Way(union_kl, union_attention)
+        return tiled, Way(attention_kl, attention)
     from tokensieve.ops.hopper import attention as of_one_query
     from tokensieve.ops.hopper import attention_kl as kl_of_one_query
     from tokensieve.ops.hopper import tiles
 
     one_query = Way(kl_of_one_query, of_one_query)
-    return (Way(tiles, tiles) if hopper and shape.heads in (16, 32) else one_query), one_query
+    return (Way(tiles, tiles) if hopper else one_query), one_query
 
 
 def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -213,12 +215,14 @@ def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) 
 
 
 def kernel_times(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> dict[str, float]:
-    """Milliseconds of each kernel of one forward and backward, the longest first."""
+    """Milliseconds of each kernel of the index, one forward and one backward, the longest first."""
     q, kv, q_I, k_I, w, dout, dkl = given
     operands = (q, kv, selected, *shape.parts, q_I, k_I, w)
+    ends = torch.arange(1, len(q) + 1, dtype=torch.int32, device=q.device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         out, lse, _ = way.kl.sparse_attention_kl(*operands)
         way.kl.sparse_attention_kl_backward(dout, None, dkl, out, lse, *operands)
+        ops.index_topk(q_I, k_I, w, shape.k, torch.zeros_like(ends), ends)
         torch.cuda.synchronize()
     found = {event.key: event.self_device_time_total / 1e3 for event in profiler.key_averages()}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
@@ -265,12 +269,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--out", type=Path, help="of the figures (gpu_few_heads.json or gpu_few_heads_hopper.json)")
-    parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels for wide tiles")
+    parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels of tiles")
     parser.add_argument("--kernels", action="store_true", help="print the time of each kernel")
     parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), default=range(len(SHAPES)))
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     options = parser.parse_args()
-    union_attention.WIDE_ON_HOPPER = options.hopper
     out = options.out or ROOT / "benchmarks" / "results" / f"gpu_few_heads{'_hopper' * options.hopper}.json"
     if not torch.cuda.is_available():
         print("gpu_few_heads: torch sees no CUDA device here", file=sys.stderr)

@@ -25,7 +25,8 @@ PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(301), Document(340, 300,
 
 @pytest.fixture(autouse=True)
 def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "ENABLED", True)
+    """All of them: the selections of most cases are drawn at random, and would go to the kernels of one query."""
+    monkeypatch.setattr(tiles, "most", lambda B, K: B * K)
 
 
 @pytest.fixture(params=["in order", "any order"])
@@ -53,6 +54,20 @@ def test_values_and_gradients(case: Case, dtype: str, order: None) -> None:
     for name, e in expected.items():
         assert actual[name].isfinite().eq(e.isfinite()).all(), name
         allowed = LSE_TOLERANCE if name.endswith(": lse") else TOLERANCE[dtype]
+        oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
+
+
+def test_tiles_beside_single_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "most", lambda B, K: 2 * K)
+    x = make(Case("both", causal(701), keys=701, k=100, heads=16, dtype="bfloat16", **MLA), "cuda")
+    x.indices_SK[400:600] = x.indices_SK[399]
+    x = dataclasses.replace(x, w_SI=x.w_SI.float())
+    found = tiles.Tiles(x.q_SHD, x.kv_TGE, x.indices_SK)
+    list(found.parts(0))
+    assert found.taken.any() and not found.taken.all()
+    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "hopper", SPARSE)
+    for name, e in expected.items():
+        allowed = LSE_TOLERANCE if name.endswith(": lse") else TOLERANCE["bfloat16"]
         oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
 
 

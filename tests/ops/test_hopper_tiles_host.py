@@ -19,16 +19,17 @@ from tokensieve.ops.triton import unions
 
 TOLERANCE = 1e-5  # float32, as in test_triton.py
 MLA = {"groups": 1, "entry": 576, "d_k": 576, "v_start": 0, "d_v": 512}
-# 13 queries: no whole number of tiles of four, and tiles across documents.
+# 13 queries: no whole number of tiles of eight, and tiles across documents.
 PACK = Case("tiles", (Document(0, 12, 3), *causal(7), Document(12, 8, 3)), keys=20, k=4, heads=16, **MLA)
 
 
 def _logits(q: Tensor, kv: Tensor, keys: Tensor, scale: float, tiled: Tiled) -> Tensor:
-    """(tiles, 64, C): -inf where a row does not attend."""
+    """(tiles, 128, C): -inf where a row does not attend."""
     entries = kv[keys.clamp(min=0).long(), 0]
-    bit = torch.arange(64)[:, None] // tiled.M
-    seen = (keys >= 0)[:, None] & ((tiled.marks[:, None] >> bit) & 1 != 0)
-    broken = tiled.row_breaks[..., None] + tiled.breaks[keys.clamp(min=0).long()][:, None]
+    bit = torch.arange(128)[:, None] // tiled.M
+    seen = (tiled.marks[:, None] >> bit) & 1 != 0
+    assert not seen[(keys < 0)[:, None].expand_as(seen)].any()
+    broken = tiled.row_breaks[..., None] + torch.where(tiled.marks < 0, math.nan, 0.0)[:, None]
     logit = (q @ entries.mT) * scale + broken
     assert q.isfinite().all() and kv.isfinite().all()
     return torch.where(seen, logit, -math.inf)
@@ -76,10 +77,39 @@ def add_dkv(p, ds, dout, q, keys, dkv, T, in_order=False) -> None:
     dkv.index_add_(0, keys[named].long(), sums[named])
 
 
+def backward_by_strips(dout, dlse, q, kv, indices, out, lse, scale, dq, dkv):
+    """One query a program, in the place of Gluon kernels as well: a query without keys has no steps."""
+    dlse = dlse.masked_fill((indices < 0).all(1)[:, None], 0.0)
+    found = sparse.sparse_attention_backward(dout, dlse, out, lse, q, kv, indices, scale, 576, 0, 512)
+    dq.copy_(found[0]), dkv.add_(found[1].view(-1, 576))
+    yield slice(0, len(q)), None
+
+
+def gradients(dout, dlse, dkl, out, lse, q, kv, indices, scale, q_I, k_I, w, dq, dkv):
+    found = sparse.sparse_attention_kl_backward(
+        dout, dlse, dkl, out, lse, q, kv, indices, scale, 576, 0, 512, q_I, k_I, w
+    )
+    dq.copy_(found[0]), dkv.add_(found[1].view(-1, 576))
+    return found[2:]
+
+
 @pytest.fixture(autouse=True)
 def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (forward, probabilities_and_dq, add_dkv):
         monkeypatch.setattr(tiles, kernel.__name__, kernel)
+    for module, replaced in (
+        (tiles.attention, {"sparse_attention": sparse.sparse_attention, "backward_by_strips": backward_by_strips}),
+        (tiles.attention_kl, {"sparse_attention_kl": sparse.sparse_attention_kl, "gradients": gradients}),
+    ):
+        for name, function in replaced.items():
+            monkeypatch.setattr(module, name, function)
+
+
+def taken(x: Inputs) -> list[bool]:
+    """Whether a query's tile is computed as one."""
+    found = tiles.Tiles(x.q_SHD, x.kv_TGE, x.indices_SK)
+    list(found.parts(0))
+    return found.taken[: found.S].tolist()
 
 
 def operands(x: Inputs) -> tuple:
@@ -102,14 +132,19 @@ def given(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(S, H, 512, generator=g), dlse, torch.rand(S, generator=g)
 
 
+@pytest.mark.parametrize("most", [20, 10, 3])
 @pytest.mark.parametrize(
     ("heads", "strip", "in_order"), [(16, 2**30, False), (16, 1, True), (32, 1, False), (32, 2**30, True)]
 )
-def test_values_and_gradients(heads: int, strip: int, in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients(
+    heads: int, strip: int, in_order: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "most", lambda B, K: most)
     monkeypatch.setattr(unions, "STRIP_BYTES", strip)
     monkeypatch.setattr(tiles, "wanted_in_order", lambda: in_order)
     x = make(dataclasses.replace(PACK, heads=heads), "cpu")
     x.indices_SK[7] = -1
+    assert {20: {True}, 10: {True, False}, 3: {False}}[most] == set(taken(x))
     exact = x.to(torch.float64)
     expected = both_ways(sparse, exact, *(g.double() for g in given(x)))
     for name, a in both_ways(tiles, x, *given(x)).items():
@@ -155,11 +190,9 @@ def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
     assert (~dkv.isfinite().all((1, 2))).nonzero()[:, 0].tolist() == selected.tolist()
 
 
-def test_few_heads_alone_are_tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_heads_alone_are_tiled() -> None:
     x = make(PACK, "cpu")
     q, kv, indices = x.q_SHD, x.kv_TGE, x.indices_SK
-    assert not tiles.pays(q, kv, indices)  # until the kernels have run
-    monkeypatch.setattr(tiles, "ENABLED", True)
     assert tiles.pays(q, kv, indices) and tiles.pays(q.repeat(1, 2, 1), kv, indices)
-    assert not tiles.pays(q[:, :8], kv, indices) and not tiles.pays(q.repeat(1, 4, 1), kv, indices)
+    assert not tiles.pays(q[:, :8], kv, indices) and not tiles.pays(q.repeat(1, 8, 1), kv, indices)
     assert not tiles.pays(q[:0], kv, indices[:0]) and not tiles.pays(q, kv, indices[:, :0])

@@ -24,11 +24,6 @@ PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 300,
 
 
 @pytest.fixture(autouse=True)
-def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(union_attention, "WIDE_ON_HOPPER", True)
-
-
-@pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kernels that took a wide tile, so that no test passes without them."""
     from tokensieve.ops.hopper import unions as on_hopper
@@ -59,7 +54,7 @@ def grouped(shape: tuple[int, int, int], name: str, dtype: str = "bfloat16", lon
 
 
 def compare(x: Inputs, tolerance: float) -> None:
-    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "triton", SPARSE)
+    expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "hopper", SPARSE)
     for name, e in expected.items():
         allowed = LSE_TOLERANCE if name.endswith(": lse") else tolerance
         oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
@@ -90,20 +85,20 @@ def test_in_order(counted: list[str]) -> None:
     try:
         x = make(grouped(SHAPES[0], "in order"), "cuda")
         compare(x, TOLERANCE["bfloat16"])
-        first, second = results(x, "triton", SPARSE), results(x, "triton", SPARSE)
+        first, second = results(x, "hopper", SPARSE), results(x, "hopper", SPARSE)
     finally:
         torch.use_deterministic_algorithms(False)
     assert set(counted) == {"forward"}
     assert all(torch.equal(second[name], e) for name, e in first.items())
-    results(x, "triton", SPARSE)  # the backward again
+    results(x, "hopper", SPARSE)  # the backward again
 
 
 def test_no_keys_at_all(counted: list[str]) -> None:
     case = dataclasses.replace(grouped(SHAPES[0], "no keys"), documents=(Document(0, 0, 40),), keys=0, k=2)
-    for name, a in results(make(case, "cuda"), "triton", SPARSE).items():
+    for name, a in results(make(case, "cuda"), "hopper", SPARSE).items():
         assert (a == -math.inf if name.endswith(": lse") else a == 0).all(), name
     assert not counted
-    results(make(grouped(SHAPES[0], "keys"), "cuda"), "triton", SPARSE)
+    results(make(grouped(SHAPES[0], "keys"), "cuda"), "hopper", SPARSE)
 
 
 def test_both_levels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +117,8 @@ def test_broken_numbers_reach_only_who_selected_them(where: str, value: float) -
     of_keys = where == "kv_TGE"
     at = int(x.indices_SK[150, 3]) if of_keys else 150
     spoiled[at] = value
-    expected = results(x, "triton", SPARSE)
-    actual = results(dataclasses.replace(x, **{where: spoiled}), "triton", SPARSE)
+    expected = results(x, "hopper", SPARSE)
+    actual = results(dataclasses.replace(x, **{where: spoiled}), "hopper", SPARSE)
     rows = torch.arange(len(x.indices_SK), device="cuda")
     hit = (x.indices_SK == at).any(1) if of_keys else rows == at
     chosen = torch.zeros(len(x.k_TD), dtype=torch.bool, device="cuda")
@@ -137,14 +132,14 @@ def test_broken_numbers_reach_only_who_selected_them(where: str, value: float) -
 
 def test_strips_are_one_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(grouped(SHAPES[1], "strips"), "cuda")
-    whole = results(x, "triton", SPARSE)
+    whole = results(x, "hopper", SPARSE)
     monkeypatch.setattr(unions, "STRIP_BYTES", 2**14)
-    for name, a in results(x, "triton", SPARSE).items():
+    for name, a in results(x, "hopper", SPARSE).items():
         oracle.assert_close(a.double(), whole[name].double(), TOLERANCE["bfloat16"], 1.0, name)
 
 
 def test_the_forward_has_the_same_bits_twice() -> None:
     x = make(grouped(SHAPES[2], "twice"), "cuda")
-    first, second = results(x, "triton", SPARSE), results(x, "triton", SPARSE)
+    first, second = results(x, "hopper", SPARSE), results(x, "hopper", SPARSE)
     for name in ("sparse_attention: out", "sparse_attention: lse"):
         assert torch.equal(first[name], second[name])

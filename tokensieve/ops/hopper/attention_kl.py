@@ -85,6 +85,18 @@ def sparse_attention_kl(
     return out, lse, selected_kl(mass, H, q_I, k_I, w, indices)
 
 
+def gradients(
+    dout_SHV: Tensor, dlse_SH: Tensor | None, dkl_S: Tensor, out_SHV: Tensor, lse_SH: Tensor, q: Tensor, kv: Tensor,
+    indices: Tensor, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor, dq: Tensor, dkv: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Writes dq, adds to dkv (T, 576) float32, and returns dq_I, dk_I (float32) and dw. q to w contiguous, S > 0."""
+    (S, H, _), T, K = q.shape, kv.shape[0], indices.shape[1]
+    mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
+    for part, p in backward_by_strips(dout_SHV, dlse_SH, q, kv, indices, out_SHV, lse_SH, scale, dq, dkv):
+        mass[part] = _summed_over_heads(p, indices[part], T)
+    return selected_kl_backward(dkl_S.contiguous(), mass, H, q_I, k_I, w, indices)
+
+
 def sparse_attention_kl_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
@@ -103,12 +115,11 @@ def sparse_attention_kl_backward(
     w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, kv, indices, q_I, k_I, w = (aligned(x) for x in (q_SHD, kv_TGE, indices_SK, q_I, k_I, w))
-    (S, H, _), T, K = q.shape, kv.shape[0], indices.shape[1]
+    S, T = q.shape[0], kv.shape[0]
     dq, dkv = torch.empty_like(q), torch.zeros(T, KEY, dtype=torch.float32, device=q.device)
     if S == 0:
         return dq, torch.zeros_like(kv), torch.zeros_like(q_I), torch.zeros_like(k_I), torch.zeros_like(w)
-    mass = torch.empty(S, K, dtype=torch.float32, device=q.device)
-    for part, p in backward_by_strips(dout_SHV, dlse_SH, q, kv, indices, out_SHV, lse_SH, scale, dq, dkv):
-        mass[part] = _summed_over_heads(p, indices[part], T)
-    dq_I, dk_I, dw = selected_kl_backward(dkl_S.contiguous(), mass, H, q_I, k_I, w, indices)
+    dq_I, dk_I, dw = gradients(
+        dout_SHV, dlse_SH, dkl_S, out_SHV, lse_SH, q, kv, indices, scale, q_I, k_I, w, dq, dkv
+    )  # fmt: skip
     return dq, dkv.to(kv.dtype).view_as(kv), dq_I, dk_I.to(k_I.dtype), dw

@@ -154,8 +154,8 @@ def decode_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                q_mains, q_tails, mains, tails, p_shared, full, empty, places, places, lse, lse, out, lse, out, lse,
-                first_row, heads, T, K, K, tiles, scale, False, 0,
+                q_mains, q_tails, mains, tails, p_shared, full, empty, places, places, lse, out, lse, out, lse,
+                first_row, first_head, heads, T, K, K, tiles, scale, False, 0,
             )),
             (_load, (values, scales, ropes, places, T, K, page_stride, tiles, mains, tails, full, empty)),
         ],

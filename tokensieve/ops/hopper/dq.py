@@ -29,7 +29,9 @@ from tokensieve.ops.hopper.warps import (
     allocate_barriers,
     barrier,
     columns,
+    live_columns,
     load_block,
+    load_marks,
     load_part,
     load_tile_index,
     multiply_part,
@@ -66,7 +68,7 @@ def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
 @gluon.jit
 def _probabilities(
     q_mains, q_tails, mains, tails, p_shared, ds_shared, full, empty, p_ready, ds_ready,
-    indices, marks, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale, M: gl.constexpr,
+    indices, marks, lse, dq, p_out, first_row, first_head, heads, T, K, pitch, tiles, scale, M: gl.constexpr,
 ):  # fmt: skip
     """Computes P, and columns 0 to 255 and 512 to 543 of dq."""
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -81,12 +83,18 @@ def _probabilities(
     dq0 = gl.zeros([64, 128], gl.float32, wide)
     dq1 = gl.zeros([64, 128], gl.float32, wide)
     dq2 = gl.zeros([64, 32], gl.float32, narrow)
+    if M > 0:
+        mark_next = load_marks(marks, 0, K, logits)
     for tile in range(tiles):
         # `zero` is always 0, but the compiler does not know that: else it would keep the address of every operand in
         # registers, and spill.
         parity, zero = tile & 1, tile >> 30
         q_main, q_tail, main, tail = q_mains.index(zero), q_tails.index(zero), mains.index(zero), tails.index(zero)
-        live = seen_pairs(indices, marks, tile, T, K, M, logits)
+        if M > 0:
+            live = seen_pairs(mark_next, first_head, M, logits)
+            mark_next = load_marks(marks, tile + 1, K, logits)
+        else:
+            live = live_columns(indices, tile, T, K, logits)
         x = gl.zeros([64, 64], gl.float32, logits)
         x = multiply_part(q_main, main, 0, x, full.index(0), parity)
         x = multiply_part(q_main, main, 256, x, full.index(1), parity)
@@ -200,7 +208,7 @@ def dq_kernel(
         [
             (_probabilities, (
                 q_mains, q_tails, mains, tails, p_shared, ds_shared, full, empty, ready.index(0), ready.index(1),
-                indices, marks, lse, dq, p_out, first_row, heads, T, K, pitch, tiles, scale, M,
+                indices, marks, lse, dq, p_out, first_row, first_head, heads, T, K, pitch, tiles, scale, M,
             )),
             (_slopes, (
                 douts, mains, tails, p_shared, ds_shared, full, empty, ready.index(0), ready.index(1),

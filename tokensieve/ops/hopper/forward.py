@@ -28,7 +28,9 @@ from tokensieve.ops.hopper.warps import (
     barrier,
     breaks_of,
     columns,
+    live_columns,
     load_block,
+    load_marks,
     load_part,
     load_tile_index,
     multiply_part,
@@ -60,8 +62,8 @@ def _load(kv, indices, T, K, tiles, mains, tails, full, empty):
 
 @gluon.jit
 def attend(
-    q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, breaks, row_breaks, out, lse, p_out, top_out,
-    first_row, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr, M: gl.constexpr,
+    q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, row_breaks, out, lse, p_out, top_out,
+    first_row, first_head, heads, T, K, pitch, tiles, scale, KEEP: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = p_shared.dtype
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
@@ -75,9 +77,12 @@ def attend(
     top_row = top_head * (pitch // 64)
 
     q_main, q_tail = q_mains.index(0), q_tails.index(0)
-    live = seen_pairs(indices, marks, 0, T, K, M, logits)
     if M > 0:
+        mark, mark_next = load_marks(marks, 0, K, logits), load_marks(marks, 1, K, logits)
+        live = seen_pairs(mark, first_head, M, logits)
         row_break = gl.load(row_breaks + first_row + top_head, mask=top_mine, other=0.0)[:, None]
+    else:
+        live = live_columns(indices, 0, T, K, logits)
     x = gl.zeros([64, 64], gl.float32, logits)
     x = multiply_part(q_main, mains.index(0), 0, x, full.index(0), 0)
     x = multiply_part(q_main, mains.index(0), 128, x, full.index(1), 0)
@@ -88,7 +93,7 @@ def attend(
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(4))
     if M > 0:
-        x += row_break + breaks_of(breaks, indices, 0, T, K, logits)
+        x += row_break + breaks_of(mark)
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
     sums, _, largest = softmax_step(x, live, scale, largest)
     p_shared.store(sums.to(dtype))
@@ -108,7 +113,12 @@ def attend(
         o1 = warpgroup_mma(p_shared, before.slice(128, 128, 1), o1, is_async=True)
         o2 = warpgroup_mma(p_shared, before.slice(256, 128, 1), o2, is_async=True)
         o3 = warpgroup_mma(p_shared, before.slice(384, 128, 1), o3, is_async=True)
-        live = seen_pairs(indices, marks, tile, T, K, M, logits)
+        if M > 0:
+            mark = mark_next
+            mark_next = load_marks(marks, tile + 1, K, logits)
+            live = seen_pairs(mark, first_head, M, logits)
+        else:
+            live = live_columns(indices, tile, T, K, logits)
         if KEEP:
             gl.store(top_out + top_row + (tile - 1), largest, mask=top_mine)
             gl.store(p_out + pair + (tile - 1) * 64, p_shared.load(lines), mask=mine[:, None])
@@ -131,7 +141,7 @@ def attend(
         x = warpgroup_mma_wait(0, (x,))
         release(empty.index(b + 4))
         if M > 0:
-            x += row_break + breaks_of(breaks, indices, tile, T, K, logits)
+            x += row_break + breaks_of(mark)
         p, shrink, largest = softmax_step(x, live, scale, largest)
         sums = sums * shrink[:, None] + p
         p_shared.store(p.to(dtype))
@@ -170,7 +180,7 @@ def attend(
 
 @gluon.jit(do_not_specialize=["T"])
 def forward_kernel(
-    q, kv, indices, marks, breaks, row_breaks, out, lse, p_out, top_out, H, T, K, pitch, scale,
+    q, kv, indices, marks, row_breaks, out, lse, p_out, top_out, H, T, K, pitch, scale,
     KP: gl.constexpr, KEEP: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = kv.dtype.element_ty
@@ -198,8 +208,8 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (attend, (
-                q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, breaks, row_breaks,
-                out, lse, p_out, top_out, first_row, heads, T, K, pitch, tiles, scale, KEEP, M,
+                q_mains, q_tails, mains, tails, p_shared, full, empty, indices, marks, row_breaks,
+                out, lse, p_out, top_out, first_row, first_head, heads, T, K, pitch, tiles, scale, KEEP, M,
             )),
             (_load, (kv, indices, T, K, tiles, mains, tails, full, empty)),
         ],
@@ -210,14 +220,13 @@ def forward_kernel(
 
 @dataclass(frozen=True)
 class Tiled:
-    """Marks of the queries of a tile, and of what is broken.
+    """Marks of the queries of a tile, and of what is broken: q and kv themselves are finite.
 
-    marks: (tiles, K) int32 whose bit b says whether query b selected the place's key. breaks (T,), row_breaks (tiles,
-    64): float32, 0, or NaN if a key or a query is broken; q and kv themselves are finite. M: heads of a query.
+    marks: (tiles, K) int32 whose bit b says whether query b selected the place's key, and the sign whether the key is
+    broken. row_breaks: (tiles, H) float32, 0, or NaN if a query is broken. M: heads of a query.
     """
 
     marks: Tensor
-    breaks: Tensor
     row_breaks: Tensor
     M: int
 
@@ -239,8 +248,8 @@ def forward(
     """
     (S, H, _), K = q.shape, indices.shape[1]
     p, top = unscaled if unscaled is not None else (out, lse)  # not touched
-    t = tiled or Tiled(indices, lse, lse, 0)  # not touched
+    t = tiled or Tiled(indices, lse, 0)  # not touched
     forward_kernel[(cdiv(H, BLOCK) * S,)](
-        q, kv, indices, t.marks, t.breaks, t.row_breaks, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
+        q, kv, indices, t.marks, t.row_breaks, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
         KP=padded(K), KEEP=unscaled is not None, M=t.M, num_warps=8,
     )  # fmt: skip

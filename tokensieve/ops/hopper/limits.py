@@ -1,4 +1,6 @@
-"""Limits of the Hopper backend: the 671B model's shapes. The portable one takes the rest. Imports no Triton."""
+"""Limits of the Hopper backend: the 671B model's shapes, and grouped queries. The portable one takes the rest. Imports
+no Triton.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,9 +28,25 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
             return "it decodes from quantized pages: one group, MLA's widths, and bfloat16 queries of 576"
         if not in_lines(pages, LATENT_TOKEN_BYTES):
             return "it reads pages whose bytes lie together, at multiples of 16"
-    elif operands["kv"].shape[1:] != (1, 576) or (q.shape[-1], operands["v_start"], operands["d_v"]) != (576, 0, 512):
-        return "its entries are 576 wide, one a token, and their value is the first 512"
+    elif not (is_latent(q, operands) or is_grouped(q, operands)):
+        return (
+            "its entries are 576 wide, one a token, and their value is the first 512; or 3 to 32 heads share keys and "
+            "values that are 64 or 128 wide and lie one after the other"
+        )
     return portable.limits(op, q, operands)
+
+
+def is_latent(q: Tensor, operands: Mapping[str, Any]) -> bool:
+    """Whether entries are MLA's."""
+    parts = (q.shape[-1], operands["v_start"], operands["d_v"])
+    return operands["kv"].shape[1:] == (1, 576) and parts == (576, 0, 512)
+
+
+def is_grouped(q: Tensor, operands: Mapping[str, Any]) -> bool:
+    """Whether tiles of queries fill the 128 rows of a program, with keys and values of widths that it takes."""
+    (_, H, D), (_, G, E), v_start = q.shape, operands["kv"].shape, operands["v_start"]
+    widths = D in (64, 128) and operands["d_v"] in (64, 128)
+    return widths and v_start >= D and E % 8 == v_start % 8 == 0 and 3 <= H // G <= 32
 
 
 def slower(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:

@@ -1,14 +1,18 @@
-"""Attention over selected entries for few heads on Hopper: a tile of neighbouring queries as one query of 64 heads.
+"""Attention over selected entries for few heads on Hopper: a tile of neighbouring queries as one query of 128 heads.
 
 Legend: S queries, T key tokens, H heads, K selected; B queries of a tile, C places of its list.
 
-A program of `forward` and `dq` holds 64 heads. With 16 heads a query fills a quarter of it, and gathers its entries for
-itself alone. Four neighbours fill it, and what they select together is little more than what one does. So they share a
-list of keys (`unions`), of which each sees its own. B queries select at most B K keys, which take no longer than B
-programs of one query each: nothing is lost if their selections differ.
+A program of `forward` and `dq` holds 64 heads, and one of `dkv` sums over 128 before it adds. With 16 heads a query
+fills a quarter of the first and an eighth of the second, and gathers its entries for itself alone. Eight neighbours
+fill both, and what they select together is little more than what one does. So they share a list of keys (`unions`), of
+which each sees its own.
 
-Zero times NaN is NaN. So the kernels multiply finite numbers only. A mask beside them marks what was broken, and makes
-the logits NaN of a query that has it or has selected it.
+Tiles cost more than they save if selections differ. So queries whose tile selects more than `most` keys go to the
+kernels of one query a program. The device decides, and the host never waits: both run, each with the keys of its
+queries alone, and a choice by query comes after.
+
+Zero times NaN is NaN. So the kernels of tiles multiply finite numbers only. A mask beside them marks what was broken,
+and makes the logits NaN of a query that has it or has selected it.
 """
 
 from collections.abc import Iterator
@@ -19,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tokensieve.ops.hopper import attention, attention_kl
 from tokensieve.ops.hopper.attention import delta_of, pitch_of
-from tokensieve.ops.hopper.dkv import add_dkv
+from tokensieve.ops.hopper.dkv import HEADS, add_dkv
 from tokensieve.ops.hopper.dq import probabilities_and_dq
 from tokensieve.ops.hopper.forward import Tiled, forward
 from tokensieve.ops.hopper.limits import aligned, whole
@@ -28,14 +33,17 @@ from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
 from tokensieve.ops.triton.attention import LOG2E
 from tokensieve.ops.triton.in_order import add_in_order, wanted_in_order
 from tokensieve.ops.triton.union_kl import index_gradients, kl_slopes, write_kl
-from tokensieve.ops.triton.unions import Unions, strips, unions
-
-ENABLED = False  # they compile and have never run: tests/ops/test_hopper_tiles_gpu.py
+from tokensieve.ops.triton.unions import Unions, fitting, strips
 
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor) -> bool:
     """Whether a tile of queries fills what one leaves empty."""
-    return ENABLED and q_SHD.shape[1] in (16, 32) and min(len(q_SHD), len(kv_TGE), indices_SK.shape[1]) > 0
+    return q_SHD.shape[1] in (16, 32) and min(len(q_SHD), len(kv_TGE), indices_SK.shape[1]) > 0
+
+
+def most(B: int, K: int) -> int:
+    """Keys that a tile of B queries may select together: with more, one query a program is faster (docs/kernels.md)."""
+    return int((1 + B / 4) * K)
 
 
 def _breaks(x: Tensor) -> Tensor:
@@ -66,33 +74,49 @@ class Part:
 
 
 class Tiles:
-    """Inputs of both ways in tiles. S is padded to whole tiles; queries past the end select nothing."""
+    """Inputs of both ways in tiles. S is padded to whole tiles; queries past the end select nothing.
+
+    alone (S, K): the selections of queries whose tile is not taken, -1 for all others; defined after `parts`.
+    """
 
     def __init__(self, q: Tensor, kv: Tensor, indices: Tensor) -> None:
         (self.S, self.H, _), self.T, self.K = q.shape, kv.shape[0], indices.shape[1]
-        self.B = BLOCK // self.H
+        self.B = HEADS // self.H
         self.rows = triton.cdiv(self.S, self.B) * self.B
         self.q, self.kv = self.fold(_finite(q)), aligned(_finite(kv))
         self.indices = _padded(indices, self.rows, -1)
-        self.key_breaks = _breaks(kv[:, 0])
+        self.key_marks = torch.where(whole(kv[:, 0]), 0, -(2**31)).int()  # the sign bit of what is broken
         self.row_breaks = self.fold(_breaks(q))
+        self.taken = torch.zeros(self.rows, dtype=torch.bool, device=q.device)
 
     def fold(self, x: Tensor) -> Tensor:
-        """(S, H, ...) as (tiles, 64, ...)."""
-        return _padded(x, self.rows).view(-1, BLOCK, *x.shape[2:])
+        """(S, H, ...) as (tiles, 128, ...)."""
+        return _padded(x, self.rows).view(-1, HEADS, *x.shape[2:])
 
     def new(self, *widths: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.rows // self.B, BLOCK, *widths, dtype=dtype, device=self.q.device)
+        return torch.empty(self.rows // self.B, HEADS, *widths, dtype=dtype, device=self.q.device)
 
     def unfold(self, x: Tensor) -> Tensor:
         return x.view(self.rows, self.H, *x.shape[2:])[: self.S]
 
     def parts(self, kept: int) -> Iterator[Part]:
         """kept: bytes that a place of a tile's list needs besides the lists."""
-        for rows in strips(self.rows, self.T, self.K, others=kept * self.K):
-            (u,) = unions(self.indices[rows], self.T, self.B, self.B)
+        fit = most(self.B, self.K)
+        for rows in strips(self.rows, self.T, self.K, others=kept * fit // self.B):
+            u = fitting(self.indices[rows], self.T, self.B, fit)
+            self.taken[rows] = (u.counts >= 0).repeat_interleave(self.B)
             tiles = slice(rows.start // self.B, rows.start // self.B + len(u))
-            yield Part(rows, tiles, u, u.named(), Tiled(u.marks, self.key_breaks, self.row_breaks[tiles], self.H))
+            keys = u.named()
+            marks = torch.where(keys >= 0, u.marks | self.key_marks[keys.clamp_min(0)], 0)
+            yield Part(rows, tiles, u, keys, Tiled(marks, self.row_breaks[tiles], self.H))
+
+    @property
+    def alone(self) -> Tensor:
+        return self.indices[: self.S].masked_fill(self.taken[: self.S, None], -1)
+
+    def choose(self, of_tiles: Tensor, of_one: Tensor) -> Tensor:
+        """By query, (S, ...)."""
+        return torch.where(self.taken[: self.S].view(-1, *(1,) * (of_one.ndim - 1)), of_tiles[: self.S], of_one)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -103,18 +127,16 @@ def _mass_kernel(
 
     Where a query has not selected the key it is 0, or NaN if the query has no keys at all: marks say what to read.
     """
-    steps, head, n = pitch // BN, tl.arange(0, H), tl.arange(0, BN)
+    steps, r, b, n = pitch // BN, tl.arange(0, B * H), tl.arange(0, B), tl.arange(0, BN)
     tile, step = (tl.program_id(0) // steps).to(tl.int64), tl.program_id(0) % steps
-    place = step * BN + n
     if step * BN >= tl.load(counts + tile):
         return
-    for b in range(B):
-        row = (tile * B + b) * H + head
-        p_HN = tl.load(p + row[:, None] * pitch + place[None, :]).to(tl.float32)
-        if UNSCALED:
-            scale_H = tl.exp2(tl.load(top + row * steps + step) - tl.load(lse + row) * LOG2E)
-            p_HN *= scale_H[:, None]
-        tl.store(mass + (tile * B + b) * C + place, tl.sum(p_HN, 0), mask=place < C)
+    row, place = tile * (B * H) + r, step * BN + n
+    p_RN = tl.load(p + row[:, None] * pitch + place[None, :]).to(tl.float32)
+    if UNSCALED:
+        p_RN *= tl.exp2(tl.load(top + row * steps + step) - tl.load(lse + row) * LOG2E)[:, None]
+    mass_BN = tl.sum(tl.reshape(p_RN, (B, H, BN)), 1)
+    tl.store(mass + (tile * B + b)[:, None] * C + place[None, :], mass_BN, mask=(place < C)[None, :])
 
 
 def _mass(part: Part, p: Tensor, H: int, top: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
@@ -135,7 +157,8 @@ def sparse_attention(
     for part in x.parts(0):
         rows = part.tiles
         forward(x.q[rows], x.kv, part.keys, scale, out[rows], lse[rows], tiled=part.tiled)
-    return x.unfold(out), x.unfold(lse)
+    alone = attention.sparse_attention(q_SHD, kv_TGE, x.alone, scale, d_k, v_start, d_v)
+    return x.choose(x.unfold(out), alone[0]), x.choose(x.unfold(lse), alone[1])
 
 
 def sparse_attention_kl(
@@ -144,32 +167,33 @@ def sparse_attention_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x = Tiles(q_SHD, kv_TGE, indices_SK)
     out, lse = x.new(VALUE, dtype=q_SHD.dtype), x.new(dtype=torch.float32)
-    q_I, k_I, w = (_padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows))
+    index = (_padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows))
     kl = torch.empty(x.rows, dtype=torch.float32, device=out.device)
     buffers = None  # every strip uses them, of which the first is the longest
     for part in x.parts(_kept(x, buffers=1)):
         rows, queries, n = part.tiles, part.queries, len(part.u)
         if buffers is None:
             pitch = pitch_of(part.u.C)
-            buffers = out.new_empty(n, BLOCK, pitch), lse.new_empty(n, BLOCK, pitch // BLOCK)
+            buffers = out.new_empty(n, HEADS, pitch), lse.new_empty(n, HEADS, pitch // BLOCK)
         p, top = buffers[0][:n], buffers[1][:n]
         forward(x.q[rows], x.kv, part.keys, scale, out[rows], lse[rows], (p, top), part.tiled)
         mass = _mass(part, p, x.H, top, lse[rows])
-        write_kl(part.u, mass, x.H, q_I[queries], k_I, w[queries], kl[queries])
-    return x.unfold(out), x.unfold(lse), kl[: x.S]
+        write_kl(part.u, mass, x.H, index[0][queries], index[1], index[2][queries], kl[queries])
+    alone = attention_kl.sparse_attention_kl(q_SHD, kv_TGE, x.alone, scale, d_k, v_start, d_v, q_I, k_I, w)
+    return x.choose(x.unfold(out), alone[0]), x.choose(x.unfold(lse), alone[1]), x.choose(kl, alone[2])
 
 
 def _kept(x: Tiles, buffers: int) -> int:
-    """Bytes that a key of a query needs: its tile's probabilities, its own target and scores, and sums in order."""
+    """Bytes that a place of a list needs: probabilities, the queries' target and scores, and sums in order."""
     in_order = KEY * 4 if buffers > 1 and wanted_in_order() else 0
-    return x.B * (buffers * x.H * x.q.element_size() + 2 * 4) + in_order
+    return buffers * HEADS * x.q.element_size() + x.B * 2 * 4 + in_order
 
 
 def _backward_by_parts(
     x: Tiles, dout_SHV: Tensor, dlse_SH: Tensor | None, out_SHV: Tensor, lse_SH: Tensor, scale: float, dq: Tensor,
     dkv: Tensor,
 ) -> Iterator[tuple[Part, Tensor]]:  # fmt: skip
-    """Writes dq (tiles, 64, 576), adds to dkv (T, 576) float32, and yields the probabilities of each strip."""
+    """Writes dq (tiles, 128, 576), adds to dkv (T, 576) float32, and yields the probabilities of each strip."""
     dout = dout_SHV.to(out_SHV.dtype).contiguous()
     dlse = None if dlse_SH is None else dlse_SH.contiguous()
     delta = x.fold(delta_of(dout, out_SHV.contiguous(), dlse))
@@ -178,7 +202,7 @@ def _backward_by_parts(
     for part in x.parts(_kept(x, buffers=2)):
         rows, n = part.tiles, len(part.u)
         if buffer is None:
-            buffer = dout.new_empty(2, n, BLOCK, pitch_of(part.u.C))
+            buffer = dout.new_empty(2, n, HEADS, pitch_of(part.u.C))
         p, ds = buffer[:, :n]
         probabilities_and_dq(
             dout[rows], x.q[rows], x.kv, part.keys, lse[rows], delta[rows], scale, dq[rows], p, ds, part.tiled
@@ -200,7 +224,11 @@ def sparse_attention_backward(
     dq, dkv = x.new(KEY, dtype=q_SHD.dtype), torch.zeros(x.T, KEY, dtype=torch.float32, device=q_SHD.device)
     for _ in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
         pass
-    return x.unfold(dq), dkv.to(kv_TGE.dtype).view_as(kv_TGE)
+    q, kv = q_SHD.contiguous(), aligned(kv_TGE)
+    of_one = torch.empty_like(q)
+    for _ in attention.backward_by_strips(dout_SHV, dlse_SH, q, kv, x.alone, out_SHV, lse_SH, scale, of_one, dkv):
+        pass
+    return x.choose(x.unfold(dq), of_one), dkv.to(kv.dtype).view_as(kv)
 
 
 def sparse_attention_kl_backward(
@@ -210,12 +238,21 @@ def sparse_attention_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x = Tiles(q_SHD, kv_TGE, indices_SK)
     dq, dkv = x.new(KEY, dtype=q_SHD.dtype), torch.zeros(x.T, KEY, dtype=torch.float32, device=q_SHD.device)
-    q_I, k_I, w, dkl = _padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows), _padded(dkl_S, x.rows)
-    dq_I, dw = torch.empty_like(q_I), torch.empty_like(w)
-    dk_I = torch.zeros(k_I.shape, dtype=torch.float32, device=k_I.device)
+    q_rows, k, w_rows, dkl_rows = _padded(q_I, x.rows), aligned(k_I), _padded(w, x.rows), _padded(dkl_S, x.rows)
+    dq_I, dw = torch.empty_like(q_rows), torch.empty_like(w_rows)
+    dk_I = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
     for part, p in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
         queries = part.queries
-        index = (q_I[queries], k_I, w[queries])
-        slopes = kl_slopes(part.u, _mass(part, p, x.H), x.H, dkl[queries], *index)
+        index = (q_rows[queries], k, w_rows[queries])
+        slopes = kl_slopes(part.u, _mass(part, p, x.H), x.H, dkl_rows[queries], *index)
         index_gradients(part.u, *index, slopes, dq_I[queries], dk_I, dw[queries])
-    return x.unfold(dq), dkv.to(kv_TGE.dtype).view_as(kv_TGE), dq_I[: x.S], dk_I.to(k_I.dtype), dw[: x.S]
+    q, kv = q_SHD.contiguous(), aligned(kv_TGE)
+    of_one = torch.empty_like(q)
+    dq_of_one, dk_of_one, dw_of_one = attention_kl.gradients(
+        dout_SHV, dlse_SH, dkl_S, out_SHV, lse_SH, q, kv, x.alone, scale, aligned(q_I), k, aligned(w), of_one, dkv
+    )
+    dk_I += dk_of_one
+    return (
+        x.choose(x.unfold(dq), of_one), dkv.to(kv.dtype).view_as(kv),
+        x.choose(dq_I, dq_of_one), dk_I.to(k.dtype), x.choose(dw, dw_of_one),
+    )  # fmt: skip

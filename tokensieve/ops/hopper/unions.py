@@ -1,4 +1,4 @@
-"""Attention over unions of selections on Hopper, in the place of the portable `union_attention`, wide tiles only.
+"""Attention over unions of selections on Hopper: the kernels of `union_attention` for its wide tiles.
 
 Narrow tiles, and tiles with broken numbers, are left to the portable kernels, whose second walk is guarded: zero times
 NaN is NaN. The device decides, and the host never waits. If gradients are added in order, the portable kernels take the
@@ -97,3 +97,6 @@ def backward(
             )  # fmt: skip
             u = _only(u, broken)
         union_attention.backward([u], dout, dlse, out, lse, q, kv, dq, dkv, scale, shape)
+
+
+KERNELS = union_attention.Kernels(forward, backward)

@@ -95,26 +95,22 @@ def live_columns(indices, tile, T, K, layout: gl.constexpr):
 
 
 @gluon.jit
-def seen_pairs(indices, marks, tile, T, K, M: gl.constexpr, layout: gl.constexpr):
-    """A mask of the places of a tile that each row attends to.
-
-    M: heads of a query, whose bit is in the places' marks; 0: all rows attend alike.
-    """
-    seen = live_columns(indices, tile, T, K, layout)
-    if M > 0:
-        at = tile * 64 + columns(layout, 64)
-        mark = gl.load(marks + at, mask=at < K, other=0)
-        seen = seen & (((mark[None, :] >> (rows(layout, 64) // M)[:, None]) & 1) != 0)
-    return seen
+def load_marks(marks, tile, K, layout: gl.constexpr):
+    """Marks of the places of a tile, for the columns of the logits; 0 past the end."""
+    at = tile * 64 + columns(layout, 64)
+    return gl.load(marks + at, mask=at < K, other=0)
 
 
 @gluon.jit
-def breaks_of(breaks, indices, tile, T, K, layout: gl.constexpr):
+def seen_pairs(mark, first_head, M: gl.constexpr, layout: gl.constexpr):
+    """A mask of the places that each of the 64 rows from `first_head` on attends to, of M heads a query."""
+    return ((mark[None, :] >> ((first_head + rows(layout, 64)) // M)[:, None]) & 1) != 0
+
+
+@gluon.jit
+def breaks_of(mark):
     """0, or NaN where a place's key is broken: added to logits, it makes them NaN."""
-    at = tile * 64 + columns(layout, 64)
-    index = gl.load(indices + at, mask=at < K, other=-1)
-    live = (index >= 0) & (index < T)
-    return gl.load(breaks + gl.where(live, index, 0), mask=live, other=0.0)[None, :]
+    return gl.where(mark < 0, float("nan"), 0.0)[None, :]
 
 
 @gluon.jit

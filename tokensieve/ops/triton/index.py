@@ -119,7 +119,7 @@ def index_scores(
     scores_ST = torch.empty(S, T, dtype=torch.float32, device=q_SHD.device)
     if S == 0 or T == 0:
         return scores_ST
-    HP, DP = padded(H), padded(D, 32)
+    HP, DP = padded(H, 8), padded(D, 32)  # blocks of queries fill a product
     BQ = max(1, ROWS // HP)
     grid, chunk = chunks(S, T, BQ, BK, least=16)
     _scores_kernel[grid](
@@ -212,7 +212,7 @@ def gradients_of_scores(
     dk = torch.zeros(k_TD.shape, dtype=torch.float32, device=k_TD.device)
     if S == 0 or T == 0:
         return dq.zero_(), dk, dw.zero_()
-    HP, DP = padded(H), padded(D, 32)
+    HP, DP = padded(H, 8), padded(D, 32)  # blocks of queries fill a product
     BQ = max(1, 64 // HP)
     starts_S, ends_S = ranges(starts_S, ends_S)
     inputs = (dscores_ST.contiguous(), q_SHD.contiguous(), k_TD.contiguous(), w_SH.contiguous(), k_scale_T)

@@ -10,8 +10,8 @@ tile's rows fill the product, its entries are gathered once, and so are its sums
 Zero times NaN is NaN: as in `masked`, a program whose sums come out broken walks once more, guarded.
 """
 
-import sys
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,17 +34,6 @@ WIDEST = 128  # keys and values whose sums the registers of a program hold
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
-
-WIDE_ON_HOPPER = False  # its kernels compile and have never run: benchmarks/gpu_few_heads.py --hopper
-
-
-def kernels(q: Tensor) -> ModuleType:
-    """The module whose `forward` and `backward` take the tiles."""
-    if WIDE_ON_HOPPER and is_hopper(q.device):
-        from tokensieve.ops.hopper import unions as on_hopper
-
-        return on_hopper
-    return sys.modules[__name__]
 
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, d_k: int, v_start: int, d_v: int) -> bool:
@@ -168,18 +157,6 @@ def forward(
             q, kv, u.keys, u.marks, u.counts, out, lse, q.shape[0], scale=scale,
             **shape, **launch(u, shape["MP"], FORWARD),
         )  # fmt: skip
-
-
-def sparse_attention(
-    q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int
-) -> tuple[Tensor, Tensor]:
-    (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
-    out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
-    q, kv, indices = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK))
-    shape = shape_of(q, kv, d_k, v_start, d_v)
-    for part in strips(S, T, K):
-        kernels(q).forward(levels(indices[part], T, shape["MP"]), q[part], kv, out[part], lse[part], scale, shape)
-    return out, lse
 
 
 @triton.jit(do_not_specialize=["S", "C"])
@@ -328,6 +305,37 @@ def backward(
             add_in_order(dkv.view(T, G * E), u.named(), sums)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What takes the tiles: functions with the arguments of `forward` and `backward`."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+PORTABLE = Kernels(forward, backward)
+
+
+def sparse_attention(
+    q_SHD: Tensor,
+    kv_TGE: Tensor,
+    indices_SK: Tensor,
+    scale: float,
+    d_k: int,
+    v_start: int,
+    d_v: int,
+    *,
+    kernels: Kernels = PORTABLE,
+) -> tuple[Tensor, Tensor]:
+    (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
+    out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
+    q, kv, indices = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK))
+    shape = shape_of(q, kv, d_k, v_start, d_v)
+    for part in strips(S, T, K):
+        kernels.forward(levels(indices[part], T, shape["MP"]), q[part], kv, out[part], lse[part], scale, shape)
+    return out, lse
+
+
 def sparse_attention_backward(
     dout_SHV: Tensor,
     dlse_SH: Tensor | None,
@@ -340,13 +348,15 @@ def sparse_attention_backward(
     d_k: int,
     v_start: int,
     d_v: int,
+    *,
+    kernels: Kernels = PORTABLE,
 ) -> tuple[Tensor, Tensor]:
     (S, T), K = (q_SHD.shape[0], kv_TGE.shape[0]), indices_SK.shape[1]
     dq, dkv = q_SHD.new_empty(q_SHD.shape), torch.zeros(kv_TGE.shape, dtype=torch.float32, device=q_SHD.device)
     q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=bytes_in_order(K, kv)):
-        kernels(q).backward(
+        kernels.backward(
             levels(indices[part], T, shape["MP"]), dout[part], None if dlse is None else dlse[part], out_SHV[part],
             lse_SH[part], q[part], kv, dq[part], dkv, scale, shape,
         )  # fmt: skip

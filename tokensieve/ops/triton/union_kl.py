@@ -18,12 +18,12 @@ from tokensieve.ops.triton import union_attention
 from tokensieve.ops.triton.in_order import add_in_order, wanted_in_order
 from tokensieve.ops.triton.index import exact, load_rows, padded, relu
 from tokensieve.ops.triton.masked import finite
-from tokensieve.ops.triton.union_attention import load_keys
+from tokensieve.ops.triton.union_attention import PORTABLE, Kernels, load_keys
 from tokensieve.ops.triton.unions import FIT, Unions, strips
 
 ROWS = 128
 SCORES = {"BN": 128, "num_warps": 8, "num_stages": 2}
-GRADIENTS = {"BN": 128, "num_warps": 8, "num_stages": 2}
+GRADIENTS = {"BN": 128, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def _dk_kernel(
 
 def _launch(u: Unions, q_I: Tensor, settings: dict[str, int]) -> dict[str, Any]:
     _, H, D = q_I.shape
-    HP, DP = padded(H), padded(D)
+    HP, DP = padded(H, triton.cdiv(16, u.B)), padded(D)  # a product takes 16 rows at least
     BQ = max(1, min(u.B, ROWS // HP))
     return {"C": u.C, "H": H, "D": D, "HP": HP, "DP": DP, "B": u.B, "BQ": BQ, "EXACT": exact(q_I), **settings}
 
@@ -219,6 +219,8 @@ def sparse_attention_kl(
     q_I: Tensor,
     k_I: Tensor,
     w: Tensor,
+    *,
+    kernels: Kernels = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
     out, lse = q_SHD.new_empty(S, H, d_v), q_SHD.new_empty(S, H, dtype=torch.float32)
@@ -227,7 +229,7 @@ def sparse_attention_kl(
     shape = union_attention.shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=_kept(K, shape["MP"])):
         levels = union_attention.levels(indices[part], T, shape["MP"])
-        union_attention.kernels(q).forward(levels, q[part], kv, out[part], lse[part], scale, shape)
+        kernels.forward(levels, q[part], kv, out[part], lse[part], scale, shape)
         for u in levels:
             mass = union_attention.head_mass(u, q[part], kv, lse[part], scale, shape)
             write_kl(u, mass, H, q_I[part], k_I, w[part], kl[part])
@@ -250,6 +252,8 @@ def sparse_attention_kl_backward(
     q_I: Tensor,
     k_I: Tensor,
     w: Tensor,
+    *,
+    kernels: Kernels = PORTABLE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (S, H, _), T, K = q_SHD.shape, kv_TGE.shape[0], indices_SK.shape[1]
     dq, dq_I, dw = q_SHD.new_empty(q_SHD.shape), q_I.new_empty(q_I.shape), w.new_empty(w.shape)
@@ -259,7 +263,7 @@ def sparse_attention_kl_backward(
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), union_attention.shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=_kept(K, shape["MP"]) + union_attention.bytes_in_order(K, kv)):
         levels = union_attention.levels(indices[part], T, shape["MP"])
-        union_attention.kernels(q).backward(
+        kernels.backward(
             levels, dout[part], None if dlse is None else dlse[part], out_SHV[part], lse_SH[part], q[part], kv,
             dq[part], dkv, scale, shape,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from tokensieve.ops.triton.masked import WORD, selection_bits
 
 WIDE = 32  # queries of a wide tile at most: the bits of a mark
 FIT = 4  # a wide tile's union may have so many times K keys
-STRIP_BYTES = 2**30  # for bits, lists, and what else is kept of a strip's queries
+STRIP_BYTES = 2**31  # for bits, lists, and what else is kept of a strip's queries
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,12 @@ def unions(indices_SK: Tensor, T: int, wide: int, narrow: int) -> list[Unions]:
     if fit < most:
         levels.append(_level(bits, firsts, ends, levels[0], narrow, min(narrow * K, T), S, T))
     return levels
+
+
+def fitting(indices_SK: Tensor, T: int, B: int, most: int) -> Unions:
+    """Tiles of B queries, as `unions` makes them. The count is -1 of those whose union has more than `most` keys."""
+    S, K = indices_SK.shape
+    return _level(*selection_bits(indices_SK, T, by_key=True), None, B, max(1, min(most, B * K, T)), S, T)
 
 
 def strips(S: int, T: int, K: int, others: int = 0) -> Iterator[slice]:
