@@ -127,16 +127,17 @@ def _mass_kernel(
 
     Where a query has not selected the key it is 0, or NaN if the query has no keys at all: marks say what to read.
     """
-    steps, r, b, n = pitch // BN, tl.arange(0, B * H), tl.arange(0, B), tl.arange(0, BN)
+    steps, head, b, n = pitch // BN, tl.arange(0, H), tl.arange(0, B), tl.arange(0, BN)
     tile, step = (tl.program_id(0) // steps).to(tl.int64), tl.program_id(0) % steps
     if step * BN >= tl.load(counts + tile):
         return
-    row, place = tile * (B * H) + r, step * BN + n
-    p_RN = tl.load(p + row[:, None] * pitch + place[None, :]).to(tl.float32)
+    # Heads come first, so that a thread has all of them: the sum then needs no other thread.
+    row_HB, place = (tile * B + b)[None, :] * H + head[:, None], step * BN + n
+    p_HBN = tl.load(p + row_HB[:, :, None] * pitch + place[None, None, :]).to(tl.float32)
     if UNSCALED:
-        p_RN *= tl.exp2(tl.load(top + row * steps + step) - tl.load(lse + row) * LOG2E)[:, None]
-    mass_BN = tl.sum(tl.reshape(p_RN, (B, H, BN)), 1)
-    tl.store(mass + (tile * B + b)[:, None] * C + place[None, :], mass_BN, mask=(place < C)[None, :])
+        scale_HB = tl.exp2(tl.load(top + row_HB * steps + step) - tl.load(lse + row_HB) * LOG2E)
+        p_HBN *= scale_HB[:, :, None]
+    tl.store(mass + (tile * B + b)[:, None] * C + place[None, :], tl.sum(p_HBN, 0), mask=(place < C)[None, :])
 
 
 def _mass(part: Part, p: Tensor, H: int, top: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
@@ -144,7 +145,7 @@ def _mass(part: Part, p: Tensor, H: int, top: Tensor | None = None, lse: Tensor 
     u = part.u
     mass = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=p.device)
     _mass_kernel[(len(u) * (p.shape[2] // BLOCK),)](
-        p, top, lse, u.counts, mass, u.C, p.shape[2], H=H, B=u.B, BN=BLOCK, UNSCALED=top is not None, num_warps=4
+        p, top, lse, u.counts, mass, u.C, p.shape[2], H=H, B=u.B, BN=BLOCK, UNSCALED=top is not None, num_warps=2
     )
     return mass
 

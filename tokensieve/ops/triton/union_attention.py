@@ -32,6 +32,7 @@ WIDEST = 128  # keys and values whose sums the registers of a program hold
 
 # Of wide tiles, and of narrow ones: keys of a program's tile, warps and stages (docs/kernels.md).
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
+BLOCKS = 4  # of keys, for which a program of MASS sums
 MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
 
@@ -164,36 +165,44 @@ def _mass_kernel(
     q, kv, lse, keys, marks, counts, mass, S, C, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, v_start: tl.constexpr, B: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The attention's probabilities summed over all heads, for BN keys of a tile's list; 0 if a query lacks one."""
-    tile, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    """The attention's probabilities summed over all heads, for BLOCKS blocks of BN keys of a tile's list.
+
+    0 if a query lacks a key. One loop goes over blocks and groups, so that the entries of the next are on their way.
+    Groups are summed row by row, and the rows of a query only then: that sum needs other threads.
+    """
+    tile, n, first = tl.program_id(0), tl.arange(0, BN), tl.program_id(1) * (BLOCKS * BN)
     count = tl.load(counts + tile)
-    if tl.program_id(1) * BN >= count:
+    if first >= count:
         return
     QB: tl.constexpr = R // MP
-    live = n < count
-    key, mark = load_union(keys, marks, tile.to(tl.int64) * C + n, live)
-    query = tl.arange(0, QB)
-    mass_BN = tl.zeros((QB, BN), tl.float32)
-    for g in range(G):
+    query, base = tl.arange(0, QB), tile.to(tl.int64) * C
+    sum_RN = tl.zeros((R, BN), tl.float32)
+    for i in range(tl.cdiv(tl.minimum(count - first, BLOCKS * BN), BN) * G):
+        g, s = i % G, first + i // G * BN + n
+        live = s < count
+        key = load_keys(keys, base + s, live)
         _, row, mine = tile_rows(tile, g, S, H, G, MP, B, R)
         q_RD = load_part(q, row * D, mine, D, DP)
         k_ND = load_part(kv, (key * G + g) * E, live, D, DP)
         logit_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-        p_RN = tl.exp2(logit_RN * (scale * LOG2E) - load_lse(lse, row, mine)[:, None])
-        mass_BN += tl.sum(tl.reshape(p_RN, (QB, MP, BN)), 1)
-    seen = ((mark[None, :] >> query[:, None]) & 1) != 0
-    place = (tile.to(tl.int64) * B + query[:, None]) * C + n[None, :]
-    tl.store(mass + place, tl.where(seen, mass_BN, 0.0), mask=(query < B)[:, None] & live[None, :])
+        sum_RN += tl.exp2(logit_RN * (scale * LOG2E) - load_lse(lse, row, mine)[:, None])
+        if g == G - 1:
+            mark = tl.load(marks + base + s, mask=live, other=0)
+            mass_BN = tl.sum(tl.reshape(sum_RN, (QB, MP, BN)), 1)
+            seen = ((mark[None, :] >> query[:, None]) & 1) != 0
+            place = (tile.to(tl.int64) * B + query[:, None]) * C + s[None, :]
+            tl.store(mass + place, tl.where(seen, mass_BN, 0.0), mask=(query < B)[:, None] & live[None, :])
+            sum_RN = tl.zeros((R, BN), tl.float32)
 
 
 def head_mass(u: Unions, q: Tensor, kv: Tensor, lse: Tensor, scale: float, shape: dict[str, Any]) -> Tensor:
     """(tiles, B, C) float32: the probabilities summed over all heads. What lies past a count is not defined."""
     mass = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q.device)
     settings = launch(u, shape["MP"], MASS)
-    _mass_kernel[(len(u), triton.cdiv(u.C, settings["BN"]))](
-        q, kv, lse, u.keys, u.marks, u.counts, mass, q.shape[0], scale=scale, **shape, **settings
+    _mass_kernel[(len(u), triton.cdiv(u.C, BLOCKS * settings["BN"]))](
+        q, kv, lse, u.keys, u.marks, u.counts, mass, q.shape[0], scale=scale, **shape, **settings, BLOCKS=BLOCKS
     )
     return mass
 

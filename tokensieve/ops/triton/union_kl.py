@@ -1,7 +1,7 @@
 """Attention over selected entries with the indexer's loss, equation (4), on tiles of queries that share a union.
 
 Legend: S queries, T key tokens, K selected; index heads I (HP padded), D index width (DP padded); B queries of a tile,
-of which BQ share a matrix product of BQ * HP rows; C places of a tile's list, of which a program takes BN.
+of which BQ share a matrix product of BQ * HP rows; C places of a tile's list, of which a product takes BN.
 
 Target, scores and their gradients lie as the lists do: (tiles, B, C) float32. Only places that a query selected are
 read there.
@@ -21,9 +21,9 @@ from tokensieve.ops.triton.masked import finite
 from tokensieve.ops.triton.union_attention import PORTABLE, Kernels, load_keys
 from tokensieve.ops.triton.unions import FIT, Unions, strips
 
-ROWS = 128
-SCORES = {"BN": 128, "num_warps": 8, "num_stages": 2}
-GRADIENTS = {"BN": 128, "num_warps": 8, "num_stages": 3}
+# Rows of a program at most, keys of its tile, tiles that it walks over, warps and stages.
+SCORES_ROWS, SCORES = 128, {"BN": 64, "BLOCKS": 8, "num_warps": 4, "num_stages": 3}
+GRADIENTS_ROWS, GRADIENTS = 128, {"BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -47,22 +47,25 @@ def _place(tile, b, n, B: tl.constexpr, C):
 def _scores_kernel(
     q, k, w, keys, counts, scores, S, C,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Equation (1) of every query of a tile with BN keys of its list."""
-    tile, n = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
-    count = tl.load(counts + tile)
-    if tl.program_id(1) * BN >= count:
+    """Equation (1) of BQ queries of a tile with BLOCKS blocks of BN keys of its list."""
+    parts: tl.constexpr = (B + BQ - 1) // BQ
+    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    n, begin = tl.arange(0, BN), tl.program_id(1) * (BLOCKS * BN)
+    count, first = tl.load(counts + tile), tile * B + part * BQ
+    if begin >= count:
         return
-    key = load_keys(keys, tile.to(tl.int64) * C + n, n < count)
-    k_ND = load_rows(k, key, n < count, tl.arange(0, DP), D)
-    last = tl.minimum(tile * B + B, S)
-    for first in range(tile * B, last, BQ):
-        q_RD, w_R, _row, _real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
-        dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-        score_QN = tl.sum(tl.reshape(relu(dots_RN) * w_R[:, None], (BQ, HP, BN)), 1)
-        b = first - tile * B + tl.arange(0, BQ)
-        tl.store(scores + _place(tile, b, n, B, C), score_QN, mask=(b < B)[:, None] & (n < count)[None, :])
+    q_RD, w_R, _row, _real = _index_rows(q, w, first, tl.minimum(tile * B + B, S), H, D, HP, DP, BQ)
+    b, base = part * BQ + tl.arange(0, BQ), tile.to(tl.int64) * C
+    for s in range(begin, tl.minimum(count, begin + BLOCKS * BN), BN):
+        key = load_keys(keys, base + s + n, s + n < count)
+        k_ND = load_rows(k, key, s + n < count, tl.arange(0, DP), D)
+        # Keys are the rows: the sum over heads then stays within a thread, except for its last steps.
+        dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
+        score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (BN, BQ, HP)), 2)
+        place = (tile.to(tl.int64) * B + b[None, :]) * C + (s + n)[:, None]
+        tl.store(scores + place, score_NQ, mask=(b < B)[None, :] & (s + n < count)[:, None])
 
 
 @triton.jit(do_not_specialize=["S", "C"])
@@ -120,73 +123,56 @@ def _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP: tl.constexpr, B: tl.co
 
 
 @triton.jit(do_not_specialize=["S", "C"])
-def _dq_kernel(
-    q, k, w, slopes, keys, counts, dq, dw, S, C,
+def _gradients_kernel(
+    q, k, w, slopes, keys, counts, dq, dk, dw, S, C, begin,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """dq = w * sum_s g[s] 1[q.k > 0] k[s], of BQ queries. dw is the same sum times q."""
-    parts: tl.constexpr = (B + BQ - 1) // BQ
-    tile, part, n, d = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.arange(0, BN), tl.arange(0, DP)
+    """dq and dw of BQ queries of a tile, and their shares of dk. PARTS: programs of a tile, from part `begin` on.
+
+    dq[t,j] = w[t,j] sum_s g[t,s] 1[q.k > 0] k[s],   dw[t,j] = the same sum times q[t,j]
+    dk[s] += sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j]
+    """
+    tile, part = tl.program_id(0) // PARTS, begin + tl.program_id(0) % PARTS
+    n, d = tl.arange(0, BN), tl.arange(0, DP)
     count, first = tl.load(counts + tile), tile * B + part * BQ
     if count < 0:
         return
     last, b = tl.minimum(tile * B + B, S), part * BQ + tl.arange(0, BQ)
     q_RD, w_R, row, real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
-    moved_RD = tl.zeros((BQ * HP, DP), tl.float32)
+    # Who selected a broken key has NaN in g, and so has a broken query. Others must not get it: zero times NaN is NaN.
+    whole_RD, whole_R = tl.where(finite(q_RD), q_RD, 0.0), tl.where(finite(w_R), w_R, 0.0)
+    base, moved_RD = tile.to(tl.int64) * C, tl.zeros((BQ * HP, DP), tl.float32)
     for s in range(0, count, BN):
-        key = load_keys(keys, tile.to(tl.int64) * C + s + n, s + n < count)
+        key = load_keys(keys, base + s + n, s + n < count)
         k_ND = load_rows(k, key, s + n < count, d, D)
         opened_RN = _opened(q_RD, k_ND, slopes, tile, b, s + n, count, C, HP, B, BQ, BN, EXACT)
-        # Who selected a broken key has NaN in g. Others must not get it: zero times NaN is NaN.
         k_ND = tl.where(finite(k_ND), k_ND, 0.0)
         moved_RD = tl.dot(opened_RN.to(k_ND.dtype), k_ND, moved_RD, input_precision=EXACT)
+        weighted_RN = (opened_RN * whole_R[:, None]).to(q_RD.dtype)
+        dk_ND = tl.dot(tl.trans(weighted_RN), whole_RD, input_precision=EXACT)
+        target = base + s + n if IN_ORDER else key  # in order every place has its own row
+        tl.atomic_add(
+            dk + target[:, None] * D + d[None, :], dk_ND, mask=(s + n < count)[:, None] & (d < D)[None, :],
+            sem="relaxed",
+        )  # fmt: skip
     tl.store(dq + row[:, None] * D + d[None, :], moved_RD * w_R[:, None], mask=real[:, None] & (d < D)[None, :])
     tl.store(dw + row, tl.sum(moved_RD * q_RD.to(tl.float32), 1), mask=real)
 
 
-@triton.jit(do_not_specialize=["S", "C"])
-def _dk_kernel(
-    q, k, w, slopes, keys, counts, dk, S, C,
-    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr, IN_ORDER: tl.constexpr,
-):  # fmt: skip
-    """Adds sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j] of a tile's queries to BN keys of its list."""
-    tile, d = tl.program_id(0), tl.arange(0, DP)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    count = tl.load(counts + tile)
-    if tl.program_id(1) * BN >= count:
-        return
-    key = load_keys(keys, tile.to(tl.int64) * C + n, n < count)
-    k_ND = load_rows(k, key, n < count, d, D)
-    last = tl.minimum(tile * B + B, S)
-    dk_ND = tl.zeros((BN, DP), tl.float32)
-    for first in range(tile * B, last, BQ):
-        q_RD, w_R, _row, _real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
-        b = first - tile * B + tl.arange(0, BQ)
-        opened_RN = _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP, B, BQ, BN, EXACT)
-        # A broken query has NaN in g. Keys that it did not select must not get it.
-        opened_RN *= tl.where(finite(w_R), w_R, 0.0)[:, None]
-        q_RD = tl.where(finite(q_RD), q_RD, 0.0)
-        dk_ND = tl.dot(tl.trans(opened_RN.to(q_RD.dtype)), q_RD, dk_ND, input_precision=EXACT)
-    target = tile.to(tl.int64) * C + n if IN_ORDER else key  # in order every place has its own row
-    tl.atomic_add(
-        dk + target[:, None] * D + d[None, :], dk_ND, mask=(n < count)[:, None] & (d < D)[None, :], sem="relaxed"
-    )
-
-
-def _launch(u: Unions, q_I: Tensor, settings: dict[str, int]) -> dict[str, Any]:
+def _launch(u: Unions, q_I: Tensor, most: int, settings: dict[str, int]) -> dict[str, Any]:
+    """most: rows of a program."""
     _, H, D = q_I.shape
     HP, DP = padded(H, triton.cdiv(16, u.B)), padded(D)  # a product takes 16 rows at least
-    BQ = max(1, min(u.B, ROWS // HP))
+    BQ = max(1, min(u.B, most // HP))
     return {"C": u.C, "H": H, "D": D, "HP": HP, "DP": DP, "B": u.B, "BQ": BQ, "EXACT": exact(q_I), **settings}
 
 
 def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
     scores = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q_I.device)
-    _scores_kernel[(len(u), triton.cdiv(u.C, SCORES["BN"]))](
-        q_I, k_I, w, u.keys, u.counts, scores, q_I.shape[0], **_launch(u, q_I, SCORES)
-    )
+    launch = _launch(u, q_I, SCORES_ROWS, SCORES)
+    grid = len(u) * triton.cdiv(u.B, launch["BQ"]), triton.cdiv(u.C, launch["BN"] * launch["BLOCKS"])
+    _scores_kernel[grid](q_I, k_I, w, u.keys, u.counts, scores, q_I.shape[0], **launch)
     return scores
 
 
@@ -278,11 +264,14 @@ def index_gradients(
     u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor, slopes: Tensor, dq_I: Tensor, dk_I: Tensor, dw: Tensor
 ) -> None:
     """Writes dq_I and dw of the queries of these tiles, and adds to dk_I (T, D) float32."""
-    shape, (S, D), in_order = _launch(u, q_I, GRADIENTS), (q_I.shape[0], k_I.shape[1]), wanted_in_order()
-    _dq_kernel[(len(u) * triton.cdiv(u.B, shape["BQ"]),)](q_I, k_I, w, slopes, u.keys, u.counts, dq_I, dw, S, **shape)
-    sums = torch.zeros(len(u) * u.C, D, dtype=torch.float32, device=k_I.device) if in_order else dk_I
-    _dk_kernel[(len(u), triton.cdiv(u.C, GRADIENTS["BN"]))](
-        q_I, k_I, w, slopes, u.keys, u.counts, sums, S, **shape, IN_ORDER=in_order
-    )
-    if in_order:
+    launch, S = _launch(u, q_I, GRADIENTS_ROWS, GRADIENTS), q_I.shape[0]
+    inputs, parts = (q_I, k_I, w, slopes, u.keys, u.counts), triton.cdiv(u.B, launch["BQ"])
+    if not wanted_in_order():
+        _gradients_kernel[(len(u) * parts,)](
+            *inputs, dq_I, dk_I, dw, S, begin=0, **launch, PARTS=parts, IN_ORDER=False
+        )  # fmt: skip
+        return
+    for part in range(parts):
+        sums = torch.zeros(len(u) * u.C, k_I.shape[1], dtype=torch.float32, device=k_I.device)
+        _gradients_kernel[(len(u),)](*inputs, dq_I, sums, dw, S, begin=part, **launch, PARTS=1, IN_ORDER=True)
         add_in_order(dk_I, u.named(), sums)
