@@ -32,7 +32,7 @@ WIDEST = 128  # keys and values whose sums the registers of a program hold
 
 # Of wide tiles, and of narrow ones: keys of a program's tile, warps and stages (docs/kernels.md).
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
-BLOCKS = 4  # of keys, for which a program of MASS sums
+BLOCKS = 8  # of keys, for which a program of MASS sums
 MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
 

@@ -22,8 +22,8 @@ from tokensieve.ops.triton.union_attention import PORTABLE, Kernels, load_keys
 from tokensieve.ops.triton.unions import FIT, Unions, strips
 
 # Rows of a program at most, keys of its tile, tiles that it walks over, warps and stages.
-SCORES_ROWS, SCORES = 128, {"BN": 64, "BLOCKS": 8, "num_warps": 4, "num_stages": 3}
-GRADIENTS_ROWS, GRADIENTS = 128, {"BN": 64, "num_warps": 8, "num_stages": 2}
+SCORES_ROWS, SCORES = 128, {"BN": 64, "BLOCKS": 32, "num_warps": 4, "num_stages": 3}
+GRADIENTS_ROWS, GRADIENTS = 128, {"BN": 64, "num_warps": 8, "num_stages": 3}
 
 
 @triton.jit
