@@ -15,10 +15,13 @@ tokens of other ranks that some query of this rank sees, in the mean over ranks.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,6 +38,8 @@ from tokensieve.train.parallelize import divide, shard
 from tokensieve.train.stage import StepTotals, backward, options_of
 
 RANKS = (2, 4, 8, 16)
+# By which FSDP gathers and scatters: the names of torch 2.13, and those from before.
+FSDP_CALLS = ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 PACKS = 32  # drawn packs
 MEDIAN, SIGMA = 2048, 1.5  # tokens of a document
 SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -101,28 +106,44 @@ def least(pack: Pack, ranks: int) -> float:
     return total / ranks
 
 
+class Received(NamedTuple):
+    """Bytes that a rank receives from others in one collective. what: "context" or "parameters", FSDP's gradients too.
+
+    Of a sum over ranks they are those of a ring.
+    """
+
+    what: str
+    bytes: int
+
+
 @contextmanager
-def counting() -> Iterator[list[int]]:
-    """Bytes that this rank receives from others by each collective within the block."""
-    received: list[int] = []
-    gather, scatter = gathered.all_gather, gathered.reduce_scatter
+def counting() -> Iterator[list[Received]]:
+    """What this rank receives by each collective of context parallelism and FSDP within the block, in their order."""
+    received: list[Received] = []
 
-    def counted(whole: Tensor, part: Tensor) -> None:
-        received.append(whole.nbytes - part.nbytes)  # of a sum by a ring too
+    def counted(what: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            out, x = (tensor for tensor in (*args, *options.values()) if isinstance(tensor, Tensor))
+            received.append(Received(what, abs(out.nbytes - x.nbytes)))
+            return collective(*args, **options)
 
-    def all_gather(out: Tensor, x: Tensor, *more: object, **options: object) -> object:
-        counted(out, x)
-        return gather(out, x, *more, **options)
+        return call
 
-    def reduce_scatter(out: Tensor, x: Tensor, *more: object, **options: object) -> object:
-        counted(x, out)
-        return scatter(out, x, *more, **options)
-
-    gathered.all_gather, gathered.reduce_scatter = all_gather, reduce_scatter
-    try:
+    with ExitStack() as patched:
+        for name in ("all_gather", "reduce_scatter"):
+            patched.enter_context(patch.object(gathered, name, counted("context", getattr(gathered, name))))
+        for name in FSDP_CALLS:
+            if hasattr(dist, name):
+                patched.enter_context(patch.object(dist, name, counted("parameters", getattr(dist, name))))
         yield received
-    finally:
-        gathered.all_gather, gathered.reduce_scatter = gather, scatter
+
+
+def bytes_a_token(stage: str, entry: int, index: int) -> int:
+    """What ranks must exchange of each token in a layer and a step: its entry and index key, and their gradients.
+
+    A warm-up has no gradient of entries, and the dense model (stage "pretrain") no index keys. entry, index: bytes.
+    """
+    return {"warmup": entry + 2 * index, "adapt": 2 * (entry + index), "pretrain": 2 * entry}[stage]
 
 
 def sent(mesh: Mesh, tokens: int) -> Table:
@@ -141,8 +162,9 @@ def sent(mesh: Mesh, tokens: int) -> Table:
                 root = shard(model, division)
                 options = options_of(STAGES[stage], run).over(ForwardOptions(context=division.context))
                 backward(STAGES[stage], root, batch, StepTotals(tokens, tokens), options, mesh.device)
-            ways = (entry + 2 * index) if stage == "warmup" else 2 * (entry + index)
-            cells = (sum(received) / layers, tokens * (R - 1) / R * ways, least(pack_of(positions), R) * ways)
+            each = bytes_a_token(stage, entry, index)
+            found = sum(one.bytes for one in received if one.what == "context")
+            cells = (found / layers, tokens * (R - 1) / R * each, least(pack_of(positions), R) * each)
             table.add_row(name, stage, *(f"{cell / 1024:.1f}" for cell in cells))
     return table
 
