@@ -3,13 +3,20 @@
     python benchmarks/context_parallel.py [--tokens 131072] [--top-k 2048]
     torchrun --nproc-per-node 4 benchmarks/context_parallel.py
 
-The first counts the keys that each rank's queries see, and those that they select: the rank with the most keys, divided
-by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours), 2R long
-chunks of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one document, or
-documents whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32 such packs the
-worst, and the mean.
+The first command counts the keys that each rank's queries see, and those that they select: the rank with the most
+keys, divided by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours),
+2R long chunks of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one
+document, or documents whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32
+such packs the worst, and the mean.
 
-The second runs one step of both stages of a small model, and adds up the bytes that a rank receives in a layer.
+A second table sets tensor parallelism beside it: bytes that a rank receives, times R / (R - 1), in bfloat16. Tensor
+parallelism sums a layer's hidden states of all tokens twice in the forward and twice in the backward pass, each sum by
+a ring. The target of the indexers' loss is a sum over heads, and so over its ranks: of k numbers a query in adaptation,
+of all keys that it sees in warm-up, float32. "layer": FSDP's part in a micro-batch that tensor parallelism would spare,
+a layer's weights twice and its gradients once, without routed experts. "below": the tokens of a micro-batch up to which
+tensor parallelism exchanges less than FSDP with context parallelism.
+
+The second command runs one step of both stages of a small model, and adds up the bytes that a rank receives in a layer.
 "counted": (R - 1) / R of what all tokens leave behind, once forward and, if the trunk learns, once backward. "least":
 tokens of other ranks that some query of this rank sees, in the mean over ranks. Tables to standard output.
 """
@@ -26,7 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
+from tokensieve.cost.paper import published_shape
+from tokensieve.cost.train_memory import layer_parameters
+from tokensieve.cost.train_rates import GROUPED, LITE
 from tokensieve.families import model_config
 from tokensieve.mesh import Mesh, join_mesh
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, gathered
@@ -88,6 +99,28 @@ def balance(tokens: int, top_k: int) -> Table:
                     mean = sum(found) / len(found)
                     cells.append(f"{mean:.2f}" if len(found) == 1 else f"{max(found):.2f}, {mean:.2f}")
             table.add_row(name, str(ranks), *cells)
+    return table
+
+
+def shapes() -> dict[str, cost.Shape]:
+    """Of the stacks of many_gpus.py."""
+    return {
+        "DeepSeek-V3.2": published_shape(),
+        "V2-Lite": cost.shape_of(LITE),
+        "32 heads over 8 groups": cost.shape_of(GROUPED),
+    }
+
+
+def beside_tensor_parallel(tokens: int) -> Table:
+    table = Table("shape", "a token and layer: context", "tensor", "its target, adapt", "warm-up", "layer, MB", "below")
+    for name, shape in shapes().items():
+        context = bytes_a_token("adapt", 2 * shape.attention.cached, 2 * shape.index_dim)
+        tensor = 4 * 2 * 2 * shape.hidden  # sums, ways of a ring, bytes
+        targets = (2 * 4 * min(shape.top_k, tokens), 2 * 4 * (tokens + 1) // 2)
+        layer = 3 * 2 * max(kind.other for kind in layer_parameters(shape))
+        below = layer / (tensor + targets[0] - context)
+        cells = (context, tensor, *targets, layer / 1e6, below)
+        table.add_row(name, *(f"{cell:,.0f}" for cell in cells))
     return table
 
 
@@ -175,10 +208,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2048)
     options = parser.parse_args()
     with join_mesh("cpu") as mesh:
-        several = mesh.size > 1
-        table = sent(mesh, options.tokens or 8192) if several else balance(options.tokens or 131072, options.top_k)
+        if mesh.size > 1:
+            tables = [sent(mesh, options.tokens or 8192)]
+        else:
+            tokens = options.tokens or 131072
+            tables = [balance(tokens, options.top_k), beside_tensor_parallel(tokens)]
         if mesh.leads:
-            Console(width=120).print(table)
+            Console(width=120).print(*tables)
 
 
 if __name__ == "__main__":

@@ -298,19 +298,20 @@ def cells_of(options: argparse.Namespace, stacks: dict[str, dict[str, Any]], gpu
         yield Cell(stack, mode, tokens, gpus, shared, stacks[stack]["num_hidden_layers"], gpus // shared)
 
 
-class Figures:
-    """The file of the cells. All ranks read it at the start. Later rank 0 writes it, or one that is left alone."""
+def read(path: Path) -> list[Cell]:
+    return [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]] if path.exists() else []
 
-    def __init__(self, path: Path, mesh: Mesh):
-        self.path, self.origin = path, environment()
-        self.cells: list[Cell] = []
-        if path.exists():
-            self.cells = [Cell(**cell) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
-        mesh.check_same(str(path), json.dumps([asdict(cell) for cell in self.cells]))
+
+@dataclass(frozen=True)
+class Figures:
+    """The file of the cells. Rank 0 writes it, or one that is left alone."""
+
+    path: Path
+    origin: dict[str, str]
 
     def write(self, cell: Cell) -> None:
-        self.cells = [known for known in self.cells if known.key != cell.key] + [cell]
-        write_json(self.path, {"run": self.origin, "cells": [asdict(known) for known in self.cells]})
+        cells = [known for known in read(self.path) if known.key != cell.key] + [cell]
+        write_json(self.path, {"run": self.origin, "cells": [asdict(known) for known in cells]})
 
 
 def run_cell(
@@ -349,14 +350,13 @@ def together(cell: Cell, mesh: Mesh, waiting: Any, calls: int, figures: Figures)
     Ends the process if ranks are at different places, since their next collectives would not belong together. calls:
     collectives of this rank in the cell.
     """
+    found: list[tuple[str, int]] = [("", 0)] * mesh.size
     try:
-        dist.monitored_barrier(waiting, ALONE)
+        dist.all_gather_object(found, (cell.missing, calls), waiting)
     except RuntimeError:
         if cell.missing:
             alone(cell, mesh, figures, "and the others are elsewhere")
         raise
-    found: list[tuple[str, int]] = [("", 0)] * mesh.size
-    dist.all_gather_object(found, (cell.missing, calls), waiting)
     failed = next((f"rank {rank}: {missing}" for rank, (missing, _) in enumerate(found) if missing), "")
     if failed and len({calls for _, calls in found}) > 1:
         if mesh.leads:
@@ -414,7 +414,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="tiny, and on the CPU where there is no GPU")
     options = parser.parse_args()
     if options.show:
-        show(Cell(**cell) for path in options.show for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        show(cell for path in options.show for cell in read(path))
         return 0
     if options.out is None or options.steps < 1 or options.warm < 1:
         parser.error("give --out FILE, and at least 1 for --steps and --warm")
@@ -426,16 +426,17 @@ def main() -> int:
     stacks = {name: fields | (TINY_STACKS[name] if options.quick else {}) for name, fields in STACKS.items()}
     with join_mesh("auto") as joined, joined.together():
         mesh = KeptMesh(joined.rank, joined.size, joined.device)
-        waiting = dist.new_group(backend="gloo") if mesh.size > 1 else None
-        figures, chosen = Figures(options.out, mesh), Chosen()
-        known = {cell.key for cell in figures.cells}
+        waiting = dist.new_group(backend="gloo", timeout=ALONE) if mesh.size > 1 else None
+        figures, chosen = Figures(options.out, environment()), Chosen()
+        known = {cell.key for cell in read(options.out)}
+        mesh.check_same(str(options.out), str(sorted(known)))
         for cell in cells_of(options, stacks, mesh.size):
             if cell.key in known:
                 say(mesh, f"{cell}: known")
                 continue
             run_cell(cell, model_config(stacks[cell.stack]), mesh, figures, options, waiting)
         if mesh.leads:
-            show(figures.cells)
+            show(read(options.out))
             for text in chosen.unexpected():
                 print(f"not through the kernels: {text}", file=sys.stderr)
     return 0
