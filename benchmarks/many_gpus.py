@@ -16,9 +16,9 @@ tokens of one document, float32 weights, gradients and moments under bfloat16 au
 
 Seconds are those of the slowest rank, in the median of the timed steps. MFU: FLOPs as `tokensieve.cost.train_flops`
 counts them, without what is recomputed, over the bf16 peaks of all GPUs. Exchanged: bytes that a rank receives in a
-step, and the least that it could. Of parameters that is each of other ranks' once, and each gradient once; of tokens
-see benchmarks/context_parallel.py. Overlap: of rank 0's time in NCCL's kernels, which includes waiting for other ranks,
-the share during which another kernel ran, in one profiled step beyond the timed ones.
+step, and the least that it could, in bfloat16. Of parameters that is each of other ranks' once, and each gradient once;
+of tokens see benchmarks/context_parallel.py. Overlap: of rank 0's time in NCCL's kernels, which includes waiting for
+other ranks, the share during which another kernel ran, in one profiled step beyond the timed ones.
 
 The file is written before and after every cell, and cells that it holds are not run again. So after a run that was
 killed, the same command goes on with the next cell. A cell that runs out of memory is reported in one line. If that
@@ -239,11 +239,11 @@ def least_bytes(cell: Cell, run: RandomRun) -> dict[str, float]:
     R = cell.gpus
     if R == 1:
         return {}
-    exchanged = sum(p.numel() * p.element_size() * (1 + p.requires_grad) for p in run.model.parameters())
-    found = {"parameters": exchanged * (R - 1) / R}
+    value = 2 if run.device.type == "cuda" else 4  # bytes, of bfloat16 under autocast
+    exchanged = sum(p.numel() * (1 + p.requires_grad) for p in run.model.parameters())
+    found = {"parameters": value * exchanged * (R - 1) / R}
     if cell.context_parallel > 1:
         shape = cost.shape_of(run.model.config)
-        value = 2 if run.device.type == "cuda" else 4  # bytes, of bfloat16 under autocast
         each = bytes_a_token(MODES[cell.mode][1], value * shape.attention.cached, value * shape.index_dim)
         pack = pack_of(torch.arange(cell.tokens)[None])
         found["context"] = cell.layers * each * least(pack, cell.context_parallel)

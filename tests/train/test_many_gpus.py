@@ -36,9 +36,11 @@ def test_two_ranks_share_a_sequence_or_have_their_own(tmp_path: Path) -> None:
         shared = cell["tokens"] == 256
         assert (cell["context_parallel"], cell["sequences"]) == ((2, 1) if shared else (1, 2))
         assert set(cell["received"]) == set(cell["least"]) == ({"parameters", "context"} if shared else {"parameters"})
-        # Layers are gathered twice, and so are keys in adaptation: their gradients make it three ways in place of two.
+        # Layers are gathered twice in adaptation, and so are keys; their gradients make it three ways in place of two.
         ratios = [cell["received"][what] / cell["least"][what] for what in cell["least"]]
-        assert all(1 < ratio <= 2 for ratio in ratios), ratios
+        assert all(1 <= ratio <= 2 for ratio in ratios), ratios
+        if cell["mode"] == "warmup":
+            assert ratios[0] < 1.01  # each layer once
 
 
 @pytest.mark.slow
