@@ -75,3 +75,21 @@ def test_what_is_left_to_the_reference() -> None:
     operands = {"bounds": None, "starts": whole * 0, "ends": whole + 65, "k": torch.zeros(128, 1, 8)}
     assert fused.limits("dense_attention", torch.zeros(64, 1, 8), operands | {"v": operands["k"]}) is None
     assert fused.limits("dense_attention", torch.zeros(128, 1, 8), operands | {"v": operands["k"]}) is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "groups", "d", "v"), [(16, 16, 192, 128), (32, 8, 128, 128)])
+def test_on_a_gpu(heads: int, groups: int, d: int, v: int) -> None:
+    """bfloat16 on one side and float32 on the other, relative to the largest value, as test_triton.py."""
+    starts, ends = (x.cuda() for x in ranges((700, 33, 2000, 1363), 2, 1))
+    draw = torch.Generator().manual_seed(0)
+    sizes = (len(starts), heads, d), (4096, groups, d), (4096, groups, v), (len(starts), heads, v)
+    q, k, values, dout = (torch.randn(size, generator=draw).cuda().bfloat16() for size in sizes)
+    found = {}
+    for backend, dtype in (("fused", torch.bfloat16), ("reference", torch.float32)):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, values)]
+        out, lse = ops.dense_attention(*given, starts, ends, d**-0.5, backend=backend)
+        out.backward(dout.to(dtype))
+        found[backend] = [out.detach(), lse.detach(), *(x.grad for x in given)]
+    for a, b in zip(*found.values(), strict=True):
+        assert (a.float() - b).abs().max() / b.abs().max() < 1.5e-2
