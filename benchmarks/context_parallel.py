@@ -3,27 +3,41 @@
     python benchmarks/context_parallel.py [--tokens 131072] [--top-k 2048]
     torchrun --nproc-per-node 4 benchmarks/context_parallel.py
 
-The first counts the keys that each rank's queries see, and those that they select: the rank with the most keys, divided
-by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours), 2R long
-chunks of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one document, or
-documents whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32 such packs the
-worst, and the mean.
+The first command counts the keys that each rank's queries see, and those that they select: the rank with the most
+keys, divided by the mean over ranks. Layouts: chunks of 128 tokens that are dealt to the ranks in turn and back (ours),
+2R long chunks of which rank r has the chunks r and 2R - 1 - r ("zigzag"), and R stretches of a row. Packs are one
+document, or documents whose lengths are drawn from a log-normal distribution (median 2048 tokens, sigma 1.5): of 32
+such packs the worst, and the mean.
 
-The second runs one step of both stages of a small model, and adds up the bytes that a rank receives in a layer.
+A second table sets tensor parallelism beside it: bytes that a rank receives, times R / (R - 1), in bfloat16. Tensor
+parallelism sums a layer's hidden states of all tokens twice in the forward and twice in the backward pass, each sum by
+a ring. The target of the indexers' loss is a sum over heads, and so over its ranks: of k numbers a query in adaptation,
+of all keys that it sees in warm-up, float32. "layer": FSDP's part in a micro-batch that tensor parallelism would spare,
+a layer's weights twice and its gradients once, without routed experts. "below": the tokens of a micro-batch up to which
+tensor parallelism exchanges less than FSDP with context parallelism.
+
+The second command runs one step of both stages of a small model, and adds up the bytes that a rank receives in a layer.
 "counted": (R - 1) / R of what all tokens leave behind, once forward and, if the trunk learns, once backward. "least":
 tokens of other ranks that some query of this rank sees, in the mean over ranks. Tables to standard output.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tokensieve import cost
 from tokensieve.config import PhaseConfig, TrainConfig
+from tokensieve.cost.paper import published_shape
+from tokensieve.cost.train_memory import layer_parameters
+from tokensieve.cost.train_rates import GROUPED, LITE
 from tokensieve.families import model_config
 from tokensieve.mesh import Mesh, join_mesh
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, gathered
@@ -35,6 +49,8 @@ from tokensieve.train.parallelize import divide, shard
 from tokensieve.train.stage import StepTotals, backward, options_of
 
 RANKS = (2, 4, 8, 16)
+# By which FSDP gathers and scatters: the names of torch 2.13, and those from before.
+FSDP_CALLS = ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor")
 PACKS = 32  # drawn packs
 MEDIAN, SIGMA = 2048, 1.5  # tokens of a document
 SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,6 +102,28 @@ def balance(tokens: int, top_k: int) -> Table:
     return table
 
 
+def shapes() -> dict[str, cost.Shape]:
+    """Of the stacks of many_gpus.py."""
+    return {
+        "DeepSeek-V3.2": published_shape(),
+        "V2-Lite": cost.shape_of(LITE),
+        "32 heads over 8 groups": cost.shape_of(GROUPED),
+    }
+
+
+def beside_tensor_parallel(tokens: int) -> Table:
+    table = Table("shape", "a token and layer: context", "tensor", "its target, adapt", "warm-up", "layer, MB", "below")
+    for name, shape in shapes().items():
+        context = bytes_a_token("adapt", 2 * shape.attention.cached, 2 * shape.index_dim)
+        tensor = 4 * 2 * 2 * shape.hidden  # sums, ways of a ring, bytes
+        targets = (2 * 4 * min(shape.top_k, tokens), 2 * 4 * (tokens + 1) // 2)
+        layer = 3 * 2 * max(kind.other for kind in layer_parameters(shape))
+        below = layer / (tensor + targets[0] - context)
+        cells = (context, tensor, *targets, layer / 1e6, below)
+        table.add_row(name, *(f"{cell:,.0f}" for cell in cells))
+    return table
+
+
 def least(pack: Pack, ranks: int) -> float:
     """Tokens of other ranks that a rank's queries see, in the mean over ranks."""
     tokens, total = torch.arange(pack.length)[None], 0
@@ -101,28 +139,44 @@ def least(pack: Pack, ranks: int) -> float:
     return total / ranks
 
 
+class Received(NamedTuple):
+    """Bytes that a rank receives from others in one collective. what: "context" or "parameters", FSDP's gradients too.
+
+    Of a sum over ranks they are those of a ring.
+    """
+
+    what: str
+    bytes: int
+
+
 @contextmanager
-def counting() -> Iterator[list[int]]:
-    """Bytes that this rank receives from others by each collective within the block."""
-    received: list[int] = []
-    gather, scatter = gathered.all_gather, gathered.reduce_scatter
+def counting() -> Iterator[list[Received]]:
+    """What this rank receives by each collective of context parallelism and FSDP within the block, in their order."""
+    received: list[Received] = []
 
-    def counted(whole: Tensor, part: Tensor) -> None:
-        received.append(whole.nbytes - part.nbytes)  # of a sum by a ring too
+    def counted(what: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            out, x = (tensor for tensor in (*args, *options.values()) if isinstance(tensor, Tensor))
+            received.append(Received(what, abs(out.nbytes - x.nbytes)))
+            return collective(*args, **options)
 
-    def all_gather(out: Tensor, x: Tensor, *more: object, **options: object) -> object:
-        counted(out, x)
-        return gather(out, x, *more, **options)
+        return call
 
-    def reduce_scatter(out: Tensor, x: Tensor, *more: object, **options: object) -> object:
-        counted(x, out)
-        return scatter(out, x, *more, **options)
-
-    gathered.all_gather, gathered.reduce_scatter = all_gather, reduce_scatter
-    try:
+    with ExitStack() as patched:
+        for name in ("all_gather", "reduce_scatter"):
+            patched.enter_context(patch.object(gathered, name, counted("context", getattr(gathered, name))))
+        for name in FSDP_CALLS:
+            if hasattr(dist, name):
+                patched.enter_context(patch.object(dist, name, counted("parameters", getattr(dist, name))))
         yield received
-    finally:
-        gathered.all_gather, gathered.reduce_scatter = gather, scatter
+
+
+def bytes_a_token(stage: str, entry: int, index: int) -> int:
+    """What ranks must exchange of each token in a layer and a step: its entry and index key, and their gradients.
+
+    A warm-up has no gradient of entries, and the dense model (stage "pretrain") no index keys. entry, index: bytes.
+    """
+    return {"warmup": entry + 2 * index, "adapt": 2 * (entry + index), "pretrain": 2 * entry}[stage]
 
 
 def sent(mesh: Mesh, tokens: int) -> Table:
@@ -141,8 +195,9 @@ def sent(mesh: Mesh, tokens: int) -> Table:
                 root = shard(model, division)
                 options = options_of(STAGES[stage], run).over(ForwardOptions(context=division.context))
                 backward(STAGES[stage], root, batch, StepTotals(tokens, tokens), options, mesh.device)
-            ways = (entry + 2 * index) if stage == "warmup" else 2 * (entry + index)
-            cells = (sum(received) / layers, tokens * (R - 1) / R * ways, least(pack_of(positions), R) * ways)
+            each = bytes_a_token(stage, entry, index)
+            found = sum(one.bytes for one in received if one.what == "context")
+            cells = (found / layers, tokens * (R - 1) / R * each, least(pack_of(positions), R) * each)
             table.add_row(name, stage, *(f"{cell / 1024:.1f}" for cell in cells))
     return table
 
@@ -153,10 +208,13 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=2048)
     options = parser.parse_args()
     with join_mesh("cpu") as mesh:
-        several = mesh.size > 1
-        table = sent(mesh, options.tokens or 8192) if several else balance(options.tokens or 131072, options.top_k)
+        if mesh.size > 1:
+            tables = [sent(mesh, options.tokens or 8192)]
+        else:
+            tokens = options.tokens or 131072
+            tables = [balance(tokens, options.top_k), beside_tensor_parallel(tokens)]
         if mesh.leads:
-            Console(width=120).print(table)
+            Console(width=120).print(*tables)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ i, documents one after another), or S < T, a chunk: the queries are the last S t
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokensieve.ops import scattered
+from tokensieve.ops.scattered import FEWEST, Level
 
 OPS = ("dense_attention",)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -20,9 +23,12 @@ _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     """Why PyTorch's kernels cannot take this call, in one clause, or None if they can."""
-    if operands["bounds"] is None:
-        return "the keys are not a causal pack of whole documents"
     k, v = operands["k"], operands["v"]
+    if operands["bounds"] is None:
+        if not FEWEST <= q.shape[0] < k.shape[0]:
+            return "the keys are not a causal pack of whole documents"
+        if (reason := scattered.why_not(operands["starts"], operands["ends"])) is not None:
+            return reason
     if not q.dtype == k.dtype == v.dtype:
         return f"flash attention does not take {q.dtype} with {k.dtype} and {v.dtype}"
     if q.device.type == "cuda":
@@ -47,8 +53,10 @@ def _fold_heads(dx_SHD: Tensor, G: int) -> Tensor:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts, ends, bounds: Tensor, longest: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, bounds: Tensor | None, longest: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if bounds is None:
+        return _scattered(q, k, v, starts, ends, scale)
     if q.shape[0] < k.shape[0]:
         return _chunk(q, k, v, bounds, longest, scale)
     H, V = q.shape[1], v.shape[2]
@@ -112,10 +120,12 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[T
 
 def dense_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    starts, ends, bounds: Tensor, longest: int, scale: float,
+    starts: Tensor, ends: Tensor, bounds: Tensor | None, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if dlse is not None:
         raise ValueError("the fused dense_attention has no gradient through its logsumexp; use backend='reference'")
+    if bounds is None:
+        return _scattered_backward(dout, out, lse, q, k, v, starts, ends, scale)
     if q.shape[0] < k.shape[0]:
         raise ValueError("the fused dense_attention has no gradient for a chunk; leave `bounds` out")
     H, D, V, G = q.shape[1], q.shape[2], v.shape[2], k.shape[1]
@@ -140,6 +150,80 @@ def dense_attention_backward(
             )  # fmt: skip
         dq, dk, dv = (torch.cat([p[i][0].transpose(0, 1) for p in parts]) for i in range(3))
     return dq[..., :D].contiguous(), _fold_heads(dk[..., :D], G).contiguous(), _fold_heads(dv[..., :V], G).contiguous()
+
+
+def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    (S, H, D), V = q.shape, v.shape[2]
+    width = max(D, V)
+    out = torch.zeros(S, H, V, dtype=torch.float32, device=q.device)
+    lse = torch.full((S, H), float("-inf"), device=q.device)
+    for level in scattered.levels(starts, ends, k.shape[0]):
+        rows = level.rows
+        q_n, k_n, v_n = _parts(level, q, k, v, width)
+        if q.is_cuda:
+            more, its, *_ = torch.ops.aten._flash_attention_forward(
+                q_n, k_n, v_n, level.query_bounds, level.key_bounds, level.longest_query, level.longest_key,
+                0.0, level.causal, False, scale=scale,
+            )  # fmt: skip
+            its = its.transpose(0, 1)
+        else:
+            pieces = [
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    _heads(q_n, a, b), _heads(k_n, c, d), _heads(v_n, c, d), 0.0, level.causal, scale=scale
+                )
+                for (a, b), (c, d) in _segments(level)
+            ]
+            more = torch.cat([piece[0][0].transpose(0, 1) for piece in pieces])
+            its = torch.cat([_lse(piece[1]) for piece in pieces])
+        both = torch.logaddexp(lse[rows], its)
+        out[rows] = out[rows] * (lse[rows] - both).exp()[..., None] + more[..., :V] * (its - both).exp()[..., None]
+        lse[rows] = both
+    return out.to(q.dtype), lse
+
+
+def _scattered_backward(
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the output and the logsumexp of all levels, the gradients are sums over levels."""
+    D, V, G = q.shape[2], v.shape[2], k.shape[1]
+    width = max(D, V)
+    out, dout = _wide(out, width), _wide(dout, width)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
+    for level in scattered.levels(starts, ends, k.shape[0]):
+        rows, keys = level.rows, level.keys
+        q_n, k_n, v_n = _parts(level, q, k, v, width)
+        dout_n, out_n, lse_n = dout[rows], out[rows], lse[rows]
+        if q.is_cuda:
+            seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # never read
+            found = torch.ops.aten._flash_attention_backward(
+                dout_n, q_n, k_n, v_n, out_n, lse_n.transpose(0, 1).contiguous(), level.query_bounds, level.key_bounds,
+                level.longest_query, level.longest_key, 0.0, level.causal, seed, seed[:0], scale=scale,
+            )  # fmt: skip
+        else:
+            pieces = [
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    _heads(dout_n, a, b), _heads(q_n, a, b), _heads(k_n, c, d), _heads(v_n, c, d),
+                    _heads(out_n, a, b), lse_n[a:b].t()[None].contiguous(), 0.0, level.causal, scale=scale,
+                )
+                for (a, b), (c, d) in _segments(level)
+            ]  # fmt: skip
+            found = tuple(torch.cat([piece[i][0].transpose(0, 1) for piece in pieces]) for i in range(3))
+        dq[rows] += found[0][..., :D]
+        dk[keys] += _fold_heads(found[1][..., :D], G)
+        dv[keys] += _fold_heads(found[2][..., :V], G)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _parts(level: Level, q: Tensor, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The level's queries, and its keys and values for each query head, all of one width."""
+    H, k, v = q.shape[1], k[level.keys], v[level.keys]
+    return _wide(q[level.rows], width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
+
+
+def _segments(level: Level) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of queries and of keys."""
+    queries, keys = (itertools.pairwise(bounds.tolist()) for bounds in (level.query_bounds, level.key_bounds))
+    return zip(queries, keys, strict=True)
 
 
 def _documents(bounds: Tensor) -> list[tuple[int, int]]:

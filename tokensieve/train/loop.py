@@ -31,7 +31,16 @@ from tokensieve.train.batches import batches, step_totals
 from tokensieve.train.budget import budget_texts, learn_budget
 from tokensieve.train.estimate import estimate, forecast
 from tokensieve.train.learning import check_indexers, is_indexer, learning
-from tokensieve.train.parallelize import Root, check_model, clip, divide, empty_model, read_parts, shard
+from tokensieve.train.parallelize import (
+    Root,
+    check_model,
+    clip,
+    divide,
+    empty_model,
+    gather_forward_only,
+    read_parts,
+    shard,
+)
 from tokensieve.train.progress import progress_bar
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
@@ -164,6 +173,8 @@ class Run:
         indexers = self.stage.learners(config) == "all" and model.is_sparse
         with lora.adapted(model, config.lora, config.seed, config.model, indexers) as self.adapter:
             self.root = shard(model, self.division)
+            if self.stage.learners(config) == "indexers":
+                gather_forward_only(self.root)
             if parts is not None:
                 adapters = lora.first_weights(model, config.seed)
                 self.mesh.agree(lambda: read_parts(model, parts, self.device, adapters))

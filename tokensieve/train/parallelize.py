@@ -169,6 +169,13 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     return root
 
 
+def gather_forward_only(root: Root) -> None:
+    """Gathers layers in the forward pass alone, for a warm-up, whose backward pass reads no parameter."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_unshard_in_backward(False)
+
+
 def _shard_experts(module: Experts, axes: DeviceMesh) -> None:
     """Leaves each rank its experts, and of their matrices its rows. Few ranks have as many experts as share one."""
     experts = axes["experts"]
