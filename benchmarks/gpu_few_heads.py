@@ -1,6 +1,7 @@
 """Sparse attention of one layer with few heads to a group, beside dense attention, on one GPU.
 
     python benchmarks/gpu_few_heads.py [--lengths 32768 65536 131072] [--hopper] [--out FILE]
+    python benchmarks/gpu_few_heads.py --model sparse [--tokens 8192] [--hopper] [--out FILE]
 
 Forward and backward with the indexer's loss, index and selection included, k = 2048 (512 at a head width of 64). The
 peer is cuDNN's attention, forward and backward, in the same run. Selections are drawn, since random tensors select at
@@ -10,6 +11,9 @@ near    neighbouring queries select nearly the same keys, as measured on real te
 diffuse as in the layers where they differ most (`DIFFUSE`)
 random  every query selects on its own, as no model does: the worst case
 
+With `--model` selections are those of a sparse model's layers instead, on modules of Python itself (`TEXT`), and shapes
+have its k.
+
 Where a query sees fewer keys than the pools hold they are narrower, as selections on real text are. The sizes of the
 unions that were drawn are printed. Results of the smallest length are compared with the kernels that
 take one query a program, which are timed there too. With `--hopper` tiles go to the kernels in Gluon, whose results are
@@ -17,10 +21,13 @@ compared alike. With `--kernels` the time of each kernel is printed, both ways t
 """
 
 import argparse
+import inspect
 import json
 import statistics
+import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import typing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -30,8 +37,10 @@ from gpu import long_milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import tokensieve
 from tokensieve import ops
 from tokensieve.config import KL_BLOCK
+from tokensieve.model import load_tokenizer
 from tokensieve.ops.hopper import selected as hopper_selected
 from tokensieve.ops.triton import attention, attention_kl, union_attention, union_kl
 from tokensieve.report.origin import environment
@@ -46,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 NEAR = {2: 0.1869, 6: 0.0505, 16: 0.0131, 32: 0.0095, 256: 0.003, 512: 0.0088}
 DIFFUSE = {4: 0.2734, 6: 0.3451, 8: 0.0422, 16: 0.0546, 32: 0.0652, 64: 0.0163, 128: 0.0011, 256: 0.0028, 512: 0.0059}
 SELECTIONS = {"near": NEAR, "diffuse": DIFFUSE, "random": None}
+TEXT = (argparse, typing, subprocess)  # modules
 BLOCK = 128  # queries that draw from one pool
 KEPT = 0.5  # of a pool, from block to block
 DIFFERENCE = 1e-2  # both round probabilities to bf16, in another order of sums
@@ -115,6 +125,19 @@ def draw(S: int, k: int, places: dict[int, float] | None, device: torch.device) 
             offset = (torch.rand(rows, k, generator=generator, device=device) * now).long()
             selected[first : first + rows] = pool[now.cumsum(0) - now + offset].sort(1).values.int()
     return selected
+
+
+def captured(folder: str, tokens: int, device: torch.device) -> tuple[dict[str, Tensor], int]:
+    """Selections of each layer of a sparse model, as `draw` gives them, and its k."""
+    model, tokenizer = tokensieve.load(folder).to(device), load_tokenizer(folder)
+    text = "".join(inspect.getsource(module) for module in TEXT)
+    ids = torch.tensor([tokenizer.encode(text)[:tokens]], device=device)
+    with torch.inference_mode():
+        found = model(ids, return_selection=True, logits_to_keep=1).selection
+    chosen = {f"layer {i}": s[0] for i, s in enumerate(found) if s is not None}
+    last = torch.iinfo(torch.int32).max
+    ordered = {name: torch.where(s < 0, last, s).sort(1).values for name, s in chosen.items()}
+    return {name: torch.where(s == last, -1, s).int() for name, s in ordered.items()}, model.top_k
 
 
 def unions(selected: Tensor, B: int) -> float:
@@ -272,6 +295,8 @@ def main() -> int:
     parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels of tiles")
     parser.add_argument("--kernels", action="store_true", help="print the time of each kernel")
     parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), default=range(len(SHAPES)))
+    parser.add_argument("--model", help="a sparse model whose selections are taken")
+    parser.add_argument("--tokens", type=int, default=8192, help="that --model reads")
     parser.add_argument("--selections", nargs="+", choices=SELECTIONS, default=SELECTIONS)
     options = parser.parse_args()
     out = options.out or ROOT / "benchmarks" / "results" / f"gpu_few_heads{'_hopper' * options.hopper}.json"
@@ -280,20 +305,25 @@ def main() -> int:
         return 2
     device, rows, wrong = torch.device("cuda"), list[Row](), False
     differences: dict[str, dict[str, float]] = {}
-    for shape in (SHAPES[i] for i in options.shapes):
-        for S in options.lengths:
+    shapes, lengths, names = [SHAPES[i] for i in options.shapes], options.lengths, list(options.selections)
+    layers: dict[str, Tensor] = {}
+    if options.model is not None:
+        layers, k = captured(options.model, options.tokens, device)
+        shapes, lengths, names = [replace(shape, k=k) for shape in shapes], [options.tokens], list(layers)
+    for shape in shapes:
+        for S in lengths:
             dense_ms = dense(shape, S, device)
             given, (tiled, one_query) = operands(shape, S, device), ways(shape, options.hopper)
             scored = index(shape, S, given)
-            for name in options.selections:
-                selected = draw(S, shape.k, SELECTIONS[name], device)
+            for name in names:
+                selected = layers[name] if layers else draw(S, shape.k, SELECTIONS[name], device)
                 found = {B: unions(selected, B) for B in (2, 8, 32)}
                 some = sparse_with_some(tiled, shape, selected, given)
                 whole = sparse(tiled, shape, selected, given)
                 row = Row(shape.name, S, name, found, *dense_ms, scored, *whole, some)
                 for kernel, ms in list(kernel_times(tiled, shape, selected, given).items() if options.kernels else ()):
                     print(f"{ms:9.2f} ms  {kernel[:100]}")
-                if min(options.lengths) == S and tiled != one_query:
+                if min(lengths) == S and tiled != one_query:
                     row.one_query = sparse(one_query, shape, selected, given)
                     differences[f"{shape.name}, {name}"] = compared((tiled, one_query), shape, selected, given)
                 rows.append(row)

@@ -262,19 +262,19 @@ def test_nothing_outside_the_keys_is_touched(device: str, monkeypatch) -> None:
 def test_nan_stays_where_it_is_seen(second: int, broken: int, device: str) -> None:
     """One document, and the keys that nobody sees, hold NaN: the other's results are those without any.
 
-    But for what docs/kernels.md says: gradients of index scores by a block of queries that both have, here of 4, or by
+    But for what docs/kernels.md says: gradients of index scores by a block of queries that both have, here of 8, or by
     a tile of 128 keys that both see.
     """
-    x = make(Case("broken document", (Document(0, 100, 7), Document(second, 40, 6)), keys=170, k=8, heads=2), device)
+    x = make(Case("broken document", (Document(0, 100, 14), Document(second, 40, 12)), keys=170, k=8, heads=2), device)
     x = x.to(torch.bfloat16) if device == "cuda" else x
-    of_query = torch.arange(13, device=device) >= 7
+    of_query = torch.arange(26, device=device) >= 14
     seen = x.visible_ST()
     bad_queries, bad_keys = of_query == broken, ~seen[of_query != broken].any(0)
     wrong = {"kv_TGE": bad_keys, "k_TD": bad_keys, "q_SHD": bad_queries, "q_SID": bad_queries, "w_SI": bad_queries}
     spoiled = {name: getattr(x, name).clone() for name in wrong}
     for name, rows in wrong.items():
         spoiled[name][rows] = math.nan
-    block, tile = torch.arange(13, device=device) // 4, torch.arange(170, device=device) // 128
+    block, tile = torch.arange(26, device=device) // 8, torch.arange(170, device=device) // 128
     safe_queries = ~torch.isin(block, block[bad_queries])
     safe_keys = ~bad_keys & ~torch.isin(tile, tile[seen[bad_queries].any(0)])
     assert safe_queries.any() and safe_keys.any()
