@@ -62,6 +62,20 @@ def test_what_layers_select_and_whether_they_find_what_a_retriever_finds(tmp_pat
     assert all(row["answered"]["indexer"] and row["answered"]["BM25"] for row in rows)
 
 
+def test_rows_of_the_engine_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "rows.json"
+    child = benchmark("engine_rows", "--quick", "--lengths", "256", "--out", str(out))
+    assert child.returncode == 0 and child.stdout.count("dense/sparse indexer") == 4, child.stderr
+    figures = json.loads(out.read_text())
+    cells = {(cell["shape"], cell["work"]): cell for cell in figures["cells"]}
+    assert len(cells) == 4 and all(cell["tokens"] == 256 for cell in cells.values())
+    for (_, work), cell in cells.items():
+        assert list(cell["ratio"]) == (["indexer"] if work == "decode" else ["indexer", "near"])
+        for name, ratio in cell["ratio"].items():
+            assert ratio == pytest.approx(cell["model"]["dense"] / cell["model"][name])
+    assert any("dense_attention" in line for line in figures["backends"])
+
+
 @pytest.mark.slow
 def test_all_questions_are_answered(tmp_path: Path) -> None:
     found = questions(tmp_path / "questions.json")

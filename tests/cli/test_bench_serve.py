@@ -9,17 +9,20 @@ import pytest
 import torch
 
 import tokensieve
+from tests.families.test_grouped import PUBLISHED as PUBLISHED_MODELS
 from tests.support import commands
 from tests.support.models import config, ours
 from tokensieve.bench import Workload, random_model, random_prompts, serve_load
 from tokensieve.bench.load import fill_with_noise
 from tokensieve.cli import bench
 from tokensieve.config import UserError
-from tokensieve.cost import shape_of
+from tokensieve.cost import parameters, shape_of
 from tokensieve.engine import Engine, EngineConfig
 from tokensieve.engine.runner import Runner
 from tokensieve.families import FAMILIES
+from tokensieve.model import DecoderForCausalLM
 
+INDEXER = ("index_n_heads", "index_head_dim", "index_rope_head_dim", "index_topk", "index_dtype", "indexer_types")
 SMALL = {
     "num_hidden_layers": 2, "first_k_dense_replace": 1, "hidden_size": 64, "intermediate_size": 64,
     "moe_intermediate_size": 32,
@@ -101,6 +104,22 @@ def test_what_is_filled_is_decoded_at_its_length(model, monkeypatch: pytest.Monk
     assert found.pages == 80 and found.tokens_per_second > 0
 
 
+def test_the_end_of_a_filled_prompt_is_run(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`last` tokens of it, in chunks that end where the engine's do."""
+    seen, plain = [], Runner.chunk
+
+    def chunk(self, tokens, past, *rest, **options):
+        seen.append((past, len(tokens)))
+        return plain(self, tokens, past, *rest, **options)
+
+    monkeypatch.setattr(Runner, "chunk", chunk)
+    load = Workload(2, 320, 3, filled=True, chunk=128, last=128)
+    found = serve_load(model, tokensieve.load_tokenizer("base"), load, random_prompts(2, 320, 4096))
+    assert seen == [(192, 64)] * 2 + [(256, 64)] * 2
+    assert found.prompt_tokens_per_second == pytest.approx(2 * 128 / found.first_p99)
+    assert found.next_p99_over_p50 == pytest.approx(found.next_p99 / found.next_p50)
+
+
 def test_noise_is_in_every_place(model) -> None:
     engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=3))
     fill_with_noise(engine)
@@ -135,11 +154,41 @@ def test_random_weights_are_drawn_and_norms_are_one() -> None:
         (["--shape", "deepseek"], "--shape deepseek is unknown"),
         (["--shape", "deepseek_v32", "--set", "layers=3"], "--set layers=3"),
         (["sparse", "--prompt", "40000"], "past the model's"),
+        (["sparse", "--last", "64"], "--last 64: without --filled whole prompts are run; give --filled too"),
+        (["sparse", "--filled", "--last", "64", "--prompt", "128,32"], "--last 64: a prompt has 32 tokens"),
     ],
 )
 def test_bad_input(options: list[str], says: str, capsys) -> None:
     ended = commands.runner(capsys)("bench", "serve", *options)
     assert ended.status == 2 and says in str(ended)
+
+
+@pytest.mark.parametrize("model", PUBLISHED_MODELS)
+def test_shapes_are_those_of_published_models(model: str) -> None:
+    raw, total, _ = PUBLISHED_MODELS[model]
+    shape = raw["model_type"]
+    assert parameters(shape_of(bench._config(shape, [], None))).total == total
+    sparse, dense = (bench._config(name, ["num_hidden_layers=2"], None) for name in (f"{shape}_dsa", shape))
+    with torch.device("meta"):
+        made = tokensieve.sparsify(DecoderForCausalLM(dense), index_heads=16).config
+    for name in INDEXER:
+        assert getattr(sparse, name) == getattr(made, name), name
+    assert shape_of(sparse) == shape_of(made)
+
+
+def test_grouped_queries_are_measured(tmp_path: Path, capsys) -> None:
+    small = {name: SMALL[name] for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sets = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    rest = ["--filled", "--last", "64", "--requests", "2", "--prompt", "128", "--new", "3", "--top-k", "16"]
+    ended = commands.runner(capsys)(
+        "bench", "serve", "--shape", "qwen3_dsa", *sets, *rest, "--selection", "indexer,dense", "--out", str(tmp_path)
+    )
+    assert ended.status == 0 and "p99/p50" in ended.out and "peak" in ended.out, ended
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert [row["selection"] for row in rows] == ["indexer", "dense"]
+    assert all(row["next_p99_over_p50"] >= 1 and row["memory_bytes"] > 0 for row in rows)
+    assert all(row["prompt_tokens_per_second"] > 0 and row["last"] == 64 for row in rows)
 
 
 def test_experts_are_set_under_each_familys_own_name() -> None:

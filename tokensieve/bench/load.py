@@ -30,8 +30,8 @@ class Workload:
     requests: their number. prompt, new: tokens of each. selection: a name that `tokensieve.selecting` takes,
     module:function too. chunk, top_k: as in EngineConfig; 0 takes the engine's own.
 
-    filled: the cache is filled with noise, and of the prompts only the last token is run. This measures the decode rate
-    at a context that would take long to read.
+    filled: the cache is filled with noise, and of the prompts only the `last` tokens are run. This measures the decode
+    rate, and the prefill of these tokens, at a context that would take long to read.
     """
 
     requests: int
@@ -41,6 +41,7 @@ class Workload:
     filled: bool = False
     chunk: int = 0
     top_k: int = 0
+    last: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ class Served:
 
     seconds: float
     tokens_per_second: float  # generated, over all requests
-    prompt_tokens_per_second: float  # until the last request's first token
+    prompt_tokens_per_second: float  # until the last request's first token; 0 if only one token of a prompt is run
     first_p50: float  # to the first token
     first_p99: float
     next_p50: float  # between two tokens of a request
     next_p99: float
+    next_p99_over_p50: float
     last_chunk: float  # of a prompt: the last step that read one
     pages: int
     memory_bytes: int  # at the peak on a GPU; of the process on a CPU
@@ -129,7 +131,7 @@ def _run(engine: Engine, load: Workload, prompts: Sequence[tuple[int, ...]], new
             scheduler.admit()
         assert not scheduler.waiting  # the cache was made for them
         for running in scheduler.running:
-            running.cached = running.prompt - 1
+            running.cached = running.prompt - load.last
     times: dict[str, list[float]] = {str(i): [] for i in range(load.requests)}
     used, last_chunk = 0, 0.0
     begin = last = time.perf_counter()
@@ -148,15 +150,18 @@ def _run(engine: Engine, load: Workload, prompts: Sequence[tuple[int, ...]], new
     seconds = time.perf_counter() - begin
     first = [arrivals[0] for arrivals in times.values()]
     between = [b - a for arrivals in times.values() for a, b in itertools.pairwise(arrivals)] or [0.0]
+    run = load.last if load.filled else load.prompt
+    next_p50, next_p99 = statistics.median(between), percentile(between, 0.99)
     on_gpu = device.type == "cuda"
     return Served(
         seconds,
         tokens_per_second=sum(map(len, times.values())) / seconds,
-        prompt_tokens_per_second=0.0 if load.filled else load.requests * load.prompt / max(first),
+        prompt_tokens_per_second=load.requests * run / max(first) if run > 1 else 0.0,
         first_p50=statistics.median(first),
         first_p99=percentile(first, 0.99),
-        next_p50=statistics.median(between),
-        next_p99=percentile(between, 0.99),
+        next_p50=next_p50,
+        next_p99=next_p99,
+        next_p99_over_p50=next_p99 / next_p50 if next_p50 else 0.0,
         last_chunk=last_chunk,
         pages=used,
         memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,

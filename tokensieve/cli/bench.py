@@ -23,7 +23,8 @@ app.add_typer(bench, name="bench")
 def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a bundled name (base, sparse).")] = "sparse",
     shape: Annotated[
-        str | None, typer.Option(help="Instead: random weights in the published shape of deepseek_v32 or deepseek_v3.")
+        str | None,
+        typer.Option(help="Instead: random weights in a published shape: deepseek_v32, qwen3_dsa, qwen3, ..."),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --shape's config.json.")
@@ -36,8 +37,9 @@ def serve(
     experts: Annotated[str, typer.Option(metavar="N,N", help="Routed experts of --shape.")] = "",
     fp8: Annotated[bool, typer.Option("--fp8", help="Weights of --shape in FP8 blocks.")] = False,
     filled: Annotated[
-        bool, typer.Option("--filled", help="Fill the cache with noise instead of running prompts: decode rates only.")
+        bool, typer.Option("--filled", help="Fill the cache with noise; run the last token of each prompt only.")
     ] = False,
+    last: Annotated[int, typer.Option(min=1, help="With --filled: run so many tokens of each prompt's end.")] = 1,
     chunk: Annotated[int, typer.Option(min=0, help="Tokens of a prompt run at once; 0: the engine's own.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of metrics.json.")] = Path("runs/bench-serve"),
     device: Device = "auto",
@@ -52,9 +54,13 @@ def serve(
     who = [check_selector(name) for name in re.split(r",(?![^(]*\))", selection)]  # not at commas between options
     if shape is None and (experts or set_ or fp8):
         raise UserError("--experts, --set and --fp8 are for random weights; give --shape deepseek_v32")
+    if last > 1 and not filled:
+        raise UserError(f"--last {last}: without --filled whole prompts are run; give --filled too")
     counts = _numbers("--experts", experts) if experts else [None]
     keys = _numbers("--top-k", top_k) if top_k else [None]
     lengths, at_once = _numbers("--prompt", prompt), _numbers("--requests", requests)
+    if last > min(lengths):
+        raise UserError(f"--last {last}: a prompt has {min(lengths)} tokens; give fewer, or a longer --prompt")
     if shape is None:
         known_folder(model)
     import tokensieve
@@ -67,7 +73,12 @@ def serve(
 
     for name in who:
         resolve(name)
-    loads = [Workload(count, length, new, by, filled, chunk) for length in lengths for count in at_once for by in who]
+    loads = [
+        Workload(count, length, new, by, filled, chunk, last=last)
+        for length in lengths
+        for count in at_once
+        for by in who
+    ]
     rows: list[dict[str, Any]] = []
     figures = {"run": environment(), "model": shape or model, "rows": rows}
     with join_mesh(device) as mesh:
@@ -114,6 +125,7 @@ def _dtype(device: Any) -> Any:
 
 
 def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
+    from tokensieve.bench import published_config
     from tokensieve.config import UserError
     from tokensieve.families import FAMILIES
 
@@ -133,7 +145,7 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
             fields[key] = json.loads(value)
         except json.JSONDecodeError:
             fields[key] = value
-    return FAMILIES[shape].config(**fields)
+    return published_config(shape, **fields)
 
 
 def _prompts(
@@ -163,7 +175,15 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(
-        "requests", "prompt", "selection", "k", "tokens/s", "first, p50 and p99 s", "next, p50 and p99 ms", "GiB"
+        "requests",
+        "prompt",
+        "selection",
+        "k",
+        "tokens/s",
+        "first, p50 and p99 s",
+        "next, p50 and p99 ms",
+        "p99/p50",
+        "peak GiB",
     )
     for row in rows:
         table.add_row(
@@ -174,6 +194,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['tokens_per_second']:.1f}",
             f"{row['first_p50']:.2f}  {row['first_p99']:.2f}",
             f"{1000 * row['next_p50']:.1f}  {1000 * row['next_p99']:.1f}",
+            f"{row['next_p99_over_p50']:.2f}",
             f"{row['memory_bytes'] / 2**30:.1f}",
         )
     stdout().print(table)

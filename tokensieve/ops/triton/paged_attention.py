@@ -26,6 +26,7 @@ from tokensieve.ops.triton.paged_index import PAGE, inner_contiguous
 BN = 64
 MULTIPROCESSORS = 132  # of an H100 or H200: programs that run at a time
 MOST_PIECES = 32  # all of which one program joins, in registers
+MOST_TILES = 256  # of a piece, whose places one program looks through in registers, unless there are too few pieces
 GROUP: tl.constexpr = tl.constexpr(SCALE_BLOCK)
 
 # Four E4M3 numbers in, four bfloat16 numbers out. An E4M3 number's bits, moved to bfloat16's places, are the number
@@ -177,7 +178,8 @@ def steps(programs: int, tiles: int, pieces: int) -> int:
 @lru_cache
 def pieces(programs: int, tiles: int) -> int:
     """Into how many pieces `programs` of `tiles` tiles are cut: the fewest of those that need the fewest steps."""
-    return min(range(1, min(tiles, MOST_PIECES) + 1), key=lambda count: steps(programs, tiles, count))
+    least = min(triton.cdiv(tiles, MOST_TILES), MOST_PIECES)
+    return min(range(least, min(tiles, MOST_PIECES) + 1), key=lambda count: steps(programs, tiles, count))
 
 
 def latent_parts(pages: Tensor, rope: int) -> tuple[Tensor, Tensor, Tensor]:
