@@ -223,7 +223,7 @@ def ways(shape: Shape, hopper: bool) -> tuple[Way, Way]:
     from tokensieve.ops.hopper import tiles
 
     one_query = Way(kl_of_one_query, of_one_query)
-    return (Way(tiles, tiles) if hopper else one_query), one_query
+    return (Way(tiles, tiles) if hopper and shape.heads in (16, 32) else one_query), one_query
 
 
 def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:

@@ -87,7 +87,7 @@ def test_on_a_gpu(heads: int, groups: int, d: int, v: int) -> None:
     q, k, values, dout = (torch.randn(size, generator=draw).cuda().bfloat16() for size in sizes)
     found = {}
     for backend, dtype in (("fused", torch.bfloat16), ("reference", torch.float32)):
-        given = [x.to(dtype).requires_grad_() for x in (q, k, values)]
+        given = [x.detach().to(dtype).requires_grad_() for x in (q, k, values)]
         out, lse = ops.dense_attention(*given, starts, ends, d**-0.5, backend=backend)
         out.backward(dout.to(dtype))
         found[backend] = [out.detach(), lse.detach(), *(x.grad for x in given)]
