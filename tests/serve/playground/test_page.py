@@ -396,3 +396,15 @@ def test_pages_of_other_sites_may_not_ask(served) -> None:
         assert answer.status_code == 200
     # a link from elsewhere may lead here
     assert httpx.get(served[0], headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
+
+
+def test_a_question_before_the_models_are_known(served, context) -> None:
+    page, held = context.new_page(), []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.goto(served[0])
+    ask(page, "Hello")
+    page.wait_for_timeout(100)
+    assert page.input_value("#question") == "Hello"
+    held[0].continue_()
+    answered(page)
+    assert said(page) and not page.input_value("#question")

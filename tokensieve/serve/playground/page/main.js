@@ -66,7 +66,8 @@ function fit() {
   question.style.height = `${question.scrollHeight}px`;
 }
 
-function send() {
+async function send() {
+  await ready; // one can ask before the models are known
   const text = question.value.trim();
   if (chat.busy || find("send").disabled || !(text || documents.kept.size)) return;
   const [used, limit] = [tokens(), limits.get(model.value)];
@@ -255,5 +256,6 @@ model.addEventListener("change", () => {
   refresh();
 });
 if (chosen().keep) chat.restore(kept());
-await loadModels();
+const ready = loadModels();
+await ready;
 question.focus();
