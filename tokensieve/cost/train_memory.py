@@ -15,7 +15,7 @@ from tokensieve.cost.shape import Shape, parameters
 from tokensieve.cost.training import Stage, activation_bytes, logits_bytes
 
 WEIGHT, VALUE, MOMENTS = 4, 2, 8  # bytes: of a parameter or its gradient, of an activation, of Adam's two moments
-GATHERED = WEIGHT  # bytes of a parameter in a layer that is gathered from all GPUs
+GATHERED = VALUE  # bytes of a parameter in a layer that is gathered from all GPUs
 LAYERS = 2  # gathered at a time: the one that runs, and the next one, which is on its way
 STRIP = 1 << 26  # entries of the warm-up's target, and of its scores, held at a time (tokensieve/ops/triton/loss.py)
 SCORES = 1 << 28  # index scores, or kept probabilities and slopes, held at a time in adaptation (ops/triton/topk.py)
@@ -52,9 +52,14 @@ class Held:
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Parameters of one layer, its indexer included. experts: those of routed experts."""
+    """Parameters of one layer, its indexer included. experts: those of routed experts.
+
+    exact: those that are read in float32 (`tokensieve/train/precision.py`): of the router, and of the indexer its head
+    weights and key norm. They are gathered once a pass, for all layers.
+    """
 
     other: int
+    exact: int
     experts: int = 0
 
     def held(self, ranks: Ranks) -> int:
@@ -66,16 +71,22 @@ def layer_parameters(shape: Shape) -> tuple[LayerParameters, ...]:
     """Parameters of a layer of each kind that the model has, with experts and without."""
     counts, attention = parameters(shape), shape.attention
     indexer = counts.indexer // max(1, shape.index_layers)
-    fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer
+    weighing = _weighing(shape)
+    fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer - weighing
     expert = 3 * shape.hidden * shape.expert_ffn
     kinds = []
     if shape.moe_layers:
-        router = shape.hidden * shape.experts
-        kinds.append(LayerParameters(fixed + router + shape.shared_experts * expert, shape.experts * expert))
+        exact = weighing + shape.hidden * shape.experts
+        kinds.append(LayerParameters(fixed + shape.shared_experts * expert, exact, shape.experts * expert))
     if shape.layers > shape.moe_layers:
         bias = (2 * shape.dense_ffn + shape.hidden) * shape.mlp_bias
-        kinds.append(LayerParameters(fixed + 3 * shape.hidden * shape.dense_ffn + bias))
+        kinds.append(LayerParameters(fixed + 3 * shape.hidden * shape.dense_ffn + bias, weighing))
     return tuple(kinds)
+
+
+def _weighing(shape: Shape) -> int:
+    """Parameters of an indexer that are read in float32: its head weights and key norm."""
+    return shape.hidden * shape.index_heads + 2 * shape.index_dim
 
 
 def trained(shape: Shape, stage: Stage) -> int:
@@ -105,27 +116,30 @@ def memory(
 
 
 def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool) -> Iterator[Held]:
-    """Whole layers as FSDP gathers them, their gradients, and the bfloat16 copies that products read.
+    """Whole layers as FSDP gathers them, and their gradients; on one GPU the bfloat16 copies that products read.
 
-    Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step. A gradient
-    is there twice: as it was made, and as it is sent. The copies of a layer go with it if layers are gathered and
-    recomputed. On one GPU autocast keeps those of linear layers that learn to the end of the forward pass, and without
+    Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step, and so do
+    the parameters that are read in float32. A gradient is there twice: as it was made, and in float32 as it is sent. On
+    one GPU autocast keeps the copies of linear layers that learn to the end of the forward pass, and without
     recomputation the backward pass needs them all.
     """
     counts, learns = parameters(shape), stage != "warmup"
     embedding = 0 if shape.tied else counts.head
-    together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
+    if ranks.gpus == 1:
+        copied = max(largest.held(ranks), counts.head if learns else 0)
+        if learns:
+            routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
+            copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed)
+        yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
+        return
+    together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     unit, tables = together * largest.held(ranks), embedding + counts.head
-    copied = max(largest.held(ranks), counts.head if learns else 0)
-    if learns and (ranks.gpus == 1 or not checkpointing):
-        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-        copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed) // ranks.experts
-    gradients = (GATHERED + WEIGHT) * unit + GATHERED * tables if learns else 0
-    if ranks.gpus > 1:
-        yield Held("gathered layers, embedding and head", GATHERED * (LAYERS * unit + tables), "counted")
-        yield Held("their gradients", gradients, "counted")
-    yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
+    exact = shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
+    gathered = GATHERED * (LAYERS * unit + tables) + WEIGHT * exact
+    yield Held("gathered layers, embedding and head", gathered, "counted")
+    made, sent = GATHERED * (unit + tables) + WEIGHT * exact, WEIGHT * max(unit, tables, exact)
+    yield Held("their gradients", made + sent if learns else 0, "counted")
 
 
 def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:

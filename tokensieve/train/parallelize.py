@@ -3,7 +3,8 @@
 The ranks form one DeviceMesh with the axes "shard" and "context". Ranks of the same shard share the tokens of their
 sequences (`tokensieve.model.gathered`); different shards read different micro-batches of a step. Parameters, gradients
 and the optimizer's moments are sharded over all ranks. Every rank's losses are its shares of the means over the whole
-step, so gradients are summed over the ranks and never averaged.
+step, so gradients are summed over the ranks and never averaged. Parameters are float32, and gathered in the dtype in
+which products read them (`tokensieve.train.precision`).
 
 Experts may have a mesh of their own, of the same ranks, with the axes "expert_shard" and "experts". Ranks of the same
 expert shard divide the experts (`tokensieve.model.expert_group`), and FSDP gathers the matrices of a rank's experts
@@ -22,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -39,6 +40,7 @@ from tokensieve.model.files import came_from, fill
 from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.moe import Experts
 from tokensieve.model.transformer import DecoderLayer
+from tokensieve.train import precision
 
 # What PEFT adds to the name of a tensor that it wraps, or of which a copy learns.
 WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b")
@@ -127,41 +129,43 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
 class Root(nn.Module):
     """A model within whose forward pass everything runs that uses it.
 
-    FSDP gathers embedding and head, which no layer holds, for the forward pass of its root.
+    FSDP gathers embedding and head, which no layer holds, for the forward pass of a root. A second one around it
+    gathers `exact`: modules of the model whose parameters have another dtype, and which are small.
     """
 
-    def __init__(self, model: DecoderForCausalLM):
+    def __init__(self, model: "DecoderForCausalLM | Root", exact: Iterable[nn.Module] = ()):
         super().__init__()
-        self.model = model
+        self.model, self.exact = model, nn.ModuleList(exact)
 
     def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
         """compute(model, *args). FSDP sees the tensors of its result in tuples, lists and dicts."""
-        return compute(self.model, *args)
+        return self.model(compute, *args) if isinstance(self.model, Root) else compute(self.model, *args)
 
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
-    """The root of a model, whose parameters are sharded over all ranks, if there are several.
-
-    Autocast's copies of a layer's weights, which are whole, go with the layer.
-    """
-    root = Root(model)
+    """The root of a model, whose parameters are sharded over all ranks, if there are several."""
     if division.axes is None:
-        return root
+        return Root(model)
     ranks = division.axes._flatten("ranks")
+    policy = precision.gather_policy(precision.product_dtype(division.mesh.device))
     if division.experts is not None:
         division.experts._flatten("expert_ranks")  # norms are then summed in one operation
         for module in model.modules():
             if isinstance(module, Experts):
-                _shard_experts(module, division.experts)
+                _shard_experts(module, division.experts, policy)
+    exact = [*precision.exact_modules(model)]
+    apart = {parameter for module in exact for parameter in module.parameters()}
     # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
     unit: list[nn.Module] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: torch.clear_autocast_cache())
         unit.append(layer)
         if not cast(DecoderLayer, layer).self_attn.lends:
-            fully_shard(unit, mesh=ranks)
+            fully_shard(unit, mesh=ranks, mp_policy=policy, ignored_params=apart)
             unit = []
-    fully_shard(root, mesh=ranks)
+    inner = Root(model)
+    fully_shard(inner, mesh=ranks, reshard_after_forward=False, mp_policy=policy, ignored_params=apart)
+    root = Root(inner, exact)
+    fully_shard(root, mesh=ranks, mp_policy=precision.gather_policy(None))
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -169,14 +173,14 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     return root
 
 
-def _shard_experts(module: Experts, axes: DeviceMesh) -> None:
+def _shard_experts(module: Experts, axes: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Leaves each rank its experts, and of their matrices its rows. Few ranks have as many experts as share one."""
     experts = axes["experts"]
     module.group = ExpertGroup(experts.size(), experts.get_group())
     for name, parameter in list(module.named_parameters()):
         own = distribute_tensor(parameter.detach(), experts, [Shard(0)], src_data_rank=None)
         setattr(module, name, nn.Parameter(own, parameter.requires_grad))
-    fully_shard(module, mesh=axes["expert_shard"], shard_placement_fn=lambda parameter: Shard(1))
+    fully_shard(module, mesh=axes["expert_shard"], shard_placement_fn=lambda parameter: Shard(1), mp_policy=policy)
 
 
 def whole(tensor: Tensor) -> Tensor:
