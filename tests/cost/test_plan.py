@@ -10,9 +10,10 @@ import torch
 
 from tokensieve import cost
 from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.cost.division import refusal
 from tokensieve.cost.gpus import GPUS
 from tokensieve.cost.paper import published_shape
-from tokensieve.cost.plan import StagePlan, plan, refusal, usable
+from tokensieve.cost.plan import StagePlan, plan, usable
 from tokensieve.cost.rates import Rate
 from tokensieve.cost.train_memory import Ranks
 from tokensieve.cost.train_rates import GROUPED, LITE, TrainRates, measured_rates, measurements
@@ -272,19 +273,27 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("no phases", {"phases": ()}, {}),
     (r"\[lora\]", {"lora": LoraConfig()}, {}),
     ("needs a shape with an indexer", {}, {"dense": True}),
-    ("expert_parallel is 3, which does not divide 8 GPUs; make it a divisor", {"expert_parallel": 3}, {}),
+    ("expert_parallel is 3, which does not divide 8 ranks; make it a divisor", {"expert_parallel": 3}, {}),
     (
         "expert_parallel is 128, and the model has 64 routed experts; make it a divisor of them",
         {"expert_parallel": 128, "sequences": 128},
         {"gpus": 128},
     ),
-    ("context_parallel is 16, which does not divide 8 GPUs; .* --set context_parallel=1", {"context_parallel": 16}, {}),
     (
-        "4 sequences a step do not divide into micro-batches of 1 on 8 groups of 1 GPUs; .* --set context_parallel=2",
+        "context_parallel is 16, which does not divide 8 ranks; .* --set context_parallel=1",
+        {"context_parallel": 16},
+        {},
+    ),
+    (
+        "4 sequences a step do not divide into micro-batches of 1 on 8 groups .* --set context_parallel=2 would do",
         {"sequences": 4},
         {},
     ),
-    ("16 GPUs share sequences of a multiple of 128", {"context": 4032, "kl_every": 4, "sequences": 1}, {"context": 16}),
+    (
+        "16 ranks share sequences of a multiple of 128",
+        {"context": 4032, "kl_every": 4, "sequences": 1},
+        {"context": 16},
+    ),
 ]
 
 
@@ -306,7 +315,7 @@ def test_experts_of_a_model_without_any() -> None:
 
 
 def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every division that a plan refuses, `divide` refuses, and no other."""
+    """Every division that a plan refuses, `divide` refuses in the same words, and no other."""
     axes = SimpleNamespace(get_local_rank=lambda name: 0, get_group=lambda name: None)
     monkeypatch.setattr(Mesh, "axes", lambda self, **sizes: axes)
     refused = 0
@@ -315,12 +324,11 @@ def test_training_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         phases = (PhaseConfig(1, 64, sequences, micro),)
         config = run(phases=phases, context_parallel=context, expert_parallel=experts)
+        reason = None
         try:
             divide(config, Mesh(0, gpus, torch.device("cpu")))
-            trains = True
-        except UserError:
-            trains = False
-        alone = gpus == 1 and sequences % micro  # one process does not divide, and training checks it elsewhere
-        assert trains == (refusal(config, Ranks(gpus, context, experts)) is None) or alone, config
-        refused += not trains
+        except UserError as error:
+            reason = str(error)
+        assert reason == refusal(config, Ranks(gpus, context, experts)), config
+        refused += reason is not None
     assert 0 < refused < 180

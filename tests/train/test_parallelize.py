@@ -154,13 +154,13 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
 @pytest.mark.parametrize(
     ("size", "context_ranks", "changes", "words"),
     [
-        (1, 2, {}, ("context_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
-        (4, 3, {}, ("context_parallel is 3", "torchrun started 4", "multiple of 3")),
-        (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
-        (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "torchrun started 4", "multiple of 3")),
-        (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
-        (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
-        (2, 1, {"budget": BudgetConfig()}, ("budget runs in one", "leave it out")),
+        (1, 2, {}, ("context_parallel is 2", "one rank", "leave it out", "torchrun --nproc-per-node 2")),
+        (4, 3, {}, ("context_parallel is 3", "4 ranks", "divisor", "multiple of 3")),
+        (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one rank", "torchrun --nproc-per-node 2")),
+        (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "4 ranks", "multiple of 3")),
+        (8, 1, {}, ("4 sequences", "8 groups", "multiple of 8")),
+        (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 groups of 2")),
+        (2, 1, {"budget": BudgetConfig()}, ("budget runs in one process", "leave it out")),
     ],
 )
 def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.cost.division import experts_refusal, refusal
 from tokensieve.cost.gpus import NODE, Gpu, gpu_of
 from tokensieve.cost.rates import PEAK, Rate
 from tokensieve.cost.serving import USABLE
@@ -123,7 +124,7 @@ def plan(config: TrainConfig, shape: Shape, gpu: Gpu, gpus: int, rates: TrainRat
     _check_gpus(config, shape, gpu, ranks)
     if (reason := refusal(config, ranks)) is not None:
         would = (c for c in _divisors(gpus) if refusal(config, replace(ranks, context=c)) is None)
-        raise UserError(reason + "".join(f", as with --set context_parallel={c}" for c in [*would][:1]))
+        raise UserError(reason + "".join(f"; --set context_parallel={c} would do" for c in [*would][:1]))
     if (reason := experts_refusal(shape, ranks)) is not None:
         raise UserError(reason)
     phases = tuple(_phase(config, shape, gpu, ranks, rates, phase) for phase in config.phases)
@@ -148,49 +149,6 @@ def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> No
         raise UserError("a plan counts training of all weights, and the config has a [lora] table; leave it out")
     if objective(config) != "pretrain" and not shape.sparse:
         raise UserError(f"{config.stage} needs a shape with an indexer; `with_indexer` adds one")
-
-
-def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
-    """Reason why training (`tokensieve/train/parallelize.py`) refuses such a division, with a remedy; or None."""
-    if ranks.gpus % ranks.context:
-        return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
-    if ranks.gpus % ranks.experts:
-        return f"expert_parallel is {ranks.experts}, which does not divide {ranks.gpus} GPUs; make it a divisor"
-    for phase in config.phases:
-        together = phase.micro_batch * ranks.shards
-        if phase.sequences % together:
-            return (
-                f"{phase.sequences} sequences a step do not divide into micro-batches of {phase.micro_batch} on "
-                f"{ranks.shards} groups of {ranks.context} GPUs; make phases.sequences a multiple of {together}, or "
-                f"change how many GPUs share a sequence (context_parallel)"
-            )
-        multiple = 2 * ranks.context * config.kl_queries
-        if ranks.context > 1 and phase.context % multiple:
-            return (
-                f"phases.context is {phase.context}; {ranks.context} GPUs share sequences of a multiple of {multiple} "
-                "tokens; change it"
-            )
-    return None
-
-
-def experts_refusal(shape: Shape, ranks: Ranks) -> str | None:
-    """Reason why so many ranks cannot divide the experts of a model and then the matrices of one; or None."""
-    experts, sharing = ranks.experts, ranks.gpus // ranks.experts
-    if experts == 1:
-        return None
-    if not shape.experts:
-        return f"expert_parallel is {experts}, and the model has no routed experts; leave it out"
-    if shape.experts % experts:
-        return (
-            f"expert_parallel is {experts}, and the model has {shape.experts} routed experts; make it a divisor of them"
-        )
-    widths = 2 * shape.expert_ffn, shape.hidden
-    if any(width % sharing for width in widths):
-        return (
-            f"expert_parallel is {experts}, so {sharing} of {ranks.gpus} ranks share an expert, and they do not divide "
-            f"the {widths[0]} and {widths[1]} rows of its matrices; make it larger, or start another number of ranks"
-        )
-    return None
 
 
 def _divisors(gpus: int) -> list[int]:

@@ -29,7 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.cost.plan import experts_refusal
+from tokensieve.cost.division import experts_refusal, refusal
 from tokensieve.cost.train_memory import Ranks
 from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
@@ -69,32 +69,19 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
     UserError for settings that do not divide over so many ranks.
     """
     R, X = config.context_parallel, config.expert_parallel
-    for name, ranks in (("context_parallel", R), ("expert_parallel", X)):
-        if mesh.size % ranks:
-            started = "there is one process" if mesh.size == 1 else f"torchrun started {mesh.size}"
-            raise UserError(
-                f"{name} is {ranks} and {started}; start a multiple of {ranks}: torchrun --nproc-per-node {ranks}"
-            )
+    ranks = Ranks(mesh.size, R, X)
+    if (reason := refusal(config, ranks)) is not None:
+        raise UserError(reason)
     if mesh.size == 1:
         return Division(mesh)
-    if config.budget is not None:
-        raise UserError(f"torchrun started {mesh.size} processes, and budget runs in one so far; leave it out")
-    shards = mesh.size // R
-    for phase in config.phases:
-        if phase.sequences % (phase.micro_batch * shards):
-            raise UserError(
-                f"phases: {phase.sequences} sequences do not divide into micro-batches of {phase.micro_batch} on "
-                f"{shards} shards ({mesh.size} ranks, context_parallel {R}); make them a multiple of "
-                f"{phase.micro_batch * shards}"
-            )
-    axes = mesh.axes(shard=shards, context=R)
+    axes = mesh.axes(shard=ranks.shards, context=R)
     shard, rank = axes.get_local_rank("shard"), axes.get_local_rank("context")
     context = None
     if R > 1:
         # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
         context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
     experts = mesh.axes(expert_shard=mesh.size // X, experts=X) if X > 1 else None
-    return Division(mesh, axes, context, shard, shards, experts)
+    return Division(mesh, axes, context, shard, ranks.shards, experts)
 
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
