@@ -200,6 +200,20 @@ def test_layers_on_their_way_by_hand() -> None:
     assert planned(run(), SMALL, 1).phases[0].traffic == ()
 
 
+def test_offloaded_parts_by_hand() -> None:
+    """They leave the GPU for its host, with the copy of a checkpoint, and each pass moves weights there and back."""
+    kept, away = (planned(run(sequences=32, offload=offload), SMALL) for offload in (False, True))
+    total = cost.parameters(cost.shape_of(SMALL)).total
+    assert kept.heaviest.bytes - away.heaviest.bytes == 16 * total // 8 and kept.host == []
+    assert sum(held.bytes for held in away.host) == 16 * total // 8 + 12 * total // 8
+    (moved,) = (t for t in away.phases[0].traffic if "host" in t.name)
+    assert moved.bytes == 4 * (4 * 2 + 4) * total / 8 and moved.bandwidth == 64e9  # four micro-batches
+    assert away.phases[0].exchange.seconds == pytest.approx(
+        kept.phases[0].exchange.seconds + moved.bytes / moved.bandwidth
+    )
+    assert away.phases[0].parts == kept.phases[0].parts
+
+
 def test_tokens_of_divided_experts_by_hand() -> None:
     # Of six copies; of two machines one is a token's own.
     for gpus, away, bandwidth in ((8, 6 * 7 / 8, 450e9), (16, 6 / 2, 50e9)):
@@ -236,8 +250,9 @@ def test_what_does_not_fit_says_what_would() -> None:
         planned(large, lite)
     assert "what fits: --set activation_checkpointing=true" in str(refused.value)
     planned(replace(large, activation_checkpointing=True), lite)
-    with pytest.raises(UserError, match="what fits: --gpus 8$"):
+    with pytest.raises(UserError, match="what fits: --set offload=true; or --gpus 8$"):
         planned(run(), lite, 2, "h100")
+    planned(run(offload=True), lite, 2, "h100")
     planned(run(), lite, 8, "h100")
     phases = (PhaseConfig(1, 32768, 32, 4),)
     with pytest.raises(UserError, match=r"what fits: --set phases\.0\.micro_batch=1;") as refused:
@@ -272,6 +287,7 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("device is cpu", {"device": "cpu"}, {}),
     ("no phases", {"phases": ()}, {}),
     (r"\[lora\]", {"lora": LoraConfig()}, {}),
+    ("offload keeps in the host's memory .*, and this is one; leave it out", {"offload": True}, {"gpus": 1}),
     ("needs a shape with an indexer", {}, {"dense": True}),
     ("expert_parallel is 3, which does not divide 8 ranks; make it a divisor", {"expert_parallel": 3}, {}),
     (

@@ -3,7 +3,7 @@
 The ranks share a step of ragged packs: parameters are sharded over all of them, and tokens over some.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -102,17 +102,17 @@ def step_of_rank(family: str, run: TrainConfig) -> tuple[dict[str, np.ndarray], 
     division = divide(run, mesh)
     own = step(family, run)[division.shard :: division.shards]
     found, figures = outcome(run, made(family), own, mesh)
-    return {name: parallelize.whole(g).numpy() for name, g in found.items()}, figures
+    return {name: parallelize.whole(g).cpu().numpy() for name, g in found.items()}, figures
 
 
 # here
 
 
-def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
-    """One step's figures and gradients are those of one process."""
+def check_step(group: ranks.Group, family: str, run: TrainConfig, step_here: Callable[..., Any] = step_of_rank) -> None:
+    """One step's figures and gradients are those of one process. step_here: what a rank is asked."""
     whole = replace(run, context_parallel=1, expert_parallel=1, activation_checkpointing=False)
     expected, figures = outcome(whole, made(family), step(family, run))
-    for answer, reported in group.ask(step_of_rank, family, run):
+    for answer, reported in group.ask(step_here, family, run):
         found = {name: torch.from_numpy(x) for name, x in answer.items()}
         assert apart(found, expected) < 1e-4  # float32 sums in another order
         for name in figures.keys() - {"seconds", "tokens_per_second"}:

@@ -13,6 +13,10 @@ def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
             start = f"start a multiple of {sharing}: torchrun --nproc-per-node {sharing}"
             remedy = f"leave it out, or {start}" if ranks.gpus == 1 else f"make it a divisor, or {start}"
             return f"{name} is {sharing}, which does not divide {count}; {remedy}"
+    if config.offload and ranks.gpus == 1:
+        return (
+            "offload keeps in the host's memory what several ranks shard, and this is one; leave it out, or start two"
+        )
     if config.budget is not None and ranks.gpus > 1:
         return f"budget runs in one process so far, and this run has {ranks.gpus}; leave it out"
     for phase in config.phases:

@@ -1,9 +1,10 @@
 """A training run on a number of GPUs before it starts: memory of one GPU, time of a step and of the schedule, dollars.
 
 Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, with the tokens that go to
-divided experts and back, for which they wait. Beside them GPUs exchange FSDP's layers and gradients, and the entries of
-context parallelism. A step takes the longer of the two. Its FLOPs are divided evenly over the GPUs. Not counted: the
-optimizer's own pass over its moments, reading data, checkpoints, and GPUs that wait for each other.
+divided experts and back, for which they wait. Beside them FSDP's layers and gradients go between GPUs, and to the host
+and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two. FLOPs
+are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments, reading data, checkpoints, and
+GPUs that wait for each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tokensieve.cost.train_memory import (
     WEIGHT,
     Held,
     Ranks,
+    host_memory,
     layer_parameters,
     memory,
     trained,
@@ -79,6 +81,11 @@ class StagePlan:
         changed = replace(self.config, activation_checkpointing=checkpointing)
         held = _memory(changed, self.shape, self.ranks, self.heaviest.phase)
         return next(h.bytes for h in held if h.name == ACTIVATIONS)
+
+    @property
+    def host(self) -> list[Held]:
+        """What one GPU keeps in the memory of its host."""
+        return host_memory(self.shape, objective(self.config), self.ranks) if self.config.offload else []
 
     @property
     def tokens(self) -> int:
@@ -191,20 +198,24 @@ def _holds(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
 
 
 def _changed(
-    config: TrainConfig, ranks: Ranks, experts: Sequence[int]
+    config: TrainConfig, ranks: Ranks, experts: Sequence[int], offload: bool = False
 ) -> Iterator[tuple[TrainConfig, Ranks, list[str]]]:
     """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first.
 
-    experts: numbers of ranks that may divide them; another one than now comes last.
+    experts: numbers of ranks that may divide them; another one than now comes late. offload: whether what lasts may go
+    to the host's memory; that comes last.
     """
     recompute = not config.activation_checkpointing and config.stage != "warmup"
+    home = (False, True) if offload and not config.offload and ranks.gpus > 1 else (False,)
     smaller = any(phase.micro_batch > 1 for phase in config.phases)
     context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
     choices = product(
-        (False, True) if recompute else (False,), (False, True) if smaller else (False,), context, experts
+        (False, True) if recompute else (False,), (False, True) if smaller else (False,), context, experts, home
     )
-    order = sorted(choices, key=lambda x: (x[3] != ranks.experts, x[2] != ranks.context, x[2], x[0] + x[1], x[1], x[3]))
-    for again, single, c, dividing in order:
+    order = sorted(
+        choices, key=lambda x: (x[4], x[3] != ranks.experts, x[2] != ranks.context, x[2], x[0] + x[1], x[1], x[3])
+    )
+    for again, single, c, dividing, away in order:
         changes = ["--set activation_checkpointing=true"] if again else []
         phases = tuple(replace(phase, micro_batch=1) for phase in config.phases) if single else config.phases
         changes += [
@@ -212,16 +223,19 @@ def _changed(
         ]
         changes += [f"--set context_parallel={c}"] if c != ranks.context else []
         changes += [f"--set expert_parallel={dividing}"] if dividing != ranks.experts else []
-        checkpointing = config.activation_checkpointing or again
+        changes += ["--set offload=true"] if away else []
+        checkpointing, offload = config.activation_checkpointing or again, config.offload or away
         # The config checks its contexts; those that do not divide are refused afterwards.
-        changed = replace(config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1)
+        changed = replace(
+            config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1, offload=offload
+        )
         yield changed, replace(ranks, context=c, experts=dividing), changes
 
 
 def _other_settings(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
     experts = [x for x in _divisors(ranks.gpus) if x >= ranks.experts]
-    for changed, other, changes in _changed(config, ranks, experts):
+    for changed, other, changes in _changed(config, ranks, experts, offload=True):
         if changes and _fits(changed, shape, gpu, other):
             yield " ".join(changes)
             return
@@ -248,6 +262,7 @@ def _memory(config: TrainConfig, shape: Shape, ranks: Ranks, phase: PhaseConfig)
         sequences=phase.micro_batch,
         context=phase.context,
         checkpointing=config.activation_checkpointing,
+        offload=config.offload,
     )
 
 
@@ -275,7 +290,8 @@ def _phase(
         part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
     ]
     parts += [exchange(t.name, t) for t in traffic if t.name == TOKENS]
-    beside = exchange("between GPUs", *(t for t in traffic if t.name != TOKENS))
+    ways = "between GPUs and to the host" if config.offload else "between GPUs"
+    beside = exchange(ways, *(t for t in traffic if t.name != TOKENS))
     held = tuple(_memory(config, shape, ranks, phase))
     return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model))
 
@@ -308,6 +324,10 @@ def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: P
             near = max(1, NODE // ranks.experts)
             way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
             yield Traffic("experts and gradients", own, way)
+        if config.offload:
+            # Its own part, which it rounds only then.
+            moved = passes * WEIGHT * (gathers * counts.total + trained(shape, stage)) / ranks.gpus
+            yield Traffic("weights from the host, gradients to it", moved, gpu.host)
     if ranks.context > 1:
         # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
         entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim

@@ -1,6 +1,7 @@
 """Memory of one GPU in training, on one GPU or under FSDP2, context and expert parallelism, in bytes.
 
-What lasts from step to step (weights, gradients, moments) is divided over all GPUs. What a step needs besides is not:
+What lasts from step to step (weights, gradients, moments) is divided over all GPUs, and may be in the memory of the
+host instead. What a step needs besides is not:
 the layers that are gathered at a time, and the activations of the tokens that a GPU computes. Under context parallelism
 a GPU has the entries and index keys of a whole sequence, one layer at a time.
 
@@ -95,18 +96,42 @@ def trained(shape: Shape, stage: Stage) -> int:
     return counts.indexer if stage == "warmup" else counts.total - (counts.indexer if stage == "pretrain" else 0)
 
 
-def memory(
-    shape: Shape, stage: Stage, ranks: Ranks, *, sequences: int, context: int, checkpointing: bool
-) -> list[Held]:
-    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each."""
-    T = sequences * context
-    N = T // ranks.context
-    counts, learning, logits = parameters(shape), trained(shape, stage), logits_bytes(shape, stage, N)
-    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+def lasting(shape: Shape, stage: Stage, ranks: Ranks) -> list[Held]:
+    """One GPU's part of what lasts from step to step."""
+    counts, learning = parameters(shape), trained(shape, stage)
     return [
         Held("weights, float32", WEIGHT * counts.total // ranks.gpus, "counted"),
         Held("gradients, float32", WEIGHT * learning // ranks.gpus, "counted"),
         Held("moments of Adam, float32", MOMENTS * learning // ranks.gpus, "counted"),
+    ]
+
+
+def host_memory(shape: Shape, stage: Stage, ranks: Ranks) -> list[Held]:
+    """Memory of the host for one GPU whose part of what lasts is there, while a checkpoint is written."""
+    copied = WEIGHT * parameters(shape).total + MOMENTS * trained(shape, stage)
+    return [*lasting(shape, stage, ranks), Held("copy of a checkpoint, float32", copied // ranks.gpus, "counted")]
+
+
+def memory(
+    shape: Shape,
+    stage: Stage,
+    ranks: Ranks,
+    *,
+    sequences: int,
+    context: int,
+    checkpointing: bool,
+    offload: bool = False,
+) -> list[Held]:
+    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each.
+
+    offload: what lasts is in the host's memory (`host_memory`).
+    """
+    T = sequences * context
+    N = T // ranks.context
+    logits = logits_bytes(shape, stage, N)
+    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+    return [
+        *([] if offload else lasting(shape, stage, ranks)),
         *_gathered_layers(shape, stage, ranks, checkpointing),
         Held(ACTIVATIONS, activations, "estimated"),
         *_gathered_keys(shape, stage, ranks, N, T, checkpointing),

@@ -47,6 +47,7 @@ def _stage(named: NamedPlan, price: float) -> dict[str, Any]:
         "activation_checkpointing": plan.config.activation_checkpointing,
         "activation_bytes": {"recomputed": plan.activations(True), "kept": plan.activations(False)},
         "memory_bytes": plan.heaviest.bytes,
+        "host_memory": [asdict(held) for held in plan.host],
         "usable_bytes": usable(plan.gpu),
         "tokens": plan.tokens,
         "seconds": plan.seconds,
@@ -95,6 +96,8 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
                 other = "without recomputation" if recomputes else "with recomputation"
                 rows.add_row(f"({other})", f"({_bytes(plan.activations(not recomputes))})", held.origin)
         rows.add_row(f"together, of {usable(plan.gpu) / 1e9:.1f} GB", _bytes(plan.heaviest.bytes), "")
+        for held in plan.host:
+            rows.add_row(f"on the host: {held.name}", _bytes(held.bytes), held.origin)
         for phase in plan.phases:
             _add_step(rows, phase)
         steps = sum(phase.phase.steps for phase in plan.phases)

@@ -166,7 +166,7 @@ class Run:
             self.root = shard(model, self.division)
             if parts is not None:
                 adapters = lora.first_weights(model, config.seed)
-                self.mesh.agree(lambda: read_parts(model, parts, self.device, adapters))
+                self.mesh.agree(lambda: read_parts(model, parts, self.division, adapters))
             yield
 
     @contextlib.contextmanager
@@ -221,7 +221,9 @@ class Run:
         except torch.OutOfMemoryError as error:
             several = self.mesh.size > 1
             who = f"rank {self.mesh.rank}" if several else "the run"
-            more = "start more ranks" if several else "divide the model over several GPUs with torchrun"
+            more = "divide the model over several GPUs with torchrun"
+            if several:
+                more = "start more ranks" if self.config.offload else "start more ranks, or set offload=true"
             raise self.mesh.lone_error(
                 f"{self.now}: {who} has run out of memory on {self.device}; set activation_checkpointing=true, make "
                 f"phases.context or phases.micro_batch smaller, or {more}"
