@@ -186,12 +186,6 @@ class TrainConfig:
             raise UserError(f"context_parallel is {ranks}; it must be at least 1")
         if self.expert_parallel < 1:
             raise UserError(f"expert_parallel is {self.expert_parallel}; it must be at least 1")
-        for name, on in (("lora", self.lora is not None), ("compile", self.compile)):
-            if on and self.expert_parallel > 1:
-                raise UserError(
-                    f"expert_parallel is {self.expert_parallel}, and {name} runs without it so far; leave one of the "
-                    "two out"
-                )
         if self.offload and self.device == "cpu":
             raise UserError("offload is true and device is cpu, whose memory is the host's; leave one of the two out")
         multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)

@@ -80,10 +80,11 @@ LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "o_proj", "experts.g
         ("adapt", 1, {}),
         ("adapt", 2, {"activation_checkpointing": True}),
         ("adapt", 2, {"selection": False}),
+        ("adapt", 2, {"expert_parallel": 2, "lora": LoraConfig(rank=3)}),
     ],
 )
 def test_adapters_on_two_ranks(two: ranks.Group, stage: str, context_parallel: int, changes: dict[str, Any]) -> None:
-    check_step(two, "v32", settings(stage, context_parallel, lora=LORA, **changes))
+    check_step(two, "v32", settings(stage, context_parallel, **{"lora": LORA} | changes))
 
 
 @pytest.mark.slow
@@ -185,10 +186,6 @@ def test_experts_that_do_not_divide(family: str, size: int, dividing: int, words
 def test_settings_that_experts_do_not_take() -> None:
     with pytest.raises(UserError, match="expert_parallel is 0; it must be at least 1"):
         settings("adapt", expert_parallel=0)
-    with pytest.raises(UserError, match="expert_parallel is 2, and lora runs without it so far; leave one"):
-        settings("adapt", expert_parallel=2, lora=LoraConfig())
-    with pytest.raises(UserError, match="expert_parallel is 2, and compile runs without it so far"):
-        settings("pretrain", expert_parallel=2, compile=True)
 
 
 def test_rows_that_are_too_short() -> None:

@@ -162,7 +162,8 @@ class Run:
         """Within the block the model has its adapters, and on several ranks this one's parts of all parameters."""
         config, model, parts = self.config, self.model, self._parts
         indexers = self.stage.learners(config) == "all" and model.is_sparse
-        with lora.adapted(model, config.lora, config.seed, config.model, indexers) as self.adapter:
+        divided = config.expert_parallel > 1
+        with lora.adapted(model, config.lora, config.seed, config.model, indexers, divided) as self.adapter:
             self.root = shard(model, self.division)
             if parts is not None:
                 adapters = lora.first_weights(model, config.seed)
