@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tokensieve import cost
-from tokensieve.config import LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.config import PhaseConfig, TrainConfig, UserError
 from tokensieve.cost.division import refusal
 from tokensieve.cost.gpus import GPUS
 from tokensieve.cost.paper import published_shape
-from tokensieve.cost.plan import StagePlan, plan, usable
+from tokensieve.cost.plan import Job, StagePlan, plan, usable
 from tokensieve.cost.rates import Rate
 from tokensieve.cost.train_memory import Ranks
 from tokensieve.cost.train_rates import GROUPED, LITE, TrainRates, measured_rates, measurements
@@ -34,7 +34,7 @@ def run(stage: str = "adapt", steps: int = 10, context: int = 4096, sequences: i
 
 def planned(config: TrainConfig, shape: Any, gpus: int = 8, gpu: str = "h200", **more: Any) -> StagePlan:
     shape = shape if isinstance(shape, cost.Shape) else cost.shape_of(shape)
-    return plan(config, shape, GPUS[gpu], gpus, more.pop("rates", TrainRates()), **more)
+    return plan(Job(config, shape, more.pop("adapters", None)), GPUS[gpu], gpus, more.pop("rates", TrainRates()))
 
 
 # time
@@ -286,7 +286,6 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("--gpus 12: no whole machines of 8", {}, {"gpus": 12}),
     ("device is cpu", {"device": "cpu"}, {}),
     ("no phases", {"phases": ()}, {}),
-    (r"\[lora\]", {"lora": LoraConfig()}, {}),
     ("offload keeps in the host's memory .*, and this is one; leave it out", {"offload": True}, {"gpus": 1}),
     ("needs a shape with an indexer", {}, {"dense": True}),
     ("expert_parallel is 3, which does not divide 8 ranks; make it a divisor", {"expert_parallel": 3}, {}),

@@ -8,9 +8,11 @@ import torch
 
 from tests.support import grouped, models
 from tokensieve import cost
-from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, layer_parameters, memory
+from tokensieve.config import LoraConfig
+from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, host_memory, layer_parameters, memory
 from tokensieve.cost.train_rates import LITE
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.train.lora import adapted, adapters_of
 from tokensieve.train.precision import exact_modules
 
 SHARED = ["full", "shared", "shared", "full"]
@@ -89,6 +91,27 @@ def test_gathered_layers_by_hand() -> None:
     alone = held(shape, "adapt", Ranks(1), checkpointing=False)  # no layer is gathered; every copy is kept
     assert "gathered layers, embedding and head" not in alone
     assert alone["weights in bfloat16, for products"] == 2 * (cost.parameters(shape).total - models.VOCAB * 48)
+
+
+@pytest.mark.parametrize("kind", ["v32", "qwen3_moe_dsa", "llama_dsa"])
+@pytest.mark.parametrize("targets", ["all-linear", ("o_proj", "down_proj")])
+def test_what_lasts_beside_adapters(kind: str, targets: Any) -> None:
+    """Indexers learn as copies. Gathered are the adapters of a layer too, and no gradients but theirs are made."""
+    model, shape = built(kind)
+    biases = sum(b.numel() for n, b in model.named_buffers() if n.endswith("correction_bias"))
+    plain = held(shape, "adapt", Ranks(4))
+    with adapted(model, LoraConfig(rank=3, targets=targets)):
+        total, learning = (
+            numbers(p for p in model.parameters() if p.requires_grad or every) for every in (True, False)
+        )
+        found = held(shape, "adapt", Ranks(4), adapters=adapters_of(model))
+        away = host_memory(shape, "adapt", Ranks(4), adapters_of(model))
+    assert found["weights, float32"] == 4 * (total + biases) // 4
+    assert found["gradients, float32"] == 4 * learning // 4 and found["moments of Adam, float32"] == 8 * learning // 4
+    name = "gathered layers, embedding and head"
+    assert found[name] - plain[name] == 2 * 2 * (learning // shape.layers)
+    assert 0 < found["their gradients"] < plain["their gradients"] / 2
+    assert [h.bytes for h in away][-1] == 4 * cost.parameters(shape).total // 4  # the merged model
 
 
 def test_layers_that_share_an_indexer_are_gathered_together() -> None:

@@ -3,6 +3,7 @@
 from tokensieve.config import TrainConfig
 from tokensieve.cost.shape import Shape
 from tokensieve.cost.train_memory import Ranks
+from tokensieve.cost.training import Adapters
 
 
 def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
@@ -36,13 +37,18 @@ def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
     return None
 
 
-def experts_refusal(shape: Shape, ranks: Ranks) -> str | None:
+def experts_refusal(shape: Shape, ranks: Ranks, adapters: Adapters | None = None) -> str | None:
     """Reason why so many ranks cannot divide the experts of a model and then the matrices of one; or None."""
     experts, sharing = ranks.experts, ranks.gpus // ranks.experts
     if experts == 1:
         return None
     if not shape.experts:
         return f"expert_parallel is {experts}, and the model has no routed experts; leave it out"
+    if adapters is not None and adapters.experts:
+        return (
+            f"expert_parallel is {experts}, and lora.targets names experts, whose adapters add to all of a layer at "
+            "once; leave one of the two out"
+        )
     if shape.experts % experts:
         return (
             f"expert_parallel is {experts}, and the model has {shape.experts} routed experts; make it a divisor of them"

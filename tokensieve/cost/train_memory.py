@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokensieve.cost.shape import Shape, parameters
-from tokensieve.cost.training import Stage, activation_bytes, logits_bytes
+from tokensieve.cost.training import Adapters, Stage, activation_bytes, logits_bytes
 
 WEIGHT, VALUE, MOMENTS = 4, 2, 8  # bytes: of a parameter or its gradient, of an activation, of Adam's two moments
 GATHERED = VALUE  # bytes of a parameter in a layer that is gathered from all GPUs
@@ -90,26 +90,37 @@ def _weighing(shape: Shape) -> int:
     return shape.hidden * shape.index_heads + 2 * shape.index_dim
 
 
-def trained(shape: Shape, stage: Stage) -> int:
-    """Number of parameters that learn in a stage."""
+def trained(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
+    """Number of parameters that learn in a stage. adapters: those that do in the trunk's place."""
     counts = parameters(shape)
+    if adapters is not None:
+        return adapters.parameters + (counts.indexer if stage == "adapt" else 0)
     return counts.indexer if stage == "warmup" else counts.total - (counts.indexer if stage == "pretrain" else 0)
 
 
-def lasting(shape: Shape, stage: Stage, ranks: Ranks) -> list[Held]:
+def stored(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
+    """Number of parameters; beside adapters, the indexers that learn are copies of those that are there."""
+    return parameters(shape).total + (0 if adapters is None else trained(shape, stage, adapters))
+
+
+def lasting(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None = None) -> list[Held]:
     """One GPU's part of what lasts from step to step."""
-    counts, learning = parameters(shape), trained(shape, stage)
+    learning = trained(shape, stage, adapters)
     return [
-        Held("weights, float32", WEIGHT * counts.total // ranks.gpus, "counted"),
+        Held("weights, float32", WEIGHT * stored(shape, stage, adapters) // ranks.gpus, "counted"),
         Held("gradients, float32", WEIGHT * learning // ranks.gpus, "counted"),
         Held("moments of Adam, float32", MOMENTS * learning // ranks.gpus, "counted"),
     ]
 
 
-def host_memory(shape: Shape, stage: Stage, ranks: Ranks) -> list[Held]:
-    """Memory of the host for one GPU whose part of what lasts is there, while a checkpoint is written."""
-    copied = WEIGHT * parameters(shape).total + MOMENTS * trained(shape, stage)
-    return [*lasting(shape, stage, ranks), Held("copy of a checkpoint, float32", copied // ranks.gpus, "counted")]
+def host_memory(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None = None) -> list[Held]:
+    """Memory of the host for one GPU whose part of what lasts is there, while a checkpoint is written.
+
+    Of adapters the merged model at the end is more than any checkpoint.
+    """
+    copied = WEIGHT * parameters(shape).total + (0 if adapters else MOMENTS * trained(shape, stage))
+    lasts = lasting(shape, stage, ranks, adapters)
+    return [*lasts, Held("copy of a checkpoint, float32", copied // ranks.gpus, "counted")]
 
 
 def memory(
@@ -121,18 +132,22 @@ def memory(
     context: int,
     checkpointing: bool,
     offload: bool = False,
+    adapters: Adapters | None = None,
 ) -> list[Held]:
     """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each.
 
-    offload: what lasts is in the host's memory (`host_memory`).
+    offload: what lasts is in the host's memory (`host_memory`). adapters: those that learn in the trunk's place.
     """
     T = sequences * context
     N = T // ranks.context
     logits = logits_bytes(shape, stage, N)
     activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+    if adapters is not None:
+        made = WEIGHT if ranks.gpus == 1 else GATHERED  # of a gradient
+        activations += adapters.sum_bytes(made, VALUE, checkpointing=checkpointing)
     return [
-        *([] if offload else lasting(shape, stage, ranks)),
-        *_gathered_layers(shape, stage, ranks, checkpointing),
+        *([] if offload else lasting(shape, stage, ranks, adapters)),
+        *_gathered_layers(shape, stage, ranks, checkpointing, adapters),
         Held(ACTIVATIONS, activations, "estimated"),
         *_gathered_keys(shape, stage, ranks, N, T, checkpointing),
         Held("buffers of scores and of the KL's target", _buffers(stage, N, T), "counted"),
@@ -140,13 +155,15 @@ def memory(
     ]
 
 
-def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool) -> Iterator[Held]:
+def _gathered_layers(
+    shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool, adapters: Adapters | None
+) -> Iterator[Held]:
     """Whole layers as FSDP gathers them, and their gradients; on one GPU the bfloat16 copies that products read.
 
     Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step, and so do
     the parameters that are read in float32. A gradient is there twice: as it was made, and in float32 as it is sent. On
     one GPU autocast keeps the copies of linear layers that learn to the end of the forward pass, and without
-    recomputation the backward pass needs them all.
+    recomputation the backward pass needs them all. Adapters learn in their layer's place, and it has no gradient.
     """
     counts, learns = parameters(shape), stage != "warmup"
     embedding = 0 if shape.tied else counts.head
@@ -160,10 +177,15 @@ def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bo
         return
     together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     unit, tables = together * largest.held(ranks), embedding + counts.head
+    learning, learning_tables = unit, tables
+    if adapters is not None:
+        learning, learning_tables = together * trained(shape, stage, adapters) // shape.layers, 0
+        unit += learning
     exact = shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
     gathered = GATHERED * (LAYERS * unit + tables) + WEIGHT * exact
     yield Held("gathered layers, embedding and head", gathered, "counted")
-    made, sent = GATHERED * (unit + tables) + WEIGHT * exact, WEIGHT * max(unit, tables, exact)
+    made = GATHERED * (learning + learning_tables) + WEIGHT * exact
+    sent = WEIGHT * max(learning, learning_tables, exact)
     yield Held("their gradients", made + sent if learns else 0, "counted")
 
 
