@@ -143,7 +143,7 @@ def shard(model: DecoderForCausalLM, division: Division) -> Root:
     """The root of a model, whose parameters are sharded over all ranks, if there are several."""
     if division.axes is None:
         return Root(model)
-    ranks = division.axes._flatten("ranks")
+    ranks = division.mesh.ranks
     policy = precision.gather_policy(precision.product_dtype(division.mesh.device))
     if division.experts is not None:
         division.experts._flatten("expert_ranks")  # norms are then summed in one operation
