@@ -132,4 +132,5 @@ def test_two_gpus() -> None:
         )
     assert kept.keys() == away.keys()
     for name, gradient in kept.items():
-        np.testing.assert_allclose(away[name], gradient, rtol=1e-5, atol=1e-6 * abs(gradient).max())  # sums of float32
+        # Kernels add in any order, and round to bfloat16.
+        np.testing.assert_allclose(away[name], gradient, rtol=0, atol=2**-6 * abs(gradient).max())
