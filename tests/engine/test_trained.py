@@ -56,7 +56,7 @@ def served(folder: Path) -> list[list[int]] | None:
 
 @pytest.mark.parametrize("changes", [{"context_parallel": 2, "expert_parallel": 2}, {}])
 def test_served_without_a_conversion(here: Workplace, changes: dict[str, int]) -> None:
-    """Greedy tokens are those of one rank, and of `generate`."""
+    """Greedy tokens are those of one rank, of `generate`, and of the same training in one process."""
     settings = here.run("adapt", f"served-{len(changes)}", PhaseConfig(1, 48, 4, 2))
     settings = replace(settings, optimizer=replace(settings.optimizer, warmup_steps=0), **changes)
     folder = Path(settings.out, "step-000001")
@@ -68,6 +68,9 @@ def test_served_without_a_conversion(here: Workplace, changes: dict[str, int]) -
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     alone = greedy(Engine(model, tokensieve.load_tokenizer(folder), ROOM))
     assert nothing is None and on_two == alone and all(len(tokens) == 12 for tokens in alone)
+    single = replace(settings, out=f"{settings.out}-alone", context_parallel=1, expert_parallel=1)
+    whole = train.run(single, progress=False, rehearse=False)
+    assert greedy(Engine(whole, tokensieve.load_tokenizer(folder), ROOM)) == alone
     ids = torch.tensor([PROMPTS[2]])
     generated = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert generated[0, ids.shape[1] :].tolist() == alone[2]
