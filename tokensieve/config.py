@@ -164,6 +164,8 @@ class TrainConfig:
     # Ranks that divide the routed experts of every layer, a divisor of torchrun's processes and of the experts.
     expert_parallel: int = 1
     activation_checkpointing: bool = False  # recompute each layer in the backward pass
+    # On several GPUs, keep their parts of parameters, gradients and moments in the host's memory. AdamW runs there too.
+    offload: bool = False
     balance_rate: float = 1e-3  # pretrain: step of the router's correction bias towards even load
     save_every: int = 0  # steps between checkpoints; 0: only at the end and on Ctrl-C
     keep: int = 2  # checkpoints kept
@@ -184,12 +186,8 @@ class TrainConfig:
             raise UserError(f"context_parallel is {ranks}; it must be at least 1")
         if self.expert_parallel < 1:
             raise UserError(f"expert_parallel is {self.expert_parallel}; it must be at least 1")
-        for name, on in (("lora", self.lora is not None), ("compile", self.compile)):
-            if on and self.expert_parallel > 1:
-                raise UserError(
-                    f"expert_parallel is {self.expert_parallel}, and {name} runs without it so far; leave one of the "
-                    "two out"
-                )
+        if self.offload and self.device == "cpu":
+            raise UserError("offload is true and device is cpu, whose memory is the host's; leave one of the two out")
         multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
         if any(phase.context % multiple for phase in self.phases):
             given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]

@@ -1,6 +1,14 @@
 """The processes of one job, as torchrun starts them: the device of each, and the collectives between them.
 
-The engine builds on it, and training. All ranks call the same methods in the same order.
+The engine builds on it, and training. All ranks call the same methods in the same order. Both divide a model over the
+same ranks, which form grids by these axes:
+
+    ranks         all of them: in training parameters, gradients and moments are sharded over them, in the engine heads,
+                  experts and vocabulary
+    shard         groups that read different sequences of a step
+    context       ranks that share the tokens of a sequence
+    expert_shard  ranks that share the matrices of their experts
+    experts       ranks that divide the routed experts, and exchange tokens
 """
 
 import functools
@@ -52,6 +60,11 @@ class Mesh:
     def leads(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    @property
+    def ranks(self) -> DeviceMesh:
+        """All ranks, with the axis "ranks". Its group is the one in which the methods below communicate."""
+        return self.axes(ranks=self.size)
 
     def axes(self, **sizes: int) -> DeviceMesh:
         """The ranks as a grid with these axes, the last of which changes fastest from rank to rank."""

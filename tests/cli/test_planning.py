@@ -15,6 +15,7 @@ from tokensieve.cost.gpus import GPUS
 from tokensieve.model import model_path
 
 MODELS = ("moonlight-16b-a3b", "deepseek-v2-lite", "qwen3-8b")
+PHASE = "[[phases]]\nsteps = 10\ncontext = 1024\nsequences = 8\n"
 PAPER = ("plan", "paper_warmup", "paper_adapt", "--model", "deepseek_v32", "--gpus", 1024, "--gpu", "H800")
 
 
@@ -185,6 +186,20 @@ def test_a_chain_that_cannot_be(run: Run) -> None:
     refused(("fits: --set", "plan qwen3-8b-adapt by itself"), "plan", *both, "--set", "phases.0.micro_batch=8")
 
 
+def test_adapters(run: Run) -> None:
+    """They are counted, and their command takes them; a stage behind theirs begins with the merged model."""
+    on = ("--model", "moonlight-16b-a3b", "--gpus", 2, "--gpu", "H100")
+    assert run("plan", "moonlight-16b-a3b-adapt", *on).status == 2
+    ended = run("plan", "moonlight-16b-a3b-adapt", *on, "--set", "lora.rank=16")
+    (command,) = commands_of(ended)
+    assert command.endswith("--set lora.rank=16") and "; LoRA of rank 16" in ended.out
+    (stage,) = json.loads(Path("runs/plan/plan.json").read_text())["stages"]
+    assert stage["adapters"]["rank"] == 16 and "extrapolated" in stage["label"]
+    Path("first.toml").write_text('stage = "adapt"\nmodel = "sparse"\nout = "first"\n[lora]\n' + PHASE)
+    Path("second.toml").write_text('stage = "adapt"\nmodel = ""\nout = "second"\n' + PHASE)
+    assert "--model first/merged" in run("plan", "first.toml", "second.toml", "--gpus", 1).out
+
+
 TOO_LARGE = [
     ("moonlight-16b-a3b-adapt", "moonlight-16b-a3b", ("--gpus", 8, "--set", "activation_checkpointing=false")),
     ("moonlight-16b-a3b-adapt", "moonlight-16b-a3b", ("--gpus", 2)),
@@ -223,12 +238,14 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("--gpus 9", "machines of 8"), *lite, "--gpus", 9)
     refused(("2.0 is not a share",), *lite, "--rate", "attention=2")
     refused(("--rate memory=1", "products, attention, network"), *lite, "--rate", "memory=1")
-    refused(("context_parallel is 8", "4 GPUs"), *lite, "--gpus", 4)
+    refused(("context_parallel is 8", "4 ranks"), *lite, "--gpus", 4)
     refused(("phases.context 262144", "163840 positions"), *lite, "--set", "phases.0.context=262144")
-    refused(("[lora]",), *lite, "--set", "lora.rank=8")
+    of_experts = ("--set", 'lora.targets=["experts.down_proj"]')
+    refused(("lora.targets names experts", "leave one"), *lite, *of_experts, "--set", "expert_parallel=8")
+    refused(("lora.targets: 'nothing'",), *lite, "--set", 'lora.targets=["nothing"]')
     refused(("--set steps",), *lite, "--set", "steps")
     refused(("unknown key nothing",), *lite, "--set", "nothing=1")
-    refused(("expert_parallel is 5", "8 GPUs"), *lite, "--set", "expert_parallel=5")
+    refused(("expert_parallel is 5", "8 ranks"), *lite, "--set", "expert_parallel=5")
     alone = ("--set", "context_parallel=1", "--gpus", 512)
     refused(("16 sequences", "--set context_parallel=32"), "plan", "paper_warmup", "--model", "deepseek_v32", *alone)
     Path("broken.toml").write_text('stage = "adapt"\nmodel = "base"\nout = ""\nphases = []\n')

@@ -81,13 +81,13 @@ def test_one_line_says_what_is_wrong(home: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{tmp_path}")
     cases: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
         (
-            ("context_parallel is 3", "torchrun started 2"),
+            ("context_parallel is 3", "does not divide 2 ranks"),
             "warmup",
             ("--set", "context_parallel=3", "--set", "phases.0.context=48"),
         ),
-        (("expert_parallel is 5", "torchrun started 2"), "adapt", ("--set", "expert_parallel=5")),
+        (("expert_parallel is 5", "does not divide 2 ranks"), "adapt", ("--set", "expert_parallel=5")),
         (("every phases.context", "multiple of 4"), "warmup", (*SHARED, "--set", "phases.0.context=2")),
-        (("4 sequences", "2 shards"), "warmup", ("--set", "phases.0.sequences=4", "--set", "phases.0.micro_batch=4")),
+        (("4 sequences", "2 groups"), "warmup", ("--set", "phases.0.sequences=4", "--set", "phases.0.micro_batch=4")),
         (("2 ranks cannot hold the model", "at least"), "pretrain", ("--set", "shape.num_hidden_layers=9000000")),
         (("lora.targets: 'nothing' names no linear layer",), "adapt", ("--set", 'lora.targets=["nothing"]')),
         (("step 1: a NaN among the scores",), "adapt", (*SHARED, "--selection", "broken:fails")),  # on rank 1 alone

@@ -8,9 +8,12 @@ import torch
 
 from tests.support import grouped, models
 from tokensieve import cost
-from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, layer_parameters, memory
+from tokensieve.config import LoraConfig
+from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, host_memory, layer_parameters, memory
 from tokensieve.cost.train_rates import LITE
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.train.lora import adapted, adapters_of
+from tokensieve.train.precision import exact_modules
 
 SHARED = ["full", "shared", "shared", "full"]
 BUILT: dict[str, Any] = {
@@ -55,29 +58,60 @@ def test_what_lasts_is_divided(kind: str) -> None:
 def test_a_layer_is_gathered_whole(kind: str) -> None:
     """Of a model whose layers all have an indexer, parameters are counted layer by layer, experts apart."""
     model, shape = built(kind)
-    counted = {(layer.other, layer.experts) for layer in layer_parameters(shape)}
+    counted = {(layer.other, layer.exact, layer.experts) for layer in layer_parameters(shape)}
     own = set()
     for layer in model.model.layers:
         if layer.self_attn.indexer is not None:
-            experts = [p for n, p in layer.named_parameters() if ".experts." in n]
-            own.add((numbers(layer.parameters()) - numbers(experts), numbers(experts)))
+            experts = numbers(p for n, p in layer.named_parameters() if ".experts." in n)
+            exact = numbers(p for module in exact_modules(layer) for p in module.parameters())
+            own.add((numbers(layer.parameters()) - exact - experts, exact, experts))
     assert counted == own
 
 
 def test_gathered_layers_by_hand() -> None:
-    """Two layers in float32 with embedding and head; in the backward pass a layer's gradient twice."""
+    """Two layers in bfloat16 with embedding and head; in the backward pass a layer's gradient twice, in both dtypes.
+
+    What is read in float32 stays gathered.
+    """
     model, shape = built("v32")
-    layer = max(numbers(layer.parameters()) for layer in model.model.layers)
+    exact = numbers(p for module in exact_modules(model) for p in module.parameters())
+    of_layers = [
+        {id(p) for module in exact_modules(layer) for p in module.parameters()} for layer in model.model.layers
+    ]
+    layer = max(
+        numbers(p for p in layer.parameters() if id(p) not in apart)
+        for layer, apart in zip(model.model.layers, of_layers, strict=True)
+    )
     tables = 2 * models.VOCAB * 48
     found = held(shape, "adapt", Ranks(2))
-    assert found["gathered layers, embedding and head"] == 4 * (2 * layer + tables)
-    assert found["their gradients"] == 4 * (2 * layer + tables)
-    assert found["weights in bfloat16, for products"] == 2 * layer
-    warm = held(shape, "warmup", Ranks(2))
-    assert warm["their gradients"] == 0 and warm["weights in bfloat16, for products"] == 2 * layer
+    assert found["gathered layers, embedding and head"] == 2 * (2 * layer + tables) + 4 * exact
+    assert found["their gradients"] == 2 * (layer + tables) + 4 * (max(layer, tables) + exact)
+    assert held(shape, "warmup", Ranks(2))["their gradients"] == 0
+    assert "weights in bfloat16, for products" not in found
     alone = held(shape, "adapt", Ranks(1), checkpointing=False)  # no layer is gathered; every copy is kept
     assert "gathered layers, embedding and head" not in alone
     assert alone["weights in bfloat16, for products"] == 2 * (cost.parameters(shape).total - models.VOCAB * 48)
+
+
+@pytest.mark.parametrize("kind", ["v32", "qwen3_moe_dsa", "llama_dsa"])
+@pytest.mark.parametrize("targets", ["all-linear", ("o_proj", "down_proj")])
+def test_what_lasts_beside_adapters(kind: str, targets: Any) -> None:
+    """Indexers learn as copies. Gathered are the adapters of a layer too, and no gradients but theirs are made."""
+    model, shape = built(kind)
+    biases = sum(b.numel() for n, b in model.named_buffers() if n.endswith("correction_bias"))
+    plain = held(shape, "adapt", Ranks(4))
+    with adapted(model, LoraConfig(rank=3, targets=targets)):
+        total, learning = (
+            numbers(p for p in model.parameters() if p.requires_grad or every) for every in (True, False)
+        )
+        found = held(shape, "adapt", Ranks(4), adapters=adapters_of(model))
+        away = host_memory(shape, "adapt", Ranks(4), adapters_of(model))
+    assert found["weights, float32"] == 4 * (total + biases) // 4
+    assert found["gradients, float32"] == 4 * learning // 4 and found["moments of Adam, float32"] == 8 * learning // 4
+    name = "gathered layers, embedding and head"
+    assert found[name] - plain[name] == 2 * 2 * (learning // shape.layers)
+    assert 0 < found["their gradients"] < plain["their gradients"] / 2
+    assert [h.bytes for h in away][-1] == 4 * cost.parameters(shape).total // 4  # the merged model
 
 
 def test_layers_that_share_an_indexer_are_gathered_together() -> None:
@@ -85,22 +119,22 @@ def test_layers_that_share_an_indexer_are_gathered_together() -> None:
     one = replace(shape, index_layers=shape.layers)
     tables = 2 * shape.vocabulary * shape.hidden
     layer = max(kind.held(Ranks(2)) for kind in layer_parameters(shape))
-    assert held(shape, "warmup", Ranks(2))["gathered layers, embedding and head"] == 4 * (2 * 2 * layer + tables)
-    assert held(one, "warmup", Ranks(2))["gathered layers, embedding and head"] == 4 * (2 * layer + tables)
+    exact = shape.hidden * shape.index_heads + 2 * shape.index_dim  # of an indexer
+    for made, layers in ((shape, 2 * 2), (one, 2)):
+        routers = made.moe_layers * made.hidden * made.experts
+        gathered = held(made, "warmup", Ranks(2))["gathered layers, embedding and head"]
+        assert gathered == 2 * (layers * layer + tables) + 4 * (routers + made.index_layers * exact)
 
 
-def test_copies_go_with_their_layer() -> None:
-    """If layers are gathered and recomputed; a large head has a copy too."""
+def test_copies_on_one_gpu() -> None:
+    """All that learns, whether layers are recomputed or not; in a warm-up the largest layer's."""
     _, shape = built("qwen3_dsa")
     deep = replace(shape, layers=40, index_layers=40)
     name, counts = "weights in bfloat16, for products", cost.parameters(deep)
     (layer,) = layer_parameters(deep)
-    assert held(deep, "adapt", Ranks(2))[name] == 2 * layer.other
-    for kept in (held(deep, "adapt", Ranks(1)), held(deep, "adapt", Ranks(2), checkpointing=False)):
-        assert kept[name] == 2 * (counts.total - counts.head)
-    wide = replace(shape, vocabulary=100_000)
-    assert held(wide, "adapt", Ranks(2))[name] == 2 * 100_000 * shape.hidden
-    assert held(wide, "warmup", Ranks(2))[name] == 2 * layer.other
+    for checkpointing in (False, True):
+        assert held(deep, "adapt", Ranks(1), checkpointing=checkpointing)[name] == 2 * (counts.total - counts.head)
+    assert held(deep, "warmup", Ranks(1))[name] == 2 * layer.held(Ranks(1))
 
 
 def test_divided_experts() -> None:

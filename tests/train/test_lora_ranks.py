@@ -77,6 +77,28 @@ def test_adapters_go_on_with_other_ranks(two: ranks.Group, here: Workplace) -> N
     assert_merged(Path(single.out))
 
 
+def test_adapters_beside_divided_experts(two: ranks.Group, here: Workplace) -> None:
+    """Of the linear layers, while ranks divide the experts, which learn nothing. One process goes on, and back."""
+    setting = LoraConfig(rank=3)
+    whole = here.run("adapt", "lora-experts", save_every=2, lora=setting)
+    divided = replace(whole, expert_parallel=2, context_parallel=2, out=f"{whole.out}-divided")
+    expected = alone(whole)
+    assert run(two, divided).losses == pytest.approx(expected, rel=ROUNDING)
+    assert_merged(Path(divided.out), setting=setting)
+    back_to(divided.out, 2)
+    assert alone(replace(whole, out=divided.out), resume=True) == pytest.approx(expected[2:], rel=ROUNDING)
+    back_to(whole.out, 2)
+    assert run(two, replace(divided, out=whole.out), True).losses == pytest.approx(expected[2:], rel=ROUNDING)
+    assert_merged(Path(whole.out), setting=setting)
+
+
+def test_adapters_of_divided_experts_are_refused(two: ranks.Group, here: Workplace) -> None:
+    settings = here.run("adapt", "lora-of-experts", lora=LORA, expert_parallel=2)
+    error = run(two, settings).error
+    assert "experts.gate_up_proj, whose adapters add to all experts of a layer at once" in error
+    assert "expert_parallel divides them; leave one of the two out" in error
+
+
 @pytest.mark.slow
 def test_dropout_goes_on_to_the_bit(two: ranks.Group, here: Workplace) -> None:
     """Ranks draw different numbers, since they have different tokens."""
@@ -100,9 +122,16 @@ def test_a_disk_that_is_full_when_adapters_are_merged(two: ranks.Group, here: Wo
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(("stage", "adapters"), [("pretrain", None), ("adapt", None), ("adapt", LORA)])
-def test_compiled_layers(two: ranks.Group, here: Workplace, stage: str, adapters: LoraConfig | None) -> None:
-    settings = here.run(stage, f"eager-{stage}-{adapters is None}", context_parallel=2, lora=adapters)
+@pytest.mark.parametrize(
+    ("stage", "adapters", "experts"),
+    [("pretrain", None, 1), ("adapt", None, 1), ("adapt", LORA, 1), ("pretrain", None, 2), ("adapt", None, 2),
+     ("adapt", LoraConfig(rank=3), 2)],
+)  # fmt: skip
+def test_compiled_layers(
+    two: ranks.Group, here: Workplace, stage: str, adapters: LoraConfig | None, experts: int
+) -> None:
+    name = f"eager-{stage}-{adapters is None}-{experts}"
+    settings = here.run(stage, name, context_parallel=2, lora=adapters, expert_parallel=experts)
     expected = run(two, settings).losses
     found = run(two, replace(settings, out=settings.out.replace("eager", "compiled"), compile=True)).losses
     assert found == pytest.approx(expected, rel=ROUNDING) and len(found) == 4

@@ -4,7 +4,6 @@ The ranks share a step of ragged packs: parameters are sharded over all of them,
 """
 
 import contextlib
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,88 +14,18 @@ import torch
 from torch import Tensor
 
 import tokensieve
-from tests.support import grouped, models, ranks
-from tests.support.training import OPTIMIZER, VOCAB, apart, batch, config, cut, step_gradients
+from tests.support import ranks
+from tests.support.steps import FAMILIES, LENGTH, ROWS, STAGES, WITH_EXPERTS, check_step, made, settings
+from tests.support.training import batch, config
 from tokensieve import cost
-from tokensieve.config import BudgetConfig, LoraConfig, PhaseConfig, TrainConfig, UserError
+from tokensieve.config import BudgetConfig, LoraConfig, UserError
 from tokensieve.mesh import Mesh
-from tokensieve.model import DecoderForCausalLM, ForwardOptions, SelectionContext
+from tokensieve.model import ForwardOptions, SelectionContext
 from tokensieve.model.gathered import ContextGroup
 from tokensieve.model.selection import indexer
-from tokensieve.train import parallelize
 from tokensieve.train.parallelize import check_model, divide
 
-ROWS, LENGTH = 4, 48
-FREE = replace(OPTIMIZER, clip=1e9, indexer_clip=1e9)
-SHARED = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "full"]}
-FAMILIES: dict[str, Any] = {
-    "v32": lambda: config("v32"),
-    "glm": lambda: config("glm", index_topk=16, **SHARED),  # layers that share an indexer
-    "qwen3_dsa": lambda: grouped.config("qwen3_dsa"),
-    "qwen3_moe_dsa": lambda: grouped.config("qwen3_moe_dsa", tie_word_embeddings=True),
-    "fp8": lambda: config("v32", index_dtype="fp8", q_lora_rank=None),
-    "parted": lambda: config("v32"),
-}
-WITH_EXPERTS = ("v32", "glm", "qwen3_moe_dsa", "parted")
-STAGES = ("warmup", "adapt", "pretrain")
-
-
-def settings(
-    stage: str, context_parallel: int = 1, micro_batch: int = 1, length: int = LENGTH, **changes: Any
-) -> TrainConfig:
-    phases = (PhaseConfig(4, length, ROWS, micro_batch),)
-    made: dict[str, Any] = {"optimizer": FREE, "device": "cpu", "context_parallel": context_parallel}
-    return TrainConfig(stage, "", "", phases, **made | changes)
-
-
-def made(family: str) -> DecoderForCausalLM:
-    """A model. The tokens of a "parted" one go to the first half of the experts or to the second, by their half of the
-    vocabulary.
-    """
-    model = models.ours(FAMILIES[family]())
-    if family == "parted":
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                half = torch.ones(len(parameter), 1)
-                half[len(parameter) // 2 :] = -1
-                if name.endswith("embed_tokens.weight"):
-                    parameter += half
-                elif name.endswith("mlp.gate.weight"):
-                    parameter += 0.1 * half
-    return model
-
-
-def step(family: str, run: TrainConfig) -> list[dict[str, Tensor]]:
-    """Packs whose documents begin at other places in each row, and cross the bounds of all chunks.
-
-    Of a "parted" model the first half of the rows has one half of the vocabulary, and the second half the other.
-    """
-    phase = run.phases[0]
-    whole = batch(ROWS, phase.context, documents=True)
-    if family == "parted":
-        whole["input_ids"] = whole["input_ids"] % (VOCAB // 2)
-        whole["input_ids"][ROWS // 2 :] += VOCAB // 2
-    return cut(whole, ROWS // phase.micro_batch)
-
-
-def outcome(
-    run: TrainConfig, model: DecoderForCausalLM, micro: list[dict[str, Tensor]], mesh: Mesh | None = None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The gradients of a step, with the routers' new biases, and its figures."""
-    gradients, figures = step_gradients(run, model, micro, mesh)
-    biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    return gradients | biases, figures
-
-
 # in a rank's process
-
-
-def step_of_rank(family: str, run: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    mesh = ranks.HERE[0]
-    division = divide(run, mesh)
-    own = step(family, run)[division.shard :: division.shards]
-    found, figures = outcome(run, made(family), own, mesh)
-    return {name: parallelize.whole(g).numpy() for name, g in found.items()}, figures
 
 
 @torch.no_grad()
@@ -129,17 +58,6 @@ def selections_of_rank(family: str, ties: bool) -> tuple[list[np.ndarray], list[
 # here
 
 
-def check_step(group: ranks.Group, family: str, run: TrainConfig) -> None:
-    """One step's figures and gradients are those of one process."""
-    whole = replace(run, context_parallel=1, expert_parallel=1, activation_checkpointing=False)
-    expected, figures = outcome(whole, made(family), step(family, run))
-    for answer, reported in group.ask(step_of_rank, family, run):
-        found = {name: torch.from_numpy(x) for name, x in answer.items()}
-        assert apart(found, expected) < 1e-4  # float32 sums in another order
-        for name in figures.keys() - {"seconds", "tokens_per_second"}:
-            assert reported[name] == pytest.approx(figures[name], rel=1e-5), name
-
-
 @pytest.mark.parametrize(
     ("family", "stage", "context_parallel"),
     [("v32", "warmup", 2), ("v32", "adapt", 2), ("glm", "warmup", 2), ("qwen3_dsa", "adapt", 2), ("v32", "adapt", 1)],
@@ -162,10 +80,11 @@ LORA = LoraConfig(rank=3, targets=("q_b_proj", "kv_b_proj", "o_proj", "experts.g
         ("adapt", 1, {}),
         ("adapt", 2, {"activation_checkpointing": True}),
         ("adapt", 2, {"selection": False}),
+        ("adapt", 2, {"expert_parallel": 2, "lora": LoraConfig(rank=3)}),
     ],
 )
 def test_adapters_on_two_ranks(two: ranks.Group, stage: str, context_parallel: int, changes: dict[str, Any]) -> None:
-    check_step(two, "v32", settings(stage, context_parallel, lora=LORA, **changes))
+    check_step(two, "v32", settings(stage, context_parallel, **{"lora": LORA} | changes))
 
 
 @pytest.mark.slow
@@ -236,13 +155,13 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
 @pytest.mark.parametrize(
     ("size", "context_ranks", "changes", "words"),
     [
-        (1, 2, {}, ("context_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
-        (4, 3, {}, ("context_parallel is 3", "torchrun started 4", "multiple of 3")),
-        (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one process", "torchrun --nproc-per-node 2")),
-        (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "torchrun started 4", "multiple of 3")),
-        (8, 1, {}, ("4 sequences", "8 shards", "multiple of 8")),
-        (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 shards")),
-        (2, 1, {"budget": BudgetConfig()}, ("budget runs in one", "leave it out")),
+        (1, 2, {}, ("context_parallel is 2", "one rank", "leave it out", "torchrun --nproc-per-node 2")),
+        (4, 3, {}, ("context_parallel is 3", "4 ranks", "divisor", "multiple of 3")),
+        (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one rank", "torchrun --nproc-per-node 2")),
+        (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "4 ranks", "multiple of 3")),
+        (8, 1, {}, ("4 sequences", "8 groups", "multiple of 8")),
+        (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 groups of 2")),
+        (2, 1, {"budget": BudgetConfig()}, ("budget runs in one process", "leave it out")),
     ],
 )
 def test_what_does_not_divide(size: int, context_ranks: int, changes: dict[str, Any], words: tuple[str, ...]) -> None:
@@ -267,10 +186,6 @@ def test_experts_that_do_not_divide(family: str, size: int, dividing: int, words
 def test_settings_that_experts_do_not_take() -> None:
     with pytest.raises(UserError, match="expert_parallel is 0; it must be at least 1"):
         settings("adapt", expert_parallel=0)
-    with pytest.raises(UserError, match="expert_parallel is 2, and lora runs without it so far; leave one"):
-        settings("adapt", expert_parallel=2, lora=LoraConfig())
-    with pytest.raises(UserError, match="expert_parallel is 2, and compile runs without it so far"):
-        settings("pretrain", expert_parallel=2, compile=True)
 
 
 def test_rows_that_are_too_short() -> None:

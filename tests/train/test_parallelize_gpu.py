@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.support import grouped, models, ranks
+from tests.support.steps import ROWS, SHARED, outcome, settings
 from tests.support.training import batch, config, cut
-from tests.train.test_parallelize import ROWS, SHARED, outcome, settings
 from tokensieve.config import TrainConfig
 from tokensieve.mesh import Mesh
 from tokensieve.train import parallelize

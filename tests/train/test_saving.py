@@ -138,7 +138,8 @@ def read_by_rank(folder: Path, expert_parallel: int) -> tuple[int, int, dict[str
     made, sizes, mesh = parallelize.empty_model(model_config(checkpoint.read_config(folder))), [], ranks.HERE[0]
     phases = (PhaseConfig(1, 48, 4, 1),)
     settings = TrainConfig("adapt", "", "", phases, device="cpu", expert_parallel=expert_parallel)
-    parallelize.shard(made, parallelize.divide(settings, mesh))
+    division = parallelize.divide(settings, mesh)
+    parallelize.shard(made, division)
     real = checkpoint.load_tensors
 
     def recording(*given: Any, **more: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -148,7 +149,7 @@ def read_by_rank(folder: Path, expert_parallel: int) -> tuple[int, int, dict[str
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load_tensors", recording)
-        parallelize.read_parts(made, folder, mesh.device)
+        parallelize.read_parts(made, folder, division)
     return sum(sizes), max(sizes), {n: parallelize.whole(t).numpy() for n, t in made.state_dict().items()}
 
 

@@ -10,10 +10,11 @@ import typer
 
 from tokensieve.cli.pricing import PRICE, TOP_K, config_of, is_published
 from tokensieve.cli.program import OneProcess, Set, app, overrides, stdout
+from tokensieve.files import MERGED
 
 if TYPE_CHECKING:
     from tokensieve.config import TrainConfig
-    from tokensieve.cost import Shape
+    from tokensieve.cost import Adapters, Shape
 
 FOLDER, WARMED_UP = "FOLDER", "WARMED_UP"  # in the place of a model whose weights are not here
 UNTRAINED = "runs/untrained"
@@ -56,7 +57,7 @@ def plan(
     if not stages[0].model and not _makes(stages[0]):
         raise UserError(f"{configs[0]} names no model; give one with --model, a folder or a published shape")
     from tokensieve.cost import gpu_of, with_indexer
-    from tokensieve.cost.plan import objective
+    from tokensieve.cost.plan import Job, objective
     from tokensieve.cost.plan import plan as plan_of
     from tokensieve.cost.rates import given_rates
     from tokensieve.cost.train_rates import TrainRates
@@ -71,15 +72,15 @@ def plan(
             start = _start(config, before)
             lacks = not start.shape.sparse and objective(config) != "pretrain"
             shape = with_indexer(start.shape, top_k) if lacks else start.shape
-            found = plan_of(config, shape, chosen, gpus, rates)
+            found = plan_of(Job(config, shape, _adapters(config, start.config)), chosen, gpus, rates)
         except UserError as error:
             everywhere = len(configs) > 1 and "--set" in str(error)  # in the remedy
             alone = f" (--set changes every stage: to change this one alone, plan {name} by itself)"
             raise UserError(f"{name}: {error}{alone if everywhere else ''}") from error
         commands = _commands(name, file, config, gpus, set_, start, shape if lacks else None)
         plans.append(NamedPlan(name, stages[0].model or "a new model", found, commands))
-        last = f"{config.out}/step-{sum(phase.steps for phase in config.phases):06d}"
-        before = Start(last, shape, start.positions)
+        last = f"step-{sum(phase.steps for phase in config.phases):06d}" if config.lora is None else MERGED
+        before = Start(f"{config.out}/{last}", shape, start.positions, start.config)
     figures = plan_figures(plans, price)
     write_json(out / "plan.json", figures)
     if as_json:
@@ -91,11 +92,15 @@ def plan(
 
 @dataclass(frozen=True)
 class Start:
-    """The model that a stage begins with. name: as its command names it; empty for one that the stage makes."""
+    """The model that a stage begins with. name: as its command names it; empty for one that the stage makes.
+
+    config: of the model, without indexers that are still to be added.
+    """
 
     name: str
     shape: "Shape"
     positions: int
+    config: Any
 
 
 def _check_changes(set_: list[str] | None, several: bool) -> None:
@@ -148,7 +153,7 @@ def _start(config: "TrainConfig", before: Start | None) -> Start:
         start = before
     else:
         found: Any = model_config({"model_type": "deepseek_v3"} | config.shape) if makes else config_of(config.model)[0]
-        start = Start(_weights(config.model), shape_of(found), found.max_position_embeddings)
+        start = Start(_weights(config.model), shape_of(found), found.max_position_embeddings, found)
     if config.stage == "pretrain":
         if not makes:
             _check_extension(config)
@@ -157,6 +162,18 @@ def _start(config: "TrainConfig", before: Start | None) -> Start:
     if longest > start.positions:
         raise UserError(f"phases.context {longest} is past the model's {start.positions} positions; shorten it")
     return start
+
+
+def _adapters(config: "TrainConfig", model_config: Any) -> "Adapters | None":
+    """The sizes of the adapters that learn in a stage; None if the weights do."""
+    if config.lora is None:
+        return None
+    from tokensieve.train.lora import adapted, adapters_of
+    from tokensieve.train.parallelize import empty_model
+
+    model = empty_model(model_config)
+    with adapted(model, config.lora, indexers=False):
+        return adapters_of(model)
 
 
 def _check_extension(config: "TrainConfig") -> None:

@@ -6,6 +6,7 @@ Peaks are those of dense matrices, without structured sparsity. Bandwidths of li
   one 400 Gbit/s adapter a GPU, as in DGX H100 and H200.
 - H800: an H100 whose NVLink has 400 GB/s, both ways, instead of 900. The rest is the H100's. DeepSeek-V3's report
   (arXiv 2412.19437, section 3.1) describes eight of them a machine, with InfiniBand between machines.
+- All of these are on 16 lanes of PCIe 5.0, 64 GB/s one way, of which the host's memory is read and written.
 - B200: NVIDIA's data sheet of HGX B200, an eighth of its eight GPUs. The network is one 400 Gbit/s adapter a GPU.
 - MI350: AMD's data sheet of the Instinct MI350X. Seven Infinity Fabric links of 153.6 GB/s both ways. The network is
   one 400 Gbit/s adapter a GPU.
@@ -24,8 +25,8 @@ NODE = 8  # GPUs of one machine, for all of these
 class Gpu:
     """One GPU. bf16, fp8: peak FLOP/s. bandwidth: of its memory, bytes/s. memory: bytes.
 
-    link: bytes/s to the other GPUs of its machine, network: to those of other machines. hopper: whether the kernels
-    measured on an H200 are made for it.
+    link: bytes/s to the other GPUs of its machine, network: to those of other machines, host: to the host's memory.
+    hopper: whether the kernels measured on an H200 are made for it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     link: float
     network: float
     hopper: bool = False
+    host: float = 64e9
 
 
 GPUS: Mapping[str, Gpu] = MappingProxyType(

@@ -1,9 +1,10 @@
 """A training run on a number of GPUs before it starts: memory of one GPU, time of a step and of the schedule, dollars.
 
 Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, with the tokens that go to
-divided experts and back, for which they wait. Beside them GPUs exchange FSDP's layers and gradients, and the entries of
-context parallelism. A step takes the longer of the two. Its FLOPs are divided evenly over the GPUs. Not counted: the
-optimizer's own pass over its moments, reading data, checkpoints, and GPUs that wait for each other.
+divided experts and back, for which they wait. Beside them FSDP's layers and gradients go between GPUs, and to the host
+and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two. FLOPs
+are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments, reading data, checkpoints, and
+GPUs that wait for each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
+from tokensieve.cost.division import experts_refusal, refusal
 from tokensieve.cost.gpus import NODE, Gpu, gpu_of
 from tokensieve.cost.rates import PEAK, Rate
 from tokensieve.cost.serving import USABLE
-from tokensieve.cost.shape import Shape, parameters
+from tokensieve.cost.shape import Shape
 from tokensieve.cost.token_cost import Part, Timed
 from tokensieve.cost.train_memory import (
     ACTIVATIONS,
@@ -23,12 +25,14 @@ from tokensieve.cost.train_memory import (
     WEIGHT,
     Held,
     Ranks,
+    host_memory,
     layer_parameters,
     memory,
+    stored,
     trained,
 )
 from tokensieve.cost.train_rates import TrainRates, measured_rates
-from tokensieve.cost.training import Stage, TrainFlops, recomputed_flops, train_flops_parts
+from tokensieve.cost.training import Adapters, Stage, TrainFlops, recomputed_flops, train_flops_parts
 
 TRAINING = ("H100", "H200", "H800", "B200")  # training runs on CUDA devices
 TOKENS = "tokens on the way to experts and back"
@@ -59,14 +63,26 @@ class PhasePlan(Timed):
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """A configured run. `ranks` has the config's context_parallel and expert_parallel."""
+class Job:
+    """A configured run of a model of this shape. adapters: those that learn in the trunk's place (LoRA)."""
 
     config: TrainConfig
     shape: Shape
+    adapters: Adapters | None = None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The plan of a job. `ranks` has the config's context_parallel and expert_parallel."""
+
+    job: Job
     gpu: Gpu
     ranks: Ranks
     phases: tuple[PhasePlan, ...]
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.job.config
 
     @property
     def heaviest(self) -> PhasePlan:
@@ -75,9 +91,15 @@ class StagePlan:
 
     def activations(self, checkpointing: bool) -> int:
         """Bytes of activations of one GPU in the heaviest phase, with every layer recomputed or kept."""
-        changed = replace(self.config, activation_checkpointing=checkpointing)
-        held = _memory(changed, self.shape, self.ranks, self.heaviest.phase)
+        changed = replace(self.job, config=replace(self.config, activation_checkpointing=checkpointing))
+        held = _memory(changed, self.ranks, self.heaviest.phase)
         return next(h.bytes for h in held if h.name == ACTIVATIONS)
+
+    @property
+    def host(self) -> list[Held]:
+        """What one GPU keeps in the memory of its host."""
+        job = self.job
+        return host_memory(job.shape, objective(job.config), self.ranks, job.adapters) if job.config.offload else []
 
     @property
     def tokens(self) -> int:
@@ -113,27 +135,29 @@ def objective(config: TrainConfig) -> Stage:
     return "pretrain" if config.stage == "adapt" and not config.selection else config.stage
 
 
-def plan(config: TrainConfig, shape: Shape, gpu: Gpu, gpus: int, rates: TrainRates) -> StagePlan:
-    """The plan of a run of a model of this shape on `gpus` GPUs.
+def plan(job: Job, gpu: Gpu, gpus: int, rates: TrainRates) -> StagePlan:
+    """The plan of a job on `gpus` GPUs.
 
     rates: shares that are given. Where they are `PEAK`, a share that was measured for such a model takes its place.
     UserError for settings that training refuses, and for what does not fit, with what would.
     """
+    config = job.config
     ranks = Ranks(gpus, config.context_parallel, config.expert_parallel)
-    _check_gpus(config, shape, gpu, ranks)
+    _check_gpus(job, gpu, ranks)
     if (reason := refusal(config, ranks)) is not None:
         would = (c for c in _divisors(gpus) if refusal(config, replace(ranks, context=c)) is None)
-        raise UserError(reason + "".join(f", as with --set context_parallel={c}" for c in [*would][:1]))
-    if (reason := experts_refusal(shape, ranks)) is not None:
+        raise UserError(reason + "".join(f"; --set context_parallel={c} would do" for c in [*would][:1]))
+    if (reason := experts_refusal(job.shape, ranks, job.adapters)) is not None:
         raise UserError(reason)
-    phases = tuple(_phase(config, shape, gpu, ranks, rates, phase) for phase in config.phases)
-    found = StagePlan(config, shape, gpu, ranks, phases)
+    phases = tuple(_phase(job, gpu, ranks, rates, phase) for phase in config.phases)
+    found = StagePlan(job, gpu, ranks, phases)
     if found.heaviest.bytes > usable(gpu):
         raise UserError(_does_not_fit(found))
     return found
 
 
-def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> None:
+def _check_gpus(job: Job, gpu: Gpu, ranks: Ranks) -> None:
+    config = job.config
     if gpu.name not in TRAINING:
         raise UserError(f"--gpu {gpu.name}: training runs on CUDA devices; use one of {', '.join(TRAINING)}")
     if config.device == "cpu":
@@ -144,53 +168,10 @@ def _check_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> No
         raise UserError(f"--gpus {ranks.gpus}: give at least 1")
     if ranks.gpus > NODE and ranks.gpus % NODE:
         raise UserError(f"--gpus {ranks.gpus}: no whole machines of {NODE}; give {NODE} or less, or a multiple")
-    if config.lora is not None:
-        raise UserError("a plan counts training of all weights, and the config has a [lora] table; leave it out")
-    if objective(config) != "pretrain" and not shape.sparse:
+    if (config.lora is None) != (job.adapters is None):
+        raise ValueError("give the sizes of the adapters of a run by LoRA, and of no other")
+    if objective(config) != "pretrain" and not job.shape.sparse:
         raise UserError(f"{config.stage} needs a shape with an indexer; `with_indexer` adds one")
-
-
-def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
-    """Reason why training (`tokensieve/train/parallelize.py`) refuses such a division, with a remedy; or None."""
-    if ranks.gpus % ranks.context:
-        return f"context_parallel is {ranks.context}, which does not divide {ranks.gpus} GPUs; make it a divisor"
-    if ranks.gpus % ranks.experts:
-        return f"expert_parallel is {ranks.experts}, which does not divide {ranks.gpus} GPUs; make it a divisor"
-    for phase in config.phases:
-        together = phase.micro_batch * ranks.shards
-        if phase.sequences % together:
-            return (
-                f"{phase.sequences} sequences a step do not divide into micro-batches of {phase.micro_batch} on "
-                f"{ranks.shards} groups of {ranks.context} GPUs; make phases.sequences a multiple of {together}, or "
-                f"change how many GPUs share a sequence (context_parallel)"
-            )
-        multiple = 2 * ranks.context * config.kl_queries
-        if ranks.context > 1 and phase.context % multiple:
-            return (
-                f"phases.context is {phase.context}; {ranks.context} GPUs share sequences of a multiple of {multiple} "
-                "tokens; change it"
-            )
-    return None
-
-
-def experts_refusal(shape: Shape, ranks: Ranks) -> str | None:
-    """Reason why so many ranks cannot divide the experts of a model and then the matrices of one; or None."""
-    experts, sharing = ranks.experts, ranks.gpus // ranks.experts
-    if experts == 1:
-        return None
-    if not shape.experts:
-        return f"expert_parallel is {experts}, and the model has no routed experts; leave it out"
-    if shape.experts % experts:
-        return (
-            f"expert_parallel is {experts}, and the model has {shape.experts} routed experts; make it a divisor of them"
-        )
-    widths = 2 * shape.expert_ffn, shape.hidden
-    if any(width % sharing for width in widths):
-        return (
-            f"expert_parallel is {experts}, so {sharing} of {ranks.gpus} ranks share an expert, and they do not divide "
-            f"the {widths[0]} and {widths[1]} rows of its matrices; make it larger, or start another number of ranks"
-        )
-    return None
 
 
 def _divisors(gpus: int) -> list[int]:
@@ -201,7 +182,7 @@ def _divisors(gpus: int) -> list[int]:
 
 
 def _does_not_fit(found: StagePlan) -> str:
-    config, shape, gpu, ranks = found.config, found.shape, found.gpu, found.ranks
+    job, gpu, ranks = found.job, found.gpu, found.ranks
     heaviest = found.heaviest
     largest = sorted(heaviest.memory, key=lambda held: held.bytes, reverse=True)[:2]
     parts = " and ".join(f"{held.name} {held.bytes / 1e9:.1f} GB" for held in largest)
@@ -209,44 +190,49 @@ def _does_not_fit(found: StagePlan) -> str:
         f"the plan does not fit: it takes {heaviest.bytes / 1e9:.1f} GB, above all {parts}, of the "
         f"{usable(gpu) / 1e9:.1f} GB of one {gpu.name} that can be used"
     )
-    ways = [*_other_settings(config, shape, gpu, ranks), *_more_gpus(config, shape, gpu, ranks)]
-    ways = ways or [f"--gpu {name}" for name in TRAINING if _fits(config, shape, gpu_of(name), ranks)]
+    ways = [*_other_settings(job, gpu, ranks), *_more_gpus(job, gpu, ranks)]
+    ways = ways or [f"--gpu {name}" for name in TRAINING if _fits(job, gpu_of(name), ranks)]
     if ways:
         return f"{needs}; what fits: {'; or '.join(ways)}"
-    one = max(kind.held(ranks) for kind in layer_parameters(shape))
+    one = max(kind.held(ranks) for kind in layer_parameters(job.shape))
     one_token = (PhaseConfig(1, 1, 1),)
-    shorter = replace(config, phases=one_token, context_parallel=1, kl_every=1)
-    remedy = "; take shorter sequences" if _holds(shorter, shape, gpu, replace(ranks, context=1)) else ""
+    shorter = replace(job, config=replace(job.config, phases=one_token, context_parallel=1, kl_every=1))
+    remedy = "; take shorter sequences" if _holds(shorter, gpu, replace(ranks, context=1)) else ""
     return (
         f"{needs}, and no other settings, {MACHINES} machines or other GPUs do: a layer of {one / 1e9:.1f} billion "
         f"parameters is gathered whole, with the next one{remedy}"
     )
 
 
-def _fits(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
-    divides = refusal(config, ranks) is None and experts_refusal(shape, ranks) is None
-    return divides and _holds(config, shape, gpu, ranks)
+def _fits(job: Job, gpu: Gpu, ranks: Ranks) -> bool:
+    divides = refusal(job.config, ranks) is None and experts_refusal(job.shape, ranks, job.adapters) is None
+    return divides and _holds(job, gpu, ranks)
 
 
-def _holds(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> bool:
-    return all(sum(held.bytes for held in _memory(config, shape, ranks, p)) <= usable(gpu) for p in config.phases)
+def _holds(job: Job, gpu: Gpu, ranks: Ranks) -> bool:
+    return all(sum(held.bytes for held in _memory(job, ranks, p)) <= usable(gpu) for p in job.config.phases)
 
 
 def _changed(
-    config: TrainConfig, ranks: Ranks, experts: Sequence[int]
-) -> Iterator[tuple[TrainConfig, Ranks, list[str]]]:
+    job: Job, ranks: Ranks, experts: Sequence[int], offload: bool = False
+) -> Iterator[tuple[Job, Ranks, list[str]]]:
     """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first.
 
-    experts: numbers of ranks that may divide them; another one than now comes last.
+    experts: numbers of ranks that may divide them; another one than now comes late. offload: whether what lasts may go
+    to the host's memory; that comes last.
     """
+    config = job.config
     recompute = not config.activation_checkpointing and config.stage != "warmup"
+    home = (False, True) if offload and not config.offload and ranks.gpus > 1 else (False,)
     smaller = any(phase.micro_batch > 1 for phase in config.phases)
     context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
     choices = product(
-        (False, True) if recompute else (False,), (False, True) if smaller else (False,), context, experts
+        (False, True) if recompute else (False,), (False, True) if smaller else (False,), context, experts, home
     )
-    order = sorted(choices, key=lambda x: (x[3] != ranks.experts, x[2] != ranks.context, x[2], x[0] + x[1], x[1], x[3]))
-    for again, single, c, dividing in order:
+    order = sorted(
+        choices, key=lambda x: (x[4], x[3] != ranks.experts, x[2] != ranks.context, x[2], x[0] + x[1], x[1], x[3])
+    )
+    for again, single, c, dividing, away in order:
         changes = ["--set activation_checkpointing=true"] if again else []
         phases = tuple(replace(phase, micro_batch=1) for phase in config.phases) if single else config.phases
         changes += [
@@ -254,27 +240,30 @@ def _changed(
         ]
         changes += [f"--set context_parallel={c}"] if c != ranks.context else []
         changes += [f"--set expert_parallel={dividing}"] if dividing != ranks.experts else []
-        checkpointing = config.activation_checkpointing or again
+        changes += ["--set offload=true"] if away else []
+        checkpointing, offload = config.activation_checkpointing or again, config.offload or away
         # The config checks its contexts; those that do not divide are refused afterwards.
-        changed = replace(config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1)
-        yield changed, replace(ranks, context=c, experts=dividing), changes
+        changed = replace(
+            config, activation_checkpointing=checkpointing, phases=phases, context_parallel=1, offload=offload
+        )
+        yield replace(job, config=changed), replace(ranks, context=c, experts=dividing), changes
 
 
-def _other_settings(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
+def _other_settings(job: Job, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
     experts = [x for x in _divisors(ranks.gpus) if x >= ranks.experts]
-    for changed, other, changes in _changed(config, ranks, experts):
-        if changes and _fits(changed, shape, gpu, other):
+    for changed, other, changes in _changed(job, ranks, experts, offload=True):
+        if changes and _fits(changed, gpu, other):
             yield " ".join(changes)
             return
 
 
-def _more_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
+def _more_gpus(job: Job, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The fewest GPUs that would do, with the same settings if they can, or else with others."""
     counts = [n for n in (2, 4, *range(NODE, NODE * MACHINES + 1, NODE)) if n > ranks.gpus and n % ranks.experts == 0]
     for gpus in counts:
-        for changed, other, changes in _changed(config, replace(ranks, gpus=gpus), [ranks.experts]):
-            if _fits(changed, shape, gpu, other):
+        for changed, other, changes in _changed(job, replace(ranks, gpus=gpus), [ranks.experts]):
+            if _fits(changed, gpu, other):
                 yield " ".join([f"--gpus {gpus}", *changes])
                 return
 
@@ -282,31 +271,40 @@ def _more_gpus(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks) -> Ite
 # One phase
 
 
-def _memory(config: TrainConfig, shape: Shape, ranks: Ranks, phase: PhaseConfig) -> list[Held]:
+def _memory(job: Job, ranks: Ranks, phase: PhaseConfig) -> list[Held]:
+    config = job.config
     return memory(
-        shape,
+        job.shape,
         objective(config),
         ranks,
         sequences=phase.micro_batch,
         context=phase.context,
         checkpointing=config.activation_checkpointing,
+        offload=config.offload,
+        adapters=job.adapters,
     )
 
 
-def _phase(
-    config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, rates: TrainRates, phase: PhaseConfig
-) -> PhasePlan:
+def _phase(job: Job, gpu: Gpu, ranks: Ranks, rates: TrainRates, phase: PhaseConfig) -> PhasePlan:
+    config, shape, adapters = job.config, job.shape, job.adapters
     stage = objective(config)
     known = measured_rates(shape, stage, phase.context, gpu)
-    model = train_flops_parts(shape, stage, phase.context, kl_every=config.kl_every)
-    again = recomputed_flops(shape, stage, phase.context) if config.activation_checkpointing else TrainFlops(0, 0)
+    pass_tokens = phase.micro_batch * phase.context // ranks.context  # every rank forms what its adapters add
+    model = train_flops_parts(shape, stage, phase.context, adapters, config.kl_every, pass_tokens)
+    again = TrainFlops(0, 0)
+    if config.activation_checkpointing:
+        again = recomputed_flops(shape, stage, phase.context)
+        if adapters is not None:
+            again = again._replace(products=again.products + adapters.flops(phase.context, pass_tokens)[0])
+    if adapters is not None and known.products != PEAK:  # measured while all weights learned
+        known = replace(known, products=replace(known.products, label="extrapolated"))
 
     def part(name: str, flops: float, given: Rate, measured: Rate) -> Part:
         """flops: of one sequence."""
         rate, flops = measured if given == PEAK else given, flops * phase.sequences / ranks.gpus
         return Part(name, flops, 0, flops / (gpu.bf16 * rate.share), "compute", rate.label)
 
-    traffic = tuple(_traffic(config, shape, gpu, ranks, phase))
+    traffic = tuple(_traffic(job, gpu, ranks, phase))
 
     def exchange(name: str, *chosen: Traffic) -> Part:
         seconds = sum(t.bytes / (t.bandwidth * rates.network.share) for t in chosen)
@@ -317,14 +315,17 @@ def _phase(
         part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
     ]
     parts += [exchange(t.name, t) for t in traffic if t.name == TOKENS]
-    beside = exchange("between GPUs", *(t for t in traffic if t.name != TOKENS))
-    held = tuple(_memory(config, shape, ranks, phase))
+    ways = "between GPUs and to the host" if config.offload else "between GPUs"
+    beside = exchange(ways, *(t for t in traffic if t.name != TOKENS))
+    held = tuple(_memory(job, ranks, phase))
     return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model))
 
 
-def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
+def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
     """Traffic of one GPU in a step. A collective over machines uses the network of all their GPUs at once."""
-    stage, counts = objective(config), parameters(shape)
+    config, shape = job.config, job.shape
+    stage = objective(config)
+    weights, learns = stored(shape, stage, job.adapters), trained(shape, stage, job.adapters)
     passes = phase.sequences // (phase.micro_batch * ranks.shards)
     T = phase.micro_batch * phase.context
     again = config.activation_checkpointing and stage != "warmup"
@@ -340,16 +341,21 @@ def _traffic(config: TrainConfig, shape: Shape, gpu: Gpu, ranks: Ranks, phase: P
         def received(held: int, learning: int, gpus: int) -> float:
             return passes * (GATHERED * gathers * held + WEIGHT * learning) * (gpus - 1) / gpus
 
-        held = counts.total - routed
-        learning = trained(shape, stage) if warmup else held
+        frozen = warmup or job.adapters is not None  # the experts, if anything is
+        held = weights - routed
+        learning = learns if frozen else held
         yield Traffic("layers and gradients", received(held, learning, ranks.gpus), bandwidth(ranks.gpus))
         if routed:
             # Those that share an expert are as far apart as others divide them, and of one machine are few.
             held, sharing = routed // ranks.experts, ranks.gpus // ranks.experts
-            own = received(held, 0 if warmup else held, sharing)
+            own = received(held, 0 if frozen else held, sharing)
             near = max(1, NODE // ranks.experts)
             way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
             yield Traffic("experts and gradients", own, way)
+        if config.offload:
+            # Its own part, which it rounds only then.
+            moved = passes * WEIGHT * (gathers * weights + learns) / ranks.gpus
+            yield Traffic("weights from the host, gradients to it", moved, gpu.host)
     if ranks.context > 1:
         # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
         entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim

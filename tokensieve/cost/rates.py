@@ -79,11 +79,11 @@ LATENT_128 = Rates(
     memory=_MEMORY,
 )
 GROUPED_32 = Rates(
-    index=_measured(299 / 989.5, "docs/kernels.md: few heads, 16 x 128 in bf16, index and selection 29.6 ms at 64K"),
+    index=_measured(306 / 989.5, "docs/kernels.md: few heads, 16 x 128 in bf16, index and selection 28.9 ms at 64K"),
     dense=_measured(
-        558 / 989.5, "docs/kernels.md: few heads, cuDNN both ways 220.7 ms at 64K, 3.5 times the forward's FLOPs"
+        550 / 989.5, "docs/kernels.md: few heads, cuDNN both ways 224.1 ms at 64K, 3.5 times the forward's FLOPs"
     ),
-    selected=_measured(46.8 / 989.5, "docs/kernels.md: few heads, 32 heads in 8 groups, near, forward 46.2 ms at 64K"),
+    selected=_measured(77.5 / 989.5, "docs/kernels.md: few heads, 32 heads in 8 groups, near, forward 27.9 ms at 64K"),
     memory=_MEMORY,
 )
 OTHERS = Rates(memory=_MEMORY)

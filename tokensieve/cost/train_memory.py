@@ -1,6 +1,7 @@
 """Memory of one GPU in training, on one GPU or under FSDP2, context and expert parallelism, in bytes.
 
-What lasts from step to step (weights, gradients, moments) is divided over all GPUs. What a step needs besides is not:
+What lasts from step to step (weights, gradients, moments) is divided over all GPUs, and may be in the memory of the
+host instead. What a step needs besides is not:
 the layers that are gathered at a time, and the activations of the tokens that a GPU computes. Under context parallelism
 a GPU has the entries and index keys of a whole sequence, one layer at a time.
 
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokensieve.cost.shape import Shape, parameters
-from tokensieve.cost.training import Stage, activation_bytes, logits_bytes
+from tokensieve.cost.training import Adapters, Stage, activation_bytes, logits_bytes
 
 WEIGHT, VALUE, MOMENTS = 4, 2, 8  # bytes: of a parameter or its gradient, of an activation, of Adam's two moments
-GATHERED = WEIGHT  # bytes of a parameter in a layer that is gathered from all GPUs
+GATHERED = VALUE  # bytes of a parameter in a layer that is gathered from all GPUs
 LAYERS = 2  # gathered at a time: the one that runs, and the next one, which is on its way
 STRIP = 1 << 26  # entries of the warm-up's target, and of its scores, held at a time (tokensieve/ops/triton/loss.py)
 SCORES = 1 << 28  # index scores, or kept probabilities and slopes, held at a time in adaptation (ops/triton/topk.py)
@@ -52,9 +53,14 @@ class Held:
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Parameters of one layer, its indexer included. experts: those of routed experts."""
+    """Parameters of one layer, its indexer included. experts: those of routed experts.
+
+    exact: those that are read in float32 (`tokensieve/train/precision.py`): of the router, and of the indexer its head
+    weights and key norm. They are gathered once a pass, for all layers.
+    """
 
     other: int
+    exact: int
     experts: int = 0
 
     def held(self, ranks: Ranks) -> int:
@@ -66,37 +72,82 @@ def layer_parameters(shape: Shape) -> tuple[LayerParameters, ...]:
     """Parameters of a layer of each kind that the model has, with experts and without."""
     counts, attention = parameters(shape), shape.attention
     indexer = counts.indexer // max(1, shape.index_layers)
-    fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer
+    weighing = _weighing(shape)
+    fixed = attention.weights + attention.norms + 2 * shape.hidden + indexer - weighing
     expert = 3 * shape.hidden * shape.expert_ffn
     kinds = []
     if shape.moe_layers:
-        router = shape.hidden * shape.experts
-        kinds.append(LayerParameters(fixed + router + shape.shared_experts * expert, shape.experts * expert))
+        exact = weighing + shape.hidden * shape.experts
+        kinds.append(LayerParameters(fixed + shape.shared_experts * expert, exact, shape.experts * expert))
     if shape.layers > shape.moe_layers:
         bias = (2 * shape.dense_ffn + shape.hidden) * shape.mlp_bias
-        kinds.append(LayerParameters(fixed + 3 * shape.hidden * shape.dense_ffn + bias))
+        kinds.append(LayerParameters(fixed + 3 * shape.hidden * shape.dense_ffn + bias, weighing))
     return tuple(kinds)
 
 
-def trained(shape: Shape, stage: Stage) -> int:
-    """Number of parameters that learn in a stage."""
+def _weighing(shape: Shape) -> int:
+    """Parameters of an indexer that are read in float32: its head weights and key norm."""
+    return shape.hidden * shape.index_heads + 2 * shape.index_dim
+
+
+def trained(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
+    """Number of parameters that learn in a stage. adapters: those that do in the trunk's place."""
     counts = parameters(shape)
+    if adapters is not None:
+        return adapters.parameters + (counts.indexer if stage == "adapt" else 0)
     return counts.indexer if stage == "warmup" else counts.total - (counts.indexer if stage == "pretrain" else 0)
 
 
-def memory(
-    shape: Shape, stage: Stage, ranks: Ranks, *, sequences: int, context: int, checkpointing: bool
-) -> list[Held]:
-    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each."""
-    T = sequences * context
-    N = T // ranks.context
-    counts, learning, logits = parameters(shape), trained(shape, stage), logits_bytes(shape, stage, N)
-    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+def stored(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
+    """Number of parameters; beside adapters, the indexers that learn are copies of those that are there."""
+    return parameters(shape).total + (0 if adapters is None else trained(shape, stage, adapters))
+
+
+def lasting(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None = None) -> list[Held]:
+    """One GPU's part of what lasts from step to step."""
+    learning = trained(shape, stage, adapters)
     return [
-        Held("weights, float32", WEIGHT * counts.total // ranks.gpus, "counted"),
+        Held("weights, float32", WEIGHT * stored(shape, stage, adapters) // ranks.gpus, "counted"),
         Held("gradients, float32", WEIGHT * learning // ranks.gpus, "counted"),
         Held("moments of Adam, float32", MOMENTS * learning // ranks.gpus, "counted"),
-        *_gathered_layers(shape, stage, ranks, checkpointing),
+    ]
+
+
+def host_memory(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None = None) -> list[Held]:
+    """Memory of the host for one GPU whose part of what lasts is there, while a checkpoint is written.
+
+    Of adapters the merged model at the end is more than any checkpoint.
+    """
+    copied = WEIGHT * parameters(shape).total + (0 if adapters else MOMENTS * trained(shape, stage))
+    lasts = lasting(shape, stage, ranks, adapters)
+    return [*lasts, Held("copy of a checkpoint, float32", copied // ranks.gpus, "counted")]
+
+
+def memory(
+    shape: Shape,
+    stage: Stage,
+    ranks: Ranks,
+    *,
+    sequences: int,
+    context: int,
+    checkpointing: bool,
+    offload: bool = False,
+    adapters: Adapters | None = None,
+) -> list[Held]:
+    """Memory of one GPU at the peak of a step. sequences: of a micro-batch, of `context` tokens each.
+
+    offload: what lasts is in the host's memory (`host_memory`). adapters: those that learn in the trunk's place.
+    """
+    T = sequences * context
+    N = T // ranks.context
+    logits = logits_bytes(shape, stage, N)
+    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+    if adapters is not None:
+        made = WEIGHT if ranks.gpus == 1 else GATHERED  # of a gradient
+        activations += adapters.sum_bytes(made, VALUE, checkpointing=checkpointing)
+    return [
+        *([] if offload else lasting(shape, stage, ranks, adapters)),
+        *_gathered_layers(shape, stage, ranks, checkpointing, adapters),
         Held(ACTIVATIONS, activations, "estimated"),
         *_gathered_keys(shape, stage, ranks, N, T, checkpointing),
         Held("buffers of scores and of the KL's target", _buffers(stage, N, T), "counted"),
@@ -104,28 +155,38 @@ def memory(
     ]
 
 
-def _gathered_layers(shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool) -> Iterator[Held]:
-    """Whole layers as FSDP gathers them, their gradients, and the bfloat16 copies that products read.
+def _gathered_layers(
+    shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool, adapters: Adapters | None
+) -> Iterator[Held]:
+    """Whole layers as FSDP gathers them, and their gradients; on one GPU the bfloat16 copies that products read.
 
-    Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step. A gradient
-    is there twice: as it was made, and as it is sent. The copies of a layer go with it if layers are gathered and
-    recomputed. On one GPU autocast keeps those of linear layers that learn to the end of the forward pass, and without
-    recomputation the backward pass needs them all.
+    Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step, and so do
+    the parameters that are read in float32. A gradient is there twice: as it was made, and in float32 as it is sent. On
+    one GPU autocast keeps the copies of linear layers that learn to the end of the forward pass, and without
+    recomputation the backward pass needs them all. Adapters learn in their layer's place, and it has no gradient.
     """
     counts, learns = parameters(shape), stage != "warmup"
     embedding = 0 if shape.tied else counts.head
-    together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
+    if ranks.gpus == 1:
+        copied = max(largest.held(ranks), counts.head if learns else 0)
+        if learns:
+            routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
+            copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed)
+        yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
+        return
+    together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
     unit, tables = together * largest.held(ranks), embedding + counts.head
-    copied = max(largest.held(ranks), counts.head if learns else 0)
-    if learns and (ranks.gpus == 1 or not checkpointing):
-        routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-        copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed) // ranks.experts
-    gradients = (GATHERED + WEIGHT) * unit + GATHERED * tables if learns else 0
-    if ranks.gpus > 1:
-        yield Held("gathered layers, embedding and head", GATHERED * (LAYERS * unit + tables), "counted")
-        yield Held("their gradients", gradients, "counted")
-    yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
+    learning, learning_tables = unit, tables
+    if adapters is not None:
+        learning, learning_tables = together * trained(shape, stage, adapters) // shape.layers, 0
+        unit += learning
+    exact = shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
+    gathered = GATHERED * (LAYERS * unit + tables) + WEIGHT * exact
+    yield Held("gathered layers, embedding and head", gathered, "counted")
+    made = GATHERED * (learning + learning_tables) + WEIGHT * exact
+    sent = WEIGHT * max(learning, learning_tables, exact)
+    yield Held("their gradients", made + sent if learns else 0, "counted")
 
 
 def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:

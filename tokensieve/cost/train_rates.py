@@ -25,7 +25,7 @@ from tokensieve.cost.training import Stage, recomputed_flops, train_flops_parts
 
 MEASURED_ON = GPUS["h200"]
 KERNELS = "docs/kernels.md, a layer"
-FEW_HEADS = "docs/kernels.md, few heads to a group, 64K tokens, near selections (diffuse ones take 2.5 times as long)"
+FEW_HEADS = "docs/kernels.md, few heads to a group, near selections (diffuse ones take 3 to 4 times as long)"
 STACK = "docs/results/training.md, speed and memory of a 16B-class stack"
 
 
@@ -135,8 +135,8 @@ def measurements() -> tuple[Measured, ...]:
         # The warm-up's step is what it takes beyond the dense forward pass.
         *attention(latent, "warmup", KERNELS, k8=4.862 + 25.129, k32=73.6 + 206.3, k128=1280 + 2965),
         *attention(latent, "adapt", KERNELS, k32=228.7, k128=1186),
-        *attention(grouped, "pretrain", FEW_HEADS, k64=220.7),
-        *attention(grouped, "adapt", FEW_HEADS, k64=29.6 + 46.2 + 137.8),
+        *attention(grouped, "pretrain", FEW_HEADS, k32=55.5, k64=224.1, k128=908.8),
+        *attention(grouped, "adapt", FEW_HEADS, k32=52.5, k64=121.3, k128=306.6),
     )
 
 

@@ -43,7 +43,7 @@ class Channel:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=NEVER)
+        self._group = dist.new_group(backend="gloo", timeout=NEVER, group_desc="engine")  # the ranks, with this timeout
 
     def send(self, *message: Any) -> None:
         """Sends a message from the leader."""

@@ -45,8 +45,10 @@ def _stage(named: NamedPlan, price: float) -> dict[str, Any]:
         "context_parallel": plan.ranks.context,
         "expert_parallel": plan.ranks.experts,
         "activation_checkpointing": plan.config.activation_checkpointing,
+        "adapters": None if plan.job.adapters is None else asdict(plan.job.adapters),
         "activation_bytes": {"recomputed": plan.activations(True), "kept": plan.activations(False)},
         "memory_bytes": plan.heaviest.bytes,
+        "host_memory": [asdict(held) for held in plan.host],
         "usable_bytes": usable(plan.gpu),
         "tokens": plan.tokens,
         "seconds": plan.seconds,
@@ -79,6 +81,7 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
         plan, ranks = named.plan, named.plan.ranks
         divided = [f"context_parallel {ranks.context}"] if ranks.context > 1 else []
         divided += [f"expert_parallel {ranks.experts}"] if ranks.experts > 1 else []
+        divided += [f"LoRA of rank {plan.job.adapters.rank}"] if plan.job.adapters is not None else []
         console.print(
             f"{named.config}: {plan.config.stage} of {named.model} on {_count(ranks.gpus, plan.gpu.name)} at "
             f"{price:g} USD an hour{''.join(f'; {text}' for text in divided)}",
@@ -95,6 +98,8 @@ def show_plan(console: Console, plans: Sequence[NamedPlan], price: float) -> Non
                 other = "without recomputation" if recomputes else "with recomputation"
                 rows.add_row(f"({other})", f"({_bytes(plan.activations(not recomputes))})", held.origin)
         rows.add_row(f"together, of {usable(plan.gpu) / 1e9:.1f} GB", _bytes(plan.heaviest.bytes), "")
+        for held in plan.host:
+            rows.add_row(f"on the host: {held.name}", _bytes(held.bytes), held.origin)
         for phase in plan.phases:
             _add_step(rows, phase)
         steps = sum(phase.phase.steps for phase in plan.phases)

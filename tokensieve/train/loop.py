@@ -171,13 +171,14 @@ class Run:
         """Within the block the model has its adapters, and on several ranks this one's parts of all parameters."""
         config, model, parts = self.config, self.model, self._parts
         indexers = self.stage.learners(config) == "all" and model.is_sparse
-        with lora.adapted(model, config.lora, config.seed, config.model, indexers) as self.adapter:
+        divided = config.expert_parallel > 1
+        with lora.adapted(model, config.lora, config.seed, config.model, indexers, divided) as self.adapter:
             self.root = shard(model, self.division)
             if self.stage.learners(config) == "indexers":
                 gather_forward_only(self.root)
             if parts is not None:
                 adapters = lora.first_weights(model, config.seed)
-                self.mesh.agree(lambda: read_parts(model, parts, self.device, adapters))
+                self.mesh.agree(lambda: read_parts(model, parts, self.division, adapters))
             yield
 
     @contextlib.contextmanager
@@ -232,7 +233,9 @@ class Run:
         except torch.OutOfMemoryError as error:
             several = self.mesh.size > 1
             who = f"rank {self.mesh.rank}" if several else "the run"
-            more = "start more ranks" if several else "divide the model over several GPUs with torchrun"
+            more = "divide the model over several GPUs with torchrun"
+            if several:
+                more = "start more ranks" if self.config.offload else "start more ranks, or set offload=true"
             raise self.mesh.lone_error(
                 f"{self.now}: {who} has run out of memory on {self.device}; set activation_checkpointing=true, make "
                 f"phases.context or phases.micro_batch smaller, or {more}"

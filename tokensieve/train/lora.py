@@ -51,17 +51,19 @@ def adapted(
     seed: int = 0,
     base: str = "",
     indexers: bool = True,
+    divided: bool = False,
 ) -> Iterator[Any]:
     """Within the block adapters learn in place of the trunk's weights; afterwards they are merged into these.
 
     Yields PEFT's wrapper of the model, or None if `config` is None.
 
     seed: of the adapters' first weights. base: what adapter_config.json names as the model. indexers: whether they
-    learn, whole. The model may be empty, and may be filled and sharded within the block: `first_weights` are then the
-    caller's to set. All ranks of a sharded model merge together, so one whose block fails does not merge.
+    learn, whole. divided: whether ranks divide the experts. The model may be empty, and may be filled and sharded
+    within the block: `first_weights` are then the caller's to set. All ranks of a sharded model merge together, so one
+    whose block fails does not merge.
 
-    UserError, before anything is changed, for targets that the model does not have, and for dropout at targets that
-    cannot have it.
+    UserError, before anything is changed, for targets that the model does not have, for dropout at targets that cannot
+    have it, and for targets among divided experts.
     """
     if config is None:
         yield None
@@ -74,6 +76,11 @@ def adapted(
         raise UserError(
             f"lora.dropout is {config.dropout}, and adapters of kv_b_proj and of experts have no input to drop from; "
             "set it to 0, or leave these out of lora.targets"
+        )
+    if divided and tensors:
+        raise UserError(
+            f"lora.targets names {', '.join(tensors)}, whose adapters add to all experts of a layer at once, and "
+            "expert_parallel divides them; leave one of the two out"
         )
     misread = {name.rpartition(".")[2] for name in layers} & MISREAD
     if not config.merge and misread and any(isinstance(module, Experts) for module in model.modules()):

@@ -3,7 +3,8 @@
 The ranks form one DeviceMesh with the axes "shard" and "context". Ranks of the same shard share the tokens of their
 sequences (`tokensieve.model.gathered`); different shards read different micro-batches of a step. Parameters, gradients
 and the optimizer's moments are sharded over all ranks. Every rank's losses are its shares of the means over the whole
-step, so gradients are summed over the ranks and never averaged.
+step, so gradients are summed over the ranks and never averaged. Parameters are float32, and gathered in the dtype in
+which products read them (`tokensieve.train.precision`).
 
 Experts may have a mesh of their own, of the same ranks, with the axes "expert_shard" and "experts". Ranks of the same
 expert shard divide the experts (`tokensieve.model.expert_group`), and FSDP gathers the matrices of a rank's experts
@@ -22,13 +23,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tokensieve import checkpoint, cost
 from tokensieve.config import TrainConfig, UserError
-from tokensieve.cost.plan import experts_refusal
+from tokensieve.cost.division import experts_refusal, refusal
 from tokensieve.cost.train_memory import Ranks
 from tokensieve.families import ModelConfig
 from tokensieve.machine import rank_info
@@ -39,6 +40,7 @@ from tokensieve.model.files import came_from, fill
 from tokensieve.model.gathered import CHUNK, ContextGroup
 from tokensieve.model.moe import Experts
 from tokensieve.model.transformer import DecoderLayer
+from tokensieve.train import precision
 
 # What PEFT adds to the name of a tensor that it wraps, or of which a copy learns.
 WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b")
@@ -50,7 +52,8 @@ class Division:
 
     context: the ranks that share this rank's sequences; None: it has them alone. axes: all ranks; None: there is one.
     shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step. experts: all
-    ranks, with the axes of the experts; None: experts are sharded as everything else.
+    ranks, with the axes of the experts; None: experts are sharded as everything else. offload: whether this rank's part
+    of the parameters, and with it gradients and moments, is in the host's memory.
     """
 
     mesh: Mesh
@@ -59,6 +62,12 @@ class Division:
     shard: int = 0
     shards: int = 1
     experts: DeviceMesh | None = None
+    offload: bool = False
+
+    @property
+    def policy(self) -> OffloadPolicy:
+        """FSDP's policy for all parameters."""
+        return CPUOffloadPolicy(pin_memory=self.mesh.device.type == "cuda") if self.offload else OffloadPolicy()
 
 
 def divide(config: TrainConfig, mesh: Mesh) -> Division:
@@ -67,55 +76,45 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
     UserError for settings that do not divide over so many ranks.
     """
     R, X = config.context_parallel, config.expert_parallel
-    for name, ranks in (("context_parallel", R), ("expert_parallel", X)):
-        if mesh.size % ranks:
-            started = "there is one process" if mesh.size == 1 else f"torchrun started {mesh.size}"
-            raise UserError(
-                f"{name} is {ranks} and {started}; start a multiple of {ranks}: torchrun --nproc-per-node {ranks}"
-            )
+    ranks = Ranks(mesh.size, R, X)
+    if (reason := refusal(config, ranks)) is not None:
+        raise UserError(reason)
     if mesh.size == 1:
         return Division(mesh)
-    if config.budget is not None:
-        raise UserError(f"torchrun started {mesh.size} processes, and budget runs in one so far; leave it out")
-    shards = mesh.size // R
-    for phase in config.phases:
-        if phase.sequences % (phase.micro_batch * shards):
-            raise UserError(
-                f"phases: {phase.sequences} sequences do not divide into micro-batches of {phase.micro_batch} on "
-                f"{shards} shards ({mesh.size} ranks, context_parallel {R}); make them a multiple of "
-                f"{phase.micro_batch * shards}"
-            )
-    axes = mesh.axes(shard=shards, context=R)
+    if config.offload and mesh.device.type == "cpu":
+        raise UserError("offload is true, and the ranks train on the CPU, whose memory is the host's; leave it out")
+    axes = mesh.axes(shard=ranks.shards, context=R)
     shard, rank = axes.get_local_rank("shard"), axes.get_local_rank("context")
     context = None
     if R > 1:
         # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
         context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
     experts = mesh.axes(expert_shard=mesh.size // X, experts=X) if X > 1 else None
-    return Division(mesh, axes, context, shard, shards, experts)
+    return Division(mesh, axes, context, shard, ranks.shards, experts, config.offload)
 
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
     """UserError if the ranks cannot divide the experts, or hold their parts of the weights, gradients and moments.
 
-    On CPUs the copy of weights and moments counts that they keep while a checkpoint is written.
+    Where these are in the host's memory, the copy of weights and moments counts that it keeps while a checkpoint is
+    written.
     """
     ranks = Ranks(mesh.size, config.context_parallel, config.expert_parallel)
     if (reason := experts_refusal(cost.shape_of(model_config), ranks)) is not None:
         raise UserError(reason)
-    cuda = mesh.device.type == "cuda"
-    needed = cost.run_estimate(model_config, config, 1.0, value_bytes=2 if cuda else 4)
+    host = config.offload or mesh.device.type == "cpu"
+    needed = cost.run_estimate(model_config, config, 1.0)
     held, copied = needed.weight_bytes, needed.weight_bytes
     if config.lora is None:  # what adapters need besides is little, and their copy is the merged model
         held += needed.gradient_bytes + needed.optimizer_bytes
         copied += needed.optimizer_bytes
-    if cuda:
-        there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
-    else:
+    if host:
         there, what = psutil.virtual_memory().total // rank_info().local_size, "a rank's share of the memory"
         held += copied
+    else:
+        there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     if held > there * mesh.size:
-        note = "" if cuda else ", with the copy of a checkpoint,"
+        note = ", with the copy of a checkpoint," if host else ""
         together = math.lcm(config.context_parallel, config.expert_parallel)
         least = math.ceil(held / there / together) * together
         raise UserError(
@@ -127,41 +126,50 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
 class Root(nn.Module):
     """A model within whose forward pass everything runs that uses it.
 
-    FSDP gathers embedding and head, which no layer holds, for the forward pass of its root.
+    FSDP gathers embedding and head, which no layer holds, for the forward pass of a root. A second one around it
+    gathers `exact`: modules of the model whose parameters have another dtype, and which are small.
     """
 
-    def __init__(self, model: DecoderForCausalLM):
+    def __init__(self, model: "DecoderForCausalLM | Root", exact: Iterable[nn.Module] = ()):
         super().__init__()
-        self.model = model
+        self.model, self.exact = model, nn.ModuleList(exact)
 
     def forward(self, compute: Callable[..., Any], *args: Any) -> Any:
         """compute(model, *args). FSDP sees the tensors of its result in tuples, lists and dicts."""
-        return compute(self.model, *args)
+        return self.model(compute, *args) if isinstance(self.model, Root) else compute(self.model, *args)
 
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
-    """The root of a model, whose parameters are sharded over all ranks, if there are several.
-
-    Autocast's copies of a layer's weights, which are whole, go with the layer.
-    """
-    root = Root(model)
+    """The root of a model, whose parameters are sharded over all ranks, if there are several."""
     if division.axes is None:
-        return root
-    ranks = division.axes._flatten("ranks")
+        return Root(model)
+    ranks = division.mesh.ranks
+    policy = precision.gather_policy(precision.product_dtype(division.mesh.device))
     if division.experts is not None:
         division.experts._flatten("expert_ranks")  # norms are then summed in one operation
         for module in model.modules():
             if isinstance(module, Experts):
-                _shard_experts(module, division.experts)
+                _shard_experts(module, division.experts, mp_policy=policy, offload_policy=division.policy)
+    exact = [*precision.exact_modules(model)]
+    apart = {parameter for module in exact for parameter in module.parameters()}
     # A layer that borrows an indexer in warm-up reads its parameters, so both are gathered together.
     unit: list[nn.Module] = []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda *_: torch.clear_autocast_cache())
         unit.append(layer)
         if not cast(DecoderLayer, layer).self_attn.lends:
-            fully_shard(unit, mesh=ranks)
+            fully_shard(unit, mesh=ranks, mp_policy=policy, offload_policy=division.policy, ignored_params=apart)
             unit = []
-    fully_shard(root, mesh=ranks)
+    inner = Root(model)
+    fully_shard(
+        inner,
+        mesh=ranks,
+        reshard_after_forward=False,
+        mp_policy=policy,
+        offload_policy=division.policy,
+        ignored_params=apart,
+    )
+    root = Root(inner, exact)
+    fully_shard(root, mesh=ranks, mp_policy=precision.gather_policy(None), offload_policy=division.policy)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -176,14 +184,17 @@ def gather_forward_only(root: Root) -> None:
             module.set_unshard_in_backward(False)
 
 
-def _shard_experts(module: Experts, axes: DeviceMesh) -> None:
-    """Leaves each rank its experts, and of their matrices its rows. Few ranks have as many experts as share one."""
+def _shard_experts(module: Experts, axes: DeviceMesh, **policies: Any) -> None:
+    """Leaves each rank its experts, and of their matrices its rows. Few ranks have as many experts as share one.
+
+    policies: of FSDP.
+    """
     experts = axes["experts"]
     module.group = ExpertGroup(experts.size(), experts.get_group())
     for name, parameter in list(module.named_parameters()):
         own = distribute_tensor(parameter.detach(), experts, [Shard(0)], src_data_rank=None)
         setattr(module, name, nn.Parameter(own, parameter.requires_grad))
-    fully_shard(module, mesh=axes["expert_shard"], shard_placement_fn=lambda parameter: Shard(1))
+    fully_shard(module, mesh=axes["expert_shard"], shard_placement_fn=lambda parameter: Shard(1), **policies)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -233,13 +244,15 @@ def empty_model(config: ModelConfig) -> DecoderForCausalLM:
 
 
 def read_parts(
-    model: DecoderForCausalLM, folder: Path, device: torch.device, adapters: Iterable[tuple[str, Tensor]] = ()
+    model: DecoderForCausalLM, folder: Path, division: Division, adapters: Iterable[tuple[str, Tensor]] = ()
 ) -> None:
     """Fills a sharded model with this rank's parts of a checkpoint, in float32. No other parts are read.
 
     adapters: whole tensors of the model that the checkpoint does not have. Besides what the rank keeps it holds one
     tensor's part at a time. UserError as `tokensieve.load`.
     """
+    device = division.mesh.device
+    home = torch.device("cpu") if division.offload else device
     like = model.state_dict()
     places: dict[str, list[str]] = {}  # name in the checkpoint -> names in the model
     for name in like:
@@ -247,7 +260,8 @@ def read_parts(
     parts = {name: own_part(like[names[0]].shape, like[names[0]]) for name, names in places.items()}
 
     def part(name: str, own: Tensor) -> Tensor:
-        target, own = like[name], own.to(device, copy=True, memory_format=torch.contiguous_format)
+        target = like[name]
+        own = own.to(home if isinstance(target, DTensor) else device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
             return own
         return DTensor.from_local(

@@ -18,6 +18,7 @@ from tokensieve import cost
 from tokensieve.config import TrainConfig
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
 from tokensieve.model.selection import resolve
+from tokensieve.train import precision
 from tokensieve.train.learning import Learners
 from tokensieve.train.parallelize import Root
 
@@ -77,14 +78,15 @@ def backward(
     options: ForwardOptions,
     device: torch.device,
 ) -> Losses:
-    """Forward and backward pass of one micro-batch; on CUDA under bfloat16 autocast.
+    """Forward and backward pass of one micro-batch; on a GPU under bfloat16 autocast.
 
     batch: of whole rows, of which a rank of `options.context` computes its tokens.
     """
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     objective = options.objective or Objective()
     scaled = replace(options, objective=replace(objective, scale=KLScale(per_query=1.0 / totals.queries)))
-    with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext():
+    dtype = precision.product_dtype(device)
+    with contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype):
         arguments = inputs, totals, scaled
         losses = model(stage.losses, *arguments) if isinstance(model, Root) else stage.losses(model, *arguments)
     losses.total.backward()

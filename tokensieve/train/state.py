@@ -99,7 +99,8 @@ def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     data = settings["data"] | {"cache": ""}
     lora = settings.get("lora")
     # Checkpoints from before these settings have none of them.
-    free, defaults = ("lora", "context_parallel", "expert_parallel"), (("kl_every", 1), ("budget", None))
+    free = ("lora", "context_parallel", "expert_parallel", "offload")
+    defaults = (("kl_every", 1), ("budget", None))
     rest = {k: v for k, v in settings.items() if k not in free and (k, v) not in defaults}
     return (rest | {"lora": lora | {"merge": True}} if lora else rest) | {
         "out": "",

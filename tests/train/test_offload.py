@@ -1,0 +1,136 @@
+"""Parameters, gradients and moments in the host's memory: the same runs, where it can be, and counted.
+
+FSDP moves them to a GPU and back. Of a CPU the memory is the host's, so here it does the same without moving anything.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+from tests.support import ranks
+from tests.support.steps import FAMILIES, check_step, settings, step_of_rank
+from tests.support.training import Workplace, workplace
+from tests.support.training_runs import assert_same_content, run, waiting
+from tokensieve import cost
+from tokensieve.config import LoraConfig, TrainConfig, UserError
+from tokensieve.mesh import Mesh
+from tokensieve.train import loop, parallelize
+from tokensieve.train.parallelize import Division, check_model, divide
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return workplace(tmp_path_factory.mktemp("offload"))
+
+
+# in a rank's process
+
+
+def offloaded(patch: pytest.MonkeyPatch, rank: int = 0) -> None:
+    """Runs whose parameters are offloaded, on a CPU."""
+
+    def divided(config: TrainConfig, mesh: Mesh) -> Division:
+        return replace(divide(config, mesh), offload=True)
+
+    patch.setattr(loop, "divide", divided)
+
+
+def offloaded_and_waiting(patch: pytest.MonkeyPatch, rank: int) -> None:
+    offloaded(patch)
+    waiting(patch, rank)
+
+
+def offloaded_step(family: str, settings: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    policies: list[Any] = []
+
+    def recorded(module: Any, **more: Any) -> Any:
+        policies.append(more["offload_policy"])
+        return fully_shard(module, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        offloaded(patch)
+        patch.setattr(parallelize, "fully_shard", recorded)
+        found = step_of_rank(family, settings)
+    assert len(policies) >= 4 and all(isinstance(policy, CPUOffloadPolicy) for policy in policies)
+    return found
+
+
+# here
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("warmup", {}),
+        ("adapt", {"context_parallel": 2, "activation_checkpointing": True}),
+        ("adapt", {"expert_parallel": 2}),
+        ("adapt", {"lora": LoraConfig(rank=3)}),
+    ],
+)
+def test_a_step(two: ranks.Group, stage: str, changes: dict[str, Any]) -> None:
+    check_step(two, "v32", settings(stage, **changes), offloaded_step)
+
+
+def test_a_run_goes_on_with_and_without(two: ranks.Group, here: Workplace) -> None:
+    whole = here.run("adapt", "whole", save_every=2)
+    begun = replace(whole, out=whole.out.replace("whole", "begun"))
+    expected = run(two, whole).losses
+    assert run(two, begun, False, 3, offloaded_and_waiting).losses == expected[:3]
+    assert run(two, begun, True, 0, offloaded).losses == expected[2:]
+    assert_same_content(Path(begun.out, "step-000004"), Path(whole.out, "step-000004"))
+    later = replace(begun, phases=(replace(begun.phases[0], steps=5),))
+    assert len(run(two, later, True).losses) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "words"),
+    [
+        (1, "cuda", "offload keeps in the host's memory what several ranks shard, and this is one; .* or start two"),
+        (2, "cpu", "offload is true, and the ranks train on the CPU, whose memory is the host's; leave it out"),
+    ],
+)
+def test_where_it_cannot_be(size: int, device: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        divide(settings("adapt", device="auto", offload=True), Mesh(0, size, torch.device(device)))
+
+
+def test_a_cpu_by_name() -> None:
+    with pytest.raises(UserError, match="offload is true and device is cpu, whose memory is the host's; leave one"):
+        settings("adapt", offload=True)
+
+
+def test_the_hosts_memory_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the copy of a checkpoint; the GPUs are not asked."""
+    made, one = FAMILIES["v32"](), settings("adapt", device="auto", offload=True)
+    needed = cost.run_estimate(made, one, 1.0)
+    held = 2 * (needed.weight_bytes + needed.optimizer_bytes) + needed.gradient_bytes
+    mesh = Mesh(0, 2, torch.device("cuda"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=held // 2))
+    check_model(one, made, mesh)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=held // 2 - 8))
+    with pytest.raises(UserError, match="with the copy of a checkpoint"):
+        check_model(one, made, mesh)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus() -> None:
+    """The gradients of a step are those of GPUs that keep everything."""
+    with ranks.started(2, "cuda") as group:
+        kept, away = (
+            group.ask(step_of_rank, "v32", settings("adapt", device="auto", offload=offload))[0][0]
+            for offload in (False, True)
+        )
+    assert kept.keys() == away.keys()
+    for name, gradient in kept.items():
+        # Kernels add in any order, and round to bfloat16.
+        np.testing.assert_allclose(away[name], gradient, rtol=0, atol=2**-6 * abs(gradient).max())
