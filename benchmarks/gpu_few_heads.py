@@ -132,6 +132,8 @@ def captured(folder: str, tokens: int, device: torch.device) -> tuple[dict[str, 
     model, tokenizer = tokensieve.load(folder).to(device), load_tokenizer(folder)
     text = "".join(inspect.getsource(module) for module in TEXT)
     ids = torch.tensor([tokenizer.encode(text)[:tokens]], device=device)
+    if ids.shape[1] < tokens:
+        sys.exit(f"gpu_few_heads: the text has {ids.shape[1]} tokens; give --tokens so many at most")
     with torch.inference_mode():
         found = model(ids, return_selection=True, logits_to_keep=1).selection
     chosen = {f"layer {i}": s[0] for i, s in enumerate(found) if s is not None}

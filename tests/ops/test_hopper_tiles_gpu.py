@@ -26,7 +26,7 @@ PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(301), Document(340, 300,
 @pytest.fixture(autouse=True)
 def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them: the selections of most cases are drawn at random, and would go to the kernels of one query."""
-    monkeypatch.setattr(tiles, "most", lambda B, K: B * K)
+    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: B * K)
 
 
 @pytest.fixture(params=["in order", "any order"])
@@ -58,7 +58,7 @@ def test_values_and_gradients(case: Case, dtype: str, order: None) -> None:
 
 
 def test_tiles_beside_single_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "most", lambda B, K: 2 * K)
+    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: 2 * K)
     x = make(Case("both", causal(701), keys=701, k=100, heads=16, dtype="bfloat16", **MLA), "cuda")
     x.indices_SK[400:600] = x.indices_SK[399]
     x = dataclasses.replace(x, w_SI=x.w_SI.float())

@@ -139,7 +139,7 @@ def given(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def test_values_and_gradients(
     heads: int, strip: int, in_order: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "most", lambda B, K: most)
+    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: most)
     monkeypatch.setattr(unions, "STRIP_BYTES", strip)
     monkeypatch.setattr(tiles, "wanted_in_order", lambda: in_order)
     x = make(dataclasses.replace(PACK, heads=heads), "cpu")

@@ -20,6 +20,7 @@ TOLERANCE = {"float16": 4e-3, "bfloat16": 1.5e-2}  # as test_triton.py
 LSE_TOLERANCE = 1e-4  # as test_hopper.py: of float32 sums
 # Heads, groups and width of the shapes of benchmarks/gpu_few_heads.py, and groups of 32 heads.
 SHAPES = [(32, 8, 128), (16, 2, 128), (9, 3, 64), (64, 2, 128)]
+APART = {"entry": 208, "d_k": 128, "v_start": 144, "d_v": 64}  # another width of values, behind a gap
 PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 300, 40))
 
 
@@ -66,6 +67,12 @@ def test_values_and_gradients(shape: tuple[int, int, int], dtype: str) -> None:
     x = make(grouped(shape, "unions", dtype), "cuda")
     x.indices_SK[100:200] = x.indices_SK[220]  # tiles that share every key, beside tiles that share few
     compare(x, TOLERANCE[dtype])
+
+
+def test_values_of_another_width_behind_a_gap() -> None:
+    x = make(dataclasses.replace(grouped(SHAPES[0], "apart"), **APART), "cuda")
+    x.indices_SK[100:200] = x.indices_SK[220]
+    compare(x, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,6 +12,7 @@ from tests.support.cases import Case, Inputs, causal, make
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
+from tokensieve.ops.hopper import limits
 from tokensieve.ops.hopper import unions as on_hopper
 from tokensieve.ops.reference import sparse
 from tokensieve.ops.triton import union_attention, unions
@@ -156,15 +157,19 @@ def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
 
 def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    shape = {"MP": 4, "D": 128, "V": 128, "E": 256, "v_start": 128}
     lists = torch.zeros(1, 8, dtype=torch.int32)
     wide, narrow = (unions.Unions(lists, lists, torch.zeros(1, dtype=torch.int32), B) for B in (32, 4))
-    kv = torch.zeros(5, 8, 256, dtype=torch.bfloat16)
-    odd = torch.zeros(5 * 8 * 256 + 1, dtype=torch.bfloat16)[1:].view(5, 8, 256)
-    takes = on_hopper.takes
-    assert takes(wide, kv, shape) and takes(wide, kv.half(), shape)
-    assert takes(wide, kv, shape | {"D": 64, "V": 64, "E": 128, "v_start": 64})
-    assert not takes(narrow, kv, shape) and not takes(wide, kv.float(), shape) and not takes(wide, odd, shape)
-    assert not takes(wide, kv[:0], shape)
-    for change in ({"D": 96}, {"V": 32}, {"E": 260}, {"v_start": 132}, {"MP": 2}):
-        assert not takes(wide, kv, shape | change), change
+    kv, shape = torch.zeros(5, 8, 256, dtype=torch.bfloat16), {"MP": 4}
+    assert on_hopper.takes(wide, kv, shape)
+    assert not on_hopper.takes(narrow, kv, shape) and not on_hopper.takes(wide, kv[:0], shape)
+    assert not on_hopper.takes(wide, kv, {"MP": 2})
+    entries = {"v_start": 128, "d_v": 128}
+    q, kv = torch.zeros(1, 32, 128, device="meta"), torch.zeros(1, 8, 256, device="meta")
+    assert limits.is_grouped(q, {"kv": kv, **entries})
+    assert limits.is_grouped(q[..., :64], {"kv": kv[..., :128], "v_start": 64, "d_v": 64})
+    for heads, width, change in (
+        (16, 128, {}), (512, 128, {}), (32, 96, {}), (32, 128, {"d_v": 32}), (32, 128, {"v_start": 132}),
+        (32, 128, {"v_start": 0}), (32, 128, {"kv": torch.zeros(1, 8, 260, device="meta")}),
+    ):  # fmt: skip
+        q = torch.zeros(1, heads, width, device="meta")
+        assert not limits.is_grouped(q, {"kv": kv, **entries} | change), (heads, width, change)

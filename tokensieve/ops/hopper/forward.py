@@ -222,8 +222,8 @@ def forward_kernel(
 class Tiled:
     """Marks of the queries of a tile, and of what is broken: q and kv themselves are finite.
 
-    marks: (tiles, K) int32 whose bit b says whether query b selected the place's key, and the sign whether the key is
-    broken. row_breaks: (tiles, H) float32, 0, or NaN if a query is broken. M: heads of a query.
+    marks: (tiles, C) int32 of the places of a list, whose bit b says whether query b selected the key, and the sign
+    whether the key is broken. row_breaks: (tiles, 128) float32, 0, or NaN if a query is broken. M: heads of a query.
     """
 
     marks: Tensor

@@ -31,7 +31,7 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     elif not (is_latent(q, operands) or is_grouped(q, operands)):
         return (
             "its entries are 576 wide, one a token, and their value is the first 512; or 3 to 32 heads share keys and "
-            "values that are 64 or 128 wide and lie one after the other"
+            "values that are 64 or 128 wide, one behind the other at multiples of 8 numbers"
         )
     return portable.limits(op, q, operands)
 
@@ -43,7 +43,7 @@ def is_latent(q: Tensor, operands: Mapping[str, Any]) -> bool:
 
 
 def is_grouped(q: Tensor, operands: Mapping[str, Any]) -> bool:
-    """Whether tiles of queries fill the 128 rows of a program, with keys and values of widths that it takes."""
+    """Whether the kernels of wide tiles take the entries, by their widths and lines, and fill 128 rows."""
     (_, H, D), (_, G, E), v_start = q.shape, operands["kv"].shape, operands["v_start"]
     widths = D in (64, 128) and operands["d_v"] in (64, 128)
     return widths and v_start >= D and E % 8 == v_start % 8 == 0 and 3 <= H // G <= 32

@@ -7,7 +7,7 @@ fills a quarter of the first and an eighth of the second, and gathers its entrie
 fill both, and what they select together is little more than what one does. So they share a list of keys (`unions`), of
 which each sees its own.
 
-Tiles cost more than they save if selections differ. So queries whose tile selects more than `most` keys go to the
+Tiles cost more than they save if selections differ. So queries whose tile selects more than `keys_at_most` go to the
 kernels of one query a program. The device decides, and the host never waits: both run, each with the keys of its
 queries alone, and a choice by query comes after.
 
@@ -35,13 +35,22 @@ from tokensieve.ops.triton.in_order import add_in_order, wanted_in_order
 from tokensieve.ops.triton.union_kl import index_gradients, kl_slopes, write_kl
 from tokensieve.ops.triton.unions import Unions, fitting, strips
 
+LONGEST = 2**20  # places of a list: the largest power of two that a program holds
+
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor) -> bool:
-    """Whether a tile of queries fills what one leaves empty."""
-    return q_SHD.shape[1] in (16, 32) and min(len(q_SHD), len(kv_TGE), indices_SK.shape[1]) > 0
+    """Whether a tile of queries fills what one leaves empty.
+
+    Tiles look at all entries, so the queries select as many at least; and a list has a power of two of places that a
+    program can hold.
+    """
+    (S, H, _), T, K = q_SHD.shape, len(kv_TGE), indices_SK.shape[1]
+    if H not in (16, 32) or S < HEADS // H or T == 0 or K == 0:
+        return False
+    return S * K >= T and min(keys_at_most(HEADS // H, K), T) <= LONGEST
 
 
-def most(B: int, K: int) -> int:
+def keys_at_most(B: int, K: int) -> int:
     """Keys that a tile of B queries may select together: with more, one query a program is faster (docs/kernels.md)."""
     return int((1 + B / 4) * K)
 
@@ -101,7 +110,7 @@ class Tiles:
 
     def parts(self, kept: int) -> Iterator[Part]:
         """kept: bytes that a place of a tile's list needs besides the lists."""
-        fit = most(self.B, self.K)
+        fit = keys_at_most(self.B, self.K)
         for rows in strips(self.rows, self.T, self.K, others=kept * fit // self.B):
             u = fitting(self.indices[rows], self.T, self.B, fit)
             self.taken[rows] = (u.counts >= 0).repeat_interleave(self.B)
@@ -115,8 +124,9 @@ class Tiles:
         return self.indices[: self.S].masked_fill(self.taken[: self.S, None], -1)
 
     def choose(self, of_tiles: Tensor, of_one: Tensor) -> Tensor:
-        """By query, (S, ...)."""
-        return torch.where(self.taken[: self.S].view(-1, *(1,) * (of_one.ndim - 1)), of_tiles[: self.S], of_one)
+        """By query, (S, ...), in the place of `of_one`."""
+        taken = self.taken[: self.S].view(-1, *(1,) * (of_one.ndim - 1))
+        return torch.where(taken, of_tiles[: self.S], of_one, out=of_one)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -162,13 +172,12 @@ def sparse_attention(
     return x.choose(x.unfold(out), alone[0]), x.choose(x.unfold(lse), alone[1])
 
 
-def sparse_attention_kl(
-    q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int,
-    q_I: Tensor, k_I: Tensor, w: Tensor,
+def _forward_kl(
+    x: Tiles, scale: float, q_I: Tensor, k_I: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x = Tiles(q_SHD, kv_TGE, indices_SK)
-    out, lse = x.new(VALUE, dtype=q_SHD.dtype), x.new(dtype=torch.float32)
-    index = (_padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows))
+    """out, lse and kl of the tiles."""
+    out, lse = x.new(VALUE, dtype=x.q.dtype), x.new(dtype=torch.float32)
+    q_rows, k, w_rows = _padded(q_I, x.rows), k_I.contiguous(), _padded(w, x.rows)
     kl = torch.empty(x.rows, dtype=torch.float32, device=out.device)
     buffers = None  # every strip uses them, of which the first is the longest
     for part in x.parts(_kept(x, buffers=1)):
@@ -179,9 +188,19 @@ def sparse_attention_kl(
         p, top = buffers[0][:n], buffers[1][:n]
         forward(x.q[rows], x.kv, part.keys, scale, out[rows], lse[rows], (p, top), part.tiled)
         mass = _mass(part, p, x.H, top, lse[rows])
-        write_kl(part.u, mass, x.H, index[0][queries], index[1], index[2][queries], kl[queries])
-    alone = attention_kl.sparse_attention_kl(q_SHD, kv_TGE, x.alone, scale, d_k, v_start, d_v, q_I, k_I, w)
-    return x.choose(x.unfold(out), alone[0]), x.choose(x.unfold(lse), alone[1]), x.choose(kl, alone[2])
+        write_kl(part.u, mass, x.H, q_rows[queries], k, w_rows[queries], kl[queries])
+    return x.unfold(out), x.unfold(lse), kl
+
+
+def sparse_attention_kl(
+    q_SHD: Tensor, kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int,
+    q_I: Tensor, k_I: Tensor, w: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x = Tiles(q_SHD, kv_TGE, indices_SK)
+    of_tiles = _forward_kl(x, scale, q_I, k_I, w)
+    of_one = attention_kl.sparse_attention_kl(q_SHD, kv_TGE, x.alone, scale, d_k, v_start, d_v, q_I, k_I, w)
+    out, lse, kl = (x.choose(a, b) for a, b in zip(of_tiles, of_one, strict=True))
+    return out, lse, kl
 
 
 def _kept(x: Tiles, buffers: int) -> int:
@@ -217,19 +236,42 @@ def _backward_by_parts(
         yield part, p
 
 
+def _backward(
+    x: Tiles, dout_SHV: Tensor, dlse_SH: Tensor | None, out_SHV: Tensor, lse_SH: Tensor, scale: float, dkv: Tensor
+) -> Tensor:  # fmt: skip
+    """dq of the tiles, whose share is added to dkv."""
+    dq = x.new(KEY, dtype=x.q.dtype)
+    for _ in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
+        pass
+    return x.unfold(dq)
+
+
 def sparse_attention_backward(
     dout_SHV: Tensor, dlse_SH: Tensor | None, out_SHV: Tensor, lse_SH: Tensor, q_SHD: Tensor, kv_TGE: Tensor,
     indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x = Tiles(q_SHD, kv_TGE, indices_SK)
-    dq, dkv = x.new(KEY, dtype=q_SHD.dtype), torch.zeros(x.T, KEY, dtype=torch.float32, device=q_SHD.device)
-    for _ in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
-        pass
+    x, dkv = Tiles(q_SHD, kv_TGE, indices_SK), kv_TGE.new_zeros(len(kv_TGE), KEY, dtype=torch.float32)
+    of_tiles = _backward(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dkv)
     q, kv = q_SHD.contiguous(), aligned(kv_TGE)
-    of_one = torch.empty_like(q)
-    for _ in attention.backward_by_strips(dout_SHV, dlse_SH, q, kv, x.alone, out_SHV, lse_SH, scale, of_one, dkv):
+    dq = torch.empty_like(q)
+    for _ in attention.backward_by_strips(dout_SHV, dlse_SH, q, kv, x.alone, out_SHV, lse_SH, scale, dq, dkv):
         pass
-    return x.choose(x.unfold(dq), of_one), dkv.to(kv.dtype).view_as(kv)
+    return x.choose(of_tiles, dq), dkv.to(kv.dtype).view_as(kv)
+
+
+def _backward_kl(
+    x: Tiles, dout_SHV: Tensor, dlse_SH: Tensor | None, dkl_S: Tensor, out_SHV: Tensor, lse_SH: Tensor, scale: float,
+    q_I: Tensor, k_I: Tensor, w: Tensor, dkv: Tensor, dk_I: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dq_I and dw of the tiles, whose shares are added to dkv and dk_I."""
+    q_rows, w_rows, dkl_rows = _padded(q_I, x.rows), _padded(w, x.rows), _padded(dkl_S, x.rows)
+    dq, dq_I, dw = x.new(KEY, dtype=x.q.dtype), torch.empty_like(q_rows), torch.empty_like(w_rows)
+    for part, p in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
+        queries = part.queries
+        index = (q_rows[queries], k_I, w_rows[queries])
+        slopes = kl_slopes(part.u, _mass(part, p, x.H), x.H, dkl_rows[queries], *index)
+        index_gradients(part.u, *index, slopes, dq_I[queries], dk_I, dw[queries])
+    return x.unfold(dq), dq_I, dw
 
 
 def sparse_attention_kl_backward(
@@ -237,23 +279,13 @@ def sparse_attention_kl_backward(
     kv_TGE: Tensor, indices_SK: Tensor, scale: float, d_k: int, v_start: int, d_v: int,
     q_I: Tensor, k_I: Tensor, w: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    x = Tiles(q_SHD, kv_TGE, indices_SK)
-    dq, dkv = x.new(KEY, dtype=q_SHD.dtype), torch.zeros(x.T, KEY, dtype=torch.float32, device=q_SHD.device)
-    q_rows, k, w_rows, dkl_rows = _padded(q_I, x.rows), aligned(k_I), _padded(w, x.rows), _padded(dkl_S, x.rows)
-    dq_I, dw = torch.empty_like(q_rows), torch.empty_like(w_rows)
-    dk_I = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
-    for part, p in _backward_by_parts(x, dout_SHV, dlse_SH, out_SHV, lse_SH, scale, dq, dkv):
-        queries = part.queries
-        index = (q_rows[queries], k, w_rows[queries])
-        slopes = kl_slopes(part.u, _mass(part, p, x.H), x.H, dkl_rows[queries], *index)
-        index_gradients(part.u, *index, slopes, dq_I[queries], dk_I, dw[queries])
+    x, q_I, k_I, w = Tiles(q_SHD, kv_TGE, indices_SK), aligned(q_I), aligned(k_I), aligned(w)
+    dkv, dk_I = (a.new_zeros(a.shape[0], a.shape[-1], dtype=torch.float32) for a in (kv_TGE, k_I))
+    of_tiles = _backward_kl(x, dout_SHV, dlse_SH, dkl_S, out_SHV, lse_SH, scale, q_I, k_I, w, dkv, dk_I)
     q, kv = q_SHD.contiguous(), aligned(kv_TGE)
-    of_one = torch.empty_like(q)
-    dq_of_one, dk_of_one, dw_of_one = attention_kl.gradients(
-        dout_SHV, dlse_SH, dkl_S, out_SHV, lse_SH, q, kv, x.alone, scale, aligned(q_I), k, aligned(w), of_one, dkv
+    dq = torch.empty_like(q)
+    dq_I, dk_of_one, dw = attention_kl.gradients(
+        dout_SHV, dlse_SH, dkl_S, out_SHV, lse_SH, q, kv, x.alone, scale, q_I, k_I, w, dq, dkv
     )
-    dk_I += dk_of_one
-    return (
-        x.choose(x.unfold(dq), of_one), dkv.to(kv.dtype).view_as(kv),
-        x.choose(dq_I, dq_of_one), dk_I.to(k.dtype), x.choose(dw, dw_of_one),
-    )  # fmt: skip
+    dq, dq_I, dw = (x.choose(a, b) for a, b in zip(of_tiles, (dq, dq_I, dw), strict=True))
+    return dq, dkv.to(kv.dtype).view_as(kv), dq_I, dk_I.add_(dk_of_one).to(k_I.dtype), dw

@@ -32,8 +32,11 @@ WIDEST = 128  # keys and values whose sums the registers of a program hold
 
 # Of wide tiles, and of narrow ones: keys of a program's tile, warps and stages (docs/kernels.md).
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
-BLOCKS = 8  # of keys, for which a program of MASS sums
-MASS = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
+# BLOCKS: tiles of keys for which a program sums, one after the other.
+MASS = (
+    {"BN": 128, "BLOCKS": 8, "num_warps": 8, "num_stages": 2},
+    {"BN": 64, "BLOCKS": 8, "num_warps": 4, "num_stages": 2},
+)
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
 
 
@@ -201,8 +204,8 @@ def head_mass(u: Unions, q: Tensor, kv: Tensor, lse: Tensor, scale: float, shape
     """(tiles, B, C) float32: the probabilities summed over all heads. What lies past a count is not defined."""
     mass = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q.device)
     settings = launch(u, shape["MP"], MASS)
-    _mass_kernel[(len(u), triton.cdiv(u.C, BLOCKS * settings["BN"]))](
-        q, kv, lse, u.keys, u.marks, u.counts, mass, q.shape[0], scale=scale, **shape, **settings, BLOCKS=BLOCKS
+    _mass_kernel[(len(u), triton.cdiv(u.C, settings["BLOCKS"] * settings["BN"]))](
+        q, kv, lse, u.keys, u.marks, u.counts, mass, q.shape[0], scale=scale, **shape, **settings
     )
     return mass
 
@@ -363,10 +366,11 @@ def sparse_attention_backward(
     (S, T), K = (q_SHD.shape[0], kv_TGE.shape[0]), indices_SK.shape[1]
     dq, dkv = q_SHD.new_empty(q_SHD.shape), torch.zeros(kv_TGE.shape, dtype=torch.float32, device=q_SHD.device)
     q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
+    out, lse = out_SHV.contiguous(), lse_SH.contiguous()
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=bytes_in_order(K, kv)):
         kernels.backward(
-            levels(indices[part], T, shape["MP"]), dout[part], None if dlse is None else dlse[part], out_SHV[part],
-            lse_SH[part], q[part], kv, dq[part], dkv, scale, shape,
+            levels(indices[part], T, shape["MP"]), dout[part], None if dlse is None else dlse[part], out[part],
+            lse[part], q[part], kv, dq[part], dkv, scale, shape,
         )  # fmt: skip
     return dq, dkv.to(kv_TGE.dtype)

@@ -21,7 +21,7 @@ from tokensieve.ops.triton.masked import finite
 from tokensieve.ops.triton.union_attention import PORTABLE, Kernels, load_keys
 from tokensieve.ops.triton.unions import FIT, Unions, strips
 
-# Rows of a program at most, keys of its tile, tiles that it walks over, warps and stages.
+# Rows of a program at most; keys of a product, products that a program makes of other keys, warps and stages.
 SCORES_ROWS, SCORES = 128, {"BN": 64, "BLOCKS": 32, "num_warps": 4, "num_stages": 3}
 GRADIENTS_ROWS, GRADIENTS = 128, {"BN": 64, "num_warps": 8, "num_stages": 3}
 
@@ -122,7 +122,7 @@ def _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP: tl.constexpr, B: tl.co
     return tl.where(dots_RN <= 0, 0.0, g_RN)
 
 
-@triton.jit(do_not_specialize=["S", "C"])
+@triton.jit(do_not_specialize=["S", "C", "begin"])
 def _gradients_kernel(
     q, k, w, slopes, keys, counts, dq, dk, dw, S, C, begin,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
@@ -160,11 +160,11 @@ def _gradients_kernel(
     tl.store(dw + row, tl.sum(moved_RD * q_RD.to(tl.float32), 1), mask=real)
 
 
-def _launch(u: Unions, q_I: Tensor, most: int, settings: dict[str, int]) -> dict[str, Any]:
-    """most: rows of a program."""
+def _launch(u: Unions, q_I: Tensor, rows: int, settings: dict[str, int]) -> dict[str, Any]:
+    """rows: of a program at most."""
     _, H, D = q_I.shape
     HP, DP = padded(H, triton.cdiv(16, u.B)), padded(D)  # a product takes 16 rows at least
-    BQ = max(1, min(u.B, most // HP))
+    BQ = max(1, min(u.B, rows // HP))
     return {"C": u.C, "H": H, "D": D, "HP": HP, "DP": DP, "B": u.B, "BQ": BQ, "EXACT": exact(q_I), **settings}
 
 
@@ -246,15 +246,16 @@ def sparse_attention_kl_backward(
     dkv, dk_I = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (kv_TGE, k_I))
     q, kv, indices, dout = (x.contiguous() for x in (q_SHD, kv_TGE, indices_SK, dout_SHV.to(q_SHD.dtype)))
     q_I, k_I, w, dkl = (x.contiguous() for x in (q_I, k_I, w, dkl_S))
+    out, lse = out_SHV.contiguous(), lse_SH.contiguous()
     dlse, shape = None if dlse_SH is None else dlse_SH.contiguous(), union_attention.shape_of(q, kv, d_k, v_start, d_v)
     for part in strips(S, T, K, others=_kept(K, shape["MP"]) + union_attention.bytes_in_order(K, kv)):
         levels = union_attention.levels(indices[part], T, shape["MP"])
         kernels.backward(
-            levels, dout[part], None if dlse is None else dlse[part], out_SHV[part], lse_SH[part], q[part], kv,
+            levels, dout[part], None if dlse is None else dlse[part], out[part], lse[part], q[part], kv,
             dq[part], dkv, scale, shape,
         )  # fmt: skip
         for u in levels:
-            mass = union_attention.head_mass(u, q[part], kv, lse_SH[part], scale, shape)
+            mass = union_attention.head_mass(u, q[part], kv, lse[part], scale, shape)
             slopes = kl_slopes(u, mass, H, dkl[part], q_I[part], k_I, w[part])
             index_gradients(u, q_I[part], k_I, w[part], slopes, dq_I[part], dk_I, dw[part])
     return dq, dkv.to(kv_TGE.dtype), dq_I, dk_I.to(k_I.dtype), dw
@@ -271,7 +272,8 @@ def index_gradients(
             *inputs, dq_I, dk_I, dw, S, begin=0, **launch, PARTS=parts, IN_ORDER=False
         )  # fmt: skip
         return
+    sums = torch.empty(len(u) * u.C, k_I.shape[1], dtype=torch.float32, device=k_I.device)
     for part in range(parts):
-        sums = torch.zeros(len(u) * u.C, k_I.shape[1], dtype=torch.float32, device=k_I.device)
+        sums.zero_()
         _gradients_kernel[(len(u),)](*inputs, dq_I, sums, dw, S, begin=part, **launch, PARTS=1, IN_ORDER=True)
         add_in_order(dk_I, u.named(), sums)

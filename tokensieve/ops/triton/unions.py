@@ -98,7 +98,7 @@ def unions(indices_SK: Tensor, T: int, wide: int, narrow: int) -> list[Unions]:
     """
     S, K = indices_SK.shape
     bits, firsts, ends = selection_bits(indices_SK, T, by_key=True)
-    fit, most = min(wide, FIT if wide > narrow else wide) * K, min(wide * K, T)
+    fit, most = min(wide, FIT) * K, min(wide * K, T)
     levels = [_level(bits, firsts, ends, None, wide, max(1, min(fit, most)), S, T)]
     if fit < most:
         levels.append(_level(bits, firsts, ends, levels[0], narrow, min(narrow * K, T), S, T))
@@ -114,6 +114,6 @@ def fitting(indices_SK: Tensor, T: int, B: int, most: int) -> Unions:
 def strips(S: int, T: int, K: int, others: int = 0) -> Iterator[slice]:
     """All queries, in strips of whole tiles. others: bytes that the caller keeps for a query besides the lists."""
     row = T // 8 + 16 * K + others
-    step = max(WIDE, STRIP_BYTES // row // WIDE * WIDE)
+    step = max(WIDE, STRIP_BYTES // max(1, row) // WIDE * WIDE)
     for first in range(0, S, step):
         yield slice(first, min(first + step, S))
