@@ -18,8 +18,9 @@ SILENT = {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1"}  # a user may set them
 class Asked:
     """The endpoint of a run, with how long and how often a benchmark's problems are answered.
 
-    url: with its /v1. key, judge_key: of the endpoint and of the judge's; "none" if there is none. announce: called
-    with one line if an environment is made.
+    url: with its /v1. max_tokens: of an answer, or of a step of an agent. longest_prompt: tokens that leave room for
+    it; None if the model's context is not known. key, judge_key: of the endpoint and of the judge's; "none" if there is
+    none. announce: called with one line if an environment is made.
     """
 
     url: str
@@ -29,6 +30,7 @@ class Asked:
     announce: Callable[[str], object]
     key: str = "none"
     judge_key: str = "none"
+    longest_prompt: int | None = None
 
     def environment(self, harness: str) -> Path:
         """The environment of a harness. Unavailable if it cannot be made."""
