@@ -140,7 +140,9 @@ def _served(endpoint: Endpoint, config: PaperConfig) -> tuple[str, int | None]:
         cards = {config.model: {}}
     model = config.model or next(iter(cards), "")
     if model not in cards:
-        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards) or 'none'}")
+        if not cards:
+            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
+        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
     listed = [cards[model].get(name) for name in CONTEXT_FIELDS]
     room = next((found for found in listed if isinstance(found, int) and found > 0), None)
     return model, config.context or room
