@@ -66,13 +66,14 @@ class Prompts:
         self.encode, self.texts = encode, evals.text_sequences(encode, documents, asked.context, asked.texts)
         self.task = Needles(encode, Documents(test=documents), context=asked.context)
         self.needles = self.task.examples("test", asked.needle_contexts * MAX_NEEDLES, seed=0)
+        self.contexts = [place // MAX_NEEDLES for place in range(len(self.needles))]
 
     def ask(self, model: DecoderForCausalLM) -> dict[str, Any]:
         sparse = evals.perplexity(model, self.texts, model.top_k).by_text
         with tokensieve.selecting(model, "dense"):
             dense = evals.perplexity(model, self.texts, model.top_k).by_text
         found = [r.score.value for r in evals.evaluate(model, self.encode, self.task, self.needles).records]
-        return {"sparse": sparse, "dense": dense, "needles": found}
+        return {"sparse": sparse, "dense": dense, "needles": found, "contexts": self.contexts}
 
 
 def train(config: TrainConfig, model: DecoderForCausalLM) -> dict[str, Any]:
@@ -145,7 +146,8 @@ def show(console: Console, results: dict[str, dict[str, Any]]) -> None:
             f"{row['seconds']:.0f}",
             *(interval(intervals.ratio(row[kind]), 2) for kind in ("sparse", "dense")),
             "" if name == FULL else interval(intervals.ratio(beside), 4),
-            interval(intervals.share(sum(row["needles"]), len(row["needles"])), 2) + f" of {len(row['needles'])}",
+            interval(needles := intervals.clustered_share(row["needles"], row["contexts"]), 2)
+            + f" of {needles.n} in {needles.clusters} contexts",
         )
     console.print(table)
     console.print(f"{len(results[FULL]['sparse'])} texts, of which the tokens that see more than k keys count")

@@ -3,7 +3,8 @@
 An example hands its parts to `main`: cases, and an attempt at a case, which a `Reader` of each arm makes. A third
 reader, the control, is dense too but does not see the text. If dense attention is no better than the control, the part
 is not measurable with this model. Time is the mean of an attempt, prompts included. Memory is counted, not measured:
-what the cache holds for the longest prompt, and what one more token reads of it. Intervals are of 95%, over cases.
+what the cache holds for the longest prompt, and what one more token reads of it. Intervals are of 95%, over cases;
+cases about the same page or file may err together, and count as one cluster.
 
     python examples/manual.py                                     # the bundled sparse model
     python examples/manual.py --model smollm2 --top-k 256         # made sparse from its attention, and not trained
@@ -22,6 +23,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 import tokensieve
 from tokensieve import cost
@@ -34,6 +37,9 @@ from tokensieve.tasks import encoder
 from tokensieve.tasks.phrasing import draw_keys, draw_value
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+LEAST = 64  # tokens of a text
+AROUND = 1024  # tokens of questions, what is hidden and what is answered, at most
+CHARACTERS = 3  # of a token, in an endpoint's tokenizer, which is not known
 
 
 class Local:
@@ -50,8 +56,19 @@ class Local:
         self.layout: cost.Layout = "float32" if model.dtype == torch.float32 else "bf16"
         self.engine = Engine(model, tokenizer, EngineConfig(running=2, top_k=top_k))
 
-    def fit(self, text: str, tokens: int) -> str:
-        return self.encode.decode(self.encode(text)[:tokens])
+    def check(self, tokens: int) -> None:
+        """UserError if texts of so many tokens, with questions and answers, are more than the model has room for."""
+        room = self.engine.longest - AROUND
+        if tokens > room:
+            raise UserError(f"--tokens {tokens}: this model has room for {room}; ask for as many or fewer")
+
+    def size(self, text: str) -> int:
+        return len(self.encode(text))
+
+    def fit(self, text: str, tokens: int, end: bool = False) -> str:
+        """The first tokens of a text, or with `end` the last."""
+        ids = self.encode(text)
+        return self.encode.decode(ids[-tokens:] if end else ids[:tokens])
 
     def _run(self, arm: str, prompt: list[int], **sampling: Any) -> list[Output]:
         self.engine.add(Request("1", tuple(prompt), Sampling(**sampling), "dense" if arm == "dense" else "indexer"))
@@ -93,9 +110,19 @@ class Remote:
                     f"{url} does not serve {name!r} ({', '.join(served)}); name the {arm} model with --{arm}"
                 )
         self.top_k = top_k or int(served[sparse].get("index_topk") or 0)
+        self.positions = int(served[sparse].get("max_model_len") or 0)
 
-    def fit(self, text: str, tokens: int) -> str:
-        return text[: 3 * tokens]  # the endpoint's tokenizer is not known
+    def check(self, tokens: int) -> None:
+        """As of `Local`, if the endpoint lists its model's positions."""
+        room = self.positions - AROUND
+        if self.positions and tokens > room:
+            raise UserError(f"--tokens {tokens}: {self.names['sparse']} has room for {room}; ask for as many or fewer")
+
+    def size(self, text: str) -> int:
+        return len(text) // CHARACTERS
+
+    def fit(self, text: str, tokens: int, end: bool = False) -> str:
+        return text[-CHARACTERS * tokens :] if end else text[: CHARACTERS * tokens]
 
     def answer(self, arm: str, message: str, tokens: int) -> str:
         reply = self.endpoint.chat(self.names[arm], message, tokens)
@@ -137,13 +164,15 @@ class Part:
     """A part of an application.
 
     cases: a function of the model, the tokens of a text, the number of cases, and a generator of random numbers.
-    attempt: a reader's score for a case; more is better. unit: "right" for scores of 0 or 1, or "nats".
+    attempt: a reader's score for a case; more is better. unit: "right" for scores of 0 or 1, or "nats". cluster: what a
+    case is about, if other cases may be about the same.
     """
 
     name: str
     cases: Callable[[Any, int, int, random.Random], Sequence[Any]]
     attempt: Callable[[Reader, Any], float]
     unit: str = "right"
+    cluster: Callable[[Any], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,11 +198,12 @@ def hide(text: str, lines: Sequence[str], rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A text, a question or a beginning, and the right answer or the ending."""
+    """A text, a question or a beginning, and the right answer or the ending. about: the page or file of it."""
 
     text: str
     question: str
     answer: str
+    about: str = ""
 
 
 def answered(reader: Reader, case: Case) -> float:
@@ -193,11 +223,24 @@ def number(rng: random.Random) -> str:
     return draw_value(rng, held_out=True)
 
 
-def judge(part: Part, scores: dict[str, list[float]], seconds: dict[str, list[float]], short: bool) -> str:
-    """Which arm to take, in a sentence."""
-    apart = intervals.difference if part.unit == "right" else _mean_apart
-    gained, lost = apart(scores["dense"], scores["control"]), apart(scores["sparse"], scores["dense"])
-    if gained.low is None or gained.low <= 0:
+def source(case: Case) -> str:
+    return case.about
+
+
+def judge(
+    part: Part,
+    scores: dict[str, list[float]],
+    seconds: dict[str, list[float]],
+    short: bool,
+    clusters: Sequence[object] | None = None,
+) -> str:
+    """Which arm to take, in a sentence. clusters: of the cases; None: each is of its own."""
+    of = range(len(scores["dense"])) if clusters is None else clusters
+    apart = intervals.clustered_difference if part.unit == "right" else _mean_apart
+    gained, lost = apart(scores["dense"], scores["control"], of), apart(scores["sparse"], scores["dense"], of)
+    if gained.low is None:
+        return "not measurable with one case, or with cases about one page or file alone: ask more with --cases"
+    if gained.low <= 0:
         return "not measurable with this model: dense attention is not better with the text than without it"
     assert lost.low is not None and lost.high is not None
     times = sum(seconds["sparse"]) / sum(seconds["dense"])
@@ -215,8 +258,8 @@ def judge(part: Part, scores: dict[str, list[float]], seconds: dict[str, list[fl
     )
 
 
-def _mean_apart(a: Sequence[float], b: Sequence[float]) -> intervals.Estimate:
-    return intervals.mean([x - y for x, y in zip(a, b, strict=True)])
+def _mean_apart(a: Sequence[float], b: Sequence[float], clusters: Sequence[object]) -> intervals.Estimate:
+    return intervals.mean([x - y for x, y in zip(a, b, strict=True)], clusters)
 
 
 def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: int) -> None:
@@ -226,43 +269,70 @@ def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: in
     readers["control"] = Reader(model, "dense", blind=True)
     scores: dict[str, list[float]] = {name: [] for name in readers}
     seconds: dict[str, list[float]] = {name: [] for name in readers}
-    for case in part.cases(model, tokens, count, random.Random(seed)):
+    drawn = part.cases(model, tokens, count, random.Random(seed))
+    clusters = range(len(drawn)) if part.cluster is None else [part.cluster(case) for case in drawn]
+    stderr = Console(stderr=True)
+    for case in track(drawn, part.name, console=stderr, transient=True, disable=not stderr.is_terminal):
         for name, reader in readers.items():
             begin = time.perf_counter()
             scores[name].append(part.attempt(reader, case))
             seconds[name].append(time.perf_counter() - begin)
-    count = len(scores["dense"])
-    cases = f"{count} case{'s' * (count > 1)}"
+    count, of = len(scores["dense"]), len(set(clusters))
+    cases = f"{count} case{'s' * (count > 1)}" + (f" about {of} page{'s' * (of > 1)} or file" * (of < count))
     print(f"{part.name}: {cases}, prompts of up to {model.seen:,} tokens, k = {model.top_k or '?'}")
     for name in readers:
         bytes_ = model.memory(name) if name != "control" else None
         memory = f"{bytes_[0] / 2**20:7.1f} MiB held {bytes_[1] / 2**20:6.2f} MiB read" if bytes_ else ""
-        share = intervals.share(sum(scores[name]), len(scores[name])) if part.unit == "right" else None
-        shown = f"{share.value:7.1%} ({share.low:.0%} to {share.high:.0%})" if share else f"{fmean(scores[name]):7.3f}"
+        shown = _score(scores[name], clusters) if part.unit == "right" else f"{fmean(scores[name]):7.3f}"
         print(f"  {name:<8} {shown:<22} {part.unit:<6} {fmean(seconds[name]):6.2f} s {memory}")
-    print("  " + judge(part, scores, seconds, 0 < model.seen <= model.top_k) + "\n")
+    print("  " + judge(part, scores, seconds, 0 < model.seen <= model.top_k, clusters) + "\n")
+
+
+def _score(values: Sequence[float], clusters: Sequence[object]) -> str:
+    found = intervals.clustered_share(values, clusters)
+    return f"{found.value:7.1%}" + ("" if found.low is None else f" ({found.low:.0%} to {found.high:.0%})")
 
 
 def main(about: str, *parts: Part) -> None:
     """Runs the parts of an example as its command says. Exits with 2, and one line, if something cannot work."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sparse", help="a model of this machine: sparse, base, smollm2, a folder")
+    parser.add_argument("--model", help="a model of this machine: sparse (the default), base, smollm2, a folder")
     parser.add_argument("--url", help="an OpenAI-compatible endpoint, with its /v1, instead of --model")
-    parser.add_argument("--sparse", default="", help="the endpoint's sparse model, else the first that it lists")
-    parser.add_argument("--dense", default="", help="its dense form, else the sparse one's name with :dense")
+    parser.add_argument("--sparse", help="the endpoint's sparse model, else the first that it lists")
+    parser.add_argument("--dense", help="its dense form, else the sparse one's name with :dense")
     parser.add_argument(
         "--top-k", type=int, default=0, help="keys per query; 0: the model's own, and 512 for a dense one"
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of a text")
-    parser.add_argument("--cases", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=4096, help=f"of a text, at least {LEAST}")
+    parser.add_argument("--cases", type=int, default=16, help="of each part; one tells nothing")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        model = Remote(args.url, args.sparse, args.dense, args.top_k) if args.url else Local(args.model, args.top_k)
+        _check(args)
+        model: Local | Remote
+        if args.url:
+            model = Remote(args.url, args.sparse or "", args.dense or "", args.top_k)
+        else:
+            model = Local(args.model or "sparse", args.top_k)
+        model.check(args.tokens)
         for part in parts:
             compare(part, model, args.tokens, args.cases, args.seed)
     except (UserError, Refused) as error:
         sys.exit(_failed(parser.prog, error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """UserError for options that mean nothing, or nothing together."""
+    for name, least in (("tokens", LEAST), ("cases", 1), ("top_k", 0)):
+        if getattr(args, name) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is {getattr(args, name)}; it must be at least {least}")
+    if args.url and args.model:
+        raise UserError("--model is of this machine and --url asks an endpoint; give one of the two")
+    if not args.url and (args.sparse or args.dense):
+        raise UserError("--sparse and --dense name models of an endpoint; give its --url")
 
 
 def _failed(program: str, error: Exception) -> int:

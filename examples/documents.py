@@ -8,7 +8,9 @@ title of one is given, and the log probability of its first paragraph is compare
 import random
 from importlib.metadata import distributions
 
-from arms import Case, Local, Page, Part, Remote, answered, continued, hide, main, names, number, pages
+from arms import Case, Local, Page, Part, Remote, answered, continued, hide, main, names, number, pages, source
+
+from tokensieve.config import UserError
 
 TOGETHER = 4  # documents that are compared
 
@@ -17,6 +19,8 @@ def licences() -> list[str]:
     """The texts of the longest licences, each once."""
     paths = [file.locate() for one in distributions() for file in one.files or () if "LICENSE" in file.name]
     texts = {path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()}
+    if not texts:
+        raise UserError("no installed package has a LICENSE file to compare; install tokensieve with its dependencies")
     return sorted(texts, key=lambda text: (-len(text), text))[:12]
 
 
@@ -40,8 +44,8 @@ def papers(model: Local | Remote, tokens: int, count: int, rng: random.Random) -
     for _ in range(count):
         chosen = rng.sample([(page, found) for page in pages() if (found := opening(page))], TOGETHER)
         text = "\n\n".join(model.fit(page.text, tokens // TOGETHER) for page, _ in chosen)
-        _, (title, first) = rng.choice(chosen)
-        cases.append(Case(text, f"{title}\n\n", model.fit(first, 48)))
+        page, (title, first) = rng.choice(chosen)
+        cases.append(Case(text, f"{title}\n\n", model.fit(first, 48), page.name))
     return cases
 
 
@@ -56,5 +60,5 @@ if __name__ == "__main__":
     main(
         str(__doc__),
         Part("comparing contracts", contracts, answered),
-        Part("comparing papers", papers, continued, "nats"),
+        Part("comparing papers", papers, continued, "nats", source),
     )

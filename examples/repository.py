@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from arms import Case, Local, Part, Reader, Remote, continued, main
+from arms import Case, Local, Part, Reader, Remote, continued, main, source
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tokensieve"
 
@@ -31,7 +31,7 @@ def imported(path: Path) -> list[Path]:
     return [file for file in files if file.is_file() and file.is_relative_to(PACKAGE)]
 
 
-def places(tokens: int, count: int, rng: random.Random, lines: int) -> list[Case]:
+def places(model: Local | Remote, tokens: int, count: int, rng: random.Random, lines: int) -> list[Case]:
     """The last lines of functions, the functions up to there, and what stands before them and in the imported files."""
     paths = sorted(PACKAGE.rglob("*.py"))
     cases: list[Case] = []
@@ -45,25 +45,25 @@ def places(tokens: int, count: int, rng: random.Random, lines: int) -> list[Case
             first, end = function.lineno - 1, function.end_lineno or 0
             before = "\n".join(file.read_text() for file in imported(path)) + "".join(source[:first])
             begin, rest = "".join(source[first : end - lines]), "".join(source[end - lines : end])
-            cases.append(Case(before[-3 * tokens :], begin, rest))  # characters: fewer than the tokens allow
+            cases.append(Case(model.fit(before, tokens, end=True), begin, rest, str(path)))
     return cases
 
 
 def completions(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Case]:
-    return places(tokens, count, rng, lines=3)
+    return places(model, tokens, count, rng, lines=3)
 
 
 def bugs(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Bug]:
     found: list[Bug] = []
     while len(found) < count:
-        for case in places(tokens, count, rng, lines=1):
+        for case in places(model, tokens, count, rng, lines=1):
             known = [n for n in set(re.findall(r"\b[a-z_]{4,}\b", case.text)) if not keyword.iskeyword(n)]
             used = [n for n in re.findall(r"\b[a-z_]{4,}\b", case.answer) if n in known]
             if used and len(found) < count:
                 name = rng.choice(used)
                 other = rng.choice(sorted(set(known) - {name}))
                 wrong = re.sub(rf"\b{name}\b", other, case.answer)
-                found.append(Bug(case.text, case.question, case.answer, wrong))
+                found.append(Bug(case.text, case.question, case.answer, case.about, wrong))
     return found
 
 
@@ -74,6 +74,6 @@ def noticed(reader: Reader, case: Bug) -> float:
 if __name__ == "__main__":
     main(
         str(__doc__),
-        Part("code completion in a repository", completions, continued, "nats"),
-        Part("noticing a wrong name", bugs, noticed),
+        Part("code completion in a repository", completions, continued, "nats", source),
+        Part("noticing a wrong name", bugs, noticed, cluster=source),
     )

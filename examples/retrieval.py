@@ -31,14 +31,15 @@ def functions() -> Iterator[tuple[str, str, str]]:
 
 def questions(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Case]:
     documents = list(functions())
+    sizes = {source: model.size(f"{source}\n") for _, _, source in documents}
     cases = []
     for name, first, _ in rng.sample(documents, min(count, len(documents))):
         shuffled = rng.sample(documents, len(documents))
         found = sorted(shuffled, key=lambda d: (d[0] == name, bool(re.search(rf"\b{name}\b", d[2]))), reverse=True)
-        chosen, left = [], tokens * 3  # characters: fewer than the tokens allow
+        chosen, left = [], tokens
         for _, _, source in found:
-            if len(source) <= left:
-                left -= len(source)
+            if sizes[source] <= left:
+                left -= sizes[source]
                 chosen.append(source)
         cases.append(Case("\n".join(reversed(chosen)), f"What does `{name}` do?", first))
     return cases

@@ -51,8 +51,12 @@ def run(name: str, *arguments: object) -> int:
 class Words:
     """A model whose tokens are words, for cases without a model."""
 
-    def fit(self, text: str, tokens: int) -> str:
-        return " ".join(text.split(" ")[:tokens])
+    def size(self, text: str) -> int:
+        return len(text.split(" "))
+
+    def fit(self, text: str, tokens: int, end: bool = False) -> str:
+        words = text.split(" ")
+        return " ".join(words[-tokens:] if end else words[:tokens])
 
 
 class Finder:
@@ -75,7 +79,7 @@ def test_every_example_runs(name: str, capsys: pytest.CaptureFixture) -> None:
     assert re.findall(r"^(\S.*): 1 case, prompts of up to [\d,]+ tokens, k = 64$", shown, re.MULTILINE) == PARTS[name]
     for arm in ("dense", "sparse", "control"):
         assert len(re.findall(rf"^  {arm} ", shown, re.MULTILINE)) == len(PARTS[name])
-    assert len(re.findall("not measurable with this model|Take dense|Take sparse", shown)) == len(PARTS[name])
+    assert shown.count("not measurable with one case") == len(PARTS[name])
 
 
 @pytest.mark.parametrize(
@@ -187,10 +191,39 @@ def test_an_endpoint_gives_what_the_model_gives(capsys: pytest.CaptureFixture) -
     assert "does not serve 'nowhere'" in capsys.readouterr().err
 
 
-def test_what_cannot_work_is_one_line(capsys: pytest.CaptureFixture) -> None:
-    assert run("manual", "--model", "nowhere/at-all") == 2
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--model", "nowhere/at-all"), "nowhere/at-all"),
+        (("--cases", 0), "--cases is 0; it must be at least 1"),
+        (("--tokens", -5), "--tokens is -5; it must be at least 64"),
+        (("--top-k", -3), "--top-k is -3; it must be at least 0"),
+        (("--tokens", 32000), "--tokens 32000: this model has room for 31744; ask for as many or fewer"),
+        (("--url", "http://127.0.0.1:9/v1", "--model", "sparse"), "give one of the two"),
+        (("--dense", "x"), "give its --url"),
+    ],
+)
+def test_what_cannot_work_is_one_line(given: tuple, says: str, capsys: pytest.CaptureFixture) -> None:
+    assert run("manual", *given) == 2
     shown = capsys.readouterr().err.splitlines()
-    assert len(shown) == 1 and shown[0].startswith("manual.py: error: ")
+    assert len(shown) == 1 and shown[0].startswith("manual.py: error: ") and says in shown[0]
+
+
+def test_cases_about_one_file_are_one_cluster() -> None:
+    arms = example("arms")
+    part = arms.Part("a part", lambda *_: [], lambda *_: 0.0, "nats", arms.source)
+    scores = {"dense": [-1.0, -1.1] * 4, "sparse": [-1.0, -1.1] * 4, "control": [-2.0, -2.2] * 4}
+    seconds = {"dense": [2.0] * 8, "sparse": [1.0] * 8}
+    assert "Take sparse" in arms.judge(part, scores, seconds, False, "aabbccdd")
+    assert "about one page or file" in arms.judge(part, scores, seconds, False, "aaaaaaaa")
+
+
+def test_texts_are_as_long_as_asked() -> None:
+    """In tokens of the model: prompts of repository and retrieval were up to twice as long."""
+    local, arms = example("arms").Local("sparse", 64), example("arms")
+    for module, cases in (("repository", "completions"), ("retrieval", "questions"), ("documents", "papers")):
+        for case in getattr(example(module), cases)(local, 600, 3, arms.random.Random(3)):
+            assert 300 < local.size(case.text) <= 620, module
 
 
 @pytest.mark.slow

@@ -412,9 +412,17 @@ def _table(node: Any, key: str, override: str) -> Any:
     return node.setdefault(key, {})
 
 
+def _number(value: Any) -> Any:
+    """A whole number as a float. Text stays, and dacite refuses it. ValueError for true and false, which it takes."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
+    return float(value) if isinstance(value, int) else value
+
+
 def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
     try:
-        return dacite.from_dict(kind, raw, dacite.Config(strict=True, cast=[tuple, float], check_types=True))
+        types = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number}, check_types=True)
+        return dacite.from_dict(kind, raw, types)
     except dacite.UnexpectedDataError as error:
         names = ", ".join(sorted(error.keys))
         raise UserError(

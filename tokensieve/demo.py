@@ -8,7 +8,7 @@ written. The model is the bundled base, or any that tokensieve reads.
 import importlib.resources
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Prompts:
     tokenizer: Any
     encode: PlainEncoder
     documents: list[Document]
-    texts: list[Tensor]
+    texts: Sequence[Tensor]
     task: Needles
     needles: list[NeedleExample]
 

@@ -76,8 +76,9 @@ def check_free(folder: str | Path) -> None:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Within the block no other block, of this process or another one, holds the folder.
+def locked(folder: str | Path) -> Iterator[int]:
+    """Within the block no other block, of this process or another one, holds the folder. Yields the descriptor that
+    holds it: a process that inherits it holds the folder too, as long as it runs.
 
     The folder is made if it is missing, and goes again if nothing was put into it. The system frees the lock of a
     process that is killed.
@@ -95,7 +96,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); {remedy(error)}") from error
     try:
-        yield
+        yield file.fileno()
     finally:
         (folder / LOCK).unlink(missing_ok=True)
         file.close()

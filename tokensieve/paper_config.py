@@ -16,7 +16,8 @@ class PaperConfig:
     hub: Literal["modelscope", "huggingface"] = "modelscope"  # from where evalscope fetches them
     limit: int = 0  # problems of each benchmark (evalscope: of each of its subsets); 0: all
     repeats: int = 0  # answers to each problem
-    max_tokens: int = 0  # of an answer, with its thoughts; by default never more than half of what the model takes
+    context: int = 0  # tokens of the model's longest prompt and answer together; 0: as many as the endpoint lists
+    max_tokens: int = 0  # of an answer, with its thoughts; by default never more than half of the context
     temperature: float = 1.0  # with top_p, what DeepSeek recommends for V3.2; the paper names none
     top_p: float = 0.95
     at_once: int = 8  # requests
@@ -28,7 +29,14 @@ class PaperConfig:
     steps: int = 100  # of an agent that searches, at most
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 0), ("repeats", 0), ("max_tokens", 0), ("retries", 0), ("at_once", 1)):
+        for name, least in (
+            ("limit", 0),
+            ("repeats", 0),
+            ("context", 0),
+            ("max_tokens", 0),
+            ("retries", 0),
+            ("at_once", 1),
+        ):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.steps < 1 or self.seconds <= 0 or self.temperature < 0 or not 0 < self.top_p <= 1:

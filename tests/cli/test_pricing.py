@@ -85,6 +85,7 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("--prices", "--traffic"), "cost", "--prices", "prices")
     refused(("nowhere", "cannot be read"), "cost", "--prices", "prices", "--traffic", "nowhere")
     refused(("A100", "H800"), "cost", "--gpu", "A100")
+    refused(("--price is infinite",), "cost", "sparse", "--price", "inf")
     refused(("no such folder",), "cost", "nothing-here")
     refused(("nothing is fetched",), "cost", "owner/name")
     refused(("leave out MODEL, --gpu",), "cost", "sparse", "--paper", "--gpu", "H100")

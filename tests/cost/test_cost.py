@@ -185,11 +185,18 @@ def test_what_a_decoded_token_reads() -> None:
 
 
 def test_weights_read_by_a_decode_step() -> None:
+    """The head and the routers stay in bf16, and the indexer's weights_proj in float32, beside matrices in FP8."""
     counts = cost.parameters(DENSE)
-    assert cost.decode_weight_bytes(DENSE, 1, 1) == pytest.approx(counts.matmul + counts.head)
     everything = counts.matmul + counts.head + 58 * 248 * 3 * 7168 * 2048
-    assert cost.decode_weight_bytes(DENSE, 100_000, 2) == pytest.approx(2 * everything)
-    assert cost.decode_weight_bytes(cost.shape_of(V3 | {"n_routed_experts": None}), 7, 1) > 0
+    assert cost.decode_weight_bytes(DENSE, 100_000, "bf16") == pytest.approx(2 * everything)
+    assert cost.decode_weight_bytes(DENSE, 1, "float32") == pytest.approx(4 * (counts.matmul + counts.head))
+    plain = 129280 * 7168 + 58 * 256 * 7168
+    block = 1 + 4 / 128**2
+    fp8 = block * (counts.matmul + counts.head - plain) + 2 * plain
+    assert cost.decode_weight_bytes(DENSE, 1, "fp8") == pytest.approx(fp8)
+    index = 61 * (block * (1536 * 64 * 128 + 7168 * 128) + 4 * 7168 * 64)
+    assert cost.decode_weight_bytes(SPARSE, 1, "fp8") == pytest.approx(fp8 + index)
+    assert cost.decode_weight_bytes(cost.shape_of(V3 | {"n_routed_experts": None}), 7, "fp8") > 0
 
 
 def test_pretrain_is_six_n_when_the_context_is_short() -> None:

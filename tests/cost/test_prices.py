@@ -48,12 +48,20 @@ def test_traffic_of_both_spellings(tmp_path: Path) -> None:
         ("{", "not JSON"),
         ([1], "not an object"),
         ({"usage": None}, "not an object"),
+        ("[" * 100_000, "not JSON"),
+        ({"prompt_tokens": 10**23, "completion_tokens": 1}, "prompt_tokens is 1000"),
+        (
+            {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": 3},
+            "prompt_tokens_details is no object",
+        ),
     ],
 )
 def test_traffic_that_is_refused(row: object, word: str, tmp_path: Path) -> None:
     good = {"prompt_tokens": 3, "completion_tokens": 1}
     with pytest.raises(UserError, match=f"line 2: .*{word}"):
         read_traffic(usage(tmp_path, good, row))
+    with pytest.raises(UserError, match="its 1 requests have no tokens"):
+        read_traffic(usage(tmp_path, {"prompt_tokens": 0, "completion_tokens": 0}))
     with pytest.raises(UserError, match="no requests"):
         read_traffic(usage(tmp_path, ""))
     with pytest.raises(UserError, match="cannot be read"):
@@ -68,6 +76,11 @@ def test_price_lists_that_are_refused(tmp_path: Path) -> None:
         (good.replace("input = 1\n", ""), "input"),
         (good.replace("2.5", "-1"), "at least 0"),
         (good.replace("2.5", '"free"'), "free"),
+        (good.replace("2.5", '"2.5"'), "output"),
+        (good.replace("2.5", "true"), "true is no number"),
+        (good.replace("2.5", "nan"), "output is nan"),
+        (good.replace('"a"', '" "'), "empty name"),
+        (good + good, "two price lists are called 'a'"),
         (good.replace("dense", "linear"), "attention"),
         ("lists = []", "no price list"),
     ):

@@ -101,11 +101,13 @@ def test_batch_is_what_memory_holds() -> None:
 
 def test_weights_of_one_gpu() -> None:
     """All experts of the published model are 654 of its 671 GB; 32 GPUs hold a thirty-second of them each."""
-    experts = 58 * 256 * 3 * 7168 * 2048
-    total = cost.parameters(DENSE).total
-    tables = 2 * 129280 * 7168
-    assert cost.weight_bytes(DENSE, SERVING) == total - experts - tables + experts / 32 + 2 * tables
-    assert cost.weight_bytes(DENSE, replace(SERVING, gpus=1, weights="bf16")) == 2 * total
+    counts = cost.parameters(DENSE)
+    experts, routers, block = 58 * 256 * 3 * 7168 * 2048, 58 * 256 * 7168, 1 + 4 / 128**2
+    plain = 2 * 129280 * 7168 + 7168 + 61 * (1536 + 512 + 2 * 7168) + routers
+    matrices = counts.total - experts - plain - 58 * 256
+    expected = block * (matrices + experts / 32) + 2 * plain + 4 * 58 * 256
+    assert cost.weight_bytes(DENSE, SERVING) == pytest.approx(expected)
+    assert cost.weight_bytes(DENSE, replace(SERVING, gpus=1, weights="bf16")) == 2 * counts.total + 2 * 58 * 256
 
 
 def test_a_small_batch_is_bound_by_reading_weights() -> None:
@@ -113,8 +115,8 @@ def test_a_small_batch_is_bound_by_reading_weights() -> None:
     many = cost.decode_cost(DENSE, replace(SERVING, gpus=256, batch=512), cost.ROOFLINE, 1000)
     assert few.parts[0].bound == "memory" and few.seconds > 10 * many.seconds
     # 256 GPUs with 512 tokens each use every expert; each GPU reads its own one expert a layer.
-    fixed = cost.decode_weight_bytes(DENSE, 0, 1)
-    assert many.parts[0].bytes * 512 == pytest.approx(fixed + 58 * 3 * 7168 * 2048, rel=1e-6)
+    fixed = cost.decode_weight_bytes(DENSE, 0, "fp8")
+    assert many.parts[0].bytes * 512 == pytest.approx(fixed + 58 * 3 * 7168 * 2048 * (1 + 4 / 128**2), rel=1e-6)
 
 
 def test_what_goes_between_gpus() -> None:

@@ -1,8 +1,12 @@
 """Endpoints that are down, slow, rate-limited or answer nonsense: one line each; what is finished stays."""
 
+import gzip
 import json
 import re
+import socket
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +61,58 @@ def test_a_rate_limit_is_waited_for_and_not_forever(pauses) -> None:
     assert pauses[-1] == 60
 
 
-@pytest.mark.parametrize("nonsense", [b"<html>", b"[1]", {"data": [{"name": "m"}]}, {"data": "m"}, b"", b'"text"'])
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("7", 7.0),
+        ("nan", 4.0),
+        ("inf", 60.0),
+        ("-5", 0.0),
+        ("soon", 4.0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),  # a date, which is past
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 60.0),
+        (None, 4.0),
+    ],
+)
+def test_how_long_a_server_wants_us_to_wait(asked: str | None, seconds: float) -> None:
+    assert endpoint._pause(asked, 2) == seconds
+
+
+def test_a_reply_that_comes_in_drops_ends_in_time() -> None:
+    """Each piece of it comes in time, and the whole never does."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stop = threading.Event()
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while not stop.wait(0.05):
+                    connection.sendall(b" ")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        begin = time.monotonic()
+        asked = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", seconds=0.5, retries=0)
+        try:
+            with pytest.raises(endpoint.Late, match="did not answer within 0.5 seconds; raise serving.seconds"):
+                asked.models()
+        finally:
+            stop.set()
+            thread.join()
+        assert time.monotonic() - begin < 10
+
+
+def test_a_reply_that_is_packed_is_unpacked() -> None:
+    packed = gzip.compress(b'{"data": [{"id": "m"}]}')
+    with answering(lambda *_: (200, packed), (("Content-Encoding", "gzip"),)) as url:
+        assert Endpoint(url, retries=0).models() == [{"id": "m"}]
+
+
+@pytest.mark.parametrize(
+    "nonsense", [b"[" * 100_000, b"<html>", b"[1]", {"data": [{"name": "m"}]}, {"data": "m"}, b"", b'"text"']
+)
 def test_nonsense_for_a_list_of_models(nonsense: Any) -> None:
     with answering(lambda *_: (200, nonsense)) as url, pytest.raises(UserError, match="answered with no .*OpenAI"):
         Endpoint(url).models()
@@ -75,6 +130,7 @@ LOGPROBS = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1
         ({"choices": [{"text": "a", "logprobs": LOGPROBS}]}, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"tokens": []}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": ["x"]}}]} | USAGE, UserError),
+        ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": [float("nan")]}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": None}]} | USAGE, Refused),
     ],
 )

@@ -73,7 +73,8 @@ def test_sequences_are_stretches_of_single_documents(encode, documents, texts):
 def test_later_stretches_come_when_documents_run_out(encode, documents):
     only = documents[:1]
     ids = encode(only[0].text)
-    first, second = evals.text_sequences(encode, only, 100, 2)
+    first, second = found = evals.text_sequences(encode, only, 100, 2)
+    assert found.documents == (0, 0) and found[:1].documents == (0,)
     assert first[1:].tolist() == ids[:99] and second[1:].tolist() == ids[99:198]
     with pytest.raises(UserError, match="hold 0 stretches of 1000000 tokens"):
         evals.text_sequences(encode, only, 1_000_000, 1)
@@ -412,15 +413,8 @@ def test_heat_asks_only_what_is_not_known(dense, encode, documents):
     asked = NeedleExample(name="n", prompt=(1,), depth=0.35, key="key", value="1")
     known = evals.Evaluation((evals.Record(asked, Answer("1"), Score(1.0)),))
     told = []
-    found = evals.needle_heat(
-        dense,
-        encode,
-        documents,
-        (1024, 512),
-        needles=4,
-        known={1024: known},
-        on_progress=lambda *progress: told.append(progress),
-    )
+    say = lambda *progress: told.append(progress)  # noqa: E731
+    found = evals.needle_heat(dense, encode, documents, (1024, 512), needles=4, known={1024: known}, on_progress=say)
     assert found["lengths"] == [512, 1024] and told == [("needles in 512 tokens", 1, 1)]
     assert found["accuracy"][1] == [None] * 3 + [1.0] + [None] * 6 and sum(found["counts"][0]) == 4
 

@@ -61,13 +61,36 @@ def test_intervals_of_clusters_hold_the_truth(together: float) -> None:
     for _ in range(500):
         a, b = answers(0.8), answers(0.6)
         found = intervals.clustered_share(a, clusters)
-        assert found.n == 192 and 0 <= found.low <= found.value <= found.high <= 1
+        assert (found.n, found.clusters) == (192, 12) and 0 <= found.low <= found.value <= found.high <= 1
         shares.append(found.low <= 0.8 <= found.high)
         other = intervals.clustered_difference(a, b, clusters)
         differences.append(other.low <= 0.2 <= other.high)
         naive.append((e := intervals.share(sum(a), 192)).low <= 0.8 <= e.high)
     assert 0.89 < np.mean(shares) < 0.99 and 0.9 < np.mean(differences) < 0.99  # of few contexts a little too narrow
     assert np.mean(naive) > 0.93 if not together else np.mean(naive) < 0.7
+
+
+@pytest.mark.parametrize("together", [0.0, 2.0])
+def test_a_mean_over_documents_holds_the_truth(together: float) -> None:
+    """4 texts of each of 8 documents, whose losses have the spread `together` beside that of the texts."""
+    draw, documents = np.random.default_rng(2), [i // 4 for i in range(32)]
+    held, naive = [], []
+    for _ in range(1000):
+        values = (np.repeat(draw.normal(0, together, 8), 4) + draw.normal(0.3, 1.0, 32)).tolist()
+        found, alone = intervals.mean(values, documents), intervals.mean(values)
+        assert (found.n, found.clusters, alone.clusters) == (32, 8, None)
+        held.append(found.low <= 0.3 <= found.high)
+        naive.append(alone.low <= 0.3 <= alone.high)
+    assert 0.93 < np.mean(held) < 0.99  # it is never narrower than of independent texts, so a little too wide
+    assert np.mean(naive) > 0.93 if not together else np.mean(naive) < 0.8
+
+
+def test_a_mean_over_documents_of_one_text_is_that_over_texts() -> None:
+    values = [0.1, 0.4, -0.2, 0.3]
+    alone, documents = intervals.mean(values), intervals.mean(values, "abcd")
+    assert (documents.low, documents.high) == (pytest.approx(alone.low), pytest.approx(alone.high))
+    found = intervals.ratio([0.1, 0.2], ["a", "a"])
+    assert (found.low, found.high, found.n, found.clusters) == (None, None, 2, 1)
 
 
 def test_clusters_of_one_are_prompts() -> None:
@@ -85,5 +108,5 @@ def test_clusters_that_agree_wholly_still_bound_something() -> None:
     assert (found.value, found.high) == (1.0, 1.0) and found.low == pytest.approx(intervals.share(8, 8).low)
     same = intervals.clustered_difference([1.0] * 128, [1.0] * 128, clusters)
     assert same.value == 0 and same.low == pytest.approx(-same.high) and 0.1 < same.high < 0.3
-    assert intervals.clustered_share([1.0, 0.0], ["a", "a"]) == intervals.Estimate(0.5, None, None, 2)
-    assert intervals.clustered_difference([1.0], [0.0], ["a"]) == intervals.Estimate(1.0, None, None, 1)
+    assert intervals.clustered_share([1.0, 0.0], ["a", "a"]) == intervals.Estimate(0.5, None, None, 2, 1)
+    assert intervals.clustered_difference([1.0], [0.0], ["a"]) == intervals.Estimate(1.0, None, None, 1, 1)

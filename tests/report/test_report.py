@@ -173,7 +173,7 @@ def test_run_is_written_whole_and_says_what_is_wrong(tmp_path):
         write_run(tmp_path / "file", metrics(), history(), details())
 
 
-def test_table_in_the_terminal():
+def test_table_in_the_terminal(tmp_path):
     console = Console(width=120, record=True, file=io.StringIO())
     show(console, metrics())
     text = console.export_text()
@@ -184,6 +184,17 @@ def test_table_in_the_terminal():
     assert text.count("holds") == 4 and text.count("within noise") == 1
     assert "-0.016 (-0.056 to 0.024, 64 prompts), needed >= -0.03" in text
     assert "24 texts), needed <= 1.01" in " ".join(text.split())
+    one = {"value": 0.0, "low": None, "high": None, "n": 16, "clusters": 1}
+    few, console = metrics(), Console(width=120, record=True, file=io.StringIO())
+    few["compared"]["needle"]["dense"] = one
+    few["compared"]["ppl"]["dense"] |= {"clusters": 9}
+    few["sparse"]["needle_interval"] = [None, None]
+    show(console, few)
+    page = write_report(few, history(), tmp_path / "few.html", details()).read_text()
+    assert '<td class="n">16</td><td class="n">1</td>' in page and "(0.998 to 1.006, 24 texts of 9 documents)" in page
+    of_few = console.export_text()
+    assert "within noise  sparse needles - dense needles: 0.000 (16 prompts of 1 context), needed" in of_few
+    assert "24 texts of 9 documents)" in of_few and re.search(r"sparse\s+4\.010\s+98\.4%\s+attends", of_few)
     assert "sparse perplexity / dense: 1.002 (0.998 to 1.006, 24 texts)" in text
 
 

@@ -152,9 +152,9 @@ def test_one_page_of_all_kinds_of_runs(tmp_path):
             ET.fromstring(path.read_text(encoding="utf-8"))
             continue
         header, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
-        assert header[0] == "series" and header[-3:] == ["low", "high", "n"] and rows
+        assert header[0] == "series" and header[-4:] == ["low", "high", "n", "clusters"] and rows
         if file.endswith(("-cost.csv", "-reward.csv", "-output-tokens.csv")):  # computed, or of changing problems
-            assert all(row[3:] == ["", "", ""] for row in rows), file
+            assert all(row[3:] == ["", "", "", ""] for row in rows), file
         else:
             rows = [row for row in rows if not row[0].startswith("V3")]  # the paper's, which gives no intervals
             assert all(float(row[3]) <= float(row[2]) <= float(row[4]) and int(row[5]) for row in rows), file
@@ -173,7 +173,7 @@ def test_intervals_that_would_flatten_the_rest_are_cut_and_kept_in_the_csv():
     assert -1 < low < 0.9 and 1.1 < high < 2
     assert "-498.9,501.1" in wide.csv()
     lone = Chart("a", "A", "", {"sparse": [(1, estimate(1.0, None))]}, "x", "y")
-    assert lone.csv().splitlines()[1] == "sparse,1,1.0,,,8" and "<svg" in lone.svg()
+    assert lone.csv().splitlines()[1] == "sparse,1,1.0,,,8," and "<svg" in lone.svg()
     assert "without a bar" in lone.left_out and not wide.left_out
 
 

@@ -84,7 +84,9 @@ def _served(endpoint: "Endpoint", sizes: "ServingSizes", k: int | None, context:
         cards = {sizes.model: {}}
     model = sizes.model or next(iter(cards), "")
     if model not in cards:
-        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards) or 'none'}")
+        if not cards:
+            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
+        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
     card, dense = cards[model], sizes.dense or f"{model}:dense"
     k, longest = k or card.get("index_topk"), context or card.get("max_model_len")
     if not isinstance(k, int):

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -75,6 +76,8 @@ def cost(
 
     if (prices is None) != (traffic is None):
         raise UserError("--prices and --traffic go together: price lists, and the requests that they are paid for")
+    if price is not None and math.isinf(price):
+        raise UserError("--price is infinite; give dollars a GPU hour")
     lists = load_config(PricesConfig, prices).lists if prices else ()
     requests = read_traffic(traffic) if traffic else []
     options = {

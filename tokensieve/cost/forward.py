@@ -16,7 +16,9 @@ Mode = Literal["mha", "mqa"]
 Layout = Literal["fp8", "bf16", "float32"]
 
 VALUE_BYTES = {"bf16": 2, "float32": 4}
-FP8_BLOCK = 128  # values that share one float32 scale
+FP8_BLOCK = 128  # values that share one float32 scale; of a matrix FP8_BLOCK x FP8_BLOCK
+MATRIX_BYTES = {"fp8": 1 + 4 / FP8_BLOCK**2, "bf16": 2, "float32": 4}  # a weight of attention, feed-forward or experts
+PLAIN_BYTES = {"fp8": 2, "bf16": 2, "float32": 4}  # one of norms, biases, routers, embedding and output head
 ROPE_BYTES = 2  # the rotated part of a key stays in bf16 beside FP8 latents
 
 
@@ -149,8 +151,27 @@ def read_experts(shape: Shape, tokens: float) -> float:
     return shape.experts * (1 - (1 - shape.experts_per_token / shape.experts) ** tokens) if shape.experts else 0.0
 
 
-def decode_weight_bytes(shape: Shape, batch: float, bytes_per_weight: float) -> float:
-    """Bytes of weights that one decode step of `batch` tokens reads, experts by `read_experts`."""
+def stored_bytes(number: Layout, matrices: float = 0, plain: float = 0, float32: float = 0) -> float:
+    """Bytes of weights whose format is `number`, as checkpoints store them and models hold them.
+
+    matrices: those of attention, feed-forward layers, experts and the indexer's wq_b and wk, which FP8 holds in blocks.
+    plain: norms, biases, routers, embedding and head, which stay in bf16. float32: the routers' correction biases and
+    the indexer's weights_proj, in every format.
+    """
+    return MATRIX_BYTES[number] * matrices + PLAIN_BYTES[number] * plain + 4 * float32
+
+
+def index_weight_bytes(shape: Shape, number: Layout) -> float:
+    """Bytes of the indexers' projections."""
     counts = parameters(shape)
-    extra = shape.moe_layers * (read_experts(shape, batch) - shape.experts_per_token) * 3 * shape.hidden
-    return bytes_per_weight * (counts.matmul + counts.indexer_matmul + counts.head + extra * shape.expert_ffn)
+    return stored_bytes(number, counts.indexer_matmul - counts.head_weights, 0, counts.head_weights)
+
+
+def decode_weight_bytes(shape: Shape, batch: float, number: Layout) -> float:
+    """Bytes of the matrices that one decode step of `batch` tokens reads, experts by `read_experts`; norms and biases
+    are not counted.
+    """
+    counts, expert = parameters(shape), 3 * shape.hidden * shape.expert_ffn
+    experts = shape.moe_layers * (read_experts(shape, batch) - shape.experts_per_token) * expert
+    others = stored_bytes(number, counts.matmul - counts.router + experts, counts.router + counts.head)
+    return others + index_weight_bytes(shape, number)

@@ -17,6 +17,7 @@ from tokensieve.config import UserError
 STRETCHES = 512  # straight pieces that a cost's curve over positions is cut into
 KINDS = ("dense", "sparse")
 PHASES = {"input": "prefill", "output": "decode"}
+MOST = 1 << 40  # tokens of one request; more are a mistake, and floating-point sums would lose single ones
 LONGEST = 1 << 17  # tokens up to which the position is looked for at which costs have fallen as far as prices
 
 
@@ -31,6 +32,8 @@ class PriceList:
     output: float
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise UserError("a price list has an empty name; give it one")
         for name in ("input_cached", "input", "output"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"price list {self.name!r}: {name} is {getattr(self, name)}; give dollars, at least 0")
@@ -45,6 +48,9 @@ class PricesConfig:
     def __post_init__(self) -> None:
         if not self.lists:
             raise UserError("no price list; write one as [[lists]]")
+        names = [one.name for one in self.lists]
+        for name in {name for name in names if names.count(name) > 1}:
+            raise UserError(f"two price lists are called {name!r}; rename one")
 
 
 @dataclass(frozen=True)
@@ -70,19 +76,23 @@ def read_traffic(path: str | Path) -> list[Request]:
     found = [_request(line, f"traffic {path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"traffic {path}: no requests; give one usage object a line")
+    if not any(request.prompt or request.output for request in found):
+        raise UserError(f"traffic {path}: its {len(found)} requests have no tokens; give those that were paid for")
     return found
 
 
 def _request(line: str, where: str) -> Request:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); give one usage object a line") from error
     usage = row.get("usage", row) if isinstance(row, dict) else None
     if not isinstance(usage, dict):
         raise UserError(f"{where}: not an object; give a usage object, or an answer that holds one")
-    details = usage.get("prompt_tokens_details") or {}
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    details = usage.get("prompt_tokens_details")
+    if details is not None and not isinstance(details, dict):
+        raise UserError(f"{where}: prompt_tokens_details is no object; give one with cached_tokens, or leave it out")
+    cached = (details or {}).get("cached_tokens")
     if cached is None:
         cached = usage.get("prompt_cache_hit_tokens", 0)
     prompt = _tokens(usage.get("prompt_tokens"), f"{where}: prompt_tokens")
@@ -93,8 +103,8 @@ def _request(line: str, where: str) -> Request:
 
 
 def _tokens(count: Any, what: str) -> int:
-    if type(count) is not int or count < 0:
-        raise UserError(f"{what} is {json.dumps(count)}; it must be a number of tokens")
+    if type(count) is not int or not 0 <= count <= MOST:
+        raise UserError(f"{what} is {json.dumps(count)[:50]}; it must be a number of tokens, at most {MOST:,}")
     return count
 
 

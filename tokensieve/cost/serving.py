@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokensieve.config import UserError
-from tokensieve.cost.forward import TwoLevel, decode_weight_bytes, index_bytes, latent_bytes
+from tokensieve.cost.forward import (
+    VALUE_BYTES,
+    TwoLevel,
+    decode_weight_bytes,
+    index_bytes,
+    index_weight_bytes,
+    latent_bytes,
+    stored_bytes,
+)
 from tokensieve.cost.gpus import NODE, Gpu
 from tokensieve.cost.shape import Shape, parameters
 
@@ -17,7 +25,7 @@ Number = Literal["fp8", "bf16"]
 
 USABLE = 0.9  # share of a GPU's memory for weights and cache; the rest is for activations
 LARGEST_BATCH = 512  # sequences that decode together, if memory has room for more
-WEIGHT_BYTES = {"fp8": 1, "bf16": 2}
+NUMBERS: tuple[Number, ...] = ("fp8", "bf16")
 DISPATCHED, COMBINED = 1, 2  # bytes of a number on its way to an expert (FP8) and back (bf16)
 
 
@@ -48,8 +56,8 @@ class Serving:
 
     def __post_init__(self) -> None:
         for name in ("weights", "cache", "index"):
-            if getattr(self, name) not in WEIGHT_BYTES:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(WEIGHT_BYTES)}")
+            if getattr(self, name) not in NUMBERS:
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use {' or '.join(NUMBERS)}")
         for name in ("gpus", "tensor", "chunk", "batch", "mean_context"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -104,23 +112,24 @@ def cache_bytes(shape: Shape, serving: Serving) -> float:
 
 
 def weight_bytes(shape: Shape, serving: Serving) -> float:
-    """Bytes of weights on one GPU. The embedding and the output head are bf16 in every format."""
-    counts = parameters(shape)
-    routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-    tables = counts.head * (1 if shape.tied else 2)
-    divided = (counts.total - routed - counts.indexer - tables) / serving.tensor + counts.indexer
-    stored = WEIGHT_BYTES[serving.weights] * (divided + routed / serving.gpus)
-    return stored + WEIGHT_BYTES["bf16"] * tables / serving.tensor
+    """Bytes of weights on one GPU, in the formats of `stored_bytes`."""
+    counts, number = parameters(shape), serving.weights
+    active = shape.moe_layers * shape.experts_per_token * 3 * shape.hidden * shape.expert_ffn
+    matrices = counts.matmul - counts.router - active
+    plain = counts.total - counts.indexer - counts.routed - matrices - counts.router_bias
+    divided = stored_bytes(number, matrices, plain, counts.router_bias)
+    indexer = index_weight_bytes(shape, number) + stored_bytes(number, plain=counts.indexer - counts.indexer_matmul)
+    return divided / serving.tensor + stored_bytes(number, counts.routed) / serving.gpus + indexer
 
 
 def step_weight_bytes(shape: Shape, serving: Serving, tokens: float) -> float:
     """Bytes of weights that a whole group reads in a step of `tokens` tokens of its own: its share of the experts that
     all groups' tokens meet, and everything else once.
     """
-    width = WEIGHT_BYTES[serving.weights]
-    fixed = decode_weight_bytes(shape, 0, width)
-    experts = decode_weight_bytes(shape, tokens * serving.groups, width) - fixed
-    repeated = (serving.tensor - 1) * width * parameters(shape).indexer_matmul
+    number = serving.weights
+    fixed = decode_weight_bytes(shape, 0, number)
+    experts = decode_weight_bytes(shape, tokens * serving.groups, number) - fixed
+    repeated = (serving.tensor - 1) * index_weight_bytes(shape, number)
     return fixed + repeated + experts / serving.groups
 
 
@@ -195,4 +204,4 @@ def expert_copies(shape: Shape, gpus: int) -> float:
 def reduced_bytes(shape: Shape, serving: Serving) -> float:
     """Bytes that a group sends to add up one token's partial sums, after attention and after MLPs without experts."""
     sums = shape.layers + (shape.layers - shape.moe_layers)
-    return sums * 2 * (serving.tensor - 1) * shape.hidden * WEIGHT_BYTES["bf16"]
+    return sums * 2 * (serving.tensor - 1) * shape.hidden * VALUE_BYTES["bf16"]

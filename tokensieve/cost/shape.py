@@ -93,7 +93,11 @@ def without_indexer(shape: Shape) -> Shape:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts of parameters. `matmul`: those that multiply one token, 2 FLOPs each, without the output head."""
+    """Counts of parameters. `matmul`: those that multiply one token, 2 FLOPs each, without the output head.
+
+    routed: of the routed experts. router: of the matrices that choose among them, which are in `matmul`. router_bias:
+    of their correction biases. head_weights: of the indexers' weights_proj, which are in `indexer_matmul`.
+    """
 
     total: int
     active: int
@@ -101,6 +105,10 @@ class Parameters:
     matmul: int
     indexer_matmul: int
     head: int
+    routed: int
+    router: int
+    router_bias: int
+    head_weights: int
 
 
 def parameters(shape: Shape) -> Parameters:
@@ -121,10 +129,16 @@ def parameters(shape: Shape) -> Parameters:
     mlp_bias = dense_layers * (2 * shape.dense_ffn + hidden) * shape.mlp_bias
     moe_total = shape.moe_layers * ((shape.experts + shape.shared_experts) * expert + router)
     moe_active = shape.moe_layers * ((shape.experts_per_token + shape.shared_experts) * expert + router)
-    biases = shape.moe_layers * shape.experts * shape.router_bias + mlp_bias
+    router_bias = shape.moe_layers * shape.experts * shape.router_bias
     table = shape.vocabulary * hidden
     fixed = (
-        shape.layers * (attention + norms) + hidden + indexer + dense_ffn + biases + table * (1 if shape.tied else 2)
+        shape.layers * (attention + norms)
+        + hidden
+        + indexer
+        + dense_ffn
+        + router_bias
+        + mlp_bias
+        + table * (1 if shape.tied else 2)
     )
     return Parameters(
         total=fixed + moe_total,
@@ -133,4 +147,8 @@ def parameters(shape: Shape) -> Parameters:
         matmul=shape.layers * attention + dense_ffn + moe_active,
         indexer_matmul=shape.index_layers * indexer_matmul,
         head=table,
+        routed=shape.moe_layers * shape.experts * expert,
+        router=shape.moe_layers * router,
+        router_bias=router_bias,
+        head_weights=shape.index_layers * hidden * shape.index_heads,
     )

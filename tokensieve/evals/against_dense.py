@@ -15,7 +15,7 @@ from tokensieve.config import LongSizes, UserError
 from tokensieve.evals import intervals
 from tokensieve.evals.evaluation import PREFILL_CHUNK
 from tokensieve.evals.finished import Finished
-from tokensieve.evals.losses import Perplexity, perplexity_of, predictions, text_sequences
+from tokensieve.evals.losses import Perplexity, documents_of, perplexity_of, predictions, text_sequences
 from tokensieve.evals.mass import recall
 from tokensieve.evals.paired import ratio_of, texts_digest
 from tokensieve.evals.parity import Arm
@@ -99,7 +99,7 @@ def judge_parity(
     tasks = replace(long, contexts=(context,), tasks=sizes.tasks, prompts=sizes.prompts, texts=0)
     sequences = text_sequences(encoder(tokenizer), documents, context, sizes.texts)
 
-    n, done = len(sequences), 0
+    n, done, origins = len(sequences), 0, documents_of(sequences)
     total = n * (1 + len(arms) + len(recalled)) + len(asked) * len(sizes.tasks) * sizes.prompts
     if "continuations" not in finished:
         callback = part(on_progress, "continuations, dense", done, total)
@@ -124,8 +124,10 @@ def judge_parity(
     figures = {
         "context": context,
         "top_k": list(ks),
-        **_texts({name: finished[f"texts, {name}"] for name in arms}, texts_digest(sequences, ks)),
-        "recall": [{"arm": name, "k": k, **_recall(finished[f"recall, {name}"])} for name, (_, k) in recalled.items()],
+        **_texts({name: finished[f"texts, {name}"] for name in arms}, texts_digest(sequences, ks), origins),
+        "recall": [
+            {"arm": name, "k": k, **_recall(finished[f"recall, {name}"], origins)} for name, (_, k) in recalled.items()
+        ],
         "tasks": answers["tasks"],
         "sizes": asdict(sizes) | {"long": asdict(tasks)},
     }
@@ -172,7 +174,8 @@ def _read(
             same.append((best[len(ids) - 1 :] == tokens).int().tolist())
             if on_progress is not None:
                 on_progress("", done, len(sequences))
-    return {"perplexity": asdict(perplexity_of(torch.stack(losses), after, buckets)), "same": same}
+    figures = perplexity_of(torch.stack(losses), after, buckets, documents_of(sequences))
+    return {"perplexity": asdict(figures), "same": same}
 
 
 def _recalls(
@@ -192,35 +195,35 @@ def _recalls(
     return found
 
 
-def _texts(read: Mapping[str, Mapping[str, Any]], prompts: str) -> dict[str, Any]:
-    """The rows "texts", and the arms' perplexity by position. prompts: digest of the texts."""
+def _texts(read: Mapping[str, Mapping[str, Any]], prompts: str, documents: Sequence[int]) -> dict[str, Any]:
+    """The rows "texts", and the arms' perplexity by position. prompts: digest of the texts. documents: of each text."""
     found = {name: Perplexity(**figures["perplexity"]) for name, figures in read.items()}
     first = next(iter(found.values()))
     rows = []
     for name, text in found.items():
         differences = [a - b for a, b in zip(text.by_text, first.by_text, strict=True)]
         same = read[name]["same"]
-        clusters = [number for number, tokens in enumerate(same) for _ in tokens]
+        clusters = [document for document, tokens in zip(documents, same, strict=True) for _ in tokens]
         rows.append(
             {
                 "arm": name,
                 "k": int(name.partition("=")[2]) if "=" in name else None,
-                "ppl": ratio_of(text.by_text, prompts),
-                "ratio": None if text is first else ratio_of(differences, prompts),
+                "ppl": ratio_of(text.by_text, prompts, documents),
+                "ratio": None if text is first else ratio_of(differences, prompts, documents),
                 "same": intervals.clustered_share([*chain(*same)], clusters).to_dict(),
-                "first": intervals.mean([[*tokens, 0].index(0) for tokens in same]).to_dict(),
+                "first": intervals.mean([[*tokens, 0].index(0) for tokens in same], documents).to_dict(),
             }
         )
     others = {name: text for name, text in found.items() if text is not first}
-    ratios = {name: [ratio_of(nats, prompts) for nats in text.less(first)] for name, text in others.items()}
+    ratios = {name: [ratio_of(nats, prompts, documents) for nats in text.less(first)] for name, text in others.items()}
     return {"texts": rows, "positions": {"edges": list(first.edges), "ratio": ratios}}
 
 
-def _recall(by_text: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _recall(by_text: Sequence[Mapping[str, Any]], documents: Sequence[int]) -> dict[str, Any]:
     layers = zip(*(text["by_layer"] for text in by_text), strict=True)
     best = zip(*(text["best"] for text in by_text), strict=True)
     return {
-        "overall": intervals.mean([text["overall"] for text in by_text]).to_dict(),
-        "by_layer": [intervals.mean(layer).to_dict() for layer in layers],
+        "overall": intervals.mean([text["overall"] for text in by_text], documents).to_dict(),
+        "by_layer": [intervals.mean(layer, documents).to_dict() for layer in layers],
         "best": [intervals.mean(layer).value for layer in best],
     }

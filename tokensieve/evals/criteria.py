@@ -24,7 +24,7 @@ Verdict = Literal["holds", "fails", "within noise"]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A figure and its bound. low, high: the figure's 95% interval; None if it has none.
+    """A figure and its bound. low, high, n, clusters: as of the figure's `Estimate`; None if it is not one.
 
     It holds if the whole interval does, and fails if none of it does. In between, the sample is too small to tell.
     """
@@ -35,7 +35,8 @@ class Criterion:
     bound: float
     low: float | None = None
     high: float | None = None
-    n: int | None = None  # texts or prompts that the figure stands on
+    n: int | None = None
+    clusters: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -89,10 +90,8 @@ def _task_criteria(long: Mapping[str, Any], top_k: int) -> list[Criterion]:
         if arm == f"sparse k={top_k}":
             criteria.append(Criterion(f"{what}: sparse - dense_adapted", **found, relation=">=", bound=-TASK_LOSS))
         elif arm in controls:
-            gap = {"value": -found["value"], "n": found["n"]}
-            gap |= (
-                {"low": None, "high": None} if found["low"] is None else {"low": -found["high"], "high": -found["low"]}
-            )
+            low, high = (None if found[end] is None else -found[end] for end in ("high", "low"))
+            gap = {**found, "value": -found["value"], "low": low, "high": high}
             criteria.append(Criterion(f"{what}: dense_adapted - {arm}", **gap, relation=">=", bound=TASK_GAP))
     return criteria
 

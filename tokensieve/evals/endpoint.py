@@ -1,9 +1,11 @@
 """Requests to an OpenAI-compatible endpoint, whatever serves it; the replies are checked before they are used."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from tokensieve.config import UserError
@@ -66,7 +68,17 @@ class Endpoint:
             ) from error
         self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
         self._setting = setting
-        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0)
+
+        class Client(openai.DefaultHttpxClient):  # its own timeout is that of each piece of a reply
+            def send(self, request: Any, **how: Any) -> Any:
+                end = time.monotonic() + seconds
+                whole = _whole(super().send(request, **how | {"stream": True}), end)
+                if whole is None:
+                    raise openai.APITimeoutError(request=request)
+                return whole
+
+        client = Client(timeout=seconds)
+        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0, http_client=client)
 
     def models(self) -> list[dict[str, Any]]:
         """The cards of the served models. UserError if the reply has none."""
@@ -127,7 +139,9 @@ class Endpoint:
             raise Refused(f"{route} of {self.url} gives no log probabilities")
         values, tokens = found["token_logprobs"], found.get("tokens")
         top = found.get("top_logprobs") or [None] * len(values)
-        numbers = all(value is None or isinstance(value, int | float) for value in values)
+        numbers = all(
+            value is None or (isinstance(value, int | float) and value == value) for value in values
+        )  # no NaN
         if not isinstance(tokens, list) or not isinstance(top, list) or not numbers:
             raise self._nonsense(route, "log probabilities that cannot be read")
         if not len(tokens) == len(values) == len(top):
@@ -152,10 +166,7 @@ class Endpoint:
                 else:
                     reply = self._client.post(route, cast_to=object, body=body)
             except self._errors.APITimeoutError as error:
-                raise Late(
-                    f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise {self._setting}, or "
-                    "ask for shorter prompts or answers. --resume keeps what is finished"
-                ) from error
+                raise self._late(route) from error
             except self._errors.APIStatusError as error:
                 if error.status_code in UNSUPPORTED:
                     raise Refused(f"{self.url}{route}: {_line(error)}") from error
@@ -171,7 +182,7 @@ class Endpoint:
                 if tried == self._retries:
                     raise UserError(f"{self.url} cannot be reached ({_line(error)}); is the server up?") from error
                 pause = _pause(None, tried)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._nonsense(route, "no JSON") from error
             else:
                 if not isinstance(reply, dict):
@@ -180,8 +191,28 @@ class Endpoint:
             time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
+    def _late(self, route: str) -> Late:
+        return Late(
+            f"{self.url}{route} did not answer within {self._seconds:g} seconds; raise {self._setting}, or ask for "
+            "shorter prompts or answers. --resume keeps what is finished"
+        )
+
     def _nonsense(self, route: str, what: str) -> UserError:
         return UserError(f"{self.url}{route} answered with {what}; is it the /v1 of an OpenAI-compatible server?")
+
+
+def _whole(response: Any, end: float) -> Any:
+    """The response with all of its body, as a client that does not stream reads it; None if the body is not whole at
+    the time `end` of the monotonic clock.
+    """
+    pieces = []
+    for piece in response.iter_raw():
+        pieces.append(piece)
+        if time.monotonic() > end:
+            response.close()
+            return None
+    whole = {"headers": response.headers, "content": b"".join(pieces), "request": response.request}
+    return type(response)(response.status_code, **whole)
 
 
 def _choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -195,8 +226,14 @@ def _line(error: Exception) -> str:
 
 
 def _pause(asked: str | None, tried: int) -> float:
-    """Seconds: as many as the server asks for, else twice as many each time, and never more than a minute."""
+    """Seconds: as many as the server asks for, in seconds or by a date, else twice as many each time, and never more
+    than a minute.
+    """
     try:
-        return min(max(float(asked or ""), 0.0), LONGEST_PAUSE)
+        seconds = float(asked or "")
     except ValueError:
-        return min(2.0**tried, LONGEST_PAUSE)
+        try:
+            seconds = parsedate_to_datetime(asked or "").timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            seconds = math.nan
+    return min(2.0**tried if math.isnan(seconds) else max(seconds, 0.0), LONGEST_PAUSE)

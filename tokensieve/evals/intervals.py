@@ -6,7 +6,7 @@ Legend: n texts or prompts, drawn independently unless they are in clusters; m c
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
@@ -14,33 +14,46 @@ Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure from `n` texts or prompts, and its 95% interval. low, high: None if n is 1, which bounds nothing."""
+    """A figure from `n` texts or prompts, and its 95% interval.
+
+    clusters: the contexts, documents or problems that the n are about, if some share one; None: all were drawn
+    independently. low, high: None for one text or one cluster, which bounds nothing.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int
+    clusters: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """Mean of the values, by Student's t: mean +- t(n - 1) * s / sqrt(n)."""
-    value, n = fmean(values), len(values)
-    if n < 2:
-        return Estimate(value, None, None, n)
-    half = student(n - 1) * stdev(values) / math.sqrt(n)
-    return Estimate(value, value - half, value + half, n)
+def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """Mean of the values, by Student's t: mean +- t(m - 1) * sqrt(variance of the mean).
 
-
-def ratio(logarithms: Sequence[float]) -> Estimate:
-    """exp of the mean of the logarithms. Of differences of two models' losses on the same texts: their perplexities'
-    ratio, without what makes one text harder than another.
+    The variance is s^2 / n for independent values. For values of clusters, which may err together, it is the variance
+    over clusters, and never less than that of independent ones.
     """
-    found = mean(logarithms)
+    value, n = fmean(values), len(values)
+    sums = _sums(values, range(n) if clusters is None else clusters)
+    m, of = len(sums), None if clusters is None else len(sums)
+    if m < 2:
+        return Estimate(value, None, None, n, of)
+    together = m / (m - 1) * sum(x * x for x in sums)
+    independent = n / (n - 1) * sum((x - value) ** 2 for x in values)
+    half = student(m - 1) * math.sqrt(max(together, independent)) / n
+    return Estimate(value, value - half, value + half, n, of)
+
+
+def ratio(logarithms: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """exp of the mean of the logarithms. Of differences of two models' losses on the same texts: their perplexities'
+    ratio, without what makes one text harder than another. clusters: as of `mean`.
+    """
+    found = mean(logarithms, clusters)
     low, high = (None if x is None else math.exp(x) for x in (found.low, found.high))
-    return Estimate(math.exp(found.value), low, high, found.n)
+    return Estimate(math.exp(found.value), low, high, found.n, found.clusters)
 
 
 def share(successes: float, n: float) -> Estimate:
@@ -71,11 +84,11 @@ def clustered_share(values: Sequence[float], clusters: Sequence[Hashable]) -> Es
 
     Source: Korn and Graubard, Survey Methodology 24 (1998) 193, with Wilson's interval in place of an exact one.
     """
-    p, effective = fmean(values), _effective(values, clusters)
+    p, m, effective = fmean(values), len(set(clusters)), _effective(values, clusters)
     if effective is None:
-        return Estimate(p, None, None, len(values))
+        return Estimate(p, None, None, len(values), m)
     found = share(p * effective, effective)
-    return Estimate(p, found.low, found.high, len(values))
+    return Estimate(p, found.low, found.high, len(values), m)
 
 
 def clustered_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
@@ -84,13 +97,13 @@ def clustered_difference(a: Sequence[float], b: Sequence[float], clusters: Seque
     The interval of `difference` for the effective number of prompts. n: of prompts. low, high: None for one cluster.
     """
     d = [x - y for x, y in zip(a, b, strict=True)]
-    value, effective = fmean(d), _effective(d, clusters)
+    value, m, effective = fmean(d), len(set(clusters)), _effective(d, clusters)
     if effective is None:
-        return Estimate(value, None, None, len(d))
+        return Estimate(value, None, None, len(d), m)
     net, differing = value * effective, fmean([x * x for x in d]) * effective + 1
     middle = net / (effective + 2)
     half = Z * math.sqrt(differing - net**2 / (effective + 2)) / (effective + 2)
-    return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half), len(d))
+    return Estimate(value, max(-1.0, middle - half), min(1.0, middle + half), len(d), m)
 
 
 def _effective(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
@@ -100,17 +113,22 @@ def _effective(values: Sequence[float], clusters: Sequence[Hashable]) -> float |
     less than 1. It is corrected for few clusters. If all values are equal, nothing is known of the design effect, and
     every cluster counts as one value.
     """
-    n, middle = len(values), fmean(values)
-    members: dict[Hashable, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        members.setdefault(cluster, []).append(value - middle)
-    m, independent = len(members), sum((value - middle) ** 2 for value in values)
+    n, middle, sums = len(values), fmean(values), _sums(values, clusters)
+    m, independent = len(sums), sum((value - middle) ** 2 for value in values)
     if m < 2:
         return None
     if independent == 0:
         return m
-    together = m / (m - 1) * sum(sum(deviations) ** 2 for deviations in members.values())
+    together = m / (m - 1) * sum(x * x for x in sums)
     return n / max(1.0, together / independent) * (Z / student(m - 1)) ** 2
+
+
+def _sums(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
+    """The sum of the deviations from the mean in each cluster."""
+    middle, sums = fmean(values), dict[Hashable, float]()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - middle
+    return [*sums.values()]
 
 
 def student(freedom: int) -> float:

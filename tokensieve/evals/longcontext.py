@@ -5,14 +5,16 @@ still writes and talks.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokensieve.config import AcceptanceSizes
+from tokensieve.evals import intervals
 from tokensieve.evals.criteria import acceptance_criteria
-from tokensieve.evals.evaluation import Evaluation, evaluate
+from tokensieve.evals.evaluation import Evaluation, by_context, evaluate
 from tokensieve.evals.losses import text_sequences, token_losses
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM
@@ -46,6 +48,21 @@ def depths(results: Iterable[tuple[float, float]]) -> Depths:
 def needle_results(evaluation: Evaluation) -> list[tuple[float, float]]:
     """(depth, score) of every needle, without its long context."""
     return [(record.example.depth, record.score.value) for record in evaluation.records]
+
+
+def _by_context(evaluation: Evaluation) -> list[list[tuple[float, float]]]:
+    """The `needle_results` of each context."""
+    results, groups = needle_results(evaluation), by_context([record.example for record in evaluation.records])
+    return [[results[place] for place in places] for places in groups]
+
+
+def _estimates(contexts: Sequence[Sequence[tuple[float, float]]]) -> list[dict[str, Any] | None]:
+    """The share found in each tenth, as `Estimate`s over contexts; None: no needle lay there."""
+    tenths: list[list[tuple[float, int]]] = [[] for _ in range(10)]
+    for number, results in enumerate(contexts):
+        for depth, score in results:
+            tenths[min(int(depth * 10), 9)].append((score, number))
+    return [intervals.clustered_share(*zip(*tenth, strict=True)).to_dict() if tenth else None for tenth in tenths]
 
 
 def needle_heat(
@@ -93,33 +110,37 @@ def needles_by_decile(
     """Accuracy in each tenth of the context, over at least `prompts_per_decile` questions there.
 
     A single needle is placed in a chosen tenth of its own context. Several are spread over all of it, and contexts are
-    added until every tenth has its questions. Returns {"context", "needles", "accuracy", "by_depth", "counts"}.
+    added until every tenth has its questions. Returns {"context", "needles", "contexts": count, "accuracy", "by_depth",
+    "counts", "estimates": `Estimate` of each tenth over the contexts}.
     """
     encode, test = encoder(tokenizer), Documents(test=documents)
     what = f"{needles} needles in {context:,} tokens" if needles > 1 else f"one needle in {context:,} tokens"
-    results: list[tuple[float, float]] = []
+    results: list[list[tuple[float, float]]] = []  # of each context
     if needles == 1:
         for depth in range(10):
             task = Needles(encode, test, 1, depth=depth)
             examples = task.examples("test", prompts_per_decile, context, seed)
             callback = part(on_progress, what, depth * prompts_per_decile, 10 * prompts_per_decile)
-            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
+            results += _by_context(evaluate(model, encode, task, examples, on_progress=callback))
     else:
         task = Needles(encode, test, needles)
         contexts = planned = math.ceil(10 * prompts_per_decile / needles)
         done = 0
-        while not results or min(depths(results).counts) < prompts_per_decile:
+        while not results or min(depths(chain(*results)).counts) < prompts_per_decile:
             examples = task.examples("test", contexts * needles, context, seed)
             callback = part(on_progress, what, done, max(planned, done + contexts))
-            results += needle_results(evaluate(model, encode, task, examples, on_progress=callback))
+            results += _by_context(evaluate(model, encode, task, examples, on_progress=callback))
             done, contexts, seed = done + contexts, max(1, contexts // 10), seed + 1
-    total = depths(results)
+    every = [*chain(*results)]
+    total = depths(every)
     return {
         "context": context,
         "needles": needles,
-        "accuracy": sum(score for _, score in results) / len(results),
+        "contexts": len(results),
+        "accuracy": sum(score for _, score in every) / len(every),
         "by_depth": list(total.by_depth),
         "counts": list(total.counts),
+        "estimates": _estimates(results),
     }
 
 

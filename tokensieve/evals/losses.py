@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from statistics import fmean
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,32 @@ from tokensieve.tasks import Document, encoder, stable_fraction
 HEAD_ROWS = 1024  # positions whose logits are held at a time
 
 
-def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> list[Tensor]:
+@dataclass(frozen=True)
+class Texts(Sequence[Tensor]):
+    """Sequences of token ids (S) int64, and the number of the document that each is a stretch of."""
+
+    sequences: tuple[Tensor, ...]
+    documents: tuple[int, ...]
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Texts": ...
+    def __getitem__(self, place: int | slice) -> "Tensor | Texts":
+        if isinstance(place, int):
+            return self.sequences[place]
+        return Texts(self.sequences[place], self.documents[place])
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+def documents_of(sequences: Sequence[Tensor]) -> tuple[int, ...]:
+    """The number of each sequence's document; sequences that are not `Texts` are each of a document of their own."""
+    return sequences.documents if isinstance(sequences, Texts) else tuple(range(len(sequences)))
+
+
+def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, count: int) -> Texts:
     """`count` int64 sequences of exactly `context` tokens: bos, then consecutive tokens of a single document each.
 
     A tokenizer without bos begins with the document's first token. A document gives its first stretch; later ones too
@@ -37,11 +62,11 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
     length = context - len(encode.begin)
     drawn = sorted(documents, key=lambda d: stable_fraction("sequence " + d.name))
     long = list(islice((ids for _, ids in encoded(drawn, encode) if len(ids) >= length), count))
-    sequences: list[Tensor] = []
+    sequences: list[tuple[Tensor, int]] = []
     stretch = 0
     while len(sequences) < count:
-        pieces = [ids[stretch * length : (stretch + 1) * length] for ids in long]
-        whole = [torch.tensor([*encode.begin, *piece]) for piece in pieces if len(piece) == length]
+        pieces = enumerate(ids[stretch * length : (stretch + 1) * length] for ids in long)
+        whole = [(torch.tensor([*encode.begin, *piece]), number) for number, piece in pieces if len(piece) == length]
         if not whole:
             raise UserError(
                 f"the held-out documents hold {len(sequences)} stretches of {context} tokens, not {count}; "
@@ -49,7 +74,8 @@ def text_sequences(tokenizer: Any, documents: Iterable[Document], context: int, 
             )
         sequences += whole
         stretch += 1
-    return sequences[:count]
+    texts, numbers = zip(*sequences[:count], strict=True) if count > 0 else ((), ())
+    return Texts(texts, numbers)
 
 
 def token_losses(model: DecoderForCausalLM, ids_S: Tensor) -> Tensor:
@@ -87,6 +113,7 @@ class Perplexity:
 
     `loss_by_text[j][i]`: mean in nats, in text j, of the positions with edges[i] < tokens seen <= edges[i + 1].
     `tokens`: number of losses that `ppl` is the mean of. `by_text`: their mean in each text, all of the same length.
+    `documents`: the number of each text's document; None (in files of before 2026-11-30): not known.
     """
 
     ppl: float
@@ -95,6 +122,7 @@ class Perplexity:
     loss_by_text: tuple[tuple[float, ...], ...]
     tokens: int
     by_text: tuple[float, ...]
+    documents: tuple[int, ...] | None = None
 
     def ppl_of(self, texts: int) -> float:
         """`ppl` of the first so many texts."""
@@ -145,10 +173,12 @@ def perplexity(
         rows.append(token_losses(model, ids))
         if on_progress is not None:
             on_progress("text", done, len(sequences))
-    return perplexity_of(torch.stack(rows), top_k, buckets)
+    return perplexity_of(torch.stack(rows), top_k, buckets, documents_of(sequences))
 
 
-def perplexity_of(losses: Tensor, top_k: int, buckets: int = 16) -> Perplexity:
+def perplexity_of(
+    losses: Tensor, top_k: int, buckets: int = 16, documents: tuple[int, ...] | None = None
+) -> Perplexity:
     """Perplexity from the losses in nats (texts, S - 1) of equally long sequences; otherwise as `perplexity`."""
     losses, context = losses.double(), losses.shape[1] + 1
     buckets = min(buckets, context - 1)
@@ -161,4 +191,5 @@ def perplexity_of(losses: Tensor, top_k: int, buckets: int = 16) -> Perplexity:
         loss_by_text=tuple(tuple(float(row[a:b].mean()) for a, b in pairwise(edges)) for row in losses),
         tokens=selected.numel(),
         by_text=tuple(selected.mean(1).tolist()),
+        documents=documents,
     )

@@ -1,7 +1,8 @@
 """Estimates of two runs that read the same prompts, and their paired difference.
 
 Such an estimate, as JSON has it, keeps what it was made of: "prompts", a digest of what was read, and either
-"by_context", the values of each context's questions, or "nats", a number for each text, whose mean's exponential it is.
+"by_context", the values of each context's questions, or "nats", a number for each text, whose mean's exponential it is,
+with "documents", the number of each text's document (without it, every text is of its own).
 
 Legend: S tokens of a text.
 """
@@ -36,9 +37,14 @@ def share_of(by_context: Sequence[Sequence[float]], prompts: str) -> dict[str, A
     return estimate.to_dict() | {"prompts": prompts, "by_context": [list(values) for values in by_context]}
 
 
-def ratio_of(nats: Sequence[float], prompts: str) -> dict[str, Any]:
-    """exp of the mean over texts, by `intervals.ratio`: of losses a perplexity, of differences of losses a ratio."""
-    return intervals.ratio(nats).to_dict() | {"prompts": prompts, "nats": list(nats)}
+def ratio_of(nats: Sequence[float], prompts: str, documents: Sequence[int] | None = None) -> dict[str, Any]:
+    """exp of the mean over texts, by `intervals.ratio`: of losses a perplexity, of differences of losses a ratio.
+
+    documents: of the texts, at least as many; texts of one document may err together.
+    """
+    of = None if documents is None else list(documents[: len(nats)])
+    found = intervals.ratio(nats, of).to_dict() | {"prompts": prompts, "nats": list(nats)}
+    return found if of is None else found | {"documents": of}
 
 
 def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Estimate] | None:
@@ -46,7 +52,8 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[str, Estimate]
     if a.get("prompts") is None or a["prompts"] != b.get("prompts"):
         return None
     if "nats" in a:
-        return "ratio", intervals.ratio([y - x for x, y in zip(a["nats"], b["nats"], strict=True)])
+        less = [y - x for x, y in zip(a["nats"], b["nats"], strict=True)]
+        return "ratio", intervals.ratio(less, a.get("documents") or b.get("documents"))
     values = [*chain(*b["by_context"])], [*chain(*a["by_context"])]
     return "difference", intervals.clustered_difference(*values, _contexts(a["by_context"]))
 

@@ -6,6 +6,7 @@ All prompts are longer than k: up to there sparse attention is dense attention, 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -148,8 +149,9 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     arms are to each other.
 
     ppl: where more than k tokens are seen, on the texts that all arms read (`shared_texts`). needle: share of the arm's
-    questions answered, with its 95% interval as if all were independent. estimates: {"ppl", "needle"} of all that the
-    arm read, with intervals over texts and contexts, to be compared with another run's (`paired`). compared: {"ppl":
+    questions answered, with its 95% interval. estimates: {"ppl", "needle"} of all that the arm read, to be compared
+    with another run's (`paired`). All intervals are over documents and contexts, since texts of one document and
+    questions of one context may err together: both bounds are None if there is only one. compared: {"ppl":
     {arm: sparse perplexity / the arm's}, "needle": {arm: share of sparse - the arm's}}, each an `Estimate` over all
     texts or questions that both read. In "needle" the arms `untrained_indexer` and `window` are compared with dense,
     from which they shall differ, as dense - the arm. What has to do with needles is left out if none were asked for.
@@ -157,12 +159,12 @@ def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
     order = [*(a for a in ARMS if a in scores), *(a for a in scores if a not in ARMS)]
     figures: dict[str, dict[str, Any]] = {}
     for arm in order:
-        estimates = {"ppl": ratio_of(scores[arm].text.by_text, scores[arm].read)}
-        figures[arm] = {"ppl": scores[arm].text.ppl_of(shared_texts(scores)), "estimates": estimates}
-        if found := _answered(scores[arm]):
-            interval = intervals.share(sum(found), len(found))
-            figures[arm] |= {"needle": interval.value, "needle_interval": [interval.low, interval.high]}
-            estimates["needle"] = _needles(scores[arm])
+        text = scores[arm].text
+        estimates = {"ppl": ratio_of(text.by_text, scores[arm].read, text.documents)}
+        figures[arm] = {"ppl": text.ppl_of(shared_texts(scores)), "estimates": estimates}
+        if scores[arm].needles is not None:
+            found = estimates["needle"] = _needles(scores[arm])
+            figures[arm] |= {"needle": found["value"], "needle_interval": [found["low"], found["high"]]}
     return figures | {"compared": _compared(scores)}
 
 
@@ -171,17 +173,21 @@ def shared_texts(scores: Mapping[str, ArmScores]) -> int:
     return min(len(found.text.by_text) for found in scores.values())
 
 
-def _answered(scores: ArmScores) -> list[float]:
-    return [] if scores.needles is None else [record.score.value for record in scores.needles.records]
+def _answered(scores: ArmScores) -> list[list[float]]:
+    """The scores of the questions of each context."""
+    if scores.needles is None:
+        return []
+    records = scores.needles.records
+    groups = by_context([record.example for record in records])
+    return [[records[place].score.value for place in places] for places in groups]
 
 
 def _needles(scores: ArmScores) -> dict[str, Any]:
     """The share of the questions that were answered, with an interval over contexts, for `paired.compared`."""
     assert scores.needles is not None
-    records = scores.needles.records
-    prompts = digest((list(record.example.context), record.example.prompt) for record in records)
-    groups = by_context([record.example for record in records])
-    return share_of([[records[place].score.value for place in places] for places in groups], prompts)
+    examples = [record.example for record in scores.needles.records]
+    prompts = digest((list(example.context), example.prompt) for example in examples)
+    return share_of(_answered(scores), prompts)
 
 
 def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
@@ -191,11 +197,14 @@ def _compared(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:
         if name == "sparse":
             continue
         differences = [a - b for a, b in zip(sparse.text.by_text, other.text.by_text, strict=False)]
-        ppl[name] = intervals.ratio(differences).to_dict()
-        a, b = (dense, other) if name in CONTROLS else (sparse, other)
-        both = [*zip(_answered(a), _answered(b), strict=False)]  # the first questions, if one arm was asked fewer
-        if both:
-            needle[name] = intervals.difference(*zip(*both, strict=True)).to_dict()
+        documents = sparse.text.documents
+        ppl[name] = intervals.ratio(differences, documents and documents[: len(differences)]).to_dict()
+        pair = (dense, other) if name in CONTROLS else (sparse, other)
+        a, b = map(_answered, pair)
+        if contexts := min(len(a), len(b)):  # the first ones, if one arm was asked fewer
+            clusters = [number for number, values in enumerate(a[:contexts]) for _ in values]
+            values = [*chain(*a[:contexts])], [*chain(*b[:contexts])]
+            needle[name] = intervals.clustered_difference(*values, clusters).to_dict()
     return {"ppl": ppl, "needle": needle}
 
 

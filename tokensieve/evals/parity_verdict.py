@@ -70,5 +70,5 @@ def _criteria(
 
 
 def _estimate(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an `Estimate`, without what it was made of."""
-    return {field.name: found[field.name] for field in fields(Estimate)}
+    """The fields of an `Estimate`, without what it was made of. Old ones do not have all."""
+    return {field.name: found[field.name] for field in fields(Estimate) if field.name in found}

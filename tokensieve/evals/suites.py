@@ -17,7 +17,7 @@ from tokensieve.evals.choices import choose
 from tokensieve.evals.evaluation import Evaluation, by_context, evaluating
 from tokensieve.evals.finished import Finished
 from tokensieve.evals.longcontext import depths
-from tokensieve.evals.losses import Perplexity, perplexity, text_sequences
+from tokensieve.evals.losses import Perplexity, documents_of, perplexity, text_sequences
 from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
 from tokensieve.evals.parity import Arm, try_own
 from tokensieve.evals.progress import OnProgress, part
@@ -210,11 +210,15 @@ def _positions(
                 finished.add(what, asdict(perplexity(arm.model, sequences, 0, buckets, callback)))
         found[name] = Perplexity(**finished[what])
     first, *others = found
-    read = texts_digest(sequences, found[first].edges)
+    read, documents = texts_digest(sequences, found[first].edges), documents_of(sequences)
+
+    def estimates(stretches: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+        return [ratio_of(nats, read, documents) for nats in stretches]
+
     return {
         "edges": list(found[first].edges),
-        "ppl": {name: [ratio_of(nats, read) for nats in text.by_position()] for name, text in found.items()},
-        "ratio": {name: [ratio_of(nats, read) for nats in found[name].less(found[first])] for name in others},
+        "ppl": {name: estimates(text.by_position()) for name, text in found.items()},
+        "ratio": {name: estimates(found[name].less(found[first])) for name in others},
     }
 
 
@@ -265,15 +269,15 @@ def judge_short(
             difference = None if first is None else intervals.difference(values, first).to_dict()
             rows.append({"task": task.name, "arm": name, "score": score, "difference": difference})
             first, done = first or values, done + sizes.prompts
-    known, read = None, texts_digest(sequences, [0])
+    known, read, of = None, texts_digest(sequences, [0]), documents_of(sequences)
     for name, arm in arms.items():
         with asking(arm):
             callback = part(on_progress, f"texts, {name}", done, total)
             losses = perplexity(arm.model, sequences, 0, 1, callback).by_text
         ratio = None
         if known is not None:
-            ratio = ratio_of([a - b for a, b in zip(losses, known, strict=True)], read)
-        texts.append({"arm": name, "ppl": ratio_of(losses, read), "ratio": ratio})
+            ratio = ratio_of([a - b for a, b in zip(losses, known, strict=True)], read, of)
+        texts.append({"arm": name, "ppl": ratio_of(losses, read, of), "ratio": ratio})
         known, done = known or list(losses), done + len(sequences)
     return {"tasks": rows, "texts": texts, "sizes": asdict(sizes)}
 

@@ -199,10 +199,11 @@ class DeepSeek(Family):
         source = q_lora or hidden
         weights = hidden * q_lora + source * heads * (nope + rope) + hidden * (kv_lora + rope)
         weights += kv_lora * heads * (nope + value) + heads * value * hidden
+        biases = (q_lora + kv_lora + rope + hidden) * bool(fields.get("attention_bias"))
         return AttentionCost(
             heads=heads,
             weights=weights,
-            norms=q_lora + kv_lora,
+            norms=q_lora + kv_lora + biases,
             masked=nope + rope + value,
             gathered=2 * kv_lora + rope,
             score=nope + rope,

@@ -22,7 +22,7 @@ from tokensieve.report.profile_page import write_profile
 from tokensieve.report.profile_table import show_profile
 from tokensieve.report.runs_page import read_run, write_runs
 from tokensieve.report.suites import serving_line, show_long, show_short, show_suite
-from tokensieve.report.table import crossover_text, show, show_criteria
+from tokensieve.report.table import counted, crossover_text, show, show_criteria
 from tokensieve.report.templates import render
 
 __all__ = [
@@ -138,7 +138,7 @@ def _count(criteria: Sequence[Criterion]) -> str:
 
 def _figure(found: Mapping[str, Any]) -> str:
     """An `Estimate` of texts, in words."""
-    texts = f"{found['n']} text{'s' if found['n'] > 1 else ''}"
+    texts = counted(found, "text", "document")
     if found["low"] is None:
         return f"{found['value']:.3f} ({texts})"
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f}, {texts})"
@@ -155,6 +155,7 @@ def _row(c: Criterion) -> dict[str, Any]:
         "value": text(c.value) + (" points" if points else ""),
         "interval": "" if c.low is None or c.high is None else f"{text(c.low)} to {text(c.high)}",
         "n": "" if c.n is None else f"{c.n:,}",
+        "clusters": "" if c.clusters is None else f"{c.clusters:,}",
         "bound": f"{RELATIONS[c.relation]} " + (f"{100 * c.bound:+.0f} points" if points else f"{c.bound:.2f}"),
         "verdict": c.verdict,
     }

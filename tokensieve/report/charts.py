@@ -40,13 +40,13 @@ class Chart:
     above: float | None = None
 
     def csv(self) -> str:
-        """Rows of series, place, value, low, high, n; an empty bound is one that so few prompts do not give."""
+        """Rows of series, place, value, low, high, n, clusters; a bound that so few prompts do not give is empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("series", self.x, self.y, "low", "high", "n"))
+        writer.writerow(("series", self.x, self.y, "low", "high", "n", "clusters"))
         for name, points in self.series.items():
             for place, e in points:
-                writer.writerow((name, place, e["value"], e["low"], e["high"], e["n"]))
+                writer.writerow((name, place, e["value"], e["low"], e["high"], e["n"], e.get("clusters")))
         return text.getvalue()
 
     @property

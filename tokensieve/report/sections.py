@@ -13,7 +13,9 @@ from tokensieve.evals.parity import ARMS
 from tokensieve.report.charts import Chart, Estimates
 from tokensieve.report.paper_suite import table_1
 from tokensieve.report.posttrain import CURVES
+from tokensieve.report.table import counted
 
+COUNTS = "n", "contexts or documents"  # columns: prompts or texts, and what they are about
 FAR = 1.5  # times dense attention's perplexity, above which a point would flatten the others
 
 Figures = Mapping[str, Any]
@@ -52,12 +54,12 @@ def kind_of(arm: str) -> str:
 
 def parity(found: Figures) -> list[Section]:
     """Dense against sparse attention for several k, as `evals.judge_parity` measures it."""
-    n = found["texts"][0]["ppl"]["n"]
+    read = counted(found["texts"][0]["ppl"], "text", "document")
     verdicts = Table(("k", "verdict", "why"), [(f"{v['k']:,}", v["verdict"], v["reason"]) for v in found["verdicts"]])
     judged = Table(
-        ("k", "criterion", "figure", "bound", "n", "verdict"),
+        ("k", "criterion", "figure", "bound", *COUNTS, "verdict"),
         [
-            (f"{v['k']:,}", c["name"], text_of(c), f"{c['relation']} {c['bound']:.2f}", str(c["n"]), c["verdict"])
+            (f"{v['k']:,}", c["name"], text_of(c), f"{c['relation']} {c['bound']:.2f}", *_counts(c), c["verdict"])
             for v in found["verdicts"]
             for c in v["criteria"]
         ],
@@ -70,7 +72,7 @@ def parity(found: Figures) -> list[Section]:
         ],
     )
     lead = [
-        f"Prompts of {found['context']:,} tokens, all longer than k; {n} texts. Same tokens: of what dense attention "
+        f"Prompts of {found['context']:,} tokens, all longer than k; {read}. Same tokens: of what dense attention "
         "writes greedily after a text, the share that each arm would write at the same place. The arm dense reads its "
         "own, which shows what rounding does.",
         *dict.fromkeys(f"Not judged: {why}." for v in found["verdicts"] for why in v["left_out"]),
@@ -152,7 +154,10 @@ def short(found: Figures) -> list[Section]:
     tasks = {arm: [(r["task"], r["score"]) for r in found["tasks"] if r["arm"] == arm] for arm in arms}
     rows = [(r["task"], r["arm"], text_of(r["score"]), str(r["score"]["n"]), text_of(r["difference"]))
             for r in found["tasks"]]  # fmt: skip
-    texts = [(r["arm"], text_of(r["ppl"]), text_of(r["ratio"]), str(r["ppl"]["n"])) for r in found["texts"]]
+    texts = [
+        (r["arm"], text_of(r["ppl"]), text_of(r["ratio"]), counted(r["ppl"], "text", "document"))
+        for r in found["texts"]
+    ]
     tables = [
         Table(("task", "arm", "score", "questions", "less the first arm's"), rows),
         Table((f"texts of {found['sizes']['tokens']} tokens", "perplexity", "over the first arm's", "texts"), texts),
@@ -179,7 +184,9 @@ def arms(metrics: Figures) -> list[Section]:
     if compared["needle"]:
         what = (
             "Of sparse less the arm's; the controls untrained_indexer and window: of dense less theirs. "
-            "Questions count as independent, as in the criteria."
+            "Intervals are over contexts."
+            if all("clusters" in e for e in compared["needle"].values())
+            else "Questions count as independent, as they did before 2026-11-30."
         )
         charts.append(Chart("needles", "Differences in needles", what, {"": list(compared["needle"].items())}, "arm",
                             "difference", mark=0.0))  # fmt: skip
@@ -206,12 +213,14 @@ def _alike(
     found: Mapping[str, Estimates], kept: str, estimate: Callable[..., dict[str, Any]], of: str
 ) -> dict[str, list[tuple[float | str, Estimates]]]:
     """A series for each number of texts or contexts that an arm read, with all arms that read so many or more: of
-    these it takes the first ones, which are the same for all.
+    these it takes the first ones, which are the same for all. estimate: `ratio_of` or `share_of`.
     """
     read = {len(e[kept]): e["prompts"] for e in found.values()}
     return {
         f"{n} {of}{'s' if n > 1 else ''}": [
-            (arm, estimate(e[kept][:n], prompts)) for arm, e in found.items() if len(e[kept]) >= n
+            (arm, estimate(e[kept][:n], prompts, *([e["documents"]] if "documents" in e else [])))
+            for arm, e in found.items()
+            if len(e[kept]) >= n
         ]
         for n, prompts in sorted(read.items())
     }
@@ -229,23 +238,35 @@ def _percent(figures: Figures) -> str:
 
 
 def _criteria(criteria: Sequence[Criterion]) -> Table:
-    rows = [(c.name, text_of(vars(c)), f"{c.relation} {c.bound:.2f}", str(c.n or ""), c.verdict) for c in criteria]
-    return Table(("criterion", "figure", "bound", "n", "verdict"), rows)
+    rows = [(c.name, text_of(vars(c)), f"{c.relation} {c.bound:.2f}", *_counts(vars(c)), c.verdict) for c in criteria]
+    return Table(("criterion", "figure", "bound", *COUNTS, "verdict"), rows)
+
+
+def _counts(found: Figures) -> tuple[str, str]:
+    """The cells of `COUNTS`; empty for a figure that is not an estimate, or of which it is not known."""
+    return str(found["n"] or ""), str(found.get("clusters") or "")
 
 
 def acceptance(metrics: Figures) -> list[Section]:
     """A dense model's use of its context, as `evals.acceptance` measures it."""
     series = {
         f"{row['needles']} in {row['context']:,} tokens": [
-            (10 * tenth + 5, intervals.share(share * count, count).to_dict())
-            for tenth, (share, count) in enumerate(zip(row["by_depth"], row["counts"], strict=True))
-            if share is not None
+            (10 * tenth + 5, estimate) for tenth, estimate in enumerate(_by_depth(row)) if estimate is not None
         ]
         for row in metrics["needles"]
     }
-    chart = Chart("needles", "Needles found by depth", "Wilson's intervals, over the questions of each tenth.", series,
+    of = "contexts" if all("estimates" in row for row in metrics["needles"]) else "questions"
+    chart = Chart("needles", "Needles found by depth", f"Wilson's intervals, over the {of} of each tenth.", series,
                   "depth in percent", "share found")  # fmt: skip
     return [Section("acceptance", "Use of the context", (), [_criteria(acceptance_criteria(metrics))], [chart])]
+
+
+def _by_depth(row: Figures) -> Sequence[Estimates | None]:
+    """The share found in each tenth; of runs before 2026-11-30 as if its questions were independent."""
+    if "estimates" in row:
+        return row["estimates"]
+    tenths = zip(row["by_depth"], row["counts"], strict=True)
+    return [None if x is None else intervals.share(x * count, count).to_dict() for x, count in tenths]
 
 
 def serving(record: Figures) -> list[Section]:

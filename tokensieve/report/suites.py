@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokensieve.report.sections import text_of
-from tokensieve.report.table import table
+from tokensieve.report.table import counted, table
 
 
 def show_suite(console: Console, suite: str, figures: Mapping[str, Any]) -> None:
@@ -24,8 +24,7 @@ def show_parity(console: Console, figures: Mapping[str, Any]) -> None:
     for row in figures["texts"]:
         texts.add_row(row["arm"], text_of(row["ratio"]), *_share(row["same"]), _plus_minus(row["first"], 1))
     console.print(texts)
-    count = figures["texts"][0]["ppl"]["n"]
-    texts_read = f"{count} text{'' if count == 1 else 's'}"
+    texts_read = counted(figures["texts"][0]["ppl"], "text", "document")
     console.print(f"[dim]{texts_read}; same tokens: of dense's greedy continuation, read with each arm[/dim]")
     layers = range(len(figures["recall"][0]["by_layer"]))
     recalls = table("recall of the mass by layer", "all", "95% interval", *map(str, layers))
@@ -80,7 +79,7 @@ def _show_positions(console: Console, edges: Sequence[int], ppl: Mapping[str, An
     console.print()
     console.print(positions)
     over = f"; the other arms' over that of {escape(first)}" if ratio else ""
-    texts = f"{stretches[0]['n']} text{'' if stretches[0]['n'] == 1 else 's'}"
+    texts = counted(stretches[0], "text", "document")
     console.print(f"[dim]{texts}, ± half of the 95% interval over them{over}[/dim]", highlight=False)
 
 
@@ -94,7 +93,8 @@ def show_short(console: Console, figures: Mapping[str, Any]) -> None:
     console.print("[dim]Four choices each: chance is 25%[/dim]", highlight=False)
     texts = table(f"texts of {figures['sizes']['tokens']} tokens", "perplexity", "n", "over the first arm's")
     for row in figures["texts"]:
-        texts.add_row(row["arm"], text_of(row["ppl"]), str(row["ppl"]["n"]), text_of(row["ratio"]))
+        read = counted(row["ppl"], "text", "document")
+        texts.add_row(row["arm"], text_of(row["ppl"]), read, text_of(row["ratio"]))
     console.print()
     console.print(texts)
 

@@ -23,7 +23,8 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
             accuracy = "", ""
             if "needle" in figures:
                 low, high = figures["needle_interval"]
-                accuracy = f"{100 * figures['needle']:.1f}%", f"{100 * low:.0f} to {100 * high:.0f}%"
+                interval = "" if low is None else f"{100 * low:.0f} to {100 * high:.0f}%"
+                accuracy = f"{100 * figures['needle']:.1f}%", interval
             arms.add_row(escape(name), f"{figures['ppl']:.3f}", *accuracy, f"[dim]{escape(what)}[/dim]", style=style)
     console.print(arms)
     for key, what in (("decode_ms", "a token"), ("chunk_ms", f"{CHUNK} tokens")):
@@ -41,7 +42,8 @@ def show(console: Console, metrics: Mapping[str, Any]) -> None:
     for arm in ("dense", "dense_adapted"):
         if arm in metrics["compared"]["ppl"]:
             found = metrics["compared"]["ppl"][arm]
-            console.print(f"       sparse perplexity / {arm}: {_estimate(found, 'text')}", highlight=False)
+            figure = _estimate(found, "text", "document")
+            console.print(f"       sparse perplexity / {arm}: {figure}", highlight=False)
 
 
 def crossover_text(ms: Mapping[str, Mapping[str, float]]) -> str:
@@ -57,14 +59,23 @@ def show_criteria(console: Console, criteria: Iterable[Criterion]) -> None:
     colors = {"holds": "green", "fails": "red", "within noise": "yellow"}
     for c in criteria:
         verdict = f"[{colors[c.verdict]}]{c.verdict}[/{colors[c.verdict]}]"
-        unit = "text" if "perplexity" in c.name else "prompt"
-        figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), unit)
+        units = ("text", "document") if "perplexity" in c.name else ("prompt", "context")
+        figure = f"{c.value:.3f}" if c.n is None else _estimate(vars(c), *units)
         console.print(f"{verdict}  {c.name}: {figure}, needed {c.relation} {c.bound:.2f}", highlight=False)
 
 
-def _estimate(found: Mapping[str, Any], unit: str) -> str:
+def _estimate(found: Mapping[str, Any], unit: str, cluster: str) -> str:
     interval = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}, "
-    return f"{found['value']:.3f} ({interval}{found['n']} {unit}{'' if found['n'] == 1 else 's'})"
+    return f"{found['value']:.3f} ({interval}{counted(found, unit, cluster)})"
+
+
+def counted(found: Mapping[str, Any], unit: str, cluster: str) -> str:
+    """What an estimate stands on: "64 prompts of 4 contexts", or "16 texts" if each is of its own."""
+    n, clusters = found["n"], found.get("clusters")
+    text = f"{n} {unit}{'' if n == 1 else 's'}"
+    if clusters in (None, n):
+        return text
+    return f"{text} of {clusters} {cluster}{'' if clusters == 1 else 's'}"
 
 
 def table(*columns: str) -> Table:

@@ -1,6 +1,8 @@
 """evalscope's task for each benchmark, and the answers in its files: none is counted that was not given or graded."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,33 @@ def test_a_task_goes_on_where_one_was_stopped_and_reads_local_data(tmp_path: Pat
     assert task["use_cache"] == str(tmp_path)
     options = task["dataset_args"]["live_code_bench"]
     assert options["local_path"] == "/data" and options["subset_list"] == ["release_v6"]
+
+
+FAKE = {
+    "run.py": "import json\nfrom evalscope.benchmarks.terminal_bench import utils\n"
+    "def run_task(task): print(json.dumps([task, utils.HarborLLM().get_model_context_limit()]))\n",
+    "benchmarks/terminal_bench/utils.py": "class HarborLLM:\n    def get_model_context_limit(self): return 4096\n",
+}
+
+
+@pytest.mark.parametrize(("key", "seen"), [("terminal_bench", 120000), ("swe_verified", 4096)])
+def test_terminal_bench_is_told_the_models_context(key: str, seen: int, tmp_path: Path, monkeypatch) -> None:
+    """evalscope takes max_tokens for it. An agent of ours would sum up its history after 4096 tokens of 124096."""
+    for name, text in FAKE.items():
+        file = tmp_path / "evalscope" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    asked = replace(ASKED, longest_prompt=120000)
+    monkeypatch.setattr(Asked, "environment", lambda *_: tmp_path)
+    monkeypatch.setattr(Asked, "program", lambda *_: sys.executable)
+    with pytest.raises(Unavailable, match="left no answers"):
+        evalscope.run(BY_KEY[key], replace(CONFIG, data=""), asked, tmp_path)
+    task, context = json.loads((tmp_path / "harness.log").read_text())
+    assert context == seen and task["generation_config"]["max_tokens"] == 4096
+    file.write_text("class HarborLLM: pass\n")
+    if key == "terminal_bench":  # a version that has no such method
+        with pytest.raises(Unavailable, match="get_model_context_limit"):
+            evalscope.run(BY_KEY[key], CONFIG, asked, tmp_path)
 
 
 def test_answers_in_reviews(tmp_path: Path) -> None:

@@ -67,6 +67,39 @@ def test_a_run(config: PaperConfig, asked: list, tmp_path: Path) -> None:
         assert [key for key, *_ in asked] == ["mmlu_pro", "aime25", "hmmt25"]  # answers of other lengths are others
 
 
+@pytest.mark.parametrize(
+    ("card", "given", "tokens", "longest"),
+    [
+        ({"max_model_len": 131072}, 0, (65536, 16384), 114688),  # vLLM, SGLang, ours
+        ({"context_length": 8192}, 0, (4096, 1024), 7168),
+        ({"context_window": 131072}, 16384, (8192, 2048), 14336),  # the setting comes first
+        ({}, 0, (65536, 16384), None),
+    ],
+)
+def test_answers_leave_room_for_prompts(
+    card: dict,
+    given: int,
+    tokens: tuple[int, int],
+    longest: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Half of the context to a question, seven eighths to an agent, whose prompts grow."""
+    seen: dict[str, tuple[int, int | None]] = {}
+
+    def run(benchmark: Any, config: Any, asked: Any, folder: Path) -> list[Graded]:
+        seen[benchmark.key] = asked.max_tokens, asked.longest_prompt
+        return [Graded("1", 1.0)]
+
+    monkeypatch.setitem(suite.RUN, "evalscope", run)
+    monkeypatch.setitem(suite.RUN, "evalscope-agents", run)
+    monkeypatch.setattr(suite, "lacking", lambda *_: None)
+    config = PaperConfig(("aime25", "terminal_bench"), context=given)
+    with answering(lambda *_: (200, {"data": [{"id": "m", **card}]})) as url:
+        judge(url, config, tmp_path / "out")
+    assert (seen["aime25"][0], seen["terminal_bench"][0]) == tokens and seen["terminal_bench"][1] == longest
+
+
 def test_a_record_has_one_model_and_any_subset(config: PaperConfig, asked: list, tmp_path: Path) -> None:
     """Benchmarks that are asked later join those that are there, which stay; another model is refused."""
     one, other = (replace(config, benchmarks=(key,)) for key in ("mmlu_pro", "hmmt25"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.evals.paper.harnesses import HARNESSES, Unavailable, environment, last_line, program
+from tokensieve.files import locked
 
 LOG = "harness.log"
 SILENT = {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1"}  # a user may set them otherwise
@@ -18,8 +19,9 @@ SILENT = {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1"}  # a user may set them
 class Asked:
     """The endpoint of a run, with how long and how often a benchmark's problems are answered.
 
-    url: with its /v1. key, judge_key: of the endpoint and of the judge's; "none" if there is none. announce: called
-    with one line if an environment is made.
+    url: with its /v1. max_tokens: of an answer, or of a step of an agent. longest_prompt: tokens that leave room for
+    it; None if the model's context is not known. key, judge_key: of the endpoint and of the judge's; "none" if there is
+    none. announce: called with one line if an environment is made.
     """
 
     url: str
@@ -29,6 +31,7 @@ class Asked:
     announce: Callable[[str], object]
     key: str = "none"
     judge_key: str = "none"
+    longest_prompt: int | None = None
 
     def environment(self, harness: str) -> Path:
         """The environment of a harness. Unavailable if it cannot be made."""
@@ -42,18 +45,20 @@ class Asked:
 def run_harness(command: list[str], folder: Path, given: str = "", **variables: str) -> None:
     """Runs a command in `folder`, whose log it adds to. given: its standard input. variables: of its environment.
 
+    If we are killed, the command goes on. It holds the folder, so that no second one writes there beside it.
+
     Raises:
         Unavailable: it failed; the reason is the last line of what it wrote.
+        UserError: another one still runs in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / LOG
     begin = log.stat().st_size if log.exists() else 0
     # Unbuffered, so that the error comes last in the log.
     variables = {**SILENT, **os.environ, "PYTHONPATH": "", "PYTHONUNBUFFERED": "1", **variables}
-    with log.open("a", encoding="utf-8") as file:
-        done = subprocess.run(
-            command, cwd=folder, input=given, stdout=file, stderr=subprocess.STDOUT, text=True, env=variables
-        )
+    with locked(folder) as held, log.open("a", encoding="utf-8") as file:
+        streams: dict[str, Any] = {"input": given, "stdout": file, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, cwd=folder, env=variables, pass_fds=(held,), **streams)
     if done.returncode:
         with log.open(encoding="utf-8", errors="replace") as file:
             file.seek(begin)

@@ -39,7 +39,8 @@ class Benchmark:
         metric: of one answer, as the harness calls it; in [0, 1].
         needs: beside the harness itself.
         repeats: answers to each problem, unless the settings say otherwise.
-        max_tokens: of an answer, likewise.
+        max_tokens: of an answer, likewise; of an agent each step's.
+        agent: answers in many steps, whose prompts grow.
         options: of the task, in the harness's terms.
         host: from where the data come, unless it is the hub of the settings.
         note: how this differs from what the paper did, as far as it is known.
@@ -56,6 +57,7 @@ class Benchmark:
     needs: tuple[Need, ...]
     repeats: int = 1
     max_tokens: int = 65536
+    agent: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     host: str = ""
     note: str = ""
@@ -68,6 +70,7 @@ class Benchmark:
 DATA: tuple[Need, ...] = ("data",)
 SEARCH: tuple[Need, ...] = ("data", "judge", "search")
 AGENT: tuple[Need, ...] = ("data", "containers", "network")
+STEPS: dict[str, Any] = {"agent": True, "max_tokens": 16384}
 TOOLS = "with the search tools that you give"
 
 # fmt: off
@@ -79,11 +82,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
               ("data", "judge"), options={"extra_params": {"include_multi_modal": False}},
               note="questions without pictures"),
     Benchmark("browsecomp", "BrowseComp (Acc.)", "Search Agent", 38.5, 40.1, "evalscope", "browsecomp", "is_correct",
-              SEARCH, note=TOOLS),
+              SEARCH, note=TOOLS, **STEPS),
     Benchmark("browsecomp_zh", "BrowseComp_zh (Acc.)", "Search Agent", 45.0, 47.9, "evalscope", "browsecomp",
-              "is_correct", SEARCH, note=f"{TOOLS}; asked and graded as BrowseComp is, in English words"),
+              "is_correct", SEARCH, note=f"{TOOLS}; asked and graded as BrowseComp is, in English words", **STEPS),
     Benchmark("simple_qa", "SimpleQA (Acc.)", "Search Agent", 96.8, 97.1, "evalscope", "simple_qa", "is_correct",
-              SEARCH, note=TOOLS),
+              SEARCH, note=TOOLS, **STEPS),
     Benchmark("live_code_bench", "LiveCodeBench (Pass@1)", "Code", 74.9, 74.1, "evalscope-agents", "live_code_bench",
               "acc", ("data", "containers"), note="problems from August 2024 to May 2025",
               options={"subset_list": ["release_v6"],
@@ -93,11 +96,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     Benchmark("aider_polyglot", "Aider-Polyglot (Acc.)", "Code", 76.1, 74.5, "harbor", "aider-polyglot@1.0", "reward",
               (*AGENT, "reachable"), host="hub.harborframework.com", note="sampled as Aider does"),
     Benchmark("swe_verified", "SWE Verified (Agent mode)", "Code Agent", 68.4, 67.8, "evalscope-agents",
-              "swe_bench_verified_agentic", "acc", AGENT),
+              "swe_bench_verified_agentic", "acc", AGENT, **STEPS),
     Benchmark("swe_multilingual", "SWE-bench Multilingual (Agent mode)", "Code Agent", 57.8, 57.9, "evalscope-agents",
-              "swe_bench_multilingual_agentic", "acc", AGENT),
+              "swe_bench_multilingual_agentic", "acc", AGENT, **STEPS),
     Benchmark("terminal_bench", "Terminal-bench (Terminus)", "Code Agent", 36.7, 37.7, "evalscope-agents",
-              "terminal_bench_v2", "acc", ("containers", "network"), host="hub.harborframework.com",
+              "terminal_bench_v2", "acc", ("containers", "network"), host="hub.harborframework.com", **STEPS,
               note="version 2 with Terminus 2; the paper's columns: version 1 with Terminus 1"),
     Benchmark("aime25", "AIME 2025 (Pass@1)", "Math", 88.4, 89.3, "evalscope", "aime25", "acc", DATA, repeats=16),
     Benchmark("hmmt25", "HMMT 2025 (Pass@1)", "Math", 86.1, 83.6, "evalscope", "hmmt25", "acc", DATA, repeats=16),

@@ -16,7 +16,19 @@ from tokensieve.evals.paper.scores import Graded
 from tokensieve.paper_config import PaperConfig
 
 # The task comes through standard input, so that no key stands in a list of processes or in a file.
-DRIVER = "import json, sys; from evalscope.run import run_task; run_task(json.load(sys.stdin))"
+# evalscope cuts no prompts and has no setting of a model's context. Terminal-bench's agent needs one, since it sums up
+# its history before that is too long: evalscope gives it max_tokens.
+DRIVER = """
+import json, sys
+from evalscope.run import run_task
+given = json.load(sys.stdin)
+if given["longest_prompt"] is not None:
+    from evalscope.benchmarks.terminal_bench.utils import HarborLLM
+    HarborLLM.get_model_context_limit  # raises if it is called otherwise in another version
+    HarborLLM.get_model_context_limit = lambda self: given["longest_prompt"]
+run_task(given["task"])
+"""
+TERMINAL = "terminal_bench_v2"
 
 # The same cipher and columns as BrowseComp's, under other names, in a spreadsheet.
 CONVERT = """
@@ -79,7 +91,10 @@ def run(benchmark: Benchmark, config: PaperConfig, asked: Asked, folder: Path) -
     data = local_data(benchmark, config)
     if benchmark.key == "browsecomp_zh" and data is not None:
         data = _converted(data, folder, asked.program(home))
-    given = task(benchmark, config, asked, data, folder)
+    given = {
+        "task": task(benchmark, config, asked, data, folder),
+        "longest_prompt": asked.longest_prompt if benchmark.task == TERMINAL else None,
+    }
     run_harness([asked.program(home), "-c", DRIVER], folder, given=json.dumps(given))
     return answers(benchmark, folder)
 

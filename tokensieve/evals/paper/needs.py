@@ -83,7 +83,8 @@ def _data(benchmark: Benchmark, config: PaperConfig) -> str | None:
     if benchmark.key in LOCAL_ONLY:
         return f"no data: put {LOCAL_ONLY[benchmark.key]} into {place}, and --set data={config.data or 'DATA'}"
     host = benchmark.host or HUBS[config.hub]
-    return None if reachable(host) else f"no data: {place} is not there, and {host} cannot be reached"
+    what = "is empty" if Path(place).expanduser().is_dir() else "is not there"
+    return None if reachable(host) else f"no data: {place} {what}, and {host} cannot be reached"
 
 
 def _is_loopback(url: str) -> bool:

@@ -20,6 +20,9 @@ from tokensieve.files import locked
 from tokensieve.paper_config import PaperConfig
 from tokensieve.run_record import RunRecord
 
+# What servers call the tokens of a context in a model's card: vLLM, SGLang and we; OpenRouter and LM Studio; Groq;
+# Mistral.
+CONTEXT_FIELDS = "max_model_len", "context_length", "context_window", "max_context_length"
 LACKING = "lacking"  # the record's key of what has no score: {key: reason}
 RUN: Mapping[str, Callable[[Benchmark, PaperConfig, Asked, Path], list[Graded]]] = {
     "evalscope": evalscope.run,
@@ -70,7 +73,9 @@ def judge_paper(
             if benchmark.key in record.figures:
                 continue
             how = settings[benchmark.key]
-            one = replace(asked, max_tokens=how.get("max_tokens", 0), repeats=how["repeats"])
+            tokens = how.get("max_tokens", 0)
+            longest = None if room is None else max(1, room - tokens)
+            one = replace(asked, max_tokens=tokens, repeats=how["repeats"], longest_prompt=longest)
             place = folder / f"{benchmark.key}-{_digest(how)}"
             reason = lacking(benchmark, config, endpoint.url)
             if reason is None:
@@ -126,7 +131,7 @@ def _chosen(config: PaperConfig) -> list[Benchmark]:
 
 
 def _served(endpoint: Endpoint, config: PaperConfig) -> tuple[str, int | None]:
-    """The model's id, and the tokens of its longest context; None if the endpoint does not list them."""
+    """The model's id, and the tokens of its longest context; None if neither settings nor endpoint say."""
     try:
         cards = {card["id"]: card for card in endpoint.models()}
     except Refused as error:
@@ -135,9 +140,12 @@ def _served(endpoint: Endpoint, config: PaperConfig) -> tuple[str, int | None]:
         cards = {config.model: {}}
     model = config.model or next(iter(cards), "")
     if model not in cards:
-        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards) or 'none'}")
-    room = cards[model].get("max_model_len")
-    return model, room if isinstance(room, int) else None
+        if not cards:
+            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
+        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
+    listed = [cards[model].get(name) for name in CONTEXT_FIELDS]
+    room = next((found for found in listed if isinstance(found, int) and found > 0), None)
+    return model, config.context or room
 
 
 def _check(endpoint: Endpoint) -> None:
@@ -148,7 +156,8 @@ def _check(endpoint: Endpoint) -> None:
 
 def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int | None) -> dict[str, Any]:
     """All that a benchmark's score depends on. Nothing of how it is sampled reaches an agent of Harbor."""
-    fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // 2)
+    # Some servers refuse a prompt if it and max_tokens together are too long, and an agent's prompts grow.
+    fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // (8 if benchmark.agent else 2))
     found: dict[str, Any] = {
         "model": model,
         "task": benchmark.task,
@@ -160,6 +169,8 @@ def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int |
     if benchmark.harness != "harbor":
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
         found |= {"max_tokens": config.max_tokens or fits, **sampling}
+    if benchmark.task == evalscope.TERMINAL:
+        found["context"] = room
     if "judge" in benchmark.needs:
         found["judge_model"] = config.judge_model
     if "search" in benchmark.needs:
