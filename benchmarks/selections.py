@@ -4,16 +4,19 @@
     python benchmarks/selections.py --also distilled-4=runs/warm-4/step-000100
 
 Prints a table in Markdown, with 95% intervals, and writes every figure as JSON. Perplexity and needles are compared
-with the top k of the model, prompt by prompt. `--also` adds another checkpoint, which selects its own, and `--plain`
-leaves out all arms but dense attention and those of checkpoints. Keys are the
-mean over layers and over queries that see more than k; index scores are those of a text's last query, in units of one
-for every key in every layer.
+with the top k of the model, prompt by prompt; `--against` names other arms for tables of their own. `--also` adds
+another checkpoint, which selects its own, and `--arm` a selector on the model. `--plain` leaves out all arms but dense
+attention and those added; `--budget` keeps the ways to spend a budget of keys, too. Keys are the mean over layers and
+over queries that see more than k; index scores are those of a text's last query, in units of one for every key in
+every layer.
 """
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,12 +26,22 @@ import tokensieve
 from tokensieve import evals
 from tokensieve.config import DataConfig
 from tokensieve.data import read_documents
-from tokensieve.evals import Arm
+from tokensieve.evals import Arm, intervals
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, SelectionContext
-from tokensieve.model.selection import dense, indexer, window
+from tokensieve.model.selection import dense, indexer, resolve, window
 from tokensieve.report import environment
-from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared, TwoLevel
+from tokensieve.selectors import (
+    AtLeast,
+    DenseBelow,
+    DenseIfSpread,
+    DenseLayers,
+    PerLayer,
+    PerQuery,
+    Recent,
+    Shared,
+    TwoLevel,
+)
 from tokensieve.tasks import Documents, encoder
 from tokensieve.tasks.retrieval import MAX_NEEDLES, Needles
 
@@ -37,22 +50,35 @@ class Counting:
     """A selector that selects as another one, and counts the keys of queries that see more than k."""
 
     def __init__(self, selector: Callable[[SelectionContext], Tensor | None]):
-        self.selector, self.keys, self.queries = selector, 0, 0
+        self.selector, self.keys, self.queries = selector, Counter[int](), Counter[int]()  # by layer
         self.__name__ = type(selector).__name__
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
         indices, seen = self.selector(c), c.ends_N - c.starts_N
         past = seen > c.k
-        self.keys += int((seen if indices is None else (indices >= 0).sum(1))[past].sum())
-        self.queries += int(past.sum())
+        self.keys[c.layer] += int((seen if indices is None else (indices >= 0).sum(1))[past].sum())
+        self.queries[c.layer] += int(past.sum())
         return indices
 
     @property
     def mean(self) -> float:
-        return self.keys / max(1, self.queries)
+        return self.keys.total() / max(1, self.queries.total())
+
+    @property
+    def by_layer(self) -> list[float]:
+        return [self.keys[layer] / max(1, self.queries[layer]) for layer in sorted(self.queries)]
 
 
 PLAIN: dict[str, tuple[Any, float]] = {"dense": (dense, 0.0), "sparse": (indexer, 1.0)}
+
+
+def budget_arms(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
+    """The ways to spend a budget of k keys that are fitted to it on `texts`, as `arms_of` gives them."""
+    return {
+        "k by query, by share": (AtLeast(evals.fitted_share(model, texts, k)), 1.0),
+        "k by query": (PerQuery(evals.fitted_query_share(model, texts, k)), 1.0),
+        "k by layer": (PerLayer(evals.fitted_k(model, texts, k)), 1.0),
+    }
 
 
 def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
@@ -61,11 +87,9 @@ def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str,
     """
     layers, tokens, block = len(model.model.layers), len(texts[0]), 32
     blocks = 2 * k // block
-    arms = PLAIN | {
+    arms = budget_arms(model, texts, k) | {
         "window": (window, 0.0),
         "top k, sinks, window": (Recent(last=min(64, k // 4)), 1.0),
-        "k by query": (AtLeast(evals.fitted_share(model, texts, k)), 1.0),
-        "k by layer": (PerLayer(evals.fitted_k(model, texts, k)), 1.0),
         "dense in layer 0": (DenseLayers((0,)), (layers - 1) / layers),
         "dense below 4 k": (DenseBelow(4 * k), 1.0),
         "dense if spread": (DenseIfSpread(0.7), 1.0),
@@ -88,7 +112,12 @@ def rows_of(
     model, encode = models["sparse"], encoder(tokenizer)
     training = list(read_documents("python", "train", DataConfig().held_out_share))
     fitted_on = evals.text_sequences(encode, training, sizes.context, sizes.fit)
-    selectors = PLAIN if sizes.plain else arms_of(model, fitted_on, k)
+    selectors = dict(PLAIN)
+    if not sizes.plain:
+        selectors |= (budget_arms if sizes.budget else arms_of)(model, fitted_on, k)
+    for arm in sizes.arm:
+        name, _, selector = arm.partition("=")
+        selectors[name] = (resolve(selector), 1.0)
     held_out = list(read_documents("python", "test", DataConfig().held_out_share))
     sequences = evals.text_sequences(encode, held_out, sizes.context, sizes.texts)
     task = Needles(encode, Documents(test=held_out), context=sizes.context)
@@ -102,39 +131,35 @@ def rows_of(
             arms[name] = Arm(other, counting[name])
             work[name] = other.model.indexers / len(other.model.layers)
     scores = evals.compare(arms, encode, sequences, task, needles, k)
-    metrics = evals.metrics_of(scores)
-    rows = []
-    for name in arms:
-        ppl = metrics["compared"]["ppl"].get(name)
-        needle = metrics["compared"]["needle"].get(name) if name != "window" else None
-        rows.append(
-            {
-                "arm": name, "k": k, "selector": repr(counting[name].selector), "ppl": metrics[name]["ppl"],
-                "sparse_over_arm": ppl, "needle": metrics[name].get("needle"), "sparse_less_arm": needle,
-                "keys": counting[name].mean, "scores": work[name],
-            }
-        )  # fmt: skip
-    return rows
+    return [
+        {
+            "arm": name, "k": k, "selector": repr(counting[name].selector), "losses": found.text.by_text,
+            "answers": [record.score.value for record in found.needles.records] if found.needles else [],
+            "keys": counting[name].mean, "keys_by_layer": counting[name].by_layer, "scores": work[name],
+        }
+        for name, found in scores.items()
+    ]  # fmt: skip
 
 
-def line(row: dict[str, Any]) -> str:
-    ratio, needle = "1", ""
-    if row["sparse_over_arm"] is not None:
-        r = row["sparse_over_arm"]
-        ratio = f"{1 / r['value']:.4f} ({1 / r['high']:.4f} to {1 / r['low']:.4f})"
-    if row["needle"] is not None:
-        needle = f"{row['needle']:.1%}"
-        if row["sparse_less_arm"] is not None:
-            d = row["sparse_less_arm"]
-            needle += f" ({-100 * d['value']:+.1f}: {-100 * d['high']:+.1f} to {-100 * d['low']:+.1f})"
-    return f"| {row['arm']} | {ratio} | {needle} | {row['keys']:.0f} | {row['scores']:.2f} |"
+def line(row: dict[str, Any], base: dict[str, Any]) -> str:
+    """A row of the table, whose arm is compared with another one."""
+    ratio = intervals.ratio([a - b for a, b in zip(row["losses"], base["losses"], strict=True)])
+    needle = f"{fmean(row['answers']):.1%}"
+    cells = [row["arm"], "1" if row is base else f"{ratio.value:.4f} ({ratio.low or 0:.4f} to {ratio.high or 0:.4f})"]
+    if row is not base:
+        d = intervals.difference(row["answers"], base["answers"])
+        needle += f" ({100 * d.value:+.1f}: {100 * (d.low or 0):+.1f} to {100 * (d.high or 0):+.1f})"
+    return "| " + " | ".join([*cells, needle, f"{row['keys']:.0f}", f"{row['scores']:.2f}"]) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="sparse")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME=SELECTOR")
+    parser.add_argument("--against", action="append", default=[], metavar="ARM")
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--budget", action="store_true")
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--texts", type=int, default=16, help="held-out texts")
     parser.add_argument("--needles", type=int, default=8, help="contexts with 16 needles each")
@@ -153,8 +178,10 @@ def main() -> None:
     for k in [int(k) for k in sizes.top_k.split(",") if k] or [models["sparse"].top_k]:
         found = rows_of(models, tokenizer, sizes, k)
         print(f"\nk = {k}, {sizes.context} tokens, {sizes.texts} texts, {sizes.needles * MAX_NEEDLES} questions\n")
-        print("| selection | perplexity / top k | needles (less top k) | keys | index scores |\n|---|---|---|---|---|")
-        print("\n".join(map(line, found)), flush=True)
+        for base in (row for row in found if row["arm"] in ("sparse", *sizes.against)):
+            print(f"| selection | perplexity / {base['arm']} | needles (less {base['arm']}) | keys | index scores |")
+            print("|---|---|---|---|---|")
+            print("\n".join(line(row, base) for row in found) + "\n", flush=True)
         rows += found
         sizes.out.parent.mkdir(parents=True, exist_ok=True)
         sizes.out.write_text(json.dumps({"rows": rows, "run": environment()}, indent=1))

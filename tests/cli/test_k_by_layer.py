@@ -29,13 +29,18 @@ def run(capsys: pytest.CaptureFixture) -> Any:
 
 @pytest.fixture(scope="module")
 def uneven(home: Path) -> Path:
-    """A model whose first layer looks everywhere, and whose second at few keys, which its indexer finds."""
+    """A model whose first layer looks everywhere, and whose second at few keys, which its indexer finds: all heads are
+    the same one.
+    """
     model = tokensieve.load(home / "dense")
     first, second = (layer.self_attn for layer in model.model.layers)
     with torch.no_grad():
         first.o_proj.weight.mul_(0.1)
-        (first.q_b_proj if hasattr(first, "q_b_proj") else first.q_proj).weight.mul_(0.01)
-        (second.q_b_proj if hasattr(second, "q_b_proj") else second.q_proj).weight.mul_(20)
+        first.q_b_proj.weight.mul_(0.01)
+        second.q_b_proj.weight.mul_(20)
+        for projection in (second.q_b_proj, second.kv_b_proj):
+            heads = projection.weight.unflatten(0, (second.heads, -1))
+            heads[1:] = heads[0].clone()
     tokensieve.save(tokensieve.sparsify(model, K, 4, 16, init="attention"), home / "uneven")
     return home / "uneven"
 

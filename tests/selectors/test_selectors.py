@@ -16,7 +16,17 @@ from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import SelectionContext
 from tokensieve.model.selection import check_indices, resolve
-from tokensieve.selectors import AtLeast, DenseBelow, DenseIfSpread, DenseLayers, PerLayer, Recent, Shared, TwoLevel
+from tokensieve.selectors import (
+    AtLeast,
+    DenseBelow,
+    DenseIfSpread,
+    DenseLayers,
+    PerLayer,
+    PerQuery,
+    Recent,
+    Shared,
+    TwoLevel,
+)
 
 K = 16
 
@@ -48,6 +58,16 @@ def at_least(scores: list[float], layer: int, before: list[int] | None) -> list[
     return [s for s in chosen if p[s] >= 0.02 or p[s] == top]
 
 
+def per_query(scores: list[float], layer: int, before: list[int] | None) -> list[int]:
+    p, read = shares(scores), 0.0
+    order = sorted(range(len(p)), key=lambda s: (-scores[s], s))[: 2 * K]
+    for n, s in enumerate(order):
+        read += p[s]
+        if p[s] / read < 0.06:
+            return sorted(order[:n])
+    return sorted(order)
+
+
 def dense_if_spread(scores: list[float], layer: int, before: list[int] | None) -> list[int]:
     p, chosen = shares(scores), best(scores, K)
     return chosen if sum(p[s] for s in chosen) >= 0.6 or len(scores) <= K else list(range(len(scores)))
@@ -61,6 +81,7 @@ def two_level(scores: list[float], layer: int, before: list[int] | None) -> list
 CASES: dict[str, tuple[Any, Callable[..., list[int]]]] = {
     "recent": (Recent(last=4, first=2), recent),
     "at least": (AtLeast(0.02, most=2), at_least),
+    "per query": (PerQuery(0.06, most=2), per_query),
     "per layer": (PerLayer((5, 40, 16)), lambda scores, layer, before: best(scores, (5, 40, 16)[layer])),
     "dense below": (DenseBelow(30), lambda s, layer, before: list(range(len(s))) if len(s) <= 30 else best(s, K)),
     "dense if spread": (DenseIfSpread(0.6), dense_if_spread),
@@ -114,6 +135,31 @@ def test_the_engine_selects_as_generate_does(case: str) -> None:
 
 
 @torch.no_grad()
+def test_the_number_of_keys_is_the_querys_own() -> None:
+    """At least one, even if no key but the best is worth it; many if scores are flat, at most 1 / share."""
+    model = model_of()
+
+    def counts(share: float, scale: float) -> Tensor:
+        selected: list[Tensor] = []
+
+        def watch(c: SelectionContext) -> Tensor:
+            scores = c.scores
+            c.scores = lambda: scale * scores()  # type: ignore[method-assign]
+            c.rows = lambda rows: c  # type: ignore[method-assign]
+            selected.append((PerQuery(share)(c) >= 0).sum(1))
+            return c.topk()
+
+        with tokensieve.selecting(model, watch):
+            model(tokens(1, 90))
+        return torch.stack(selected)
+
+    seen = torch.arange(1, 91).expand(3, -1)
+    assert torch.equal(counts(1.0, 1.0), torch.ones_like(seen))
+    assert torch.equal(counts(0.049, 0.0), seen.clamp_max(20))  # flat: key j holds 1 / j of what is read
+    assert len(counts(0.06, 1.0).unique()) > 5
+
+
+@torch.no_grad()
 def test_up_to_its_tokens_a_request_is_answered_by_the_dense_model() -> None:
     model, ids = model_of(), tokens(1, 60)
     with tokensieve.selecting(model, "dense"):
@@ -123,7 +169,9 @@ def test_up_to_its_tokens_a_request_is_answered_by_the_dense_model() -> None:
     assert float((mixed - dense)[:, :40].abs().max()) < 1e-5 < 0.01 < float((mixed - dense)[:, 40:].abs().max())
 
 
-@pytest.mark.parametrize("selector", [Recent(4, 2), AtLeast(0.02), Shared((1, 2)), DenseLayers((0,)), DenseBelow(30)])
+@pytest.mark.parametrize(
+    "selector", [Recent(4, 2), AtLeast(0.02), PerQuery(0.06), Shared((1, 2)), DenseLayers((0,)), DenseBelow(30)]
+)
 def test_training_takes_them(selector: Any) -> None:
     model = model_of().train()
     ids = tokens(1, 90)
@@ -141,6 +189,7 @@ def test_options_are_written_as_in_python() -> None:
     assert resolve("tokensieve.selectors:DenseIfSpread(mass=0.5)") == DenseIfSpread(0.5)
     assert resolve("tokensieve.selectors:AtLeast([0.1, 0.2])") == AtLeast((0.1, 0.2))
     assert resolve("tokensieve.selectors:AtLeast(share=(0.1, 0.2), most=2)") == AtLeast((0.1, 0.2), 2)
+    assert resolve("tokensieve.selectors:PerQuery(1)") == PerQuery(1.0)
 
 
 WRONG = {
@@ -166,6 +215,10 @@ WRONG = {
     "tokensieve.selectors:Shared()": 'missing value for field "layers"',
     "tokensieve.selectors:AtLeast(share=2)": "a share is from 0 to 1",
     "tokensieve.selectors:AtLeast(share=())": "a share is from 0 to 1",
+    "tokensieve.selectors:PerQuery(share=0)": "0 < share <= 1, and most is at least 1",
+    "tokensieve.selectors:PerQuery(share=1.5)": "0 < share <= 1, and most is at least 1",
+    "tokensieve.selectors:PerQuery(0.1, most=0)": "0 < share <= 1, and most is at least 1",
+    "tokensieve.selectors:PerQuery((0.1, 0.2))": "correct the option",
     "tokensieve.selectors:PerLayer(k=[4, 0])": "at least 1 key",
     "tokensieve.selectors:DenseBelow(0)": "at least 1 token",
     "tokensieve.selectors:TwoLevel(block=24)": "a power of two of at least 16",

@@ -1,4 +1,4 @@
-"""How to spend a budget of k keys a query: a share for `AtLeast`, a k for each layer for `PerLayer`.
+"""How to spend a budget of k keys a query: a share for `AtLeast` or `PerQuery`, a k for each layer for `PerLayer`.
 
 Legend: R measured queries, T keys, M = `most` * k keys tried of each query.
 """
@@ -12,23 +12,31 @@ from torch import Tensor
 from tokensieve.config import UserError
 from tokensieve.evals.evaluation import evaluating
 from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
+from tokensieve.model.selection import Selector, dense
+from tokensieve.selectors.budget import PerQuery
 from tokensieve.selectors.shares import best_shares
 
 ROWS = 128  # queries whose scores and probabilities over all keys are held at a time
 STEP = 8  # keys that change layers at once
+LEAST_MASS = 0.01  # less counts as so much: an indexer that finds next to nothing shall not draw all keys to its layer
 
 
 @dataclass
 class Recorder:
-    """A selection that only watches, and leaves attention dense: what the best keys of the index scores hold."""
+    """Selects as `selector` does, and records what the best keys of the index scores hold."""
 
     k: int
     most: int  # times k: the keys that are tried
     queries: int  # measured in each sequence and layer, evenly spaced among those that see more than k keys
+    selector: Selector = dense
     shares: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> (R, M): of the index scores' softmax
     mass: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> (R, M): of attention, the best score first
 
-    def __call__(self, c: SelectionContext) -> None:
+    def __call__(self, c: SelectionContext) -> Tensor | None:
+        self._record(c)
+        return self.selector(c)
+
+    def _record(self, c: SelectionContext) -> None:
         rows = torch.nonzero(c.ends_N - c.starts_N > self.k).flatten()
         if not len(rows):
             return
@@ -46,9 +54,14 @@ class Recorder:
 
 
 def _recorded(
-    model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None, most: int, queries: int
+    model: DecoderForCausalLM,
+    sequences: Sequence[Tensor],
+    k: int | None,
+    most: int,
+    queries: int,
+    selector: Selector = dense,
 ) -> Recorder:
-    recorder = Recorder(k or model.top_k, most, queries)
+    recorder = Recorder(k or model.top_k, most, queries, selector)
     with evaluating(model), selecting(model, recorder, k):
         for ids in sequences:
             model.model(input_ids=ids[None].to(model.device))
@@ -70,9 +83,32 @@ def fitted_share(
         UserError: no sequence is longer than k tokens.
     """
     recorder = _recorded(model, sequences, k, most, queries)
-    shares = torch.cat([block.flatten() for blocks in recorder.shares.values() for block in blocks])
-    asked = sum(len(block) for blocks in recorder.shares.values() for block in blocks)
-    return float(shares.kthvalue(len(shares) - asked * (k or model.top_k) + 1).values)
+    return _threshold(torch.cat([block for blocks in recorder.shares.values() for block in blocks]), recorder.k)
+
+
+def _threshold(values_RM: Tensor, k: int) -> float:
+    """The value that k of a row's values reach, in the mean over the rows."""
+    return float(values_RM.flatten().kthvalue(values_RM.numel() - len(values_RM) * k + 1).values)
+
+
+def fitted_query_share(
+    model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None = None, most: int = 4, queries: int = 128
+) -> float:
+    """The `share` with which `PerQuery(share, most)` selects k keys in the mean over the sequences' queries and layers.
+
+    Measured at queries that see more than k keys: on the hidden states of dense attention, and with that share once
+    more on those of its own selection, which differ. k: the model's unless given.
+
+    Raises:
+        UserError: no sequence is longer than k tokens.
+    """
+    selector: Selector = dense
+    for _ in range(2):
+        recorder = _recorded(model, sequences, k, most, queries, selector)
+        shares = torch.cat([block for blocks in recorder.shares.values() for block in blocks])
+        share = max(_threshold(shares / shares.cumsum(1), recorder.k), torch.finfo(torch.float32).tiny)
+        selector = PerQuery(share, most)
+    return share
 
 
 def check_budget(model: DecoderForCausalLM, k: int) -> None:
@@ -86,12 +122,14 @@ def check_budget(model: DecoderForCausalLM, k: int) -> None:
 def fitted_k(
     model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None = None, most: int = 4, queries: int = 128
 ) -> tuple[int, ...]:
-    """Numbers of keys, one for each layer and k in the mean, that hold the most of attention's mass together:
+    """Numbers of keys, one for each layer and k in the mean, with which attention to the keys that are read is nearest
+    to attention to all of them:
 
-        max over (k_0, ..., k_L-1) of  sum_l m_l(k_l),   sum_l k_l = L k,   STEP <= k_l <= most * k
+        min over (k_0, ..., k_L-1) of  sum_l mean_t KL(p_S || p),   sum_l k_l = L k,   STEP <= k_l <= most * k
 
-    m_l(j) is the mass, in layer l, of the j keys with the best index scores, in the mean over the sequences' queries.
-    Keys go to the layers STEP at a time, each to the layer that gains most by them.
+    p is attention's mean over heads, S the k_l keys of query t with the best index scores, and p_S is p on S,
+    normalised: KL(p_S || p) = -log p(S), where p(S) counts as at least LEAST_MASS. The mean is over the sequences'
+    queries. Keys go to the layers STEP at a time, each to the layer that gains most by them.
 
     Raises:
         UserError: no sequence is longer than k tokens, layers share indexers, or k is not a multiple of STEP.
@@ -99,10 +137,10 @@ def fitted_k(
     k = k or model.top_k
     check_budget(model, k)
     recorder = _recorded(model, sequences, k, most, queries)
-    means = torch.stack([torch.cat(recorder.mass[layer]).mean(0) for layer in sorted(recorder.mass)])
-    gains = means.double().unflatten(1, (-1, STEP)).sum(2).cummin(1).values  # the mean curve is concave but for noise
-    first, rest = gains[:, :1], gains[:, 1:]
-    spare = len(gains) * k // STEP - len(first)
-    chosen = torch.zeros(rest.numel(), dtype=torch.bool)
-    chosen[rest.flatten().argsort(descending=True, stable=True)[:spare]] = True
-    return tuple(STEP * (1 + int(n)) for n in chosen.view_as(rest).sum(1))
+    held = (torch.cat(recorder.mass[layer]).double().cumsum(1)[:, STEP - 1 :: STEP] for layer in sorted(recorder.mass))
+    means = torch.stack([mass.clamp_min(LEAST_MASS).log().mean(0) for mass in held])
+    gains = means.diff(dim=1).cummin(1).values  # the mean curve is concave but for noise
+    spare = len(gains) * (k // STEP - 1)
+    chosen = torch.zeros(gains.numel(), dtype=torch.bool)
+    chosen[gains.flatten().argsort(descending=True, stable=True)[:spare]] = True
+    return tuple(STEP * (1 + int(n)) for n in chosen.view_as(gains).sum(1))

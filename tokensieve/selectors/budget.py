@@ -3,8 +3,10 @@
 Legend: N queries, K selected keys.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
@@ -38,6 +40,35 @@ class AtLeast:
 def _least(c: SelectionContext, most: int, share: float) -> Tensor:
     indices, shares = best_shares(c, most)
     return keep(indices, (shares >= share) | (shares == shares.amax(1, keepdim=True)))
+
+
+@dataclass(frozen=True)
+class PerQuery:
+    """A query's best keys, as long as each holds `share` or more of the softmax over it and the better ones.
+
+    Key j, in order of the index scores, is read if p_j / (p_1 + ... + p_j) >= share: at least one, and at most
+    `most` * k of them. Each key then adds -log(1 - share) or more to the log of the mass that is read. Among all
+    selections with as many keys in the mean, this one has the smallest KL(p_S || p) = -log p(S) in the mean, if p is
+    attention's. `tokensieve.evals.fitted_query_share` finds the share with which k keys are read in the mean.
+    """
+
+    share: float
+    most: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.most < 1:
+            raise UserError(f"PerQuery(share={self.share}, most={self.most}): 0 < share <= 1, and most is at least 1")
+
+    def __call__(self, c: SelectionContext) -> Tensor:
+        return stacked([self._of_block(block) for block in c.blocks()])
+
+    def _of_block(self, c: SelectionContext) -> Tensor:
+        scores = c.scores()
+        indices = c.select(scores, self.most * c.k)
+        chosen = scores.gather(1, indices.clamp_min(0).long()).masked_fill(indices < 0, -torch.inf)
+        best, order = chosen.sort(dim=1, descending=True, stable=True)
+        read = best - best.logcumsumexp(1) >= math.log(self.share)
+        return keep(indices, torch.zeros_like(read).scatter(1, order, read))
 
 
 @dataclass(frozen=True)

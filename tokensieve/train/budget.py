@@ -45,8 +45,8 @@ def _documents(ids_S: Tensor, positions_S: Tensor) -> list[Tensor]:
 
 def learn_budget(config: TrainConfig, model: DecoderForCausalLM, texts: list[Tensor], done: int, last: int) -> None:
     """Called after `done` of `last` steps. Once in a run, warm-up's end or adaptation's beginning, the model gets
-    numbers of keys for its layers, `index_topk` in the mean: those with which its indexers' best keys hold the most of
-    attention's mass on the texts (`tokensieve.evals.fitted_k`).
+    numbers of keys for its layers, `index_topk` in the mean: those with which attention to its indexers' best keys is
+    nearest to attention to all keys of the texts (`tokensieve.evals.fitted_k`).
     """
     if config.budget is None or done != {"warmup": last, "adapt": 0}[config.stage]:
         return
