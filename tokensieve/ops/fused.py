@@ -19,6 +19,7 @@ from tokensieve.ops.scattered import FEWEST, Level
 
 OPS = ("dense_attention",)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
+_WIDTH_STEP, _WIDEST = 8, 256  # what flash attention on CUDA takes
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
@@ -122,16 +123,13 @@ def dense_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     starts: Tensor, ends: Tensor, bounds: Tensor | None, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if dlse is not None:
-        raise ValueError("the fused dense_attention has no gradient through its logsumexp; use backend='reference'")
-    if bounds is None:
-        return _scattered_backward(dout, out, lse, q, k, v, starts, ends, scale)
-    if q.shape[0] < k.shape[0]:
+    if bounds is not None and q.shape[0] < k.shape[0]:
         raise ValueError("the fused dense_attention has no gradient for a chunk; leave `bounds` out")
     H, D, V, G = q.shape[1], q.shape[2], v.shape[2], k.shape[1]
-    width = max(D, V)
+    dout, out, width = _with_dlse(dout, dlse, out, D)
+    if bounds is None:
+        return _scattered_backward(dout, out, lse, q, k, v, starts, ends, scale, width)
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
-    out, dout = _wide(out, width), _wide(dout, width)
     if q.is_cuda:
         # dropout is off: the kernel's random state is never read
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -150,6 +148,27 @@ def dense_attention_backward(
             )  # fmt: skip
         dq, dk, dv = (torch.cat([p[i][0].transpose(0, 1) for p in parts]) for i in range(3))
     return dq[..., :D].contiguous(), _fold_heads(dk[..., :D], G).contiguous(), _fold_heads(dv[..., :V], G).contiguous()
+
+
+def _with_dlse(dout: Tensor, dlse: Tensor | None, out: Tensor, D: int) -> tuple[Tensor, Tensor, int]:
+    """dout and out of one width with q and k, and that width.
+
+    A logit's gradient is p (dout . v - dout . out + dlse). So dlse goes in as a further column of values that are zero:
+    there dout is 1 and out is -dlse. ValueError if that is too wide for flash attention on CUDA.
+    """
+    V = out.shape[2]
+    if dlse is None:
+        width = max(D, V)
+        return _wide(dout, width), _wide(out, width), width
+    width = max(D, V + _WIDTH_STEP)
+    if out.is_cuda and width > _WIDEST:
+        raise ValueError(
+            f"the fused dense_attention has no gradient through its logsumexp for values {V} wide; "
+            "use backend='reference'"
+        )
+    dout, out = _wide(dout, width), _wide(out, width)  # copies, being wider
+    dout[..., V], out[..., V] = 1, -dlse
+    return dout, out, width
 
 
 def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -182,12 +201,11 @@ def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, sc
 
 
 def _scattered_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    starts: Tensor, ends: Tensor, scale: float, width: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With the output and the logsumexp of all levels, the gradients are sums over levels."""
     D, V, G = q.shape[2], v.shape[2], k.shape[1]
-    width = max(D, V)
-    out, dout = _wide(out, width), _wide(dout, width)
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
     for level in scattered.levels(starts, ends, k.shape[0]):
         rows, keys = level.rows, level.keys
