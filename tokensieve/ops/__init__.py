@@ -186,6 +186,9 @@ def dense_attention(
     documents follow one another and each is causal; or if the queries are the last S tokens of one document of T. They
     say the same as the ranges and let fused kernels run. In the second case these have no gradient.
 
+    Without `bounds` fused kernels run if S < T and the queries are blocks of 16 or more of a causal pack of T keys. To
+    know that, the first call with these two tensors of ranges waits for the device (in inference mode every call).
+
     ValueError on mismatched shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report,
     section 2.

@@ -1,9 +1,15 @@
 """Dense attention through PyTorch's fused kernels: flash attention on the CPU, its variable-length form on CUDA, and
 cuDNN's for chunks on Hopper. No other op runs here.
 
-Legend: S query tokens, T key tokens, H heads, D key width, V value width. Either S = T, a causal pack (query i is key
-i, documents one after another), or S < T, a chunk: the queries are the last S tokens of one document of T. `bounds`
-(documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` is the longest document in tokens.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width, V value width. One of three cases:
+
+- S = T and `bounds`, a causal pack: query i is key i, documents one after another.
+- S < T and `bounds`, a chunk: the queries are the last S tokens of one document of T.
+- S < T without `bounds`: the queries are blocks of a causal pack of T, as context parallelism deals them
+  (`scattered.py`).
+
+`bounds` (documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` is the longest document in
+tokens.
 """
 
 import itertools
@@ -14,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.ops import scattered
-from tokensieve.ops.scattered import FEWEST, Level
+from tokensieve.ops.scattered import FEWEST, Level, levels
 
 OPS = ("dense_attention",)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
@@ -23,20 +28,26 @@ _WIDTH_STEP, _WIDEST = 8, 256  # what flash attention on CUDA takes
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
-    """Why PyTorch's kernels cannot take this call, in one clause, or None if they can."""
+    """Why PyTorch's kernels cannot take this call, in one clause, or None if they can.
+
+    Without `bounds` it looks at the ranges and waits for the device, once a pack (`scattered.levels`).
+    """
     k, v = operands["k"], operands["v"]
-    if operands["bounds"] is None:
-        if not FEWEST <= q.shape[0] < k.shape[0]:
-            return "the keys are not a causal pack of whole documents"
-        if (reason := scattered.why_not(operands["starts"], operands["ends"])) is not None:
-            return reason
     if not q.dtype == k.dtype == v.dtype:
         return f"flash attention does not take {q.dtype} with {k.dtype} and {v.dtype}"
-    if q.device.type == "cuda":
-        return None if q.dtype in _CUDA_DTYPES else f"flash attention on CUDA does not take {q.dtype}"
-    if q.dtype in (torch.float32, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype not in _CUDA_DTYPES:
+        return f"flash attention on CUDA does not take {q.dtype}"
+    if q.device.type != "cuda" and q.dtype not in (torch.float32, torch.bfloat16):
+        return f"flash attention on the CPU is not used for {q.dtype}"
+    if operands["bounds"] is not None:
         return None
-    return f"flash attention on the CPU is not used for {q.dtype}"
+    if not FEWEST <= q.shape[0] < k.shape[0]:
+        return "the keys are not a causal pack of whole documents"
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "without `bounds` it looks at the ranges, which cannot be captured in a CUDA graph"
+    if levels(operands["starts"], operands["ends"], k.shape[0]) is None:
+        return "the queries are not blocks of a causal pack"
+    return None
 
 
 def _wide(x_SHD: Tensor, width: int) -> Tensor:
@@ -176,7 +187,7 @@ def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, sc
     width = max(D, V)
     out = torch.zeros(S, H, V, dtype=torch.float32, device=q.device)
     lse = torch.full((S, H), float("-inf"), device=q.device)
-    for level in scattered.levels(starts, ends, k.shape[0]):
+    for level in _levels(starts, ends, k):
         rows = level.rows
         q_n, k_n, v_n = _parts(level, q, k, v, width)
         if q.is_cuda:
@@ -207,7 +218,7 @@ def _scattered_backward(
     """With the output and the logsumexp of all levels, the gradients are sums over levels."""
     D, V, G = q.shape[2], v.shape[2], k.shape[1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
-    for level in scattered.levels(starts, ends, k.shape[0]):
+    for level in _levels(starts, ends, k):
         rows, keys = level.rows, level.keys
         q_n, k_n, v_n = _parts(level, q, k, v, width)
         dout_n, out_n, lse_n = dout[rows], out[rows], lse[rows]
@@ -230,6 +241,12 @@ def _scattered_backward(
         dk[keys] += _fold_heads(found[1][..., :D], G)
         dv[keys] += _fold_heads(found[2][..., :V], G)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _levels(starts: Tensor, ends: Tensor, k: Tensor) -> tuple[Level, ...]:
+    found = levels(starts, ends, k.shape[0])
+    assert found is not None  # or `limits` would have said so
+    return found
 
 
 def _parts(level: Level, q: Tensor, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
