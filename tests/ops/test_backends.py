@@ -1,6 +1,7 @@
 """Which backend runs, by name and by itself; and PyTorch's fused dense attention against the oracle."""
 
 import dataclasses
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from tests.support import oracle
 from tests.support.cases import CASES, Case, Inputs, causal, make
 from tokensieve import ops
-from tokensieve.ops import dispatch
+from tokensieve.ops import dispatch, fused
 from tokensieve.ops.backend import Backend
 from tokensieve.ops.triton import limits
 
@@ -63,19 +64,21 @@ def test_fused_dense_attention_equals_the_oracle(case: Case, dtype: str) -> None
 
 
 def test_fused_past_every_block_size() -> None:
-    """Long ragged documents, a key wider than its value and a value wider than its key, against the reference
-    backend."""
+    """Long ragged documents, a key wider than its value and a value wider than its key, gradients through the logsumexp
+    too, against the reference backend."""
     for d_k, d_v in ((40, 24), (16, 32)):
         entry = {"entry": 64, "d_k": d_k, "v_start": 20, "d_v": d_v}
         case = Case("long pack", causal(700, 1, 66, 513, 32), keys=1312, k=1, heads=4, groups=2, **entry)
-        q, kv = torch.randn(1312, 4, d_k), torch.randn(1312, 2, 64)
+        q, kv, dlse = torch.randn(1312, 4, d_k), torch.randn(1312, 2, 64), torch.randn(1312, 4)
         ranges = [span for document in case.documents for span in document.ranges()]
         starts, ends = torch.tensor(ranges, dtype=torch.int32).unbind(1)
         results = []
         for how in ({"backend": "reference"}, {**pack(case), "backend": "fused"}):
             leaves = [t.clone().requires_grad_() for t in (q, kv[..., :d_k], kv[..., 20 : 20 + d_v])]
             out, lse = ops.dense_attention(*leaves, starts, ends, 0.2, **how)
-            results.append((out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+            results.append((out, lse))
+            for loss in (out.sum(), (lse * dlse).sum(), out.sum() + (lse * dlse).sum()):
+                results[-1] += torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
         for a, e in zip(*results, strict=True):
             oracle.assert_close(a, e, 2e-5)
 
@@ -88,11 +91,11 @@ def test_fused_on_cuda_equals_the_reference() -> None:
     ranges = [span for document in case.documents for span in document.ranges()]
     starts, ends = torch.tensor(ranges, dtype=torch.int32).cuda().unbind(1)
     shape = {"bounds": pack(case)["bounds"].cuda(), "longest": pack(case)["longest"]}
-    results = []
+    dlse, results = torch.randn(1312, 8).cuda(), []
     for how in ({"backend": "reference"}, {**shape, "backend": "fused"}):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
         out, lse = ops.dense_attention(*leaves, starts, ends, 0.2, **how)
-        results.append((out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+        results.append((out, lse, *torch.autograd.grad(out.sum() + (lse * dlse).sum(), leaves)))
     for a, e in zip(*results, strict=True):
         oracle.assert_close(a.cpu(), e.cpu(), TOLERANCE["bfloat16"])
 
@@ -132,6 +135,11 @@ def test_fused_chunk_on_cuda(S: int, T: int) -> None:
         oracle.assert_close(actual.cpu(), e.cpu(), TOLERANCE["bfloat16"], 1.0)
 
 
+def test_a_gradient_through_the_logsumexp_too_wide_for_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="logsumexp for values 256 wide.*reference"):
+        fused._with_dlse(torch.zeros(1, 1, 256), torch.zeros(1, 1), Mock(shape=(1, 1, 256), is_cuda=True), 256)
+
+
 def test_auto_takes_fused_only_for_packs() -> None:
     x = make(CASES[0])
     tensors = (x.q_SHD, x.k_TGD, x.v_TGV)
@@ -153,10 +161,6 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         ops.select_topk(torch.zeros(2, 3), 1, torch.zeros(2).int(), torch.ones(2).int(), backend="fused")
     with pytest.raises(ValueError, match="(?s)unknown backend 'cudnn'.*reference"):
         ops.select_topk(torch.zeros(2, 3), 1, torch.zeros(2).int(), torch.ones(2).int(), backend="cudnn")
-    q = tensors[0].clone().requires_grad_()
-    _, lse = dense(x, q, *tensors[1:], **pack(CASES[0]), backend="fused")
-    with pytest.raises(ValueError, match="logsumexp"):
-        lse.sum().backward()
 
 
 def test_auto_passes_over_what_is_slower(monkeypatch) -> None:

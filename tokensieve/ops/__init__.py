@@ -184,8 +184,10 @@ def dense_attention(
 
     `bounds` (documents + 1) int32, cumulative lengths, and `longest` (tokens) may be given in two cases: if S = T,
     documents follow one another and each is causal; or if the queries are the last S tokens of one document of T. They
-    say the same as the ranges and let fused kernels run. The lse of those carries no gradient, and in the second case
-    nothing does.
+    say the same as the ranges and let fused kernels run. In the second case these have no gradient.
+
+    Without `bounds` fused kernels run if S < T and the queries are blocks of 16 or more of a causal pack of T keys. To
+    know that, the first call with these two tensors of ranges waits for the device (in inference mode every call).
 
     ValueError on mismatched shapes.
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (MLA, of which this is the core); DeepSeek-V3.2-Exp report,

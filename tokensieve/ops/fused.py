@@ -1,9 +1,15 @@
 """Dense attention through PyTorch's fused kernels: flash attention on the CPU, its variable-length form on CUDA, and
 cuDNN's for chunks on Hopper. No other op runs here.
 
-Legend: S query tokens, T key tokens, H heads, D key width, V value width. Either S = T, a causal pack (query i is key
-i, documents one after another), or S < T, a chunk: the queries are the last S tokens of one document of T. `bounds`
-(documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` is the longest document in tokens.
+Legend: S query tokens, T key tokens, H heads, G key-value groups, D key width, V value width. One of three cases:
+
+- S = T and `bounds`, a causal pack: query i is key i, documents one after another.
+- S < T and `bounds`, a chunk: the queries are the last S tokens of one document of T.
+- S < T without `bounds`: the queries are blocks of a causal pack of T, as context parallelism deals them
+  (`scattered.py`).
+
+`bounds` (documents + 1) int32 are the cumulative lengths of the documents' keys, `longest` is the longest document in
+tokens.
 """
 
 import itertools
@@ -14,28 +20,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokensieve.ops import scattered
-from tokensieve.ops.scattered import FEWEST, Level
+from tokensieve.ops.scattered import FEWEST, Level, levels
 
 OPS = ("dense_attention",)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
+_WIDTH_STEP, _WIDEST = 8, 256  # what flash attention on CUDA takes
 
 
 def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
-    """Why PyTorch's kernels cannot take this call, in one clause, or None if they can."""
+    """Why PyTorch's kernels cannot take this call, in one clause, or None if they can.
+
+    Without `bounds` it looks at the ranges and waits for the device, once a pack (`scattered.levels`).
+    """
     k, v = operands["k"], operands["v"]
-    if operands["bounds"] is None:
-        if not FEWEST <= q.shape[0] < k.shape[0]:
-            return "the keys are not a causal pack of whole documents"
-        if (reason := scattered.why_not(operands["starts"], operands["ends"])) is not None:
-            return reason
     if not q.dtype == k.dtype == v.dtype:
         return f"flash attention does not take {q.dtype} with {k.dtype} and {v.dtype}"
-    if q.device.type == "cuda":
-        return None if q.dtype in _CUDA_DTYPES else f"flash attention on CUDA does not take {q.dtype}"
-    if q.dtype in (torch.float32, torch.bfloat16):
+    if q.device.type == "cuda" and q.dtype not in _CUDA_DTYPES:
+        return f"flash attention on CUDA does not take {q.dtype}"
+    if q.device.type != "cuda" and q.dtype not in (torch.float32, torch.bfloat16):
+        return f"flash attention on the CPU is not used for {q.dtype}"
+    if operands["bounds"] is not None:
         return None
-    return f"flash attention on the CPU is not used for {q.dtype}"
+    if not FEWEST <= q.shape[0] < k.shape[0]:
+        return "the keys are not a causal pack of whole documents"
+    if q.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "without `bounds` it looks at the ranges, which cannot be captured in a CUDA graph"
+    if levels(operands["starts"], operands["ends"], k.shape[0]) is None:
+        return "the queries are not blocks of a causal pack"
+    return None
 
 
 def _wide(x_SHD: Tensor, width: int) -> Tensor:
@@ -122,16 +134,13 @@ def dense_attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     starts: Tensor, ends: Tensor, bounds: Tensor | None, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if dlse is not None:
-        raise ValueError("the fused dense_attention has no gradient through its logsumexp; use backend='reference'")
-    if bounds is None:
-        return _scattered_backward(dout, out, lse, q, k, v, starts, ends, scale)
-    if q.shape[0] < k.shape[0]:
+    if bounds is not None and q.shape[0] < k.shape[0]:
         raise ValueError("the fused dense_attention has no gradient for a chunk; leave `bounds` out")
     H, D, V, G = q.shape[1], q.shape[2], v.shape[2], k.shape[1]
-    width = max(D, V)
+    dout, out, width = _with_dlse(dout, dlse, out, D)
+    if bounds is None:
+        return _scattered_backward(dout, out, lse, q, k, v, starts, ends, scale, width)
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
-    out, dout = _wide(out, width), _wide(dout, width)
     if q.is_cuda:
         # dropout is off: the kernel's random state is never read
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -152,12 +161,33 @@ def dense_attention_backward(
     return dq[..., :D].contiguous(), _fold_heads(dk[..., :D], G).contiguous(), _fold_heads(dv[..., :V], G).contiguous()
 
 
+def _with_dlse(dout: Tensor, dlse: Tensor | None, out: Tensor, D: int) -> tuple[Tensor, Tensor, int]:
+    """dout and out of one width with q and k, and that width.
+
+    A logit's gradient is p (dout . v - dout . out + dlse). So dlse goes in as a further column of values that are zero:
+    there dout is 1 and out is -dlse. ValueError if that is too wide for flash attention on CUDA.
+    """
+    V = out.shape[2]
+    if dlse is None:
+        width = max(D, V)
+        return _wide(dout, width), _wide(out, width), width
+    width = max(D, V + _WIDTH_STEP)
+    if out.is_cuda and width > _WIDEST:
+        raise ValueError(
+            f"the fused dense_attention has no gradient through its logsumexp for values {V} wide; "
+            "use backend='reference'"
+        )
+    dout, out = _wide(dout, width), _wide(out, width)  # copies, being wider
+    dout[..., V], out[..., V] = 1, -dlse
+    return dout, out, width
+
+
 def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (S, H, D), V = q.shape, v.shape[2]
     width = max(D, V)
     out = torch.zeros(S, H, V, dtype=torch.float32, device=q.device)
     lse = torch.full((S, H), float("-inf"), device=q.device)
-    for level in scattered.levels(starts, ends, k.shape[0]):
+    for level in _levels(starts, ends, k):
         rows = level.rows
         q_n, k_n, v_n = _parts(level, q, k, v, width)
         if q.is_cuda:
@@ -182,14 +212,13 @@ def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, sc
 
 
 def _scattered_backward(
-    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    starts: Tensor, ends: Tensor, scale: float, width: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With the output and the logsumexp of all levels, the gradients are sums over levels."""
     D, V, G = q.shape[2], v.shape[2], k.shape[1]
-    width = max(D, V)
-    out, dout = _wide(out, width), _wide(dout, width)
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
-    for level in scattered.levels(starts, ends, k.shape[0]):
+    for level in _levels(starts, ends, k):
         rows, keys = level.rows, level.keys
         q_n, k_n, v_n = _parts(level, q, k, v, width)
         dout_n, out_n, lse_n = dout[rows], out[rows], lse[rows]
@@ -212,6 +241,12 @@ def _scattered_backward(
         dk[keys] += _fold_heads(found[1][..., :D], G)
         dv[keys] += _fold_heads(found[2][..., :V], G)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _levels(starts: Tensor, ends: Tensor, k: Tensor) -> tuple[Level, ...]:
+    found = levels(starts, ends, k.shape[0])
+    assert found is not None  # or `limits` would have said so
+    return found
 
 
 def _parts(level: Level, q: Tensor, k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

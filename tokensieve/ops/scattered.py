@@ -17,8 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 FEWEST = 16  # queries of a block; smaller ones are left to the reference
+# By `starts`, for as long as it lives: `ends`, what else the levels depend on, and the levels.
+_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Level(NamedTuple):
@@ -36,28 +39,46 @@ class Level(NamedTuple):
     causal: bool
 
 
-def block(starts_S: np.ndarray, ends_S: np.ndarray) -> int:
+def block(starts_S: np.ndarray, ends_S: np.ndarray, T: int) -> int:
     """C, the largest size of aligned blocks of which each has all of its tokens among the queries, or none.
 
-    0 if the queries are not in the order of their keys, or see no key.
+    0 if the queries are not of a pack on T keys: in the order of their keys, seeing themselves and, of what is before
+    them, all of their document or, if they begin it, nothing.
     """
     place = ends_S - 1
     if not len(place) or (np.diff(place) <= 0).any() or (starts_S > place).any():
+        return 0
+    if place[-1] >= T or (starts_S < 0).any():
+        return 0
+    if ((np.diff(starts_S) != 0) & (starts_S[1:] <= place[:-1])).any():  # another document that is not all behind
         return 0
     edge = np.flatnonzero(np.diff(place) != 1)
     return math.gcd(int(place[0]), int(place[-1]) + 1, *place[edge + 1].tolist(), *(place[edge] + 1).tolist())
 
 
-def why_not(starts_S: Tensor, ends_S: Tensor) -> str | None:
-    """Why these queries are not blocks of a pack, in one clause, or None if they are. Waits for the device."""
-    found = block(starts_S.cpu().numpy(), ends_S.cpu().numpy())
-    return None if found >= FEWEST else "the queries are not blocks of a causal pack"
+def levels(starts_S: Tensor, ends_S: Tensor, T: int) -> tuple[Level, ...] | None:
+    """All pairs of a query and a key that it sees, each in one level; None if the queries are not blocks of a pack.
+
+    Waits for the device, but only once for the two tensors of a pack, which every layer hands over in both directions.
+    What PyTorch keeps no count of changes of, made in inference mode, is looked at anew every time.
+    """
+    if starts_S.is_inference() or ends_S.is_inference():
+        return _divided(starts_S, ends_S, T)
+    state = T, starts_S._version, ends_S._version
+    known = _known.get(starts_S)
+    if known is None or known[0]() is not ends_S or known[1] != state:
+        _known[starts_S] = known = TensorWeakRef(ends_S), state, _divided(starts_S, ends_S, T)
+    return known[2]
 
 
-def levels(starts_S: Tensor, ends_S: Tensor, T: int) -> Iterator[Level]:
-    """All pairs of a query and a key that it sees, each in one level. Waits for the device."""
-    starts, place, device = starts_S.cpu().numpy(), ends_S.cpu().numpy() - 1, starts_S.device
-    size = block(starts, place + 1)
+def _divided(starts_S: Tensor, ends_S: Tensor, T: int) -> tuple[Level, ...] | None:
+    starts, ends = starts_S.cpu().numpy(), ends_S.cpu().numpy()
+    size = block(starts, ends, T)
+    return tuple(_levels(starts, ends - 1, size, T, starts_S.device)) if size >= FEWEST else None
+
+
+def _levels(starts: np.ndarray, place: np.ndarray, size: int, T: int, device: torch.device) -> Iterator[Level]:
+    """size: of blocks. place: of each query on the axis of keys."""
 
     def level(rows: np.ndarray, first: np.ndarray, begin: np.ndarray, end: np.ndarray, causal: bool) -> Level:
         """first: of each segment, among the rows. begin, end: of its keys."""
