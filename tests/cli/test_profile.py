@@ -44,7 +44,7 @@ def test_sparse_is_recommended(run: Any, home: Path, tmp_path: Path) -> None:
         assert words in ended.out, (words, ended.out)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["advice"]["top_k"] == 64 and metrics["advice"]["verdict"] == "sparse"
-    assert metrics["attention"]["mass"]["2048"] == {"value": 1.0, "low": None, "high": None, "n": 0}
+    assert metrics["attention"]["mass"]["2048"] == {"value": 1.0, "low": None, "high": None, "n": 0, "clusters": None}
     assert [stage["stage"] for stage in metrics["training"]] == ["warmup", "adapt"]
     assert 0 < metrics["spent"]["prompt_flops"] < 1 and metrics["seconds"] > 0 and metrics["run"]["command"]
 
