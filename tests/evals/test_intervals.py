@@ -66,7 +66,9 @@ def test_intervals_of_clusters_hold_the_truth(together: float) -> None:
         other = intervals.clustered_difference(a, b, clusters)
         differences.append(other.low <= 0.2 <= other.high)
         naive.append((e := intervals.share(sum(a), 192)).low <= 0.8 <= e.high)
-    assert 0.89 < np.mean(shares) < 0.99 and 0.9 < np.mean(differences) < 0.99  # of few contexts a little too narrow
+    # Of few contexts a little too narrow. Of independent questions too wide, by the correlation that is assumed.
+    assert np.mean(shares) > 0.89 and np.mean(differences) > 0.9
+    assert not together or max(np.mean(shares), np.mean(differences)) < 0.99
     assert np.mean(naive) > 0.93 if not together else np.mean(naive) < 0.7
 
 
@@ -102,11 +104,55 @@ def test_clusters_of_one_are_prompts() -> None:
     assert (paired.low, paired.high) == (pytest.approx(known.low, abs=0.005), pytest.approx(known.high, abs=0.005))
 
 
-def test_clusters_that_agree_wholly_still_bound_something() -> None:
-    clusters = [i // 16 for i in range(128)]
-    found = intervals.clustered_share([1.0] * 128, clusters)
-    assert (found.value, found.high) == (1.0, 1.0) and found.low == pytest.approx(intervals.share(8, 8).low)
-    same = intervals.clustered_difference([1.0] * 128, [1.0] * 128, clusters)
-    assert same.value == 0 and same.low == pytest.approx(-same.high) and 0.1 < same.high < 0.3
+def test_a_perfect_result_is_known_no_worse_than_one_with_a_mistake() -> None:
+    """None and one of the answers differ: neither shows a design effect, so both get that of the assumption."""
+    clusters, right = [i // 16 for i in range(160)], [1.0] * 160
+    found = intervals.clustered_share(right, clusters)
+    effective = 160 / (1 + 15 * intervals.CORRELATION)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(intervals.share(effective, effective).low)
+    lows = [intervals.clustered_share([0.0] * wrong + right[wrong:], range(160)).low for wrong in range(20)]
+    assert lows == sorted(lows, reverse=True)
+    apart = [i * 16 for i in range(10)]  # one question of each context
+    lows = [
+        intervals.clustered_share([float(i not in apart[:wrong]) for i in range(160)], clusters).low
+        for wrong in range(11)
+    ]
+    assert lows == sorted(lows, reverse=True)
+    less, same, more = (
+        intervals.clustered_difference(a, b, clusters)
+        for a, b in (([*right[1:], 0.0], right), (right, right), (right, [*right[1:], 0.0]))
+    )
+    assert less.low < same.low < more.low and same.high == pytest.approx(-same.low)
+    assert same.low > -0.03 >= less.low  # ten contexts are enough for the criterion of equal arms
+    of_nine = right[: 9 * 16]
+    assert intervals.clustered_difference(of_nine, of_nine, clusters[: 9 * 16]).low < -0.03
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 1 / 3])
+def test_values_are_alike_whatever_their_mean_is_rounded_to(value: float) -> None:
+    """Of 48 times 0.7 neither the mean nor the sum of its deviations is exact."""
+    clusters = [i // 16 for i in range(48)]
+    assert intervals._effective([value] * 48, clusters) == intervals._effective([1.0] * 48, clusters)
+
+
+@pytest.mark.parametrize("sizes", [(12, 1, 1, 1), (8, 4, 2, 1, 1, 1, 1)])
+def test_intervals_of_unequal_clusters_hold_the_truth(sizes: tuple[int, ...]) -> None:
+    """Values go mostly as their cluster does. The sums' variance, as of equal clusters, holds it 2 times in 3."""
+    draw, n = np.random.default_rng(3), sum(sizes)
+    clusters = [cluster for cluster, size in enumerate(sizes) for _ in range(size)]
+    held = []
+    for _ in range(1000):
+        values = (np.repeat(draw.normal(0.3, 1.0, len(sizes)), sizes) + draw.normal(0, 0.1, n)).tolist()
+        found = intervals.mean(values, clusters)
+        held.append(found.low <= 0.3 <= found.high)
+    assert 0.86 < np.mean(held) < 0.98  # one cluster has most of the values, so a little too narrow
+    equal = [i // 4 for i in range(16)]
+    values = draw.normal(0, 1.0, 16).tolist()
+    sums = intervals._sums(values, equal)
+    assert intervals._together(sums, 16) == pytest.approx(4 / 3 * sum(x * x for x, _ in sums))
+
+
+def test_one_cluster_bounds_nothing() -> None:
     assert intervals.clustered_share([1.0, 0.0], ["a", "a"]) == intervals.Estimate(0.5, None, None, 2, 1)
     assert intervals.clustered_difference([1.0], [0.0], ["a"]) == intervals.Estimate(1.0, None, None, 1, 1)

@@ -10,6 +10,7 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 Z = NormalDist().inv_cdf(0.975)
+CORRELATION = 0.1  # of answers of one cluster, at least: an assumption, for samples that are too alike to show one
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,8 @@ def mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) ->
     m, of = len(sums), None if clusters is None else len(sums)
     if m < 2:
         return Estimate(value, None, None, n, of)
-    together = m / (m - 1) * sum(x * x for x in sums)
     independent = n / (n - 1) * sum((x - value) ** 2 for x in values)
-    half = student(m - 1) * math.sqrt(max(together, independent)) / n
+    half = student(m - 1) * math.sqrt(max(_together(sums, n), independent)) / n
     return Estimate(value, value - half, value + half, n, of)
 
 
@@ -61,7 +61,7 @@ def share(successes: float, n: float) -> Estimate:
     p, z2 = successes / n, Z * Z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Estimate(p, max(0.0, middle - half), min(1.0, middle + half), int(n))
+    return Estimate(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)), int(n))  # 0 and 1 to the bit
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
@@ -110,25 +110,34 @@ def _effective(values: Sequence[float], clusters: Sequence[Hashable]) -> float |
     """The number of independent values whose mean is as uncertain; None for one cluster.
 
     It is n over the design effect: the variance of the mean over clusters, over that of n independent values, and never
-    less than 1. It is corrected for few clusters. If all values are equal, nothing is known of the design effect, and
-    every cluster counts as one value.
+    less than 1. It is corrected for few clusters. Values of which none or one differs show no design effect, whatever
+    it is. So the number is never more than n over the effect of `CORRELATION` within clusters, 1 + CORRELATION (b - 1),
+    where b is the size of the cluster that a value is in, in the mean.
     """
     n, middle, sums = len(values), fmean(values), _sums(values, clusters)
-    m, independent = len(sums), sum((value - middle) ** 2 for value in values)
+    m, size = len(sums), sum(size * size for _, size in sums) / len(values)
     if m < 2:
         return None
-    if independent == 0:
-        return m
-    together = m / (m - 1) * sum(x * x for x in sums)
-    return n / max(1.0, together / independent) * (Z / student(m - 1)) ** 2
+    alike = max(values) == min(values)
+    effect = 1.0 if alike else max(1.0, _together(sums, n) / sum((value - middle) ** 2 for value in values))
+    return min(n / effect * (Z / student(m - 1)) ** 2, n / (1 + CORRELATION * (size - 1)))
 
 
-def _sums(values: Sequence[float], clusters: Sequence[Hashable]) -> list[float]:
-    """The sum of the deviations from the mean in each cluster."""
-    middle, sums = fmean(values), dict[Hashable, float]()
+def _sums(values: Sequence[float], clusters: Sequence[Hashable]) -> list[tuple[float, int]]:
+    """The sum of the deviations from the mean in each cluster, and its size."""
+    middle, parts = fmean(values), dict[Hashable, list[float]]()
     for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value - middle
-    return [*sums.values()]
+        parts.setdefault(cluster, []).append(value - middle)
+    return [(sum(part), len(part)) for part in parts.values()]
+
+
+def _together(sums: Sequence[tuple[float, int]], n: int) -> float:
+    """The variance of n times the mean over clusters, of two or more, by leaving out one at a time (jackknife).
+
+    Of clusters of one size it is m / (m - 1) times the sum of squares. sums: as of `_sums`.
+    """
+    m = len(sums)
+    return (m - 1) / m * sum((x / (1 - size / n)) ** 2 for x, size in sums)
 
 
 def student(freedom: int) -> float:
