@@ -3,12 +3,12 @@
     python benchmarks/selections.py --model sparse --context 8192 --texts 16 --needles 8
     python benchmarks/selections.py --also distilled-4=runs/warm-4/step-000100
 
-Prints a table in Markdown, with 95% intervals, and writes every figure as JSON. Perplexity and needles are compared
-with the top k of the model, prompt by prompt; `--against` names other arms for tables of their own. `--also` adds
-another checkpoint, which selects its own, and `--arm` a selector on the model. `--plain` leaves out all arms but dense
-attention and those added; `--budget` keeps the ways to spend a budget of keys, too. Keys are the mean over layers and
-over queries that see more than k; index scores are those of a text's last query, in units of one for every key in
-every layer.
+Prints a table in Markdown, with 95% intervals over documents and contexts, and writes every figure as JSON.
+Perplexity and needles are compared with the top k of the model, prompt by prompt; `--against` names other arms for
+tables of their own. `--also` adds another checkpoint, which selects its own, and `--arm` a selector on the model.
+`--plain` leaves out all arms but dense attention and those added; `--budget` keeps the ways to spend a budget of keys,
+too. Keys are the mean over layers and over queries that see more than k; index scores are those of a text's last query,
+in units of one for every key in every layer.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import tokensieve
 from tokensieve import evals
 from tokensieve.config import DataConfig
 from tokensieve.data import read_documents
-from tokensieve.evals import Arm, intervals
+from tokensieve.evals import Arm, evaluation, intervals
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.selection import dense, indexer, resolve, window
@@ -122,6 +122,8 @@ def rows_of(
     sequences = evals.text_sequences(encode, held_out, sizes.context, sizes.texts)
     task = Needles(encode, Documents(test=held_out), context=sizes.context)
     needles = task.examples("test", sizes.needles * MAX_NEEDLES)
+    places = evaluation.by_context(needles)
+    contexts = [number for number, group in enumerate(places) for _ in group]
     counting = {name: Counting(selector) for name, (selector, _) in selectors.items()}
     arms = {name: Arm(model, counted) for name, counted in counting.items()}
     work = {name: share for name, (_, share) in selectors.items()}
@@ -135,6 +137,7 @@ def rows_of(
         {
             "arm": name, "k": k, "selector": repr(counting[name].selector), "losses": found.text.by_text,
             "answers": [record.score.value for record in found.needles.records] if found.needles else [],
+            "documents": list(sequences.documents), "contexts": contexts,
             "keys": counting[name].mean, "keys_by_layer": counting[name].by_layer, "scores": work[name],
         }
         for name, found in scores.items()
@@ -143,13 +146,15 @@ def rows_of(
 
 def line(row: dict[str, Any], base: dict[str, Any]) -> str:
     """A row of the table, whose arm is compared with another one."""
-    ratio = intervals.ratio([a - b for a, b in zip(row["losses"], base["losses"], strict=True)])
-    needle = f"{fmean(row['answers']):.1%}"
-    cells = [row["arm"], "1" if row is base else f"{ratio.value:.4f} ({ratio.low or 0:.4f} to {ratio.high or 0:.4f})"]
-    if row is not base:
-        d = intervals.difference(row["answers"], base["answers"])
-        needle += f" ({100 * d.value:+.1f}: {100 * (d.low or 0):+.1f} to {100 * (d.high or 0):+.1f})"
-    return "| " + " | ".join([*cells, needle, f"{row['keys']:.0f}", f"{row['scores']:.2f}"]) + " |"
+    ratio = intervals.ratio([a - b for a, b in zip(row["losses"], base["losses"], strict=True)], row["documents"])
+    bounds = "" if ratio.low is None else f" ({ratio.low:.4f} to {ratio.high:.4f})"
+    ppl = "1" if row is base else f"{ratio.value:.4f}{bounds}"
+    needle = f"{fmean(row['answers']):.1%}" if row["answers"] else ""
+    if row is not base and row["answers"]:
+        apart = intervals.clustered_difference(row["answers"], base["answers"], row["contexts"])
+        bounds = "" if apart.low is None else f": {100 * apart.low:+.1f} to {100 * apart.high:+.1f}"
+        needle += f" ({100 * apart.value:+.1f}{bounds})"
+    return f"| {row['arm']} | {ppl} | {needle} | {row['keys']:.0f} | {row['scores']:.2f} |"
 
 
 def main() -> None:

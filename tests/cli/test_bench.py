@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from tokensieve.config import UserError
+from tokensieve.evals import intervals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,6 +175,23 @@ def test_selections_are_compared(tmp_path: Path) -> None:
     assert rows["sparse"]["keys"] == 512 and rows["dense"]["keys"] > 512 and rows["window"]["keys"] == 512
     assert rows["k by query"]["keys"] == pytest.approx(512, rel=0.1) and rows["window"]["scores"] == 0
     assert all(f"| {name} |" in child.stdout for name in rows)
+
+
+def test_selections_are_compared_over_documents_and_contexts() -> None:
+    """A difference that one context makes alone is no better known than one context is."""
+    line = runpy.run_path(str(ROOT / "benchmarks" / "selections.py"))["line"]
+    clusters = {"documents": [0, 0, 1, 1, 2, 2], "contexts": [i // 16 for i in range(64)], "keys": 9.0, "scores": 1.0}
+    base = clusters | {"arm": "sparse", "losses": [1.0] * 6, "answers": [1.0] * 64}
+    row = clusters | {"arm": "window", "losses": [1.1, 1.1, 1.2, 1.2, 1.3, 1.3], "answers": [0.0] * 16 + [1.0] * 48}
+    assert line(base, base) == "| sparse | 1 | 100.0% | 9 | 1.00 |"
+    of_texts = intervals.ratio([a - b for a, b in zip(row["losses"], base["losses"], strict=True)])
+    shown = re.fullmatch(
+        r"\| window \| 1.2214 \((.*) to (.*)\) \| 75.0% \(-25.0: (.*) to (.*)\) \| .*", line(row, base)
+    )
+    assert shown and float(shown[2]) - float(shown[1]) > 1.3 * (of_texts.high - of_texts.low)
+    assert float(shown[4]) > 0  # one of four contexts
+    alone = line(row | {"documents": [0] * 6, "contexts": [0] * 64}, base)
+    assert alone == "| window | 1.2214 | 75.0% (-25.0) | 9 | 1.00 |"
 
 
 @pytest.mark.slow
