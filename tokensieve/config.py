@@ -7,6 +7,7 @@ one is an error, and `--set a.b=value` changes one. (A model's config is its fam
 import dataclasses
 import importlib.resources
 import importlib.util
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import dacite
 
 T = TypeVar("T")
+DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 class UserError(Exception):
@@ -366,12 +368,12 @@ def config_path(name: str) -> Path:
 def load_config(kind: type[T], name: str, overrides: tuple[str, ...] = ()) -> T:
     """The run configuration `kind` from a TOML file, changed by `a.b=value` overrides.
 
-    Values are in TOML syntax; bare words are strings.
+    Values are in TOML syntax, or decimals such as `.5` and `1.`; bare words are strings.
     """
     path = config_path(name)
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"config {path}: not valid TOML ({error}); correct the file") from error
     except OSError as error:
         raise UserError(
@@ -388,8 +390,8 @@ def set_value(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override}: write it as key=value, for example --set optimizer.lr=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    except ValueError:
+        value = float(text) if DECIMAL.fullmatch(text.strip()) else text
     *tables, last = key.strip().split(".")
     node: Any = raw
     for table in tables:
@@ -413,9 +415,9 @@ def _table(node: Any, key: str, override: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A whole number as a float. Text stays, and dacite refuses it. ValueError for true and false, which it takes."""
-    if isinstance(value, bool):
-        raise ValueError(f"{str(value).lower()} is no number")
+    """A whole number as a float. WrongTypeError, to which dacite adds the key, for true, false and too large ones."""
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+        raise dacite.WrongTypeError(float, value)
     return float(value) if isinstance(value, int) else value
 
 

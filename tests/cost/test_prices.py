@@ -77,7 +77,7 @@ def test_price_lists_that_are_refused(tmp_path: Path) -> None:
         (good.replace("2.5", "-1"), "at least 0"),
         (good.replace("2.5", '"free"'), "free"),
         (good.replace("2.5", '"2.5"'), "output"),
-        (good.replace("2.5", "true"), "true is no number"),
+        (good.replace("2.5", "true"), 'output" - should be "float"'),
         (good.replace("2.5", "nan"), "output is nan"),
         (good.replace('"a"', '" "'), "empty name"),
         (good + good, "two price lists are called 'a'"),

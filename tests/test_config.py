@@ -1,0 +1,68 @@
+"""Values of config files and of `--set`, and the line that refuses one."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokensieve.config import UserError, from_dict, load_config, set_value
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    rates: tuple[float, ...] = ()
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.5", -0.5),
+        ("+1.e-4", 1e-4),
+        ("1e-4", 1e-4),
+        ("2", 2),
+        ("two.", "two."),
+        ("Infinity", "Infinity"),
+        ("1.2.3", "1.2.3"),
+        ("007", "007"),
+    ],
+)
+def test_what_set_reads(text: str, value: Any) -> None:
+    raw: dict[str, Any] = {}
+    set_value(raw, f"inner.rate={text}")
+    assert raw == {"inner": {"rate": value}} and type(raw["inner"]["rate"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        ({"inner": {"rate": True}}, '"inner.rate" - should be "float" instead of value "True"'),
+        ({"inner": {"rate": 10**400}}, '"inner.rate" - should be "float" instead of value "1000'),
+        ({"inner": {"rate": "0.5"}}, '"inner.rate" - should be "float"'),
+        ({"rates": [1, False]}, '"rates" - should be "float" instead of value "False"'),
+    ],
+)
+def test_what_is_no_number_is_refused_by_its_key(raw: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        from_dict(Outer, raw, "x.toml")
+
+
+def test_digits_without_end(tmp_path: Path) -> None:
+    """Python reads no integer of so many digits."""
+    path = tmp_path / "x.toml"
+    path.write_text(f"[inner]\nrate = {'9' * 5000}\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(Outer, str(path))
+    path.write_text("")
+    with pytest.raises(UserError, match=re.escape('"inner.rate" - should be "float"')):
+        load_config(Outer, str(path), (f"inner.rate={'9' * 5000}",))
