@@ -17,11 +17,13 @@ class PaperConfig:
     limit: int = 0  # problems of each benchmark (evalscope: of each of its subsets); 0: all
     repeats: int = 0  # answers to each problem
     context: int = 0  # tokens of the model's longest prompt and answer together; 0: as many as the endpoint lists
-    max_tokens: int = 0  # of an answer, with its thoughts; by default never more than half of the context
+    max_tokens: int = (
+        0  # of an answer, with its thoughts; by default never more than half of the context, agents an eighth
+    )
     temperature: float = 1.0  # with top_p, what DeepSeek recommends for V3.2; the paper names none
     top_p: float = 0.95
     at_once: int = 8  # requests
-    seconds: float = 3600.0  # the longest wait for one answer
+    seconds: float = 3600.0  # for the whole of one answer
     retries: int = 4  # of a request that was refused because of its rate, or that failed on the way
     judge_url: str = ""  # OpenAI-compatible endpoint, with its /v1, of the model that grades answers in words
     judge_model: str = ""  # its id; the key is read from JUDGE_API_KEY

@@ -65,8 +65,7 @@ def compare_paper(a: str, b: str) -> None:
     from tokensieve.evals.paper import compare_models
     from tokensieve.report import show_comparison
 
-    rows = compare_models(_record(a), _record(b))
-    show_comparison(stdout(), (a, b), rows)
+    show_comparison(stdout(), (a, b), *compare_models(_record(a), _record(b)))
 
 
 def run_name(model: str) -> str:

@@ -41,9 +41,11 @@ def table_1(name: str, figures: Mapping[str, Any]) -> tuple[list[str], list[list
     return _header(name), _rows(figures), _remarks(figures)
 
 
-def show_comparison(console: Console, names: tuple[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
+def show_comparison(
+    console: Console, names: tuple[str, str], rows: Sequence[Mapping[str, Any]], left_out: Sequence[str]
+) -> None:
     """Prints the scores of two models, and the difference of their shares of right answers, the second less the
-    first.
+    first; and which benchmarks are left out, and why.
     """
     first, second = map(escape, names)
     shown = table("Benchmark (Metric)", first, second, "difference", "95% interval", "problems", "tokens of both")
@@ -58,6 +60,8 @@ def show_comparison(console: Console, names: tuple[str, str], rows: Sequence[Map
         "[dim]Differences in points of right answers, on the problems that both answered; intervals for pairs[/dim]",
         highlight=False,
     )
+    for line in left_out:
+        console.print(f"[dim]left out: {escape(line)}[/dim]", highlight=False)
 
 
 def _header(name: str) -> list[str]:

@@ -164,6 +164,9 @@ def test_refusals(config: PaperConfig, tmp_path: Path) -> None:
             judge(url, PaperConfig(("aime",)), tmp_path / "out")
         with pytest.raises(UserError, match="serves no model 'other', but m, n"):
             judge(url, PaperConfig(model="other"), tmp_path / "out")
+        for more in ({"max_tokens": 4096}, {"max_tokens": 100, "context": 64}, {"context": 1}):
+            with pytest.raises(UserError, match="no room for prompts: lower max_tokens, or set context"):
+                judge(url, replace(config, **more), tmp_path / "out")
     with answering(lambda *_: (404, {})) as url, pytest.raises(UserError, match="--set model=ID"):
         judge(url, config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -180,9 +183,10 @@ def test_data_are_alike_by_where_they_come_from(
         a = judge(url, config, tmp_path / "a")
         b = judge(url, replace(config, data=str(tmp_path / "copy")), tmp_path / "b", name="b")
         c = judge(url, replace(config, hub="huggingface"), tmp_path / "c", name="c")
-    assert [row["key"] for row in compare_models(a, b)] == ["mmlu_pro", "gpqa_diamond"]
-    with pytest.raises(UserError, match="GPQA-Diamond .* data differ"):
-        compare_models(a, c)
+    assert [row["key"] for row in compare_models(a, b)[0]] == ["mmlu_pro", "gpqa_diamond"]
+    rows, left_out = compare_models(a, c)
+    assert [row["key"] for row in rows] == ["mmlu_pro"]
+    assert left_out == ["GPQA-Diamond (Pass@1) was not asked alike: data differ; ask one of the models again"]
 
 
 def record(model: str, right: int, **asked: Any) -> dict[str, Any]:
@@ -193,10 +197,14 @@ def record(model: str, right: int, **asked: Any) -> dict[str, Any]:
 
 
 def test_two_models() -> None:
-    (row,) = compare_models(record("a", 30), record("b", 20))
+    (row,), left_out = compare_models(record("a", 30), record("b", 20))
+    assert not left_out
     assert row["key"] == "mmlu_pro" and row["difference"]["value"] == -0.25 and row["difference"]["high"] < 0
     with pytest.raises(UserError, match="MMLU-Pro .* max_tokens differ"):
         compare_models(record("a", 30), record("b", 20, max_tokens=128))
+    for given in ((record("a", 30), record("b", 20, context=4096)), (record("a", 30, context=4096), record("b", 20))):
+        with pytest.raises(UserError, match="MMLU-Pro .* context differ"):
+            compare_models(*given)
     with pytest.raises(UserError, match="no benchmark has a score in both"):
         compare_models(record("a", 30), {"lacking": {}})
     assert BY_KEY["mmlu_pro"].name == "MMLU-Pro (EM)"

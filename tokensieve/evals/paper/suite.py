@@ -74,7 +74,7 @@ def judge_paper(
                 continue
             how = settings[benchmark.key]
             tokens = how.get("max_tokens", 0)
-            longest = None if room is None else max(1, room - tokens)
+            longest = None if room is None else room - tokens
             one = replace(asked, max_tokens=tokens, repeats=how["repeats"], longest_prompt=longest)
             place = folder / f"{benchmark.key}-{_digest(how)}"
             reason = lacking(benchmark, config, endpoint.url)
@@ -96,31 +96,33 @@ def judge_paper(
     return record.figures
 
 
-def compare_models(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"key", "a", "b": scores, "difference": an Estimate as a dict, "tokens": of both} of what both records hold.
+def compare_models(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """{"key", "a", "b": scores, "difference": an Estimate as a dict, "tokens": of both} of what both records hold, and
+    why benchmarks of both that were not asked alike are left out.
 
     The difference is that of the shares of right answers to the problems that both answered, of b less a, with the
     interval for pairs; for Codeforces too.
 
     Raises:
-        UserError: a benchmark was not asked alike, or there is none in both.
+        UserError: nothing is left to compare.
     """
-    rows = []
+    rows, left_out = [], []
     for benchmark in BENCHMARKS:
         first, second = a.get(benchmark.key), b.get(benchmark.key)
         if not first or not second:
             continue
-        differing = [name for name, value in first["asked"].items() if second["asked"].get(name) != value]
-        if set(differing) - {"model"}:
-            names = ", ".join(name for name in differing if name != "model")
-            raise UserError(f"{benchmark.name} was not asked alike: {names} differ; ask one of the models again")
+        settings = dict.fromkeys([*first["asked"], *second["asked"]])
+        differing = [name for name in settings if first["asked"].get(name) != second["asked"].get(name)]
+        if names := ", ".join(name for name in differing if name != "model"):
+            left_out.append(f"{benchmark.name} was not asked alike: {names} differ; ask one of the models again")
+            continue
         found = compared(read_answers(second["graded"]), read_answers(first["graded"]))
         if found is not None:
             scores = {"a": first["score"], "b": second["score"], "tokens": [first["tokens"], second["tokens"]]}
             rows.append({"key": benchmark.key, **scores, "difference": found.to_dict()})
     if not rows:
-        raise UserError("no benchmark has a score in both; ask both models the same ones")
-    return rows
+        raise UserError("; ".join(left_out) or "no benchmark has a score in both; ask both models the same ones")
+    return rows, left_out
 
 
 def _chosen(config: PaperConfig) -> list[Benchmark]:
@@ -155,7 +157,10 @@ def _check(endpoint: Endpoint) -> None:
 
 
 def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int | None) -> dict[str, Any]:
-    """All that a benchmark's score depends on. Nothing of how it is sampled reaches an agent of Harbor."""
+    """All that a benchmark's score depends on. Nothing of how it is sampled reaches an agent of Harbor.
+
+    UserError if answers take the whole context.
+    """
     # Some servers refuse a prompt if it and max_tokens together are too long, and an agent's prompts grow.
     fits = benchmark.max_tokens if room is None else min(benchmark.max_tokens, room // (8 if benchmark.agent else 2))
     found: dict[str, Any] = {
@@ -168,7 +173,13 @@ def _settings(benchmark: Benchmark, config: PaperConfig, model: str, room: int |
     }
     if benchmark.harness != "harbor":
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
-        found |= {"max_tokens": config.max_tokens or fits, **sampling}
+        tokens = config.max_tokens or fits
+        if room is not None and not 0 < tokens < room:
+            raise UserError(
+                f"max_tokens is {tokens} and the context {room}, which leaves no room for prompts: lower max_tokens, "
+                "or set context"
+            )
+        found |= {"max_tokens": tokens, **sampling}
     if benchmark.task == evalscope.TERMINAL:
         found["context"] = room
     if "judge" in benchmark.needs:
