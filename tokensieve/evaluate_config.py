@@ -49,7 +49,7 @@ class ServingSizes:
     generated: int = 24  # tokens that are compared
     crowd: int = 3  # texts beside the one that is compared
     tolerance: float = 0.1  # nats a token; rounding in bfloat16 stays far below
-    seconds: float = 300.0  # the longest wait for one reply
+    seconds: float = 300.0  # for the whole of one reply
     retries: int = 4  # of a request that was refused because of its rate, or that failed on the way
 
     def __post_init__(self) -> None:

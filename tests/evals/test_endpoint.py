@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import math
 import re
 import socket
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,6 +106,41 @@ def test_a_reply_that_comes_in_drops_ends_in_time() -> None:
         assert time.monotonic() - begin < 10
 
 
+class Drops:
+    """A response whose body comes in pieces, each after some seconds of a clock."""
+
+    status_code, headers, request = 200, (), None
+
+    def __init__(self, clock: Any = None, *drops: tuple[float, bytes], content: bytes = b"", **_: Any):
+        self.clock, self.drops, self.content, self.closed = clock, drops, content, False
+
+    def iter_raw(self) -> Any:
+        for seconds, piece in self.drops:
+            self.clock[0] += seconds
+            yield piece
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("drops", "whole"),
+    [
+        (((9, b"a"), (0.5, b"b")), b"ab"),
+        (((9, b"a"), (5, b"b")), b"ab"),  # the last piece is late, and no further one is waited for
+        (((14, b"a"), (0, b"b"), (0, b"c")), b"abc"),
+        (((9, b"a"), (5, b"b"), (1, b"c")), None),
+        (((9, b"a"), *(((0.005, b"b"),) * 5000)), None),  # pieces without a pause, and without an end
+    ],
+)
+def test_a_reply_is_late_if_more_of_it_is_waited_for(monkeypatch, drops: Any, whole: bytes | None) -> None:
+    clock = [0.0]
+    response = Drops(clock, *drops)
+    monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = endpoint._whole(response, 10.0, 20.0)
+    assert (found and found.content) == whole and response.closed == (whole is None)
+
+
 def test_a_reply_that_is_packed_is_unpacked() -> None:
     packed = gzip.compress(b'{"data": [{"id": "m"}]}')
     with answering(lambda *_: (200, packed), (("Content-Encoding", "gzip"),)) as url:
@@ -130,7 +167,12 @@ LOGPROBS = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1
         ({"choices": [{"text": "a", "logprobs": LOGPROBS}]}, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"tokens": []}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": ["x"]}}]} | USAGE, UserError),
-        ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": [float("nan")]}}]} | USAGE, UserError),
+        *(
+            ({"choices": [{"text": "a", "logprobs": LOGPROBS | given}]} | USAGE, UserError)
+            for value in (math.nan, math.inf, -math.inf, True, 10**400)
+            for given in ({"token_logprobs": [value]}, {"top_logprobs": [{"a": value}]})
+        ),
+        ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"top_logprobs": [{"a": "x"}]}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": None}]} | USAGE, Refused),
     ],
 )

@@ -1,11 +1,13 @@
 """Requests to an OpenAI-compatible endpoint, whatever serves it; the replies are checked before they are used."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from itertools import chain
 from typing import Any
 
 from tokensieve.config import UserError
@@ -13,6 +15,7 @@ from tokensieve.config import UserError
 ALTERNATIVES = 5  # log probabilities beside that of each token
 LONGER = 4  # times as many tokens are made beside an answer that is to run in a crowd
 LONGEST_PAUSE = 60.0  # seconds between two tries
+WAITED = 0.01  # seconds without a piece of a reply, after which one had to be waited for
 UNSUPPORTED = (400, 404, 405, 422, 501)  # statuses by which servers refuse a route or a field
 
 
@@ -47,9 +50,10 @@ class Reply:
 class Endpoint:
     """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
-    url: with its /v1. seconds: the longest wait for one reply; `setting` is its name in the config. retries: further
-    tries of a request that was refused because of its rate, or that failed on the way or in the server; a reply that
-    does not come in time is final. UserError without the openai package.
+    url: with its /v1. seconds: for the whole of a reply; `setting` is its name in the config. Of headers that come in
+    drops it bounds each drop alone. retries: further tries of a request that was refused because of its rate, or that
+    failed on the way or in the server; a reply that does not come in time is final. UserError without the openai
+    package.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Endpoint:
         class Client(openai.DefaultHttpxClient):  # its own timeout is that of each piece of a reply
             def send(self, request: Any, **how: Any) -> Any:
                 end = time.monotonic() + seconds
-                whole = _whole(super().send(request, **how | {"stream": True}), end)
+                whole = _whole(super().send(request, **how | {"stream": True}), end, end + seconds)
                 if whole is None:
                     raise openai.APITimeoutError(request=request)
                 return whole
@@ -139,14 +143,14 @@ class Endpoint:
             raise Refused(f"{route} of {self.url} gives no log probabilities")
         values, tokens = found["token_logprobs"], found.get("tokens")
         top = found.get("top_logprobs") or [None] * len(values)
-        numbers = all(
-            value is None or (isinstance(value, int | float) and value == value) for value in values
-        )  # no NaN
-        if not isinstance(tokens, list) or not isinstance(top, list) or not numbers:
+        if not isinstance(tokens, list) or not isinstance(top, list):
+            raise self._nonsense(route, "log probabilities that cannot be read")
+        alternatives = tuple(one if isinstance(one, dict) else {} for one in top)
+        given = [value for value in values if value is not None]
+        if not all(map(_is_finite, chain(given, *(one.values() for one in alternatives)))):
             raise self._nonsense(route, "log probabilities that cannot be read")
         if not len(tokens) == len(values) == len(top):
             raise self._nonsense(route, "log probabilities that do not belong to its tokens")
-        alternatives = tuple(one if isinstance(one, dict) else {} for one in top)
         prompt_tokens = self._prompt_tokens(reply, route)
         return Reply(choice["text"], prompt_tokens, tuple(map(str, tokens)), tuple(values), alternatives)
 
@@ -201,18 +205,25 @@ class Endpoint:
         return UserError(f"{self.url}{route} answered with {what}; is it the /v1 of an OpenAI-compatible server?")
 
 
-def _whole(response: Any, end: float) -> Any:
+def _whole(response: Any, end: float, latest: float) -> Any:
     """The response with all of its body, as a client that does not stream reads it; None if the body is not whole at
-    the time `end` of the monotonic clock.
+    the time `end` of the monotonic clock, and what is missing has to be waited for or still comes at the time `latest`.
     """
-    pieces = []
+    pieces, last = [], time.monotonic()
     for piece in response.iter_raw():
-        pieces.append(piece)
-        if time.monotonic() > end:
+        now = time.monotonic()
+        if last > end and (now - last > WAITED or now > latest):
             response.close()
             return None
+        pieces.append(piece)
+        last = now
     whole = {"headers": response.headers, "content": b"".join(pieces), "request": response.request}
     return type(response)(response.status_code, **whole)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of a reply is a finite number, and one that a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
