@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tokensieve
-from tokensieve.bench import Served, Workload, published_config, random_model, random_prompts, serve_load
+from tokensieve.bench import Served, Workload, random_model, random_prompts, serve_load
 from tokensieve.engine.runner import is_quantized
-from tokensieve.families import family_of
+from tokensieve.families import family_of, published_config
 from tokensieve.files import write_json
 from tokensieve.model.entries import ContiguousKeys
 from tokensieve.model.selection import SelectionContext, indexer

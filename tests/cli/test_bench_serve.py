@@ -15,6 +15,7 @@ from tests.support.models import config, ours
 from tokensieve.bench import Workload, random_model, random_prompts, serve_load
 from tokensieve.bench.load import fill_with_noise
 from tokensieve.cli import bench
+from tokensieve.cli.pricing import config_of
 from tokensieve.config import UserError
 from tokensieve.cost import parameters, shape_of
 from tokensieve.engine import Engine, EngineConfig
@@ -168,6 +169,7 @@ def test_shapes_are_those_of_published_models(model: str) -> None:
     raw, total, _ = PUBLISHED_MODELS[model]
     shape = raw["model_type"]
     assert parameters(shape_of(bench._config(shape, [], None))).total == total
+    assert parameters(shape_of(config_of(shape)[0])).total == total  # what `cost` and `plan` take by this name
     sparse, dense = (bench._config(name, ["num_hidden_layers=2"], None) for name in (f"{shape}_dsa", shape))
     with torch.device("meta"):
         made = tokensieve.sparsify(DecoderForCausalLM(dense), index_heads=16).config

@@ -252,3 +252,4 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("broken.toml", "no phases"), "plan", "broken.toml")
     assert not Path("runs").exists()
     assert run(*lite, "--price", -1).status == 2
+    refused(("--price is infinite",), *lite, "--price", "inf")

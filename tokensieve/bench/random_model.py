@@ -7,45 +7,9 @@ import torch
 
 # What this takes from the model.
 from tokensieve.engine.tensor_parallel import shard
-from tokensieve.families import FAMILIES, ModelConfig
+from tokensieve.families import ModelConfig
 from tokensieve.mesh import Mesh
 from tokensieve.model import DecoderForCausalLM, fp8
-
-# Sizes of published models, by model_type, where the config class has others by default. A sparse form has those of its
-# dense one.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    # Llama-3.1-8B
-    "llama": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
-    },
-    # Mistral-7B-v0.3
-    "mistral": {"vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None},
-    # Qwen2.5-7B
-    "qwen2": {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072,
-    },
-    # Qwen3-8B
-    "qwen3": {
-        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
-    },
-    # Qwen3-30B-A3B
-    "qwen3_moe": {
-        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
-        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40960,
-    },
-}  # fmt: skip
-
-
-def published_config(shape: str, **changes: Any) -> ModelConfig:
-    """Config of a published model of this type, with some keys changed.
-
-    Grouped keys and values have indexers as `sparsify --index-heads 16` makes them.
-    """
-    return FAMILIES[shape].config(**PUBLISHED.get(shape.removesuffix("_dsa"), {}) | changes)
 
 
 def random_model(

@@ -24,7 +24,10 @@ def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a bundled name (base, sparse).")] = "sparse",
     shape: Annotated[
         str | None,
-        typer.Option(help="Instead: random weights in a published shape: deepseek_v32, qwen3_dsa, qwen3, ..."),
+        typer.Option(
+            help="Instead: random weights in a published shape by its model_type: deepseek_v32, qwen3_dsa (Qwen3-8B), "
+            "...; of a type without one, in its config class's own sizes."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of --shape's config.json.")
@@ -125,9 +128,8 @@ def _dtype(device: Any) -> Any:
 
 
 def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
-    from tokensieve.bench import published_config
     from tokensieve.config import UserError
-    from tokensieve.families import FAMILIES
+    from tokensieve.families import FAMILIES, published_config
 
     if shape not in FAMILIES:
         raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")

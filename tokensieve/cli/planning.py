@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.pricing import PRICE, TOP_K, config_of, is_published
+from tokensieve.cli.pricing import PRICE, TOP_K, config_of, finite, is_published
 from tokensieve.cli.program import OneProcess, Set, app, overrides, stdout
 from tokensieve.files import MERGED
 
@@ -29,9 +29,12 @@ def plan(
     gpu: Annotated[str, typer.Option(help="H200, H100, H800 or B200.")] = "H200",
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint folder, a config.json, or a published shape by name; the config's own if not."),
+        typer.Option(
+            help="A checkpoint folder, a config.json, or a published shape by name (a model_type without one stands "
+            "for its config class's own sizes); the config's own model if not given."
+        ),
     ] = None,
-    price: Annotated[float, typer.Option(min=0, help="Dollars a GPU hour.")] = PRICE,
+    price: Annotated[float, typer.Option(min=0, callback=finite, help="Dollars a GPU hour.")] = PRICE,
     top_k: Annotated[int, typer.Option(min=1, help="Keys that a dense model will select.")] = TOP_K,
     rate: Annotated[
         list[str] | None,

@@ -19,14 +19,29 @@ MODEL, GPU, PRICE, TOP_K = "deepseek_v32", "H800", 2.0, 2048
 SHORTEST, LONGEST = 1024, 131072  # positions that are shown unless others are given
 
 
+def finite(price: float | None) -> float | None:
+    """The value of --price. UserError for an infinite one."""
+    from tokensieve.config import UserError
+
+    if price is not None and math.isinf(price):
+        raise UserError("--price is infinite; give dollars a GPU hour")
+    return price
+
+
 @app.command(cls=OneProcess)
 def cost(
     model: Annotated[
         str | None,
-        typer.Argument(help=f"A checkpoint folder, a config.json, a bundled name, or a published shape ({MODEL})."),
+        typer.Argument(
+            help=f"A checkpoint folder, a config.json, a bundled name, or a published shape ({MODEL}; a model_type "
+            "without one stands for its config class's own sizes)."
+        ),
     ] = None,
     gpu: Annotated[str | None, typer.Option(help=f"H800, H100, H200, B200 or MI350; {GPU} unless given.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help=f"Dollars a GPU hour; {PRICE:g} unless given.")] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, callback=finite, help=f"Dollars a GPU hour; {PRICE:g} unless given."),
+    ] = None,
     gpus: Annotated[
         int | None, typer.Option(help="That experts are divided over; the fewest that hold the model unless given.")
     ] = None,
@@ -76,8 +91,6 @@ def cost(
 
     if (prices is None) != (traffic is None):
         raise UserError("--prices and --traffic go together: price lists, and the requests that they are paid for")
-    if price is not None and math.isinf(price):
-        raise UserError("--price is infinite; give dollars a GPU hour")
     lists = load_config(PricesConfig, prices).lists if prices else ()
     requests = read_traffic(traffic) if traffic else []
     options = {
@@ -176,15 +189,16 @@ def _show_balances(
 
 def config_of(model: str) -> tuple[Any, str | None]:
     """The config of a model's folder, of a config.json, or of a published shape by its name; and the format of index
-    scores if it is stated. A path that exists comes before a name.
+    scores if it is stated. A path that exists comes before a name. A model_type without a published shape stands for
+    its config class's own sizes.
     """
     from tokensieve.checkpoint import read_config
     from tokensieve.config import UserError
-    from tokensieve.families import FAMILIES, model_config
+    from tokensieve.families import FAMILIES, model_config, published_config
     from tokensieve.files import bundled_models, known_folder
 
     if is_published(model) and model in FAMILIES:
-        return FAMILIES[model].config(), None
+        return published_config(model), None
     path = _shapes()[model] if is_published(model) else Path(model)
     if path.suffix == ".json" and path.is_file():
         try:

@@ -16,6 +16,7 @@ from tokensieve.config import UserError
 from tokensieve.families import deepseek, glm, grouped, kimi
 from tokensieve.families.deepseek import SparseConfig
 from tokensieve.families.family import TOP_K_BY_LAYER, AttentionCost, Entry, Experts, Family
+from tokensieve.families.published import PUBLISHED
 from tokensieve.families.rope_fields import check_rope
 from tokensieve.families.unsupported import refusal
 
@@ -31,6 +32,7 @@ __all__ = [
     "family_of",
     "is_sparse",
     "model_config",
+    "published_config",
 ]
 
 ModelConfig: TypeAlias = PreTrainedConfig  # of any family
@@ -51,6 +53,15 @@ def family_of(config: Any, where: str = "config.json") -> Family:
 def is_sparse(config: Any) -> bool:
     """Whether a model of this config has indexers."""
     return family_of(config).sparse
+
+
+def published_config(model_type: str, **changes: Any) -> ModelConfig:
+    """The config of the published model that a model_type stands for, with some keys changed: one of `PUBLISHED`, or
+    the config class's own sizes.
+
+    Grouped keys and values have indexers as `sparsify --index-heads 16` makes them.
+    """
+    return FAMILIES[model_type].config(**PUBLISHED.get(model_type.removesuffix("_dsa"), {}) | changes)
 
 
 def model_config(raw: dict[str, Any]) -> Any:
