@@ -228,3 +228,15 @@ def test_arms_of_one_series_read_the_same_texts():
     whole = dict(needles["2 contexts"])["dense"]
     assert rows["dense"][3] == f"75.0% ({100 * whole['low']:.0f} to {100 * whole['high']:.0f})"
     assert rows["window"][3] == "50.0%"  # one context bounds nothing
+
+
+def test_captions_say_what_intervals_are_over() -> None:
+    """Runs before 2026-11-30 had them over texts."""
+    for documents, over in ((None, "texts"), ([0, 0, 1], "documents")):
+        ppl = ratio_of([1.0, 2.0, 3.0], "3", documents)
+        arms = {arm: {"ppl": 2.0, "estimates": {"ppl": ppl}} for arm in ("dense", "sparse")}
+        charts = {chart.name: chart for chart in sections.arms(ARMS | arms)[0].charts}
+        assert charts["ppl-by-arm"].caption.endswith(f"Intervals over {over}.")
+        row = {"arm": "dense", "ppl": ppl, "ratio": None}
+        (section,) = sections.short({"tasks": [], "texts": [row], "sizes": {"tokens": 8}})
+        assert section.charts[-1].caption == f"Intervals over {over}."

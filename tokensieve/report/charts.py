@@ -60,7 +60,7 @@ class Chart:
         ]
         said = [f"Far above and not drawn: {', '.join(far)}."] if far else []
         if any(e["low"] is None and e["n"] is not None for points in self.series.values() for _, e in points):
-            said.append("A point without a bar is of a single text or context, which bounds nothing.")
+            said.append("A point without a bar is of a single document or context, which bounds nothing.")
         return " ".join(said)
 
     def svg(self) -> str:

@@ -48,6 +48,11 @@ def text_of(e: Estimates | None, digits: int = 3) -> str:
     return f"{e['value']:.{digits}f}{interval}"
 
 
+def _over(e: Estimates) -> str:
+    """What the intervals of texts' figures are over, in words; those of runs before 2026-11-30 are over texts."""
+    return f"Intervals over {'documents' if e.get('clusters') else 'texts'}."
+
+
 def kind_of(arm: str) -> str:
     return arm.partition(" k=")[0]
 
@@ -139,7 +144,7 @@ def long(found: Figures) -> list[Section]:
         middles = [(a + b) / 2 for a, b in pairwise(found["positions"]["edges"])]
         ppl = {arm: list(zip(middles, row, strict=True)) for arm, row in found["positions"]["ppl"].items()}
         first = next(iter(ppl))
-        charts.append(Chart("by-position", "Perplexity against position", "Intervals over the texts.",
+        charts.append(Chart("by-position", "Perplexity against position", _over(ppl[first][0][1]),
                             {first: ppl[first]}, "tokens of context", "perplexity"))  # fmt: skip
         if found["positions"]["ratio"]:
             charts.append(Chart("ratio-by-position", f"Perplexity over that of {first}, against position",
@@ -165,7 +170,7 @@ def short(found: Figures) -> list[Section]:
     ppl: list[tuple[float | str, Estimates]] = [(row["arm"], row["ppl"]) for row in found["texts"]]
     charts = [
         Chart("short-tasks", "Scores of small tasks", "Four choices each.", tasks, "task", "score", mark=0.25),
-        Chart("short-texts", "Perplexity of short texts", "Intervals over the texts.", {"": ppl}, "arm", "perplexity"),
+        Chart("short-texts", "Perplexity of short texts", _over(ppl[0][1]), {"": ppl}, "arm", "perplexity"),
     ]
     return [Section("short", "Short prompts", ["Prompts far below k, where nothing is selected."], tables, charts)]
 
@@ -200,8 +205,9 @@ def _measured(by_arm: Mapping[str, Mapping[str, Estimates]]) -> list[Chart]:
     """Perplexity and needles of the arms. by_arm: {arm: {"ppl", "needle"}} of all that each read."""
     ppl = {arm: found["ppl"] for arm, found in by_arm.items() if "ppl" in found}
     needle = {arm: found["needle"] for arm, found in by_arm.items() if "needle" in found}
+    over = " ".join(map(_over, [*ppl.values()][:1]))
     charts = (
-        Chart("ppl-by-arm", "Perplexity", "Arms of one series read the same texts. Intervals are over texts.",
+        Chart("ppl-by-arm", "Perplexity", f"Arms of one series read the same texts. {over}",
               _alike(ppl, "nats", ratio_of, "text"), "arm", "perplexity"),
         Chart("needle-by-arm", "Needles found", "Arms of one series were asked the same. Intervals are over contexts.",
               _alike(needle, "by_context", share_of, "context"), "arm", "needles found"),
@@ -315,7 +321,7 @@ def profile(metrics: Figures) -> list[Section]:
     """Whether sparse attention is worth it for a model and data."""
     advice, mass = metrics["advice"], metrics["attention"].get("mass", {})
     points: list[tuple[float | str, Estimates]] = [(int(k), e) for k, e in mass.items() if e["n"]]
-    charts = [Chart("mass", "Share of the attention's mass in the best k keys", "Intervals over the texts.",
+    charts = [Chart("mass", "Share of the attention's mass in the best k keys", _over(points[0][1]),
                     {"mean of the layers": points}, "k", "share of the mass", log=True)] if points else []  # fmt: skip
     rows = [(name, why) for name, why in advice["reasons"].items()]
     return [Section("profile", f"Profile: {advice['verdict']}", (), [Table(("answer", "reason"), rows)], charts)]

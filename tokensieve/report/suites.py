@@ -80,7 +80,8 @@ def _show_positions(console: Console, edges: Sequence[int], ppl: Mapping[str, An
     console.print(positions)
     over = f"; the other arms' over that of {escape(first)}" if ratio else ""
     texts = counted(stretches[0], "text", "document")
-    console.print(f"[dim]{texts}, ± half of the 95% interval over them{over}[/dim]", highlight=False)
+    of = "documents" if stretches[0].get("clusters") else "texts"
+    console.print(f"[dim]{texts}, ± half of the 95% interval over {of}{over}[/dim]", highlight=False)
 
 
 def show_short(console: Console, figures: Mapping[str, Any]) -> None:
