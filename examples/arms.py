@@ -38,7 +38,7 @@ from tokensieve.tasks.phrasing import draw_keys, draw_value
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 LEAST = 64  # tokens of a text
-AROUND = 1024  # tokens of questions, what is hidden and what is answered, at most
+AROUND = 1024  # tokens of questions, what is hidden and what is answered, at most: a half of them for a beginning
 CHARACTERS = 3  # of a token, in an endpoint's tokenizer, which is not known
 
 
@@ -278,7 +278,8 @@ def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: in
             scores[name].append(part.attempt(reader, case))
             seconds[name].append(time.perf_counter() - begin)
     count, of = len(scores["dense"]), len(set(clusters))
-    cases = f"{count} case{'s' * (count > 1)}" + (f" about {of} page{'s' * (of > 1)} or file" * (of < count))
+    about = f" about {of} pages or files" if of > 1 else " about one page or file"
+    cases = f"{count} case{'s' * (count > 1)}" + about * (of < count)
     print(f"{part.name}: {cases}, prompts of up to {model.seen:,} tokens, k = {model.top_k or '?'}")
     for name in readers:
         bytes_ = model.memory(name) if name != "control" else None

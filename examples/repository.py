@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from arms import Case, Local, Part, Reader, Remote, continued, main, source
+from arms import AROUND, Case, Local, Part, Reader, Remote, continued, main, source
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tokensieve"
 
@@ -32,7 +32,9 @@ def imported(path: Path) -> list[Path]:
 
 
 def places(model: Local | Remote, tokens: int, count: int, rng: random.Random, lines: int) -> list[Case]:
-    """The last lines of functions, the functions up to there, and what stands before them and in the imported files."""
+    """The last lines of functions, the functions up to there (of long ones the end), and what stands before them and in
+    the imported files.
+    """
     paths = sorted(PACKAGE.rglob("*.py"))
     cases: list[Case] = []
     while len(cases) < count:
@@ -45,6 +47,7 @@ def places(model: Local | Remote, tokens: int, count: int, rng: random.Random, l
             first, end = function.lineno - 1, function.end_lineno or 0
             before = "\n".join(file.read_text() for file in imported(path)) + "".join(source[:first])
             begin, rest = "".join(source[first : end - lines]), "".join(source[end - lines : end])
+            begin = model.fit(begin, AROUND // 2, end=True)
             cases.append(Case(model.fit(before, tokens, end=True), begin, rest, str(path)))
     return cases
 

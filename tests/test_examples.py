@@ -99,12 +99,15 @@ def test_who_finds_what_is_written_is_right_and_the_control_is_not(name: str, ca
     assert [getattr(module, attempt)(Finder(blind=True), case) for case in drawn] == [0.0] * 5
 
 
-def test_endings_are_in_their_sources_and_not_in_what_is_shown() -> None:
+def test_endings_are_in_their_sources_and_not_in_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     arms, draw = example("arms"), {"model": Words(), "tokens": 1000, "count": 4}
     for case in example("repository").completions(**draw, rng=arms.random.Random(2)):
         assert any(
             case.question + case.answer in path.read_text() for path in example("repository").PACKAGE.rglob("*.py")
         )
+    monkeypatch.setattr(example("repository"), "AROUND", 40)
+    for case in example("repository").completions(**draw, rng=arms.random.Random(2)):
+        assert Words().size(case.question) <= 20  # what a function begins with has its share of what is around a text
     for case in example("repository").bugs(**draw, rng=arms.random.Random(2)):
         right, wrong = (re.findall(r"\w+", text) for text in (case.answer, case.wrong))
         changed = {(a, b) for a, b in zip(right, wrong, strict=True) if a != b}
