@@ -47,9 +47,9 @@ class PerQuery:
     """A query's best keys, as long as each holds `share` or more of the softmax over it and the better ones.
 
     Key j, in order of the index scores, is read if p_j / (p_1 + ... + p_j) >= share: at least one, and at most
-    `most` * k of them. Each key then adds -log(1 - share) or more to the log of the mass that is read. Among all
-    selections with as many keys in the mean, this one has the smallest KL(p_S || p) = -log p(S) in the mean, if p is
-    attention's. `tokensieve.evals.fitted_query_share` finds the share with which k keys are read in the mean.
+    1 / share and `most` * k of them. Each key then adds -log(1 - share) or more to the log of the mass that is read.
+    Among all selections with as many keys in the mean, this one has the smallest KL(p_S || p) = -log p(S) in the mean,
+    if p is attention's. `tokensieve.evals.fitted_query_share` finds the share with which k keys are read in the mean.
     """
 
     share: float
