@@ -261,12 +261,12 @@ def read_parts(
 
     def part(name: str, own: Tensor) -> Tensor:
         target = like[name]
-        own = own.to(home if isinstance(target, DTensor) else device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
-            return own
-        return DTensor.from_local(
-            own, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-        )
+            return own.to(device, copy=True, memory_format=torch.contiguous_format)
+        # `DTensor.from_local` would move an offloaded part to the device of the mesh.
+        kept = cast(DTensor, torch.empty_like(target, dtype=own.dtype, device=home))
+        kept.to_local().copy_(own)
+        return kept
 
     def own_tensors() -> Iterator[tuple[str, Tensor]]:
         read = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])
