@@ -201,17 +201,27 @@ def test_layers_on_their_way_by_hand() -> None:
 
 
 def test_offloaded_parts_by_hand() -> None:
-    """They leave the GPU for its host, with the copy of a checkpoint, and each pass moves weights there and back."""
+    """They leave the GPU for its host, with the copy of a checkpoint. Each micro-batch moves weights and gradients.
+
+    From the second one on a step waits for the gradients, and all its time is a lower bound.
+    """
     kept, away = (planned(run(sequences=32, offload=offload), SMALL) for offload in (False, True))
     total = cost.parameters(cost.shape_of(SMALL)).total
     assert kept.heaviest.bytes - away.heaviest.bytes == 16 * total // 8 and kept.host == []
     assert sum(held.bytes for held in away.host) == 16 * total // 8 + 12 * total // 8
-    (moved,) = (t for t in away.phases[0].traffic if "host" in t.name)
-    assert moved.bytes == 4 * (4 * 2 + 4) * total / 8 and moved.bandwidth == 64e9  # four micro-batches
+    moved, added = (t for t in away.phases[0].traffic if "host" in t.name)  # of four micro-batches
+    assert moved.bytes == 4 * (4 * 2 + 1) * total / 8 and added.bytes == 4 * 3 * total / 8
+    assert moved.bandwidth == added.bandwidth == 64e9
     assert away.phases[0].exchange.seconds == pytest.approx(
         kept.phases[0].exchange.seconds + moved.bytes / moved.bandwidth
     )
-    assert away.phases[0].parts == kept.phases[0].parts
+    *parts, waited = away.phases[0].parts
+    assert tuple(parts) == kept.phases[0].parts and waited.seconds == added.bytes / added.bandwidth
+    assert away.label == "roofline"
+    one = planned(run(offload=True), SMALL)
+    assert len(one.phases[0].parts) == 2 and one.label == "roofline"
+    measured = planned(run(sequences=8, offload=True), LITE).phases[0]
+    assert {part.label for part in measured.parts} == {"extrapolated"} and measured.label == "roofline"
 
 
 def test_tokens_of_divided_experts_by_hand() -> None:

@@ -2,9 +2,10 @@
 
 Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, with the tokens that go to
 divided experts and back, for which they wait. Beside them FSDP's layers and gradients go between GPUs, and to the host
-and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two. FLOPs
-are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments, reading data, checkpoints, and
-GPUs that wait for each other.
+and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two.
+Gradients that go to the host to be added to those of an earlier micro-batch are waited for. FLOPs are divided evenly
+over the GPUs. Not counted: the optimizer's own pass over its moments, what else the processors do, reading data,
+checkpoints, and GPUs that wait for each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ from tokensieve.cost.training import Adapters, Stage, TrainFlops, recomputed_flo
 
 TRAINING = ("H100", "H200", "H800", "B200")  # training runs on CUDA devices
 TOKENS = "tokens on the way to experts and back"
+ADDED = "gradients to the host, to be added there"
+WAITED_FOR = (TOKENS, ADDED)
 MACHINES = 256  # the most that a refusal looks for
 
 
@@ -50,12 +53,21 @@ class Traffic:
 
 @dataclass(frozen=True)
 class PhasePlan(Timed):
-    """A step of one phase, seen from one GPU. model_flops: of all GPUs together, without what is recomputed."""
+    """A step of one phase, seen from one GPU.
+
+    model_flops: of all GPUs together, without what is recomputed. offload: of what lasts to the host's memory.
+    """
 
     phase: PhaseConfig
     memory: tuple[Held, ...]
     traffic: tuple[Traffic, ...]
     model_flops: float
+    offload: bool
+
+    @property
+    def label(self) -> str:
+        """As of all times; with offload they are lower bounds, since what the processors do is not counted."""
+        return "roofline" if self.offload else super().label
 
     @property
     def bytes(self) -> int:
@@ -314,11 +326,11 @@ def _phase(job: Job, gpu: Gpu, ranks: Ranks, rates: TrainRates, phase: PhaseConf
         part("products with weights", model.products + again.products, rates.products, known.products),
         part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
     ]
-    parts += [exchange(t.name, t) for t in traffic if t.name == TOKENS]
+    parts += [exchange(t.name, t) for t in traffic if t.name in WAITED_FOR]
     ways = "between GPUs and to the host" if config.offload else "between GPUs"
-    beside = exchange(ways, *(t for t in traffic if t.name != TOKENS))
+    beside = exchange(ways, *(t for t in traffic if t.name not in WAITED_FOR))
     held = tuple(_memory(job, ranks, phase))
-    return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model))
+    return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model), config.offload)
 
 
 def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
@@ -353,9 +365,12 @@ def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[T
             way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
             yield Traffic("experts and gradients", own, way)
         if config.offload:
-            # Its own part, which it rounds only then.
-            moved = passes * WEIGHT * (gathers * weights + learns) / ranks.gpus
-            yield Traffic("weights from the host, gradients to it", moved, gpu.host)
+            # Its own part, which it rounds only then. FSDP adds the gradients of further micro-batches on the host, and
+            # so does not go on while they are copied.
+            moved = WEIGHT * (passes * gathers * weights + learns) / ranks.gpus
+            yield Traffic("weights from the host, first gradients to it", moved, gpu.host)
+            if passes > 1:
+                yield Traffic(ADDED, (passes - 1) * WEIGHT * learns / ranks.gpus, gpu.host)
     if ranks.context > 1:
         # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
         entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim
