@@ -115,11 +115,15 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
         there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     if held > there * mesh.size:
         note = ", with the copy of a checkpoint," if host else ""
-        together = math.lcm(config.context_parallel, config.expert_parallel)
-        least = math.ceil(held / there / together) * together
+        if host:  # further ranks on these machines would share the same memory
+            least = math.ceil(held / (there * rank_info().local_size))
+            remedy = f"start ranks on at least {least} such machines"
+        else:
+            together = math.lcm(config.context_parallel, config.expert_parallel)
+            remedy = f"start at least {math.ceil(held / there / together) * together} ranks, or set offload=true"
         raise UserError(
             f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments{note} are "
-            f"{held / 2**30:.1f} GiB, and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
+            f"{held / 2**30:.1f} GiB, and {what} is {there / 2**30:.1f} GiB; {remedy}"
         )
 
 
