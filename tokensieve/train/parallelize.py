@@ -50,14 +50,13 @@ WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b
 class Division:
     """The division of a run's work over the ranks, seen from one of them.
 
-    context: the ranks that share this rank's sequences; None: it has them alone. axes: all ranks; None: there is one.
-    shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step. experts: all
-    ranks, with the axes of the experts; None: experts are sharded as everything else. offload: whether this rank's part
-    of the parameters, and with it gradients and moments, is in the host's memory.
+    context: the ranks that share this rank's sequences; None: it has them alone. shard: index of this rank's shard,
+    which reads the micro-batches shard, shard + shards, ... of a step. experts: all ranks, with the axes of the
+    experts; None: experts are sharded as everything else. offload: whether this rank's part of the parameters, and with
+    it gradients and moments, is in the host's memory.
     """
 
     mesh: Mesh
-    axes: DeviceMesh | None = None
     context: ContextGroup | None = None
     shard: int = 0
     shards: int = 1
@@ -90,7 +89,7 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
         # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
         context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
     experts = mesh.axes(expert_shard=mesh.size // X, experts=X) if X > 1 else None
-    return Division(mesh, axes, context, shard, ranks.shards, experts, config.offload)
+    return Division(mesh, context, shard, ranks.shards, experts, config.offload)
 
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
@@ -145,9 +144,9 @@ class Root(nn.Module):
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
     """The root of a model, whose parameters are sharded over all ranks, if there are several."""
-    if division.axes is None:
+    if division.mesh.size == 1:
         return Root(model)
-    ranks = division.mesh.ranks
+    ranks = division.mesh.axes(ranks=division.mesh.size)
     policy = precision.gather_policy(precision.product_dtype(division.mesh.device))
     if division.experts is not None:
         division.experts._flatten("expert_ranks")  # norms are then summed in one operation
