@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_and_without(two: ranks.Group, here: Workplace) -> No
 @pytest.mark.parametrize(
     ("size", "device", "words"),
     [
-        (1, "cuda", "offload keeps in the host's memory what several ranks shard, and this is one; .* or start two"),
+        (1, "cuda", "offload keeps in the host's memory what several ranks shard, .* or start several, on GPUs$"),
         (2, "cpu", "offload is true, and the ranks train on the CPU, whose memory is the host's; leave it out"),
     ],
 )

@@ -160,7 +160,7 @@ def test_the_keys_of_one_process_are_selected(two: ranks.Group, ties: bool) -> N
         (4, 3, {}, ("context_parallel is 3", "4 ranks", "divisor", "multiple of 3")),
         (1, 1, {"expert_parallel": 2}, ("expert_parallel is 2", "one rank", "torchrun --nproc-per-node 2")),
         (4, 1, {"expert_parallel": 3}, ("expert_parallel is 3", "4 ranks", "multiple of 3")),
-        (8, 1, {}, ("4 sequences", "8 groups", "multiple of 8")),
+        (8, 1, {}, ("4 sequences", "8 groups of one rank;", "multiple of 8")),
         (4, 2, {"micro_batch": 4}, ("micro-batches of 4", "2 groups of 2")),
         (2, 1, {"budget": BudgetConfig()}, ("budget runs in one process", "leave it out")),
     ],

@@ -226,16 +226,16 @@ def _holds(job: Job, gpu: Gpu, ranks: Ranks) -> bool:
 
 
 def _changed(
-    job: Job, ranks: Ranks, experts: Sequence[int], offload: bool = False
+    job: Job, ranks: Ranks, experts: Sequence[int], may_offload: bool = False
 ) -> Iterator[tuple[Job, Ranks, list[str]]]:
     """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first.
 
-    experts: numbers of ranks that may divide them; another one than now comes late. offload: whether what lasts may go
-    to the host's memory; that comes last.
+    experts: numbers of ranks that may divide them; another one than now comes late. may_offload: whether what lasts may
+    go to the host's memory; that comes last.
     """
     config = job.config
     recompute = not config.activation_checkpointing and config.stage != "warmup"
-    home = (False, True) if offload and not config.offload and ranks.gpus > 1 else (False,)
+    home = (False, True) if may_offload and not config.offload and ranks.gpus > 1 else (False,)
     smaller = any(phase.micro_batch > 1 for phase in config.phases)
     context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
     choices = product(
@@ -264,7 +264,7 @@ def _changed(
 def _other_settings(job: Job, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
     experts = [x for x in _divisors(ranks.gpus) if x >= ranks.experts]
-    for changed, other, changes in _changed(job, ranks, experts, offload=True):
+    for changed, other, changes in _changed(job, ranks, experts, may_offload=True):
         if changes and _fits(changed, gpu, other):
             yield " ".join(changes)
             return
