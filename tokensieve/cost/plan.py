@@ -26,10 +26,12 @@ from tokensieve.cost.train_memory import (
     WEIGHT,
     Held,
     Ranks,
+    exact,
     host_memory,
     layer_parameters,
     memory,
     stored,
+    tables,
     trained,
 )
 from tokensieve.cost.train_rates import TrainRates, measured_rates
@@ -349,25 +351,28 @@ def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[T
         routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn if ranks.experts > 1 else 0
         warmup = stage == "warmup"  # indexers learn alone, and nothing is gathered again to go back
         gathers = 1 if warmup else 2
+        once = tables(shape) + exact(shape)  # they stay gathered for the backward pass
 
-        def received(held: int, learning: int, gpus: int) -> float:
-            return passes * (GATHERED * gathers * held + WEIGHT * learning) * (gpus - 1) / gpus
+        def received(gathered: int, learning: int, gpus: int) -> float:
+            """gathered: bytes."""
+            return passes * (gathered + WEIGHT * learning) * (gpus - 1) / gpus
 
         frozen = warmup or job.adapters is not None  # the experts, if anything is
         held = weights - routed
+        gathered = GATHERED * (gathers * (held - once) + tables(shape)) + WEIGHT * exact(shape)
         learning = learns if frozen else held
-        yield Traffic("layers and gradients", received(held, learning, ranks.gpus), bandwidth(ranks.gpus))
+        yield Traffic("layers and gradients", received(gathered, learning, ranks.gpus), bandwidth(ranks.gpus))
         if routed:
             # Those that share an expert are as far apart as others divide them, and of one machine are few.
             held, sharing = routed // ranks.experts, ranks.gpus // ranks.experts
-            own = received(held, 0 if frozen else held, sharing)
+            own = received(GATHERED * gathers * held, 0 if frozen else held, sharing)
             near = max(1, NODE // ranks.experts)
             way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
             yield Traffic("experts and gradients", own, way)
         if config.offload:
             # Its own part, which it rounds only then. FSDP adds the gradients of further micro-batches on the host, and
             # so does not go on while they are copied.
-            moved = WEIGHT * (passes * gathers * weights + learns) / ranks.gpus
+            moved = WEIGHT * (passes * (gathers * (weights - once) + once) + learns) / ranks.gpus
             yield Traffic("weights from the host, first gradients to it", moved, gpu.host)
             if passes > 1:
                 yield Traffic(ADDED, (passes - 1) * WEIGHT * learns / ranks.gpus, gpu.host)

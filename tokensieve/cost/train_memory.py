@@ -90,6 +90,16 @@ def _weighing(shape: Shape) -> int:
     return shape.hidden * shape.index_heads + 2 * shape.index_dim
 
 
+def tables(shape: Shape) -> int:
+    """Parameters of embedding and head. They are gathered once a micro-batch, and stay."""
+    return parameters(shape).head * (1 if shape.tied else 2)
+
+
+def exact(shape: Shape) -> int:
+    """Parameters that are read in float32: of routers, head weights and key norms. They are gathered as the tables."""
+    return shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
+
+
 def trained(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
     """Number of parameters that learn in a stage. adapters: those that do in the trunk's place."""
     counts = parameters(shape)
@@ -168,26 +178,26 @@ def _gathered_layers(
     offload a GPU's part of the sum is there too, on its way to the host.
     """
     counts, learns = parameters(shape), stage != "warmup"
-    embedding = 0 if shape.tied else counts.head
     largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
     if ranks.gpus == 1:
         copied = max(largest.held(ranks), counts.head if learns else 0)
         if learns:
             routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-            copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed)
+            copied = (
+                counts.total - (tables(shape) - counts.head) - routed + (largest.experts if checkpointing else routed)
+            )
         yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
         return
     together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
-    unit, tables = together * largest.held(ranks), embedding + counts.head
-    learning, learning_tables = unit, tables
+    unit = together * largest.held(ranks)
+    learning, learning_tables = unit, tables(shape)
     if adapters is not None:
         learning, learning_tables = together * trained(shape, stage, adapters) // shape.layers, 0
         unit += learning
-    exact = shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
-    gathered = GATHERED * (LAYERS * unit + tables) + WEIGHT * exact
+    gathered = GATHERED * (LAYERS * unit + tables(shape)) + WEIGHT * exact(shape)
     yield Held("gathered layers, embedding and head", gathered, "counted")
-    made = GATHERED * (learning + learning_tables) + WEIGHT * exact
-    sent = WEIGHT * max(learning, learning_tables, exact)
+    made = GATHERED * (learning + learning_tables) + WEIGHT * exact(shape)
+    sent = WEIGHT * max(learning, learning_tables, exact(shape))
     received = sent // ranks.gpus if offload else 0
     yield Held("their gradients", made + sent + received if learns else 0, "counted")
 
