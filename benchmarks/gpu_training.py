@@ -53,6 +53,7 @@ from tokensieve.model import DecoderForCausalLM
 from tokensieve.report.origin import environment
 from tokensieve.train import loop, starting
 from tokensieve.train.learning import learning
+from tokensieve.train.stage import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = time.perf_counter()
@@ -299,6 +300,16 @@ def finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class BareRun(loop.Run):
+    """A run without a folder, of a model as it is: in whatever dtype, and nothing is resumed or saved."""
+
+    def _newest(self) -> None:
+        return None
+
+    def _begin(self, model: DecoderForCausalLM | None) -> None:
+        self.model, self.options = model, options_of(self.stage, self.config)
+
+
 def measure(row: Speed, model: DecoderForCausalLM, steps: int, device: torch.device) -> None:
     """Fills the row with the fastest of the steps but the first."""
     config = TrainConfig(
@@ -311,7 +322,7 @@ def measure(row: Speed, model: DecoderForCausalLM, steps: int, device: torch.dev
         device=device.type,
         activation_checkpointing=True,
     )
-    run = loop.Run(config, model)
+    run = BareRun(config, model, rehearse=False)
     model.train()
     model.model.gradient_checkpointing = config.activation_checkpointing
     with learning(model, run.stage.learners(config)):

@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from context_parallel import Received, bytes_a_token, counting, least, pack_of
-from gpu_training import Chosen
+from gpu_training import BareRun, Chosen
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -59,7 +59,7 @@ from tokensieve.mesh import Mesh, join_mesh
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.files import fill
 from tokensieve.report.origin import environment
-from tokensieve.train import loop, starting
+from tokensieve.train import starting
 from tokensieve.train.learning import learning
 from tokensieve.train.parallelize import empty_model
 from tokensieve.train.stage import options_of
@@ -131,7 +131,7 @@ class KeptMesh(Mesh):
         return self.grids.get(str(sizes)) or self.grids.setdefault(str(sizes), super().axes(**sizes))
 
 
-class RandomRun(loop.Run):
+class RandomRun(BareRun):
     """A run whose model has no tensors before it is sharded, and then random ones."""
 
     def __init__(self, config: TrainConfig, model_config: Any, mesh: Mesh):

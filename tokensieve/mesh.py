@@ -1,10 +1,9 @@
 """The processes of one job, as torchrun starts them: the device of each, and the collectives between them.
 
-The engine builds on it, and training. All ranks call the same methods in the same order. Both divide a model over the
-same ranks, which form grids by these axes:
+The engine builds on it, and training. All ranks call the same methods in the same order. Training arranges them in
+grids, by these axes; the engine has no grid, and divides a model over all ranks.
 
-    ranks         all of them: in training parameters, gradients and moments are sharded over them, in the engine heads,
-                  experts and vocabulary
+    ranks         all of them: parameters, gradients and moments are sharded over them
     shard         groups that read different sequences of a step
     context       ranks that share the tokens of a sequence
     expert_shard  ranks that share the matrices of their experts
@@ -61,13 +60,11 @@ class Mesh:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    @property
-    def ranks(self) -> DeviceMesh:
-        """All ranks, with the axis "ranks". Its group is the one in which the methods below communicate."""
-        return self.axes(ranks=self.size)
-
     def axes(self, **sizes: int) -> DeviceMesh:
-        """The ranks as a grid with these axes, the last of which changes fastest from rank to rank."""
+        """The ranks as a grid with these axes, the last of which changes fastest from rank to rank.
+
+        All ranks call it together.
+        """
         return init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     def all_reduce(self, x: Tensor) -> Tensor:

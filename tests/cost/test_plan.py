@@ -15,7 +15,7 @@ from tokensieve.cost.gpus import GPUS
 from tokensieve.cost.paper import published_shape
 from tokensieve.cost.plan import Job, StagePlan, plan, usable
 from tokensieve.cost.rates import Rate
-from tokensieve.cost.train_memory import Ranks
+from tokensieve.cost.train_memory import Ranks, layer_parameters
 from tokensieve.cost.train_rates import GROUPED, LITE, TrainRates, measured_rates, measurements
 from tokensieve.mesh import Mesh
 from tokensieve.train.parallelize import divide
@@ -127,7 +127,9 @@ def test_time_by_hand() -> None:
         one = phase.sequences / 8 / 989.5e12
         compute = one * ((parts.products + again.products) / 0.4 + (parts.keys + again.keys) / 0.2)
         counts = cost.parameters(shape)
-        network = (2 * 2 + 4) * counts.total * 7 / 8 / (450e9 * 0.5) * (phase.sequences // (8 * phase.micro_batch))
+        # Embedding and head are gathered once, and head weights and the key norm too, but in twice the bytes.
+        bytes_once = (2 * 2 + 4) * counts.total - 2 * 2 * 320 * 48
+        network = bytes_once * 7 / 8 / (450e9 * 0.5) * (phase.sequences // (8 * phase.micro_batch))
         assert made.seconds == pytest.approx(max(compute, network), rel=1e-12)
         seconds += phase.steps * max(compute, network)
     assert found.seconds == pytest.approx(seconds) and found.gpu_hours == pytest.approx(8 * seconds / 3600)
@@ -190,28 +192,45 @@ def test_recomputed_layers_gather_keys_again() -> None:
 
 def test_layers_on_their_way_by_hand() -> None:
     """Gathered forward and backward in bfloat16, gradients scattered in float32, for each micro-batch; a warm-up has
-    those of indexers.
+    those of indexers. Embedding and head are gathered once, and so is, in float32, what is read in it.
     """
     counts = cost.parameters(cost.shape_of(SMALL))
+    tables, exact = 2 * 320 * 48, 48 * 4 + 2 * 64
     (layers,) = planned(run(sequences=32), SMALL).phases[0].traffic
-    assert layers.bytes == 4 * (2 * 2 * counts.total + 4 * counts.total) * 7 / 8 and layers.bandwidth == 450e9
+    gathered = 2 * 2 * (counts.total - tables - exact) + 2 * tables + 4 * exact
+    assert layers.bytes == 4 * (gathered + 4 * counts.total) * 7 / 8 and layers.bandwidth == 450e9
     (layers,) = planned(run("warmup", sequences=32), SMALL, 16).phases[0].traffic
-    assert layers.bytes == 2 * (2 * counts.total + 4 * counts.indexer) * 15 / 16 and layers.bandwidth == 8 * 50e9
+    gathered = 2 * (counts.total - exact) + 4 * exact
+    assert layers.bytes == 2 * (gathered + 4 * counts.indexer) * 15 / 16 and layers.bandwidth == 8 * 50e9
     assert planned(run(), SMALL, 1).phases[0].traffic == ()
 
 
 def test_offloaded_parts_by_hand() -> None:
-    """They leave the GPU for its host, with the copy of a checkpoint, and each pass moves weights there and back."""
+    """They leave the GPU for its host, with the copy of a checkpoint. Each micro-batch moves weights and gradients.
+
+    From the second one on a step waits for the gradients, and all its time is a lower bound.
+    """
     kept, away = (planned(run(sequences=32, offload=offload), SMALL) for offload in (False, True))
-    total = cost.parameters(cost.shape_of(SMALL)).total
-    assert kept.heaviest.bytes - away.heaviest.bytes == 16 * total // 8 and kept.host == []
+    shape = cost.shape_of(SMALL)
+    total, (layer,) = cost.parameters(shape).total, layer_parameters(shape)
+    moving = 4 * layer.other // 8  # gradients that have been summed, on their way to the host
+    assert kept.heaviest.bytes - away.heaviest.bytes == 16 * total // 8 - moving and kept.host == []
     assert sum(held.bytes for held in away.host) == 16 * total // 8 + 12 * total // 8
-    (moved,) = (t for t in away.phases[0].traffic if "host" in t.name)
-    assert moved.bytes == 4 * (4 * 2 + 4) * total / 8 and moved.bandwidth == 64e9  # four micro-batches
+    assert {held.origin for held in away.host} == {"estimated"}
+    moved, added = (t for t in away.phases[0].traffic if "host" in t.name)  # of four micro-batches
+    once = 2 * 320 * 48 + 48 * 4 + 2 * 64  # tables, and what is read in float32
+    assert moved.bytes == 4 * (4 * (2 * total - once) + total) / 8 and added.bytes == 4 * 3 * total / 8
+    assert moved.bandwidth == added.bandwidth == 64e9
     assert away.phases[0].exchange.seconds == pytest.approx(
         kept.phases[0].exchange.seconds + moved.bytes / moved.bandwidth
     )
-    assert away.phases[0].parts == kept.phases[0].parts
+    *parts, waited = away.phases[0].parts
+    assert tuple(parts) == kept.phases[0].parts and waited.seconds == added.bytes / added.bandwidth
+    assert away.label == "roofline"
+    one = planned(run(offload=True), SMALL)
+    assert len(one.phases[0].parts) == 2 and one.label == "roofline"
+    measured = planned(run(sequences=8, offload=True), LITE).phases[0]
+    assert {part.label for part in measured.parts} == {"extrapolated"} and measured.label == "roofline"
 
 
 def test_tokens_of_divided_experts_by_hand() -> None:
@@ -231,10 +250,11 @@ def test_divided_experts_on_their_way_by_hand() -> None:
     """Four GPUs share an expert: of one machine, or one on each of four, or two on each of two."""
     routed = 27 * 64 * 3 * 2048 * 1408
     others = cost.parameters(cost.shape_of(LITE)).total - routed
+    tables = 2 * 102400 * 2048  # gathered once; routers and head weights too, in twice the bytes
     for gpus, experts, bandwidth in ((8, 2, 450e9), (32, 8, 50e9), (16, 4, 100e9)):
         traffic = planned(run(sequences=gpus, expert_parallel=experts), LITE, gpus).phases[0].traffic
         layers, own = traffic[:2]
-        assert layers.bytes == pytest.approx(8 * others * (gpus - 1) / gpus)
+        assert layers.bytes == pytest.approx((8 * others - 2 * tables) * (gpus - 1) / gpus)
         assert own.bytes == pytest.approx(8 * routed / experts * 3 / 4) and own.bandwidth == bandwidth
     layers, own = planned(run("warmup", sequences=32, expert_parallel=8), LITE, 32).phases[0].traffic[:2]
     assert own.bytes == pytest.approx(2 * routed / 8 * 3 / 4)  # gathered once, and nothing learns

@@ -42,7 +42,7 @@ def trained(settings: TrainConfig) -> bool:
     """Trains. Returns whether the ranks that FSDP shards over are those of the engine's collectives."""
     mesh = ranks.HERE[0]
     train.run(settings, progress=False, mesh=mesh)
-    return mesh.ranks.get_group() is dist.group.WORLD and mesh.ranks.mesh_dim_names == ("ranks",)
+    return mesh.axes(ranks=mesh.size).get_group() is dist.group.WORLD
 
 
 def served(folder: Path) -> list[list[int]] | None:

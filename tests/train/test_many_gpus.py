@@ -16,11 +16,19 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "many_gpus.py"
 
 
+@pytest.fixture(autouse=True)
+def in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is that of a run, which is none of the benchmark's."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "run")
+
+
 def measured(out: Path, launcher: list[str], *options: str) -> tuple[list[dict[str, Any]], str]:
     """The cells of the file, and what was said."""
     command = [*launcher, str(SCRIPT), "--quick", "--warm", "1", "--steps", "1", "--out", str(out), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    child = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return json.loads(out.read_text())["cells"], child.stderr
 

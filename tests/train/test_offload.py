@@ -12,19 +12,22 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import tokensieve
 from tests.support import ranks
 from tests.support.steps import FAMILIES, check_step, settings, step_of_rank
 from tests.support.training import Workplace, workplace
 from tests.support.training_runs import assert_same_content, run, waiting
-from tokensieve import cost
+from tokensieve import checkpoint, cost
 from tokensieve.config import LoraConfig, TrainConfig, UserError
+from tokensieve.families import model_config
 from tokensieve.mesh import Mesh
 from tokensieve.train import loop, parallelize
-from tokensieve.train.parallelize import Division, check_model, divide
-
-CPU = torch.device("cpu")
+from tokensieve.train.parallelize import Division, check_model, divide, empty_model, own_part, read_parts
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,28 @@ def offloaded_step(family: str, settings: TrainConfig) -> tuple[dict[str, np.nda
     return found
 
 
+def read_beside_gpus(folder: Path) -> bool:
+    """Whether this rank's parts of a model that is sharded over GPUs are read into the host's memory.
+
+    The mesh is one of GPUs by its name alone, and whatever moves to one fails here.
+    """
+    gpus = DeviceMesh("cuda", [0, 1], _init_backend=False)
+    model = empty_model(model_config(checkpoint.read_config(folder)))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            own = distribute_tensor(parameter.detach(), gpus, [Shard(0)], src_data_rank=None)
+            setattr(module, name, nn.Parameter(own))
+    read_parts(model, folder, Division(ranks.HERE[0], offload=True))
+    whole = tokensieve.load(folder, torch.float32).state_dict()
+    return all(
+        isinstance(p, DTensor)
+        and p.device_mesh == gpus
+        and p.to_local().device.type == "cpu"
+        and torch.equal(p.to_local(), whole[name][own_part(p.shape, p)])
+        for name, p in model.named_parameters()
+    )
+
+
 # here
 
 
@@ -80,6 +105,10 @@ def test_a_step(two: ranks.Group, stage: str, changes: dict[str, Any]) -> None:
     check_step(two, "v32", settings(stage, **changes), offloaded_step)
 
 
+def test_parts_are_read_into_the_hosts_memory(two: ranks.Group, here: Workplace) -> None:
+    assert all(two.ask(read_beside_gpus, here.root / "sparse"))
+
+
 def test_a_run_goes_on_with_and_without(two: ranks.Group, here: Workplace) -> None:
     whole = here.run("adapt", "whole", save_every=2)
     begun = replace(whole, out=whole.out.replace("whole", "begun"))
@@ -94,7 +123,7 @@ def test_a_run_goes_on_with_and_without(two: ranks.Group, here: Workplace) -> No
 @pytest.mark.parametrize(
     ("size", "device", "words"),
     [
-        (1, "cuda", "offload keeps in the host's memory what several ranks shard, and this is one; .* or start two"),
+        (1, "cuda", "offload keeps in the host's memory what several ranks shard, .* or start several, on GPUs$"),
         (2, "cpu", "offload is true, and the ranks train on the CPU, whose memory is the host's; leave it out"),
     ],
 )
@@ -123,13 +152,21 @@ def test_the_hosts_memory_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus() -> None:
-    """The gradients of a step are those of GPUs that keep everything."""
+def test_two_gpus(here: Workplace) -> None:
+    """The gradients of a step are those of GPUs that keep everything, and so are the losses of a run that goes on."""
     with ranks.started(2, "cuda") as group:
         kept, away = (
             group.ask(step_of_rank, "v32", settings("adapt", device="auto", offload=offload))[0][0]
             for offload in (False, True)
         )
+        runs = {}
+        for offload in (False, True):
+            whole = here.run("adapt", f"gpus-{offload}", device="auto", offload=offload)
+            begun = run(group, whole)
+            later = replace(whole, phases=(replace(whole.phases[0], steps=6),))
+            runs[offload] = [*begun.losses, *run(group, later, True).losses]
+    assert len(runs[True]) == 6
+    np.testing.assert_allclose(runs[True], runs[False], rtol=5e-3)  # as between GPUs and one (test_parallelize_gpu.py)
     assert kept.keys() == away.keys()
     for name, gradient in kept.items():
         # Kernels add in any order, and round to bfloat16.

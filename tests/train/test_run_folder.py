@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tokensieve
 from tests.support import forks
 from tests.support.training import Workplace, workplace
 from tokensieve.config import PhaseConfig, TrainConfig, UserError
@@ -48,6 +50,14 @@ def test_two_runs_at_once(here: Workplace) -> None:
     assert first.exitcode == -signal.SIGKILL
     run(settings, resume=True, progress=False)
     assert [row["step"] for row in history(settings.out)] == [1, 2] and not (Path(settings.out) / LOCK).exists()
+
+
+def test_a_model_that_is_rounded_is_not_trained(here: Workplace) -> None:
+    settings = here.run("warmup", "rounded", PhaseConfig(1, 48, 2))
+    made = tokensieve.load(here.root / "sparse", torch.bfloat16)
+    with pytest.raises(UserError, match=r"^model\.embed_tokens\.weight is bfloat16, .* with dtype=torch\.float32$"):
+        run(settings, made, progress=False)
+    assert not Path(settings.out).exists()
 
 
 def test_a_run_that_began_while_this_one_was_loading(here: Workplace) -> None:

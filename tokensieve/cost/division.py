@@ -1,9 +1,14 @@
-"""Which numbers of ranks can divide a run, for training and for its plan. A rank is a process with a GPU of its own."""
+"""Which numbers of ranks can divide a run, for training and for its plan. A rank is a process, on GPUs one for each."""
 
 from tokensieve.config import TrainConfig
 from tokensieve.cost.shape import Shape
 from tokensieve.cost.train_memory import Ranks
 from tokensieve.cost.training import Adapters
+
+ADAPTED_EXPERTS = (
+    "lora.targets names experts, whose adapters add to all of a layer at once, and expert_parallel divides them; leave "
+    "one of the two out"
+)
 
 
 def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
@@ -16,16 +21,18 @@ def refusal(config: TrainConfig, ranks: Ranks) -> str | None:
             return f"{name} is {sharing}, which does not divide {count}; {remedy}"
     if config.offload and ranks.gpus == 1:
         return (
-            "offload keeps in the host's memory what several ranks shard, and this is one; leave it out, or start two"
+            "offload keeps in the host's memory what several ranks shard, and this is one; leave it out, or start "
+            "several, on GPUs"
         )
     if config.budget is not None and ranks.gpus > 1:
         return f"budget runs in one process so far, and this run has {ranks.gpus}; leave it out"
     for phase in config.phases:
         together = phase.micro_batch * ranks.shards
+        members = "one rank" if ranks.context == 1 else f"{ranks.context} ranks"
         if phase.sequences % together:
             return (
                 f"{phase.sequences} sequences a step do not divide into micro-batches of {phase.micro_batch} on "
-                f"{ranks.shards} groups of {ranks.context} ranks; make phases.sequences a multiple of {together}, or "
+                f"{ranks.shards} groups of {members}; make phases.sequences a multiple of {together}, or "
                 f"change how many ranks share a sequence (context_parallel)"
             )
         multiple = 2 * ranks.context * config.kl_queries
@@ -45,10 +52,7 @@ def experts_refusal(shape: Shape, ranks: Ranks, adapters: Adapters | None = None
     if not shape.experts:
         return f"expert_parallel is {experts}, and the model has no routed experts; leave it out"
     if adapters is not None and adapters.experts:
-        return (
-            f"expert_parallel is {experts}, and lora.targets names experts, whose adapters add to all of a layer at "
-            "once; leave one of the two out"
-        )
+        return ADAPTED_EXPERTS
     if shape.experts % experts:
         return (
             f"expert_parallel is {experts}, and the model has {shape.experts} routed experts; make it a divisor of them"

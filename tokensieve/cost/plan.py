@@ -2,9 +2,10 @@
 
 Memory is that of `tokensieve/cost/train_memory.py`. Operations run one after the other, with the tokens that go to
 divided experts and back, for which they wait. Beside them FSDP's layers and gradients go between GPUs, and to the host
-and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two. FLOPs
-are divided evenly over the GPUs. Not counted: the optimizer's own pass over its moments, reading data, checkpoints, and
-GPUs that wait for each other.
+and back if they are kept there, and so do the entries of context parallelism. A step takes the longer of the two.
+Gradients that go to the host to be added to those of an earlier micro-batch are waited for. FLOPs are divided evenly
+over the GPUs. Not counted: the optimizer's own pass over its moments, what else the processors do, reading data,
+checkpoints, and GPUs that wait for each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,10 +26,12 @@ from tokensieve.cost.train_memory import (
     WEIGHT,
     Held,
     Ranks,
+    exact,
     host_memory,
     layer_parameters,
     memory,
     stored,
+    tables,
     trained,
 )
 from tokensieve.cost.train_rates import TrainRates, measured_rates
@@ -36,6 +39,8 @@ from tokensieve.cost.training import Adapters, Stage, TrainFlops, recomputed_flo
 
 TRAINING = ("H100", "H200", "H800", "B200")  # training runs on CUDA devices
 TOKENS = "tokens on the way to experts and back"
+ADDED = "gradients to the host, to be added there"
+WAITED_FOR = (TOKENS, ADDED)
 MACHINES = 256  # the most that a refusal looks for
 
 
@@ -50,12 +55,21 @@ class Traffic:
 
 @dataclass(frozen=True)
 class PhasePlan(Timed):
-    """A step of one phase, seen from one GPU. model_flops: of all GPUs together, without what is recomputed."""
+    """A step of one phase, seen from one GPU.
+
+    model_flops: of all GPUs together, without what is recomputed. offload: of what lasts to the host's memory.
+    """
 
     phase: PhaseConfig
     memory: tuple[Held, ...]
     traffic: tuple[Traffic, ...]
     model_flops: float
+    offload: bool
+
+    @property
+    def label(self) -> str:
+        """As of all times; with offload they are lower bounds, since what the processors do is not counted."""
+        return "roofline" if self.offload else super().label
 
     @property
     def bytes(self) -> int:
@@ -214,16 +228,16 @@ def _holds(job: Job, gpu: Gpu, ranks: Ranks) -> bool:
 
 
 def _changed(
-    job: Job, ranks: Ranks, experts: Sequence[int], offload: bool = False
+    job: Job, ranks: Ranks, experts: Sequence[int], may_offload: bool = False
 ) -> Iterator[tuple[Job, Ranks, list[str]]]:
     """The run with fewer tokens on a GPU, and with less kept of them: each with its changes, few of them first.
 
-    experts: numbers of ranks that may divide them; another one than now comes late. offload: whether what lasts may go
-    to the host's memory; that comes last.
+    experts: numbers of ranks that may divide them; another one than now comes late. may_offload: whether what lasts may
+    go to the host's memory; that comes last.
     """
     config = job.config
     recompute = not config.activation_checkpointing and config.stage != "warmup"
-    home = (False, True) if offload and not config.offload and ranks.gpus > 1 else (False,)
+    home = (False, True) if may_offload and not config.offload and ranks.gpus > 1 else (False,)
     smaller = any(phase.micro_batch > 1 for phase in config.phases)
     context = [c for c in _divisors(ranks.gpus) if c >= ranks.context]
     choices = product(
@@ -252,7 +266,7 @@ def _changed(
 def _other_settings(job: Job, gpu: Gpu, ranks: Ranks) -> Iterator[str]:
     """The settings with which the same GPUs would do, if any: the fewest changes, and the fewest GPUs to a sequence."""
     experts = [x for x in _divisors(ranks.gpus) if x >= ranks.experts]
-    for changed, other, changes in _changed(job, ranks, experts, offload=True):
+    for changed, other, changes in _changed(job, ranks, experts, may_offload=True):
         if changes and _fits(changed, gpu, other):
             yield " ".join(changes)
             return
@@ -314,11 +328,11 @@ def _phase(job: Job, gpu: Gpu, ranks: Ranks, rates: TrainRates, phase: PhaseConf
         part("products with weights", model.products + again.products, rates.products, known.products),
         part("attention and indexers", model.keys + again.keys, rates.attention, known.attention),
     ]
-    parts += [exchange(t.name, t) for t in traffic if t.name == TOKENS]
+    parts += [exchange(t.name, t) for t in traffic if t.name in WAITED_FOR]
     ways = "between GPUs and to the host" if config.offload else "between GPUs"
-    beside = exchange(ways, *(t for t in traffic if t.name != TOKENS))
+    beside = exchange(ways, *(t for t in traffic if t.name not in WAITED_FOR))
     held = tuple(_memory(job, ranks, phase))
-    return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model))
+    return PhasePlan(tuple(parts), beside, phase, held, traffic, phase.sequences * sum(model), config.offload)
 
 
 def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[Traffic]:
@@ -337,25 +351,31 @@ def _traffic(job: Job, gpu: Gpu, ranks: Ranks, phase: PhaseConfig) -> Iterator[T
         routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn if ranks.experts > 1 else 0
         warmup = stage == "warmup"  # indexers learn alone, and nothing is gathered again to go back
         gathers = 1 if warmup else 2
+        once = tables(shape) + exact(shape)  # they stay gathered for the backward pass
 
-        def received(held: int, learning: int, gpus: int) -> float:
-            return passes * (GATHERED * gathers * held + WEIGHT * learning) * (gpus - 1) / gpus
+        def received(gathered: int, learning: int, gpus: int) -> float:
+            """gathered: bytes."""
+            return passes * (gathered + WEIGHT * learning) * (gpus - 1) / gpus
 
         frozen = warmup or job.adapters is not None  # the experts, if anything is
         held = weights - routed
+        gathered = GATHERED * (gathers * (held - once) + tables(shape)) + WEIGHT * exact(shape)
         learning = learns if frozen else held
-        yield Traffic("layers and gradients", received(held, learning, ranks.gpus), bandwidth(ranks.gpus))
+        yield Traffic("layers and gradients", received(gathered, learning, ranks.gpus), bandwidth(ranks.gpus))
         if routed:
             # Those that share an expert are as far apart as others divide them, and of one machine are few.
             held, sharing = routed // ranks.experts, ranks.gpus // ranks.experts
-            own = received(held, 0 if frozen else held, sharing)
+            own = received(GATHERED * gathers * held, 0 if frozen else held, sharing)
             near = max(1, NODE // ranks.experts)
             way = gpu.link if ranks.gpus <= NODE else min(gpu.link, near * gpu.network)
             yield Traffic("experts and gradients", own, way)
         if config.offload:
-            # Its own part, which it rounds only then.
-            moved = passes * WEIGHT * (gathers * weights + learns) / ranks.gpus
-            yield Traffic("weights from the host, gradients to it", moved, gpu.host)
+            # Its own part, which it rounds only then. FSDP adds the gradients of further micro-batches on the host, and
+            # so does not go on while they are copied.
+            moved = WEIGHT * (passes * (gathers * (weights - once) + once) + learns) / ranks.gpus
+            yield Traffic("weights from the host, first gradients to it", moved, gpu.host)
+            if passes > 1:
+                yield Traffic(ADDED, (passes - 1) * WEIGHT * learns / ranks.gpus, gpu.host)
     if ranks.context > 1:
         # Forward, again if layers are recomputed, and back; a warm-up sends back the gradients of index keys alone.
         entries, index = shape.attention.cached, 0 if stage == "pretrain" else shape.index_dim

@@ -9,7 +9,7 @@ Legend: N tokens of a micro-batch that a GPU computes, T tokens of its sequences
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokensieve.cost.shape import Shape, parameters
@@ -90,6 +90,16 @@ def _weighing(shape: Shape) -> int:
     return shape.hidden * shape.index_heads + 2 * shape.index_dim
 
 
+def tables(shape: Shape) -> int:
+    """Parameters of embedding and head. They are gathered once a micro-batch, and stay."""
+    return parameters(shape).head * (1 if shape.tied else 2)
+
+
+def exact(shape: Shape) -> int:
+    """Parameters that are read in float32: of routers, head weights and key norms. They are gathered as the tables."""
+    return shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
+
+
 def trained(shape: Shape, stage: Stage, adapters: Adapters | None = None) -> int:
     """Number of parameters that learn in a stage. adapters: those that do in the trunk's place."""
     counts = parameters(shape)
@@ -116,11 +126,12 @@ def lasting(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None 
 def host_memory(shape: Shape, stage: Stage, ranks: Ranks, adapters: Adapters | None = None) -> list[Held]:
     """Memory of the host for one GPU whose part of what lasts is there, while a checkpoint is written.
 
-    Of adapters the merged model at the end is more than any checkpoint.
+    All of it is estimated: each pinned tensor takes the next power of two of its bytes, less than twice as much. Of
+    adapters the merged model at the end is more than any checkpoint.
     """
     copied = WEIGHT * parameters(shape).total + (0 if adapters else MOMENTS * trained(shape, stage))
-    lasts = lasting(shape, stage, ranks, adapters)
-    return [*lasts, Held("copy of a checkpoint, float32", copied // ranks.gpus, "counted")]
+    copy = Held("copy of a checkpoint, float32", copied // ranks.gpus, "estimated")
+    return [*(replace(held, origin="estimated") for held in lasting(shape, stage, ranks, adapters)), copy]
 
 
 def memory(
@@ -147,7 +158,7 @@ def memory(
         activations += adapters.sum_bytes(made, VALUE, checkpointing=checkpointing)
     return [
         *([] if offload else lasting(shape, stage, ranks, adapters)),
-        *_gathered_layers(shape, stage, ranks, checkpointing, adapters),
+        *_gathered_layers(shape, stage, ranks, checkpointing, adapters, offload),
         Held(ACTIVATIONS, activations, "estimated"),
         *_gathered_keys(shape, stage, ranks, N, T, checkpointing),
         Held("buffers of scores and of the KL's target", _buffers(stage, N, T), "counted"),
@@ -156,37 +167,39 @@ def memory(
 
 
 def _gathered_layers(
-    shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool, adapters: Adapters | None
+    shape: Shape, stage: Stage, ranks: Ranks, checkpointing: bool, adapters: Adapters | None, offload: bool
 ) -> Iterator[Held]:
     """Whole layers as FSDP gathers them, and their gradients; on one GPU the bfloat16 copies that products read.
 
     Layers that share an indexer are gathered together. Embedding and head stay gathered for the whole step, and so do
     the parameters that are read in float32. A gradient is there twice: as it was made, and in float32 as it is sent. On
     one GPU autocast keeps the copies of linear layers that learn to the end of the forward pass, and without
-    recomputation the backward pass needs them all. Adapters learn in their layer's place, and it has no gradient.
+    recomputation the backward pass needs them all. Adapters learn in their layer's place, and it has no gradient. With
+    offload a GPU's part of the sum is there too, on its way to the host.
     """
     counts, learns = parameters(shape), stage != "warmup"
-    embedding = 0 if shape.tied else counts.head
     largest = max(layer_parameters(shape), key=lambda kind: kind.held(ranks))
     if ranks.gpus == 1:
         copied = max(largest.held(ranks), counts.head if learns else 0)
         if learns:
             routed = shape.moe_layers * shape.experts * 3 * shape.hidden * shape.expert_ffn
-            copied = counts.total - embedding - routed + (largest.experts if checkpointing else routed)
+            copied = (
+                counts.total - (tables(shape) - counts.head) - routed + (largest.experts if checkpointing else routed)
+            )
         yield Held("weights in bfloat16, for products", VALUE * copied, "estimated")
         return
     together = -(-shape.layers // shape.index_layers) if shape.index_layers else 1
-    unit, tables = together * largest.held(ranks), embedding + counts.head
-    learning, learning_tables = unit, tables
+    unit = together * largest.held(ranks)
+    learning, learning_tables = unit, tables(shape)
     if adapters is not None:
         learning, learning_tables = together * trained(shape, stage, adapters) // shape.layers, 0
         unit += learning
-    exact = shape.index_layers * _weighing(shape) + shape.moe_layers * shape.hidden * shape.experts
-    gathered = GATHERED * (LAYERS * unit + tables) + WEIGHT * exact
+    gathered = GATHERED * (LAYERS * unit + tables(shape)) + WEIGHT * exact(shape)
     yield Held("gathered layers, embedding and head", gathered, "counted")
-    made = GATHERED * (learning + learning_tables) + WEIGHT * exact
-    sent = WEIGHT * max(learning, learning_tables, exact)
-    yield Held("their gradients", made + sent if learns else 0, "counted")
+    made = GATHERED * (learning + learning_tables) + WEIGHT * exact(shape)
+    sent = WEIGHT * max(learning, learning_tables, exact(shape))
+    received = sent // ranks.gpus if offload else 0
+    yield Held("their gradients", made + sent + received if learns else 0, "counted")
 
 
 def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:

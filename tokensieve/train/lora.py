@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from tokensieve import cost
 from tokensieve.config import LoraConfig, UserError
+from tokensieve.cost.division import ADAPTED_EXPERTS
 from tokensieve.model import DecoderForCausalLM, Trunk
 from tokensieve.model.moe import Experts
 from tokensieve.train.learning import is_indexer
@@ -78,10 +79,7 @@ def adapted(
             "set it to 0, or leave these out of lora.targets"
         )
     if divided and tensors:
-        raise UserError(
-            f"lora.targets names {', '.join(tensors)}, whose adapters add to all experts of a layer at once, and "
-            "expert_parallel divides them; leave one of the two out"
-        )
+        raise UserError(ADAPTED_EXPERTS)
     misread = {name.rpartition(".")[2] for name in layers} & MISREAD
     if not config.merge and misread and any(isinstance(module, Experts) for module in model.modules()):
         log.warning(

@@ -50,14 +50,13 @@ WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.default)\b
 class Division:
     """The division of a run's work over the ranks, seen from one of them.
 
-    context: the ranks that share this rank's sequences; None: it has them alone. axes: all ranks; None: there is one.
-    shard: index of this rank's shard, which reads the micro-batches shard, shard + shards, ... of a step. experts: all
-    ranks, with the axes of the experts; None: experts are sharded as everything else. offload: whether this rank's part
-    of the parameters, and with it gradients and moments, is in the host's memory.
+    context: the ranks that share this rank's sequences; None: it has them alone. shard: index of this rank's shard,
+    which reads the micro-batches shard, shard + shards, ... of a step. experts: all ranks, with the axes of the
+    experts; None: experts are sharded as everything else. offload: whether this rank's part of the parameters, and with
+    it gradients and moments, is in the host's memory.
     """
 
     mesh: Mesh
-    axes: DeviceMesh | None = None
     context: ContextGroup | None = None
     shard: int = 0
     shards: int = 1
@@ -90,7 +89,7 @@ def divide(config: TrainConfig, mesh: Mesh) -> Division:
         # Chunks hold whole blocks of queries, so the same queries have a KL as in one process.
         context = ContextGroup(rank, R, axes.get_group("context"), math.lcm(CHUNK, config.kl_queries))
     experts = mesh.axes(expert_shard=mesh.size // X, experts=X) if X > 1 else None
-    return Division(mesh, axes, context, shard, ranks.shards, experts, config.offload)
+    return Division(mesh, context, shard, ranks.shards, experts, config.offload)
 
 
 def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
@@ -115,11 +114,15 @@ def check_model(config: TrainConfig, model_config: Any, mesh: Mesh) -> None:
         there, what = torch.cuda.get_device_properties(mesh.device).total_memory, "a device"
     if held > there * mesh.size:
         note = ", with the copy of a checkpoint," if host else ""
-        together = math.lcm(config.context_parallel, config.expert_parallel)
-        least = math.ceil(held / there / together) * together
+        if host:  # further ranks on these machines would share the same memory
+            least = math.ceil(held / (there * rank_info().local_size))
+            remedy = f"start ranks on at least {least} such machines"
+        else:
+            together = math.lcm(config.context_parallel, config.expert_parallel)
+            remedy = f"start at least {math.ceil(held / there / together) * together} ranks, or set offload=true"
         raise UserError(
             f"{mesh.size} ranks cannot hold the model: its weights, gradients and moments{note} are "
-            f"{held / 2**30:.1f} GiB, and {what} is {there / 2**30:.1f} GiB; start at least {least} ranks"
+            f"{held / 2**30:.1f} GiB, and {what} is {there / 2**30:.1f} GiB; {remedy}"
         )
 
 
@@ -141,9 +144,9 @@ class Root(nn.Module):
 
 def shard(model: DecoderForCausalLM, division: Division) -> Root:
     """The root of a model, whose parameters are sharded over all ranks, if there are several."""
-    if division.axes is None:
+    if division.mesh.size == 1:
         return Root(model)
-    ranks = division.mesh.ranks
+    ranks = division.mesh.axes(ranks=division.mesh.size)
     policy = precision.gather_policy(precision.product_dtype(division.mesh.device))
     if division.experts is not None:
         division.experts._flatten("expert_ranks")  # norms are then summed in one operation
@@ -261,12 +264,12 @@ def read_parts(
 
     def part(name: str, own: Tensor) -> Tensor:
         target = like[name]
-        own = own.to(home if isinstance(target, DTensor) else device, copy=True, memory_format=torch.contiguous_format)
         if not isinstance(target, DTensor):
-            return own
-        return DTensor.from_local(
-            own, target.device_mesh, target.placements, run_check=False, shape=target.shape, stride=target.stride()
-        )
+            return own.to(device, copy=True, memory_format=torch.contiguous_format)
+        # `DTensor.from_local` would move an offloaded part to the device of the mesh.
+        kept = cast(DTensor, torch.empty_like(target, dtype=own.dtype, device=home))
+        kept.to_local().copy_(own)
+        return kept
 
     def own_tensors() -> Iterator[tuple[str, Tensor]]:
         read = checkpoint.load_tensors(folder, model.config, torch.float32, rows=lambda name: parts[name][0])

@@ -3,6 +3,11 @@
 Autocast rounds the operands of a product. On several ranks FSDP has rounded them before it gathers them, so half the
 bytes are sent, and a layer's weights are on a rank once. Rounded are the same numbers, so results are those of one
 process. Gradients are made in bfloat16 either way, and summed over micro-batches and ranks in float32.
+
+Two sums within a micro-batch are in bfloat16, since autograd adds gradients in the dtype of what was read. The gradient
+of the head is one over pieces of `cost.head_rows` tokens (`tokensieve/train/stage.py`): float32 would take 8 bytes more
+for each number of the head. On several ranks that of an indexer which layers share is one over these layers, which
+autocast does not do in one process.
 """
 
 from collections.abc import Iterator

@@ -15,8 +15,19 @@ from tokensieve.train.parallelize import mesh_of
 
 
 def start(config: TrainConfig, model: DecoderForCausalLM | None) -> DecoderForCausalLM:
-    """The model that a run trains from its first step on, on the CPU unless it is the caller's."""
+    """The model that a run trains from its first step on, on the CPU unless it is the caller's.
+
+    UserError for a caller's whose parameters are narrower than float32: a step would change few of them, and round its
+    moments.
+    """
     if model is not None:
+        wide = torch.float32, torch.float64
+        rounded = ((name, p.dtype) for name, p in model.named_parameters() if p.dtype not in wide)
+        for name, dtype in rounded:
+            raise UserError(
+                f"{name} is {str(dtype).removeprefix('torch.')}, and training keeps all parameters in float32; load "
+                "the model with dtype=torch.float32"
+            )
         return model
     if config.stage == "pretrain" and config.shape and config.model:
         return load(config.model, torch.float32, config=pretrain.extended_config(config))
