@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.quick:
         asked.dense, asked.sparse, asked.contexts, asked.speed = "base", "sparse", [768], [768, 1024]
-        asked.texts, asked.needles, asked.sequences, asked.chunk = 2, 1, [1, 2], 512
+        asked.texts, asked.needles, asked.sequences, asked.chunk = 2, 2, [1, 2], 512
     return asked
 
 

@@ -211,7 +211,7 @@ def test_long_contexts_are_measured_and_kept(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     figures = json.loads(out.read_text())
     found = figures["quality"]["768"]
-    assert 0.5 < found["recall"] <= 1 and (found["texts"], found["questions"]) == (2, 16)
+    assert 0.5 < found["recall"] <= 1 and (found["texts"], found["questions"]) == (2, 32)
     for estimate in (found["compared"]["ppl"]["dense"], found["compared"]["needle"]["dense"]):
         assert estimate["low"] < estimate["value"] < estimate["high"]
     assert f"| 768 | {found['dense']['ppl']:.3f} |" in child.stdout and "| 1,024 |  |" in child.stdout
