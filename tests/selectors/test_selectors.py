@@ -135,7 +135,7 @@ def test_the_engine_selects_as_generate_does(case: str) -> None:
 
 
 @torch.no_grad()
-def test_the_number_of_keys_is_the_querys_own() -> None:
+def test_the_number_of_keys_is_the_querys_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """At least one, even if no key but the best is worth it; many if scores are flat, at most 1 / share."""
     model = model_of()
 
@@ -144,8 +144,8 @@ def test_the_number_of_keys_is_the_querys_own() -> None:
 
         def watch(c: SelectionContext) -> Tensor:
             scores = c.scores
-            c.scores = lambda: scale * scores()  # type: ignore[method-assign]
-            c.rows = lambda rows: c  # type: ignore[method-assign]
+            monkeypatch.setattr(c, "scores", lambda: scale * scores())
+            monkeypatch.setattr(c, "rows", lambda rows: c)
             selected.append((PerQuery(share)(c) >= 0).sum(1))
             return c.topk()
 
