@@ -70,7 +70,8 @@ class DecoderLayer(nn.Module):
         if not isinstance(self.mlp, MoE):
             return x_ND + self.mlp(x), result
         out, load_E = self.mlp(x, ctx.real)
-        return x_ND + out, result._replace(load_E=load_E)
+        # Not result._replace(...), which torch 2.11 cannot compile.
+        return x_ND + out, LayerResult(result.kl, result.indices, load_E, result.lent)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
