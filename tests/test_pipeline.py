@@ -96,6 +96,7 @@ def test_what_it_leaves(whole: Path, model: Path) -> None:
         assert rows is not None and len(rows) == steps and all("kl" in row for row in rows)
     assert taught is not None and max(row["rollout/logp_difference"] for row in taught) < 1e-6
     assert max(row["rollout/logp_difference"] for row in rows) < 1e-6 and rows[0]["rollout/queries_past_k"] > 0.5
+    assert all(0 <= row["outcome/logic-direct"] <= 1 for row in stages.history(whole / "specialists/logic/rl") or [{}])
     answers = distillation.read_lines(whole / "distilled/samples/logic.jsonl")
     assert len(answers) == 4 and {line["specialist"] for line in answers} == {"specialist-logic"}
     page = (whole / "posttrain.html").read_text()
@@ -129,7 +130,7 @@ def test_stopped_and_continued(whole: Path, model: Path, tmp_path: Path, monkeyp
     wait = [("logic, cold start", 1), ("logic, cold start", 2), ("logic-direct, pass rate at difficulty 4", 1)]
     wait += [("logic, GRPO", 2), ("before", "rl"), ("answers of specialist-writing", 2)]
     wait += [("on-policy distillation", 1), ("all domains, GRPO", 2)]
-    wait += [("final on held-out writing-direct", 1)]
+    wait += [("final on held-out problems", 1)]
     note, write = pipeline._Watched.on_progress, stages.write_json
 
     def kill(watch: Any, what: str, done: int, total: int) -> None:

@@ -17,6 +17,7 @@ from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain import Rollout, Rollouts, replaying
 from tokensieve.posttrain.replay import selection_of
+from tokensieve.posttrain.rollouts import rollout_config
 
 K, SAMPLES = 16, 4
 SAMPLING = Sampling(max_tokens=24, temperature=1.0, ignore_eos=True)
@@ -103,6 +104,22 @@ def test_the_engine_reads_a_prompt_once_for_all_samples() -> None:
         ends |= {output.id: output for output in engine.step() if output.finish is not None}
     assert [ends[name].cached_tokens for name in ("0", "1", "2")] == [0, 128, 128]
     assert all(torch.equal(a, b) for a, b in zip(ends["0"].selection, ends["2"].selection, strict=True))
+
+
+def test_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, so that every step after that has all answers; a GPU reads them in longer chunks."""
+    rollouts = Rollouts(model_of("v32"), tokensieve.load_tokenizer("base"), 256, at_once=6)
+    step, widths = rollouts.engine.runner.step, []
+
+    def seen(tokens: Sequence[int], *more: Any) -> Tensor:
+        widths.append(len(tokens))
+        return step(tokens, *more)
+
+    monkeypatch.setattr(rollouts.engine.runner, "step", seen)
+    rollouts.sample(prompts(150, 90, 130), 2, SAMPLING)
+    assert widths == [6] * (SAMPLING.max_tokens - 1)
+    sizes = [rollout_config(256, 6, torch.device(name)) for name in ("cpu", "cuda")]
+    assert sizes[0] == EngineConfig(pages=6 * 5, running=6, chunks=6) and sizes[1].chunk == 1024
 
 
 def test_a_preempted_answer_keeps_its_selection() -> None:

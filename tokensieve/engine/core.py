@@ -280,18 +280,15 @@ class Engine:
             for r, generation in zip(batch, generations, strict=True)
         ]
         tokens = self._choose(logits_BV, rows)
-        return outputs + [
-            self._append(generation, token, logits_V)
-            for generation, token, logits_V in zip(generations, tokens, logits_BV, strict=True)
-        ]
+        logprobs = _asked_logprobs(logits_BV, tokens, [r.request.sampling.logprobs for r in batch])
+        return outputs + [self._append(*row) for row in zip(generations, tokens, logprobs, strict=True)]
 
     def _choose(self, logits_BV: Tensor, rows: list[SamplingRow]) -> list[int]:
         return choose(logits_BV, rows)
 
-    def _append(self, generation: Generation, token: int, logits_V: Tensor) -> Output:
+    def _append(self, generation: Generation, token: int, logprobs: tuple[TokenLogprob, ...]) -> Output:
         """Output of a request after `token` is appended to it, which may end it."""
         running, sampling = generation.running, generation.running.request.sampling
-        logprobs = () if sampling.logprobs is None else tuple(logprobs_of(logits_V[None], [token], sampling.logprobs))
         running.tokens.append(token)
         ended = token in self._ends and not sampling.ignore_eos
         if generation.matcher is not None:
@@ -351,6 +348,22 @@ class Engine:
             trace=() if trace is None else tuple(trace.layers),
             selection=selection,
         )
+
+
+def _asked_logprobs(
+    logits_BV: Tensor, tokens: list[int], alternatives: list[int | None]
+) -> list[tuple[TokenLogprob, ...]]:
+    """The log probability of each row's token with the row's number of alternatives; nothing if that is None.
+
+    Rows that ask for the same number are read together: on a GPU each reading waits for it.
+    """
+    found: list[tuple[TokenLogprob, ...]] = [()] * len(tokens)
+    for count in {count for count in alternatives if count is not None}:
+        rows = [b for b, asked in enumerate(alternatives) if asked == count]
+        its = logits_BV if len(rows) == len(tokens) else logits_BV[rows]
+        for b, logprob in zip(rows, logprobs_of(its, [tokens[b] for b in rows], count), strict=True):
+            found[b] = (logprob,)
+    return found
 
 
 def check(request: Request, longest: int, vocabulary: int) -> None:

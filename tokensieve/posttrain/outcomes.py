@@ -1,13 +1,16 @@
 """Problems as rollouts and TRL take them: prompts, demonstrations, results of tools, and the reward of each answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import cast
+from statistics import fmean
+from typing import TypeVar, cast
 
 from datasets import Dataset
 
 from tokensieve.config import UserError
 from tokensieve.evals.evaluation import answer_of
+from tokensieve.machine import usable_cores
 from tokensieve.posttrain.judge import Criterion, Judge, Question
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.rewards import Terms, Weights, length_penalty, reward
@@ -17,6 +20,8 @@ from tokensieve.tasks.problems import Agent, Problem, Problems, split_thinking
 from tokensieve.tasks.turns import Message
 
 RewardFunction = Callable[..., list[float | None]]
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 
 def prompts_of(examples: Sequence[Problem], encode: PlainEncoder) -> Dataset:
@@ -84,7 +89,8 @@ def reward_of(
     `free_tokens` to `limit_tokens` of an answer, if both are given.
     The text is decoded here, since TRL's own text has lost the marker that ends the thoughts. An agent's answers need
     the column "written", a rollout's `mask`, to know its turns from the results of tools: UserError without it.
-    The column "ended", a rollout's too, may say which answers did.
+    The column "ended", a rollout's too, may say which answers did. `log_metric`, as TRL gives it, gets the mean outcome
+    by the name outcome/TASK.
     """
     weighed, both = weights or Weights(), free_tokens is not None and limit_tokens is not None
 
@@ -93,6 +99,7 @@ def reward_of(
         number: Sequence[int],
         written: Sequence[Sequence[bool]] | None = None,
         ended: Sequence[bool] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
         **_: object,
     ) -> list[float | None]:
         if written is None and isinstance(task.domain, Agent):
@@ -102,12 +109,14 @@ def reward_of(
         ends = [None] * len(masks) if ended is None else ended
         answers = [answer_to(encode, *row) for row in zip(asked, completion_ids, masks, ends, strict=True)]
         judged = _judged(judge, asked, answers)
+        outcomes = in_threads(lambda row: _outcome(task, *row, judge is not None), zip(asked, answers, strict=True))
+        if log_metric is not None and outcomes:
+            log_metric(f"outcome/{task.name}", fmean(outcomes))
         found = []
-        for example, mask, answer in zip(asked, masks, answers, strict=True):
+        for example, mask, answer, outcome in zip(asked, masks, answers, outcomes, strict=True):
             by_judge = judge is not None and bool(example.item.rubric)
-            ruled, kept = bool(example.item.data) or not by_judge, answer.ended and task.kept(example, answer)
             terms = Terms(
-                outcome=task.reward(example, answer) if ruled else float(kept),
+                outcome=outcome,
                 rubric=judged.pop(0) if by_judge else None,
                 language=None if language is None else language(_prose(answer), example.language),
                 length=length_penalty(sum(mask), free_tokens or 0, limit_tokens or 1) if both else None,
@@ -117,6 +126,17 @@ def reward_of(
 
     rewards.__name__ = task.name
     return rewards
+
+
+def in_threads(do: Callable[[Given], Found], each: Iterable[Given]) -> list[Found]:
+    """`do` of each, in order: grading may run programs, which threads wait for side by side."""
+    with ThreadPoolExecutor(usable_cores() or 1) as pool:
+        return [*pool.map(do, each)]
+
+
+def _outcome(task: Problems, example: Problem, answer: Answer, judging: bool) -> float:
+    ruled = bool(example.item.data) or not (judging and bool(example.item.rubric))
+    return task.reward(example, answer) if ruled else float(answer.ended and task.kept(example, answer))
 
 
 def turns_of(ids: Sequence[int], written: Sequence[bool]) -> list[list[int]]:

@@ -6,6 +6,7 @@ Each does what its folder does not hold yet, so that a part that was stopped goe
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -342,19 +343,19 @@ class Parts:
         missing = [group for group in groups if group.name not in own]
         if not missing:
             return
-        model = self.load(self.path(name))
-        for group in missing:
-            count = self.config.evaluation_of(group.domain)
-            asked = [(group, group.examples("test", count, self.config.seed))]
-            found = self._sample(model, f"{name} on held-out {group.name}", asked, 1, temperature=0.0)
+        model, seed = self.load(self.path(name)), self.config.seed
+        asked = [(g, g.examples("test", self.config.evaluation_of(g.domain), seed)) for g in missing]
+        found = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
+        for group, examples in asked:
+            answers = [*islice(found, len(examples))]
             own[group.name] = {
                 "difficulty": group.difficulty,
-                **figures(found, model.top_k if model.is_sparse else None),
+                **figures(answers, model.top_k if model.is_sparse else None),
             }
             if name != BASE:
                 before = self.found["evaluation"][BASE][group.name]["scores"]
                 own[group.name]["gain"] = gain(own[group.name]["scores"], before).to_dict()
-            self.watch.note()
+        self.watch.note()
 
 
 def _prompts(stage: GrpoConfig) -> int:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
@@ -19,6 +20,7 @@ from tokensieve.evals.progress import OnProgress
 from tokensieve.machine import usable_cores
 from tokensieve.model import DecoderForCausalLM
 
+GPU_CHUNK = 1024  # tokens of a prompt that a GPU reads at once; samples share whole chunks
 NEXT_TURN = 1 << 40  # what parts the seeds of an answer's turns: above those of all answers
 
 # Of a prompt and the turns that a model wrote behind it: the tokens up to its next turn; None if the episode is over.
@@ -95,6 +97,16 @@ class Episode:
         return Rollout(self.prompt, tuple(self.answer), tuple(self.logprobs), self.ended, self.selection, written)
 
 
+def rollout_config(tokens: int, at_once: int, device: torch.device) -> EngineConfig:
+    """The engine of `at_once` answers of `tokens` tokens with their prompts.
+
+    Nobody waits for a first token, so all prompts are read before the answers go on, side by side. A GPU reads them in
+    longer chunks, since a short one leaves it idle.
+    """
+    chunk = EngineConfig.chunk if device.type == "cpu" else GPU_CHUNK
+    return EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once, chunk=chunk, chunks=at_once)
+
+
 class Rollouts:
     """An engine that samples several answers to each of a batch of prompts, all at once.
 
@@ -116,7 +128,7 @@ class Rollouts:
         keep_selection: bool = True,
         config: EngineConfig | None = None,
     ):
-        config = config or EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once)
+        config = config or rollout_config(tokens, at_once, model.device)
         training = model.training
         self.engine = Engine(model, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
         model.train(training)  # an engine sets it to evaluation

@@ -9,7 +9,7 @@ from tokensieve.evals import intervals
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.outcomes import answer_to, prompts_of, respond_of
+from tokensieve.posttrain.outcomes import answer_to, in_threads, prompts_of, respond_of
 from tokensieve.posttrain.rollouts import Rollout, Rollouts
 from tokensieve.tasks import Answer, PlainEncoder
 from tokensieve.tasks.problems import Agent, Problem
@@ -52,10 +52,9 @@ def sample(
     rollouts = Rollouts(model, tokenizer, longest, at_once=at_once, selector=selector, keep_selection=False)
     sampling = Sampling(max_tokens=new_tokens, temperature=temperature)
     answers = rollouts.sample(prompts, samples, sampling, seed, on_progress, respond)
-    return [
-        [scored(group, example, rollout, encode) for rollout in found]
-        for (group, example), found in zip(problems, answers, strict=True)
-    ]
+    each = [(g, example, rollout) for (g, example), found in zip(problems, answers, strict=True) for rollout in found]
+    graded = in_threads(lambda row: scored(*row, encode), each)
+    return [graded[place * samples : (place + 1) * samples] for place in range(len(problems))]
 
 
 def room(asked: Sequence[tuple[Group, Sequence[Problem]]], result_tokens: int) -> int:

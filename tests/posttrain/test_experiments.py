@@ -1,0 +1,152 @@
+"""benchmarks/posttraining.py: its commands, its tables from figures that are made up, and all of it in a small size."""
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokensieve
+from tests.support import models
+from tokensieve.config import load_config
+from tokensieve.posttrain_config import PosttrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("tokens=64", "new_tokens=6", "reward.free=0.5")
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return runpy.run_path(str(ROOT / "benchmarks/posttraining.py"))
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks/posttraining_tables.py"))
+
+
+def asked_for(work: Path, *sets: str, seeds: tuple[int, ...] = (0, 1)) -> argparse.Namespace:
+    return argparse.Namespace(config="base", sets=list(sets), seeds=list(seeds), work=work, at_once=2)
+
+
+def test_sequential_stages_have_the_mixed_stages_budget(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    asked = asked_for(tmp_path)
+    config, notes = script["settings"](asked)
+    found = script["jobs"](asked, config)
+    assert len(config.domains) == 7 and notes == []
+    assert [job.name for job in found[:4]] == ["seed-0-sparse", "seed-0-dense", "seed-1-sparse", "seed-1-dense"]
+    chain = [job for job in found if job.name.startswith("sequential-")]
+    given = [load_config(PosttrainConfig, "posttrain-base", job.sets) for job in chain]
+    assert sum(each.rl.train.steps for each in given) == config.rl.train.steps
+    assert [each.domains for each in given[:-1]] == [(name,) for name in config.domains[:-1]]
+    assert given[-1].domains == config.domains and sum(given[-1].rl.ratios.values()) == 0
+    assert given[-1].rl.ratios.keys() == {*config.domains} - {config.domains[-1]}
+    assert [job.needs for job in chain[1:]] == [(job.name,) for job in chain[:-1]]
+    assert given[1].rl.model == str(tmp_path / chain[0].name / "final/model") == given[1].model
+    terms = [load_config(PosttrainConfig, "posttrain-base", j.sets).reward for j in found if "without" in j.name]
+    assert [term for each in terms for term, weight in vars(each).items() if weight == 0] == [
+        "length", "language", "rubric", "outcome"
+    ]  # fmt: skip
+
+    monkeypatch.setattr("tokensieve.sandbox.why_not", lambda: "no isolation here")
+    asked = asked_for(tmp_path)
+    config, (left_out, steps) = script["settings"](asked)
+    assert not {"programming", "coding"} & {*config.domains} and config.rl.train.steps == 10 == 5 * 2
+    assert "programming and coding are left out: no isolation here" in left_out and "10 steps in place of 14" in steps
+    assert json.loads(next(s for s in asked.sets if "domains=" in s).partition("=")[2]) == [*config.domains]
+
+
+def run_of(tables: dict[str, Any], scores: dict[str, dict[str, list[float]]], steps: list[tuple[float, float]]) -> Any:
+    evaluation = {
+        model: {group: {"scores": values, "tokens": 10.0} for group, values in groups.items()}
+        for model, groups in scores.items()
+    }
+    rows = [
+        {"outcome/a-think": outcome, "completions/mean_length": tokens, "rollout/logp_difference": 1e-6 * (1 + place),
+         "rollout/queries_past_k": 0.7}
+        for place, (tokens, outcome) in enumerate(steps)
+    ]  # fmt: skip
+    metrics = {"evaluation": evaluation, "judge": "scripted", "seconds": {"final": 60.0}}
+    return tables["Run"](metrics, {tables["MIXED"]: rows})
+
+
+def test_tables(tables: dict[str, Any]) -> None:
+    none, half, all_right = [0.0] * 8, [1.0, 0.0] * 4, [1.0] * 8
+    sparse = {
+        "base": {"a-think": none, "b-think": none}, "specialist-a": {"a-think": all_right},
+        "specialist-b": {"b-think": none}, "distilled": {"a-think": none, "b-think": none},
+        "final": {"a-think": half, "b-think": none},
+    }  # fmt: skip
+    dense = sparse | {"final": {"a-think": all_right, "b-think": none}}
+    after, worse = {"final": {"a-think": all_right, "b-think": none}}, {"final": {"a-think": none, "b-think": none}}
+    runs = {f"seed-{seed}-sparse": run_of(tables, sparse, [(10.0, 0.2), (20.0, 0.4)]) for seed in (0, 1)}
+    runs |= {f"seed-{seed}-dense": run_of(tables, dense, [(15.0, 0.5), (30.0, 0.9)]) for seed in (0, 1)}
+    runs |= {"sequential-1-a": run_of(tables, after, []), "sequential-2-b": run_of(tables, worse, [])}
+    runs |= {"without-length": run_of(tables, worse, [])}
+    text, figures = tables["tables"](runs, ["a note"])
+
+    first, beyond = figures["Specialists, the distilled model, and the mixed stage"]
+    assert first["specialist - base"]["value"] == 100 and first["specialist"]["n"] == 16
+    assert first["final - distilled"]["value"] == 50 and first["final - distilled"]["clusters"] == 2
+    assert first["of the gap closed"] == 0.5
+    assert beyond["base"] == "beyond this model: 0 of 64 answers" and beyond["final"] == ""
+    final = [row for row in figures["Sparse beside dense"] if row["group"] == "a-think" and row["model"] == "final"]
+    assert final[0]["sparse - dense"]["value"] == -50 and final[0]["dense, tokens"] == 10
+    (equal,) = figures["Sparse beside dense at equal output tokens"]
+    assert equal["output tokens"] == "15 to 20" and equal["bins"] == 0  # one step of each, at its two ends
+    a, _ = figures["One mixed stage beside one domain after the other"]
+    assert a["end - own stage"]["value"] == -100 and a["mixed - end"]["value"] == 50 and a["place"] == 1
+    (length,) = figures["Without a term of the reward"]
+    assert length["less all terms"]["value"] == -25 and length["less all terms"]["n"] == 16
+    mine = {row["run"]: row for row in figures["The runs"]}["seed-0-sparse"]
+    assert mine["difference, mean"] == "1.50e-06" and mine["largest step"] == "2.00e-06" and mine["seconds"] == 60
+    assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
+    assert "| a-think | 0.00 (0.00 to " in text and "n = 16 | 100.0 (" in text
+
+    text, figures = tables["tables"]({})
+    assert text.count("Not there yet.") == 6 and figures["The runs"] == []
+
+
+@pytest.mark.slow
+def test_all_of_it(tmp_path: Path) -> None:
+    """On a random model. What was stopped goes on, and what is done is not done again."""
+    yarn = {"rope_parameters": models.YARN, "max_position_embeddings": 1024}
+    made = models.ours(models.config("v32", index_topk=16, vocab_size=4096, num_hidden_layers=2, **yarn))
+    tokensieve.save(made, tmp_path / "model")
+    tokensieve.load_tokenizer("base").save_pretrained(tmp_path / "model")
+    sets = [word for value in (f"model={tmp_path / 'model'}", *TINY) for word in ("--set", value)]
+    command = [sys.executable, str(ROOT / "benchmarks/posttraining.py"), "--quick", "--device", "cpu", *sets]
+    command += ["--at-once", "1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def ran(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+
+    stopped = ran("--minutes", "0.05")
+    assert stopped.returncode == 1 and "not done: seed-0-sparse, seed-0-dense" in stopped.stdout, stopped.stderr
+    child = ran()
+    logs = "\n".join(path.read_text()[-2000:] for path in (tmp_path / "work").glob("*.log"))
+    assert child.returncode == 0 and "not done" not in child.stdout, (child.stdout, child.stderr, logs)
+    figures = json.loads((tmp_path / "out/figures.json").read_text())
+    assert {row["run"] for row in figures["The runs"]} == {
+        "seed-0-sparse", "seed-0-dense", "sequential-1-logic", "sequential-2-writing", "without-length",
+        "without-language", "without-rubric", "without-outcome",
+    }  # fmt: skip
+    assert all(row["steps"] for row in figures["The runs"])
+    for name in ("sparse", "dense"):
+        kept = tmp_path / "out/runs" / f"seed-0-{name}"
+        assert (kept / "specialists/logic/rl/history.json").is_file() and (kept / "reward.svg").is_file()
+    assert ">dense<" in (tmp_path / "out/runs/seed-0-sparse/posttrain.html").read_text()
+    assert not [*(tmp_path / "out").rglob("*.safetensors")] and [*(tmp_path / "work").rglob("*.safetensors")]
+    steps = json.loads((tmp_path / "out/runs/seed-0-sparse/final/history.json").read_text())
+    assert {"outcome/logic-direct", "outcome/writing-direct"} <= {name for step in steps for name in step}
+    again = ran()
+    assert again.returncode == 0 and "begun" not in again.stdout and "## The runs" in again.stdout
