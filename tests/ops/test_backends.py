@@ -84,10 +84,11 @@ def test_fused_past_every_block_size() -> None:
 
 
 @pytest.mark.gpu
-def test_fused_on_cuda_equals_the_reference() -> None:
-    """Variable-length flash attention at the bundled model's widths, in bf16, values and gradients."""
-    case = Case("long pack", causal(700, 1, 66, 513, 32), keys=1312, k=1, heads=8, groups=8, entry=80, d_k=48, d_v=32)
-    q, k, v = (torch.randn(1312, 8, width).bfloat16().cuda() for width in (48, 48, 32))
+@pytest.mark.parametrize(("d_k", "d_v"), [(48, 32), (20, 13)])  # the bundled model's, and none of the kernel's own
+def test_fused_on_cuda_equals_the_reference(d_k: int, d_v: int) -> None:
+    """Variable-length flash attention in bf16, values and gradients."""
+    case = Case("long pack", causal(700, 1, 66, 513, 32), 1312, 1, heads=8, groups=8, entry=80, d_k=d_k, d_v=d_v)
+    q, k, v = (torch.randn(1312, 8, width).bfloat16().cuda() for width in (d_k, d_k, d_v))
     ranges = [span for document in case.documents for span in document.ranges()]
     starts, ends = torch.tensor(ranges, dtype=torch.int32).cuda().unbind(1)
     shape = {"bounds": pack(case)["bounds"].cuda(), "longest": pack(case)["longest"]}
@@ -100,12 +101,14 @@ def test_fused_on_cuda_equals_the_reference() -> None:
         oracle.assert_close(a.cpu(), e.cpu(), TOLERANCE["bfloat16"])
 
 
-def chunk(S: int, T: int, device: str, dtype: torch.dtype, groups: int = 4) -> tuple[list, dict]:
+def chunk(
+    S: int, T: int, device: str, dtype: torch.dtype, groups: int = 4, d_k: int = 192, d_v: int = 128
+) -> tuple[list, dict]:
     """The last S of T tokens: arguments, and what lets them be fused."""
     g = torch.Generator().manual_seed(T)
     q, k, v = (
         torch.randn(n, heads, width, generator=g).to(dtype).to(device)
-        for n, heads, width in ((S, 4, 192), (T, groups, 192), (T, groups, 128))
+        for n, heads, width in ((S, 4, d_k), (T, groups, d_k), (T, groups, d_v))
     )
     ends = torch.arange(T - S + 1, T + 1, dtype=torch.int32, device=device)
     bounds = torch.tensor([0, T], dtype=torch.int32, device=device)
@@ -128,8 +131,9 @@ def test_fused_chunk_of_a_document(S: int, T: int, dtype: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("S", "T"), [(1, 2), (64, 65), (512, 5000)])
-def test_fused_chunk_on_cuda(S: int, T: int) -> None:
-    given, fused = chunk(S, T, "cuda", torch.bfloat16)
+@pytest.mark.parametrize(("d_k", "d_v"), [(192, 128), (20, 13)])
+def test_fused_chunk_on_cuda(S: int, T: int, d_k: int, d_v: int) -> None:
+    given, fused = chunk(S, T, "cuda", torch.bfloat16, d_k=d_k, d_v=d_v)
     expected = ops.dense_attention(*given, backend="reference")
     for actual, e in zip(ops.dense_attention(*given, **fused, backend="fused"), expected, strict=True):
         oracle.assert_close(actual.cpu(), e.cpu(), TOLERANCE["bfloat16"], 1.0)

@@ -201,7 +201,7 @@ def test_other_reasons_come_before_a_look(looks: list[int], monkeypatch) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "groups", "d", "v"), [(16, 16, 192, 128), (32, 8, 128, 128)])
+@pytest.mark.parametrize(("heads", "groups", "d", "v"), [(16, 16, 192, 128), (32, 8, 128, 128), (4, 2, 20, 13)])
 def test_on_a_gpu(heads: int, groups: int, d: int, v: int) -> None:
     """bfloat16 on one side and float32 on the other, relative to the largest value, as test_triton.py."""
     starts, ends = (x.cuda() for x in ranges((700, 33, 2000, 1363), 2, 1))

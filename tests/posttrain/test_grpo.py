@@ -39,8 +39,8 @@ def trainer(folder: Path, model: Any, prompts: Any = TEXTS, **changes: Any) -> S
     own = {name: changes.pop(name) for name in OWN if name in changes}
     args = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, max_completion_length=12,
-        report_to=[], logging_steps=1, use_cpu=True, save_strategy="no", bf16=False,
-        disable_tqdm=True, **{"beta": 0.0, "learning_rate": 1e-3, "max_steps": 2} | changes,
+        report_to=[], logging_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True,
+        **{"beta": 0.0, "learning_rate": 1e-3, "max_steps": 2, "bf16": False} | changes,
     )  # fmt: skip
     data, tokenizer = Dataset.from_dict({"prompt": prompts}), tokensieve.load_tokenizer("base")
     return SparseGRPOTrainer(model, tokenizer, [rewarded], args, data, config=SMALL, **{"tokens": 256} | own)
@@ -62,6 +62,26 @@ def test_training_agrees_with_the_rollouts_and_everything_learns(tmp_path: Path,
     assert len(logged(trained, "kl")) == 2  # of the indexers
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name in before if ".indexer." in name} <= moved and any("kv_b_proj" in name for name in moved)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_under_autocast_rollouts_read_rounded_weights(adapters: bool, tmp_path: Path) -> None:
+    """Training multiplies in bfloat16, and so does the engine, by a copy that follows the weights. Log probabilities
+    near -8 have steps of 2^-5 in bfloat16; the mean over answers is below one."""
+    model = ours(config("v32", index_topk=K, vocab_size=4096))
+    before = model.lm_head.weight.detach().clone()
+    more = {"peft_config": adapter()} if adapters else {}
+    trained = trainer(tmp_path, model, bf16=True, learning_rate=1e-2, **more)
+    trained.train()
+    copy = trained._sampler.engine.model
+    assert copy.dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert copy.model.layers[0].self_attn.indexer.weights_proj.weight.dtype == torch.float32 or adapters
+    assert max(logged(trained, "rollout/logp_difference")) < 2**-5
+    assert len(logged(trained, "kl")) == 2  # of the indexers
+    assert torch.equal(model.lm_head.weight, before) == adapters
+    rollout = trained.sample(TEXTS[:1])[0]
+    weights = zip(copy.parameters(), model.parameters(), strict=True)
+    assert len(rollout.answer) == 12 and all(torch.equal(a, b.to(a.dtype)) for a, b in weights)
 
 
 def test_without_replay_it_trains_and_says_what_that_does(tmp_path: Path) -> None:

@@ -36,10 +36,10 @@ def trainer(folder: Path, model: Any, teachers: Any, names: Any, **changes: Any)
     own = {name: changes.pop(name) for name in ("selection", "respond", "config") if name in changes}
     settings = {
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "learning_rate": 1e-3,
-        "max_completion_length": 12
+        "max_completion_length": 12, "bf16": False,
     }  # fmt: skip
     args = DistillationConfig(
-        output_dir=str(folder), report_to=[], logging_steps=1, use_cpu=True, bf16=False,
+        output_dir=str(folder), report_to=[], logging_steps=1, use_cpu=True,
         save_strategy="no", disable_tqdm=True, **settings | changes,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": TEXTS, "teacher": names})
@@ -68,6 +68,17 @@ def test_a_step_is_the_reverse_kl_to_each_prompts_own_teacher(tmp_path: Path) ->
     (loss,) = logged(trained, "loss")
     assert loss == pytest.approx(total / tokens, rel=1e-4)  # float32, other orders of summation
     assert loss > 1e-3
+
+
+def test_under_autocast_passes_and_rollouts_are_in_bfloat16(tmp_path: Path) -> None:
+    """The same loss as in float32, within the rounding of products."""
+    losses = []
+    for bf16 in (False, True):
+        trained = trainer(tmp_path, model_of(0), {"a": model_of(1)}, ["a"] * 4, max_steps=1, bf16=bf16)
+        trained.train()
+        losses += logged(trained, "loss")
+        assert max(logged(trained, "rollout/logp_difference")) < (2**-5 if bf16 else 1e-6)
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)  # of other answers, which roundings change
 
 
 def test_rollouts_and_training_agree_and_everything_learns(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
         return f"flash attention does not take {q.dtype} with {k.dtype} and {v.dtype}"
     if q.device.type == "cuda" and q.dtype not in _CUDA_DTYPES:
         return f"flash attention on CUDA does not take {q.dtype}"
+    if q.device.type == "cuda" and max(q.shape[2], v.shape[2]) > _WIDEST:
+        return f"flash attention on CUDA takes heads up to {_WIDEST} wide"
     if q.device.type != "cuda" and q.dtype not in (torch.float32, torch.bfloat16):
         return f"flash attention on the CPU is not used for {q.dtype}"
     if operands["bounds"] is not None:
@@ -48,6 +50,11 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
     if levels(operands["starts"], operands["ends"], k.shape[0]) is None:
         return "the queries are not blocks of a causal pack"
     return None
+
+
+def _width(*widths: int) -> int:
+    """What all are widened to: zeros beside queries and keys change no score, and beside values they stay zeros."""
+    return -(-max(widths) // _WIDTH_STEP) * _WIDTH_STEP
 
 
 def _wide(x_SHD: Tensor, width: int) -> Tensor:
@@ -72,8 +79,7 @@ def dense_attention(
     if q.shape[0] < k.shape[0]:
         return _chunk(q, k, v, bounds, longest, scale)
     H, V = q.shape[1], v.shape[2]
-    # Both kernels take one width for keys and values; zeros beside a value stay zeros in the output.
-    width = max(q.shape[2], V)
+    width = _width(q.shape[2], V)  # both kernels take one width for keys and values
     q, k, v = _wide(q, width), _wide(_per_query_head(k, H), width), _wide(_per_query_head(v, H), width)
     if q.is_cuda:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -100,7 +106,7 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
     past = k.shape[0] - S
     k, v = _per_query_head(k, H), _per_query_head(v, H)
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] != 9:
-        width = max(D, V)
+        width = _width(D, V)
         query_bounds = torch.tensor([0, S], dtype=torch.int32, device=q.device)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             _wide(q, width), _wide(k, width), _wide(v, width), query_bounds, bounds, S, longest, 0.0, True, False,
@@ -116,10 +122,12 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    V = v.shape[2]
+    q, k, v = (_wide(x, _width(x.shape[2])) for x in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
     )
-    return out[0].transpose(0, 1), lse[0].reshape(q.shape[1], -1).t()
+    return out[0].transpose(0, 1)[..., :V], lse[0].reshape(q.shape[1], -1).t()
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -169,9 +177,9 @@ def _with_dlse(dout: Tensor, dlse: Tensor | None, out: Tensor, D: int) -> tuple[
     """
     V = out.shape[2]
     if dlse is None:
-        width = max(D, V)
+        width = _width(D, V)
         return _wide(dout, width), _wide(out, width), width
-    width = max(D, V + _WIDTH_STEP)
+    width = _width(D, V + 1)
     if out.is_cuda and width > _WIDEST:
         raise ValueError(
             f"the fused dense_attention has no gradient through its logsumexp for values {V} wide; "
@@ -184,7 +192,7 @@ def _with_dlse(dout: Tensor, dlse: Tensor | None, out: Tensor, D: int) -> tuple[
 
 def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (S, H, D), V = q.shape, v.shape[2]
-    width = max(D, V)
+    width = _width(D, V)
     out = torch.zeros(S, H, V, dtype=torch.float32, device=q.device)
     lse = torch.full((S, H), float("-inf"), device=q.device)
     for level in _levels(starts, ends, k):

@@ -120,6 +120,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             selector="indexer" if self.selects else "dense",
             keep_selection=self.replays,
             config=config,
+            dtype=torch.bfloat16 if args.bf16 else decoder.dtype,
         )
 
     def _set_reference(self, reference: DecoderForCausalLM | None, beta: float) -> None:

@@ -80,6 +80,7 @@ class SparseDistillationTrainer(DistillationTrainer):
             selector="indexer" if self.selects else "dense",
             keep_selection=self.selects,
             config=config,
+            dtype=torch.bfloat16 if args.bf16 else decoder.dtype,
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,7 +135,9 @@ class SparseDistillationTrainer(DistillationTrainer):
     def _get_last_hidden_state(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **more: Any
     ) -> Tensor:
-        hidden_BCD = super()._get_last_hidden_state(model, input_ids, attention_mask, logits_to_keep, **more)
+        with self.accelerator.autocast():  # TRL calls the trunk, which accelerate has not prepared
+            hidden_BCD = super()._get_last_hidden_state(model, input_ids, attention_mask, logits_to_keep, **more)
+        hidden_BCD = hidden_BCD.to(model.get_output_embeddings().weight.dtype)
         if model is not self.teacher_model:
             with torch.no_grad():
                 logits_BCV = model.get_output_embeddings()(hidden_BCD).float()

@@ -5,6 +5,7 @@ An agent's answer goes on after the result of each tool that it called: its turn
 Legend: T tokens of prompt and answer, K keys of a query.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -107,12 +108,36 @@ def rollout_config(tokens: int, at_once: int, device: torch.device) -> EngineCon
     return EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once, chunk=chunk, chunks=at_once)
 
 
+def rounded(model: DecoderForCausalLM, dtype: torch.dtype) -> DecoderForCausalLM:
+    """A copy that does not learn, with floating-point parameters in `dtype`; head weights of indexers keep theirs."""
+    made = copy.deepcopy(model).requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        parameter.grad = None
+        if parameter.is_floating_point() and not name.endswith("weights_proj.weight"):
+            parameter.data = parameter.data.to(dtype)
+    return made
+
+
+@torch.no_grad()
+def copy_weights(source: DecoderForCausalLM, target: DecoderForCausalLM) -> None:
+    """Sets parameters and buffers of a copy to those of the model, in its own dtypes."""
+    for theirs, own in zip(_tensors(target), _tensors(source), strict=True):
+        theirs.copy_(own)
+
+
+def _tensors(model: DecoderForCausalLM) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 class Rollouts:
     """An engine that samples several answers to each of a batch of prompts, all at once.
 
-    The answers to one prompt read it once. The weights are the model's own: a step of training changes them in place,
-    and `sample` forgets what was cached under the old ones. Keys are read in the form in which adaptation reads them.
+    The answers to one prompt read it once. `sample` uses the model's weights as they are then, and forgets what was
+    cached under older ones. Keys are read in the form in which adaptation reads them.
 
+    dtype: of the weights in the engine. If it is not the model's, the engine has a copy of them, rounded; head weights
+    of indexers stay float32. None: bfloat16 for float32 weights on a GPU, as autocast rounds them in training, else the
+    model's own.
     tokens: of the longest prompt and answer together, results of tools included. at_once: answers that run together.
     keep_selection: for `replaying`. UserError for a model or sizes that the engine does not take.
     """
@@ -127,10 +152,14 @@ class Rollouts:
         selector: str = "indexer",
         keep_selection: bool = True,
         config: EngineConfig | None = None,
+        dtype: torch.dtype | None = None,
     ):
         config = config or rollout_config(tokens, at_once, model.device)
-        training = model.training
-        self.engine = Engine(model, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
+        if dtype is None:
+            dtype = torch.bfloat16 if model.device.type == "cuda" and model.dtype == torch.float32 else model.dtype
+        training, self._learns = model.training, model
+        runs = model if dtype == model.dtype else rounded(model, dtype)
+        self.engine = Engine(runs, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
         model.train(training)  # an engine sets it to evaluation
         self._selector, self._tokens = selector, tokens
 
@@ -161,6 +190,8 @@ class Rollouts:
         """
         engine, training = self.engine, self.engine.model.training
         engine.scheduler.pool.forget()
+        if engine.model is not self._learns:
+            copy_weights(self._learns, engine.model)
         engine.model.eval()
         episodes = []
         for number in range(len(prompts) * samples):

@@ -189,7 +189,7 @@ def _arguments(
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": config.device == "cpu",
-        "bf16": False,
+        "bf16": config.device != "cpu",  # of products; weights, gradients and moments stay float32
         _checkpointing(): config.activation_checkpointing,
     }
 
