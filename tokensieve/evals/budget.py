@@ -1,4 +1,4 @@
-"""How to spend a budget of k keys a query: a share for `AtLeast` or `PerQuery`, a k for each layer for `PerLayer`.
+"""How to spend a budget of k keys a query: a share for `PerQuery`, a k for each layer for `PerLayer`.
 
 Legend: R measured queries, T keys, M = `most` * k keys tried of each query.
 """
@@ -70,20 +70,6 @@ def _recorded(
             f"no sequence is longer than k = {k or model.top_k} tokens: nothing is selected; use longer ones"
         )
     return recorder
-
-
-def fitted_share(
-    model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None = None, most: int = 4, queries: int = 128
-) -> float:
-    """The `share` with which `AtLeast(share, most)` selects k keys in the mean over the sequences' queries and layers.
-
-    Measured on the hidden states of dense attention, at queries that see more than k keys. k: the model's unless given.
-
-    Raises:
-        UserError: no sequence is longer than k tokens.
-    """
-    recorder = _recorded(model, sequences, k, most, queries)
-    return _threshold(torch.cat([block for blocks in recorder.shares.values() for block in blocks]), recorder.k)
 
 
 def _threshold(values_RM: Tensor, k: int) -> float:
