@@ -7,10 +7,9 @@ of 64.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from tokensieve.ops.hopper.warps import columns, copy_async, rows
+from tokensieve.ops.hopper.warps import copy_columns, rows
 
 
 @gluon.jit
@@ -38,14 +37,6 @@ def entries(key, g, G: gl.constexpr, E: gl.constexpr):
 
 
 @gluon.jit
-def load_entries(kv, row, live, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
-    """Starts the copy of W columns of entries, once `buffer` is free; zeros if not `live`."""
-    mbarrier.wait(empty, parity)
-    copy_async(buffer, kv + (row[:, None] + columns(layout, W)[None, :]), mask=live[:, None])
-    async_copy.mbarrier_arrive(full, increment_count=False)
-
-
-@gluon.jit
 def load_union(
     kv, keys, base, count, steps, g, k_shared, v_shared, full, empty,
     G: gl.constexpr, E: gl.constexpr, D: gl.constexpr, V: gl.constexpr, v_start: gl.constexpr, N: gl.constexpr,
@@ -61,11 +52,12 @@ def load_union(
         k_now, v_now = k_key, v_key
         k_key = load_keys(keys, base, (step + 1) * N, count, N, k_layout)
         v_key = load_keys(keys, base, (step + 1) * N, count, N, v_layout)
-        load_entries(
-            kv, entries(k_now, g, G, E), k_now >= 0, D, k_shared.index(buffer), empty.index(buffer),
-            full.index(buffer), parity, k_layout,
-        )  # fmt: skip
-        load_entries(
-            kv + v_start, entries(v_now, g, G, E), v_now >= 0, V, v_shared.index(buffer), empty.index(BUFFERS + buffer),
-            full.index(BUFFERS + buffer), parity, v_layout,
-        )  # fmt: skip
+        # Addresses are made before each wait, and so while one waits.
+        row, live, k_buffer = entries(k_now, g, G, E), k_now >= 0, k_shared.index(buffer)
+        free, there = empty.index(buffer), full.index(buffer)
+        mbarrier.wait(free, parity)
+        copy_columns(kv, row, live, 0, D, k_buffer, there, k_layout)
+        row, live, v_buffer = entries(v_now, g, G, E), v_now >= 0, v_shared.index(buffer)
+        free, there = empty.index(BUFFERS + buffer), full.index(BUFFERS + buffer)
+        mbarrier.wait(free, parity)
+        copy_columns(kv + v_start, row, live, 0, V, v_buffer, there, v_layout)

@@ -114,13 +114,19 @@ def breaks_of(mark):
 
 
 @gluon.jit
+def copy_columns(x, row, live, begin: gl.constexpr, W: gl.constexpr, buffer, full, layout: gl.constexpr):
+    """Starts the copy of columns begin to begin + W of the rows that start at `row`; zeros if not `live`."""
+    copy_async(buffer, x + (row[:, None] + (begin + columns(layout, W))[None, :]), mask=live[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
 def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
     """Starts the copy of W columns of the entries that `index` names, once `buffer` is free; zeros if it names none."""
     mbarrier.wait(empty, parity)
     live = index >= 0
     row = gl.where(live, index, 0).to(gl.int64) * 576
-    copy_async(buffer, kv + (row[:, None] + (begin + columns(layout, W))[None, :]), mask=live[:, None])
-    async_copy.mbarrier_arrive(full, increment_count=False)
+    copy_columns(kv, row, live, begin, W, buffer, full, layout)
 
 
 @gluon.jit
