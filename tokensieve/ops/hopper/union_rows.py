@@ -1,7 +1,7 @@
 """Rows and entries of the kernels over unions, which both share.
 
-Legend: S queries, H heads, G key-value groups, M heads of a group (MP padded), B queries of a tile, E width of a
-group's entry. A program holds 128 rows, B * MP of a tile's queries and one group's heads, and computes them in halves
+Legend: S queries, H heads, G key-value groups, M heads of a group (MP padded), B queries of a block, E width of a
+group's entry. A program holds 128 rows, B * MP of a block's queries and one group's heads, and computes them in halves
 of 64.
 """
 
@@ -13,19 +13,19 @@ from tokensieve.ops.hopper.warps import copy_columns, rows
 
 
 @gluon.jit
-def row_of(tile, g, first: gl.constexpr, S, H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr,
+def row_of(block, g, first: gl.constexpr, S, H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr,
            layout: gl.constexpr):  # fmt: skip
-    """64 rows: the query within the tile, the place among all queries' heads, and whether it is one."""
+    """64 rows: the query within the block, the place among all queries' heads, and whether it is one."""
     r = first + rows(layout, 64)
     M: gl.constexpr = H // G
     b, m = r // MP, r % MP
-    t = tile * B + b
+    t = block * B + b
     return b, t.to(gl.int64) * H + g * M + m, (b < B) & (m < M) & (t < S)
 
 
 @gluon.jit
 def load_keys(keys, base, begin, count, N: gl.constexpr, layout: gl.constexpr):
-    """N keys of a tile's list (int32), -1 past its end."""
+    """N keys of a block's list (int32), -1 past its end."""
     n = begin + rows(layout, N)
     return gl.load(keys + base + n, mask=n < count, other=-1)
 
@@ -42,7 +42,7 @@ def load_union(
     G: gl.constexpr, E: gl.constexpr, D: gl.constexpr, V: gl.constexpr, v_start: gl.constexpr, N: gl.constexpr,
     BUFFERS: gl.constexpr,
 ):  # fmt: skip
-    """Loads N keys of a tile's list and their values a step, BUFFERS steps ahead. Barriers: of keys, then of values."""
+    """Loads N keys of a block's list and their values a step, BUFFERS steps ahead. Barriers: of keys, then values."""
     k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
     k_key = load_keys(keys, base, 0, count, N, k_layout)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 KEY, VALUE = 576, 512  # widths of an entry's key and of the key's first part, which is the value
-BLOCK = 64  # heads of a program, and entries of a tile
+HEAD_BLOCK, TILE = 64, 64  # heads of a program, and entries of a tile
 PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 
 # Gluon renames things: the first name is Triton 3.9's, the second that of 3.6 and 3.7.
