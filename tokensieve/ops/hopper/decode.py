@@ -81,7 +81,7 @@ def _begin(values, scales, ropes, at, live, tile, raw, tails, empty, layout: gl.
 
 
 @gluon.jit
-def _numbers(bytes, scale, layout: gl.constexpr):
+def _numbers(bytes, scale):
     scale, bytes = gl.broadcast(scale.to(gl.bfloat16)[:, None], bytes)
     return gl.inline_asm_elementwise(DEQUANTIZE, "=r,=r,r,r,r", [bytes, scale], dtype=gl.bfloat16, is_pure=True, pack=4)
 
@@ -94,8 +94,8 @@ def _finish(
     async_copy.wait_group(after)
     a, b = raw.index(r).load(layout), raw.index(r + 2).load(layout)
     barrier()  # all have read their bytes
-    main.slice(begin, 128, 1).store(_numbers(a, scale_a, layout))
-    main.slice(begin + 128, 128, 1).store(_numbers(b, scale_b, layout))
+    main.slice(begin, 128, 1).store(_numbers(a, scale_a))
+    main.slice(begin + 128, 128, 1).store(_numbers(b, scale_b))
     fence_async_shared()
     release(full_a)
     release(full_b)

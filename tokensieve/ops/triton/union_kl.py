@@ -68,9 +68,9 @@ def _scores_kernel(
         tl.store(scores + place, score_NQ, mask=(b < B)[None, :] & (s + n < count)[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "C"])
+@triton.jit(do_not_specialize=["C"])
 def _kl_kernel(
-    mass, scores, marks, counts, weight, kl, S, C, heads, B: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr
+    mass, scores, marks, counts, weight, kl, C, heads, B: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """One query: kl = KL(p || softmax(score)). If WEIGHTED, weight * d kl / d score instead, in the scores' place."""
     t, n = tl.program_id(0), tl.arange(0, BN)
@@ -178,14 +178,14 @@ def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
 
 def write_kl(u: Unions, mass: Tensor, heads: int, q_I: Tensor, k_I: Tensor, w: Tensor, kl: Tensor) -> None:
     """Writes the KL of these blocks' queries. mass (blocks, B, C): the probabilities summed over heads."""
-    scores, S = _scores(u, q_I, k_I, w), q_I.shape[0]
-    _kl_kernel[(S,)](mass, scores, u.marks, u.counts, kl, kl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=False)
+    scores = _scores(u, q_I, k_I, w)
+    _kl_kernel[(len(q_I),)](mass, scores, u.marks, u.counts, kl, kl, u.C, heads, B=u.B, BN=512, WEIGHTED=False)
 
 
 def kl_slopes(u: Unions, mass: Tensor, heads: int, dkl: Tensor, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
     """(blocks, B, C) float32: dkl times the KL's derivative by the scores."""
-    slopes, S = _scores(u, q_I, k_I, w), q_I.shape[0]
-    _kl_kernel[(S,)](mass, slopes, u.marks, u.counts, dkl, dkl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=True)
+    slopes = _scores(u, q_I, k_I, w)
+    _kl_kernel[(len(q_I),)](mass, slopes, u.marks, u.counts, dkl, dkl, u.C, heads, B=u.B, BN=512, WEIGHTED=True)
     return slopes
 
 
