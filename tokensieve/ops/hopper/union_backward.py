@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import entries, load_keys, load_union, row_of
+from tokensieve.ops.hopper.union_rows import entries, load_keys, load_union, row_of, seen
 from tokensieve.ops.hopper.warps import LOG2E, allocate_barriers, barrier, columns, load_block, release
 
 TILE: gl.constexpr = gl.constexpr(64)  # keys
@@ -68,13 +68,13 @@ def _compute(
             use_acc=False, is_async=True,
         )  # fmt: skip
         x = warpgroup_mma_wait(1, (x,))
-        seen = ((mark[None, :] >> b[:, None]) & 1) != 0
-        p = gl.where(seen, gl.exp2(x * (scale * LOG2E) - lse_R[:, None]), 0.0)
+        selected = seen(mark, b)
+        p = gl.where(selected, gl.exp2(x * (scale * LOG2E) - lse_R[:, None]), 0.0)
         mbarrier.wait(pairs.index(1), once ^ 1)
         p_all.slice(first, 64, 0).store(p.to(dtype))
         dp = warpgroup_mma_wait(0, (dp,))
         release(empty.index(2 + buffer))
-        ds = gl.where(seen, p * (dp - delta_R[:, None]), 0.0)
+        ds = gl.where(selected, p * (dp - delta_R[:, None]), 0.0)
         ds_all.slice(first, 64, 0).store(ds.to(dtype))
         fence_async_shared()
         release(pairs.index(0))

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import load_union, row_of
+from tokensieve.ops.hopper.union_rows import load_union, row_of, seen
 from tokensieve.ops.hopper.warps import (
     LN2,
     allocate_barriers,
@@ -27,11 +27,6 @@ from tokensieve.ops.hopper.warps import (
     release,
     softmax_step,
 )
-
-
-@gluon.jit
-def _seen(mark, b):
-    return ((mark[None, :] >> b[:, None]) & 1) != 0
 
 
 @gluon.jit
@@ -61,7 +56,7 @@ def _attend(
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(0))
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
-    p, _, largest = softmax_step(x, _seen(mark, b), scale, largest)
+    p, _, largest = softmax_step(x, seen(mark, b), scale, largest)
     total = gl.sum(p, 1)
     p_half.store(p.to(dtype))
     acc = gl.zeros([64, V], gl.float32, values)
@@ -79,7 +74,7 @@ def _attend(
         release(empty.index(BUFFERS + before))
         x = warpgroup_mma_wait(0, (x,))
         release(empty.index(step % BUFFERS))
-        p, shrink, largest = softmax_step(x, _seen(mark, b), scale, largest)
+        p, shrink, largest = softmax_step(x, seen(mark, b), scale, largest)
         total = total * shrink + gl.sum(p, 1)
         p_half.store(p.to(dtype))
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]

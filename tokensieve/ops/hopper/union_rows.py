@@ -24,6 +24,12 @@ def row_of(block, g, first: gl.constexpr, S, H: gl.constexpr, G: gl.constexpr, M
 
 
 @gluon.jit
+def seen(mark, b):
+    """(rows, places): whether the row's query, `b` of the block, selected the place's key."""
+    return ((mark[None, :] >> b[:, None]) & 1) != 0
+
+
+@gluon.jit
 def load_keys(keys, base, begin, count, N: gl.constexpr, layout: gl.constexpr):
     """N keys of a block's list (int32), -1 past its end."""
     n = begin + rows(layout, N)
