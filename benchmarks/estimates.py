@@ -28,6 +28,7 @@ RUNS = (
     ("adapt", False, 2048, 2, 5),
     ("adapt", False, 4096, 1, 4),
 )
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # it ends with us, even if we are killed
 LONGER_ON_GPU = 10  # times as many steps
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     said = Said()
     logging.getLogger("tokensieve").addHandler(said)
     logging.getLogger("tokensieve").setLevel(logging.INFO)
-    beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(options.busy)]
+    beside = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(options.busy)]
     held = 0
     try:
         for stage, selection, context, rows, steps in RUNS:

@@ -15,8 +15,8 @@ With `--model` selections are those of a sparse model's layers instead, on modul
 have its k.
 
 Where a query sees fewer keys than the pools hold they are narrower, as selections on real text are. The sizes of the
-unions that were drawn are printed. Results of the smallest length are compared with the kernels that
-take one query a program, which are timed there too. With `--hopper` tiles go to the kernels in Gluon, whose results are
+unions that were drawn are printed. Results of the smallest length are compared with the kernels that take one query a
+program, which are timed there too. With `--hopper` blocks of queries go to the kernels in Gluon, whose results are
 compared alike. With `--kernels` the time of each kernel is printed, both ways together.
 """
 
@@ -145,8 +145,8 @@ def captured(folder: str, tokens: int, device: torch.device) -> tuple[dict[str, 
 def unions(selected: Tensor, B: int) -> float:
     """Keys that B neighbouring queries select together, in units of k, in the second half."""
     S, k = selected.shape
-    tiles = range(S // 2 // B * B, S - B + 1, max(B, S // 64 // B * B))
-    return statistics.fmean(len(selected[a : a + B].unique()) / k for a in tiles)
+    firsts = range(S // 2 // B * B, S - B + 1, max(B, S // 64 // B * B))
+    return statistics.fmean(len(selected[a : a + B].unique()) / k for a in firsts)
 
 
 @dataclass
@@ -216,16 +216,16 @@ class Way:
 
 
 def ways(shape: Shape, hopper: bool) -> tuple[Way, Way]:
-    """Tiles of queries, and one query a program."""
+    """Blocks of queries, and one query a program."""
     if not shape.is_mla:
-        tiled = Way(hopper_selected, hopper_selected) if hopper else Way(union_kl, union_attention)
-        return tiled, Way(attention_kl, attention)
+        in_blocks = Way(hopper_selected, hopper_selected) if hopper else Way(union_kl, union_attention)
+        return in_blocks, Way(attention_kl, attention)
     from tokensieve.ops.hopper import attention as of_one_query
     from tokensieve.ops.hopper import attention_kl as kl_of_one_query
-    from tokensieve.ops.hopper import tiles
+    from tokensieve.ops.hopper import folded
 
     one_query = Way(kl_of_one_query, of_one_query)
-    return (Way(tiles, tiles) if hopper and shape.heads in (16, 32) else one_query), one_query
+    return (Way(folded, folded) if hopper and shape.heads in (16, 32) else one_query), one_query
 
 
 def sparse(way: Way, shape: Shape, selected: Tensor, given: tuple[Tensor, ...]) -> tuple[float, float]:
@@ -294,7 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--out", type=Path, help="of the figures (gpu_few_heads.json or gpu_few_heads_hopper.json)")
-    parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels of tiles")
+    parser.add_argument("--hopper", action="store_true", help="Hopper's own kernels of blocks")
     parser.add_argument("--kernels", action="store_true", help="print the time of each kernel")
     parser.add_argument("--shapes", type=int, nargs="+", choices=range(len(SHAPES)), default=range(len(SHAPES)))
     parser.add_argument("--model", help="a sparse model whose selections are taken")
@@ -315,19 +315,20 @@ def main() -> int:
     for shape in shapes:
         for S in lengths:
             dense_ms = dense(shape, S, device)
-            given, (tiled, one_query) = operands(shape, S, device), ways(shape, options.hopper)
+            given, (in_blocks, one_query) = operands(shape, S, device), ways(shape, options.hopper)
             scored = index(shape, S, given)
             for name in names:
                 selected = layers[name] if layers else draw(S, shape.k, SELECTIONS[name], device)
                 found = {B: unions(selected, B) for B in (2, 8, 32)}
-                some = sparse_with_some(tiled, shape, selected, given)
-                whole = sparse(tiled, shape, selected, given)
+                some = sparse_with_some(in_blocks, shape, selected, given)
+                whole = sparse(in_blocks, shape, selected, given)
                 row = Row(shape.name, S, name, found, *dense_ms, scored, *whole, some)
-                for kernel, ms in list(kernel_times(tiled, shape, selected, given).items() if options.kernels else ()):
+                times = kernel_times(in_blocks, shape, selected, given) if options.kernels else {}
+                for kernel, ms in times.items():
                     print(f"{ms:9.2f} ms  {kernel[:100]}")
-                if min(lengths) == S and tiled != one_query:
+                if min(lengths) == S and in_blocks != one_query:
                     row.one_query = sparse(one_query, shape, selected, given)
-                    differences[f"{shape.name}, {name}"] = compared((tiled, one_query), shape, selected, given)
+                    differences[f"{shape.name}, {name}"] = compared((in_blocks, one_query), shape, selected, given)
                 rows.append(row)
                 print(f"{row}\nfaster than dense: {row.faster:.2f}, with kl_every = 4 {row.faster_with_some:.2f}")
                 figures = {"run": environment(), "rows": [asdict(row) for row in rows], "differences": differences}

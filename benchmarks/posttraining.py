@@ -1,6 +1,6 @@
 """The experiments of post-training, as processes side by side on one GPU.
 
-    python benchmarks/posttraining.py --at-once 6 --minutes 9 --out runs/posttraining
+    python benchmarks/posttraining.py --at-once 8 --minutes 9 --out runs/posttraining
     python benchmarks/posttraining.py --quick --device cpu --at-once 1
 
 - seed-N-sparse, seed-N-dense: the whole pipeline and its dense twin, on the same problems.
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--config", default="base", help="of tokensieve posttrain")
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--at-once", type=int, default=6, help="processes side by side")
+    parser.add_argument("--at-once", type=int, default=8, help="processes side by side")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which what runs is stopped")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="two domains, one seed, a step or two a stage")

@@ -32,7 +32,6 @@ from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.selection import dense, indexer, resolve, window
 from tokensieve.report import environment
 from tokensieve.selectors import (
-    AtLeast,
     DenseBelow,
     DenseIfSpread,
     DenseLayers,
@@ -75,7 +74,6 @@ PLAIN: dict[str, tuple[Any, float]] = {"dense": (dense, 0.0), "sparse": (indexer
 def budget_arms(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
     """The ways to spend a budget of k keys that are fitted to it on `texts`, as `arms_of` gives them."""
     return {
-        "k by query, by share": (AtLeast(evals.fitted_share(model, texts, k)), 1.0),
         "k by query": (PerQuery(evals.fitted_query_share(model, texts, k)), 1.0),
         "k by layer": (PerLayer(evals.fitted_k(model, texts, k)), 1.0),
     }

@@ -12,7 +12,7 @@ from arms import Case, Local, Page, Part, Remote, answered, continued, hide, mai
 
 from tokensieve.config import UserError
 
-TOGETHER = 4  # documents that are compared
+TOGETHER = 4  # documents that are compared, at least
 
 
 def licences() -> list[str]:
@@ -42,10 +42,13 @@ def contracts(model: Local | Remote, tokens: int, count: int, rng: random.Random
 def papers(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Case]:
     cases = []
     for _ in range(count):
-        chosen = rng.sample([(page, found) for page in pages() if (found := opening(page))], TOGETHER)
-        text = "\n\n".join(model.fit(page.text, tokens // TOGETHER) for page, _ in chosen)
-        page, (title, first) = rng.choice(chosen)
-        cases.append(Case(text, f"{title}\n\n", model.fit(first, 48), page.name))
+        found = [(page, opened) for page in pages() if (opened := opening(page))]
+        shuffled, texts, left = rng.sample(found, len(found)), [], tokens
+        for page, _ in shuffled:
+            texts.append(model.fit(page.text, min(left, tokens // TOGETHER)))
+            left = max(0, left - model.size(texts[-1]))
+        page, (title, first) = rng.choice(shuffled[:TOGETHER])
+        cases.append(Case("\n\n".join(filter(None, texts)), f"{title}\n\n", model.fit(first, 48), page.name))
     return cases
 
 

@@ -27,14 +27,17 @@ def questions(model: Local | Remote, tokens: int, count: int, rng: random.Random
 
 
 def summaries(model: Local | Remote, tokens: int, count: int, rng: random.Random) -> list[Case]:
-    """Pages without their opening paragraph, which is the answer."""
-    found = []
-    for page in pages():
+    """Pages without their opening paragraph, which is the answer. Other pages stand before a shorter one."""
+    found, manual = [], pages()
+    for page in rng.sample(manual, len(manual)):
         title, _, rest = page.text.partition("\n\n")
         summary, _, body = rest.partition("\n\n")
-        if len(body) > 1500 and len(summary) > 80 and summary[0].isalpha():
-            found.append(Case(model.fit(body, tokens), f"{title}\n\nIn short:", f" {summary}"))
-    return rng.sample(found, min(count, len(found)))
+        if len(found) < count and len(body) > 1500 and len(summary) > 80 and summary[0].isalpha():
+            others = "\n\n".join(other.text for other in manual if other is not page)
+            body = model.fit(body, tokens)
+            before = model.fit(others, max(0, tokens - model.size(body)))
+            found.append(Case(f"{before}\n\n{body}", f"{title}\n\nIn short:", f" {summary}"))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Code completion and debugging with a repository in context.
 
 The repository is tokensieve itself. Completion: the log probability of a function's last lines, behind the files that
-its own file imports, this file, and the function up to there. Debugging: a function's last line as it is, and with one
-of its names replaced by another name of these files. Right is to find the true line likelier.
+its own file imports, this file, and the function up to there; further files stand before them if there is room.
+Debugging: a function's last line as it is, and with one of its names replaced by another name of these files. Right is
+to find the true line likelier.
 """
 
 import ast
@@ -16,6 +17,7 @@ from pathlib import Path
 from arms import AROUND, Case, Local, Part, Reader, Remote, continued, main, source
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tokensieve"
+FURTHER = 24  # files, of which the end of all is taken
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ def places(model: Local | Remote, tokens: int, count: int, rng: random.Random, l
         if functions and imported(path):
             function = rng.choice(functions)
             first, end = function.lineno - 1, function.end_lineno or 0
-            before = "\n".join(file.read_text() for file in imported(path)) + "".join(source[:first])
+            read = imported(path)
+            others = [file for file in rng.sample(paths, len(paths)) if file not in {path, *read}]
+            files = [file.read_text() for file in [*others[:FURTHER], *read]]
+            before = "\n".join(files) + "".join(source[:first])
             begin, rest = "".join(source[first : end - lines]), "".join(source[end - lines : end])
             begin = model.fit(begin, AROUND // 2, end=True)
             cases.append(Case(model.fit(before, tokens, end=True), begin, rest, str(path)))

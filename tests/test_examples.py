@@ -1,8 +1,10 @@
 """The examples: each runs, its cases can be answered, and what it concludes follows from its figures."""
 
 import importlib
+import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -120,7 +122,7 @@ def test_endings_are_in_their_sources_and_not_in_what_is_shown(monkeypatch: pyte
         assert case.question.strip() in case.text
 
 
-def readers(scores: dict[str, list[float]], seconds: tuple[float, float], **options: Any) -> str:
+def judged(scores: dict[str, list[float]], seconds: tuple[float, float], **options: Any) -> Any:
     arms = example("arms")
     part = arms.Part("a part", lambda *_: [], lambda *_: 0.0, options.get("unit", "right"))
     times = {"dense": [seconds[0]] * 2, "sparse": [seconds[1]] * 2}
@@ -128,22 +130,30 @@ def readers(scores: dict[str, list[float]], seconds: tuple[float, float], **opti
 
 
 @pytest.mark.parametrize(
-    ("dense", "sparse", "control", "seconds", "options", "says"),
+    ("dense", "sparse", "control", "seconds", "options", "take", "reason"),
     [
-        ([0] * 10, [1] * 10, [0] * 10, (2, 1), {}, "not measurable"),
-        ([0, 1] * 5, [0, 1] * 5, [0, 1] * 5, (2, 1), {}, "not measurable"),
-        ([-1.0, -2.0], [-1.0, -2.0], [-1.1, -1.9], (2, 1), {"unit": "nats"}, "not measurable"),
-        ([1] * 10, [1] * 10, [0] * 10, (2, 1), {"short": True}, "Take dense: the text is not longer than k"),
-        ([1] * 10, [0] * 10, [0] * 10, (2, 1), {}, "Take dense: sparse attention loses here"),
-        ([1] * 10, [1] * 10, [0] * 10, (1, 2), {}, "2.00 of the time. Take dense: sparse attention saves no time"),
-        ([1] * 40, [1] * 40, [0] * 40, (2, 1), {}, "0.50 of the time. Take sparse"),
-        ([-1.0, -1.1, -1.2], [-1.01, -1.1, -1.2], [-3.0, -3.1, -3.2], (2, 1), {"unit": "nats"}, "Take sparse"),
+        ([0] * 10, [1] * 10, [0] * 10, (2, 1), {}, None, "with this model"),
+        ([0, 1] * 5, [0, 1] * 5, [0, 1] * 5, (2, 1), {}, None, "with this model"),
+        ([-1.0, -2.0], [-1.0, -2.0], [-1.1, -1.9], (2, 1), {"unit": "nats"}, None, "with this model"),
+        ([1] * 10, [1] * 10, [0] * 10, (2, 1), {"short": True}, "dense", "not longer than k"),
+        ([1] * 10, [0] * 10, [0] * 10, (2, 1), {}, "dense", "sparse attention loses here"),
+        ([1] * 10, [1] * 10, [0] * 10, (1, 2), {}, "dense", "sparse attention saves no time"),
+        ([1] * 40, [1] * 40, [0] * 40, (2, 1), {}, "sparse", "if a loss of"),
+        ([-1.0, -1.1, -1.2], [-1.01, -1.1, -1.2], [-3.0, -3.1, -3.2], (2, 1), {"unit": "nats"}, "sparse", "if a loss"),
     ],
 )
 def test_the_verdict(
-    dense: list, sparse: list, control: list, seconds: tuple[float, float], options: dict[str, Any], says: str
+    dense: list,
+    sparse: list,
+    control: list,
+    seconds: tuple[float, float],
+    options: dict[str, Any],
+    take: str,
+    reason: str,
 ) -> None:
-    assert says in readers({"dense": dense, "sparse": sparse, "control": control}, seconds, **options)
+    verdict = judged({"dense": dense, "sparse": sparse, "control": control}, seconds, **options)
+    assert verdict.take == take and reason in verdict.reason
+    assert (verdict.difference is None) == (take is None)
 
 
 @pytest.mark.parametrize("arm", ["dense", "sparse"])
@@ -204,6 +214,8 @@ def test_an_endpoint_gives_what_the_model_gives(capsys: pytest.CaptureFixture) -
         (("--tokens", 32000), "--tokens 32000: this model has room for 31744; ask for as many or fewer"),
         (("--url", "http://127.0.0.1:9/v1", "--model", "sparse"), "give one of the two"),
         (("--dense", "x"), "give its --url"),
+        (("--url", "http://127.0.0.1:9/v1", "--device", "cpu"), "give one of the two"),
+        (("--device", "gpu"), "device gpu: use auto, cpu or cuda"),
     ],
 )
 def test_what_cannot_work_is_one_line(given: tuple, says: str, capsys: pytest.CaptureFixture) -> None:
@@ -217,16 +229,73 @@ def test_cases_about_one_file_are_one_cluster() -> None:
     part = arms.Part("a part", lambda *_: [], lambda *_: 0.0, "nats", arms.source)
     scores = {"dense": [-1.0, -1.1] * 4, "sparse": [-1.0, -1.1] * 4, "control": [-2.0, -2.2] * 4}
     seconds = {"dense": [2.0] * 8, "sparse": [1.0] * 8}
-    assert "Take sparse" in arms.judge(part, scores, seconds, False, "aabbccdd")
-    assert "about one page or file" in arms.judge(part, scores, seconds, False, "aaaaaaaa")
+    assert arms.judge(part, scores, seconds, False, "aabbccdd").take == "sparse"
+    assert "about one page or file" in arms.judge(part, scores, seconds, False, "aaaaaaaa").reason
 
 
 def test_texts_are_as_long_as_asked() -> None:
     """In tokens of the model: prompts of repository and retrieval were up to twice as long."""
     local, arms = example("arms").Local("sparse", 64), example("arms")
-    for module, cases in (("repository", "completions"), ("retrieval", "questions"), ("documents", "papers")):
-        for case in getattr(example(module), cases)(local, 600, 3, arms.random.Random(3)):
-            assert 300 < local.size(case.text) <= 620, module
+    made = (("repository", "completions"), ("retrieval", "questions"), ("documents", "papers"), ("manual", "summaries"))
+    for tokens in (600, 6000):
+        for module, cases in made:
+            for case in getattr(example(module), cases)(local, tokens, 3, arms.random.Random(3)):
+                assert 0.8 * tokens < local.size(case.text) <= tokens + 20, module
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "records.json"
+    assert run("records", "--tokens", 64, "--cases", 2, "--top-k", 64, "--device", "cpu", "--out", out) == 0
+    found = json.loads(out.read_text())
+    assert found["asked"]["tokens"] == 64 and found["environment"]["versions"]
+    (part,) = found["parts"]
+    assert part["part"] == PARTS["records"][0] and part["top_k"] == 64 and part["prompt_tokens"] > 64
+    for arm in part["arms"].values():
+        assert 0 <= arm["quality"]["low"] <= arm["quality"]["value"] <= arm["quality"]["high"] <= 1
+        assert arm["quality"]["n"] == 2 and arm["seconds"] > 0 and arm["peak_bytes"] is None
+    assert part["arms"]["sparse"]["held_bytes"] > part["arms"]["dense"]["held_bytes"] > 0
+
+
+def test_on_a_gpu_the_first_attempt_is_not_timed_and_the_peak_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    arms, gpu, peaks, attempts = example("arms"), torch.device("cuda:1"), [0], []
+
+    class Model(Words):
+        gpu, seen, top_k = torch.device("cuda:1"), 0, 0
+
+        def memory(self, arm: str) -> tuple[int, int]:
+            return 1, 2
+
+    def attempt(reader: Any, case: int) -> float:
+        attempts.append((reader.arm, reader.blind, reader.before == "", case))
+        peaks.append({"dense": 100, "sparse": 50}[reader.arm] + case)
+        return float(not reader.blind)
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.clear() if device == gpu else None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(peaks) if device == gpu else 0)
+    found = arms.compare(arms.Part("a part", lambda *_: range(20), attempt), Model(), 64, 20, 0)
+    first = [(arm, blind, False, 0) for arm, blind in (("dense", False), ("sparse", False), ("dense", True))]
+    assert attempts[:3] == first and len(attempts) == 63 and all(plain for *_, plain, _ in attempts[3:])
+    assert [found["arms"][arm]["peak_bytes"] for arm in ("dense", "sparse")] == [119, 69]
+    assert found["take"] and found["difference"]["n"] == 20
+
+
+def test_all_applications_as_one_table(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """Goes on after what is finished, and refuses figures of other options."""
+    command = [
+        sys.executable,
+        str(EXAMPLES.parent / "benchmarks" / "applications.py"),
+        "--quick",
+        "--only",
+        "documents",
+    ]
+    for _ in range(2):
+        subprocess.run([*command, "--out", str(tmp_path)], check=True)
+        shown = capfd.readouterr()
+        assert [line.split(" | ")[0][2:] for line in shown.out.splitlines()[4:]] == PARTS["documents"]
+        assert all(line.count("|") == 10 and "not measurable" in line for line in shown.out.splitlines()[4:])
+    assert shown.err == ""  # no application ran again
+    other = subprocess.run([*command, "--out", str(tmp_path), "--device", "cpu"])
+    assert other.returncode == 1 and "give another --out" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "tokensieve"
 # which the demo uses as a reader would.
 ORDER = (
     "config posttrain_config profile_config evaluate_config paper_config families machine files run_record "
-    "server_process mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench train posttrain "
-    "profile serve lm_eval deploy report __init__ demo speedrun pipeline doctor cli __main__"
+    "tethered server_process mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench train "
+    "posttrain profile serve lm_eval deploy report __init__ demo speedrun pipeline doctor cli __main__"
 ).split()
 
 MAX_LINES = 450

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from tokensieve.tethered import tethered
+
 
 class NotServed(Exception):
     """The server ended before it answered. The message is the last line that it wrote."""
@@ -17,7 +19,7 @@ class NotServed(Exception):
 
 @contextmanager
 def server_process(model: str, device: str = "auto", python: str = sys.executable) -> Iterator[str]:
-    """The address, with its /v1, of a server that answers for as long as the block lasts.
+    """The address, with its /v1, of a server that answers for as long as the block lasts, and this process lives.
 
     model: a folder, a GGUF file or a name. python: an interpreter that has tokensieve and its extra `serve`. The server
     takes a free port on the loopback interface, and names the model first among those that it lists.
@@ -27,12 +29,9 @@ def server_process(model: str, device: str = "auto", python: str = sys.executabl
     """
     command = [python, "-m", "tokensieve", "serve", model, "--port", "0", "--device", device, "--no-playground"]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": log}
+        with tethered(command, text=True, **streams) as process:
             yield _address(process) or _reason(process, log)
-        finally:
-            process.terminate()
-            process.wait()
 
 
 def _address(process: subprocess.Popen) -> str:

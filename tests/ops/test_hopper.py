@@ -194,14 +194,14 @@ for name, kernel, arguments, options in (
     ("forward", forward.forward_kernel,
      (half, half, index, index, single, half, single, half, single, *sizes, 0.1),
      common | {"KEEP": True, "M": 0}),
-    ("forward_of_tiles", forward.forward_kernel,
+    ("forward_folded", forward.forward_kernel,
      (half, half, index, index, single, half, single, half, single, *sizes, 0.1),
      common | {"KEEP": True, "M": 16, "KP": 8192}),
     ("decode", decode.decode_kernel, (half, byte, single, half, index, half, single, *sizes[:3], 41984, 0.1), common),
     ("dq", dq.dq_kernel,
      (half, half, half, index, index, single, single, half, half, half, *sizes, 0.1),
      common | {"num_warps": 4, "M": 0}),
-    ("dq_of_tiles", dq.dq_kernel,
+    ("dq_folded", dq.dq_kernel,
      (half, half, half, index, index, single, single, half, half, half, *sizes, 0.1),
      common | {"num_warps": 4, "M": 16, "KP": 8192}),
     ("dkv", dkv.dkv_kernel, (half, half, half, half, index, single, *sizes, 0), common | split),
@@ -234,7 +234,7 @@ def test_the_kernels_compile(tmp_path) -> None:
     assert child.returncode == 0, child.stderr[-3000:]
     reports = {line.split()[0]: line.split()[1:] for line in child.stdout.splitlines()}
     assert set(reports) == {
-        *("scores", "forward", "forward_of_tiles", "decode", "dq", "dq_of_tiles"),
+        *("scores", "forward", "forward_folded", "decode", "dq", "dq_folded"),
         *("dkv", "dkv_tail", "dkv_in_order", "union_forward", "union_backward", "union_backward_64"),
     }
     for name, (shared, products) in reports.items():

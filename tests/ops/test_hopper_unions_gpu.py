@@ -26,7 +26,7 @@ PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(300), Document(340, 300,
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that took a wide tile, so that no test passes without them."""
+    """The kernels that took a wide block, so that no test passes without them."""
     from tokensieve.ops.hopper import unions as on_hopper
 
     taken: list[str] = []
@@ -65,7 +65,7 @@ def compare(x: Inputs, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape: tuple[int, int, int], dtype: str) -> None:
     x = make(grouped(shape, "unions", dtype), "cuda")
-    x.indices_SK[100:200] = x.indices_SK[220]  # tiles that share every key, beside tiles that share few
+    x.indices_SK[100:200] = x.indices_SK[220]  # blocks that share every key, beside blocks that share few
     compare(x, TOLERANCE[dtype])
 
 
@@ -79,7 +79,7 @@ def test_values_of_another_width_behind_a_gap() -> None:
 def test_lists_of_many_steps(shape: tuple[int, int, int]) -> None:
     x = make(grouped(shape, "many steps", long=True), "cuda")
     heads, groups, _ = shape
-    for first in range(600, 1200, 8):  # four selections to a wide tile of 32 queries
+    for first in range(600, 1200, 8):  # four selections to a wide block of 32 queries
         x.indices_SK[first : first + 8] = x.indices_SK[first]
     wide = union_attention.levels(x.indices_SK, len(x.k_TD), union_attention.heads_padded(heads, groups))[0]
     assert int(wide.counts.max()) > 4 * 128

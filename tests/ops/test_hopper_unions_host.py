@@ -19,7 +19,7 @@ from tokensieve.ops.triton import union_attention, unions
 
 TOLERANCE = 1e-5  # float32, as in test_triton.py
 GROUPED = {"heads": 6, "groups": 2, "entry": 32, "d_k": 16, "v_start": 16, "d_v": 16}
-PACK = Case("two tiles of 32 queries, and a part of one", causal(70), keys=70, k=4, **GROUPED)
+PACK = Case("two blocks of 32 queries, and a part of one", causal(70), keys=70, k=4, **GROUPED)
 
 
 class Written:
@@ -34,12 +34,12 @@ class Written:
 
 
 def each_query(keys: Tensor, marks: Tensor, counts: Tensor, B: int, S: int):
-    """(query, the keys of its tile's list that it selected)."""
-    for tile, count in enumerate(counts.tolist()):
+    """(query, the keys of its block's list that it selected)."""
+    for block, count in enumerate(counts.tolist()):
         for b in range(B if count >= 0 else 0):
-            if tile * B + b < S:
-                bits = (marks[tile, :count] >> b) & 1
-                yield tile * B + b, tile, keys[tile, :count], bits != 0
+            if block * B + b < S:
+                bits = (marks[block, :count] >> b) & 1
+                yield block * B + b, block, keys[block, :count], bits != 0
 
 
 def parts(kv: Tensor, listed: Tensor, H: int, G: int, D: int, v_start: int, V: int) -> tuple[Tensor, Tensor]:
@@ -49,20 +49,20 @@ def parts(kv: Tensor, listed: Tensor, H: int, G: int, D: int, v_start: int, V: i
 
 
 def run_forward(q, kv, out, lse, keys, marks, counts, broken, S, *, scale, H, G, D, V, v_start, B, **_) -> None:
-    for t, tile, listed, seen in each_query(keys, marks, counts, B, S):
+    for t, block, listed, seen in each_query(keys, marks, counts, B, S):
         k, v = parts(kv, listed, H, G, D, v_start, V)
         logit = torch.where(seen, torch.einsum("hd,chd->hc", q[t], k) * scale, -math.inf)
         lse[t] = logit.logsumexp(1) if len(listed) else -math.inf
         p = torch.where(lse[t].isneginf()[:, None], 0.0, (logit - lse[t][:, None]).exp())
         out[t] = torch.einsum("hc,chv->hv", p, v)  # zero times NaN is NaN
         if not out[t].isfinite().all():
-            broken[tile] = 1
+            broken[block] = 1
 
 
 def run_backward(
     dout, q, kv, lse, delta, dq, dkv, keys, marks, counts, S, *, scale, H, G, D, V, v_start, B, **_
 ) -> None:
-    for t, _tile, listed, seen in each_query(keys, marks, counts, B, S):
+    for t, _block, listed, seen in each_query(keys, marks, counts, B, S):
         k, v = parts(kv, listed, H, G, D, v_start, V)
         logit = torch.einsum("hd,chd->hc", q[t], k) * scale
         p = torch.where(seen, (logit - torch.where(lse[t].isneginf(), math.inf, lse[t])[:, None]).exp(), 0.0)
@@ -103,7 +103,7 @@ def given(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("fit", "in_order"), [(1, False), (4, False), (4, True)])
-def test_wide_tiles_and_narrow_ones(
+def test_wide_blocks_and_narrow_ones(
     fit: int, in_order: bool, written_out: dict[str, Written], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order the portable kernels take the whole backward."""

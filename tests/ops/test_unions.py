@@ -1,4 +1,4 @@
-"""Tiles of queries that share a union, for few heads to a group: both levels, broken numbers, strips, and the lists."""
+"""Blocks of queries that share a union, for few heads to a group: both levels, broken numbers, strips, the lists."""
 
 import dataclasses
 import math
@@ -21,10 +21,10 @@ from tokensieve.ops.triton import union_attention, unions
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # As in test_triton.py: float32 in the interpreter, bf16 on a GPU.
 TOLERANCE = {"cpu": 1e-5, "cuda": 1.5e-2}
-# Three heads to a group, padded to four: wide tiles have 32 queries, narrow ones four.
+# Three heads to a group, padded to four: wide blocks have 32 queries, narrow ones four.
 GROUPED = {"heads": 6, "groups": 2, "entry": 32, "d_k": 16, "v_start": 16, "d_v": 16}
 DOCUMENTS = (Document(0, 0, 1), Document(0, 12, 12), *causal(40))
-PACK = Case("a wide tile and narrow ones", DOCUMENTS, keys=41, k=6, **GROUPED)
+PACK = Case("a wide block and narrow ones", DOCUMENTS, keys=41, k=6, **GROUPED)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def given(case: Case, device: str) -> tuple[Inputs, str]:
 def test_values_and_gradients_of_both_levels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unions, "FIT", 1)
     x, how = given(PACK, device)
-    x.indices_SK[32:] = x.indices_SK[45]  # so that the second wide tile's union fits into its list
+    x.indices_SK[32:] = x.indices_SK[45]  # so that the second wide block's union fits into its list
     assert union_attention.pays(x.q_SHD, x.kv_TGE, *x.parts.values())
     wide, narrow = union_attention.levels(x.indices_SK, len(x.k_TD), MP=4)
     assert (wide.counts < 0).any() and (wide.counts >= 0).any()
@@ -60,16 +60,16 @@ def test_lists_hold_every_selected_key_once(device: str) -> None:
     selected[5, 7:] = -1
     selected[64:] = -1
     for u in unions.unions(selected.int().to(device), 300, wide=32, narrow=4):
-        for tile, count in enumerate(u.counts.tolist()):
-            rows = selected[tile * u.B : (tile + 1) * u.B]
+        for block, count in enumerate(u.counts.tolist()):
+            rows = selected[block * u.B : (block + 1) * u.B]
             wanted = sorted(set(rows.flatten().tolist()) - {-1})
             if count < 0:
                 assert (u.B == 32 and len(wanted) > u.C) or (u.B == 4 and len(wanted) <= u.C)
                 continue
-            assert u.keys[tile, :count].tolist() == wanted
+            assert u.keys[block, :count].tolist() == wanted
             for b, row in enumerate(rows):
-                marked = (u.marks[tile, :count].cpu() >> b) & 1
-                assert u.keys[tile, :count].cpu()[marked != 0].tolist() == [key for key in row.tolist() if key >= 0]
+                marked = (u.marks[block, :count].cpu() >> b) & 1
+                assert u.keys[block, :count].cpu()[marked != 0].tolist() == [key for key in row.tolist() if key >= 0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,7 +85,7 @@ def test_lists_hold_every_selected_key_once(device: str) -> None:
     ],
 )
 def test_broken_numbers_reach_only_who_selected_them(where: str, value: float, device: str) -> None:
-    """Though a program multiplies the queries of a tile with the keys of all of them."""
+    """Though a program multiplies the queries of a block with the keys of all of them."""
     case = Case("broken", (Document(0, 20, 6), Document(20, 30, 7)), keys=50, k=5, **GROUPED)
     x, how = given(case, device)
     of_keys = where in ("kv_TGE", "k_TD")

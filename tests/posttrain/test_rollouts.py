@@ -119,7 +119,7 @@ def test_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) 
     rollouts.sample(prompts(150, 90, 130), 2, SAMPLING)
     assert widths == [6] * (SAMPLING.max_tokens - 1)
     sizes = [rollout_config(256, 6, torch.device(name)) for name in ("cpu", "cuda")]
-    assert sizes[0] == EngineConfig(pages=6 * 5, running=6, chunks=6) and sizes[1].chunk == 1024
+    assert sizes[0] == EngineConfig(pages=6 * 5, running=6, chunks=6) and sizes[1].chunk == 2048
 
 
 def test_a_preempted_answer_keeps_its_selection() -> None:

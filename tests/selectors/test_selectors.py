@@ -17,7 +17,6 @@ from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import SelectionContext
 from tokensieve.model.selection import check_indices, resolve
 from tokensieve.selectors import (
-    AtLeast,
     DenseBelow,
     DenseIfSpread,
     DenseLayers,
@@ -52,12 +51,6 @@ def recent(scores: list[float], layer: int, before: list[int] | None) -> list[in
     return sorted({*best(scores, K - 6), *range(min(2, n)), *range(max(0, n - 4), n)})
 
 
-def at_least(scores: list[float], layer: int, before: list[int] | None) -> list[int]:
-    p, chosen = shares(scores), best(scores, 2 * K)
-    top = max(p[s] for s in chosen)
-    return [s for s in chosen if p[s] >= 0.02 or p[s] == top]
-
-
 def per_query(scores: list[float], layer: int, before: list[int] | None) -> list[int]:
     p, read = shares(scores), 0.0
     order = sorted(range(len(p)), key=lambda s: (-scores[s], s))[: 2 * K]
@@ -80,7 +73,6 @@ def two_level(scores: list[float], layer: int, before: list[int] | None) -> list
 
 CASES: dict[str, tuple[Any, Callable[..., list[int]]]] = {
     "recent": (Recent(last=4, first=2), recent),
-    "at least": (AtLeast(0.02, most=2), at_least),
     "per query": (PerQuery(0.06, most=2), per_query),
     "per layer": (PerLayer((5, 40, 16)), lambda scores, layer, before: best(scores, (5, 40, 16)[layer])),
     "dense below": (DenseBelow(30), lambda s, layer, before: list(range(len(s))) if len(s) <= 30 else best(s, K)),
@@ -169,9 +161,7 @@ def test_up_to_its_tokens_a_request_is_answered_by_the_dense_model() -> None:
     assert float((mixed - dense)[:, :40].abs().max()) < 1e-5 < 0.01 < float((mixed - dense)[:, 40:].abs().max())
 
 
-@pytest.mark.parametrize(
-    "selector", [Recent(4, 2), AtLeast(0.02), PerQuery(0.06), Shared((1, 2)), DenseLayers((0,)), DenseBelow(30)]
-)
+@pytest.mark.parametrize("selector", [Recent(4, 2), PerQuery(0.06), Shared((1, 2)), DenseLayers((0,)), DenseBelow(30)])
 def test_training_takes_them(selector: Any) -> None:
     model = model_of().train()
     ids = tokens(1, 90)
@@ -187,8 +177,7 @@ def test_options_are_written_as_in_python() -> None:
     assert resolve("tokensieve.selectors:Recent(last=8)") == Recent(last=8)
     assert resolve("tokensieve.selectors:Shared([1, 3])") == Shared((1, 3))
     assert resolve("tokensieve.selectors:DenseIfSpread(mass=0.5)") == DenseIfSpread(0.5)
-    assert resolve("tokensieve.selectors:AtLeast([0.1, 0.2])") == AtLeast((0.1, 0.2))
-    assert resolve("tokensieve.selectors:AtLeast(share=(0.1, 0.2), most=2)") == AtLeast((0.1, 0.2), 2)
+    assert resolve("tokensieve.selectors:PerLayer(k=(8, 16))") == PerLayer((8, 16))
     assert resolve("tokensieve.selectors:PerQuery(1)") == PerQuery(1.0)
 
 
@@ -213,8 +202,6 @@ WRONG = {
     "tokensieve.selectors:DenseLayers([])": "name at least one layer",
     "tokensieve.selectors:DenseLayers([-1])": "the first is layer 0",
     "tokensieve.selectors:Shared()": 'missing value for field "layers"',
-    "tokensieve.selectors:AtLeast(share=2)": "a share is from 0 to 1",
-    "tokensieve.selectors:AtLeast(share=())": "a share is from 0 to 1",
     "tokensieve.selectors:PerQuery(share=0)": "0 < share <= 1, and most is at least 1",
     "tokensieve.selectors:PerQuery(share=1.5)": "0 < share <= 1, and most is at least 1",
     "tokensieve.selectors:PerQuery(0.1, most=0)": "0 < share <= 1, and most is at least 1",
@@ -241,7 +228,6 @@ def test_what_only_a_model_can_refuse() -> None:
         (PerLayer((4, 4, 4, 4)), "PerLayer has k for 4 layers, and the model has 3"),
         (DenseLayers((0, 3)), "DenseLayers names layer 3, and the last of the model is layer 2"),
         (Shared((9,)), "Shared names layer 9, and the last of the model is layer 2"),
-        (AtLeast((0.1,)), "AtLeast has share for 1 layers"),
         (TwoLevel(16, 2), "holds 2 keys, and k is 16"),
         (Recent(12, 4), "k = 16 leaves none to the indexer"),
     ):

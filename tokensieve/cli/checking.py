@@ -74,19 +74,11 @@ def check_endpoint(
 def _served(endpoint: "Endpoint", sizes: "ServingSizes", k: int | None, context: int | None) -> dict[str, Any]:
     """The model's id, that of its dense twin, its k and its length: as given, or as the endpoint's list has them."""
     from tokensieve.config import UserError
-    from tokensieve.evals.endpoint import Refused
+    from tokensieve.evals.endpoint import served_model
 
-    try:
-        cards = {card["id"]: card for card in endpoint.models()}
-    except Refused as error:
-        if not sizes.model or k is None or context is None:
-            raise UserError(f"{error}; give --k, --context and --set serving.model=ID") from error
-        cards = {sizes.model: {}}
-    model = sizes.model or next(iter(cards), "")
-    if model not in cards:
-        if not cards:
-            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
-        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
+    told = bool(sizes.model) and k is not None and context is not None
+    remedy = "" if told else "give --k, --context and --set serving.model=ID"
+    model, cards = served_model(endpoint, sizes.model, remedy)
     card, dense = cards[model], sizes.dense or f"{model}:dense"
     k, longest = k or card.get("index_topk"), context or card.get("max_model_len")
     if not isinstance(k, int):

@@ -5,7 +5,7 @@ Losses are in nats per token, shares in [0, 1], times in milliseconds if the nam
 """
 
 from tokensieve.evals.against_dense import judge_parity
-from tokensieve.evals.budget import fitted_k, fitted_query_share, fitted_share
+from tokensieve.evals.budget import fitted_k, fitted_query_share
 from tokensieve.evals.choices import choose
 from tokensieve.evals.criteria import Criterion, acceptance_criteria, parity_criteria
 from tokensieve.evals.diagnosis import FAULTS, Fault, diagnose
@@ -66,7 +66,6 @@ __all__ = [
     "evaluate",
     "fitted_k",
     "fitted_query_share",
-    "fitted_share",
     "greedy_choice",
     "judge_long",
     "judge_parity",

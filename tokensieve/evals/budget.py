@@ -1,4 +1,4 @@
-"""How to spend a budget of k keys a query: a share for `AtLeast` or `PerQuery`, a k for each layer for `PerLayer`.
+"""How to spend a budget of k keys a query: a share for `PerQuery`, a k for each layer for `PerLayer`.
 
 Legend: R measured queries, T keys, M = `most` * k keys tried of each query.
 """
@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
-from tokensieve.evals.evaluation import evaluating
-from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
+from tokensieve.evals.mass import record, selecting_queries
+from tokensieve.model import DecoderForCausalLM, SelectionContext
 from tokensieve.model.selection import Selector, dense
 from tokensieve.selectors.budget import PerQuery
 from tokensieve.selectors.shares import best_shares
 
-ROWS = 128  # queries whose scores and probabilities over all keys are held at a time
 STEP = 8  # keys that change layers at once
 LEAST_MASS = 0.01  # less counts as so much: an indexer that finds next to nothing shall not draw all keys to its layer
 
@@ -33,17 +32,7 @@ class Recorder:
     mass: dict[int, list[Tensor]] = field(default_factory=dict)  # layer -> (R, M): of attention, the best score first
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
-        self._record(c)
-        return self.selector(c)
-
-    def _record(self, c: SelectionContext) -> None:
-        rows = torch.nonzero(c.ends_N - c.starts_N > self.k).flatten()
-        if not len(rows):
-            return
-        if len(rows) > self.queries:
-            rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
-        for r in rows.split(ROWS):
-            block = c.rows(r)
+        for block in selecting_queries(c, self.k, self.queries):
             indices_RM, shares_RM = best_shares(block, self.most * self.k)
             order = shares_RM.argsort(dim=1, descending=True, stable=True)
             held_RM = block.head_mass().gather(1, indices_RM.clamp_min(0).long()).masked_fill(indices_RM < 0, 0.0)
@@ -51,6 +40,7 @@ class Recorder:
             for kept, values in ((self.shares, shares_RM), (self.mass, held_RM)):
                 ordered = torch.nn.functional.pad(values.gather(1, order), pad)
                 kept.setdefault(c.layer, []).append(ordered.cpu())
+        return self.selector(c)
 
 
 def _recorded(
@@ -62,28 +52,8 @@ def _recorded(
     selector: Selector = dense,
 ) -> Recorder:
     recorder = Recorder(k or model.top_k, most, queries, selector)
-    with evaluating(model), selecting(model, recorder, k):
-        for ids in sequences:
-            model.model(input_ids=ids[None].to(model.device))
-    if not recorder.shares:
-        raise UserError(
-            f"no sequence is longer than k = {k or model.top_k} tokens: nothing is selected; use longer ones"
-        )
+    record(model, sequences, recorder, recorder.shares, k)
     return recorder
-
-
-def fitted_share(
-    model: DecoderForCausalLM, sequences: Sequence[Tensor], k: int | None = None, most: int = 4, queries: int = 128
-) -> float:
-    """The `share` with which `AtLeast(share, most)` selects k keys in the mean over the sequences' queries and layers.
-
-    Measured on the hidden states of dense attention, at queries that see more than k keys. k: the model's unless given.
-
-    Raises:
-        UserError: no sequence is longer than k tokens.
-    """
-    recorder = _recorded(model, sequences, k, most, queries)
-    return _threshold(torch.cat([block for blocks in recorder.shares.values() for block in blocks]), recorder.k)
 
 
 def _threshold(values_RM: Tensor, k: int) -> float:

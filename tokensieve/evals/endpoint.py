@@ -205,6 +205,26 @@ class Endpoint:
         return UserError(f"{self.url}{route} answered with {what}; is it the /v1 of an OpenAI-compatible server?")
 
 
+def served_model(endpoint: Endpoint, asked: str, remedy: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The id of the model that is meant, `asked` or the first that is listed; and the endpoint's cards of all, by id.
+
+    remedy: what else to give if the endpoint lists no models; "" if nothing is wanted of a card, which is empty then.
+    UserError if it does not serve the model.
+    """
+    try:
+        cards = {card["id"]: card for card in endpoint.models()}
+    except Refused as error:
+        if remedy:
+            raise UserError(f"{error}; {remedy}") from error
+        cards = {asked: {}}
+    model = asked or next(iter(cards), "")
+    if model not in cards:
+        if not cards:
+            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
+        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
+    return model, cards
+
+
 def _whole(response: Any, end: float, latest: float) -> Any:
     """The response with all of its body, as a client that does not stream reads it; None if the body is not whole at
     the time `end` of the monotonic clock, and what is missing has to be waited for or still comes at the time `latest`.

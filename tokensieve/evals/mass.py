@@ -3,8 +3,9 @@
 Legend: N queries, T keys, r the measured queries among them, K selected keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,29 @@ from tokensieve.evals.evaluation import evaluating
 from tokensieve.model import DecoderForCausalLM, SelectionContext, selecting
 from tokensieve.model.selection import Selector, indexer
 
-ROWS = 128  # queries whose probabilities over all keys are held at a time
+ROWS = 128  # queries whose scores and probabilities over all keys are held at a time
+
+
+def selecting_queries(c: SelectionContext, k: int, queries: int | None) -> Iterator[SelectionContext]:
+    """The queries that see more than k keys, in blocks of at most `ROWS`; so many of them, evenly spaced, or all."""
+    rows = torch.nonzero(c.ends_N - c.starts_N > k).flatten()
+    if queries is not None and len(rows) > queries:
+        rows = rows[torch.linspace(0, len(rows) - 1, queries, device=rows.device).round().long()]
+    for r in rows.split(ROWS) if len(rows) else ():
+        yield c.rows(r)
+
+
+def record(
+    model: DecoderForCausalLM, sequences: Sequence[Tensor], recorder: Selector, found: Mapping[int, Any], k: int | None
+) -> None:
+    """One pass over each sequence, in which `recorder` selects and fills `found`. UserError if that stays empty."""
+    with evaluating(model), selecting(model, recorder, k):
+        for ids in sequences:
+            model.model(input_ids=ids[None].to(model.device))
+    if not found:
+        raise UserError(
+            f"no sequence is longer than k = {k or model.top_k} tokens: nothing is selected; use longer ones"
+        )
 
 
 @dataclass(frozen=True)
@@ -46,13 +69,7 @@ class Recorder:
     sums: dict[int, Tensor] = field(default_factory=dict)  # layer -> sums of held / best, held, best, and the count
 
     def __call__(self, c: SelectionContext) -> None:
-        rows = torch.nonzero(c.ends_N - c.starts_N > c.k).flatten()
-        if not len(rows):
-            return
-        if self.queries is not None and len(rows) > self.queries:
-            rows = rows[torch.linspace(0, len(rows) - 1, self.queries, device=rows.device).round().long()]
-        for r in rows.split(ROWS):
-            block = c.rows(r)
+        for block in selecting_queries(c, c.k, self.queries):
             chosen_rK, mass_rT = self.selector(block), block.head_mass()
             assert chosen_rK is not None
             held = mass_rT.gather(1, chosen_rK.long()).double().sum(1)  # more than k keys are visible: there is no -1
@@ -81,14 +98,7 @@ def recall(
         UserError: a model without indexers, or sequences of at most k tokens.
     """
     recorder = Recorder(queries, selector)
-    device = model.lm_head.weight.device
-    with evaluating(model), selecting(model, recorder, top_k):
-        for ids in sequences:
-            model.model(input_ids=ids[None].to(device))
-    if not recorder.sums:
-        raise UserError(
-            f"no sequence is longer than k = {top_k or model.top_k} tokens: nothing is selected; use longer ones"
-        )
+    record(model, sequences, recorder, recorder.sums, top_k)
     means = torch.stack([recorder.sums[layer] for layer in sorted(recorder.sums)]).cpu()
     count = int(means[0, 3])
     ratio, held, best = (means[:, :3] / means[:, 3:]).T.tolist()

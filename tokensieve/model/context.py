@@ -105,6 +105,32 @@ class LayerResult(NamedTuple):
 
 
 @contextmanager
+def filling(
+    model: nn.Module, fill: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]], *, prepend: bool = False
+) -> Iterator[None]:
+    """Within the block `fill(args, kwargs)` adds to the keyword arguments of every pass of `model`, or of a wrapper
+    around it, whatever code calls it. Of nested blocks the outermost fills first, or with `prepend` the innermost.
+
+    UserError for a model that is not tokensieve's.
+    """
+    trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
+    if not trunks:
+        raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | fill(args, kwargs)
+
+    hooks = [trunk.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True) for trunk in trunks]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
 def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
     """Within the block every pass of `model` (or of a wrapper around it) runs with these options.
 
@@ -112,23 +138,14 @@ def with_options(model: nn.Module, options: ForwardOptions) -> Iterator[None]:
     nothing behind. An engine does not call the model: its requests name their selector (`Request.selector`), and
     `EngineConfig` has top_k and check_selection. UserError for a model that is not tokensieve's.
     """
-    trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
-    if not trunks:
-        raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
 
-    def fill(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         from_call = kwargs.get("options") or ForwardOptions()
-        return args, kwargs | {"options": from_call.over(options)}
+        return {"options": from_call.over(options)}
 
-    # The hook of the innermost block runs first; those of outer blocks fill in what it leaves open.
-    hooks = [trunk.register_forward_pre_hook(fill, prepend=True, with_kwargs=True) for trunk in trunks]
-    try:
+    # The innermost block comes first; outer blocks fill in what it leaves open.
+    with filling(model, fill, prepend=True):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

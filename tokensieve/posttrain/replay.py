@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.model.context import filling
 from tokensieve.posttrain.rollouts import Rollout
 
 
@@ -25,26 +26,17 @@ def replaying(model: nn.Module, rollouts: Sequence[Rollout] | Callable[[], Seque
     `input_ids` and, if rows are padded, `attention_mask`. UserError for a model that is not tokensieve's, a rollout
     without a selection, and a row that is none of the rollouts.
     """
-    trunks = [module for module in model.modules() if getattr(module, "takes_forward_options", False)]
-    if not trunks:
-        raise UserError(f"{type(model).__name__} is no model of tokensieve; load it with tokensieve.load")
     if not callable(rollouts):
         check_replayable(rollouts)
 
-    def fill(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def fill(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         ids = args[0] if args else kwargs["input_ids"]
         latest = rollouts() if callable(rollouts) else rollouts
         check_replayable(latest)
-        return args, kwargs | {"selection": selection_of(ids, kwargs.get("attention_mask"), latest)}
+        return {"selection": selection_of(ids, kwargs.get("attention_mask"), latest)}
 
-    hooks = [trunk.register_forward_pre_hook(fill, with_kwargs=True) for trunk in trunks]
-    try:
+    with filling(model, fill):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def check_replayable(rollouts: Sequence[Rollout]) -> None:
@@ -73,8 +65,9 @@ def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Roll
         turn = used.get(tokens, 0)
         used[tokens] = turn + 1
         layers, length = whole[tokens][turn % len(whole[tokens])]
-        rows.append([_of_row(layer, length, first, len(ids_S)) for layer in layers])
-    return [torch.stack(layers).to(ids_BS.device) for layers in zip(*rows, strict=True)]
+        # Moved first: on a GPU the work is a fraction of the CPU's.
+        rows.append([_of_row(layer.to(ids_BS.device), length, first, len(ids_S)) for layer in layers])
+    return [torch.stack(layers) for layers in zip(*rows, strict=True)]
 
 
 def _of_row(indices_TK: Tensor, tokens: int, first: int, length: int) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
@@ -34,24 +35,31 @@ def write_curves(folder: Path, histories: Mapping[str, Rows]) -> None:
 
 
 def _curve(histories: Mapping[str, Rows], column: str, name: str) -> str:
+    styles: dict[str, dict[str, Any]] = {
+        stage: {"color": COLORS[place % len(COLORS)], "linestyle": DASHES[place // len(COLORS) % len(DASHES)]}
+        for place, stage in enumerate(histories)
+    }
+    styles[MIXED] = {"color": INK, "linestyle": "-"}
     with mpl.rc_context(RC):
         drawn, axes = figure(name.replace(" ", "-"), height=3.8)
-        for place, (stage, rows) in enumerate(histories.items()):
-            points = [(row["step"], float(row[column])) for row in rows if column in row]
-            color, dashes = COLORS[place % len(COLORS)], DASHES[place // len(COLORS) % len(DASHES)]
-            if stage == MIXED:
-                color, dashes = INK, "-"
-            marker = "o" if len(points) < 10 else None
-            axes.plot(
-                *zip(*points, strict=True), label=stage, color=color, linestyle=dashes, marker=marker, markersize=4
-            )
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(f"{name}, mean of the step's answers")
-        axes.grid(True, axis="y")
-        axes.tick_params(length=0)
+        draw_steps(axes, histories, column, f"{name}, mean of the step's answers", styles)
         drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         return svg(drawn, f"{name} against training step, for every stage of reinforcement learning")
+
+
+def draw_steps(
+    axes: Axes, histories: Mapping[str, Rows], column: str, name: str, styles: Mapping[str, dict[str, Any]]
+) -> None:
+    """A column of each history against the step, as a curve in its style; `name` is the vertical axis's."""
+    for label, rows in histories.items():
+        points = [(row["step"], float(row[column])) for row in rows if column in row]
+        marker = "o" if len(points) < 10 else None
+        axes.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, **styles[label])
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(name)
+    axes.grid(True, axis="y")
+    axes.tick_params(length=0)
 
 
 def show_posttraining(console: Console, figures: Mapping[str, Any]) -> None:

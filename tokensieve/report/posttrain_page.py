@@ -9,11 +9,10 @@ from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
 from tokensieve.files import write_text
 from tokensieve.report.plots import RC, STYLES, figure, svg
-from tokensieve.report.posttrain import CURVES, Rows, accuracy_cells
+from tokensieve.report.posttrain import CURVES, Rows, accuracy_cells, draw_steps
 from tokensieve.report.templates import render
 
 ARMS = {"indexer": "sparse", "dense": "dense"}  # by the run's selection
@@ -54,15 +53,7 @@ def write_posttraining(
 def _plot(by_arm: Mapping[str, Rows], column: str, name: str, stage: str) -> str:
     with mpl.rc_context(RC):
         drawn, axes = figure(f"{stage}-{name}".replace(" ", "-"))
-        for arm, rows in by_arm.items():
-            points = [(row["step"], float(row[column])) for row in rows if column in row]
-            marker = "o" if len(points) < 10 else None
-            axes.plot(*zip(*points, strict=True), label=arm, marker=marker, markersize=4, **STYLES[arm])
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(name)
-        axes.grid(True, axis="y")
-        axes.tick_params(length=0)
+        draw_steps(axes, by_arm, column, name, STYLES)
         if len(by_arm) > 1:
             drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         return svg(drawn, f"{name} of {stage} against training step")

@@ -8,14 +8,13 @@ written as in Python:
 docs/selection.md says what each is worth.
 """
 
-from tokensieve.selectors.budget import AtLeast, PerLayer, PerQuery
+from tokensieve.selectors.budget import PerLayer, PerQuery
 from tokensieve.selectors.mixture import DenseBelow, DenseIfSpread, DenseLayers
 from tokensieve.selectors.recent import Recent
 from tokensieve.selectors.sharing import Shared
 from tokensieve.selectors.two_level import TwoLevel
 
 __all__ = [
-    "AtLeast",
     "DenseBelow",
     "DenseIfSpread",
     "DenseLayers",

@@ -11,35 +11,7 @@ from torch import Tensor
 
 from tokensieve.config import UserError
 from tokensieve.model.selection import SelectionContext
-from tokensieve.selectors.layers import of_layer
-from tokensieve.selectors.shares import best_shares, keep, stacked
-
-
-@dataclass(frozen=True)
-class AtLeast:
-    """Of the best `most` * k keys, those whose share of the index scores' softmax is `share` or more; at least one.
-
-    Among all selections with as many keys in the mean, this one holds the most mass, if the shares are attention's: a
-    key more is worth as much in every query and every layer. `tokensieve.evals.budget.fitted_share` finds the share
-    that selects k keys in the mean. share: one for all layers, or one for each.
-    """
-
-    share: float | tuple[float, ...]
-    most: int = 4
-
-    def __post_init__(self) -> None:
-        shares = self.share if isinstance(self.share, tuple | list) else (self.share,)
-        if not shares or not all(0 <= share <= 1 for share in shares) or self.most < 1:
-            raise UserError(f"AtLeast(share={self.share}, most={self.most}): a share is from 0 to 1, most at least 1")
-
-    def __call__(self, c: SelectionContext) -> Tensor:
-        share = of_layer(self, "share", c)
-        return stacked([_least(block, self.most * c.k, share) for block in c.blocks()])
-
-
-def _least(c: SelectionContext, most: int, share: float) -> Tensor:
-    indices, shares = best_shares(c, most)
-    return keep(indices, (shares >= share) | (shares == shares.amax(1, keepdim=True)))
+from tokensieve.selectors.shares import keep, stacked
 
 
 @dataclass(frozen=True)
@@ -85,4 +57,6 @@ class PerLayer:
             raise UserError(f"PerLayer(k={list(self.k)}): give each layer at least 1 key")
 
     def __call__(self, c: SelectionContext) -> Tensor:
-        return c.topk(of_layer(self, "k", c))
+        if len(self.k) != c.layers:
+            raise UserError(f"PerLayer has k for {len(self.k)} layers, and the model has {c.layers}; give one for each")
+        return c.topk(self.k[c.layer])

@@ -1,12 +1,12 @@
-"""The process of a harness: it holds its folder for as long as it runs, even if we are killed."""
+"""The process of a harness: it ends if we are killed, and holds its folder until then."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tokensieve.config import UserError
@@ -17,12 +17,13 @@ RUN = """
 import sys
 from pathlib import Path
 from tokensieve.evals.paper.asking import run_harness
-wait = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+wait = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), os._exit(1)))"
+wait += "; print(os.getpid(), flush=True); time.sleep(60)"
 run_harness([sys.executable, "-c", wait], Path(sys.argv[1]))
 """
 
 
-def test_a_harness_whose_run_was_killed_keeps_its_folder(tmp_path: Path) -> None:
+def test_a_harness_whose_run_was_killed_ends_and_keeps_its_folder_until_then(tmp_path: Path) -> None:
     folder = tmp_path / "aime25"
     ours = subprocess.Popen([sys.executable, "-c", RUN, str(folder)])
     log = folder / "harness.log"
@@ -32,17 +33,15 @@ def test_a_harness_whose_run_was_killed_keeps_its_folder(tmp_path: Path) -> None
     theirs = int(log.read_text())
     ours.send_signal(signal.SIGKILL)
     ours.wait()
-    try:
-        with pytest.raises(UserError, match="in use by another run; wait for its end"):
-            run_harness([sys.executable, "-c", "pass"], folder)
-    finally:
-        os.kill(theirs, signal.SIGKILL)
+    with pytest.raises(UserError, match="in use by another run; wait for its end"):
+        run_harness([sys.executable, "-c", "pass"], folder)
     while time.monotonic() < end:
         try:
             run_harness([sys.executable, "-c", "pass"], folder)
             break
-        except UserError:  # the system has not ended it yet
+        except UserError:  # it takes its time to end
             time.sleep(0.05)
+    assert not psutil.pid_exists(theirs)
     assert not (folder / "lock").exists() and [file.name for file in folder.iterdir()] == ["harness.log"]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokensieve.evals.paper.harnesses import HARNESSES, Unavailable, environment, last_line, program
 from tokensieve.files import locked
+from tokensieve.tethered import run_tethered
 
 LOG = "harness.log"
 SILENT = {"HARBOR_TELEMETRY": "off", "DO_NOT_TRACK": "1"}  # a user may set them otherwise
@@ -45,7 +46,7 @@ class Asked:
 def run_harness(command: list[str], folder: Path, given: str = "", **variables: str) -> None:
     """Runs a command in `folder`, whose log it adds to. given: its standard input. variables: of its environment.
 
-    If we are killed, the command goes on. It holds the folder, so that no second one writes there beside it.
+    If we are killed, the command ends. Until then its folder is held, so that no second one writes there beside it.
 
     Raises:
         Unavailable: it failed; the reason is the last line of what it wrote.
@@ -57,8 +58,8 @@ def run_harness(command: list[str], folder: Path, given: str = "", **variables: 
     # Unbuffered, so that the error comes last in the log.
     variables = {**SILENT, **os.environ, "PYTHONPATH": "", "PYTHONUNBUFFERED": "1", **variables}
     with locked(folder) as held, log.open("a", encoding="utf-8") as file:
-        streams: dict[str, Any] = {"input": given, "stdout": file, "stderr": subprocess.STDOUT, "text": True}
-        done = subprocess.run(command, cwd=folder, env=variables, pass_fds=(held,), **streams)
+        streams: dict[str, Any] = {"stdout": file, "stderr": subprocess.STDOUT, "pass_fds": (held,)}
+        done = run_tethered(command, given, cwd=folder, env=variables, **streams)
     if done.returncode:
         with log.open(encoding="utf-8", errors="replace") as file:
             file.seek(begin)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokensieve.files import locked, write_text
+from tokensieve.tethered import run_tethered
 
 READY = "ready"  # a file, written once an environment is complete
 PYTHONS = ("python3", "python", *(f"python3.{minor}" for minor in (14, 13, 12, 11)))
@@ -115,7 +116,7 @@ def _version(python: str) -> tuple[int, ...]:
 
 def _step(command: list[str], folder: Path, harness: Harness) -> None:
     """Runs a command and keeps what it wrote in install.log. Unavailable if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, errors="replace")
+    done = run_tethered(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     log = write_text(folder / "install.log", done.stdout + done.stderr)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import UserError
-from tokensieve.evals.endpoint import Endpoint, Refused
+from tokensieve.evals.endpoint import Endpoint, Refused, served_model
 from tokensieve.evals.paper import codeforces, evalscope, harbor
 from tokensieve.evals.paper.asking import LOG, Asked
 from tokensieve.evals.paper.benchmarks import BENCHMARKS, BY_KEY, Benchmark
@@ -134,17 +134,7 @@ def _chosen(config: PaperConfig) -> list[Benchmark]:
 
 def _served(endpoint: Endpoint, config: PaperConfig) -> tuple[str, int | None]:
     """The model's id, and the tokens of its longest context; None if neither settings nor endpoint say."""
-    try:
-        cards = {card["id"]: card for card in endpoint.models()}
-    except Refused as error:
-        if not config.model:
-            raise UserError(f"{error}; name the model with --set model=ID") from error
-        cards = {config.model: {}}
-    model = config.model or next(iter(cards), "")
-    if model not in cards:
-        if not cards:
-            raise UserError(f"{endpoint.url} lists no models; load one there, or ask another endpoint")
-        raise UserError(f"{endpoint.url} serves no model {model!r}, but {', '.join(cards)}")
+    model, cards = served_model(endpoint, config.model, "" if config.model else "name the model with --set model=ID")
     listed = [cards[model].get(name) for name in CONTEXT_FIELDS]
     room = next((found for found in listed if isinstance(found, int) and found > 0), None)
     return model, config.context or room

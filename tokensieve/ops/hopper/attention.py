@@ -17,7 +17,7 @@ from tokensieve.ops.hopper.dkv import HEADS, add_dkv
 from tokensieve.ops.hopper.dq import probabilities_and_dq
 from tokensieve.ops.hopper.forward import forward
 from tokensieve.ops.hopper.limits import aligned
-from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
+from tokensieve.ops.hopper.warps import KEY, TILE, VALUE
 from tokensieve.ops.triton.in_order import add_in_order, strip_length, strips, wanted_in_order
 
 
@@ -44,7 +44,7 @@ def delta_of(dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tensor:
 
 def pitch_of(K: int) -> int:
     """How many places a row of probabilities has: whole tiles."""
-    return max(1, triton.cdiv(K, BLOCK)) * BLOCK
+    return max(1, triton.cdiv(K, TILE)) * TILE
 
 
 def sparse_attention(

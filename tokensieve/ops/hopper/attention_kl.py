@@ -17,7 +17,7 @@ from torch import Tensor
 from tokensieve.ops.hopper.attention import backward_by_strips, pitch_of
 from tokensieve.ops.hopper.forward import forward
 from tokensieve.ops.hopper.limits import aligned
-from tokensieve.ops.hopper.warps import BLOCK, KEY, VALUE
+from tokensieve.ops.hopper.warps import KEY, TILE, VALUE
 from tokensieve.ops.triton.attention import LOG2E, load_index
 from tokensieve.ops.triton.in_order import strip_length, strips
 from tokensieve.ops.triton.index_kl import selected_kl, selected_kl_backward
@@ -49,9 +49,9 @@ def _summed_over_heads(
     """(S, K) float32, unspecified in tiles that name no key."""
     (S, H, pitch), K = p.shape, indices.shape[1]
     mass = torch.empty(S, K, dtype=torch.float32, device=p.device)
-    _mass_kernel[(S * (pitch // BLOCK),)](
+    _mass_kernel[(S * (pitch // TILE),)](
         p, top, lse, indices, mass, T, K, pitch,
-        H=H, HP=triton.next_power_of_2(H), BN=BLOCK, UNSCALED=top is not None, num_warps=4,
+        H=H, HP=triton.next_power_of_2(H), BN=TILE, UNSCALED=top is not None, num_warps=4,
     )  # fmt: skip
     return mass
 
@@ -77,7 +77,7 @@ def sparse_attention_kl(
     pitch = pitch_of(K)
     row_bytes = H * pitch * q.element_size()
     buffer_p = q.new_empty(strip_length(S, row_bytes), H, pitch)  # every strip uses it
-    buffer_top = q.new_empty(buffer_p.shape[0], H, pitch // BLOCK, dtype=torch.float32)
+    buffer_top = q.new_empty(buffer_p.shape[0], H, pitch // TILE, dtype=torch.float32)
     for part in strips(S, row_bytes):
         p, top = buffer_p[: part.stop - part.start], buffer_top[: part.stop - part.start]
         forward(q[part], kv, indices[part], scale, out[part], lse[part], (p, top))

@@ -17,8 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tokensieve.ops.hopper.forward import attend
 from tokensieve.ops.hopper.warps import (
-    BLOCK,
+    HEAD_BLOCK,
     PARTS,
+    TILE,
     VALUE,
     VIEWS,
     allocate_barriers,
@@ -80,7 +81,7 @@ def _begin(values, scales, ropes, at, live, tile, raw, tails, empty, layout: gl.
 
 
 @gluon.jit
-def _numbers(bytes, scale, layout: gl.constexpr):
+def _numbers(bytes, scale):
     scale, bytes = gl.broadcast(scale.to(gl.bfloat16)[:, None], bytes)
     return gl.inline_asm_elementwise(DEQUANTIZE, "=r,=r,r,r,r", [bytes, scale], dtype=gl.bfloat16, is_pure=True, pack=4)
 
@@ -93,8 +94,8 @@ def _finish(
     async_copy.wait_group(after)
     a, b = raw.index(r).load(layout), raw.index(r + 2).load(layout)
     barrier()  # all have read their bytes
-    main.slice(begin, 128, 1).store(_numbers(a, scale_a, layout))
-    main.slice(begin + 128, 128, 1).store(_numbers(b, scale_b, layout))
+    main.slice(begin, 128, 1).store(_numbers(a, scale_a))
+    main.slice(begin + 128, 128, 1).store(_numbers(b, scale_b))
     fence_async_shared()
     release(full_a)
     release(full_b)
@@ -179,9 +180,9 @@ def sparse_attention_paged(
     out, lse = q_SHD.new_empty(S, H, VALUE), q_SHD.new_empty(S, H, dtype=torch.float32)
     if 0 in (S, pages, page_table.shape[1], indices_SK.shape[1]):
         return out.zero_(), lse.fill_(float("-inf"))
-    places = pool_places(indices_SK, page_table, lengths, pages, BLOCK)
+    places = pool_places(indices_SK, page_table, lengths, pages, TILE)
     K = places.shape[1]
-    decode_kernel[(cdiv(H, BLOCK) * S,)](
+    decode_kernel[(cdiv(H, HEAD_BLOCK) * S,)](
         q_SHD.contiguous(), *latent_parts(entry_pages, E - VALUE), places, out, lse,
         H, pages * PAGE_TOKENS, K, entry_pages.stride(0), scale, KP=padded(K), num_warps=8,
     )  # fmt: skip
@@ -194,5 +195,5 @@ def beats_pieces(queries: int, heads: int, places: int) -> bool:
     Here a program has one query and 64 heads. `tokensieve.ops.triton.paged_attention` cuts selections into pieces if
     programs are few. A tile takes three quarters of the time here.
     """
-    programs, tiles = queries * cdiv(heads, BLOCK), cdiv(places, BLOCK)
+    programs, tiles = queries * cdiv(heads, HEAD_BLOCK), cdiv(places, TILE)
     return 3 * steps(programs, tiles, 1) <= 4 * steps(programs, tiles, pieces(programs, tiles))

@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.forward import Tiled
+from tokensieve.ops.hopper.forward import Folded
 from tokensieve.ops.hopper.warps import (
-    BLOCK,
+    HEAD_BLOCK,
     LOG2E,
     PARTS,
     allocate_barriers,
@@ -223,15 +223,15 @@ def dq_kernel(
 
 def probabilities_and_dq(
     dout: Tensor, q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, scale: float,
-    dq: Tensor, p: Tensor, ds: Tensor, tiled: Tiled | None = None,
+    dq: Tensor, p: Tensor, ds: Tensor, folded: Folded | None = None,
 ) -> None:  # fmt: skip
     """Writes dq (S, H, 576), and P and dS (S, H, pitch) up to the end of a query's last used tile.
 
-    If `tiled` is given, a row of q is a tile of queries. All contiguous, S > 0.
+    If `folded` is given, a row of q is a block of queries, folded. All contiguous, S > 0.
     """
     (S, H, _), K = q.shape, indices.shape[1]
-    marks, M = (indices, 0) if tiled is None else (tiled.marks, tiled.M)
-    dq_kernel[(cdiv(H, BLOCK) * S,)](
+    marks, M = (indices, 0) if folded is None else (folded.marks, folded.M)
+    dq_kernel[(cdiv(H, HEAD_BLOCK) * S,)](
         dout, q, kv, indices, marks, lse, delta, dq, p, ds, H, kv.shape[0], K, p.shape[2], scale,
         KP=padded(K), M=M, num_warps=4,
     )  # fmt: skip

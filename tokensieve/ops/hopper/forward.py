@@ -1,6 +1,6 @@
-"""The forward kernel: out and lse of one query and 64 heads, or of a tile of queries with 64 heads together (`tiles`).
+"""The forward kernel: out and lse of one query and 64 heads, or of a block of queries, 64 heads together (`folded`).
 
-Legend: S queries, T key tokens, H heads, K selected; M heads of a tile's query (0: one query).
+Legend: S queries, T key tokens, H heads, K selected; M heads of a query of a block (0: one query).
 
 Four warps load, eight compute. The eight share a tile: each half takes 32 entries of the logits and 64 of every 128
 columns of the value. While a tile's logits are computed, the products of the tile before still run, and its buffer
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tokensieve.ops.hopper.warps import (
-    BLOCK,
+    HEAD_BLOCK,
     LN2,
     PARTS,
     allocate_barriers,
@@ -219,11 +219,11 @@ def forward_kernel(
 
 
 @dataclass(frozen=True)
-class Tiled:
-    """Marks of the queries of a tile, and of what is broken: q and kv themselves are finite.
+class Folded:
+    """Marks of the queries of a block, and of what is broken: q and kv themselves are finite.
 
-    marks: (tiles, C) int32 of the places of a list, whose bit b says whether query b selected the key, and the sign
-    whether the key is broken. row_breaks: (tiles, 128) float32, 0, or NaN if a query is broken. M: heads of a query.
+    marks: (blocks, C) int32 of the places of a list, whose bit b says whether query b selected the key, and the sign
+    whether the key is broken. row_breaks: (blocks, 128) float32, 0, or NaN if a query is broken. M: heads of a query.
     """
 
     marks: Tensor
@@ -239,17 +239,17 @@ def forward(
     out: Tensor,
     lse: Tensor,
     unscaled: tuple[Tensor, Tensor] | None = None,
-    tiled: Tiled | None = None,
+    folded: Folded | None = None,
 ) -> None:
-    """Writes out (S, H, 512) and lse (S, H). If `tiled` is given, a row of q is a tile of queries.
+    """Writes out (S, H, 512) and lse (S, H). If `folded` is given, a row of q is a block of queries, folded.
 
     If `unscaled` is given, it also gets the probabilities (S, H, pitch) over exp2 of their tile's largest logit so far,
     and these logits (S, H, pitch / 64), up to the end of the last used tile. All contiguous, S > 0.
     """
     (S, H, _), K = q.shape, indices.shape[1]
     p, top = unscaled if unscaled is not None else (out, lse)  # not touched
-    t = tiled or Tiled(indices, lse, 0)  # not touched
-    forward_kernel[(cdiv(H, BLOCK) * S,)](
+    t = folded or Folded(indices, lse, 0)  # not touched
+    forward_kernel[(cdiv(H, HEAD_BLOCK) * S,)](
         q, kv, indices, t.marks, t.row_breaks, out, lse, p, top, H, kv.shape[0], K, p.shape[2], scale,
         KP=padded(K), KEEP=unscaled is not None, M=t.M, num_warps=8,
     )  # fmt: skip

@@ -43,7 +43,7 @@ def is_latent(q: Tensor, operands: Mapping[str, Any]) -> bool:
 
 
 def is_grouped(q: Tensor, operands: Mapping[str, Any]) -> bool:
-    """Whether the kernels of wide tiles take the entries, by their widths and lines, and fill 128 rows."""
+    """Whether the kernels of wide blocks take the entries, by their widths and lines, and fill 128 rows."""
     (_, H, D), (_, G, E), v_start = q.shape, operands["kv"].shape, operands["v_start"]
     widths = D in (64, 128) and operands["d_v"] in (64, 128)
     return widths and v_start >= D and E % 8 == v_start % 8 == 0 and 3 <= H // G <= 32

@@ -1,7 +1,7 @@
-"""The backward of a wide tile of queries that share a union of selected entries, for few heads to a group.
+"""The backward of a wide block of queries that share a union of selected entries, for few heads to a group.
 
 Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group (MP padded), D key width, V value
-width. A program holds the 128 rows of a tile's B queries and one group's heads, and walks over its union 64 keys at
+width. A program holds the 128 rows of a block's B queries and one group's heads, and walks over its union 64 keys at
 a time.
 
     P = exp(scale q . k - lse),   dS = P (dout . v - delta),   dq = scale dS k,   delta = dout . out - dlse
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import entries, load_keys, load_union, row_of
+from tokensieve.ops.hopper.union_rows import entries, load_keys, load_union, row_of, seen
 from tokensieve.ops.hopper.warps import LOG2E, allocate_barriers, barrier, columns, load_block, release
 
 TILE: gl.constexpr = gl.constexpr(64)  # keys
@@ -29,7 +29,7 @@ TILE: gl.constexpr = gl.constexpr(64)  # keys
 @gluon.jit
 def _compute(
     q_shared, dout_shared, k_shared, v_shared, p_shared, ds_shared, staging, full, empty, pairs, staged,
-    marks, lse, delta, dq_out, base, count, tiles, tile_of, g, S, scale,
+    marks, lse, delta, dq_out, base, count, tiles, block, g, S, scale,
     H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
     SECOND: gl.constexpr,
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _compute(
     W: gl.constexpr = D if SECOND else V
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, W, 16])
     dtype: gl.constexpr = p_shared.dtype
-    b, row, mine = row_of(tile_of, g, first, S, H, G, MP, B, logits)
+    b, row, mine = row_of(block, g, first, S, H, G, MP, B, logits)
     lse_R = gl.load(lse + row, mask=mine, other=float("inf"))
     lse_R = gl.where(lse_R == float("-inf"), float("inf"), lse_R) * LOG2E  # no key: probability 0
     delta_R = gl.load(delta + row, mask=mine, other=0.0)
@@ -68,13 +68,13 @@ def _compute(
             use_acc=False, is_async=True,
         )  # fmt: skip
         x = warpgroup_mma_wait(1, (x,))
-        seen = ((mark[None, :] >> b[:, None]) & 1) != 0
-        p = gl.where(seen, gl.exp2(x * (scale * LOG2E) - lse_R[:, None]), 0.0)
+        selected = seen(mark, b)
+        p = gl.where(selected, gl.exp2(x * (scale * LOG2E) - lse_R[:, None]), 0.0)
         mbarrier.wait(pairs.index(1), once ^ 1)
         p_all.slice(first, 64, 0).store(p.to(dtype))
         dp = warpgroup_mma_wait(0, (dp,))
         release(empty.index(2 + buffer))
-        ds = gl.where(seen, p * (dp - delta_R[:, None]), 0.0)
+        ds = gl.where(selected, p * (dp - delta_R[:, None]), 0.0)
         ds_all.slice(first, 64, 0).store(ds.to(dtype))
         fence_async_shared()
         release(pairs.index(0))
@@ -95,7 +95,7 @@ def _compute(
         mbarrier.wait(staged.index(1), once ^ 1)
         staging.store(sum * scale if SECOND else sum)
         release(staged.index(0))
-    _b, row, mine = row_of(tile_of, g, first, S, H, G, MP, B, wide)
+    _b, row, mine = row_of(block, g, first, S, H, G, MP, B, wide)
     at = row[:, None] * D + columns(wide, D)[None, :]
     gl.store(dq_out + at, (dq * scale).to(dq_out.dtype.element_ty), mask=mine[:, None])
 
@@ -149,9 +149,9 @@ def union_backward_kernel(
     V: gl.constexpr, v_start: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = kv.dtype.element_ty
-    tile_of, g = gl.program_id(0) // G, gl.program_id(0) % G
-    count = gl.load(counts + tile_of)
-    if count < 0:  # another kernel takes the tile
+    block, g = gl.program_id(0) // G, gl.program_id(0) % G
+    count = gl.load(counts + block)
+    if count < 0:  # another kernel takes the block
         return
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
@@ -170,22 +170,22 @@ def union_backward_kernel(
     q_lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     v_lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // V, V // 8], [4, 1], [1, 0])
     for half in gl.static_range(2):
-        _b, row, mine = row_of(tile_of, g, half * 64, S, H, G, MP, B, q_lines)
+        _b, row, mine = row_of(block, g, half * 64, S, H, G, MP, B, q_lines)
         load_block(q, row * D, mine, 0, D, q_shared.index(0).slice(half * 64, 64, 0), q_lines)
-        _b, row, mine = row_of(tile_of, g, half * 64, S, H, G, MP, B, v_lines)
+        _b, row, mine = row_of(block, g, half * 64, S, H, G, MP, B, v_lines)
         load_block(dout, row * V, mine, 0, V, dout_shared.index(0).slice(half * 64, 64, 0), v_lines)
     fence_async_shared()
     barrier()
-    base, tiles = tile_of.to(gl.int64) * C, gl.cdiv(count, TILE)
+    base, tiles = block.to(gl.int64) * C, gl.cdiv(count, TILE)
     gl.warp_specialize(
         [
             (_compute, (
                 q_shared, dout_shared, k_shared, v_shared, p_shared, ds_shared, dv_staging, full, empty, pairs,
-                dv_staged, marks, lse, delta, dq, base, count, tiles, tile_of, g, S, scale, H, G, MP, B, D, V, False,
+                dv_staged, marks, lse, delta, dq, base, count, tiles, block, g, S, scale, H, G, MP, B, D, V, False,
             )),
             (_compute, (
                 q_shared, dout_shared, k_shared, v_shared, p_shared, ds_shared, dk_staging, full, empty, pairs,
-                dk_staged, marks, lse, delta, dq, base, count, tiles, tile_of, g, S, scale, H, G, MP, B, D, V, True,
+                dk_staged, marks, lse, delta, dq, base, count, tiles, block, g, S, scale, H, G, MP, B, D, V, True,
             )),
             (load_union, (
                 kv, keys, base, count, tiles, g, k_shared, v_shared, full, empty, G, E, D, V, v_start, TILE, 2

@@ -1,7 +1,7 @@
-"""Attention of a wide tile of queries over the union of what they selected, for few heads to a group.
+"""Attention of a wide block of queries over the union of what they selected, for few heads to a group.
 
 Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group (MP padded), D key width, V value
-width, N keys of a step. A program holds the 128 rows of a tile's B queries and one group's heads, and walks over its
+width, N keys of a step. A program holds the 128 rows of a block's B queries and one group's heads, and walks over its
 union.
 
 Three groups of four warps. One loads the entries. Two compute, each half of the rows: while the products of a step run,
@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tokensieve.ops.hopper.union_rows import load_union, row_of
+from tokensieve.ops.hopper.union_rows import load_union, row_of, seen
 from tokensieve.ops.hopper.warps import (
     LN2,
     allocate_barriers,
@@ -30,11 +30,6 @@ from tokensieve.ops.hopper.warps import (
 
 
 @gluon.jit
-def _seen(mark, b):
-    return ((mark[None, :] >> b[:, None]) & 1) != 0
-
-
-@gluon.jit
 def _logits(q_half, k_shared, full, step, N: gl.constexpr, BUFFERS: gl.constexpr, layout: gl.constexpr):
     buffer = step % BUFFERS
     mbarrier.wait(full.index(buffer), (step // BUFFERS) & 1)
@@ -44,15 +39,15 @@ def _logits(q_half, k_shared, full, step, N: gl.constexpr, BUFFERS: gl.constexpr
 
 @gluon.jit
 def _attend(
-    q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, tile, g, S, scale,
-    H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr, V: gl.constexpr, N: gl.constexpr,
+    q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, block, g, S,
+    scale, H: gl.constexpr, G: gl.constexpr, MP: gl.constexpr, B: gl.constexpr, V: gl.constexpr, N: gl.constexpr,
     BUFFERS: gl.constexpr, SECOND: gl.constexpr,
 ):  # fmt: skip
     first: gl.constexpr = 64 if SECOND else 0
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V, 16])
     dtype: gl.constexpr = p_shared.dtype
-    b, row, mine = row_of(tile, g, first, S, H, G, MP, B, logits)
+    b, row, mine = row_of(block, g, first, S, H, G, MP, B, logits)
     q_half, p_half = q_shared.slice(first, 64, 0), p_shared.slice(first, 64, 0)
     place = columns(logits, N)
     mark = gl.load(marks + base + place, mask=place < count, other=0)
@@ -61,7 +56,7 @@ def _attend(
     x = warpgroup_mma_wait(0, (x,))
     release(empty.index(0))
     largest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, logits))
-    p, _, largest = softmax_step(x, _seen(mark, b), scale, largest)
+    p, _, largest = softmax_step(x, seen(mark, b), scale, largest)
     total = gl.sum(p, 1)
     p_half.store(p.to(dtype))
     acc = gl.zeros([64, V], gl.float32, values)
@@ -79,7 +74,7 @@ def _attend(
         release(empty.index(BUFFERS + before))
         x = warpgroup_mma_wait(0, (x,))
         release(empty.index(step % BUFFERS))
-        p, shrink, largest = softmax_step(x, _seen(mark, b), scale, largest)
+        p, shrink, largest = softmax_step(x, seen(mark, b), scale, largest)
         total = total * shrink + gl.sum(p, 1)
         p_half.store(p.to(dtype))
         acc *= gl.convert_layout(shrink, gl.SliceLayout(1, values))[:, None]
@@ -92,11 +87,11 @@ def _attend(
     divisor = gl.where(total == 0, 1.0, total)  # a query without keys divides by 1; NaN stays
     gl.store(lse + row, gl.where(total == 0, float("-inf"), (largest + gl.log2(divisor)) * LN2), mask=mine)
     acc *= (1 / gl.convert_layout(divisor, gl.SliceLayout(1, values)))[:, None]
-    _b, row, mine = row_of(tile, g, first, S, H, G, MP, B, values)
+    _b, row, mine = row_of(block, g, first, S, H, G, MP, B, values)
     gl.store(out + row[:, None] * V + columns(values, V)[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None])
     size = gl.max(gl.where(mine, gl.max(gl.where(acc == acc, gl.abs(acc), float("inf")), 1), 0.0), 0)
     if size == float("inf"):
-        gl.store(broken + tile, 1)
+        gl.store(broken + block, 1)
 
 
 @gluon.jit(do_not_specialize=["S", "C"])
@@ -106,9 +101,9 @@ def union_forward_kernel(
     V: gl.constexpr, v_start: gl.constexpr, N: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = kv.dtype.element_ty
-    tile, g = gl.program_id(0) // G, gl.program_id(0) % G
-    count = gl.load(counts + tile)
-    if count < 0:  # another kernel takes the tile
+    block, g = gl.program_id(0) // G, gl.program_id(0) % G
+    count = gl.load(counts + block)
+    if count < 0:  # another kernel takes the block
         return
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_shared = gl.allocate_shared_memory(dtype, [128, D], shared)
@@ -118,19 +113,19 @@ def union_forward_kernel(
     full, empty = allocate_barriers(2 * BUFFERS, 128), allocate_barriers(2 * BUFFERS, 2)  # of keys, then of values
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     for half in gl.static_range(2):
-        _b, row, mine = row_of(tile, g, half * 64, S, H, G, MP, B, lines)
+        _b, row, mine = row_of(block, g, half * 64, S, H, G, MP, B, lines)
         load_block(q, row * D, mine, 0, D, q_shared.slice(half * 64, 64, 0), lines)
     fence_async_shared()
     barrier()
-    base, steps = tile.to(gl.int64) * C, gl.maximum(gl.cdiv(count, N), 1)
+    base, steps = block.to(gl.int64) * C, gl.maximum(gl.cdiv(count, N), 1)
     gl.warp_specialize(
         [
             (_attend, (
-                q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, tile,
+                q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, block,
                 g, S, scale, H, G, MP, B, V, N, BUFFERS, False,
             )),
             (_attend, (
-                q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, tile,
+                q_shared, k_shared, v_shared, p_shared, full, empty, marks, out, lse, broken, base, count, steps, block,
                 g, S, scale, H, G, MP, B, V, N, BUFFERS, True,
             )),
             (load_union, (

@@ -1,8 +1,8 @@
-"""Attention over unions of selections on Hopper: the kernels of `union_attention` for its wide tiles.
+"""Attention over unions of selections on Hopper: the kernels of `union_attention` for its wide blocks.
 
-Narrow tiles, and tiles with broken numbers, are left to the portable kernels, whose second walk is guarded: zero times
-NaN is NaN. The device decides, and the host never waits. If gradients are added in order, the portable kernels take the
-whole backward.
+Narrow blocks, and blocks with broken numbers, are left to the portable kernels, whose second walk is guarded: zero
+times NaN is NaN. The device decides, and the host never waits. If gradients are added in order, the portable kernels
+take the whole backward.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ STEP = {"N": 128, "BUFFERS": 2}  # keys of a step of the forward, and steps in s
 
 
 def takes(u: Unions, kv: Tensor, shape: dict[str, Any]) -> bool:
-    """Whether there is a kernel for these tiles: of 128 rows, and with a key at least. `limits` says the rest."""
+    """Whether there is a kernel for these blocks: of 128 rows, and with a key at least. `limits` says the rest."""
     return len(kv) > 0 and u.B * shape["MP"] == union_attention.ROWS
 
 
@@ -31,14 +31,14 @@ def _parts(u: Unions, shape: dict[str, Any]) -> dict[str, Any]:
     return {name: shape[name] for name in ("H", "G", "E", "MP", "D", "V", "v_start")} | {"C": u.C, "B": u.B}
 
 
-def _only(u: Unions, tiles: Tensor) -> Unions:
-    return dataclasses.replace(u, counts=torch.where(tiles, u.counts, -1))
+def _only(u: Unions, blocks: Tensor) -> Unions:
+    return dataclasses.replace(u, counts=torch.where(blocks, u.counts, -1))
 
 
 def forward(
     levels: list[Unions], q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float, shape: dict[str, Any]
 ) -> None:
-    """Writes out and lse of the queries of these tiles. Everything contiguous."""
+    """Writes out and lse of the queries of these blocks. Everything contiguous."""
     for u in levels:
         if takes(u, kv, shape):
             broken = torch.zeros_like(u.counts)
@@ -50,8 +50,8 @@ def forward(
         union_attention.forward([u], q, kv, out, lse, scale, shape)
 
 
-def _tiles_with(rows: Tensor, u: Unions) -> Tensor:
-    """Whether any of a tile's queries is marked in `rows` (S,)."""
+def _blocks_with(rows: Tensor, u: Unions) -> Tensor:
+    """Whether any of a block's queries is marked in `rows` (S,)."""
     padded = torch.nn.functional.pad(rows, (0, len(u) * u.B - len(rows)))
     return padded.view(len(u), u.B).any(1)
 
@@ -62,7 +62,7 @@ def _broken(u: Unions, q: Tensor, kv: Tensor, delta: Tensor, lse: Tensor) -> Ten
     keys = ~whole(kv).all(1)
     places = torch.arange(u.C, device=u.keys.device) < u.counts[:, None]
     listed = (keys[torch.where(places, u.keys, 0)] & places).any(1)
-    return _tiles_with(queries, u) | listed
+    return _blocks_with(queries, u) | listed
 
 
 def backward(
@@ -78,7 +78,7 @@ def backward(
     scale: float,
     shape: dict[str, Any],
 ) -> None:
-    """Writes dq of the queries of these tiles, and adds to dkv (T, G, E) float32. Everything contiguous."""
+    """Writes dq of the queries of these blocks, and adds to dkv (T, G, E) float32. Everything contiguous."""
     for u in levels:
         if takes(u, kv, shape) and not wanted_in_order():
             delta = delta_of(dout, out.contiguous(), dlse)

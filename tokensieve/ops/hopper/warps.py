@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 KEY, VALUE = 576, 512  # widths of an entry's key and of the key's first part, which is the value
-BLOCK = 64  # heads of a program, and entries of a tile
+HEAD_BLOCK, TILE = 64, 64  # heads of a program, and entries of a tile
 PARTS: gl.constexpr = gl.constexpr(5)  # four of `main`, and the tail
 
 # Gluon renames things: the first name is Triton 3.9's, the second that of 3.6 and 3.7.
@@ -114,13 +114,19 @@ def breaks_of(mark):
 
 
 @gluon.jit
+def copy_columns(x, row, live, begin: gl.constexpr, W: gl.constexpr, buffer, full, layout: gl.constexpr):
+    """Starts the copy of columns begin to begin + W of the rows that start at `row`; zeros if not `live`."""
+    copy_async(buffer, x + (row[:, None] + (begin + columns(layout, W))[None, :]), mask=live[:, None])
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
 def load_part(kv, index, begin: gl.constexpr, W: gl.constexpr, buffer, empty, full, parity, layout: gl.constexpr):
     """Starts the copy of W columns of the entries that `index` names, once `buffer` is free; zeros if it names none."""
     mbarrier.wait(empty, parity)
     live = index >= 0
     row = gl.where(live, index, 0).to(gl.int64) * 576
-    copy_async(buffer, kv + (row[:, None] + (begin + columns(layout, W))[None, :]), mask=live[:, None])
-    async_copy.mbarrier_arrive(full, increment_count=False)
+    copy_columns(kv, row, live, begin, W, buffer, full, layout)
 
 
 @gluon.jit

@@ -6,6 +6,8 @@ everything but the selection masked), `loss` (the warm-up's KL, equation (3)), `
 caches in pages `queries`, `paged_index`, `paged_attention`, `paged_write` and, for FlashMLA and the Hopper kernel,
 `paged_places`.
 
+A block is of queries (or heads) that a program holds together, a tile of keys that a product takes at once.
+
 `backend` is the module that dispatch imports, and `limits` says what it can run. Neither this file nor `limits` imports
 Triton: it is not on every machine.
 """

@@ -1,6 +1,6 @@
 """The warm-up's KL over all visible keys, equation (3), in Triton: value and gradients in memory linear in T.
 
-Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT). A program holds a tile of
+Legend: S queries, T keys, H heads, G key-value groups, D head width (main part DM, tail DT). A program holds a block of
 BQ queries and walks over tiles of BK keys, a chunk of them.
 
 Passes over the keys:
@@ -10,8 +10,8 @@ Passes over the keys:
 4. from that derivative dq_I and dw by queries, and dk_I by keys: adding up dq_I from programs that hold keys would cost
    more than the products that it saves.
 
-Only two strips of queries x T have that length. p and the scores have passes of their own because the tiles that suit
-them differ, and both together do not fit into a program's registers.
+Only two strips of queries x T have that length. p and the scores have passes of their own because the blocks and tiles
+that suit them differ, and both together do not fit into a program's registers.
 """
 
 import torch

@@ -2,7 +2,7 @@
 contexts.
 
 Legend: S queries, T keys, H heads, K places for selected keys, D key width (main part DM, tail DT), V value width (VP
-padded). A program has one head. It holds a tile of BQ queries and walks over tiles of BK keys, or the other way round
+padded). A program has one head. It holds a block of BQ queries and walks over tiles of BK keys, or the other way round
 for dk and dv, so that only bits are added atomically.
 
 The selection becomes bits: a word has 32 keys of a query (or 32 queries of a key, for programs that hold keys), and
@@ -27,8 +27,8 @@ WORD: tl.constexpr = tl.constexpr(32)
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """A kernel's tile and how it is launched."""
+class Launch:
+    """How a kernel is launched: queries of a block, keys of a tile, warps and stages."""
 
     BQ: int
     BK: int
@@ -36,16 +36,16 @@ class Tiles:
     num_stages: int
 
 
-def tiles(D: int, V: int) -> tuple[Tiles, Tiles, Tiles]:
-    """The tiles of forward, of dq, and of dk with dv, as a program's registers hold them.
+def launches(D: int, V: int) -> tuple[Launch, Launch, Launch]:
+    """Those of forward, of dq, and of dk with dv, as a program's registers hold them.
 
     Up to a width of 128 they fit into 99 KB of shared memory.
     """
     if max(D, V) <= 128:
-        return Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 8, 2)
+        return Launch(64, 32, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 8, 2)
     if D <= 192 and V <= 128:
-        return Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3)
-    return Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2)
+        return Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(32, 128, 8, 3)
+    return Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(32, 64, 8, 2)
 
 
 @triton.jit
@@ -193,10 +193,10 @@ def masked_attention(
     if S == 0:
         return out, lse
     bits, firsts, ends = selection_bits(indices_SK, T, by_key=False)
-    tile = tiles(D, V)[0]
-    _forward_kernel[(triton.cdiv(S, tile.BQ), H)](
+    launch = launches(D, V)[0]
+    _forward_kernel[(triton.cdiv(S, launch.BQ), H)](
         q_SHD.contiguous(), k_THD.contiguous(), v_THV.contiguous(), bits, firsts, ends, out, lse, S, T, scale,
-        H=H, D=D, V=V, **key_parts(D), VP=padded(V), EXACT=exact(q_SHD), **asdict(tile),
+        H=H, D=D, V=V, **key_parts(D), VP=padded(V), EXACT=exact(q_SHD), **asdict(launch),
     )  # fmt: skip
     return out, lse
 
@@ -349,7 +349,7 @@ def masked_attention_backward(
         dout, dlse, out_SHV, delta, S * H, V=V, VP=VP, BR=32, HAS_DLSE=dlse is not None, num_warps=4
     )
     shape = {"H": H, "D": D, "V": V, **key_parts(D), "VP": VP, "EXACT": exact(q)}
-    _, by_queries, by_keys = tiles(D, V)
+    _, by_queries, by_keys = launches(D, V)
     bits, firsts, ends = selection_bits(indices_SK, T, by_key=False)
     _dq_kernel[(triton.cdiv(S, by_queries.BQ), H)](
         dout, q, k, v, bits, firsts, ends, lse_SH, delta, dq, S, T, scale, **shape, **asdict(by_queries)

@@ -1,11 +1,11 @@
-"""Attention over selected entries for few heads to a group, forward and backward: tiles of queries that share a union.
+"""Attention over selected entries for few heads to a group, forward and backward: blocks of queries that share a union.
 
 Legend: S queries, T key tokens, H heads, G key-value groups, M heads of a group (MP padded), K selected, D key width, V
-value width (DP, VP padded). A program holds the R = B * MP rows of a tile's queries and one group's heads, and walks
+value width (DP, VP padded). A program holds the R = B * MP rows of a block's queries and one group's heads, and walks
 over tiles of BN keys of their union (`unions`), of which a row sees what its query selected.
 
 One query has too few rows for a matrix product if a group has few heads, and gathers its entries for itself alone. A
-tile's rows fill the product, its entries are gathered once, and so are its sums for the entries' gradients added.
+block's rows fill the product, its entries are gathered once, and so are its sums for the entries' gradients added.
 
 Zero times NaN is NaN: as in `masked`, a program whose sums come out broken walks once more, guarded.
 """
@@ -26,22 +26,22 @@ from tokensieve.ops.triton.limits import is_hopper
 from tokensieve.ops.triton.masked import any_broken, finite, load_lse
 from tokensieve.ops.triton.unions import WIDE, Unions, strips, unions
 
-ROWS = 128  # of a wide tile
+ROWS = 128  # of a wide block
 NARROW = 16  # rows of a narrow one: as few as a matrix product takes
 WIDEST = 128  # keys and values whose sums the registers of a program hold
 
-# Of wide tiles, and of narrow ones: keys of a program's tile, warps and stages (docs/kernels.md).
+# Of wide blocks, and of narrow ones: keys of a tile, warps and stages (docs/kernels.md).
 FORWARD = ({"BN": 128, "num_warps": 8, "num_stages": 2}, {"BN": 64, "num_warps": 4, "num_stages": 2})
-# BLOCKS: tiles of keys for which a program sums, one after the other.
+# TILES: tiles for which a program sums, one after the other.
 MASS = (
-    {"BN": 128, "BLOCKS": 8, "num_warps": 8, "num_stages": 2},
-    {"BN": 64, "BLOCKS": 8, "num_warps": 4, "num_stages": 2},
+    {"BN": 128, "TILES": 8, "num_warps": 8, "num_stages": 2},
+    {"BN": 64, "TILES": 8, "num_warps": 4, "num_stages": 2},
 )
 BACKWARD = ({"BN": 64, "num_warps": 8, "num_stages": 1}, {"BN": 64, "num_warps": 4, "num_stages": 1})
 
 
 def pays(q_SHD: Tensor, kv_TGE: Tensor, d_k: int, v_start: int, d_v: int) -> bool:
-    """Whether tiles are better than one query a program: few heads to a group, no wide entries, and Hopper's memory."""
+    """Whether blocks are better than one query a program: few heads to a group, no wide entries, Hopper's memory."""
     if not (q_SHD.is_cpu or is_hopper(q_SHD.device)) or widths(d_k, v_start, d_v)["SHARED"]:
         return False
     return max(d_k, d_v) <= WIDEST and q_SHD.shape[1] // kv_TGE.shape[1] <= ROWS // 4
@@ -68,24 +68,24 @@ def launch(u: Unions, MP: int, settings: tuple[dict[str, int], dict[str, int]]) 
 
 
 @triton.jit
-def tile_rows(tile, g, S, H: tl.constexpr, G: tl.constexpr, MP: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
-    """Of each row: its query within the tile, its place among all queries' heads, and whether it is one."""
+def block_rows(block, g, S, H: tl.constexpr, G: tl.constexpr, MP: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+    """Of each row: its query within the block, its place among all queries' heads, and whether it is one."""
     r = tl.arange(0, R)
     M: tl.constexpr = H // G
     b, m = r // MP, r % MP
-    t = tile * B + b
+    t = block * B + b
     return b, t.to(tl.int64) * H + g * M + m, (b < B) & (m < M) & (t < S)
 
 
 @triton.jit
 def load_keys(keys, place, live):
-    """Keys of a tile's list (int64), 0 past its end."""
+    """Keys of a block's list (int64), 0 past its end."""
     return tl.load(keys + place, mask=live, other=0).to(tl.int64)
 
 
 @triton.jit
 def load_union(keys, marks, place, live):
-    """Keys of a tile's list, and their marks, which are 0 past its end."""
+    """Keys of a block's list, and their marks, which are 0 past its end."""
     return load_keys(keys, place, live), tl.load(marks + place, mask=live, other=0)
 
 
@@ -134,12 +134,12 @@ def _forward_kernel(
     DP: tl.constexpr, VP: tl.constexpr, v_start: tl.constexpr, B: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    tile, g = tl.program_id(0), tl.program_id(1)
-    count = tl.load(counts + tile)
+    block, g = tl.program_id(0), tl.program_id(1)
+    count = tl.load(counts + block)
     if count < 0:
         return
-    b, row, mine = tile_rows(tile, g, S, H, G, MP, B, R)
-    q_RD, base = load_part(q, row * D, mine, D, DP), tile.to(tl.int64) * C
+    b, row, mine = block_rows(block, g, S, H, G, MP, B, R)
+    q_RD, base = load_part(q, row * D, mine, D, DP), block.to(tl.int64) * C
     largest, total, acc_RV = _attend(
         q_RD, kv, keys, marks, b, base, count, g, scale, G, E, D, V, DP, VP, v_start, R, BN, EXACT, False
     )
@@ -155,7 +155,7 @@ def _forward_kernel(
 def forward(
     levels: list[Unions], q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, scale: float, shape: dict[str, Any]
 ) -> None:
-    """Writes out and lse of the queries of these tiles. Everything contiguous."""
+    """Writes out and lse of the queries of these blocks. Everything contiguous."""
     for u in levels:
         _forward_kernel[(len(u), shape["G"])](
             q, kv, u.keys, u.marks, u.counts, out, lse, q.shape[0], scale=scale,
@@ -168,25 +168,25 @@ def _mass_kernel(
     q, kv, lse, keys, marks, counts, mass, S, C, scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     DP: tl.constexpr, VP: tl.constexpr, v_start: tl.constexpr, B: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    EXACT: tl.constexpr, BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The attention's probabilities summed over all heads, for BLOCKS blocks of BN keys of a tile's list.
+    """The attention's probabilities summed over all heads, for TILES tiles of BN keys of a block's list.
 
-    0 if a query lacks a key. One loop goes over blocks and groups, so that the entries of the next are on their way.
+    0 if a query lacks a key. One loop goes over tiles and groups, so that the entries of the next are on their way.
     Groups are summed row by row, and the rows of a query only then: that sum needs other threads.
     """
-    tile, n, first = tl.program_id(0), tl.arange(0, BN), tl.program_id(1) * (BLOCKS * BN)
-    count = tl.load(counts + tile)
+    block, n, first = tl.program_id(0), tl.arange(0, BN), tl.program_id(1) * (TILES * BN)
+    count = tl.load(counts + block)
     if first >= count:
         return
     QB: tl.constexpr = R // MP
-    query, base = tl.arange(0, QB), tile.to(tl.int64) * C
+    query, base = tl.arange(0, QB), block.to(tl.int64) * C
     sum_RN = tl.zeros((R, BN), tl.float32)
-    for i in range(tl.cdiv(tl.minimum(count - first, BLOCKS * BN), BN) * G):
+    for i in range(tl.cdiv(tl.minimum(count - first, TILES * BN), BN) * G):
         g, s = i % G, first + i // G * BN + n
         live = s < count
         key = load_keys(keys, base + s, live)
-        _, row, mine = tile_rows(tile, g, S, H, G, MP, B, R)
+        _, row, mine = block_rows(block, g, S, H, G, MP, B, R)
         q_RD = load_part(q, row * D, mine, D, DP)
         k_ND = load_part(kv, (key * G + g) * E, live, D, DP)
         logit_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
@@ -195,16 +195,16 @@ def _mass_kernel(
             mark = tl.load(marks + base + s, mask=live, other=0)
             mass_BN = tl.sum(tl.reshape(sum_RN, (QB, MP, BN)), 1)
             seen = ((mark[None, :] >> query[:, None]) & 1) != 0
-            place = (tile.to(tl.int64) * B + query[:, None]) * C + s[None, :]
+            place = (block.to(tl.int64) * B + query[:, None]) * C + s[None, :]
             tl.store(mass + place, tl.where(seen, mass_BN, 0.0), mask=(query < B)[:, None] & live[None, :])
             sum_RN = tl.zeros((R, BN), tl.float32)
 
 
 def head_mass(u: Unions, q: Tensor, kv: Tensor, lse: Tensor, scale: float, shape: dict[str, Any]) -> Tensor:
-    """(tiles, B, C) float32: the probabilities summed over all heads. What lies past a count is not defined."""
+    """(blocks, B, C) float32: the probabilities summed over all heads. What lies past a count is not defined."""
     mass = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q.device)
     settings = launch(u, shape["MP"], MASS)
-    _mass_kernel[(len(u), triton.cdiv(u.C, settings["BLOCKS"] * settings["BN"]))](
+    _mass_kernel[(len(u), triton.cdiv(u.C, settings["TILES"] * settings["BN"]))](
         q, kv, lse, u.keys, u.marks, u.counts, mass, q.shape[0], scale=scale, **shape, **settings
     )
     return mass
@@ -257,13 +257,13 @@ def _backward_kernel(
     DP: tl.constexpr, VP: tl.constexpr, v_start: tl.constexpr, B: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     EXACT: tl.constexpr, HAS_DLSE: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    tile, g = tl.program_id(0), tl.program_id(1)
-    count = tl.load(counts + tile)
+    block, g = tl.program_id(0), tl.program_id(1)
+    count = tl.load(counts + block)
     if count < 0:
         return
-    b, row, mine = tile_rows(tile, g, S, H, G, MP, B, R)
+    b, row, mine = block_rows(block, g, S, H, G, MP, B, R)
     q_RD, dout_RV = load_part(q, row * D, mine, D, DP), load_part(dout, row * V, mine, V, VP)
-    out_RV, base = load_part(out, row * V, mine, V, VP), tile.to(tl.int64) * C
+    out_RV, base = load_part(out, row * V, mine, V, VP), block.to(tl.int64) * C
     delta_R = tl.sum(dout_RV.to(tl.float32) * out_RV.to(tl.float32), 1)
     if HAS_DLSE:
         delta_R -= tl.load(dlse + row, mask=mine, other=0.0).to(tl.float32)
@@ -305,7 +305,7 @@ def backward(
     scale: float,
     shape: dict[str, Any],
 ) -> None:
-    """Writes dq of the queries of these tiles, and adds to dkv (T, G, E) float32. Everything contiguous."""
+    """Writes dq of the queries of these blocks, and adds to dkv (T, G, E) float32. Everything contiguous."""
     in_order, (T, G, E) = wanted_in_order(), kv.shape
     for u in levels:
         sums = torch.zeros(len(u) * u.C, G * E, dtype=torch.float32, device=q.device) if in_order else dkv
@@ -319,7 +319,7 @@ def backward(
 
 @dataclass(frozen=True)
 class Kernels:
-    """What takes the tiles: functions with the arguments of `forward` and `backward`."""
+    """What takes the blocks: functions with the arguments of `forward` and `backward`."""
 
     forward: Callable[..., None]
     backward: Callable[..., None]

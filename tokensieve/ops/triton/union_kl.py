@@ -1,9 +1,9 @@
-"""Attention over selected entries with the indexer's loss, equation (4), on tiles of queries that share a union.
+"""Attention over selected entries with the indexer's loss, equation (4), on blocks of queries that share a union.
 
-Legend: S queries, T key tokens, K selected; index heads I (HP padded), D index width (DP padded); B queries of a tile,
-of which BQ share a matrix product of BQ * HP rows; C places of a tile's list, of which a product takes BN.
+Legend: S queries, T key tokens, K selected; index heads I (HP padded), D index width (DP padded); B queries of a block,
+of which BQ share a matrix product of BQ * HP rows; C places of a block's list, of which a product takes BN.
 
-Target, scores and their gradients lie as the lists do: (tiles, B, C) float32. Only places that a query selected are
+Target, scores and their gradients lie as the lists do: (blocks, B, C) float32. Only places that a query selected are
 read there.
 """
 
@@ -22,7 +22,7 @@ from tokensieve.ops.triton.union_attention import PORTABLE, Kernels, load_keys
 from tokensieve.ops.triton.unions import FIT, Unions, strips
 
 # Rows of a program at most; keys of a product, products that a program makes of other keys, warps and stages.
-SCORES_ROWS, SCORES = 128, {"BN": 64, "BLOCKS": 32, "num_warps": 4, "num_stages": 3}
+SCORES_ROWS, SCORES = 128, {"BN": 64, "TILES": 32, "num_warps": 4, "num_stages": 3}
 GRADIENTS_ROWS, GRADIENTS = 128, {"BN": 64, "num_warps": 8, "num_stages": 3}
 
 
@@ -39,50 +39,50 @@ def _index_rows(q, w, first, last, H: tl.constexpr, D: tl.constexpr, HP: tl.cons
 
 
 @triton.jit
-def _place(tile, b, n, B: tl.constexpr, C):
-    return (tile.to(tl.int64) * B + b[:, None]) * C + n[None, :]
+def _place(block, b, n, B: tl.constexpr, C):
+    return (block.to(tl.int64) * B + b[:, None]) * C + n[None, :]
 
 
 @triton.jit(do_not_specialize=["S", "C"])
 def _scores_kernel(
     q, k, w, keys, counts, scores, S, C,
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Equation (1) of BQ queries of a tile with BLOCKS blocks of BN keys of its list."""
+    """Equation (1) of BQ queries of a block with TILES tiles of BN keys of its list."""
     parts: tl.constexpr = (B + BQ - 1) // BQ
-    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    n, begin = tl.arange(0, BN), tl.program_id(1) * (BLOCKS * BN)
-    count, first = tl.load(counts + tile), tile * B + part * BQ
+    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    n, begin = tl.arange(0, BN), tl.program_id(1) * (TILES * BN)
+    count, first = tl.load(counts + block), block * B + part * BQ
     if begin >= count:
         return
-    q_RD, w_R, _row, _real = _index_rows(q, w, first, tl.minimum(tile * B + B, S), H, D, HP, DP, BQ)
-    b, base = part * BQ + tl.arange(0, BQ), tile.to(tl.int64) * C
-    for s in range(begin, tl.minimum(count, begin + BLOCKS * BN), BN):
+    q_RD, w_R, _row, _real = _index_rows(q, w, first, tl.minimum(block * B + B, S), H, D, HP, DP, BQ)
+    b, base = part * BQ + tl.arange(0, BQ), block.to(tl.int64) * C
+    for s in range(begin, tl.minimum(count, begin + TILES * BN), BN):
         key = load_keys(keys, base + s + n, s + n < count)
         k_ND = load_rows(k, key, s + n < count, tl.arange(0, DP), D)
         # Keys are the rows: the sum over heads then stays within a thread, except for its last steps.
         dots_NR = tl.dot(k_ND, tl.trans(q_RD), input_precision=EXACT)
         score_NQ = tl.sum(tl.reshape(relu(dots_NR) * w_R[None, :], (BN, BQ, HP)), 2)
-        place = (tile.to(tl.int64) * B + b[None, :]) * C + (s + n)[:, None]
+        place = (block.to(tl.int64) * B + b[None, :]) * C + (s + n)[:, None]
         tl.store(scores + place, score_NQ, mask=(b < B)[None, :] & (s + n < count)[:, None])
 
 
-@triton.jit(do_not_specialize=["S", "C"])
+@triton.jit(do_not_specialize=["C"])
 def _kl_kernel(
-    mass, scores, marks, counts, weight, kl, S, C, heads, B: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr
+    mass, scores, marks, counts, weight, kl, C, heads, B: tl.constexpr, BN: tl.constexpr, WEIGHTED: tl.constexpr
 ):  # fmt: skip
     """One query: kl = KL(p || softmax(score)). If WEIGHTED, weight * d kl / d score instead, in the scores' place."""
     t, n = tl.program_id(0), tl.arange(0, BN)
-    tile, b = t // B, t % B
-    count = tl.load(counts + tile)
+    block, b = t // B, t % B
+    count = tl.load(counts + block)
     if count < 0:
         return
-    row = (tile.to(tl.int64) * B + b) * C
+    row = (block.to(tl.int64) * B + b) * C
     largest, total = tl.zeros((BN,), tl.float32) + float("-inf"), tl.zeros((BN,), tl.float32)
     p_sum = tl.zeros((BN,), tl.float32)
     for s in range(0, count, BN):
-        mark = tl.load(marks + tile.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
+        mark = tl.load(marks + block.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
         seen = ((mark >> b) & 1) != 0
         score = tl.load(scores + row + s + n, mask=seen, other=float("-inf"))
         now = tl.maximum(largest, score, propagate_nan=tl.PropagateNan.ALL)
@@ -99,7 +99,7 @@ def _kl_kernel(
     by = tl.load(weight + t).to(tl.float32) if WEIGHTED else 1.0
     found = tl.zeros((BN,), tl.float32)
     for s in range(0, count, BN):
-        mark = tl.load(marks + tile.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
+        mark = tl.load(marks + block.to(tl.int64) * C + s + n, mask=s + n < count, other=0)
         seen = ((mark >> b) & 1) != 0
         score = tl.load(scores + row + s + n, mask=seen, other=0.0)
         p = tl.load(mass + row + s + n, mask=seen, other=0.0) / heads
@@ -113,11 +113,11 @@ def _kl_kernel(
 
 
 @triton.jit
-def _opened(q_RD, k_ND, slopes, tile, b, n, count, C, HP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
+def _opened(q_RD, k_ND, slopes, block, b, n, count, C, HP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
             BN: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """The score's gradient g of each row's query where the row's product is above 0. A NaN passes."""
     dots_RN = tl.dot(q_RD, tl.trans(k_ND), input_precision=EXACT)
-    g_QN = tl.load(slopes + _place(tile, b, n, B, C), mask=(b < B)[:, None] & (n < count)[None, :], other=0.0)
+    g_QN = tl.load(slopes + _place(block, b, n, B, C), mask=(b < B)[:, None] & (n < count)[None, :], other=0.0)
     g_RN = tl.reshape(tl.broadcast_to(g_QN[:, None, :], (BQ, HP, BN)), (BQ * HP, BN))
     return tl.where(dots_RN <= 0, 0.0, g_RN)
 
@@ -128,25 +128,25 @@ def _gradients_kernel(
     H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, B: tl.constexpr, BQ: tl.constexpr,
     BN: tl.constexpr, EXACT: tl.constexpr, PARTS: tl.constexpr, IN_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """dq and dw of BQ queries of a tile, and their shares of dk. PARTS: programs of a tile, from part `begin` on.
+    """dq and dw of BQ queries of a block, and their shares of dk. PARTS: programs of a block, from part `begin` on.
 
     dq[t,j] = w[t,j] sum_s g[t,s] 1[q.k > 0] k[s],   dw[t,j] = the same sum times q[t,j]
     dk[s] += sum_t,j g[t,s] w[t,j] 1[q.k > 0] q[t,j]
     """
-    tile, part = tl.program_id(0) // PARTS, begin + tl.program_id(0) % PARTS
+    block, part = tl.program_id(0) // PARTS, begin + tl.program_id(0) % PARTS
     n, d = tl.arange(0, BN), tl.arange(0, DP)
-    count, first = tl.load(counts + tile), tile * B + part * BQ
+    count, first = tl.load(counts + block), block * B + part * BQ
     if count < 0:
         return
-    last, b = tl.minimum(tile * B + B, S), part * BQ + tl.arange(0, BQ)
+    last, b = tl.minimum(block * B + B, S), part * BQ + tl.arange(0, BQ)
     q_RD, w_R, row, real = _index_rows(q, w, first, last, H, D, HP, DP, BQ)
     # Who selected a broken key has NaN in g, and so has a broken query. Others must not get it: zero times NaN is NaN.
     whole_RD, whole_R = tl.where(finite(q_RD), q_RD, 0.0), tl.where(finite(w_R), w_R, 0.0)
-    base, moved_RD = tile.to(tl.int64) * C, tl.zeros((BQ * HP, DP), tl.float32)
+    base, moved_RD = block.to(tl.int64) * C, tl.zeros((BQ * HP, DP), tl.float32)
     for s in range(0, count, BN):
         key = load_keys(keys, base + s + n, s + n < count)
         k_ND = load_rows(k, key, s + n < count, d, D)
-        opened_RN = _opened(q_RD, k_ND, slopes, tile, b, s + n, count, C, HP, B, BQ, BN, EXACT)
+        opened_RN = _opened(q_RD, k_ND, slopes, block, b, s + n, count, C, HP, B, BQ, BN, EXACT)
         k_ND = tl.where(finite(k_ND), k_ND, 0.0)
         moved_RD = tl.dot(opened_RN.to(k_ND.dtype), k_ND, moved_RD, input_precision=EXACT)
         weighted_RN = (opened_RN * whole_R[:, None]).to(q_RD.dtype)
@@ -171,26 +171,26 @@ def _launch(u: Unions, q_I: Tensor, rows: int, settings: dict[str, int]) -> dict
 def _scores(u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
     scores = torch.empty(len(u), u.B, u.C, dtype=torch.float32, device=q_I.device)
     launch = _launch(u, q_I, SCORES_ROWS, SCORES)
-    grid = len(u) * triton.cdiv(u.B, launch["BQ"]), triton.cdiv(u.C, launch["BN"] * launch["BLOCKS"])
+    grid = len(u) * triton.cdiv(u.B, launch["BQ"]), triton.cdiv(u.C, launch["BN"] * launch["TILES"])
     _scores_kernel[grid](q_I, k_I, w, u.keys, u.counts, scores, q_I.shape[0], **launch)
     return scores
 
 
 def write_kl(u: Unions, mass: Tensor, heads: int, q_I: Tensor, k_I: Tensor, w: Tensor, kl: Tensor) -> None:
-    """Writes the KL of these tiles' queries. mass (tiles, B, C): the probabilities summed over heads."""
-    scores, S = _scores(u, q_I, k_I, w), q_I.shape[0]
-    _kl_kernel[(S,)](mass, scores, u.marks, u.counts, kl, kl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=False)
+    """Writes the KL of these blocks' queries. mass (blocks, B, C): the probabilities summed over heads."""
+    scores = _scores(u, q_I, k_I, w)
+    _kl_kernel[(len(q_I),)](mass, scores, u.marks, u.counts, kl, kl, u.C, heads, B=u.B, BN=512, WEIGHTED=False)
 
 
 def kl_slopes(u: Unions, mass: Tensor, heads: int, dkl: Tensor, q_I: Tensor, k_I: Tensor, w: Tensor) -> Tensor:
-    """(tiles, B, C) float32: dkl times the KL's derivative by the scores."""
-    slopes, S = _scores(u, q_I, k_I, w), q_I.shape[0]
-    _kl_kernel[(S,)](mass, slopes, u.marks, u.counts, dkl, dkl, S, u.C, heads, B=u.B, BN=512, WEIGHTED=True)
+    """(blocks, B, C) float32: dkl times the KL's derivative by the scores."""
+    slopes = _scores(u, q_I, k_I, w)
+    _kl_kernel[(len(q_I),)](mass, slopes, u.marks, u.counts, dkl, dkl, u.C, heads, B=u.B, BN=512, WEIGHTED=True)
     return slopes
 
 
 def _kept(K: int, MP: int) -> int:
-    """Bytes of target and scores that a query has in a wide tile and in a narrow one."""
+    """Bytes of target and scores that a query has in a wide block and in a narrow one."""
     return 2 * 4 * (FIT + union_attention.NARROW // MP) * K
 
 
@@ -264,7 +264,7 @@ def sparse_attention_kl_backward(
 def index_gradients(
     u: Unions, q_I: Tensor, k_I: Tensor, w: Tensor, slopes: Tensor, dq_I: Tensor, dk_I: Tensor, dw: Tensor
 ) -> None:
-    """Writes dq_I and dw of the queries of these tiles, and adds to dk_I (T, D) float32."""
+    """Writes dq_I and dw of the queries of these blocks, and adds to dk_I (T, D) float32."""
     launch, S = _launch(u, q_I, GRADIENTS_ROWS, GRADIENTS), q_I.shape[0]
     inputs, parts = (q_I, k_I, w, slopes, u.keys, u.counts), triton.cdiv(u.B, launch["BQ"])
     if not wanted_in_order():

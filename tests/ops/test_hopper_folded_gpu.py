@@ -13,7 +13,7 @@ from tests.support.op_results import SPARSE, results
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from tokensieve.ops.hopper import tiles
+from tokensieve.ops.hopper import folded
 from tokensieve.ops.triton import unions
 
 pytestmark = pytest.mark.gpu
@@ -24,9 +24,9 @@ PACK = (Document(0, 0, 1), Document(0, 12, 12), *causal(301), Document(340, 300,
 
 
 @pytest.fixture(autouse=True)
-def in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them: the selections of most cases are drawn at random, and would go to the kernels of one query."""
-    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: B * K)
+    monkeypatch.setattr(folded, "keys_at_most", lambda B, K: B * K)
 
 
 @pytest.fixture(params=["in order", "any order"])
@@ -57,14 +57,14 @@ def test_values_and_gradients(case: Case, dtype: str, order: None) -> None:
         oracle.assert_close(actual[name].double(), e, allowed, 1.0, name)
 
 
-def test_tiles_beside_single_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: 2 * K)
+def test_blocks_beside_single_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folded, "keys_at_most", lambda B, K: 2 * K)
     x = make(Case("both", causal(701), keys=701, k=100, heads=16, dtype="bfloat16", **MLA), "cuda")
     x.indices_SK[400:600] = x.indices_SK[399]
     x = dataclasses.replace(x, w_SI=x.w_SI.float())
-    found = tiles.Tiles(x.q_SHD, x.kv_TGE, x.indices_SK)
-    list(found.parts(0))
-    assert found.taken.any() and not found.taken.all()
+    found = folded.Inputs(x.q_SHD, x.kv_TGE, x.indices_SK)
+    taken = found.choice([part.taken for part in found.parts(0)]).taken
+    assert taken.any() and not taken.all()
     expected, actual = results(x.to(torch.float64), "reference", SPARSE), results(x, "hopper", SPARSE)
     for name, e in expected.items():
         allowed = LSE_TOLERANCE if name.endswith(": lse") else TOLERANCE["bfloat16"]
@@ -94,10 +94,10 @@ def test_broken_numbers_reach_only_who_selected_them(where: str, value: float) -
 def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
     x = make(Case("broken gradient", causal(13), keys=13, k=3, heads=16, dtype="bfloat16", **MLA), "cuda")
     operands = (x.q_SHD, x.kv_TGE, x.indices_SK, x.scale, *x.parts.values())
-    out, lse = tiles.sparse_attention(*operands)
+    out, lse = folded.sparse_attention(*operands)
     dlse = torch.zeros_like(lse)
     dlse[9] = math.nan
-    dq, dkv = tiles.sparse_attention_backward(torch.ones_like(out), dlse, out, lse, *operands)
+    dq, dkv = folded.sparse_attention_backward(torch.ones_like(out), dlse, out, lse, *operands)
     assert (~dq.isfinite().all((1, 2))).nonzero().tolist() == [[9]]
     assert (~dkv.isfinite().all((1, 2))).nonzero()[:, 0].tolist() == x.indices_SK[9].tolist()
 

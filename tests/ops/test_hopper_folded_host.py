@@ -1,4 +1,4 @@
-"""What the host does for tiles of queries on Hopper, with the Gluon kernels written out in PyTorch: they need a GPU."""
+"""What the host does for folded queries on Hopper, with the Gluon kernels written out in PyTorch: they need a GPU."""
 
 import dataclasses
 import math
@@ -12,31 +12,31 @@ from tests.support.cases import Case, Document, Inputs, causal, make
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from tokensieve.ops.hopper import tiles
-from tokensieve.ops.hopper.forward import Tiled
+from tokensieve.ops.hopper import folded
+from tokensieve.ops.hopper.forward import Folded
 from tokensieve.ops.reference import sparse
 from tokensieve.ops.triton import unions
 
 TOLERANCE = 1e-5  # float32, as in test_triton.py
 MLA = {"groups": 1, "entry": 576, "d_k": 576, "v_start": 0, "d_v": 512}
-# 13 queries: no whole number of tiles of eight, and tiles across documents.
-PACK = Case("tiles", (Document(0, 12, 3), *causal(7), Document(12, 8, 3)), keys=20, k=4, heads=16, **MLA)
+# 13 queries: no whole number of blocks of eight, and blocks across documents.
+PACK = Case("blocks", (Document(0, 12, 3), *causal(7), Document(12, 8, 3)), keys=20, k=4, heads=16, **MLA)
 
 
-def _logits(q: Tensor, kv: Tensor, keys: Tensor, scale: float, tiled: Tiled) -> Tensor:
-    """(tiles, 128, C): -inf where a row does not attend."""
+def _logits(q: Tensor, kv: Tensor, keys: Tensor, scale: float, rows: Folded) -> Tensor:
+    """(blocks, 128, C): -inf where a row does not attend."""
     entries = kv[keys.clamp(min=0).long(), 0]
-    bit = torch.arange(128)[:, None] // tiled.M
-    seen = (tiled.marks[:, None] >> bit) & 1 != 0
+    bit = torch.arange(128)[:, None] // rows.M
+    seen = (rows.marks[:, None] >> bit) & 1 != 0
     assert not seen[(keys < 0)[:, None].expand_as(seen)].any()
-    broken = tiled.row_breaks[..., None] + torch.where(tiled.marks < 0, math.nan, 0.0)[:, None]
+    broken = rows.row_breaks[..., None] + torch.where(rows.marks < 0, math.nan, 0.0)[:, None]
     logit = (q @ entries.mT) * scale + broken
     assert q.isfinite().all() and kv.isfinite().all()
     return torch.where(seen, logit, -math.inf)
 
 
-def forward(q, kv, keys, scale, out, lse, unscaled=None, tiled=None) -> None:
-    logit = _logits(q, kv, keys, scale, tiled)
+def forward(q, kv, keys, scale, out, lse, unscaled=None, folded=None) -> None:
+    logit = _logits(q, kv, keys, scale, folded)
     top = torch.where(logit.amax(-1).isneginf(), 0.0, logit.amax(-1))
     share = (logit - top[..., None]).exp()
     total = share.sum(-1)
@@ -46,17 +46,17 @@ def forward(q, kv, keys, scale, out, lse, unscaled=None, tiled=None) -> None:
     if unscaled is None:
         return
     p, tops = unscaled
-    p.fill_(math.nan), tops.fill_(math.nan)  # what lies past the last used step must not be read
+    p.fill_(math.nan), tops.fill_(math.nan)  # what lies past the last used tile must not be read
     largest = torch.full(logit.shape[:2], -math.inf)
-    for step, part in enumerate(logit.split(64, -1)):
+    for tile, part in enumerate(logit.split(64, -1)):
         largest = largest.maximum(part.amax(-1))
         base = torch.where(largest.isneginf(), 0.0, largest)
-        p[..., step * 64 : step * 64 + part.shape[-1]] = (part - base[..., None]).exp()
-        tops[..., step] = largest * math.log2(math.e)
+        p[..., tile * 64 : tile * 64 + part.shape[-1]] = (part - base[..., None]).exp()
+        tops[..., tile] = largest * math.log2(math.e)
 
 
-def probabilities_and_dq(dout, q, kv, keys, lse, delta, scale, dq, p, ds, tiled=None) -> None:
-    logit, entries = _logits(q, kv, keys, scale, tiled), kv[keys.clamp(min=0).long(), 0]
+def probabilities_and_dq(dout, q, kv, keys, lse, delta, scale, dq, p, ds, folded=None) -> None:
+    logit, entries = _logits(q, kv, keys, scale, folded), kv[keys.clamp(min=0).long(), 0]
     lse = torch.where(lse.isneginf(), math.inf, lse)
     P = torch.where(logit.isneginf(), 0.0, (logit - lse[..., None]).exp())
     slopes = torch.where(P == 0, 0.0, P * (dout @ entries[..., :512].mT - delta[..., None]) * scale)
@@ -78,7 +78,7 @@ def add_dkv(p, ds, dout, q, keys, dkv, T, in_order=False) -> None:
 
 
 def backward_by_strips(dout, dlse, q, kv, indices, out, lse, scale, dq, dkv):
-    """One query a program, in the place of Gluon kernels as well: a query without keys has no steps."""
+    """One query a program, in the place of Gluon kernels as well: a query without keys has no tiles."""
     dlse = dlse.masked_fill((indices < 0).all(1)[:, None], 0.0)
     found = sparse.sparse_attention_backward(dout, dlse, out, lse, q, kv, indices, scale, 576, 0, 512)
     dq.copy_(found[0]), dkv.add_(found[1].view(-1, 576))
@@ -96,20 +96,19 @@ def gradients(dout, dlse, dkl, out, lse, q, kv, indices, scale, q_I, k_I, w, dq,
 @pytest.fixture(autouse=True)
 def written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in (forward, probabilities_and_dq, add_dkv):
-        monkeypatch.setattr(tiles, kernel.__name__, kernel)
+        monkeypatch.setattr(folded, kernel.__name__, kernel)
     for module, replaced in (
-        (tiles.attention, {"sparse_attention": sparse.sparse_attention, "backward_by_strips": backward_by_strips}),
-        (tiles.attention_kl, {"sparse_attention_kl": sparse.sparse_attention_kl, "gradients": gradients}),
+        (folded.attention, {"sparse_attention": sparse.sparse_attention, "backward_by_strips": backward_by_strips}),
+        (folded.attention_kl, {"sparse_attention_kl": sparse.sparse_attention_kl, "gradients": gradients}),
     ):
         for name, function in replaced.items():
             monkeypatch.setattr(module, name, function)
 
 
 def taken(x: Inputs) -> list[bool]:
-    """Whether a query's tile is computed as one."""
-    found = tiles.Tiles(x.q_SHD, x.kv_TGE, x.indices_SK)
-    list(found.parts(0))
-    return found.taken[: found.S].tolist()
+    """Whether a query's block is computed as one."""
+    found = folded.Inputs(x.q_SHD, x.kv_TGE, x.indices_SK)
+    return found.choice([part.taken for part in found.parts(0)]).taken.tolist()
 
 
 def operands(x: Inputs) -> tuple:
@@ -139,20 +138,20 @@ def given(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def test_values_and_gradients(
     heads: int, strip: int, in_order: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiles, "keys_at_most", lambda B, K: most)
+    monkeypatch.setattr(folded, "keys_at_most", lambda B, K: most)
     monkeypatch.setattr(unions, "STRIP_BYTES", strip)
-    monkeypatch.setattr(tiles, "wanted_in_order", lambda: in_order)
+    monkeypatch.setattr(folded, "wanted_in_order", lambda: in_order)
     x = make(dataclasses.replace(PACK, heads=heads), "cpu")
     x.indices_SK[7] = -1
     assert {20: {True}, 10: {True, False}, 3: {False}}[most] == set(taken(x))
     exact = x.to(torch.float64)
     expected = both_ways(sparse, exact, *(g.double() for g in given(x)))
-    for name, a in both_ways(tiles, x, *given(x)).items():
+    for name, a in both_ways(folded, x, *given(x)).items():
         oracle.assert_close(a.double(), expected[name], TOLERANCE, 1.0, name)
-    out, lse = tiles.sparse_attention(*operands(x))
+    out, lse = folded.sparse_attention(*operands(x))
     oracle.assert_close(out.double(), expected["out"], TOLERANCE, 1.0)
     dout, dlse, _ = given(x)
-    dq, dkv = tiles.sparse_attention_backward(dout, dlse, out, lse, *operands(x))
+    dq, dkv = folded.sparse_attention_backward(dout, dlse, out, lse, *operands(x))
     alone = sparse.sparse_attention_backward(
         dout.double(), dlse.double(), expected["out"], expected["lse"], *operands(exact)
     )
@@ -166,8 +165,8 @@ def test_broken_numbers_reach_only_who_selected_them(where: str, value: float) -
     spoiled = getattr(x, where).clone()
     at = int(x.indices_SK[5, 1]) if where == "kv_TGE" else 5
     spoiled[at, :, 3] = value
-    whole = both_ways(tiles, x, *given(x))
-    broken = both_ways(tiles, dataclasses.replace(x, **{where: spoiled}), *given(x))
+    whole = both_ways(folded, x, *given(x))
+    broken = both_ways(folded, dataclasses.replace(x, **{where: spoiled}), *given(x))
     hit = (x.indices_SK == at).any(1) if where == "kv_TGE" else torch.arange(13) == at
     chosen = torch.zeros(len(x.k_TD), dtype=torch.bool)
     chosen[x.indices_SK[hit][x.indices_SK[hit] >= 0].long()] = True
@@ -183,16 +182,16 @@ def test_a_broken_gradient_reaches_only_what_its_query_selected() -> None:
     x = make(PACK, "cpu")
     dout, dlse, _ = given(x)
     dlse[9] = math.nan
-    out, lse = tiles.sparse_attention(*operands(x))
-    dq, dkv = tiles.sparse_attention_backward(dout, dlse, out, lse, *operands(x))
+    out, lse = folded.sparse_attention(*operands(x))
+    dq, dkv = folded.sparse_attention_backward(dout, dlse, out, lse, *operands(x))
     assert (~dq.isfinite().all((1, 2))).nonzero().tolist() == [[9]]
     selected = x.indices_SK[9][x.indices_SK[9] >= 0]
     assert (~dkv.isfinite().all((1, 2))).nonzero()[:, 0].tolist() == selected.tolist()
 
 
-def test_few_heads_alone_are_tiled() -> None:
+def test_few_heads_alone_are_folded() -> None:
     x = make(PACK, "cpu")
     q, kv, indices = x.q_SHD, x.kv_TGE, x.indices_SK
-    assert tiles.pays(q, kv, indices) and tiles.pays(q.repeat(1, 2, 1), kv, indices)
-    assert not tiles.pays(q[:, :8], kv, indices) and not tiles.pays(q.repeat(1, 8, 1), kv, indices)
-    assert not tiles.pays(q[:0], kv, indices[:0]) and not tiles.pays(q, kv, indices[:, :0])
+    assert folded.pays(q, kv, indices) and folded.pays(q.repeat(1, 2, 1), kv, indices)
+    assert not folded.pays(q[:, :8], kv, indices) and not folded.pays(q.repeat(1, 8, 1), kv, indices)
+    assert not folded.pays(q[:0], kv, indices[:0]) and not folded.pays(q, kv, indices[:, :0])
