@@ -18,9 +18,9 @@ PACKAGE = ROOT / "tokensieve"
 # A file imports only from places to its left; inside a package the order is free. `__init__` is the public interface,
 # which the demo uses as a reader would.
 ORDER = (
-    "config posttrain_config profile_config evaluate_config paper_config families machine files run_record "
-    "tethered server_process mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench train "
-    "posttrain profile serve lm_eval deploy report __init__ demo speedrun pipeline doctor cli __main__"
+    "config posttrain_config profile_config evaluate_config paper_config families importing machine files "
+    "run_record tethered server_process mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench "
+    "train posttrain profile serve lm_eval deploy report __init__ demo speedrun pipeline doctor cli __main__"
 ).split()
 
 MAX_LINES = 450

@@ -19,7 +19,6 @@ options is a frozen dataclass that can be called, and is written as in Python: `
 """
 
 import ast
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.config import SELECTOR_NAMES, UserError, check_selector
+from tokensieve.importing import named_object
 from tokensieve.model.entries import Keys
 from tokensieve.model.indexer import IndexInputs
 from tokensieve.model.rope import Rows, taken
@@ -272,16 +272,7 @@ def resolve(selector: str | Selector) -> Selector:
         return SELECTORS[selector]
     module, _, called = check_selector(selector).partition(":")
     name, options = _parsed(selector, called)
-    try:
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise  # the module exists, and imports one that does not
-        raise UserError(f"selection {selector}: there is no module {error.name}; is it on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise UserError(f"selection {selector}: module {module} has no {name}") from error
+    target = named_object(f"selection {selector}", module, name)
     if not callable(target):
         raise UserError(f"selection {selector}: {name} is not callable")
     if options is None:

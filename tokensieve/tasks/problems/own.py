@@ -1,6 +1,5 @@
 """A user's own domain: a file of rows, or an object of a module."""
 
-import importlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import UserError
+from tokensieve.importing import named_object
 from tokensieve.tasks.contract import Answer, Task
 from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.problem import Domain, Item
@@ -68,16 +68,7 @@ class OfTask:
 
 
 def _of_module(name: str, module: str, attribute: str) -> Domain:
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
-            raise  # the module exists, and imports one that does not
-        raise UserError(f"domain {name}: there is no module {error.name}; is it on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise UserError(f"domain {name}: module {module} has no {attribute}") from error
+    found = named_object(f"domain {name}", module, attribute)
     if isinstance(found, type):
         raise UserError(f"domain {name}: {attribute} is a class; name an object of it")
     if all(hasattr(found, field) for field in DOMAIN):
