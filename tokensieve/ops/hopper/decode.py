@@ -26,11 +26,10 @@ from tokensieve.ops.hopper.warps import (
     barrier,
     columns,
     copy_async,
-    load_block,
+    load_query,
     load_tile_index,
     query_and_head,
     release,
-    rows,
     used_tiles,
 )
 from tokensieve.ops.quant import LATENT_TOKEN_BYTES, PAGE_TOKENS
@@ -146,12 +145,7 @@ def decode_kernel(
 
     places += t * K
     tiles = gl.maximum(used_tiles(places, K, KP, 8), 1)
-    row, mine = (first_row + rows(lines, 64)) * 576, rows(lines, 64) < heads
-    for part in gl.static_range(4):
-        load_block(q, row, mine, 128 * part, 128, q_mains.index(0).slice(128 * part, 128, 1), lines)
-    load_block(q, row, mine, 512, 64, q_tails.index(0), lines)
-    fence_async_shared()
-    barrier()
+    load_query(q, first_row, heads, q_mains.index(0), q_tails.index(0), lines)
     gl.warp_specialize(
         [
             (attend, (

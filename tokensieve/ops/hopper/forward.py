@@ -29,9 +29,9 @@ from tokensieve.ops.hopper.warps import (
     breaks_of,
     columns,
     live_columns,
-    load_block,
     load_marks,
     load_part,
+    load_query,
     load_tile_index,
     multiply_part,
     query_and_head,
@@ -199,12 +199,7 @@ def forward_kernel(
     if M > 0:
         marks += t * K
     tiles = gl.maximum(used_tiles(indices, K, KP, 8), 1)
-    row, mine = (first_row + rows(lines, 64)) * 576, rows(lines, 64) < heads
-    for part in gl.static_range(4):
-        load_block(q, row, mine, 128 * part, 128, q_mains.index(0).slice(128 * part, 128, 1), lines)
-    load_block(q, row, mine, 512, 64, q_tails.index(0), lines)
-    fence_async_shared()
-    barrier()
+    load_query(q, first_row, heads, q_mains.index(0), q_tails.index(0), lines)
     gl.warp_specialize(
         [
             (attend, (

@@ -11,7 +11,7 @@ import math
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 LOG2E: gl.constexpr = gl.constexpr(math.log2(math.e))
 LN2: gl.constexpr = gl.constexpr(math.log(2))
@@ -67,6 +67,17 @@ def load_block(x, row, mine, begin: gl.constexpr, W: gl.constexpr, buffer, layou
     """Columns begin to begin + W of the rows that start at `row`, into shared memory; zeros if not `mine`."""
     at = row[:, None] + (begin + columns(layout, W))[None, :]
     buffer.store(gl.load(x + at, mask=mine[:, None], other=0.0))
+
+
+@gluon.jit
+def load_query(q, first_row, heads, main, tail, layout: gl.constexpr):
+    """The rows of up to 64 heads of a query, for products that follow."""
+    row, mine = (first_row + rows(layout, 64)) * 576, rows(layout, 64) < heads
+    for part in gl.static_range(4):
+        load_block(q, row, mine, 128 * part, 128, main.slice(128 * part, 128, 1), layout)
+    load_block(q, row, mine, 512, 64, tail, layout)
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
