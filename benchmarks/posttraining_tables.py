@@ -67,6 +67,10 @@ def tables(runs: Mapping[str, Run], notes: Sequence[str] = ()) -> tuple[str, dic
     for title, (lead, (head, *rows)) in parts.items():
         text += f"\n## {title}\n\n{lead}\n\n{_markdown(head, rows) if rows else 'Not there yet.'}\n"
         figures[title] = [dict(zip(head, map(_plain, row), strict=True)) for row in rows]
+    stages = dict.fromkeys(stage for run in runs.values() for stage in run.histories)
+    figures["output tokens and outcome of every step"] = {
+        name: {stage: _curve([run], stage) for stage in stages if stage in run.histories} for name, run in runs.items()
+    }
     return text, figures
 
 

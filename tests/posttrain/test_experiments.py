@@ -102,6 +102,7 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert final[0]["sparse - dense"]["value"] == -50 and final[0]["dense, tokens"] == 10
     (equal,) = figures["Sparse beside dense at equal output tokens"]
     assert equal["output tokens"] == "15 to 20" and equal["bins"] == 0  # one step of each, at its two ends
+    assert figures["output tokens and outcome of every step"]["seed-0-sparse"][tables["MIXED"]][0] == (10.0, 0.2)
     a, _ = figures["One mixed stage beside one domain after the other"]
     assert a["end - own stage"]["value"] == -100 and a["mixed - end"]["value"] == 50 and a["place"] == 1
     (length,) = figures["Without a term of the reward"]
