@@ -1,7 +1,7 @@
 """The tables of benchmarks/posttraining.py, from what its runs left.
 
 Legend: a group is a domain in one mode. Every interval is of 95%. One of a gain is of the paired difference on the same
-problems; problems of one seed are a cluster if there are several seeds, since its models may err together.
+problems; those of one seed are a cluster if there are several seeds, since its models may err together: "n = 96 in 3".
 """
 
 import json
@@ -65,8 +65,12 @@ def tables(runs: Mapping[str, Run], notes: Sequence[str] = ()) -> tuple[str, dic
     text = "".join(f"- {note}\n" for note in [*notes, JUDGE])
     figures: dict[str, Any] = {"notes": [*notes, JUDGE]}
     for title, (lead, (head, *rows)) in parts.items():
-        text += f"\n## {title}\n\n{lead}\n\n{_markdown(head, rows) if rows else 'Not there yet.'}\n"
+        text += f"\n## {title}\n\n{lead}\n\n{_markdown(head, rows) if rows else 'Nothing yet.'}\n"
         figures[title] = [dict(zip(head, map(_plain, row), strict=True)) for row in rows]
+    stages = dict.fromkeys(stage for run in runs.values() for stage in run.histories)
+    figures["output tokens and outcome of every step"] = {
+        name: {stage: _curve([run], stage) for stage in stages if stage in run.histories} for name, run in runs.items()
+    }
     return text, figures
 
 
@@ -76,13 +80,13 @@ ARMS = ("sparse", "dense")
 def gains(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
     lead = (
         "Accuracy on held-out problems in %, all seeds together, and paired gains in points. A group in which no "
-        "answer of any model scores is beyond this model."
+        "answer of any model scores is beyond this model, and left out of the tables by group."
     )
     rows: list[list[Any]] = [
         ["group", "base", "specialist", "distilled", "final", "specialist - base", "distilled - specialist",
          "final - distilled", "of the gap closed"]
     ]  # fmt: skip
-    for group in _groups(runs.values()):
+    for group in _groups(runs.values(), all_of_them=True):
         models = {"base": "base", "specialist": _specialist(group), "distilled": "distilled", "final": "final"}
         scores = {name: _scores(runs, model, group) for name, model in models.items()}
         asked = sum(len(s) for by_seed in scores.values() for s in by_seed.values())
@@ -172,7 +176,7 @@ def without(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
     for name, run in runs.items():
         if not name.startswith("without-") or not first or "final" not in run.models:
             continue
-        groups = [group for group in _groups(first.values()) if group in run.models["final"]]
+        groups = [group for group in _groups(first.values(), all_of_them=True) if group in run.models["final"]]
         both = [one.models.get("final", {}) for one in (run, *first.values())]
         scores = [{group: found[group]["scores"] for group in groups if group in found} for found in both]
         tokens = [fmean(found[group]["tokens"] for group in groups) if found else "" for found in both]
@@ -202,9 +206,10 @@ def _first(runs: Mapping[str, Run]) -> dict[str, Run]:
     return {} if name is None else {name: runs[name]}
 
 
-def _groups(runs: Iterable[Run]) -> list[str]:
-    models = [found for run in runs for found in run.models.values()]
-    return list(dict.fromkeys(group for found in models for group in found))
+def _groups(runs: Iterable[Run], all_of_them: bool = False) -> list[str]:
+    """In which an answer of some model scores, unless all are asked for."""
+    found = [(group, figures) for run in runs for by in run.models.values() for group, figures in by.items()]
+    return list(dict.fromkeys(group for group, figures in found if all_of_them or any(figures["scores"])))
 
 
 def _specialist(group: str) -> str:
@@ -289,7 +294,8 @@ def _plain(cell: Any) -> Any:
 def _text(cell: Any) -> str:
     if isinstance(cell, Estimate):
         bounds = "" if cell.low is None or cell.high is None else f" ({_number(cell.low)} to {_number(cell.high)})"
-        return f"{_number(cell.value)}{bounds}, n = {cell.n}"
+        clusters = "" if cell.clusters in (None, cell.n) else f" in {cell.clusters}"
+        return f"{_number(cell.value)}{bounds}, n = {cell.n}{clusters}"
     return _number(cell) if isinstance(cell, float) else str(cell)
 
 

@@ -102,17 +102,18 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert final[0]["sparse - dense"]["value"] == -50 and final[0]["dense, tokens"] == 10
     (equal,) = figures["Sparse beside dense at equal output tokens"]
     assert equal["output tokens"] == "15 to 20" and equal["bins"] == 0  # one step of each, at its two ends
-    a, _ = figures["One mixed stage beside one domain after the other"]
+    assert figures["output tokens and outcome of every step"]["seed-0-sparse"][tables["MIXED"]][0] == (10.0, 0.2)
+    (a,) = figures["One mixed stage beside one domain after the other"]
     assert a["end - own stage"]["value"] == -100 and a["mixed - end"]["value"] == 50 and a["place"] == 1
     (length,) = figures["Without a term of the reward"]
     assert length["less all terms"]["value"] == -25 and length["less all terms"]["n"] == 16
     mine = {row["run"]: row for row in figures["The runs"]}["seed-0-sparse"]
     assert mine["difference, mean"] == "1.50e-06" and mine["largest step"] == "2.00e-06" and mine["seconds"] == 60
     assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
-    assert "| a-think | 0.00 (0.00 to " in text and "n = 16 | 100.0 (" in text
+    assert "| a-think | 0.00 (0.00 to " in text and "n = 16 in 2 | 100.0 (" in text and "| b-think |" in text
 
     text, figures = tables["tables"]({})
-    assert text.count("Not there yet.") == 6 and figures["The runs"] == []
+    assert text.count("Nothing yet.") == 6 and figures["The runs"] == []
 
 
 @pytest.mark.slow

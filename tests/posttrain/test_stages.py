@@ -1,5 +1,7 @@
-"""What a stage under TRL learns from."""
+"""What a stage under TRL learns from, and what is left in memory behind it."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import tokensieve
 from tests.support import grouped
 from tests.support.models import config, ours
 from tokensieve.config import load_config
-from tokensieve.posttrain import stages
+from tokensieve.posttrain import Rollouts, stages
 from tokensieve.posttrain.outcomes import demonstrations_of
+from tokensieve.posttrain.parts import free_memory
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import DOMAINS, Problems
@@ -56,3 +59,19 @@ def test_experts_learn_without_a_balance_loss(tmp_path: Path) -> None:
     (row,) = stages.fine_tune(model, tokenizer, rows, settings.cold, settings, tmp_path)
     assert row["loss"] > 0 and "aux_loss" not in row
     assert stages._grpo_arguments(settings.rl.train, settings, tmp_path).router_aux_loss_coef == 0
+
+
+def test_no_engine_is_left_when_the_next_model_is_loaded() -> None:
+    """On a GPU its recorded steps refer to it. `Parts.load` frees it before anything else."""
+    model = ours(config("v32", index_topk=16, vocab_size=4096, num_hidden_layers=1))
+    runner = Rollouts(model, tokensieve.load_tokenizer("base"), 64, at_once=1).engine.runner
+    runner._graphs = runner._run_step  # as `Graphs` holds it
+    left = weakref.ref(runner)
+    gc.disable()  # it would come at any time
+    try:
+        del runner
+        assert left() is not None
+        free_memory()
+        assert left() is None
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 Each does what its folder does not hold yet, so that a part that was stopped goes on where it was.
 """
 
+import gc
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,17 @@ def specialist_of(domain: str) -> str:
     return f"specialist-{domain}"
 
 
+def free_memory() -> None:
+    """Gives back what models and engines before this one held.
+
+    An engine that has recorded its steps refers to itself, and would keep its pages on the GPU, which other processes
+    may share.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 class Watch(Protocol):
     """What a part calls while it works."""
 
@@ -70,6 +82,7 @@ class Parts:
 
         UserError for one that cannot be trained as the config says, and for prompts in which nothing would be selected.
         """
+        free_memory()
         config, model = self.config, load(source, torch.float32, device=self.config.device)
         check_tokenizer(self.tokenizer, model.config)
         if config.selection == "indexer" and not model.is_sparse:
