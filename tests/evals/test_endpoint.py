@@ -7,9 +7,9 @@ import re
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,65 +80,73 @@ def test_how_long_a_server_wants_us_to_wait(asked: str | None, seconds: float) -
     assert endpoint._pause(asked, 2) == seconds
 
 
-def test_a_reply_that_comes_in_drops_ends_in_time() -> None:
-    """Each piece of it comes in time, and the whole never does."""
+@contextmanager
+def sending(first: bytes, then: bytes, pause: float) -> Iterator[str]:
+    """The address of a server that sends `first`, and `then` again and again until the client is gone."""
+    stop = threading.Event()
+
+    def serve(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(first)
+            while not stop.wait(pause):
+                connection.sendall(then)
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        stop = threading.Event()
-
-        def drip() -> None:
-            connection, _ = server.accept()
-            with connection, suppress(OSError):
-                connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
-                while not stop.wait(0.05):
-                    connection.sendall(b" ")
-
-        thread = threading.Thread(target=drip)
+        thread = threading.Thread(target=serve, args=(server,))
         thread.start()
-        begin = time.monotonic()
-        asked = Endpoint(f"http://127.0.0.1:{server.getsockname()[1]}/v1", seconds=0.5, retries=0)
         try:
-            with pytest.raises(endpoint.Late, match="did not answer within 0.5 seconds; raise serving.seconds"):
-                asked.models()
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/v1"
         finally:
             stop.set()
             thread.join()
-        assert time.monotonic() - begin < 10
 
 
-class Drops:
-    """A response whose body comes in pieces, each after some seconds of a clock."""
-
-    status_code, headers, request = 200, (), None
-
-    def __init__(self, clock: Any = None, *drops: tuple[float, bytes], content: bytes = b"", **_: Any):
-        self.clock, self.drops, self.content, self.closed = clock, drops, content, False
-
-    def iter_raw(self) -> Any:
-        for seconds, piece in self.drops:
-            self.clock[0] += seconds
-            yield piece
-
-    def close(self) -> None:
-        self.closed = True
+OK = b"HTTP/1.1 200 OK\r\n"
+INTERIM = b"HTTP/1.1 103 Early Hints\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    ("drops", "whole"),
+    ("first", "then"),
     [
-        (((9, b"a"), (0.5, b"b")), b"ab"),
-        (((9, b"a"), (5, b"b")), b"ab"),  # the last piece is late, and no further one is waited for
-        (((14, b"a"), (0, b"b"), (0, b"c")), b"abc"),
-        (((9, b"a"), (5, b"b"), (1, b"c")), None),
-        (((9, b"a"), *(((0.005, b"b"),) * 5000)), None),  # pieces without a pause, and without an end
+        (OK + b"Content-Length: 100000\r\n\r\n", b" "),
+        (OK + b"\r\n", b" "),  # a body that ends with the connection
+        (OK, b"a: b\r\n"),  # headers
+        (OK + b"a: ", b"b"),  # one header
+        (b"", INTERIM),
     ],
 )
-def test_a_reply_is_late_if_more_of_it_is_waited_for(monkeypatch, drops: Any, whole: bytes | None) -> None:
-    clock = [0.0]
-    response = Drops(clock, *drops)
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    found = endpoint._whole(response, 10.0, 20.0)
-    assert (found and found.content) == whole and response.closed == (whole is None)
+def test_a_reply_that_comes_in_drops_ends_in_time(first: bytes, then: bytes) -> None:
+    """Each piece of it comes in time, and the whole never does."""
+    begin = time.monotonic()
+    with sending(first, then, 0.05) as url:
+        late = "did not answer within 0.5 seconds; raise serving.seconds"
+        with pytest.raises(endpoint.Late, match=late):
+            Endpoint(url, seconds=0.5, retries=0).models()
+    assert time.monotonic() - begin < 10
+
+
+def test_interim_responses_without_end_are_late() -> None:
+    with (
+        sending(b"", 1000 * INTERIM, 0) as url,
+        pytest.raises(endpoint.Late, match="did not answer within 0.5 seconds"),
+    ):
+        Endpoint(url, seconds=0.5, retries=0).models()
+
+
+def test_headers_without_end_are_no_reply() -> None:
+    with sending(OK, 1000 * b"a: b\r\n", 0) as url, pytest.raises(UserError, match="cannot be reached .*too long"):
+        Endpoint(url, retries=0).models()
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_a_body_without_end_is_no_reply(monkeypatch, encoding: str) -> None:
+    monkeypatch.setattr(endpoint, "LARGEST", 10**6)
+    body, head = b" " * 2 * 10**6, f"Content-Encoding: {encoding}\r\n\r\n".encode()
+    sent = gzip.compress(body) if encoding == "gzip" else body
+    with sending(OK + head, sent, 0) as url, pytest.raises(UserError, match="answered with more than 1000000 bytes"):
+        Endpoint(url, retries=0).models()
 
 
 def test_a_reply_that_is_packed_is_unpacked() -> None:

@@ -3,10 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,8 @@ from tokensieve.config import UserError
 ALTERNATIVES = 5  # log probabilities beside that of each token
 LONGER = 4  # times as many tokens are made beside an answer that is to run in a crowd
 LONGEST_PAUSE = 60.0  # seconds between two tries
-WAITED = 0.01  # seconds without a piece of a reply, after which one had to be waited for
+CONNECTED = ("connect_tcp.complete", "start_tls.complete")  # how events that bring a connection end
+LARGEST = 2**30  # bytes of a reply: many times those of a million tokens with their alternatives
 UNSUPPORTED = (400, 404, 405, 422, 501)  # statuses by which servers refuse a route or a field
 
 
@@ -25,6 +27,10 @@ class Refused(Exception):
 
 class Late(UserError):
     """A reply did not come in time, which need not be so of the next one."""
+
+
+class TooLarge(Exception):
+    """A reply has more than `LARGEST` bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,9 @@ class Reply:
 class Endpoint:
     """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
-    url: with its /v1. seconds: for the whole of a reply; `setting` is its name in the config. Of headers that come in
-    drops it bounds each drop alone. retries: further tries of a request that was refused because of its rate, or that
-    failed on the way or in the server; a reply that does not come in time is final. UserError without the openai
-    package.
+    url: with its /v1. seconds: for the whole of a reply; `setting` is its name in the config. retries: further tries of
+    a request that was refused because of its rate, or that failed on the way or in the server; a reply that does not
+    come in time is final. UserError without the openai package.
     """
 
     def __init__(
@@ -73,16 +78,32 @@ class Endpoint:
         self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
         self._setting = setting
 
-        class Client(openai.DefaultHttpxClient):  # its own timeout is that of each piece of a reply
+        class Client(openai.DefaultHttpxClient):
             def send(self, request: Any, **how: Any) -> Any:
                 end = time.monotonic() + seconds
-                whole = _whole(super().send(request, **how | {"stream": True}), end, end + seconds)
-                if whole is None:
-                    raise openai.APITimeoutError(request=request)
-                return whole
 
-        client = Client(timeout=seconds)
-        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=seconds, max_retries=0, http_client=client)
+                def bounded(read: Callable[..., bytes], most: int, timeout: float | None = None) -> bytes:
+                    if (left := end - time.monotonic()) <= 0:
+                        raise openai.APITimeoutError(request=request)
+                    return read(most, left if timeout is None else min(left, timeout))
+
+                def trace(event: str, info: Mapping[str, Any]) -> None:
+                    if event.endswith(CONNECTED):
+                        stream = info["return_value"]
+                        stream.read = partial(bounded, stream.read)
+
+                # The library's own timeout is of one wait: what comes in drops, or has no end, would never be late.
+                request.extensions["trace"] = trace
+                return _whole(super().send(request, **how | {"stream": True}))
+
+        self._client = openai.OpenAI(
+            base_url=url,
+            api_key=key,
+            timeout=seconds,
+            max_retries=0,
+            http_client=Client(timeout=seconds),
+            default_headers={"Connection": "close"},  # each request reads from its own connection
+        )
 
     def models(self) -> list[dict[str, Any]]:
         """The cards of the served models. UserError if the reply has none."""
@@ -184,8 +205,11 @@ class Endpoint:
                 pause = _pause(error.response.headers.get("retry-after"), tried)
             except self._errors.APIConnectionError as error:
                 if tried == self._retries:
-                    raise UserError(f"{self.url} cannot be reached ({_line(error)}); is the server up?") from error
+                    why = _line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+                    raise UserError(f"{self.url} cannot be reached ({why}); is the server up?") from error
                 pause = _pause(None, tried)
+            except TooLarge as error:
+                raise self._nonsense(route, f"more than {LARGEST} bytes") from error
             except (ValueError, RecursionError) as error:
                 raise self._nonsense(route, "no JSON") from error
             else:
@@ -225,19 +249,21 @@ def served_model(endpoint: Endpoint, asked: str, remedy: str) -> tuple[str, dict
     return model, cards
 
 
-def _whole(response: Any, end: float, latest: float) -> Any:
-    """The response with all of its body, as a client that does not stream reads it; None if the body is not whole at
-    the time `end` of the monotonic clock, and what is missing has to be waited for or still comes at the time `latest`.
+def _whole(response: Any) -> Any:
+    """The response with all of its body, as a client that does not stream reads it.
+
+    Raises:
+        TooLarge: the body has more than `LARGEST` bytes.
     """
-    pieces, last = [], time.monotonic()
-    for piece in response.iter_raw():
-        now = time.monotonic()
-        if last > end and (now - last > WAITED or now > latest):
+    pieces, size = [], 0
+    for piece in response.iter_bytes():
+        size += len(piece)
+        if size > LARGEST:
             response.close()
-            return None
+            raise TooLarge
         pieces.append(piece)
-        last = now
-    whole = {"headers": response.headers, "content": b"".join(pieces), "request": response.request}
+    headers = [(name, value) for name, value in response.headers.multi_items() if name != "content-encoding"]
+    whole = {"headers": headers, "content": b"".join(pieces), "request": response.request}
     return type(response)(response.status_code, **whole)
 
 
