@@ -142,7 +142,7 @@ def test_headers_without_end_are_no_reply() -> None:
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 def test_a_body_without_end_is_no_reply(monkeypatch, encoding: str) -> None:
-    monkeypatch.setattr(endpoint, "LARGEST", 10**6)
+    monkeypatch.setattr(endpoint, "MOST_BYTES", 10**6)
     body, head = b" " * 2 * 10**6, f"Content-Encoding: {encoding}\r\n\r\n".encode()
     sent = gzip.compress(body) if encoding == "gzip" else body
     with sending(OK + head, sent, 0) as url, pytest.raises(UserError, match="answered with more than 1000000 bytes"):
@@ -173,6 +173,7 @@ LOGPROBS = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1
         ({"choices": []} | USAGE, UserError),
         ({"choices": [{"text": 5}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS}]}, UserError),
+        ({"choices": [{"text": "a", "logprobs": LOGPROBS}], "usage": {"prompt_tokens": 10**400}}, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"tokens": []}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": ["x"]}}]} | USAGE, UserError),
         *(
