@@ -82,15 +82,15 @@ def test_how_long_a_server_wants_us_to_wait(asked: str | None, seconds: float) -
 
 @contextmanager
 def sending(first: bytes, then: bytes, pause: float) -> Iterator[str]:
-    """The address of a server that sends `first`, and `then` again and again until the client is gone."""
-    stop = threading.Event()
+    """The address of a server that sends `first`, then `then` until the client is gone, or for 20 seconds."""
+    stop, end = threading.Event(), time.monotonic() + 20
 
     def serve(server: socket.socket) -> None:
         connection, _ = server.accept()
         with connection, suppress(OSError):
             connection.recv(65536)
             connection.sendall(first)
-            while not stop.wait(pause):
+            while not stop.wait(pause) and time.monotonic() < end:
                 connection.sendall(then)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
