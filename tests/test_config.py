@@ -47,7 +47,8 @@ def test_what_set_reads(text: str, value: Any) -> None:
     ("raw", "line"),
     [
         ({"inner": {"rate": True}}, '"inner.rate" - should be "float" instead of value "True"'),
-        ({"inner": {"rate": 10**400}}, '"inner.rate" - should be "float" instead of value "1000'),
+        ({"inner": {"rate": 10**400}}, "inner.rate is beyond 9223372036854775807, the largest whole number"),
+        ({"rates": [1, -(10**400)]}, "rates is beyond 9223372036854775807, the largest whole number"),
         ({"inner": {"rate": "0.5"}}, '"inner.rate" - should be "float"'),
         ({"rates": [1, False]}, '"rates" - should be "float" instead of value "False"'),
     ],

@@ -18,7 +18,8 @@ PACKAGE = ROOT / "tokensieve"
 # A file imports only from places to its left; inside a package the order is free. `__init__` is the public interface,
 # which the demo uses as a reader would.
 ORDER = (
-    "config posttrain_config profile_config evaluate_config paper_config families importing machine files "
+    "integers config posttrain_config profile_config share_config evaluate_config paper_config families importing "
+    "machine files "
     "run_record tethered server_process mesh cost ops checkpoint model selectors sandbox tasks data engine evals bench "
     "train posttrain profile serve lm_eval deploy report __init__ demo speedrun pipeline doctor cli __main__"
 ).split()
@@ -237,11 +238,11 @@ def test_ops_say_shapes_and_source(function: ast.FunctionDef) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "configs").glob("*.toml")), ids=lambda p: p.name)
 def test_config_loads(path: Path) -> None:
-    from tokensieve import config, evaluate_config, paper_config, posttrain_config, profile_config
+    from tokensieve import config, evaluate_config, paper_config, posttrain_config, profile_config, share_config
     from tokensieve.cost import prices
 
     named = f"{path.stem.split('-')[0].title()}Config"  # demo.toml, speedrun.toml; every other file is a training run
-    modules = config, evaluate_config, posttrain_config, profile_config, paper_config, prices
+    modules = config, evaluate_config, posttrain_config, profile_config, paper_config, share_config, prices
     kind = next((getattr(m, named) for m in modules if hasattr(m, named)), config.TrainConfig)
     assert isinstance(config.load_config(kind, str(path)), kind)
 

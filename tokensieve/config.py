@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 
 import dacite
 
+from tokensieve.integers import LARGEST, is_too_large
+
 T = TypeVar("T")
 DECIMAL = re.compile(r"[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -341,19 +343,6 @@ class SpeedrunConfig:
     evaluate: OwnSizes
 
 
-@dataclass(frozen=True)
-class ShareConfig:
-    """`tokensieve share`: the texts by whose loss layers are chosen that give up their indexer."""
-
-    context: int  # tokens of a text, more than k
-    texts: int
-
-    def __post_init__(self) -> None:
-        for name in ("context", "texts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-
 def config_path(name: str) -> Path:
     """A file as given, or a bundled config by its bare name."""
     if Path(name).is_file():
@@ -387,7 +376,7 @@ def load_config(kind: type[T], name: str, overrides: tuple[str, ...] = ()) -> T:
 def set_value(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set {override}: write it as key=value, for example --set optimizer.lr=1e-4")
+        raise UserError(f"--set {override[:80]}: write it as key=value, for example --set optimizer.lr=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
@@ -395,33 +384,36 @@ def set_value(raw: dict[str, Any], override: str) -> None:
     *tables, last = key.strip().split(".")
     node: Any = raw
     for table in tables:
-        node = (
-            node[int(table)]
-            if isinstance(node, list) and table.isdigit() and int(table) < len(node)
-            else _table(node, table, override)
-        )
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node = node[int(table)] if _is_entry(node, table) else _table(node, table, override)
+    if _is_entry(node, last):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"--set {override}: {key} does not name a setting; see the config file for its keys")
+        raise UserError(f"--set {override[:80]}: this does not name a setting; see the config file for its keys")
+
+
+def _is_entry(node: Any, number: str) -> bool:
+    return isinstance(node, list) and number in map(str, range(len(node)))
 
 
 def _table(node: Any, key: str, override: str) -> Any:
     if not isinstance(node, dict):
-        raise UserError(f"--set {override}: {key} does not name a table; see the config file for its keys")
+        raise UserError(f"--set {override[:80]}: {key[:40]} does not name a table; see the config file for its keys")
     return node.setdefault(key, {})
 
 
 def _number(value: Any) -> Any:
-    """A whole number as a float. WrongTypeError, to which dacite adds the key, for true, false and too large ones."""
-    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+    """A whole number as a float. WrongTypeError, to which dacite adds the key, for true and false."""
+    if isinstance(value, bool):
         raise dacite.WrongTypeError(float, value)
     return float(value) if isinstance(value, int) else value
 
 
 def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
+    for key, value in flat(raw):
+        if any(map(is_too_large, value if isinstance(value, list | tuple) else [value])):
+            raise UserError(f"config {where}: {key} is beyond {LARGEST}, the largest whole number; correct the value")
     try:
         types = dacite.Config(strict=True, cast=[tuple], type_hooks={float: _number}, check_types=True)
         return dacite.from_dict(kind, raw, types)
@@ -432,7 +424,7 @@ def from_dict(kind: type[T], raw: dict[str, Any], where: str) -> T:
             f"{kind.__module__.replace('.', '/')}.py"
         ) from error
     except (dacite.DaciteError, ValueError, TypeError) as error:
-        raise UserError(f"config {where}: {' '.join(str(error).split())}; correct the value") from error
+        raise UserError(f"config {where}: {' '.join(str(error).split())[:500]}; correct the value") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

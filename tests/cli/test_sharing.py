@@ -91,7 +91,7 @@ def test_what_is_refused(run: Any, home: Path, deep: Path, tmp_path: Path) -> No
     text = ("--data", home / "text", *FEW)
     refused(("--keep", "--layers"), "share", deep, out)
     refused(("--keep", "--layers"), "share", deep, out, "--keep", "1", "--layers", "0")
-    refused(("--layers 0,x", "for example 0,2,5"), "share", deep, out, "--layers", "0,x")
+    refused(("--layers: x is no whole number", "for example 0,2,5"), "share", deep, out, "--layers", "0,x")
     refused(("layer 9 has none", "from 0 to 3"), "share", deep, out, "--layers", "0,9")
     refused(("the first layer must keep its own",), "share", deep, out, "--layers", "1,2")
     refused(("keep is 4", "fewer than all"), "share", deep, out, "--keep", "4", *text)

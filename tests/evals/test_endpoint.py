@@ -82,15 +82,15 @@ def test_how_long_a_server_wants_us_to_wait(asked: str | None, seconds: float) -
 
 @contextmanager
 def sending(first: bytes, then: bytes, pause: float) -> Iterator[str]:
-    """The address of a server that sends `first`, and `then` again and again until the client is gone."""
-    stop = threading.Event()
+    """The address of a server that sends `first`, then `then` until the client is gone, or for 20 seconds."""
+    stop, end = threading.Event(), time.monotonic() + 20
 
     def serve(server: socket.socket) -> None:
         connection, _ = server.accept()
         with connection, suppress(OSError):
             connection.recv(65536)
             connection.sendall(first)
-            while not stop.wait(pause):
+            while not stop.wait(pause) and time.monotonic() < end:
                 connection.sendall(then)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -142,7 +142,7 @@ def test_headers_without_end_are_no_reply() -> None:
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 def test_a_body_without_end_is_no_reply(monkeypatch, encoding: str) -> None:
-    monkeypatch.setattr(endpoint, "LARGEST", 10**6)
+    monkeypatch.setattr(endpoint, "MOST_BYTES", 10**6)
     body, head = b" " * 2 * 10**6, f"Content-Encoding: {encoding}\r\n\r\n".encode()
     sent = gzip.compress(body) if encoding == "gzip" else body
     with sending(OK + head, sent, 0) as url, pytest.raises(UserError, match="answered with more than 1000000 bytes"):
@@ -173,6 +173,7 @@ LOGPROBS = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1
         ({"choices": []} | USAGE, UserError),
         ({"choices": [{"text": 5}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS}]}, UserError),
+        ({"choices": [{"text": "a", "logprobs": LOGPROBS}], "usage": {"prompt_tokens": 10**400}}, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"tokens": []}}]} | USAGE, UserError),
         ({"choices": [{"text": "a", "logprobs": LOGPROBS | {"token_logprobs": ["x"]}}]} | USAGE, UserError),
         *(

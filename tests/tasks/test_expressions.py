@@ -1,5 +1,9 @@
 """Answers in general form: equal values are equal however they are written, and no answer is worked on for ever."""
 
+import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -59,6 +63,16 @@ def test_no_answer_is_worked_on_for_ever(answer: str) -> None:
     assert verdicts == [False] and time.monotonic() - begin < 15
     late = Expressions.equal(compared, "6 * 7", "42")
     assert late is True
+
+
+def test_its_process_ends_alone_if_nobody_waits_any_more() -> None:
+    """As after a kill of its parent, in the middle of a comparison that would take hours."""
+    code = "from tokensieve.tasks.problems import expressions_worker as w; w.LONGEST = 1; w.main()"
+    asked = json.dumps({"right": r"\boxed{42}", "answer": "$9^{9^{9^9}}$"})
+    worker = subprocess.run(
+        [sys.executable, "-c", code], input=f"{asked}\n", text=True, capture_output=True, timeout=60
+    )
+    assert worker.returncode == -signal.SIGALRM and worker.stdout == "ready\n"
 
 
 def test_its_process_ends_with_it() -> None:

@@ -1,6 +1,5 @@
 """Stream a checkpoint folder in: only safetensors, with the headers checked first, and never a pickle."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +17,7 @@ from tokensieve.checkpoint.names import FLOAT32_SUFFIXES, RANK_FILE, expected_te
 from tokensieve.config import UserError
 from tokensieve.families import family_of
 from tokensieve.files import refuse_adapter, refuse_file, refuse_gguf, refuse_pointer
+from tokensieve.integers import read_json
 from tokensieve.ops.quant import SCALE_BLOCK, dequantize_weight
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def read_end_tokens(folder: str | Path) -> list[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+        value = read_json(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not JSON
         refuse_pointer(path)
         raise UserError(f"{path}: not readable as JSON ({error}); copy or download it again") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import SELECTOR, Device, app, check_selection, stderr, stdout, tokenizer_of
+from tokensieve.cli.program import SELECTOR, Command, Device, app, check_selection, stderr, stdout, tokenizer_of
 
 if TYPE_CHECKING:
     from tokensieve.bench import Workload
@@ -19,7 +19,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure how fast something runs 
 app.add_typer(bench, name="bench")
 
 
-@bench.command()
+@bench.command(cls=Command)
 def serve(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or a bundled name (base, sparse).")] = "sparse",
     shape: Annotated[
@@ -114,11 +114,15 @@ def serve(
 
 def _numbers(option: str, text: str) -> list[int]:
     from tokensieve.config import UserError
+    from tokensieve.integers import read_integer
 
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    try:
+        numbers = [read_integer(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"{option}: {error}; give whole numbers above 0, for example 1,8,32") from error
+    if not numbers or min(numbers) < 1:
         raise UserError(f"{option} {text}: give whole numbers above 0, for example 1,8,32")
-    return [int(part) for part in parts]
+    return numbers
 
 
 def _dtype(device: Any) -> Any:
@@ -130,6 +134,7 @@ def _dtype(device: Any) -> Any:
 def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
     from tokensieve.config import UserError
     from tokensieve.families import FAMILIES, published_config
+    from tokensieve.integers import read_integer
 
     if shape not in FAMILIES:
         raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")
@@ -144,9 +149,11 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
                 f"--set {change}: write KEY=VALUE with a key of config.json, for example num_hidden_layers=4"
             )
         try:
-            fields[key] = json.loads(value)
+            fields[key] = json.loads(value, parse_int=read_integer)
         except json.JSONDecodeError:
             fields[key] = value
+        except ValueError as error:
+            raise UserError(f"--set {key}: {error}; give a smaller one") from error
     return published_config(shape, **fields)
 
 

@@ -11,7 +11,19 @@ import typer
 
 from tokensieve.cli.measuring import MEASURED, Progress, measure_suite
 from tokensieve.cli.paper import run_name
-from tokensieve.cli.program import Config, Device, Model, OneProcess, Set, app, stderr, stdout, tokenizer_of, with_keys
+from tokensieve.cli.program import (
+    Command,
+    Config,
+    Device,
+    Model,
+    OneProcess,
+    Set,
+    app,
+    stderr,
+    stdout,
+    tokenizer_of,
+    with_keys,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +55,7 @@ class Suite(StrEnum):
     paper = "paper"
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON.")] = False) -> None:
     """Show what this machine has (devices, backends and why not, versions, memory) and what will be used.
 
@@ -120,12 +132,13 @@ def sparsify(
 def _keys(given: str) -> int | list[int]:
     """`--top-k` of sparsify: one number, or one for each layer."""
     from tokensieve.config import UserError
+    from tokensieve.integers import read_integer
 
     try:
-        keys = [int(n) for n in given.split(",")]
+        keys = [read_integer(n) for n in given.split(",")]
     except ValueError as error:
         raise UserError(
-            f"--top-k {given}: write a number of keys, or one for each layer, as in 256,128,64,64"
+            f"--top-k: {error}; write a number of keys, or one for each layer, as in 256,128,64,64"
         ) from error
     return keys[0] if len(keys) == 1 else keys
 

@@ -1,7 +1,6 @@
 """The command that prices a model: FLOPs, bytes, seconds and dollars of a token, and price lists on traffic."""
 
 import importlib.resources
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -196,13 +195,14 @@ def config_of(model: str) -> tuple[Any, str | None]:
     from tokensieve.config import UserError
     from tokensieve.families import FAMILIES, model_config, published_config
     from tokensieve.files import bundled_models, known_folder
+    from tokensieve.integers import read_json
 
     if is_published(model) and model in FAMILIES:
         return published_config(model), None
     path = _shapes()[model] if is_published(model) else Path(model)
     if path.suffix == ".json" and path.is_file():
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not JSON ({error}); give a model's config.json") from error
         if not isinstance(raw, dict):
@@ -264,24 +264,27 @@ def _serving(given: dict[str, Any]) -> "Serving":
 def _two_level(text: str | None) -> "TwoLevel | None":
     from tokensieve.config import UserError
     from tokensieve.cost import TwoLevel
+    from tokensieve.integers import read_integer
 
     if text is None:
         return None
-    blocks, _, width = text.partition("x")
-    if not blocks.isdecimal() or not width.isdecimal():
-        raise UserError(f"--two-level {text}: write BLOCKSxKEYS, for example 64x128")
-    return TwoLevel(int(blocks), int(width))
+    try:
+        return TwoLevel(*map(read_integer, text.split("x", 1)))
+    except (ValueError, TypeError) as error:  # TypeError: there is no x
+        raise UserError(f"--two-level {text[:40]}: write BLOCKSxKEYS, for example 64x128") from error
 
 
 def _positions(text: str | None, longest: int) -> list[int]:
     """The positions that are shown: those given, or the powers of two that the model has."""
     from tokensieve.config import UserError
+    from tokensieve.integers import read_integer
 
     if text is None:
         return [p for p in (SHORTEST << i for i in range(20)) if p <= min(longest, LONGEST)] or [longest]
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UserError(f"--positions {text}: write token positions with commas, for example 8192,131072")
-    positions = sorted({int(part) for part in text.split(",")})
+    try:
+        positions = sorted({read_integer(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UserError(f"--positions: {error}; write token positions with commas, for example 8192,131072") from error
     if positions[-1] > longest:
         raise UserError(f"--positions {positions[-1]}: the model has {longest} positions; give at most as many")
     return positions

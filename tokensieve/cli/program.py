@@ -45,7 +45,21 @@ Out = Annotated[str | None, typer.Option(help="Run folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run folder.")]
 
 
-class OneProcess(TyperCommand):
+class Command(TyperCommand):
+    """A command that refuses whole numbers beyond 64 bits."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from tokensieve.config import UserError
+        from tokensieve.integers import LARGEST, is_too_large
+
+        for name, value in ctx.params.items():
+            if any(map(is_too_large, value if isinstance(value, list | tuple) else [value])):
+                option = f"--{name.rstrip('_').replace('_', '-')}"
+                raise UserError(f"{option} is beyond {LARGEST}, the largest whole number; give a smaller one")
+        return super().invoke(ctx)
+
+
+class OneProcess(Command):
     """A command that would do the same in every process that torchrun starts, into one folder; it refuses to run so."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -60,10 +74,10 @@ class OneProcess(TyperCommand):
 
 
 def with_keys(
-    kind: str, default: str, module: str = "tokensieve.config", runs_in: type[TyperCommand] = OneProcess
-) -> type[TyperCommand]:
+    kind: str, default: str, module: str = "tokensieve.config", runs_in: type[Command] = OneProcess
+) -> type[Command]:
     """A command whose help ends with the keys of --set: those of a class in `module`, by name, with the values that a
-    bundled config gives them. runs_in: OneProcess, or TyperCommand for a command that runs on several ranks.
+    bundled config gives them. runs_in: OneProcess, or Command for a command that runs on several ranks.
     """
 
     class WithKeys(runs_in):  # type: ignore[misc, valid-type]

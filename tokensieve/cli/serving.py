@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.cli.program import Device, Model, OneProcess, Selection, app, check_selection
+from tokensieve.cli.program import Command, Device, Model, OneProcess, Selection, app, check_selection
 
 API_KEY = "TOKENSIEVE_API_KEY"
 Engine = StrEnum("Engine", ["vllm", "sglang"])
@@ -42,7 +42,7 @@ def deploy(
     deploy_checkpoint(engine.value, model, gpus, hardware.value, context, options or (), compose, run)
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
     model: Model = "sparse",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all of them.")] = "127.0.0.1",

@@ -8,7 +8,7 @@ import typer
 from tokensieve.cli.program import Config, Device, Model, Set, app, stderr, tokenizer_of, with_keys
 
 
-@app.command(cls=with_keys("ShareConfig", "share"))
+@app.command(cls=with_keys("ShareConfig", "share", "tokensieve.share_config"))
 def share(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must not hold one.")],
@@ -31,15 +31,18 @@ def share(
 
     Example: tokensieve share sparse runs/shared --keep 4
     """
-    from tokensieve.config import ShareConfig, UserError, load_config
+    from tokensieve.config import UserError, load_config
     from tokensieve.files import check_free, check_source, known_folder
+    from tokensieve.integers import read_integer
+    from tokensieve.share_config import ShareConfig
 
     settings = load_config(ShareConfig, config, tuple(set_ or ()))
     if (keep is None) == (layers is None):
         raise UserError("say which indexers stay: how many with --keep, or which with --layers")
-    named = None if layers is None else [int(n) if n.strip().isdecimal() else n for n in layers.split(",")]
-    if named is not None and not all(isinstance(n, int) for n in named):
-        raise UserError(f"--layers {layers}: write it as numbers of layers, for example 0,2,5")
+    try:
+        named = None if layers is None else [read_integer(n) for n in layers.split(",")]
+    except ValueError as error:
+        raise UserError(f"--layers: {error}; write it as numbers of layers, for example 0,2,5") from error
     known_folder(model)
     check_free(out)
     check_source(data)

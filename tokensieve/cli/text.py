@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.cli.program import Device, Model, Selection, app, check_selection, held_log, tokenizer_of
+from tokensieve.cli.program import Command, Device, Model, Selection, app, check_selection, held_log, tokenizer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokensieve.model import DecoderForCausalLM
 
 
-@app.command(context_settings={"allow_extra_args": True})
+@app.command(cls=Command, context_settings={"allow_extra_args": True})
 def generate(
     context: typer.Context,
     model: Model = "base",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from tokensieve.cli.program import (
     SELECTOR,
+    Command,
     Config,
     Out,
     Resume,
@@ -67,7 +67,7 @@ def demo(
         main_job.run(settings, stdout())
 
 
-@app.command(cls=with_keys("TrainConfig", "base", runs_in=TyperCommand))
+@app.command(cls=with_keys("TrainConfig", "base", runs_in=Command))
 def pretrain(config: Config = "base", set_: Set = None, out: Out = None, resume: Resume = False) -> None:
     """Train a new dense model, with the shape in the config, as the bundled base was made.
 
@@ -98,7 +98,7 @@ def speedrun(
         all_stages.run(settings, resume, until.value, stdout())
 
 
-@app.command(cls=with_keys("TrainConfig", "warmup", runs_in=TyperCommand))
+@app.command(cls=with_keys("TrainConfig", "warmup", runs_in=Command))
 def warmup(
     config: Config = "warmup", model: Start = None, set_: Set = None, out: Out = None, resume: Resume = False
 ) -> None:
@@ -110,7 +110,7 @@ def warmup(
     typer.echo(f"Next: tokensieve adapt --model {trained}")
 
 
-@app.command(cls=with_keys("TrainConfig", "adapt", runs_in=TyperCommand))
+@app.command(cls=with_keys("TrainConfig", "adapt", runs_in=Command))
 def adapt(
     config: Config = "adapt",
     model: Start = None,

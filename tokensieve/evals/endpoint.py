@@ -12,12 +12,13 @@ from itertools import chain
 from typing import Any
 
 from tokensieve.config import UserError
+from tokensieve.integers import LARGEST
 
 ALTERNATIVES = 5  # log probabilities beside that of each token
 LONGER = 4  # times as many tokens are made beside an answer that is to run in a crowd
 LONGEST_PAUSE = 60.0  # seconds between two tries
 CONNECTED = ("connect_tcp.complete", "start_tls.complete")  # how events that bring a connection end
-LARGEST = 2**30  # bytes of a reply: many times those of a million tokens with their alternatives
+MOST_BYTES = 2**30  # bytes of a reply: many times those of a million tokens with their alternatives
 UNSUPPORTED = (400, 404, 405, 422, 501)  # statuses by which servers refuse a route or a field
 
 
@@ -30,7 +31,7 @@ class Late(UserError):
 
 
 class TooLarge(Exception):
-    """A reply has more than `LARGEST` bytes."""
+    """A reply has more than `MOST_BYTES` bytes."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Endpoint:
         thoughts, content = (str(said.get(part) or "") for part in ("reasoning_content", "content"))
         prompt_tokens = self._prompt_tokens(reply, "/chat/completions")
         made = reply["usage"].get("completion_tokens")
-        counted = made if isinstance(made, int) else None
+        counted = made if isinstance(made, int) and 0 <= made <= LARGEST else None
         return Reply(thoughts + content, prompt_tokens, output_tokens=counted, content=content)
 
     def crowd(self, model: str, prompt: str, others: Sequence[str], tokens: int) -> Reply:
@@ -178,7 +179,7 @@ class Endpoint:
     def _prompt_tokens(self, reply: Mapping[str, Any], route: str) -> int:
         usage = reply.get("usage")
         count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if not isinstance(count, int) or count < 1:
+        if not isinstance(count, int) or not 1 <= count <= LARGEST:
             raise self._nonsense(route, "no usage.prompt_tokens")
         return count
 
@@ -209,7 +210,7 @@ class Endpoint:
                     raise UserError(f"{self.url} cannot be reached ({why}); is the server up?") from error
                 pause = _pause(None, tried)
             except TooLarge as error:
-                raise self._nonsense(route, f"more than {LARGEST} bytes") from error
+                raise self._nonsense(route, f"more than {MOST_BYTES} bytes") from error
             except (ValueError, RecursionError) as error:
                 raise self._nonsense(route, "no JSON") from error
             else:
@@ -253,12 +254,12 @@ def _whole(response: Any) -> Any:
     """The response with all of its body, as a client that does not stream reads it.
 
     Raises:
-        TooLarge: the body has more than `LARGEST` bytes.
+        TooLarge: the body has more than `MOST_BYTES` bytes.
     """
     pieces, size = [], 0
     for piece in response.iter_bytes():
         size += len(piece)
-        if size > LARGEST:
+        if size > MOST_BYTES:
             response.close()
             raise TooLarge
         pieces.append(piece)

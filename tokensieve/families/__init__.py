@@ -19,6 +19,7 @@ from tokensieve.families.family import TOP_K_BY_LAYER, AttentionCost, Entry, Exp
 from tokensieve.families.published import PUBLISHED
 from tokensieve.families.rope_fields import check_rope
 from tokensieve.families.unsupported import refusal
+from tokensieve.integers import LARGEST, is_too_large
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 ModelConfig: TypeAlias = PreTrainedConfig  # of any family
+
+MOST_LAYERS = 2**16  # config classes make lists of them
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {row.model_type: row for row in (*deepseek.FAMILIES, *kimi.FAMILIES, *glm.FAMILIES, *grouped.FAMILIES)}
@@ -71,6 +74,10 @@ def model_config(raw: dict[str, Any]) -> Any:
     unknown family, and for a field with an unsuitable value.
     """
     family = family_of(raw)
+    for name, value in raw.items():
+        if is_too_large(value) or (name == "num_hidden_layers" and isinstance(value, int) and value > MOST_LAYERS):
+            most = MOST_LAYERS if name == "num_hidden_layers" else LARGEST
+            raise UserError(f"config.json: {name} is beyond {most}; correct the field in the checkpoint's config.json")
     for name in ("rope_scaling", "rope_parameters"):  # before transformers, whose complaints name no remedy
         check_rope(name, raw.get(name))
     try:

@@ -176,10 +176,15 @@ class Family(ABC):
         return False
 
     def experts(self, fields: Mapping[str, Any]) -> Experts:
-        """The experts of a layer that has them, from the fields of config.json. UserError for a missing field."""
+        """The experts of a layer that has them, from the fields of config.json. UserError for a missing field, and for
+        more experts of a token than there are.
+        """
+        routed, per_token = required(fields, self.experts_field), required(fields, "num_experts_per_tok")
+        if per_token > routed:
+            raise UserError(f"config.json: num_experts_per_tok is {per_token} of {routed} experts; correct the field")
         return Experts(
-            routed=required(fields, self.experts_field),
-            per_token=required(fields, "num_experts_per_tok"),
+            routed=routed,
+            per_token=per_token,
             width=required(fields, "moe_intermediate_size"),
             shared=fields.get("n_shared_experts") or 0,
             groups=fields.get("n_group") or 1,
@@ -295,4 +300,6 @@ def required(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
     if value is None:
         raise UserError(f"a config of type {fields.get('model_type')!r} has no {name}; complete its config.json")
+    if not isinstance(value, int | float) or not float(value).is_integer():
+        raise UserError(f"{name} is {str(value)[:40]!r}; it must be a whole number: correct the config.json")
     return int(value)
