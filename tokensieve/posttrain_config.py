@@ -104,10 +104,11 @@ class DistillConfig:
     train: SftConfig
     passing: float = 1.0  # score of an answer that is kept, at least
     fill: Literal["none", "demonstrations"] = "none"  # what takes the place of answers that a domain and mode lacks
+    repeat: int = 1  # times that a row is trained on, at most, so that those with fewer rows weigh as much as others
     on_policy: OnPolicyConfig | None = None  # another model to compare with; None: none
 
     def __post_init__(self) -> None:
-        _check_counts(self, "distill.", "prompts", "samples", "keep")
+        _check_counts(self, "distill.", "prompts", "samples", "keep", "repeat")
         if not 0 < self.passing <= 1:
             raise UserError(f"distill.passing is {self.passing}; it must be a score above 0, and at most 1")
 

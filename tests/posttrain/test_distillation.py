@@ -57,6 +57,19 @@ def test_demonstrations_fill_up_only_if_asked(group: Group) -> None:
         distillation.training_rows([group], lines[1:2], settings(), group.task.encode, 0)
 
 
+def test_smaller_groups_are_repeated_until_all_weigh_the_same() -> None:
+    rows = [[{"input_ids": [10 * group + row]} for row in range(count)] for group, count in enumerate((5, 2, 0, 1))]
+
+    def found(repeat: int) -> list[int]:
+        return [row["input_ids"][0] for row in distillation.balanced(rows, repeat)]
+
+    assert found(1) == [0, 1, 2, 3, 4, 10, 11, 30]
+    assert found(3) == [0, 1, 2, 3, 4, 10, 11, 10, 11, 10, 30, 30, 30]
+    assert distillation.balanced([], 2) == []
+    with pytest.raises(UserError, match=r"distill.repeat is 0; it must be at least 1"):
+        settings(repeat=0)
+
+
 def test_lines_on_disk(tmp_path: Path) -> None:
     file = tmp_path / "answers" / "logic.jsonl"
     distillation.write_lines(file, [line("a", "答")])

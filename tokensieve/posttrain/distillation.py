@@ -6,7 +6,7 @@ for each of the answer's 1 if the model wrote it, 0 for results of tools, "text"
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import chain, zip_longest
+from itertools import chain, cycle, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,12 @@ def training_rows(
     """The rows to train on, the lines among them, and by group {"sampled", "passed", "kept", "demonstrations"}.
 
     If `config.fill` is "demonstrations", a group with fewer than `config.keep` answers gets demonstrations for the
-    others, as far as its problems have any. UserError if nothing is left to train on.
+    others, as far as its problems have any. Rows of a group that has fewer than another are repeated until it has as
+    many, each at most `config.repeat` times. UserError if nothing is left to train on.
     """
     counts: dict[str, dict[str, int]] = {}
     kept: list[Line] = []
-    rows: list[Row] = []
+    by_group: list[list[Row]] = []
     for group in groups:
         own = [line for line in lines if line["group"] == group.name]
         best = chosen(own, config)
@@ -95,13 +96,20 @@ def training_rows(
             "sampled": len(own), "passed": passed, "kept": len(best), "demonstrations": len(shown)
         }  # fmt: skip
         kept += best
-        rows += [*map(row_of, best), *shown]
+        by_group.append([*map(row_of, best), *shown])
+    rows = balanced(by_group, config.repeat)
     if not rows:
         raise UserError(
             f"no answer of a specialist scores {config.passing} or more; train the specialists longer, lower "
             'distill.passing, or set distill.fill = "demonstrations"'
         )
     return Dataset.from_list(rows), kept, counts
+
+
+def balanced(by_group: Sequence[Sequence[Row]], repeat: int) -> list[Row]:
+    """All rows. Those of smaller groups come again, until these have as many as the largest, or `repeat` times each."""
+    most = max(map(len, by_group), default=0)
+    return [row for rows in by_group for row in islice(cycle(rows), min(most, repeat * len(rows)))]
 
 
 def check_tokens(lines: Iterable[Line], vocabulary: int) -> None:
