@@ -10,7 +10,7 @@ from tests.support import grouped, models
 from tokensieve import cost
 from tokensieve.config import LoraConfig
 from tokensieve.cost.train_memory import SCORES, STRIP, Ranks, host_memory, layer_parameters, memory
-from tokensieve.cost.train_rates import LITE
+from tokensieve.cost.train_rates import GROUPED, LITE
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.train.lora import adapted, adapters_of
 from tokensieve.train.precision import exact_modules
@@ -145,7 +145,8 @@ def test_divided_experts() -> None:
 
 def test_gathered_keys_by_hand() -> None:
     """Entries of 576 and index keys of 128 numbers, received and put in order in bfloat16; their gradients in float32
-    and, as they are sent, in bfloat16. A warm-up expands the other ranks' entries to 192 + 192 + 256 numbers a head.
+    and, as they are sent, in bfloat16. A warm-up expands all entries to 256 and 192 numbers a head; of half of the
+    tokens, beyond as many as a rank has, it copies keys of 192 and values of 128, these widened to 192.
     """
     shape = cost.paper.published_shape()
     T, ranks = 131072, Ranks(16, context=16)
@@ -153,7 +154,9 @@ def test_gathered_keys_by_hand() -> None:
     adapt = held(shape, "adapt", ranks, context=T)
     assert adapt[name] == T * 704 * (2 + 2 + 6)
     warmup = held(shape, "warmup", ranks, context=T)
-    assert warmup[name] == T * 704 * (2 + 2) + (T - T // 16) * 128 * 640 * 2
+    assert warmup[name] == T * 704 * (2 + 2) + 2 * 128 * (T * 448 + (T // 2 - T // 16) * 512)
+    two = held(shape, "warmup", Ranks(2, context=2), context=T)
+    assert two[name] == T * 704 * (2 + 2) + 2 * 128 * T * 448
     kept = held(shape, "adapt", ranks, context=T, checkpointing=False)
     assert kept[name] == T * 704 * (2 + 61 * 2 + 6)
     assert name not in held(shape, "adapt", Ranks(16), context=T)
@@ -161,9 +164,28 @@ def test_gathered_keys_by_hand() -> None:
 
 def test_activations_are_those_of_a_rank_of_the_context() -> None:
     shape = cost.paper.published_shape()
-    for stage in ("warmup", "adapt", "pretrain"):
+    for stage in ("adapt", "pretrain"):
         whole, part = (held(shape, stage, Ranks(8, c), context=1 << 17)["activations"] for c in (1, 8))
         assert whole == 8 * part
+
+
+def test_activations_of_a_warm_up_by_hand() -> None:
+    """Of the 671B model a token's eight copies in four places, or, if ranks share a sequence, attention in float32."""
+    shape, N = cost.paper.published_shape(), 1 << 17
+    alone = held(shape, "warmup", Ranks(8), context=N)["activations"]
+    assert alone == 2 * N * 7168 * (7 + 4 * 8)
+    index = 2 * (64 + 1) * 128 + 64
+    latents = 2 * 1536 + 576
+    # Queries twice, and their rotated part; four tensors of a level, each 192 wide; four of the output in float32.
+    heads = 128 * (2 * 192 + 64 + 4 * 192 + 4 * 2 * 128)
+    shared = held(shape, "warmup", Ranks(8, context=8), context=8 * N)["activations"]
+    assert shared == 2 * N * (5 * 7168 + latents + heads + index)
+    grouped_shape = cost.shape_of(GROUPED)
+    found = held(grouped_shape, "warmup", Ranks(8), context=N)["activations"]
+    assert found == 2 * N * (7 * 4096 + 3 * 12288)
+    narrow = replace(grouped_shape, dense_ffn=1024)
+    found = held(narrow, "warmup", Ranks(8), context=N)["activations"]
+    assert found == 2 * N * (5 * 4096 + 32 * 4 * 128 + 2 * 8 * 128 + 2 * 17 * 128 + 16)
 
 
 def test_buffers_are_the_kernels() -> None:

@@ -1,8 +1,8 @@
 """The share of a GPU's peak that each operation reaches: measured if docs hold a measurement, else 1 (roofline).
 
 Every share has a label that its figures carry: "measured" on this very GPU, "measured on H200" for other Hoppers, on
-which the same kernels run, "extrapolated" from shorter or longer sequences that were measured, "roofline" for a peak
-that nothing reaches in full, "fitted" and "given".
+which the same kernels run, "extrapolated" from shorter or longer sequences that were measured, in training also from
+another number of experts, "roofline" for a peak that nothing reaches in full, "fitted" and "given".
 """
 
 from dataclasses import dataclass, fields, replace

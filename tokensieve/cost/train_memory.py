@@ -152,7 +152,8 @@ def memory(
     T = sequences * context
     N = T // ranks.context
     logits = logits_bytes(shape, stage, N)
-    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing) - logits
+    shared = ranks.context > 1
+    activations = activation_bytes(shape, stage, N, VALUE, checkpointing=checkpointing, shared=shared) - logits
     if adapters is not None:
         made = WEIGHT if ranks.gpus == 1 else GATHERED  # of a gradient
         activations += adapters.sum_bytes(made, VALUE, checkpointing=checkpointing)
@@ -205,8 +206,9 @@ def _gathered_layers(
 def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, checkpointing: bool) -> Iterator[Held]:
     """Entries and index keys of whole sequences: as they arrive, in their order, and the gradients that are sent back.
 
-    Dense attention expands the entries to keys and values per head, of all T tokens; a GPU's own are counted with the
-    activations. Without recomputation every layer keeps them.
+    Dense attention makes keys and values per head of all T tokens, and copies. In pretraining a GPU's own are counted
+    with the activations. Of a warm-up copies of as many as the GPU has tokens are, and here those of up to half of the
+    keys, for the largest level of `tokensieve/ops/scattered.py`. Without recomputation every layer keeps all.
     """
     if ranks.context == 1:
         return
@@ -215,21 +217,26 @@ def _gathered_keys(shape: Shape, stage: Stage, ranks: Ranks, N: int, T: int, che
     layers = 1 if checkpointing or stage == "warmup" else shape.layers
     gradient = WEIGHT + VALUE if stage != "warmup" else 0  # summed in float32, sent in bfloat16
     size = T * sent * (VALUE * (1 + layers) + gradient)
-    if stage != "adapt":
-        size += (T - N) * expanded(shape) * VALUE * (layers + (stage == "pretrain"))
+    made, copied = expanded(shape)
+    if stage == "pretrain":
+        size += (T - N) * (made + copied) * VALUE * (layers + 1)
+    if stage == "warmup":
+        level = max(0, T // 2 - N) * attention.heads * (attention.score + attention.masked)  # values before and after
+        size += VALUE * (T * made + level)
     yield Held("gathered keys and values, index keys", size, "estimated")
 
 
-def expanded(shape: Shape) -> int:
-    """Numbers per token of the keys and values of all heads that dense attention reads, and of what they are made of.
+def expanded(shape: Shape) -> tuple[int, int]:
+    """Numbers per token of the keys and values of all heads that dense attention makes of the entries, and of copies.
 
-    Under MLA: the up-projected latent, keys with their rotated part, and values as wide as keys. Grouped ones are
-    repeated for the heads of their group.
+    Under MLA: the up-projected latent, and keys with their rotated part; values as wide as keys. Grouped ones are read
+    as they are, and repeated for the heads of their group.
     """
     attention = shape.attention
     if attention.gathered != attention.masked:
-        return attention.heads * (attention.masked - attention.rotated + 2 * attention.score)
-    return attention.heads * attention.masked
+        made = attention.masked - attention.rotated + attention.score
+        return attention.heads * made, attention.heads * attention.score
+    return 0, attention.heads * attention.masked
 
 
 def _buffers(stage: Stage, N: int, T: int) -> int:

@@ -224,18 +224,48 @@ def logits_bytes(shape: Shape, stage: Stage, tokens: int) -> int:
     return 0 if stage == "warmup" else 2 * 4 * shape.vocabulary * min(tokens, head_rows(shape.vocabulary))
 
 
-def activation_bytes(shape: Shape, stage: Stage, tokens: int, value_bytes: int, *, checkpointing: bool) -> int:
+def warmup_values(shape: Shape, shared: bool) -> int:
+    """Numbers per token at the peak of a layer of a warm-up, which keeps nothing for a backward pass through it.
+
+    Either attention holds most: queries, under MLA before and after their rotation, keys and values of all heads, these
+    as wide as keys, and the output in this width and in its own. Or the experts: a token's copies, as they go in and
+    come out, in the tokens' order, and weighted; before that their inner numbers. Beside them the residual stream is
+    there up to seven times: from the embedding in float32, and before and after each part.
+
+    shared: by the GPUs of a context. Attention then adds up parts of the output in float32
+    (`tokensieve/ops/fused.py`), and keys and values are not a token's own: they are counted apart.
+    """
+    attention, hidden = shape.attention, shape.hidden
+    latent, value = attention.gathered != attention.masked, attention.masked - attention.score
+    per_head = 2 * attention.masked + 4 * attention.score * latent
+    if shared:
+        queries = 2 * attention.score + attention.rotated if latent else attention.score
+        per_head = queries + 4 * attention.score + 8 * value
+    attending = attention.heads * per_head + attention.cached + index_values(shape)
+    if latent:
+        attending += 2 * attention.index_source
+    ffn = 3 * shape.dense_ffn if shape.moe_layers < shape.layers else 0
+    if shape.moe_layers:
+        inner = shape.expert_ffn
+        routed = shape.experts_per_token * max(4 * hidden, 2 * hidden + 3 * inner, hidden + 4 * inner)
+        ffn = max(ffn, routed, hidden + 3 * shape.shared_experts * inner)
+    return max(5 * hidden + attending, 7 * hidden + ffn)
+
+
+def activation_bytes(
+    shape: Shape, stage: Stage, tokens: int, value_bytes: int, *, checkpointing: bool, shared: bool = False
+) -> int:
     """Peak bytes of the activations of a micro-batch of `tokens` tokens, without the blocks of attention.
 
-    warmup keeps half a layer, attention with its indexer or the feed-forward part, whatever the depth: no gradient goes
-    through it. Checkpointing keeps every layer's input and one whole layer. Logits are those of `logits_bytes`; the
-    selected indices are int32.
+    warmup holds one layer (`warmup_values`), whatever the depth: no gradient goes through it. Checkpointing keeps every
+    layer's input and one whole layer. Logits are those of `logits_bytes`; the selected indices are int32. shared: as
+    in `warmup_values`.
     """
+    if stage == "warmup":
+        return tokens * value_bytes * warmup_values(shape, shared)
     dense_layers, index = shape.layers - shape.moe_layers, index_values(shape)
     ffn = max(ffn_values(shape, moe) for moe, count in ((True, shape.moe_layers), (False, dense_layers)) if count)
     attention = attention_values(shape)
-    if stage == "warmup":
-        return tokens * value_bytes * (max(attention + index, ffn) + shape.hidden)
     logits = logits_bytes(shape, stage, tokens)
     if checkpointing:
         held = shape.index_layers if shape.index_layers < shape.layers else 1  # borrowed indices are a layer's inputs

@@ -216,6 +216,7 @@ def _scattered(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, ends: Tensor, sc
         both = torch.logaddexp(lse[rows], its)
         out[rows] = out[rows] * (lse[rows] - both).exp()[..., None] + more[..., :V] * (its - both).exp()[..., None]
         lse[rows] = both
+        del q_n, k_n, v_n, more  # before those of the next level are made
     return out.to(q.dtype), lse
 
 
