@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,9 +11,9 @@ import tokensieve
 from tests.support import grouped
 from tests.support.models import config, ours
 from tokensieve.config import load_config
-from tokensieve.posttrain import Rollouts, stages
+from tokensieve.posttrain import Rollouts, parts, stages
 from tokensieve.posttrain.outcomes import demonstrations_of
-from tokensieve.posttrain.parts import free_memory
+from tokensieve.posttrain.parts import Parts, Watch, release_memory
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import DOMAINS, Problems
@@ -71,7 +72,35 @@ def test_no_engine_is_left_when_the_next_model_is_loaded() -> None:
     try:
         del runner
         assert left() is not None
-        free_memory()
+        release_memory()
         assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_no_engine_is_left_behind_sampled_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measured difficulty has an engine for each probe, and GRPO goes on with the same model."""
+
+    class Runner:
+        def __init__(self) -> None:
+            self.graphs = self.__init__  # as `Graphs` holds it
+
+    left: list[weakref.ref[Runner]] = []
+
+    def sampled(*_: Any, **__: Any) -> list[Any]:
+        left.append(weakref.ref(Runner()))
+        assert left[-1]() is not None
+        return []
+
+    class Quiet(Watch):
+        pass
+
+    monkeypatch.setattr(parts, "sample", sampled)
+    settings = load_config(PosttrainConfig, "posttrain-tiny", ("model=base", f"out={tmp_path}", "device=cpu"))
+    model = ours(config("v32", index_topk=16, vocab_size=4096, num_hidden_layers=1))
+    gc.disable()  # it would come at any time
+    try:
+        Parts(settings, {}, {}, Quiet())._sample(model, "a probe", [], 1)
+        assert left[0]() is None
     finally:
         gc.enable()

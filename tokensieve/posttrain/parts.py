@@ -42,7 +42,7 @@ def specialist_of(domain: str) -> str:
     return f"specialist-{domain}"
 
 
-def free_memory() -> None:
+def release_memory() -> None:
     """Gives back what models and engines before this one held.
 
     An engine that has recorded its steps refers to itself, and would keep its pages on the GPU, which other processes
@@ -82,7 +82,7 @@ class Parts:
 
         UserError for one that cannot be trained as the config says, and for prompts in which nothing would be selected.
         """
-        free_memory()
+        release_memory()
         config, model = self.config, load(source, torch.float32, device=self.config.device)
         check_tokenizer(self.tokenizer, model.config)
         if config.selection == "indexer" and not model.is_sparse:
@@ -199,11 +199,13 @@ class Parts:
             self.watch.on_progress(what, done, total)
 
         config = self.config
-        return sample(
+        found = sample(
             model, self.tokenizer, self.encode, asked, samples, config.new_tokens,
             result_tokens=config.result_tokens, at_once=config.at_once,
             selector="indexer" if config.selection == "indexer" else "dense", on_progress=on_progress, **more,
         )  # fmt: skip
+        release_memory()  # of its engine, as what follows may go on with the model
+        return found
 
     def specialist(self, domain: str) -> None:
         """Cold start on demonstrations, the difficulty of each mode, and GRPO."""
