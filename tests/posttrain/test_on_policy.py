@@ -74,8 +74,14 @@ def test_under_autocast_passes_and_rollouts_are_in_bfloat16(tmp_path: Path) -> N
     """The same loss as in float32, within the rounding of products."""
     losses = []
     for bf16 in (False, True):
-        trained = trainer(tmp_path, model_of(0), {"a": model_of(1)}, ["a"] * 4, max_steps=1, bf16=bf16)
+        model, seen = model_of(0), set()
+        trained = trainer(tmp_path, model, {"a": model_of(1)}, ["a"] * 4, max_steps=1, bf16=bf16)
+        mlp = model.model.layers[0].mlp
+        hook = mlp.register_forward_hook(lambda _, __, made, seen=seen: seen.add(made.dtype))
         trained.train()
+        hook.remove()
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        assert seen == {dtype} == {trained._sampler.engine.model.dtype} and model.dtype == torch.float32
         losses += logged(trained, "loss")
         assert max(logged(trained, "rollout/logp_difference")) < (2**-5 if bf16 else 1e-6)
     assert losses[1] == pytest.approx(losses[0], rel=0.2)  # of other answers, which roundings change
