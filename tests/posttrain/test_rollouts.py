@@ -17,7 +17,7 @@ from tokensieve.engine import Engine, EngineConfig, Request, Sampling
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain import Rollout, Rollouts, replaying
 from tokensieve.posttrain.replay import selection_of
-from tokensieve.posttrain.rollouts import rollout_config
+from tokensieve.posttrain.rollouts import rollout_config, rounded
 
 K, SAMPLES = 16, 4
 SAMPLING = Sampling(max_tokens=24, temperature=1.0, ignore_eos=True)
@@ -106,8 +106,8 @@ def test_the_engine_reads_a_prompt_once_for_all_samples() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ends["0"].selection, ends["2"].selection, strict=True))
 
 
-def test_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, so that every step after that has all answers; a GPU reads them in longer chunks."""
+def test_short_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few prompts of one chunk, so that every step after that has all answers; a GPU reads longer chunks."""
     rollouts = Rollouts(model_of("v32"), tokensieve.load_tokenizer("base"), 256, at_once=6)
     step, widths = rollouts.engine.runner.step, []
 
@@ -120,6 +120,19 @@ def test_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) 
     assert widths == [6] * (SAMPLING.max_tokens - 1)
     sizes = [rollout_config(256, 6, torch.device(name)) for name in ("cpu", "cuda")]
     assert sizes[0] == EngineConfig(pages=6 * 5, running=6, chunks=6) and sizes[1].chunk == 2048
+
+
+def test_a_rounded_copy_is_never_whole_in_the_models_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(*_: Any) -> None:
+        raise AssertionError("a parameter was copied before it was rounded")
+
+    model = model_of("v32")
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", copied)
+    made = rounded(model, torch.bfloat16)
+    for (name, own), theirs in zip(made.named_parameters(), model.parameters(), strict=True):
+        wanted = torch.float32 if "weights_proj" in name else torch.bfloat16
+        assert own.dtype == wanted and not own.requires_grad and theirs.requires_grad and theirs.dtype == torch.float32
+        assert torch.equal(own, theirs.to(wanted)) and own.data_ptr() != theirs.data_ptr()
 
 
 def test_a_preempted_answer_keeps_its_selection() -> None:

@@ -101,8 +101,8 @@ class Episode:
 def rollout_config(tokens: int, at_once: int, device: torch.device) -> EngineConfig:
     """The engine of `at_once` answers of `tokens` tokens with their prompts.
 
-    Nobody waits for a first token, so all prompts are read before the answers go on, side by side. A GPU reads them in
-    longer chunks, since a short one leaves it idle.
+    Nobody waits for a first token, so a step reads a chunk of every prompt that the scheduler considers, 32 new ones
+    at most; answers go on meanwhile. A GPU reads prompts in longer chunks, since a short one leaves it idle.
     """
     chunk = EngineConfig.chunk if device.type == "cpu" else GPU_CHUNK
     return EngineConfig(pages=at_once * (pages_for(tokens) + 1), running=at_once, chunk=chunk, chunks=at_once)
@@ -110,12 +110,12 @@ def rollout_config(tokens: int, at_once: int, device: torch.device) -> EngineCon
 
 def rounded(model: DecoderForCausalLM, dtype: torch.dtype) -> DecoderForCausalLM:
     """A copy that does not learn, with floating-point parameters in `dtype`; head weights of indexers keep theirs."""
-    made = copy.deepcopy(model).requires_grad_(False)
-    for name, parameter in made.named_parameters():
-        parameter.grad = None
-        if parameter.is_floating_point() and not name.endswith("weights_proj.weight"):
-            parameter.data = parameter.data.to(dtype)
-    return made
+    made: dict[int, Any] = {}  # deepcopy's memo, so that nothing is copied in the model's own dtype first
+    for name, parameter in model.named_parameters():
+        keeps = not parameter.is_floating_point() or name.endswith("weights_proj.weight")  # PEFT puts names before it
+        weights = parameter.detach().to(parameter.dtype if keeps else dtype, copy=True)
+        made[id(parameter)] = torch.nn.Parameter(weights, requires_grad=False)
+    return copy.deepcopy(model, made)
 
 
 @torch.no_grad()
@@ -132,8 +132,8 @@ def _tensors(model: DecoderForCausalLM) -> list[Tensor]:
 class Rollouts:
     """An engine that samples several answers to each of a batch of prompts, all at once.
 
-    The answers to one prompt read it once. `sample` uses the model's weights as they are then, and forgets what was
-    cached under older ones. Keys are read in the form in which adaptation reads them.
+    The answers to one prompt share its whole chunks, and each reads the rest. `sample` uses the model's weights as they
+    are then, and forgets what was cached under older ones. Keys are read in the form in which adaptation reads them.
 
     dtype: of the weights in the engine. If it is not the model's, the engine has a copy of them, rounded; head weights
     of indexers stay float32. None: bfloat16 for float32 weights on a GPU, as autocast rounds them in training, else the
