@@ -68,7 +68,11 @@ class Domain(Protocol):
         """One item in a phrasing of the split, whichever split its key belongs to."""
 
     def grade(self, item: Item, answer: str) -> float:
-        """How right an answer without its thoughts is, in [0, 1], by rules. Whatever the answer holds, nothing else."""
+        """How right an answer without its thoughts is, in [0, 1], by rules. Whatever the answer holds, nothing else.
+
+        Post-training calls it in threads, several at once, so it may neither change shared state nor use signals such
+        as `signal.alarm`, which only the main thread can.
+        """
 
 
 @runtime_checkable
