@@ -44,7 +44,8 @@ class GrpoConfig:
     samples: int  # answers to each prompt
     micro_batch: int = 1  # answers per forward and backward; it divides prompts * samples
     lr: float = 1e-6
-    options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's GRPOConfig
+    # Further fields of TRL's GRPOConfig. `bf16` is for this stage alone: other answers on a GPU stay in bfloat16.
+    options: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig | None = None  # as in SftConfig
 
     def __post_init__(self) -> None:
