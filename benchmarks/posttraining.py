@@ -63,6 +63,11 @@ class Job:
         resume = ["--resume"] if (work / self.name / "metrics.json").is_file() else []
         return [sys.executable, "-m", "tokensieve", *self.command, "--out", str(work / self.name), *sets, *resume]
 
+    @property
+    def settings(self) -> str:
+        """All that its figures depend on, as the file of what is done keeps it."""
+        return "\n".join([*self.command, *self.sets]) + "\n"
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +140,10 @@ def jobs(asked: argparse.Namespace, config: PosttrainConfig) -> list[Job]:
 
 
 class Runs:
-    """Processes side by side. What is done has a file NAME.done, or NAME.page.done for a report, in the work folder."""
+    """Processes side by side. What is done has a file NAME.done, or NAME.page.done for a report, in the work folder.
+
+    The file holds the job's settings. UserError if a job is done with other ones.
+    """
 
     def __init__(self, work: Path, waiting: list[Job], at_once: int):
         self.work, self.waiting, self.at_once = work, waiting, at_once
@@ -144,6 +152,10 @@ class Runs:
         threads = str(max(1, (usable_cores() or 1) // at_once))
         self.environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
         work.mkdir(parents=True, exist_ok=True)
+        for job in waiting:
+            done = self._done(job)
+            if done.exists() and done.read_text(encoding="utf-8") != job.settings:
+                raise UserError(f"{done}: {job.name} was run with other settings; give another --out, or remove {work}")
 
     def _done(self, job: Job) -> Path:
         return self.work / f"{job.name}{'.page' if job.name in job.needs else ''}.done"
@@ -186,7 +198,7 @@ class Runs:
             del self.running[job]
             print(f"{job.name}: status {process.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
             if process.returncode == 0:
-                self._done(job).touch()
+                write_text(self._done(job), job.settings)
             else:
                 self.failed.append(job.name)
 

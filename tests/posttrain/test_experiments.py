@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 import tokensieve
 from tests.support import models
-from tokensieve.config import load_config
+from tokensieve.config import UserError, load_config
 from tokensieve.posttrain_config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +63,20 @@ def test_sequential_stages_have_the_mixed_stages_budget(
     assert not {"programming", "coding"} & {*config.domains} and config.rl.train.steps == 10 == 5 * 2
     assert "programming and coding are left out: no isolation here" in left_out and "10 steps in place of 14" in steps
     assert json.loads(next(s for s in asked.sets if "domains=" in s).partition("=")[2]) == [*config.domains]
+
+
+def test_what_is_done_with_other_settings_is_refused(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not count as done: the tables would mix figures of both."""
+    monkeypatch.setattr(script["Job"], "arguments", lambda job, work: [sys.executable, "-c", "print('ran')"])
+    job = script["Job"]("one", ("posttrain",), ("tokens=600",))
+    for _ in range(2):
+        assert script["Runs"](tmp_path, [job], 1).run(60) == []
+        assert (tmp_path / "one.log").read_text() == "ran\n"
+    for other in (replace(job, sets=("tokens=64",)), replace(job, command=("rl",))):
+        with pytest.raises(UserError, match="one was run with other settings; give another --out"):
+            script["Runs"](tmp_path, [other], 1)
 
 
 def run_of(tables: dict[str, Any], scores: dict[str, dict[str, list[float]]], steps: list[tuple[float, float]]) -> Any:
