@@ -227,12 +227,15 @@ def collect(work: Path, out: Path) -> None:
 def main() -> None:
     asked = arguments()
     config, notes = settings(asked)
-    left = Runs(asked.work, jobs(asked, config), asked.at_once).run(60 * asked.minutes)
+    waiting = jobs(asked, config)
+    names = [job.name for job in waiting]
+    left = Runs(asked.work, waiting, asked.at_once).run(60 * asked.minutes)
     if left:
         notes.append(f"not done: {', '.join(dict.fromkeys(left))}; the same command goes on with them")
     collect(asked.work, asked.out)
-    found = posttraining_tables.read(asked.out / "runs")
-    text, figures = posttraining_tables.tables(found, notes)
+    runs = posttraining_tables.read(asked.out / "runs")
+    asked_for = {name: run for name, run in runs.items() if name in names}  # those of other seeds may lie there too
+    text, figures = posttraining_tables.tables(asked_for, names[0], notes)
     write_text(asked.out / "tables.md", text)
     write_json(asked.out / "figures.json", figures)
     print(text)

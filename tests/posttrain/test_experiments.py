@@ -106,7 +106,7 @@ def test_tables(tables: dict[str, Any]) -> None:
     runs |= {f"seed-{seed}-dense": run_of(tables, dense, [(15.0, 0.5), (30.0, 0.9)]) for seed in (0, 1)}
     runs |= {"sequential-1-a": run_of(tables, after, []), "sequential-2-b": run_of(tables, worse, [])}
     runs |= {"without-length": run_of(tables, worse, [])}
-    text, figures = tables["tables"](runs, ["a note"])
+    text, figures = tables["tables"](runs, "seed-0-sparse", ["a note"])
 
     first, beyond = figures["Specialists, the distilled model, and the mixed stage"]
     assert first["specialist - base"]["value"] == 100 and first["specialist"]["n"] == 16
@@ -127,8 +127,32 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
     assert "| a-think | 0.00 (0.00 to " in text and "n = 16 in 2 | 100.0 (" in text and "| b-think |" in text
 
-    text, figures = tables["tables"]({})
+    text, figures = tables["tables"]({}, "seed-0-sparse")
     assert text.count("Nothing yet.") == 6 and figures["The runs"] == []
+
+
+def test_others_are_compared_with_the_run_that_they_began_from(
+    script: dict[str, Any], tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--seeds 2 10` that is seed 2, though "seed-10" comes first by name. Seeds not asked for are left out."""
+    for name, score in (
+        ("seed-2-sparse", 1.0),
+        ("seed-10-sparse", 0.0),
+        ("seed-0-sparse", 0.0),
+        ("without-length", 0.0),
+    ):
+        folder = tmp_path / "out/runs" / name
+        folder.mkdir(parents=True)
+        final = {"a-think": {"scores": [score] * 8, "tokens": 10.0}}
+        (folder / "metrics.json").write_text(json.dumps({"evaluation": {"final": final}}))
+    monkeypatch.setattr(script["Runs"], "run", lambda runs, seconds: [])
+    monkeypatch.setattr(sys, "argv", ["posttraining.py", "--seeds", "2", "10", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        script["main"]()
+    figures = json.loads((tmp_path / "out/figures.json").read_text())
+    (length,) = figures["Without a term of the reward"]
+    assert length["less all terms"]["value"] == -100
+    assert {row["run"] for row in figures["The runs"]} == {"seed-2-sparse", "seed-10-sparse", "without-length"}
 
 
 @pytest.mark.slow
