@@ -145,7 +145,8 @@ def at_equal_tokens(arms: Mapping[str, Mapping[str, Run]]) -> tuple[str, list[li
 def sequential(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]]]:
     lead = (
         "From the distilled model of the first seed, with the same problems and budget. Forgotten: a domain's "
-        "accuracy at the end of the sequence less that right behind its own stage, in points. Accuracy in %. One seed."
+        "accuracy at the end of the sequence less that right behind its own stage, in points. Accuracy in %. One seed. "
+        "The end has no figures until the last stage is measured on all domains."
     )
     rows: list[list[Any]] = [
         ["group", "place", "distilled", "mixed stage", "behind its own stage", "at the end", "end - own stage",
@@ -156,11 +157,13 @@ def sequential(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]
         return lead, rows
     own = {name.split("-", 2)[2]: (int(name.split("-", 2)[1]), name) for name in chain}
     last = max(own.values())[1]
+    everywhere = _groups(first.values(), all_of_them=True)
+    done = set(everywhere) <= chain[last].models.get("final", {}).keys()  # another stage is measured on its own domain
     for group in _groups(first.values()):
         place, name = own.get(group.rpartition("-")[0], (0, ""))
         mixed, start = _scores(first, "final", group), _scores(first, "distilled", group)
         after = _scores({name: chain[name]} if name else {}, "final", group)
-        end = _scores({last: chain[last]}, "final", group)
+        end = _scores({last: chain[last]} if done else {}, "final", group)
         gone = _gain(_as_one(end), _as_one(after))
         rows.append([group, place, *map(_share, (start, mixed, after, end)), gone, _gain(_as_one(mixed), _as_one(end))])
     return lead, rows

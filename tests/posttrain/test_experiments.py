@@ -127,6 +127,13 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
     assert "| a-think | 0.00 (0.00 to " in text and "n = 16 in 2 | 100.0 (" in text and "| b-think |" in text
 
+    short = {name: run for name, run in runs.items() if name != "sequential-2-b"}
+    short["sequential-1-a"] = run_of(tables, {"final": {"a-think": all_right}}, [])
+    _, figures = tables["tables"](short, "seed-0-sparse")
+    (a,) = figures["One mixed stage beside one domain after the other"]
+    assert a["behind its own stage"]["value"] == 100
+    assert [a[column] for column in ("at the end", "end - own stage", "mixed - end")] == ["", "", ""]
+
     text, figures = tables["tables"]({}, "seed-0-sparse")
     assert text.count("Nothing yet.") == 6 and figures["The runs"] == []
 
