@@ -9,20 +9,20 @@
 - without-TERM: the mixed stage again, from the same model, without one term of the reward.
 
 Each is a command of `tokensieve` in a folder of its own under --work, with a log beside it. After --minutes, or Ctrl-C,
-what runs is stopped. The same command goes on with what is not done. Whatever is there goes to --out: tables.md,
-figures.json, and each run's figures, curves and log. Weights stay under --work.
+or if this process is killed, what runs is stopped. The same command goes on with what is not done. Whatever is there
+goes to --out: tables.md, figures.json, and each run's figures, curves and log. Weights stay under --work.
 
-Where programs cannot be isolated, the domains that run them are left out, and the tables say so.
+If programs cannot be isolated, the domains that run them are left out, and the tables say so.
 """
 
 import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,11 @@ from tokensieve.files import write_json, write_text
 from tokensieve.machine import usable_cores
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks.problems import DOMAINS
+from tokensieve.tethered import tethered
 
 RUN_PROGRAMS = ("programming", "coding")
 TERMS = ("length", "language", "rubric", "outcome")
 KEPT = ("metrics.json", "history.json", "*.html", "*.svg")  # of a run: all but weights and samples
-PATIENCE = 20.0  # seconds that a process has to end after a signal
 
 QUICK = (
     'domains=["logic","writing"]', 'modes=["direct"]', "tokens=600", "new_tokens=8", "evaluation=2", "at_once=4",
@@ -149,6 +149,7 @@ class Runs:
         self.work, self.waiting, self.at_once = work, waiting, at_once
         self.running: dict[Job, tuple[subprocess.Popen, float]] = {}
         self.failed: list[str] = []
+        self.tethers = ExitStack()
         threads = str(max(1, (usable_cores() or 1) // at_once))
         self.environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
         work.mkdir(parents=True, exist_ok=True)
@@ -163,19 +164,24 @@ class Runs:
     def run(self, seconds: float) -> list[str]:
         """Names of what is not done: it failed, waits for what did, or was stopped after so many seconds."""
         begin = time.monotonic()
+        with self.tethers:
+            stopped = self._until(begin + seconds)
+        return [*self.failed, *stopped, *(job.name for job in self.waiting if not self._done(job).exists())]
+
+    def _until(self, end: float) -> list[str]:
+        """Names of what still ran at that time of the monotonic clock, or at Ctrl-C, and has been told to end."""
         try:
             while self.waiting or self.running:
                 self._start()
-                if not self.running or time.monotonic() - begin > seconds:
+                if not self.running or time.monotonic() > end:
                     break
                 time.sleep(0.2)
                 self._reap()
         except KeyboardInterrupt:
             print("stopped", flush=True)
-        finally:
-            stopped = [job.name for job in self.running]
-            self._stop()
-        return [*self.failed, *stopped, *(job.name for job in self.waiting if not self._done(job).exists())]
+        for process, _ in self.running.values():
+            process.terminate()  # all of them, before the first one is waited for
+        return [job.name for job in self.running]
 
     def _start(self) -> None:
         for job in list(self.waiting):
@@ -185,9 +191,8 @@ class Runs:
                 self.waiting.remove(job)
             if not done and job not in self.waiting:
                 with open(self.work / f"{job.name}.log", "a", encoding="utf-8") as log:
-                    process = subprocess.Popen(
-                        job.arguments(self.work), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
-                    )
+                    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": self.environment}
+                    process = self.tethers.enter_context(tethered(job.arguments(self.work), **streams))
                 self.running[job] = process, time.monotonic()
                 print(f"{job.name}: begun", flush=True)
 
@@ -201,17 +206,6 @@ class Runs:
                 write_text(self._done(job), job.settings)
             else:
                 self.failed.append(job.name)
-
-    def _stop(self) -> None:
-        processes = [process for process, _ in self.running.values()]
-        for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            left = [process for process in processes if process.poll() is None]
-            for process in left:
-                process.send_signal(how)
-            deadline = time.monotonic() + PATIENCE
-            while any(process.poll() is None for process in left) and time.monotonic() < deadline:
-                time.sleep(0.1)
-        self.running = {}
 
 
 def collect(work: Path, out: Path) -> None:

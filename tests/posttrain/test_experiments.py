@@ -6,10 +6,13 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import tokensieve
@@ -18,7 +21,23 @@ from tokensieve.config import UserError, load_config
 from tokensieve.posttrain_config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 60.0  # until a process must have begun or ended, on a busy machine
 TINY = ("tokens=64", "new_tokens=6", "reward.free=0.5")
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture
@@ -77,6 +96,36 @@ def test_what_is_done_with_other_settings_is_refused(
     for other in (replace(job, sets=("tokens=64",)), replace(job, command=("rl",))):
         with pytest.raises(UserError, match="one was run with other settings; give another --out"):
             script["Runs"](tmp_path, [other], 1)
+
+
+SLEEPING = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+STARTED = """
+import runpy, sys
+script, work = sys.argv[1:]
+made = runpy.run_path(script)
+made["Job"].arguments = lambda job, work: [sys.executable, "-c", job.command[0]]
+made["Runs"](made["Path"](work), [made["Job"](name, (%r,), ()) for name in "ab"], 2).run(600)
+"""
+
+
+def test_runs_end_with_the_script_even_if_it_is_killed(tmp_path: Path) -> None:
+    """Else they hold the GPU and their folders' locks after an outer limit of time."""
+    logs = [tmp_path / f"{name}.log" for name in "ab"]
+    command = [sys.executable, "-c", STARTED % SLEEPING, str(ROOT / "benchmarks/posttraining.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as child:
+        try:
+            until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+        finally:
+            child.kill()
+    until(lambda: all(gone(int(log.read_text())) for log in logs))
+
+
+def test_what_runs_too_long_is_stopped(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script["Job"], "arguments", lambda job, work: [sys.executable, "-c", SLEEPING])
+    jobs = [script["Job"](name, ("posttrain",), ()) for name in "abc"]
+    assert script["Runs"](tmp_path, jobs, 2).run(0.5) == ["a", "b", "c"]
+    assert all(gone(int((tmp_path / f"{name}.log").read_text() or 0)) for name in "ab")
 
 
 def run_of(tables: dict[str, Any], scores: dict[str, dict[str, list[float]]], steps: list[tuple[float, float]]) -> Any:
