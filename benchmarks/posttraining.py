@@ -83,6 +83,11 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.at_once < 1:
         parser.error("--at-once must be at least 1")
+    if len({*asked.seeds}) < len(asked.seeds):
+        parser.error(f"--seeds {' '.join(map(str, asked.seeds))}: each has a folder of its own; name each once")
+    for key, option in (("device", "--device"), ("seed", "--seeds")):
+        if key in {value.partition("=")[0].strip() for value in asked.sets}:
+            parser.error(f"--set {key}: give {option}")
     asked.work = asked.work or asked.out / "work"
     if asked.quick:
         asked.seeds, asked.sets = asked.seeds[:1], [*QUICK, *asked.sets]
@@ -98,6 +103,8 @@ def settings(asked: argparse.Namespace) -> tuple[PosttrainConfig, list[str]]:
     why_not = sandbox.why_not() if set(domains) & set(RUN_PROGRAMS) else None
     if why_not:
         domains = tuple(name for name in domains if name not in RUN_PROGRAMS)
+        if not domains:
+            raise UserError(f"{' and '.join(config.domains)}: no domain is left, since {why_not}; name others")
         notes.append(f"{' and '.join(RUN_PROGRAMS)} are left out: {why_not}")
     asked.sets.append(f"domains={json.dumps(domains)}")
     steps, each = config.rl.train.steps, max(1, config.rl.train.steps // len(domains))

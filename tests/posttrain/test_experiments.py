@@ -98,6 +98,23 @@ def test_what_is_done_with_other_settings_is_refused(
             script["Runs"](tmp_path, [other], 1)
 
 
+def test_what_cannot_work_is_refused(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for given, says in (
+        (("--seeds", "0", "0"), "name each once"),
+        (("--set", "device=cpu"), "--set device: give --device"),
+        (("--set", "seed=3"), "--set seed: give --seeds"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["posttraining.py", *given])
+        with pytest.raises(SystemExit, match="2"):
+            script["arguments"]()
+        assert says in capsys.readouterr().err
+    monkeypatch.setattr("tokensieve.sandbox.why_not", lambda: "no isolation here")
+    with pytest.raises(UserError, match="coding: no domain is left, since no isolation here"):
+        script["settings"](asked_for(tmp_path, 'domains=["coding"]'))
+
+
 SLEEPING = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
 STARTED = """
 import runpy, sys
