@@ -267,6 +267,7 @@ def test_on_a_gpu_the_first_attempt_is_not_timed_and_the_peak_is_kept(monkeypatc
 
     def attempt(reader: Any, case: int) -> float:
         attempts.append((reader.arm, reader.blind, reader.before == "", case))
+        reader.model.seen = max(reader.model.seen, 208 + len(reader.before))
         peaks.append({"dense": 100, "sparse": 50}[reader.arm] + case)
         return float(not reader.blind)
 
@@ -276,6 +277,7 @@ def test_on_a_gpu_the_first_attempt_is_not_timed_and_the_peak_is_kept(monkeypatc
     first = [(arm, blind, False, 0) for arm, blind in (("dense", False), ("sparse", False), ("dense", True))]
     assert attempts[:3] == first and len(attempts) == 63 and all(plain for *_, plain, _ in attempts[3:])
     assert [found["arms"][arm]["peak_bytes"] for arm in ("dense", "sparse")] == [119, 69]
+    assert found["prompt_tokens"] == 208  # without what the first attempts put before their prompts
     assert found["take"] and found["difference"]["n"] == 20
 
 
