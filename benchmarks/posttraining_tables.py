@@ -209,7 +209,7 @@ def _only(runs: Mapping[str, Run], name: str) -> dict[str, Run]:
 
 
 def _groups(runs: Iterable[Run], all_of_them: bool = False) -> list[str]:
-    """In which an answer of some model scores, unless all are asked for."""
+    """The groups in which an answer of some model scores, or all of them."""
     found = [(group, figures) for run in runs for by in run.models.values() for group, figures in by.items()]
     return list(dict.fromkeys(group for group, figures in found if all_of_them or any(figures["scores"])))
 
@@ -219,7 +219,7 @@ def _specialist(group: str) -> str:
 
 
 def _scores(runs: Mapping[str, Run], model: str, group: str) -> dict[str, list[float]]:
-    """Of each run that has them."""
+    """The scores by run, of those that have them."""
     found = {name: run.models.get(model, {}).get(group) for name, run in runs.items()}
     return {name: figures["scores"] for name, figures in found.items() if figures}
 
@@ -241,7 +241,7 @@ def _share(scores: Mapping[str, Sequence[float]]) -> Estimate | str:
 
 
 def _gain(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Estimate | str:
-    """Of the runs that both have, in points."""
+    """The gain of a over b in points, in the runs that both have."""
     both = [name for name in a if name in b and len(a[name]) == len(b[name])]
     values, clusters = _flat({name: a[name] for name in both})
     before, _ = _flat({name: b[name] for name in both})
