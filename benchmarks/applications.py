@@ -22,6 +22,8 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "arms
 sys.path.insert(0, str(EXAMPLES))
 from arms import interval, quality  # noqa: E402 - examples/ is not a package
 
+from tokensieve.report.origin import environment  # noqa: E402
+
 HEAD = ("application", "prompt", "n", "dense", "sparse", "sparse - dense", "s, dense / sparse", "MiB, dense / sparse")
 
 
@@ -45,7 +47,7 @@ def figures(name: str, context: int, asked: argparse.Namespace) -> dict[str, Any
     """The figures that an application wrote, which runs unless it wrote them before.
 
     Raises:
-        ValueError: those in --out are of other options, or it failed, which it said on stderr.
+        ValueError: those in --out are of other options or another machine, or it failed, which it said on stderr.
     """
     path = asked.out / f"{name}-{context}.json"
     options = {
@@ -66,6 +68,9 @@ def figures(name: str, context: int, asked: argparse.Namespace) -> dict[str, Any
     found = json.loads(path.read_text(encoding="utf-8"))
     if any(found["asked"][option] != value for option, value in options.items()):
         raise ValueError(f"{path} was made with other options ({found['asked']}); give another --out")
+    made, here = found["environment"]["machine"], environment()["machine"]
+    if made != here:
+        raise ValueError(f"{path} was made on another machine ({made}; this one: {here}); give another --out")
     return found
 
 
@@ -107,4 +112,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

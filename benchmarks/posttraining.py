@@ -9,20 +9,20 @@
 - without-TERM: the mixed stage again, from the same model, without one term of the reward.
 
 Each is a command of `tokensieve` in a folder of its own under --work, with a log beside it. After --minutes, or Ctrl-C,
-what runs is stopped. The same command goes on with what is not done. Whatever is there goes to --out: tables.md,
-figures.json, and each run's figures, curves and log. Weights stay under --work.
+or if this process is killed, what runs is stopped. The same command goes on with what is not done. Whatever is there
+goes to --out: tables.md, figures.json, and each run's figures, curves and log. Weights stay under --work.
 
-Where programs cannot be isolated, the domains that run them are left out, and the tables say so.
+If programs cannot be isolated, the domains that run them are left out, and the tables say so.
 """
 
 import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,11 @@ from tokensieve.files import write_json, write_text
 from tokensieve.machine import usable_cores
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks.problems import DOMAINS
+from tokensieve.tethered import tethered
 
 RUN_PROGRAMS = ("programming", "coding")
 TERMS = ("length", "language", "rubric", "outcome")
 KEPT = ("metrics.json", "history.json", "*.html", "*.svg")  # of a run: all but weights and samples
-PATIENCE = 20.0  # seconds that a process has to end after a signal
 
 QUICK = (
     'domains=["logic","writing"]', 'modes=["direct"]', "tokens=600", "new_tokens=8", "evaluation=2", "at_once=4",
@@ -63,6 +63,11 @@ class Job:
         resume = ["--resume"] if (work / self.name / "metrics.json").is_file() else []
         return [sys.executable, "-m", "tokensieve", *self.command, "--out", str(work / self.name), *sets, *resume]
 
+    @property
+    def settings(self) -> str:
+        """All that its figures depend on, as the file of what is done keeps it."""
+        return "\n".join([*self.command, *self.sets]) + "\n"
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +83,11 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.at_once < 1:
         parser.error("--at-once must be at least 1")
+    if len({*asked.seeds}) < len(asked.seeds):
+        parser.error(f"--seeds {' '.join(map(str, asked.seeds))}: each has a folder of its own; name each once")
+    for key, option in (("device", "--device"), ("seed", "--seeds")):
+        if key in {value.partition("=")[0].strip() for value in asked.sets}:
+            parser.error(f"--set {key}: give {option}")
     asked.work = asked.work or asked.out / "work"
     if asked.quick:
         asked.seeds, asked.sets = asked.seeds[:1], [*QUICK, *asked.sets]
@@ -93,6 +103,8 @@ def settings(asked: argparse.Namespace) -> tuple[PosttrainConfig, list[str]]:
     why_not = sandbox.why_not() if set(domains) & set(RUN_PROGRAMS) else None
     if why_not:
         domains = tuple(name for name in domains if name not in RUN_PROGRAMS)
+        if not domains:
+            raise UserError(f"{' and '.join(config.domains)}: no domain is left, since {why_not}; name others")
         notes.append(f"{' and '.join(RUN_PROGRAMS)} are left out: {why_not}")
     asked.sets.append(f"domains={json.dumps(domains)}")
     steps, each = config.rl.train.steps, max(1, config.rl.train.steps // len(domains))
@@ -135,15 +147,23 @@ def jobs(asked: argparse.Namespace, config: PosttrainConfig) -> list[Job]:
 
 
 class Runs:
-    """Processes side by side. What is done has a file NAME.done, or NAME.page.done for a report, in the work folder."""
+    """Processes side by side. What is done has a file NAME.done, or NAME.page.done for a report, in the work folder.
+
+    The file holds the job's settings. UserError if a job is done with other ones.
+    """
 
     def __init__(self, work: Path, waiting: list[Job], at_once: int):
         self.work, self.waiting, self.at_once = work, waiting, at_once
         self.running: dict[Job, tuple[subprocess.Popen, float]] = {}
         self.failed: list[str] = []
+        self.tethers = ExitStack()
         threads = str(max(1, (usable_cores() or 1) // at_once))
         self.environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
         work.mkdir(parents=True, exist_ok=True)
+        for job in waiting:
+            done = self._done(job)
+            if done.exists() and done.read_text(encoding="utf-8") != job.settings:
+                raise UserError(f"{done}: {job.name} was run with other settings; give another --out, or remove {work}")
 
     def _done(self, job: Job) -> Path:
         return self.work / f"{job.name}{'.page' if job.name in job.needs else ''}.done"
@@ -151,19 +171,24 @@ class Runs:
     def run(self, seconds: float) -> list[str]:
         """Names of what is not done: it failed, waits for what did, or was stopped after so many seconds."""
         begin = time.monotonic()
+        with self.tethers:
+            stopped = self._until(begin + seconds)
+        return [*self.failed, *stopped, *(job.name for job in self.waiting if not self._done(job).exists())]
+
+    def _until(self, end: float) -> list[str]:
+        """Names of what still ran at that time of the monotonic clock, or at Ctrl-C, and has been told to end."""
         try:
             while self.waiting or self.running:
                 self._start()
-                if not self.running or time.monotonic() - begin > seconds:
+                if not self.running or time.monotonic() > end:
                     break
                 time.sleep(0.2)
                 self._reap()
         except KeyboardInterrupt:
             print("stopped", flush=True)
-        finally:
-            stopped = [job.name for job in self.running]
-            self._stop()
-        return [*self.failed, *stopped, *(job.name for job in self.waiting if not self._done(job).exists())]
+        for process, _ in self.running.values():
+            process.terminate()  # all of them, before the first one is waited for
+        return [job.name for job in self.running]
 
     def _start(self) -> None:
         for job in list(self.waiting):
@@ -173,9 +198,8 @@ class Runs:
                 self.waiting.remove(job)
             if not done and job not in self.waiting:
                 with open(self.work / f"{job.name}.log", "a", encoding="utf-8") as log:
-                    process = subprocess.Popen(
-                        job.arguments(self.work), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment
-                    )
+                    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": self.environment}
+                    process = self.tethers.enter_context(tethered(job.arguments(self.work), **streams))
                 self.running[job] = process, time.monotonic()
                 print(f"{job.name}: begun", flush=True)
 
@@ -186,20 +210,9 @@ class Runs:
             del self.running[job]
             print(f"{job.name}: status {process.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
             if process.returncode == 0:
-                self._done(job).touch()
+                write_text(self._done(job), job.settings)
             else:
                 self.failed.append(job.name)
-
-    def _stop(self) -> None:
-        processes = [process for process, _ in self.running.values()]
-        for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            left = [process for process in processes if process.poll() is None]
-            for process in left:
-                process.send_signal(how)
-            deadline = time.monotonic() + PATIENCE
-            while any(process.poll() is None for process in left) and time.monotonic() < deadline:
-                time.sleep(0.1)
-        self.running = {}
 
 
 def collect(work: Path, out: Path) -> None:
@@ -215,12 +228,15 @@ def collect(work: Path, out: Path) -> None:
 def main() -> None:
     asked = arguments()
     config, notes = settings(asked)
-    left = Runs(asked.work, jobs(asked, config), asked.at_once).run(60 * asked.minutes)
+    waiting = jobs(asked, config)
+    names = [job.name for job in waiting]
+    left = Runs(asked.work, waiting, asked.at_once).run(60 * asked.minutes)
     if left:
         notes.append(f"not done: {', '.join(dict.fromkeys(left))}; the same command goes on with them")
     collect(asked.work, asked.out)
-    found = posttraining_tables.read(asked.out / "runs")
-    text, figures = posttraining_tables.tables(found, notes)
+    runs = posttraining_tables.read(asked.out / "runs")
+    asked_for = {name: run for name, run in runs.items() if name in names}  # those of other seeds may lie there too
+    text, figures = posttraining_tables.tables(asked_for, names[0], notes)
     write_text(asked.out / "tables.md", text)
     write_json(asked.out / "figures.json", figures)
     print(text)

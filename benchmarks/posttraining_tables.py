@@ -51,15 +51,15 @@ def read(folder: Path) -> dict[str, Run]:
     return runs
 
 
-def tables(runs: Mapping[str, Run], notes: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
-    """All tables as Markdown, and what is in them."""
+def tables(runs: Mapping[str, Run], first: str, notes: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """All tables as Markdown, and what is in them. first: the run from which the sequence and others began."""
     arms = {arm: {n: r for n, r in runs.items() if n.startswith("seed-") and n.endswith(arm)} for arm in ARMS}
     parts: dict[str, tuple[str, list[list[Any]]]] = {
         "Specialists, the distilled model, and the mixed stage": gains(arms["sparse"]),
         "Sparse beside dense": beside(arms),
         "Sparse beside dense at equal output tokens": at_equal_tokens(arms),
-        "One mixed stage beside one domain after the other": sequential(runs),
-        "Without a term of the reward": without(runs),
+        "One mixed stage beside one domain after the other": sequential(runs, first),
+        "Without a term of the reward": without(runs, first),
         "The runs": of_runs(runs),
     }
     text = "".join(f"- {note}\n" for note in [*notes, JUDGE])
@@ -142,37 +142,40 @@ def at_equal_tokens(arms: Mapping[str, Mapping[str, Run]]) -> tuple[str, list[li
     return lead, rows
 
 
-def sequential(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
+def sequential(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]]]:
     lead = (
         "From the distilled model of the first seed, with the same problems and budget. Forgotten: a domain's "
-        "accuracy at the end of the sequence less that right behind its own stage, in points. Accuracy in %. One seed."
+        "accuracy at the end of the sequence less that right behind its own stage, in points. Accuracy in %. One seed. "
+        "The end has no figures until the last stage is measured on all domains."
     )
     rows: list[list[Any]] = [
         ["group", "place", "distilled", "mixed stage", "behind its own stage", "at the end", "end - own stage",
          "mixed - end"]
     ]  # fmt: skip
     chain = {name: run for name, run in runs.items() if name.startswith("sequential-")}
-    if not chain or not (first := _first(runs)):
+    if not chain or not (first := _only(runs, begin)):
         return lead, rows
     own = {name.split("-", 2)[2]: (int(name.split("-", 2)[1]), name) for name in chain}
     last = max(own.values())[1]
+    everywhere = _groups(first.values(), all_of_them=True)
+    done = set(everywhere) <= chain[last].models.get("final", {}).keys()  # another stage is measured on its own domain
     for group in _groups(first.values()):
         place, name = own.get(group.rpartition("-")[0], (0, ""))
         mixed, start = _scores(first, "final", group), _scores(first, "distilled", group)
         after = _scores({name: chain[name]} if name else {}, "final", group)
-        end = _scores({last: chain[last]}, "final", group)
+        end = _scores({last: chain[last]} if done else {}, "final", group)
         gone = _gain(_as_one(end), _as_one(after))
         rows.append([group, place, *map(_share, (start, mixed, after, end)), gone, _gain(_as_one(mixed), _as_one(end))])
     return lead, rows
 
 
-def without(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
+def without(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]]]:
     lead = (
         "The mixed stage again, from the same model on the same problems. Accuracy in % over all groups, less that "
         "with every term in points; problems of one group are a cluster. One seed."
     )
     rows: list[list[Any]] = [["without", "accuracy", "less all terms", "output tokens", "with all terms"]]
-    first = _first(runs)
+    first = _only(runs, begin)
     for name, run in runs.items():
         if not name.startswith("without-") or not first or "final" not in run.models:
             continue
@@ -200,14 +203,13 @@ def of_runs(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
     return lead, rows
 
 
-def _first(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The sparse run of the first seed, from which the others began; none if it is not there."""
-    name = next((name for name in runs if name.startswith("seed-") and name.endswith("-sparse")), None)
-    return {} if name is None else {name: runs[name]}
+def _only(runs: Mapping[str, Run], name: str) -> dict[str, Run]:
+    """One run by its name; none if it is not there."""
+    return {name: runs[name]} if name in runs else {}
 
 
 def _groups(runs: Iterable[Run], all_of_them: bool = False) -> list[str]:
-    """In which an answer of some model scores, unless all are asked for."""
+    """The groups in which an answer of some model scores, or all of them."""
     found = [(group, figures) for run in runs for by in run.models.values() for group, figures in by.items()]
     return list(dict.fromkeys(group for group, figures in found if all_of_them or any(figures["scores"])))
 
@@ -217,7 +219,7 @@ def _specialist(group: str) -> str:
 
 
 def _scores(runs: Mapping[str, Run], model: str, group: str) -> dict[str, list[float]]:
-    """Of each run that has them."""
+    """The scores by run, of those that have them."""
     found = {name: run.models.get(model, {}).get(group) for name, run in runs.items()}
     return {name: figures["scores"] for name, figures in found.items() if figures}
 
@@ -239,7 +241,7 @@ def _share(scores: Mapping[str, Sequence[float]]) -> Estimate | str:
 
 
 def _gain(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Estimate | str:
-    """Of the runs that both have, in points."""
+    """The gain of a over b in points, in the runs that both have."""
     both = [name for name in a if name in b and len(a[name]) == len(b[name])]
     values, clusters = _flat({name: a[name] for name in both})
     before, _ = _flat({name: b[name] for name in both})

@@ -287,7 +287,6 @@ def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: in
     cache, as of `Local.memory`, None of an endpoint. peak_bytes: the most that was allocated on the GPU in an attempt,
     else None. prompt_tokens: of the longest prompt.
     """
-    model.seen = 0
     readers = {"dense": Reader(model, "dense"), "sparse": Reader(model, "sparse")}
     readers["control"] = Reader(model, "dense", blind=True)
     scores: dict[str, list[float]] = {name: [] for name in readers}
@@ -298,6 +297,7 @@ def compare(part: Part, model: Local | Remote, tokens: int, count: int, seed: in
     if model.gpu:
         for reader in readers.values():
             part.attempt(replace(reader, before="To begin with.\n\n"), drawn[0])  # on pages that no other prompt shares
+    model.seen = 0  # behind the attempts that are not timed, whose prompts are longer
     stderr = Console(stderr=True)
     for case in track(drawn, part.name, console=stderr, transient=True, disable=not stderr.is_terminal):
         for name, reader in readers.items():

@@ -1,5 +1,6 @@
 """The examples: each runs, its cases can be answered, and what it concludes follows from its figures."""
 
+import argparse
 import importlib
 import json
 import re
@@ -267,6 +268,7 @@ def test_on_a_gpu_the_first_attempt_is_not_timed_and_the_peak_is_kept(monkeypatc
 
     def attempt(reader: Any, case: int) -> float:
         attempts.append((reader.arm, reader.blind, reader.before == "", case))
+        reader.model.seen = max(reader.model.seen, 208 + len(reader.before))
         peaks.append({"dense": 100, "sparse": 50}[reader.arm] + case)
         return float(not reader.blind)
 
@@ -276,6 +278,7 @@ def test_on_a_gpu_the_first_attempt_is_not_timed_and_the_peak_is_kept(monkeypatc
     first = [(arm, blind, False, 0) for arm, blind in (("dense", False), ("sparse", False), ("dense", True))]
     assert attempts[:3] == first and len(attempts) == 63 and all(plain for *_, plain, _ in attempts[3:])
     assert [found["arms"][arm]["peak_bytes"] for arm in ("dense", "sparse")] == [119, 69]
+    assert found["prompt_tokens"] == 208  # without what the first attempts put before their prompts
     assert found["take"] and found["difference"]["n"] == 20
 
 
@@ -296,6 +299,20 @@ def test_all_applications_as_one_table(capfd: pytest.CaptureFixture, tmp_path: P
     assert shown.err == ""  # no application ran again
     other = subprocess.run([*command, "--out", str(tmp_path), "--device", "cpu"])
     assert other.returncode == 1 and "give another --out" in capfd.readouterr().err
+
+
+def test_figures_of_another_machine_are_refused(tmp_path: Path) -> None:
+    """`--device auto` is the same word on a CPU and on a GPU: one table would have rows of both."""
+    module = runpy.run_path(str(EXAMPLES.parent / "benchmarks" / "applications.py"))
+    options = {"model": "sparse", "tokens": 128, "cases": 2, "top_k": 64, "device": "auto"}
+    made = {"asked": options, "environment": {"machine": "another"}, "parts": []}
+    (tmp_path / "manual-128.json").write_text(json.dumps(made))
+    asked = argparse.Namespace(model="sparse", cases=2, top_k=64, device="auto", out=tmp_path)
+    with pytest.raises(ValueError, match="made on another machine .* give another --out"):
+        module["figures"]("manual", 128, asked)
+    made["environment"] = example("arms").environment()
+    (tmp_path / "manual-128.json").write_text(json.dumps(made))
+    assert module["figures"]("manual", 128, asked) == made
 
 
 @pytest.mark.slow

@@ -8,6 +8,21 @@ from pathlib import Path
 import pytest
 
 import tokensieve
+from tokensieve.config import UserError
+from tokensieve.importing import named_object
+
+
+@pytest.mark.parametrize("module", ["", ".mine"])
+def test_a_module_is_named_in_full(module: str) -> None:
+    with pytest.raises(UserError, match="domain d: write MODULE:NAME"):
+        named_object("domain d", module, "x")
+
+
+def test_an_error_inside_a_named_module_is_its_own(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "broken_inside.py").write_text("import os\nos.there_is_none\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AttributeError, match="there_is_none"):
+        named_object("domain d", "broken_inside", "x")
 
 
 def test_the_operators_load_without_transformers() -> None:

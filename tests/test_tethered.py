@@ -76,6 +76,13 @@ def test_the_end_of_the_block_is_the_end_of_all(tmp_path: Path) -> None:
     until(lambda: all(map(gone, started)))
 
 
+def test_what_a_command_leaves_ends_with_it(tmp_path: Path) -> None:
+    ids = tmp_path / "ids"
+    code = FAMILY.rsplit("time.sleep", 1)[0]
+    assert run_tethered([sys.executable, "-c", code, str(ids)]).returncode == 0
+    until(lambda: all(map(gone, family(ids))))
+
+
 def test_status_and_streams_are_the_commands(tmp_path: Path) -> None:
     code = "import sys; print(input()); sys.stderr.write('said'); sys.exit(7)"
     done = run_tethered([sys.executable, "-c", code], "asked\n", stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -1,7 +1,11 @@
 """Commands that end with the process that started them, even if that one is killed.
 
 No system ends the children of a killed process. So a small process stands between, which runs this file: it starts the
-command in a session of its own, and ends that session once its own parent is another one than the one that started it.
+command in a session of its own, and ends that session's process group once the command has ended, or once its own
+parent is another one than the one that started it.
+
+Two limits: a process that leaves the group (by `setsid`) lives on, and so does the command if the process between is
+itself killed by SIGKILL.
 
 Imports the standard library alone, so that it works in the environment of a harness too.
 """
@@ -59,18 +63,21 @@ def main() -> int:
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
         return 127
-    while not ended and os.getppid() == parent:
+    status = None
+    while status is None and not ended and os.getppid() == parent:
         with suppress(subprocess.TimeoutExpired):
             status = child.wait(LOOK)
-            return status if status >= 0 else 128 - status
-    with suppress(OSError):  # no process is left
-        os.killpg(child.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(GRACE)
+    if status is None:
+        with suppress(OSError):  # no process is left
+            os.killpg(child.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
     with suppress(OSError):
         os.killpg(child.pid, signal.SIGKILL)  # what it started, too
     child.wait()
-    return 128 + signal.SIGTERM
+    if status is None:
+        return 128 + signal.SIGTERM
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

@@ -154,6 +154,10 @@ def test_random_weights_are_drawn_and_norms_are_one() -> None:
         (["sparse", "--experts", "4"], "give --shape"),
         (["--shape", "deepseek"], "--shape deepseek is unknown"),
         (["--shape", "deepseek_v32", "--set", "layers=3"], "--set layers=3"),
+        (
+            ["--shape", "deepseek_v32", "--set", "num_hidden_layers=" + "[" * 10**5],
+            "num_hidden_layers: nested too deeply",
+        ),
         (["sparse", "--prompt", "40000"], "past the model's"),
         (["sparse", "--last", "64"], "--last 64: without --filled whole prompts are run; give --filled too"),
         (["sparse", "--filled", "--last", "64", "--prompt", "128,32"], "--last 64: a prompt has 32 tokens"),

@@ -93,6 +93,7 @@ def test_bad_input(run: Run, tmp_path: Path) -> None:
     refused(("longer than the model's",), "cost", "sparse", "--prices", "prices", "--traffic", requests)
     refused(("32769",), "cost", "sparse", "--positions", "32769")
     refused(("--positions: x is no whole number",), "cost", "--positions", "x")
+    refused(("--positions -5: positions count from 0",), "cost", "sparse", "--positions=-5")
     refused(("--two-level 64",), "cost", "--two-level", "64")
     refused(("the chosen blocks hold 1 keys", "k is"), "cost", "--two-level", "1x1")
     refused(("--acceptance is that of drafted tokens",), "cost", "--acceptance", "0.9")

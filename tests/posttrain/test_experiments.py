@@ -6,18 +6,38 @@ import os
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import tokensieve
 from tests.support import models
-from tokensieve.config import load_config
+from tokensieve.config import UserError, load_config
 from tokensieve.posttrain_config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 60.0  # until a process must have begun or ended, on a busy machine
 TINY = ("tokens=64", "new_tokens=6", "reward.free=0.5")
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture
@@ -64,6 +84,67 @@ def test_sequential_stages_have_the_mixed_stages_budget(
     assert json.loads(next(s for s in asked.sets if "domains=" in s).partition("=")[2]) == [*config.domains]
 
 
+def test_what_is_done_with_other_settings_is_refused(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not count as done: the tables would mix figures of both."""
+    monkeypatch.setattr(script["Job"], "arguments", lambda job, work: [sys.executable, "-c", "print('ran')"])
+    job = script["Job"]("one", ("posttrain",), ("tokens=600",))
+    for _ in range(2):
+        assert script["Runs"](tmp_path, [job], 1).run(60) == []
+        assert (tmp_path / "one.log").read_text() == "ran\n"
+    for other in (replace(job, sets=("tokens=64",)), replace(job, command=("rl",))):
+        with pytest.raises(UserError, match="one was run with other settings; give another --out"):
+            script["Runs"](tmp_path, [other], 1)
+
+
+def test_what_cannot_work_is_refused(
+    script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for given, says in (
+        (("--seeds", "0", "0"), "name each once"),
+        (("--set", "device=cpu"), "--set device: give --device"),
+        (("--set", "seed=3"), "--set seed: give --seeds"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["posttraining.py", *given])
+        with pytest.raises(SystemExit, match="2"):
+            script["arguments"]()
+        assert says in capsys.readouterr().err
+    monkeypatch.setattr("tokensieve.sandbox.why_not", lambda: "no isolation here")
+    with pytest.raises(UserError, match="coding: no domain is left, since no isolation here"):
+        script["settings"](asked_for(tmp_path, 'domains=["coding"]'))
+
+
+SLEEPING = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+STARTED = """
+import runpy, sys
+script, work = sys.argv[1:]
+made = runpy.run_path(script)
+made["Job"].arguments = lambda job, work: [sys.executable, "-c", job.command[0]]
+made["Runs"](made["Path"](work), [made["Job"](name, (%r,), ()) for name in "ab"], 2).run(600)
+"""
+
+
+def test_runs_end_with_the_script_even_if_it_is_killed(tmp_path: Path) -> None:
+    """Else they hold the GPU and their folders' locks after an outer limit of time."""
+    logs = [tmp_path / f"{name}.log" for name in "ab"]
+    command = [sys.executable, "-c", STARTED % SLEEPING, str(ROOT / "benchmarks/posttraining.py"), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as child:
+        try:
+            until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
+        finally:
+            child.kill()
+    until(lambda: all(gone(int(log.read_text())) for log in logs))
+
+
+def test_what_runs_too_long_is_stopped(script: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script["Job"], "arguments", lambda job, work: [sys.executable, "-c", SLEEPING])
+    jobs = [script["Job"](name, ("posttrain",), ()) for name in "abc"]
+    assert script["Runs"](tmp_path, jobs, 2).run(0.5) == ["a", "b", "c"]
+    assert all(gone(int((tmp_path / f"{name}.log").read_text() or 0)) for name in "ab")
+
+
 def run_of(tables: dict[str, Any], scores: dict[str, dict[str, list[float]]], steps: list[tuple[float, float]]) -> Any:
     evaluation = {
         model: {group: {"scores": values, "tokens": 10.0} for group, values in groups.items()}
@@ -91,7 +172,7 @@ def test_tables(tables: dict[str, Any]) -> None:
     runs |= {f"seed-{seed}-dense": run_of(tables, dense, [(15.0, 0.5), (30.0, 0.9)]) for seed in (0, 1)}
     runs |= {"sequential-1-a": run_of(tables, after, []), "sequential-2-b": run_of(tables, worse, [])}
     runs |= {"without-length": run_of(tables, worse, [])}
-    text, figures = tables["tables"](runs, ["a note"])
+    text, figures = tables["tables"](runs, "seed-0-sparse", ["a note"])
 
     first, beyond = figures["Specialists, the distilled model, and the mixed stage"]
     assert first["specialist - base"]["value"] == 100 and first["specialist"]["n"] == 16
@@ -112,8 +193,39 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
     assert "| a-think | 0.00 (0.00 to " in text and "n = 16 in 2 | 100.0 (" in text and "| b-think |" in text
 
-    text, figures = tables["tables"]({})
+    short = {name: run for name, run in runs.items() if name != "sequential-2-b"}
+    short["sequential-1-a"] = run_of(tables, {"final": {"a-think": all_right}}, [])
+    _, figures = tables["tables"](short, "seed-0-sparse")
+    (a,) = figures["One mixed stage beside one domain after the other"]
+    assert a["behind its own stage"]["value"] == 100
+    assert [a[column] for column in ("at the end", "end - own stage", "mixed - end")] == ["", "", ""]
+
+    text, figures = tables["tables"]({}, "seed-0-sparse")
     assert text.count("Nothing yet.") == 6 and figures["The runs"] == []
+
+
+def test_others_are_compared_with_the_run_that_they_began_from(
+    script: dict[str, Any], tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `--seeds 2 10` that is seed 2, though "seed-10" comes first by name. Seeds not asked for are left out."""
+    for name, score in (
+        ("seed-2-sparse", 1.0),
+        ("seed-10-sparse", 0.0),
+        ("seed-0-sparse", 0.0),
+        ("without-length", 0.0),
+    ):
+        folder = tmp_path / "out/runs" / name
+        folder.mkdir(parents=True)
+        final = {"a-think": {"scores": [score] * 8, "tokens": 10.0}}
+        (folder / "metrics.json").write_text(json.dumps({"evaluation": {"final": final}}))
+    monkeypatch.setattr(script["Runs"], "run", lambda runs, seconds: [])
+    monkeypatch.setattr(sys, "argv", ["posttraining.py", "--seeds", "2", "10", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        script["main"]()
+    figures = json.loads((tmp_path / "out/figures.json").read_text())
+    (length,) = figures["Without a term of the reward"]
+    assert length["less all terms"]["value"] == -100
+    assert {row["run"] for row in figures["The runs"]} == {"seed-2-sparse", "seed-10-sparse", "without-length"}
 
 
 @pytest.mark.slow

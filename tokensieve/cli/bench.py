@@ -134,7 +134,7 @@ def _dtype(device: Any) -> Any:
 def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig":
     from tokensieve.config import UserError
     from tokensieve.families import FAMILIES, published_config
-    from tokensieve.integers import read_integer
+    from tokensieve.integers import read_json
 
     if shape not in FAMILIES:
         raise UserError(f"--shape {shape} is unknown; use one of {', '.join(FAMILIES)}")
@@ -149,11 +149,11 @@ def _config(shape: str, changes: list[str], experts: int | None) -> "ModelConfig
                 f"--set {change}: write KEY=VALUE with a key of config.json, for example num_hidden_layers=4"
             )
         try:
-            fields[key] = json.loads(value, parse_int=read_integer)
+            fields[key] = read_json(value)
         except json.JSONDecodeError:
             fields[key] = value
         except ValueError as error:
-            raise UserError(f"--set {key}: {error}; give a smaller one") from error
+            raise UserError(f"--set {key}: {error}; give a smaller value") from error
     return published_config(shape, **fields)
 
 

@@ -285,6 +285,8 @@ def _positions(text: str | None, longest: int) -> list[int]:
         positions = sorted({read_integer(part) for part in text.split(",")})
     except ValueError as error:
         raise UserError(f"--positions: {error}; write token positions with commas, for example 8192,131072") from error
+    if positions[0] < 0:
+        raise UserError(f"--positions {positions[0]}: positions count from 0; give whole numbers of 0 or more")
     if positions[-1] > longest:
         raise UserError(f"--positions {positions[-1]}: the model has {longest} positions; give at most as many")
     return positions

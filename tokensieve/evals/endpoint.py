@@ -57,7 +57,8 @@ class Reply:
 class Endpoint:
     """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
-    url: with its /v1. seconds: for the whole of a reply; `setting` is its name in the config. retries: further tries of
+    url: with its /v1. seconds: for the whole of a reply, from the request on; `setting` is its name in the config. The
+    waits to connect and to send are each bounded by as much, so all together can take longer. retries: further tries of
     a request that was refused because of its rate, or that failed on the way or in the server; a reply that does not
     come in time is final. UserError without the openai package.
     """

@@ -53,7 +53,7 @@ def limits(op: str, q: Tensor, operands: Mapping[str, Any]) -> str | None:
 
 
 def _width(*widths: int) -> int:
-    """What all are widened to: zeros beside queries and keys change no score, and beside values they stay zeros."""
+    """The width all are padded to: zeros beside queries and keys change no score, and beside values they stay so."""
     return -(-max(widths) // _WIDTH_STEP) * _WIDTH_STEP
 
 

@@ -57,7 +57,7 @@ def _blocks_with(rows: Tensor, u: Unions) -> Tensor:
 
 
 def _broken(u: Unions, q: Tensor, kv: Tensor, delta: Tensor, lse: Tensor) -> Tensor:
-    """Tiles of which a query or a key of the list is broken, or a gradient or an output (then delta is)."""
+    """Blocks of which a query or a key of the list is broken, or a gradient or an output (then delta is)."""
     queries = ~(whole(q) & delta.isfinite() & (lse < torch.inf)).all(1)
     keys = ~whole(kv).all(1)
     places = torch.arange(u.C, device=u.keys.device) < u.counts[:, None]

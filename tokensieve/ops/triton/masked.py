@@ -37,7 +37,7 @@ class Launch:
 
 
 def launches(D: int, V: int) -> tuple[Launch, Launch, Launch]:
-    """Those of forward, of dq, and of dk with dv, as a program's registers hold them.
+    """Launches of forward, of dq, and of dk with dv, as a program's registers hold them.
 
     Up to a width of 128 they fit into 99 KB of shared memory.
     """
