@@ -3,16 +3,14 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.processes import gone, until
 from tokensieve.tethered import run_tethered, tethered
 
-SECONDS = 30.0  # until a process must have ended, on a busy machine
 # Starts one more process, writes both ids, and sleeps.
 FAMILY = """
 import os, subprocess, sys, time
@@ -35,21 +33,6 @@ with server_process("sparse", "cpu") as url:
     print(url, flush=True)
     time.sleep(600)
 """
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for has."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def family(path: Path) -> list[int]:

@@ -215,7 +215,7 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         ),
         micro_batch=config.distill.train.micro_batch,
         do=lambda parts: parts.distill(domains),
-        trains_on=[mine, _distill_settings(config)],
+        trains_on=[mine, to_dict(replace(config.distill, on_policy=None))],
     )
     start = config.rl.model or distilled.trains_on
     final = Part(
@@ -228,14 +228,6 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         trains_on=[start, mine, to_dict(config.rl)],
     )
     return [*plan, distilled, *_on_policy(config, domains, mine), final]
-
-
-def _distill_settings(config: PosttrainConfig) -> dict[str, Any]:
-    """What decides the distilled model. `repeat` is younger than the digests of some folders, so 1 is left out."""
-    settings = to_dict(replace(config.distill, on_policy=None))
-    if settings["repeat"] == 1:
-        del settings["repeat"]
-    return settings
 
 
 def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any]) -> list[Part]:

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 import tokensieve
-from tokensieve import pipeline
-from tokensieve.config import UserError, load_config
+from tokensieve.config import UserError
 from tokensieve.posttrain import distillation
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.parts import DISTILLED
-from tokensieve.posttrain_config import DistillConfig, PosttrainConfig, SftConfig
+from tokensieve.posttrain_config import DistillConfig, SftConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import Problems, domain
 
@@ -93,11 +91,3 @@ def test_lines_on_disk(tmp_path: Path) -> None:
     for change, vocabulary in (({}, 5), ({"prompt": [-1, 2]}, 6)):
         with pytest.raises(UserError, match=r"an answer in logic-direct has token (5|-1), and .* another tokenizer"):
             distillation.check_tokens([line("a", "x") | change], vocabulary)
-
-
-def test_rows_that_are_not_repeated_have_the_digest_of_older_folders() -> None:
-    for repeat, kept in ((1, False), (2, True)):
-        config = load_config(PosttrainConfig, "posttrain-tiny", (f"distill.repeat={repeat}",))
-        plan = pipeline._plan(config, ("logic",), {"logic": "logic"})
-        (distilled,) = (part for part in plan if part.name == DISTILLED)
-        assert ("repeat" in distilled.trains_on[1]) == kept

@@ -6,38 +6,20 @@ import os
 import runpy
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 import tokensieve
 from tests.support import models
+from tests.support.processes import gone, until
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain_config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60.0  # until a process must have begun or ended, on a busy machine
 TINY = ("tokens=64", "new_tokens=6", "reward.free=0.5")
-
-
-def until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for has."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.fixture
