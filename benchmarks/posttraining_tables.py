@@ -80,22 +80,22 @@ ARMS = ("sparse", "dense")
 def gains(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
     lead = (
         "Accuracy on held-out problems in %, all seeds together, and paired gains in points. A group in which no "
-        "answer of any model scores is beyond this model, and left out of the tables by group."
+        "answer of any model scores is beyond this model, and left out of the tables by group. On-policy: distilled "
+        "from the specialists on its own answers; it has no figures in a run without `distill.on_policy`."
     )
-    rows: list[list[Any]] = [
-        ["group", "base", "specialist", "distilled", "final", "specialist - base", "distilled - specialist",
-         "final - distilled", "of the gap closed"]
-    ]  # fmt: skip
+    models = ("base", "specialist", "distilled", "on-policy", "final")
+    pairs = (("specialist", "base"), ("distilled", "specialist"), ("on-policy", "distilled"), ("final", "distilled"))
+    rows: list[list[Any]] = [["group", *models, *(f"{a} - {b}" for a, b in pairs), "of the gap closed"]]
     for group in _groups(runs.values(), all_of_them=True):
-        models = {"base": "base", "specialist": _specialist(group), "distilled": "distilled", "final": "final"}
-        scores = {name: _scores(runs, model, group) for name, model in models.items()}
+        names = dict(zip(models, models, strict=True)) | {"specialist": _specialist(group)}
+        scores = {model: _scores(runs, name, group) for model, name in names.items()}
         asked = sum(len(s) for by_seed in scores.values() for s in by_seed.values())
         if not any(score > 0 for by_seed in scores.values() for s in by_seed.values() for score in s):
-            rows.append([group, f"beyond this model: 0 of {asked} answers", *[""] * 7])
+            rows.append([group, f"beyond this model: 0 of {asked} answers", *[""] * (len(rows[0]) - 2)])
             continue
-        pairs = (("specialist", "base"), ("distilled", "specialist"), ("final", "distilled"))
-        found = [_gain(scores[a], scores[b]) for a, b in pairs]
-        rows.append([group, *(_share(s) for s in scores.values()), *found, _closed(*found[1:])])
+        found = {(a, b): _gain(scores[a], scores[b]) for a, b in pairs}
+        closed = _closed(found["distilled", "specialist"], found["final", "distilled"])
+        rows.append([group, *(_share(s) for s in scores.values()), *found.values(), closed])
     return lead, rows
 
 
@@ -104,7 +104,7 @@ def beside(arms: Mapping[str, Mapping[str, Run]]) -> tuple[str, list[list[Any]]]
     rows: list[list[Any]] = [["group", "model", *(f"{arm}{what}" for arm in ARMS for what in ("", ", tokens"))]]
     rows[0].append("sparse - dense")
     for group in _groups(run for runs in arms.values() for run in runs.values()):
-        for model in ("base", _specialist(group), "distilled", "final"):
+        for model in ("base", _specialist(group), "distilled", "on-policy", "final"):
             scores = [_scores(arms[arm], model, group) for arm in ARMS]
             tokens = [_tokens(arms[arm], model, group) for arm in ARMS]
             by_seed = [{name.rpartition("-")[0]: s for name, s in found.items()} for found in scores]
