@@ -17,8 +17,7 @@ import torch
 
 import tokensieve
 from tokensieve.data import read_documents
-from tokensieve.engine import EngineConfig, Sampling
-from tokensieve.engine.scheduler import pages_for
+from tokensieve.engine import Sampling
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain import Rollout, Rollouts, replaying
@@ -80,13 +79,10 @@ def main() -> None:
     tokenizer = tokensieve.load_tokenizer(sizes.model)
     prompts, rows = texts(tokenizer, sizes.prompts, sizes.tokens), sizes.prompts * sizes.samples
     sampling = Sampling(max_tokens=sizes.new, temperature=1.0, ignore_eos=True)
-    tokens = sizes.tokens + sizes.new
-    pages = rows * (pages_for(tokens) + 1)
-    chunk = 512 if device.type == "cpu" else 8192
-    engine = Rollouts(model, tokenizer, tokens, config=EngineConfig(pages=pages, running=rows, chunk=chunk))
+    engine = Rollouts(model, tokenizer, sizes.tokens + sizes.new, at_once=rows)
     figures: dict[str, dict[str, float]] = {}
     if device.type == "cuda":  # kernels are compiled and steps recorded once
-        engine.sample(prompts, sizes.samples, Sampling(max_tokens=4, temperature=1.0, ignore_eos=True))
+        engine.sample(prompts, sizes.samples, sampling)
     groups, seconds = timed(device, lambda: engine.sample(prompts, sizes.samples, sampling))
     figures["engine"] = {"seconds": seconds, "tokens_per_second": rows * sizes.new / seconds}
     ids = torch.tensor([prompt for prompt in prompts for _ in range(sizes.samples)], device=device)

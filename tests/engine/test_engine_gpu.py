@@ -142,3 +142,17 @@ def test_an_adapter_is_recorded_with_the_step(with_experts: DecoderForCausalLM) 
             hook.remove()
     assert float((expected - plain.float()).norm()) > 0.3 * float(expected.norm())
     assert float((logits - expected).norm()) < 0.25 * float(expected.norm())
+
+
+def test_a_copied_page_is_the_page() -> None:
+    """Entries, index keys and kept selections, which come to the CPU in memory from where they go back fast."""
+    model = on_gpu("v32", first_k_dense_replace=3, index_dtype="fp8", **SPARSE)
+    runner = Runner(model, pages=40, keep_selection=True)
+    tokens, (pages,) = fill(runner, (700,))
+    twin = [*pages[:-1], 39]
+    runner.copy_page(pages[-1], [38, 39])
+    assert runner.selected is not None
+    kept = [runner.selected.read(own, 699, 650) for own in (pages, twin, [*pages[:-1], 38])]
+    assert all(x.is_pinned() and torch.equal(x, kept[0]) for x in kept) and bool((kept[0] >= 0).any())
+    logits = [runner.step([tokens[0][-1]], [700], [own], "indexer").clone() for own in (pages, twin)]
+    assert torch.equal(*logits)

@@ -13,7 +13,7 @@ from tests.engine.test_engine import KINDS, SMALL, ask, run, tokens
 from tests.support.models import config, ours
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request
-from tokensieve.engine.scheduler import Scheduler
+from tokensieve.engine.scheduler import MOST_PASSES, Scheduler
 from tokensieve.model import DecoderForCausalLM
 
 
@@ -28,8 +28,8 @@ def tokenizer() -> Any:
 
 
 def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
-    """Asked several times at once, it waits for itself; shorter than a chunk it has nothing to share, and another one
-    does not wait.
+    """Asked several times at once, it waits for itself, and all begin at its end, also if it is shorter than a chunk.
+    Another one does not wait.
     """
     engine = Engine(sparse, tokenizer, SMALL)
     requests = [ask(f"same {i}", 200, seed=i, temperature=1.0) for i in range(4)]
@@ -42,14 +42,47 @@ def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any)
     engine.fail_all("again")
     found = run(Engine(sparse, tokenizer, SMALL), [*requests, *others])
     assert {id: tokens(outputs) for id, outputs in found.items()} == alone
-    assert [found[r.id][-1].cached_tokens for r in requests] == [0, 192, 192, 192]
+    assert [found[r.id][-1].cached_tokens for r in requests] == [0, 200, 200, 200]
+    assert [found[r.id][-1].cached_tokens for r in others] == [0, 0, 60]
+
+
+def test_who_began_at_the_end_of_anothers_prompt_has_pages_of_its_own(
+    sparse: DecoderForCausalLM, tokenizer: Any
+) -> None:
+    """The first one may end before the others, and each page is given back once."""
+    requests = [ask(f"same {i}", 200, seed=i, temperature=1.0, max_tokens=9, ignore_eos=True) for i in range(3)]
+    alone = {r.id: tokens(run(Engine(sparse, tokenizer, SMALL), [r])[r.id]) for r in requests}
+    engine = Engine(sparse, tokenizer, SMALL)
+    for r in requests:
+        engine.add(r)
+    outputs = engine.step()
+    while not any(output.tokens for output in outputs):
+        outputs = engine.step()
+    one, *others = engine.scheduler.running
+    assert all(r.pages[:3] == one.pages[:3] for r in others) and len({r.pages[3] for r in (one, *others)}) == 3
+    assert engine.abort("same 0") is not None  # the pages of the first one's prompt stay
+    while engine.busy:
+        outputs += engine.step()
+    assert [tokens([o for o in outputs if o.id == r.id]) for r in requests[1:]] == [*alone.values()][1:]
+    assert engine.scheduler.pool.used == 0
+
+
+def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
+    """With no room for it, a large request is passed by the samples of a prompt as by others; then it is their turn."""
+    scheduler = Scheduler(pages=40, max_running=256, chunk=512, chunks=2)
+    twins = [scheduler.add(Request("twin 0", tuple(range(100))), 0)]
+    scheduler.admit()
+    large = scheduler.add(Request("large", tuple(range(39 * 64))), 0)
+    twins += [scheduler.add(Request(f"twin {i}", twins[0].request.prompt), i) for i in range(1, 30)]
+    scheduler.admit()
+    assert scheduler.running == twins[:1]
+    scheduler.ran(twins[0], scheduler.chunk_of(twins[0]))
+    assert scheduler.fork(twins[0]) == twins[1 : 1 + MOST_PASSES] and large.passed == MOST_PASSES
 
 
 @pytest.mark.parametrize("answers", [2, 40, 128])
 def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
-    """They wait for the chunks that all of them share, run the last one each for itself, and who came after them is let
-    in at once.
-    """
+    """They wait for the prompt, which is run once, and who came after them is let in at once."""
     scheduler = Scheduler(pages=4000, max_running=256, chunk=512, chunks=2)
     prompt = tuple(range(6000))
     twins = [scheduler.add(Request(f"twin {i}", prompt), i) for i in range(answers)]
@@ -60,9 +93,11 @@ def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
         assert not first or scheduler.running == [twins[0], other]
         for running in scheduler.next_chunks():
             scheduler.ran(running, scheduler.chunk_of(running))
+            if not running.in_prompt:
+                scheduler.fork(running)
         first, steps = False, steps + 1
-        assert steps < 6000 // 512 + 2 + answers / 2
-    assert [r.reused for r in twins] == [0, *[5632] * (answers - 1)]
+        assert steps < 6000 // 512 + 2
+    assert [r.reused for r in twins] == [0, *[6000] * (answers - 1)] and twins[-1] in scheduler.running
 
 
 def test_after_a_fault_nothing_written_is_shared(sparse: DecoderForCausalLM, tokenizer: Any) -> None:

@@ -49,6 +49,11 @@ def padded(rollouts: list[Rollout]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(masks)
 
 
+def layers_of(rollout: Rollout) -> torch.Tensor:
+    """(layers, T - 1, K): all parts of its selection."""
+    return torch.cat(rollout.selection, 1)
+
+
 def difference(model: DecoderForCausalLM, rollouts: list[Rollout]) -> Tensor:
     """|log probability in training - in the rollout| of every token of the answers, one after the other."""
     ids, mask = padded(rollouts)
@@ -72,7 +77,7 @@ def test_training_and_rollouts_agree(kind: str) -> None:
     with replaying(model, rollouts):
         assert difference(model, mixed).mean() < 1e-6
     assert difference(model, mixed).mean() < 1e-2  # without: keys at the k-th place may differ by a rounding
-    other = [replace(r, selection=tuple(reversed(r.selection))) for r in rollouts]
+    other = [replace(r, selection=(layers_of(r).flip(0),)) for r in rollouts]
     with replaying(model, other):
         assert difference(model, rollouts).mean() > 1e-3  # the replayed keys are really what is read
 
@@ -84,13 +89,13 @@ def test_the_kept_selection_is_what_the_model_selects() -> None:
     assert len(rollouts) == 3 * SAMPLES and len({r.answer for r in rollouts}) > 3
     for r in rollouts:
         total = len(r.prompt) + len(r.answer)
-        assert len(r.selection) == 3 and all(layer.shape == (total - 1, K) for layer in r.selection)
-        counts = (r.selection[0] >= 0).sum(1)
+        assert layers_of(r).shape == (3, total - 1, K)
+        counts = (layers_of(r)[0] >= 0).sum(1)
         assert counts.tolist() == [min(K, place + 1) for place in range(total - 1)]
         ids = torch.tensor([[*r.prompt, *r.answer][:-1]])
         with torch.no_grad():
             chosen = model(ids, return_selection=True).selection
-        same = [bool((a[0] == b).all(1).float().mean() > 0.95) for a, b in zip(chosen, r.selection, strict=True)]
+        same = [bool((a[0] == b).all(1).float().mean() > 0.95) for a, b in zip(chosen, layers_of(r), strict=True)]
         assert all(same)
 
 
@@ -102,8 +107,9 @@ def test_the_engine_reads_a_prompt_once_for_all_samples() -> None:
     ends = {}
     while engine.busy:
         ends |= {output.id: output for output in engine.step() if output.finish is not None}
-    assert [ends[name].cached_tokens for name in ("0", "1", "2")] == [0, 128, 128]
-    assert all(torch.equal(a, b) for a, b in zip(ends["0"].selection, ends["2"].selection, strict=True))
+    assert [ends[name].cached_tokens for name in ("0", "1", "2")] == [0, 150, 150]
+    assert all(end.selection[0] is ends["0"].selection[0] for end in ends.values())
+    assert all([part.shape[1] for part in end.selection] == [150, 3] for end in ends.values())
 
 
 def test_short_prompts_are_read_before_answers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +154,7 @@ def test_a_preempted_answer_keeps_its_selection() -> None:
         assert (rollouts.engine.scheduler.preempted > 0) == (pages == 7)
     for a, b in zip(*found, strict=True):
         assert a.answer == b.answer and a.logprobs == b.logprobs
-        assert all(torch.equal(x, y) for x, y in zip(a.selection, b.selection, strict=True))
+        assert torch.equal(layers_of(a), layers_of(b))
 
 
 def test_the_same_weights_and_seed_give_the_same_and_new_weights_are_seen() -> None:
@@ -172,7 +178,7 @@ def test_the_indexer_learns_on_the_replayed_keys() -> None:
     grads = []
     for selection in (
         rollouts,
-        [Rollout(r.prompt, r.answer, r.logprobs, r.ended, tuple(reversed(r.selection))) for r in rollouts],
+        [replace(r, selection=(layers_of(r).flip(0),)) for r in rollouts],
     ):
         model.zero_grad()
         with tokensieve.training(model.train(), "adapt"), replaying(model, selection):
@@ -206,14 +212,14 @@ def test_a_failure_leaves_nothing_behind() -> None:
 def test_equal_rows_take_their_rollouts_in_turn_and_a_masked_answer_its_prompt() -> None:
     model = model_of("v32")
     (one, other) = sampled(model)[:2]
-    twin = replace(one, selection=tuple(layer.flip(0) * 0 for layer in one.selection))
+    twin = replace(one, selection=tuple(part * 0 for part in one.selection))
     ids = torch.tensor([[*one.prompt, *one.answer]] * 2 + [[*other.prompt, *([0] * len(other.answer))]])
     mask = torch.ones_like(ids)
     mask[2, len(other.prompt) :] = 0
     chosen = selection_of(ids, mask, [one, twin, other])[0]
-    assert torch.equal(chosen[0, :-1], one.selection[0]) and bool((chosen[1] == 0).all())
+    assert torch.equal(chosen[0, :-1], layers_of(one)[0]) and bool((chosen[1] == 0).all())
     length = len(other.prompt)
-    assert torch.equal(chosen[2, :length], other.selection[0][:length]) and bool((chosen[2, length:] == -1).all())
+    assert torch.equal(chosen[2, :length], layers_of(other)[0, :length]) and bool((chosen[2, length:] == -1).all())
 
 
 def test_what_is_refused() -> None:
@@ -272,7 +278,7 @@ def test_an_answer_goes_on_after_the_result_of_a_tool() -> None:
             else:
                 assert list(tokens_of) == result_of(r.prompt, turns) and turns[-1][-1] in ENDS
         assert r.ended == (len(turns) == 3 and turns[-1][-1] in ENDS) and len(r.logprobs) == sum(map(len, turns)) <= 40
-        assert all(layer.shape == (len(r.prompt) + len(r.answer) - 1, K) for layer in r.selection)
+        assert layers_of(r).shape[1:] == (len(r.prompt) + len(r.answer) - 1, K)
     with replaying(model, rollouts):
         assert difference(model, rollouts).mean() < 1e-6
     assert difference(model, rollouts).mean() < 1e-2
@@ -293,7 +299,7 @@ def test_turns_are_the_same_alone_and_begin_as_without_tools() -> None:
         assert first.written == () and first.mask == (True,) * count
         # What a turn read is what its continuation reads of it, so one selection serves the whole rollout.
         kept = len(first.prompt) + count - 1
-        assert all(torch.equal(a[:kept], b) for a, b in zip(whole.selection, first.selection, strict=True))
+        assert torch.equal(layers_of(whole)[:, :kept], layers_of(first))
 
 
 def test_a_continuation_takes_what_was_read_from_the_cache() -> None:

@@ -114,6 +114,7 @@ class Generation:
     matcher: Matcher | None
     trace: AttentionTrace | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    selection: tuple[Tensor, ...] = ()  # of the prompt, if the engine keeps it: one tensor for all that share it
 
 
 class Engine:
@@ -223,11 +224,26 @@ class Engine:
             self._score(generation, logits, a)
             logits = logits[-1]
         self.scheduler.ran(running, b)
+        if b < running.prompt:
+            return [self._reading(running)] if running.request.progress and not running.answered else []
+        together = [running, *self._fork(running)]
+        if self.runner.selected is not None:
+            generation.selection = (self.runner.selected.read(running.pages, b),)
+            for other in together[1:]:
+                self._generations[other.request.id].selection = generation.selection
         if running.answered > 0:
             return []
-        if b < running.prompt:
-            return [self._reading(running)] if running.request.progress else []
-        return self._extend([running], logits[None]) if sampling.max_tokens else [self._end(generation, "length")]
+        answering = [r for r in together if r.request.sampling.max_tokens]
+        outputs = [self._end(self._generations[r.request.id], "length") for r in together if r not in answering]
+        return outputs + (self._extend(answering, logits.expand(len(answering), -1)) if answering else [])
+
+    def _fork(self, running: Running) -> list[Running]:
+        """Other requests with the prompt that this one has just ended; they begin here."""
+        forked = self.scheduler.fork(running)
+        if forked and running.prompt % PAGE_TOKENS:
+            last = running.prompt // PAGE_TOKENS
+            self.runner.copy_page(running.pages[last], [other.pages[last] for other in forked])
+        return forked
 
     def _reading(self, running: Running) -> Output:
         """Output that reports how much of a prompt has been read."""
@@ -316,7 +332,8 @@ class Engine:
         running = generation.running
         selection: tuple[Tensor, ...] = ()
         if self.runner.selected is not None and finish in ("stop", "length"):
-            selection = self.runner.selected.read(running.pages, running.cached)
+            more = self.runner.selected.read(running.pages, running.cached, running.prompt)
+            selection = (*generation.selection, more)
         self.scheduler.remove(running)
         del self._generations[running.request.id]
         return self._output(generation, text + generation.text.finish(), tokens, logprobs, finish, error, selection)

@@ -22,8 +22,17 @@ def digests(tokens: Sequence[int], kind: str) -> Iterator[Digest]:
     """
     digest, numbers = kind.encode(), array("I", tokens)
     for a in range(0, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
-        digest = hashlib.blake2b(digest + numbers[a : a + PAGE_TOKENS].tobytes(), digest_size=16).digest()
+        digest = _digest(digest + numbers[a : a + PAGE_TOKENS].tobytes())
         yield digest
+
+
+def digest_of(tokens: Sequence[int], kind: str) -> Digest:
+    """Digest of all tokens together."""
+    return _digest(kind.encode() + array("I", tokens).tobytes())
+
+
+def _digest(content: bytes) -> Digest:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class PagePool:

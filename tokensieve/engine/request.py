@@ -148,8 +148,9 @@ class Output:
     error: message, if finish is "error".
     refused: whether the error lies in the request: it needs something that cannot be done, and would end so again.
     trace: one record per layer, with the first token, if it was requested.
-    selection: with the last output, if the engine keeps it: per layer (T, k) int32, the positions that each token of
-        prompt and answer read, ascending, then -1. The last token has none, since it was not run.
+    selection: with the last output, if the engine keeps it: parts (layers, t, k) int32 one behind the other, the
+        positions that each token of prompt and answer read, ascending, then -1. The first part is the prompt's, and
+        the same tensor for all requests that shared it whole. The last token has none, since it was not run.
     """
 
     id: str

@@ -191,6 +191,14 @@ class Runner:
         real = len(lengths) if self.device.type == "cpu" else None  # a GPU computes the padding too
         return self._run_step(inputs, selector, real)[: len(lengths)]
 
+    @torch.inference_mode()
+    def copy_page(self, page: int, others: Sequence[int]) -> None:
+        """Copies all that a page of the cache holds to other pages, in every layer."""
+        for pool in (*self.pools.entries, *self.pools.index):
+            pool[list(others)] = pool[page].clone()
+        if self.selected is not None:
+            self.selected.copy(page, others)
+
     def _run_step(
         self,
         inputs: StepInputs,

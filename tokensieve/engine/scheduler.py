@@ -3,6 +3,9 @@
 A request waits until there are pages for its whole prompt and one more token. From then on it holds them. Every step
 runs a few chunks of prompts and one token of every answer.
 
+Requests with the same prompt wait while the first of them runs it, and then begin where it ends: they share its full
+pages and have a copy of the last one.
+
 If pages run out, the youngest request is preempted: its pages are released, and it begins again later. Its prompt is
 then run anew. Its tokens are kept and fed back one by one, exactly as before, so that nothing in the answer changes.
 """
@@ -11,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tokensieve.engine.page_pool import Digest, PagePool, digests
+from tokensieve.engine.page_pool import Digest, PagePool, digest_of, digests
 from tokensieve.engine.request import Request
 from tokensieve.ops.quant import PAGE_TOKENS
 
@@ -51,6 +54,11 @@ class Running:
     def digests(self) -> list[Digest]:
         """Digests of the prompt's full pages. Cached, since they are needed at every step while the request waits."""
         return list(digests(self.request.prompt, self.request.selector))
+
+    @cached_property
+    def whole(self) -> Digest:
+        """Digest of the whole prompt. No page has it."""
+        return digest_of(self.request.prompt, f"whole {self.request.selector}")
 
     @property
     def prompt(self) -> int:
@@ -97,12 +105,10 @@ class Scheduler:
         Smaller requests may pass one that has to wait, but only `MOST_PASSES` times.
         """
         skipped: list[Running] = []
-        in_progress = {r.digests[-1] for r in self.running if self._prefills_shareable(r)}
+        in_progress = {digest for r in self.running for digest in self._in_progress(r)}
         considered = 0
         for running in list(self.waiting):
-            if self._shareable(running) and running.digests[-1] in in_progress:
-                # The same prompt is being run: its pages can soon be shared. Waiting for them counts as no delay, so
-                # the request neither uses up the look-ahead nor holds up the ones behind it.
+            if self._waits(running, in_progress):
                 continue
             considered += 1
             full = considered > AHEAD or len(self.running) >= self.max_running
@@ -111,9 +117,48 @@ class Scheduler:
             if self._start(running):
                 for other in skipped:
                     other.passed += 1
-                in_progress |= {running.digests[-1]} if self._prefills_shareable(running) else set()
+                in_progress |= self._in_progress(running)
             else:
                 skipped.append(running)
+
+    def fork(self, leader: Running) -> list[Running]:
+        """Admits waiting requests with the prompt that `leader` has just ended, in order, as far as there is room.
+
+        They share its full pages. If the prompt ends within a page, its entries have to be copied to their last one.
+        """
+        forked: list[Running] = []
+        skipped: list[Running] = []
+        in_progress = {digest for r in self.running for digest in self._in_progress(r)}
+        for running in list(self.waiting):
+            if not (self._forks(leader) and self._forks(running) and running.whole == leader.whole):
+                skipped += [] if self._waits(running, in_progress) else [running]
+                continue
+            full = len(self.running) >= self.max_running or any(r.passed >= MOST_PASSES for r in skipped)
+            if full or not self._start(running, leader):
+                break
+            forked.append(running)
+            for other in skipped:
+                other.passed += 1
+        return forked
+
+    def _forks(self, running: Running) -> bool:
+        """Whether a request may begin at the end of another one's prompt: it needs no pass of its own over it."""
+        request = running.request
+        return self.share and request.sampling.prompt_logprobs is None and not request.trace and running.answered == 0
+
+    def _in_progress(self, running: Running) -> set[Digest]:
+        """Digests of what others can soon share of a running request's prompt: full pages, and the whole prompt."""
+        pages = {running.digests[-1]} if running.cached < self._shareable(running) else set()
+        return pages | ({running.whole} if running.in_prompt and self._forks(running) else set())
+
+    def _waits(self, running: Running, in_progress: set[Digest]) -> bool:
+        """Whether a request waits for a prompt that is being run, which it can soon share.
+
+        That counts as no delay: it neither uses up the look-ahead nor holds up the ones behind it.
+        """
+        if self._forks(running) and running.whole in in_progress:
+            return True
+        return self._shareable(running) > 0 and running.digests[-1] in in_progress
 
     def _shareable(self, running: Running) -> int:
         """Length of the prompt's prefix that can be shared: whole chunks, and never the last token.
@@ -124,13 +169,12 @@ class Scheduler:
         shares = self.share and running.request.sampling.prompt_logprobs is None
         return (running.prompt - 1) // self.chunk * self.chunk if shares else 0
 
-    def _prefills_shareable(self, running: Running) -> bool:
-        """Whether chunks that others can share are still to be run."""
-        return running.cached < self._shareable(running)
+    def _start(self, running: Running, leader: Running | None = None) -> bool:
+        """Moves a waiting request to the running ones, to the end of its prompt if another one has run it.
 
-    def _start(self, running: Running) -> bool:
-        """Moves a waiting request to the running ones. False if there are too few pages for it."""
-        shared = self._cached_prefix(running)
+        False if there are too few pages for it.
+        """
+        shared = self._cached_prefix(running) if leader is None else leader.pages[: leader.prompt // PAGE_TOKENS]
         # Shared before any page is taken, since taking pages may evict unused ones.
         self.pool.share(shared)
         new = self.pool.take(pages_for(len(running.tokens) + 1) - len(shared))
@@ -138,7 +182,8 @@ class Scheduler:
             self.pool.release(shared)
             return False
         self.waiting.remove(running)
-        running.pages, running.cached = shared + new, len(shared) * PAGE_TOKENS
+        running.pages = shared + new
+        running.cached = len(shared) * PAGE_TOKENS if leader is None else leader.prompt
         if running.answered == 0:
             running.reused = max(running.reused, running.cached)
         self.running.append(running)

@@ -1,6 +1,6 @@
 """The keys that each token's attention read, kept on pages beside its entries, so that training can read them again.
 
-Legend: N tokens of a pass, T tokens of a sequence, K keys of a query, P pages.
+Legend: N tokens of a pass, K keys of a query.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,21 @@ class SelectedPages:
                 )
             pool[slots_N.long()] = F.pad(indices, (0, pool.shape[1] - indices.shape[1]), value=-1).to(pool.dtype)
 
-    def read(self, pages: Sequence[int], tokens: int) -> tuple[Tensor, ...]:
-        """Per layer the indices (T, K) of the first `tokens` tokens of a sequence on these pages, on the CPU."""
-        table = torch.tensor(pages[: -(-tokens // PAGE_TOKENS)], device=self._pools[0].device)
-        shape = (-1, PAGE_TOKENS, self._pools[0].shape[1])
-        return tuple(pool[:-1].view(shape)[table].flatten(0, 1)[:tokens].cpu() for pool in self._pools)
+    def copy(self, page: int, others: Sequence[int]) -> None:
+        """Copies a page to others, in every layer."""
+        for pool in self._pools:
+            pages = pool[:-1].view(-1, PAGE_TOKENS, pool.shape[1])
+            pages[list(others)] = pages[page].clone()
+
+    def read(self, pages: Sequence[int], tokens: int, past: int = 0) -> Tensor:
+        """The indices (layers, tokens - past, K) of a sequence on these pages, from its token `past` on, on the CPU.
+
+        From a GPU they come to pinned memory, from where they go back fast.
+        """
+        device = self._pools[0].device
+        table = torch.tensor(pages[: -(-tokens // PAGE_TOKENS)], device=device)
+        slots = (table[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS, device=device)).flatten()[past:tokens]
+        found = torch.stack([pool[slots] for pool in self._pools])
+        if found.is_cpu:
+            return found
+        return torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found)

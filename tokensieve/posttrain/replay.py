@@ -1,6 +1,6 @@
 """Replay: training reads the keys that the rollout read, so that both see the same model.
 
-Legend: B rows, S tokens of a row, T tokens of a rollout, K keys of a query.
+Legend: L layers, B rows, S tokens of a row, T tokens of a rollout, K keys of a query.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,8 +55,9 @@ def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Roll
         for tokens in ((*rollout.prompt, *rollout.answer), rollout.prompt):
             whole.setdefault(tokens, []).append((rollout.selection, len(tokens)))
     kept = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
-    rows: list[list[Tensor]] = []
+    rows: list[Tensor] = []
     used: dict[tuple[int, ...], int] = {}
+    moved: dict[int, Tensor] = {}  # parts by id: on a GPU the work is a fraction of the CPU's, and samples share some
     for ids_S, kept_S in zip(ids_BS.tolist(), kept.tolist(), strict=True):
         first = kept_S.index(True) if True in kept_S else 0
         tokens = tuple(token for token, real in zip(ids_S, kept_S, strict=True) if real)
@@ -64,17 +65,21 @@ def selection_of(ids_BS: Tensor, mask_BS: Tensor | None, rollouts: Sequence[Roll
             raise UserError(f"a row of {len(tokens)} tokens is none of the rollouts that are replayed")
         turn = used.get(tokens, 0)
         used[tokens] = turn + 1
-        layers, length = whole[tokens][turn % len(whole[tokens])]
-        # Moved first: on a GPU the work is a fraction of the CPU's.
-        rows.append([_of_row(layer.to(ids_BS.device), length, first, len(ids_S)) for layer in layers])
-    return [torch.stack(layers) for layers in zip(*rows, strict=True)]
+        parts, length = whole[tokens][turn % len(whole[tokens])]
+        for part in parts:
+            if id(part) not in moved:
+                moved[id(part)] = part.to(ids_BS.device, non_blocking=True)
+        rows.append(_of_row(torch.cat([moved[id(part)] for part in parts], 1), length, first, len(ids_S)))
+    return list(torch.stack(rows, 1))
 
 
-def _of_row(indices_TK: Tensor, tokens: int, first: int, length: int) -> Tensor:
-    """(S, K) for a row of `tokens` tokens that begin at `first`.
+def _of_row(indices_LTK: Tensor, tokens: int, first: int, length: int) -> Tensor:
+    """(layers, S, K) for a row of `tokens` tokens that begin at `first`.
 
     The rollout did not run its last token, which reads what the one before it read.
     """
-    rows = indices_TK[:tokens] if tokens <= len(indices_TK) else torch.cat((indices_TK, indices_TK[-1:]))
+    rows = indices_LTK[:, :tokens]
+    if rows.shape[1] < tokens:
+        rows = torch.cat((rows, rows[:, -1:]), 1)
     shifted = torch.where(rows < 0, rows, rows + first)
     return F.pad(shifted, (0, 0, first, length - first - tokens), value=-1)

@@ -34,9 +34,10 @@ class Rollout:
     """One sampled answer.
 
     logprobs: natural log probability of each token that the model wrote, under the model, before temperature and cuts.
-    ended: the model ended it, instead of running out of tokens. selection: per layer (T - 1, K) int32, the positions
-    that each token but the last read, ascending, then -1; empty if the rollout kept none. written: for each token of
-    the answer, whether the model wrote it; empty if it wrote all. The others are results of tools.
+    ended: the model ended it, instead of running out of tokens. selection: (layers, T - 1, K) int32, the positions that
+    each token but the last read, ascending, then -1, in parts along T; samples of a prompt share the first part. Empty
+    if the rollout kept none. written: for each token of the answer, whether the model wrote it; empty if it wrote all.
+    The others are results of tools.
     """
 
     prompt: tuple[int, ...]
@@ -132,7 +133,7 @@ def _tensors(model: DecoderForCausalLM) -> list[Tensor]:
 class Rollouts:
     """An engine that samples several answers to each of a batch of prompts, all at once.
 
-    The answers to one prompt share its whole chunks, and each reads the rest. `sample` uses the model's weights as they
+    A prompt is read once for all of its answers that run together. `sample` uses the model's weights as they
     are then, and forgets what was cached under older ones. Keys are read in the form in which adaptation reads them.
 
     dtype: of the weights in the engine. If it is not the model's, the engine has a copy of them, rounded; head weights
