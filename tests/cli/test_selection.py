@@ -97,6 +97,16 @@ def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
     assert ended.out.splitlines()[-1].endswith(f"--arm trained={NAME}")
 
 
+def test_adaptation_by_a_broken_one(home: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step; and warm-up, which would ignore a selector, takes none."""
+    monkeypatch.setattr("tokensieve.train.loop.Run.step", lambda *_: pytest.fail("it trained"))
+    refused, broken = commands.refusal(run), 'selection="tests.cli.test_selection:by_row"'
+    adapt = commands.tiny(home, "adapt", tmp_path / "adapt", "--set", broken)
+    refused(("by_row gave queries of layer 0 other keys",), *adapt)
+    warmup = commands.tiny(home, "warmup", tmp_path / "warmup", "--set", f'selection="{NAME}"')
+    refused((f"selection is {NAME}, and warmup attends to every key",), *warmup)
+
+
 def test_bad_names_are_refused(home: Path, run: Any) -> None:
     refused = commands.refusal(run)
     refused(("best", "module:function"), "generate", home / "sparse", "--prompt", "x", "--selection", "best")
