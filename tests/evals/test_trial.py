@@ -1,13 +1,15 @@
 """A trial of a selector finds a choice that depends on the other queries of the call, and lets all others pass."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.models import config, ours
+from tests.support.models import config, ours, tokens
 from tokensieve.config import UserError
 from tokensieve.evals.trial import try_selection
+from tokensieve.model import selecting
 from tokensieve.model.selection import SELECTORS, indexer, join, window
 
 GOOD = ["Recent(last=8)", "PerQuery(0.02)", "Shared([1])", "DenseLayers([0])", "DenseBelow(60)", "DenseIfSpread(0.5)"]
@@ -19,6 +21,19 @@ DEPENDENT = {
     "a mean over queries": lambda c: c.select(c.scores() * (c.scores().nan_to_num(0).mean(0) - c.scores()[:1]).sign()),
     "new draws": lambda c: c.select(torch.rand_like(c.scores())),
 }
+
+
+def test_the_example_of_the_page() -> None:
+    """docs/selection.md: it selects what it promises, in whole passes and row by row."""
+    page = (Path(__file__).parents[2] / "docs" / "selection.md").read_text(encoding="utf-8")
+    (block,) = (b.split("```")[0] for b in page.split("```python\n") if "def with_every_64th" in b)
+    names: dict[str, Any] = {}
+    exec(compile(block, "selection.md", "exec"), names)
+    model = ours(config("v32"))
+    try_selection(model, names["with_every_64th"])
+    with torch.no_grad(), selecting(model, names["with_every_64th"]):
+        (last,) = model(tokens(1, 150), return_selection=True).selection[0][0, -1:]
+    assert {0, 64, 128} <= {*last.tolist()} and int((last >= 0).sum()) <= 24 + 3
 
 
 def every_third(c: Any) -> torch.Tensor:
