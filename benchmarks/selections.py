@@ -8,13 +8,14 @@ Perplexity and needles are compared with the top k of the model, prompt by promp
 tables of their own. `--also` adds another checkpoint, which selects its own, and `--arm` a selector on the model.
 `--plain` leaves out all arms but dense attention and those added; `--budget` keeps the ways to spend a budget of keys,
 too. Keys are the mean over layers and over queries that see more than k; index scores are those of a text's last query,
-in units of one for every key in every layer.
+in units of one for every key in every layer; those of an `--arm` are not counted.
 """
 
 import argparse
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,12 +25,14 @@ from torch import Tensor
 
 import tokensieve
 from tokensieve import evals
-from tokensieve.config import DataConfig
+from tokensieve.config import DataConfig, UserError
 from tokensieve.data import read_documents
 from tokensieve.evals import Arm, evaluation, intervals
+from tokensieve.evals.trial import try_selection
+from tokensieve.integers import read_integer
 from tokensieve.machine import choose_device
 from tokensieve.model import DecoderForCausalLM, SelectionContext
-from tokensieve.model.selection import dense, indexer, resolve, window
+from tokensieve.model.selection import dense, indexer, name_of, resolve, window
 from tokensieve.report import environment
 from tokensieve.selectors import (
     DenseBelow,
@@ -50,7 +53,7 @@ class Counting:
 
     def __init__(self, selector: Callable[[SelectionContext], Tensor | None]):
         self.selector, self.keys, self.queries = selector, Counter[int](), Counter[int]()  # by layer
-        self.__name__ = type(selector).__name__
+        self.__name__ = name_of(selector)
 
     def __call__(self, c: SelectionContext) -> Tensor | None:
         indices, seen = self.selector(c), c.ends_N - c.starts_N
@@ -68,10 +71,11 @@ class Counting:
         return [self.keys[layer] / max(1, self.queries[layer]) for layer in sorted(self.queries)]
 
 
-PLAIN: dict[str, tuple[Any, float]] = {"dense": (dense, 0.0), "sparse": (indexer, 1.0)}
+# Each selector, and the index scores of its last query, if they can be counted.
+PLAIN: dict[str, tuple[Any, float | None]] = {"dense": (dense, 0.0), "sparse": (indexer, 1.0)}
 
 
-def budget_arms(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
+def budget_arms(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float | None]]:
     """The ways to spend a budget of k keys that are fitted to it on `texts`, as `arms_of` gives them."""
     return {
         "k by query": (PerQuery(evals.fitted_query_share(model, texts, k)), 1.0),
@@ -79,7 +83,7 @@ def budget_arms(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[
     }
 
 
-def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float]]:
+def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str, tuple[Any, float | None]]:
     """Each selector, fitted to a budget of k keys on `texts`, and the index scores of its last query, in units of one
     for every key in every layer.
     """
@@ -104,6 +108,19 @@ def arms_of(model: DecoderForCausalLM, texts: list[Tensor], k: int) -> dict[str,
     return arms
 
 
+def named(option: str, texts: list[str], what: str, taken: Collection[str] = ()) -> dict[str, str]:
+    """{name: value} of `NAME=value`. UserError for another form, and for a name that is taken."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise UserError(f"{option} {text}: write it as NAME={what}")
+        if name in {*PLAIN, *taken, *found}:
+            raise UserError(f"{option} {text}: there is an arm {name} already; give each its own name")
+        found[name] = value
+    return found
+
+
 def rows_of(
     models: dict[str, DecoderForCausalLM], tokenizer: Any, sizes: argparse.Namespace, k: int
 ) -> list[dict[str, Any]]:
@@ -113,11 +130,16 @@ def rows_of(
     selectors = dict(PLAIN)
     if not sizes.plain:
         selectors |= (budget_arms if sizes.budget else arms_of)(model, fitted_on, k)
-    for arm in sizes.arm:
-        name, _, selector = arm.partition("=")
-        selectors[name] = (resolve(selector), 1.0)
+    for name in {*sizes.arm, *models} & ({*selectors} - {*PLAIN}):
+        raise UserError(f"there is an arm {name} already; give each its own name")
+    selectors |= {name: (resolve(selector), None) for name, selector in sizes.arm.items()}
+    if unknown := {*sizes.against} - {*selectors, *models}:
+        known = ", ".join({**selectors, **models})
+        raise UserError(f"--against {', '.join(sorted(unknown))}: there is no such arm; there are {known}")
     held_out = list(read_documents("python", "test", DataConfig().held_out_share))
     sequences = evals.text_sequences(encode, held_out, sizes.context, sizes.texts)
+    for name in sizes.arm:  # now rather than after the other arms
+        try_selection(model, selectors[name][0], k, sequences[0])
     task = Needles(encode, Documents(test=held_out), context=sizes.context)
     needles = task.examples("test", sizes.needles * MAX_NEEDLES)
     places = evaluation.by_context(needles)
@@ -152,10 +174,22 @@ def line(row: dict[str, Any], base: dict[str, Any]) -> str:
         apart = intervals.clustered_difference(row["answers"], base["answers"], row["contexts"])
         bounds = "" if apart.low is None else f": {100 * apart.low:+.1f} to {100 * apart.high:+.1f}"
         needle += f" ({100 * apart.value:+.1f}{bounds})"
-    return f"| {row['arm']} | {ppl} | {needle} | {row['keys']:.0f} | {row['scores']:.2f} |"
+    scores = "" if row["scores"] is None else f"{row['scores']:.2f}"
+    return f"| {row['arm']} | {ppl} | {needle} | {row['keys']:.0f} | {scores} |"
 
 
-def main() -> None:
+def budgets(text: str) -> list[int]:
+    """Numbers of keys with commas between them."""
+    try:
+        numbers = [read_integer(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; give whole numbers, for example 128,512") from error
+    if min(numbers, default=1) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1 key")
+    return numbers
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="sparse")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=FOLDER")
@@ -167,18 +201,30 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=16, help="held-out texts")
     parser.add_argument("--needles", type=int, default=8, help="contexts with 16 needles each")
     parser.add_argument("--fit", type=int, default=4, help="training texts that budgets and layers are fitted on")
-    parser.add_argument("--top-k", default="", help="budgets in keys, with commas; the model's own unless given")
+    parser.add_argument(
+        "--top-k", type=budgets, default="", help="budgets in keys, with commas; the model's own unless given"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/selections.json"))
     sizes = parser.parse_args()
+    try:
+        measure(sizes)
+    except UserError as error:
+        print(f"selections: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(sizes: argparse.Namespace) -> None:
+    """Prints and writes the tables of all budgets. UserError for what cannot be measured."""
+    sizes.arm = named("--arm", sizes.arm, "SELECTOR")
     device = choose_device(sizes.device)
     models = {"sparse": tokensieve.load(sizes.model, device=device)}
-    for also in sizes.also:
-        name, _, folder = also.partition("=")
+    for name, folder in named("--also", sizes.also, "FOLDER", sizes.arm).items():
         models[name] = tokensieve.load(folder, device=device)
     tokenizer = tokensieve.load_tokenizer(sizes.model)
     rows: list[dict[str, Any]] = []
-    for k in [int(k) for k in sizes.top_k.split(",") if k] or [models["sparse"].top_k]:
+    for k in sizes.top_k or [models["sparse"].top_k]:
         found = rows_of(models, tokenizer, sizes, k)
         print(f"\nk = {k}, {sizes.context} tokens, {sizes.texts} texts, {sizes.needles * MAX_NEEDLES} questions\n")
         for base in (row for row in found if row["arm"] in ("sparse", *sizes.against)):
@@ -192,4 +238,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with torch.inference_mode():
-        main()
+        sys.exit(main())

@@ -183,6 +183,10 @@ class TrainConfig:
                 f"selection takes a name, and got {self.selection!r}; write your own function as module:function, or "
                 "run inside a tokensieve.selecting block"
             )
+        if isinstance(self.selection, str) and self.selection != "dense" and self.stage != "adapt":
+            raise UserError(
+                f"selection is {self.selection}, and {self.stage} attends to every key; leave it out, it is for adapt"
+            )
         if self.kl_every < 1 or (self.kl_every > 1 and self.stage == "pretrain"):
             raise UserError(f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and 1 in pretrain")
         ranks = self.context_parallel

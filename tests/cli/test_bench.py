@@ -225,3 +225,42 @@ def test_long_contexts_are_measured_and_kept(tmp_path: Path) -> None:
     asked.texts = "3"
     with pytest.raises(UserError, match="holds figures of other settings"):
         resumed(asked)
+
+
+def selections(options: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["selections.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / "selections.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arm", "mine"], "selections: --arm mine: write it as NAME=SELECTOR"),
+        (["--arm", "sparse=window"], "selections: --arm sparse=window: there is an arm sparse already"),
+        (["--arm", "a=window", "--also", "a=folder"], "selections: --also a=folder: there is an arm a already"),
+        (["--arm", "a=nowhere:f", "--plain"], "selections: selection nowhere:f: there is no module nowhere"),
+        (
+            ["--against", "other", "--plain"],
+            "--against other: there is no such arm; there are dense, sparse",
+        ),
+        (["--model", "nowhere"], "selections: model 'nowhere': no such folder"),
+        (["--top-k", "few"], "few is no whole number"),
+        (["--top-k", "0"], "give at least 1 key"),
+    ],
+)
+def test_selections_that_cannot_be_compared(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr("tokensieve.evals.text_sequences", lambda *_: [])
+    monkeypatch.setattr("tokensieve.data.read_documents", lambda *_: [])
+    assert selections(options, monkeypatch) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_index_scores_of_an_own_arm_are_not_made_up() -> None:
+    line = runpy.run_path(str(ROOT / "benchmarks" / "selections.py"))["line"]
+    base = {"arm": "sparse", "losses": [1.0, 2.0], "documents": [0, 1], "answers": [], "keys": 32.0, "scores": 1.0}
+    assert line(base, base) == "| sparse | 1 |  | 32 | 1.00 |"
+    assert line(base | {"arm": "mine", "scores": None}, base).endswith("|  | 32 |  |")

@@ -44,6 +44,11 @@ def of_no_keys(c):
     return c.topk(0)
 
 
+def by_row(c):
+    """A row of the call taken for a position: right in a whole pass, and in no other."""
+    return torch.minimum(torch.arange(len(c), dtype=torch.int32), c.ends_N - 1)[:, None]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return commands.make_home(tmp_path_factory.mktemp("home"))
@@ -92,6 +97,16 @@ def test_adaptation_by_it(home: Path, run: Any, tmp_path: Path) -> None:
     assert ended.out.splitlines()[-1].endswith(f"--arm trained={NAME}")
 
 
+def test_adaptation_by_a_broken_one(home: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step; and warm-up, which would ignore a selector, takes none."""
+    monkeypatch.setattr("tokensieve.train.loop.Run.step", lambda *_: pytest.fail("it trained"))
+    refused, broken = commands.refusal(run), 'selection="tests.cli.test_selection:by_row"'
+    adapt = commands.tiny(home, "adapt", tmp_path / "adapt", "--set", broken)
+    refused(("by_row gave queries of layer 0 other keys",), *adapt)
+    warmup = commands.tiny(home, "warmup", tmp_path / "warmup", "--set", f'selection="{NAME}"')
+    refused((f"selection is {NAME}, and warmup attends to every key",), *warmup)
+
+
 def test_bad_names_are_refused(home: Path, run: Any) -> None:
     refused = commands.refusal(run)
     refused(("best", "module:function"), "generate", home / "sparse", "--prompt", "x", "--selection", "best")
@@ -134,3 +149,27 @@ def test_a_broken_arm_is_refused_before_the_others_are_measured(
     arms = ("--arm", "good=window", "--arm", "bad=tests.cli.test_selection:with_a_key_twice")
     quick = ("--set", "sparse.needle_contexts=1", "--set", "sparse.texts=1", "--context", "1500") if not suite else ()
     commands.refusal(run)(("a key twice",), "eval", home / "sparse", *arms, *quick, *options)
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ("tests.cli.test_selection:by_row", "other keys when it was asked for half of them"),
+        ("tests.cli.test_selection:with_a_key_twice", "a key twice"),
+        ("tokensieve.selectors:PerLayer([3])", "PerLayer has k for 1 layers, and the model has 2"),
+    ],
+)
+def test_a_broken_selector_is_not_served(selection: str, words: str, home: Path, run: Any) -> None:
+    """One line at the start, instead of an error for every request."""
+    commands.refusal(run)((words,), "serve", home / "sparse", "--port", 0, "--selection", selection)
+
+
+def test_an_arm_that_looks_at_rows_is_refused(
+    home: Path, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity, of whole passes, and needles, which are read from a cache, would be of two selections."""
+    monkeypatch.setattr("tokensieve.data.sources.is_held_out", lambda name, share: True)
+    monkeypatch.setattr("tokensieve.evals.judge.compare", lambda *_, **__: pytest.fail("it was measured"))
+    sizes = ("--set", "sparse.needle_contexts=1", "--set", "sparse.texts=1", "--context", "1500")
+    arm = ("--arm", "mine=tests.cli.test_selection:by_row", "--data", home / "text" / "*.py", "--out", tmp_path)
+    commands.refusal(run)(("by_row gave queries of layer 0 other keys",), "eval", home / "sparse", *arm, *sizes)

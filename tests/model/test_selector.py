@@ -131,6 +131,13 @@ WRONG = {
     "k = 0": (lambda c: c.topk(0), "asked for k = 0 keys"),
     "a part of a key": (lambda c: c.topk(2.5), "asked for k = 2.5 keys"),
     "k in letters": (lambda c: c.topk("8"), "asked for k = '8' keys"),
+    "k is a truth value": (lambda c: c.topk(True), "asked for k = True keys"),
+    "a window of no width": (lambda c: window(c, c.k - 24), "asked for k = 0 keys in layer 0"),
+    "a window of less": (lambda c: window(c, c.k - 64), "asked for k = -40 keys in layer 0"),
+    "nothing joined": (lambda c: join(c.topk(), c.before), "join got .90, 24. and NoneType; .*c.before is None"),
+    "other queries joined": (lambda c: join(c.topk(), window(c)[1:]), r"join got \(90, 24\) and \(89, 24\)"),
+    "no key at all": (lambda c: torch.full_like(c.topk(), -1), "gave query 0 of layer 0 no key, though it sees some"),
+    "no key here": (lambda c: c.topk().masked_fill(c.ends_N[:, None] == 7, -1), "gave query 6 of layer 0 no key"),
     "no tensor": (lambda c: [1, 2], "returned list"),
     "another device": (lambda c: c.topk().to("meta"), "returned a torch.strided on meta in layer 0; make it dense"),
     "no dense tensor": (lambda c: c.topk().to_sparse(), "returned a torch.sparse_coo on cpu"),
@@ -168,6 +175,33 @@ def test_the_check_on_pages_and_its_switch() -> None:
     assert engine.scheduler.pool.used == 0
     with tokensieve.selecting(model, twice, check=False):  # the caller answers for it
         model(ids)
+
+
+def test_no_key_for_a_query_without_keys() -> None:
+    """Padding sees none, so -1 alone is right there."""
+    model, ids = ours(config("v32")), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad(), tokensieve.selecting(model, with_recent):
+        selection = model(ids, attention_mask=mask, return_selection=True).selection
+    assert bool((selection[0][0, :9] < 0).all())
+
+
+def test_more_keys_than_there_are_on_pages() -> None:
+    """They cost no more columns than the pages hold, and answer as `generate` does."""
+    model, ids = ours(config("v32", vocab_size=4096)), tokens(1, 90)
+    widths = set()
+
+    def greedy(c: SelectionContext) -> Tensor:
+        widths.add(c.topk(10**12).shape[1])
+        return c.topk(10**12)
+
+    engine = Engine(model, tokensieve.load_tokenizer("base"), EngineConfig(pages=4), {"greedy": greedy})
+    engine.add(Request("one", tuple(ids[0].tolist()), Sampling(max_tokens=8, ignore_eos=True), "greedy"))
+    answer: list[int] = []
+    while engine.busy:
+        answer += [token for output in engine.step() for token in output.tokens]
+    assert widths == {90, 4 * 64} and answer == generated(model, ids, "dense")
 
 
 def test_no_later_token_changes_an_earlier_one() -> None:

@@ -37,6 +37,28 @@ def test_the_server_answers_as_generate_does() -> None:
             assert answer["choices"][0]["token_ids"] == expected[name], name
 
 
+def blind_past_100(c):
+    """Keeps to the contract in short prompts, as in a trial."""
+    return c.topk().masked_fill(c.ends_N[:, None] > 100, -1)
+
+
+def test_the_server_outlives_a_broken_selector() -> None:
+    """The request's error is the line of the check. It does not ask to send again what would end so again."""
+    loaded, name = servers.tiny(), "tests.serve.test_selection:blind_past_100"
+    ids = torch.randint(20, 4000, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    with servers.running(loaded, EngineConfig(pages=16, running=2, chunk=64), selection=name) as (at, _):
+        for route, body in (("/v1/completions", {"prompt": ids, "max_tokens": 4}), ("/lens", {"token_ids": ids})):
+            answer = httpx.post(at + route, json={"model": "sparse"} | body, timeout=60)
+            message = answer.json()["error"]["message"]
+            assert answer.status_code == 500 and message.endswith(
+                "no key, though it sees some; give each query at least one"
+            )
+            dense = httpx.post(at + route, json={"model": "sparse:dense"} | body, timeout=60)
+            assert dense.status_code == 200
+        short = {"model": "sparse", "prompt": ids[:50], "max_tokens": 4}
+        assert httpx.post(at + "/v1/completions", json=short, timeout=60).status_code == 200
+
+
 def test_dense_attention_has_one_name_and_no_mirror() -> None:
     for selection in ("dense", "tokensieve.model.selection:dense"):
         served = ServeConfig("sparse", selection=selection)

@@ -178,7 +178,7 @@ class Service:
                 except Exception as error:
                     # The one place that catches everything: a defect met by one request must not end all later ones.
                     log.exception("the engine failed; the requests that it was working on end with an error")
-                    self._fail(f"the engine failed: {type(error).__name__}")
+                    self._fail(f"the engine failed: {type(error).__name__}; the request may be sent again")
         finally:  # however the thread ends, no caller is left waiting
             self.draining = True
             with self._changed:

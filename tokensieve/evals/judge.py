@@ -7,8 +7,9 @@ from tokensieve import cost
 from tokensieve.config import ParitySizes, UserError
 from tokensieve.evals.losses import text_sequences
 from tokensieve.evals.mass import recall
-from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, metrics_of, try_own
+from tokensieve.evals.parity import ARMS, Arm, arms_of, compare, metrics_of
 from tokensieve.evals.progress import OnProgress
+from tokensieve.evals.trial import try_selection
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.positions import check_positions
 from tokensieve.tasks import Document, Documents, encoder
@@ -80,7 +81,8 @@ def judge_sparse(
     arms = arms_of(model) | {name: Arm(model, selection) for name, selection in more.items()}
     if dense is not None:
         arms["dense"] = Arm(dense, "dense")
-    try_own(arms, sequences[0])
+    for arm in arms.values():  # now rather than after the other arms
+        try_selection(arm.model, arm.selection, arm.top_k, sequences[0])
     scores = compare(arms, encode, sequences, task, needles, k, on_progress, sizes.ppl_after)
     if on_progress is not None:
         on_progress("recall", 0, 1)

@@ -18,7 +18,7 @@ from tokensieve.evals.losses import Perplexity, perplexity
 from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
 from tokensieve.evals.progress import OnProgress, part
 from tokensieve.model import DecoderForCausalLM, selecting
-from tokensieve.model.selection import Selector, is_own, resolve
+from tokensieve.model.selection import Selector
 from tokensieve.tasks.retrieval import NeedleExample, Needles
 
 # True of the demo, whose dense arm is the base model, and of `eval`, whose arms are one model.
@@ -30,8 +30,6 @@ ARMS = {
     "window": "as sparse, but the last k keys are selected",
     "oracle": "as sparse, but the true attention's own top k are selected: a reference, not a bound",
 }
-
-TRIED = 64  # tokens past k on which an arm's own selector is tried
 
 CONTROLS = ("untrained_indexer", "window")  # selections that are not trained
 JUDGED_ON_TEXTS = ("dense", "sparse", "oracle")  # arms whose perplexity decides something
@@ -130,18 +128,6 @@ def compare(
             found = evaluate(arm.model, tokenizer, task, examples, on_progress=questions) if examples else None
             scores[name] = ArmScores(text, found, texts_digest(read[name], [max(top_k, ppl_after)]))
     return scores
-
-
-def try_own(arms: Mapping[str, Arm], ids: Tensor) -> None:
-    """UserError if an arm's own selector breaks its contract on the first tokens of a text: now rather than after the
-    other arms. ids int64 (tokens): a little more than k of them are read.
-    """
-    for arm in arms.values():
-        if is_own(resolve(arm.selection)):
-            continue
-        few = ids[: (arm.top_k or arm.model.top_k) + TRIED]
-        with evaluating(arm.model), selecting(arm.model, arm.selection, arm.top_k, check=True):
-            arm.model.model(input_ids=few[None].to(arm.model.device))
 
 
 def metrics_of(scores: Mapping[str, ArmScores]) -> dict[str, dict[str, Any]]:

@@ -19,8 +19,9 @@ from tokensieve.evals.finished import Finished
 from tokensieve.evals.longcontext import depths
 from tokensieve.evals.losses import Perplexity, documents_of, perplexity, text_sequences
 from tokensieve.evals.paired import digest, ratio_of, share_of, texts_digest
-from tokensieve.evals.parity import Arm, try_own
+from tokensieve.evals.parity import Arm
 from tokensieve.evals.progress import OnProgress, part
+from tokensieve.evals.trial import try_selection
 from tokensieve.model import DecoderForCausalLM, selecting
 from tokensieve.model.positions import check_positions
 from tokensieve.tasks import Document, Documents, encoder
@@ -111,7 +112,8 @@ def judge_long(
     read = _selecting(arms, longest - 1)
     cells = [(task, context) for context in sizes.contexts for task in tasks]
     prompts = [task.examples("test", sizes.prompts, context) for task, context in cells]
-    try_own(arms, torch.tensor(prompts[0][0].context))
+    for arm in arms.values():  # now rather than after the other arms
+        try_selection(arm.model, arm.selection, arm.top_k, torch.tensor(prompts[0][0].context))
     counts = {name: None if judged is None or name in judged else sizes.other_prompts for name in arms}
     asked = {
         (name, cell): prompts[cell][: counts[name]]

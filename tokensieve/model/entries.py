@@ -333,8 +333,8 @@ class PagedKeys:
         self._apart = self._entries.is_cpu and torch.uint8 not in (self._entries.dtype, self._index.dtype)
 
     def columns(self, k: int) -> int:
-        """Always k, so that a sequence's sums do not depend on how long the others are."""
-        return k
+        """k, or as many as there are in all pages: so a sequence's sums do not depend on how long the others are."""
+        return min(k, len(self._entries) * PAGE_TOKENS)
 
     def all_within(self, k: int) -> bool:
         """Always False, since the answer would depend on the other sequences."""

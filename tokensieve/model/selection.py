@@ -157,12 +157,12 @@ class SelectionContext:
         The scores need not fit in memory. k: self.k unless given. UserError without an indexer, and for k < 1.
         """
         with self._naming_layer("NaN"):
-            return self.keys.index_topk(*self.index_queries, self._columns(k), self._rows)
+            return self.keys.index_topk(*self.index_queries, self.columns(k), self._rows)
 
     def topk_blocks(self, block: int, blocks: int, k: int | None = None) -> Tensor:
         """As `topk`, among the keys of the best `blocks` blocks of `block` keys: `tokensieve.ops.index_topk_blocks`."""
         with self._naming_layer("NaN"):
-            return self.keys.index_topk_blocks(*self.index_queries, self._columns(k), block, blocks, self._rows)
+            return self.keys.index_topk_blocks(*self.index_queries, self.columns(k), block, blocks, self._rows)
 
     def select(self, scores_NT: Tensor, k: int | None = None) -> Tensor:
         """The k keys with the largest of your own scores (N, T): (N, k) int32, ascending, then -1.
@@ -176,7 +176,7 @@ class SelectionContext:
                 f"a selector gave {found} as scores in layer {self.layer}; select takes ({len(self)}, T), as c.scores()"
             )
         with self._naming_layer(""):
-            return self.keys.select(scores_NT, self._columns(k), self._rows)
+            return self.keys.select(scores_NT, self.columns(k), self._rows)
 
     @contextmanager
     def _naming_layer(self, word: str) -> Iterator[None]:
@@ -188,9 +188,12 @@ class SelectionContext:
                 raise
             raise ScoresError(f"layer {self.layer}: {error}") from error
 
-    def _columns(self, k: int | None) -> int:
-        if k is not None and (not isinstance(k, int) or k < 1):
-            raise UserError(f"a selector asked for k = {k!r} keys; the number of selected keys must be at least 1")
+    def columns(self, k: int | None = None) -> int:
+        """Columns for k keys of a query, self.k unless given. UserError for k < 1, and for what is no whole number."""
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            raise UserError(
+                f"a selector asked for k = {k!r} keys in layer {self.layer}; give a whole number (int) of at least 1"
+            )
         return self.keys.columns(self.k if k is None else k)
 
 
@@ -206,8 +209,8 @@ def indexer(c: SelectionContext) -> Tensor:
 
 
 def window(c: SelectionContext, width: int | None = None) -> Tensor:
-    """The last `width` keys, k unless given, as a sliding window of the same size reads them."""
-    width = c.keys.columns(c.k) if width is None else width
+    """The last `width` keys, k unless given, as a sliding window reads them. UserError for width < 1."""
+    width = c.columns(width)
     starts, ends = c.starts_N[:, None], c.ends_N[:, None]
     position = torch.maximum(starts, ends - width) + torch.arange(width, device=starts.device, dtype=torch.int32)
     return torch.where(position < ends, position, -1).to(torch.int32)
@@ -244,8 +247,15 @@ def dense(c: SelectionContext) -> None:
 def join(a_NK: Tensor, b_NK: Tensor) -> Tensor:
     """The union of two index sets per query: (N, K_a + K_b) int32, ascending and without duplicates, then -1.
 
-    Both are as selectors return them. No value is copied to the host, so a GPU's queue does not stop.
+    Both are as selectors return them. No value is copied to the host, so a GPU's queue does not stop. UserError for
+    anything but two sets of the same queries, such as None.
     """
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in (a_NK, b_NK)]
+    if any(isinstance(shape, str) or len(shape) != 2 for shape in shapes) or len(a_NK) != len(b_NK):
+        raise UserError(
+            f"join got {shapes[0]} and {shapes[1]}; give two sets (N, K) of the same queries (c.before is None in the "
+            "first layer, and behind dense attention)"
+        )
     last = torch.iinfo(torch.int32).max
     union = torch.cat((a_NK, b_NK), dim=1).to(torch.int32)
     union = union.masked_fill(union < 0, last).sort(dim=1).values
@@ -319,13 +329,19 @@ def is_own(selector: Selector) -> bool:
     return selector in SELECTORS.values()
 
 
+def name_of(selector: Selector) -> str:
+    """A selector's name in messages: that of the function, or of the class."""
+    return getattr(selector, "__name__", type(selector).__name__)
+
+
 def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> None:
     """UserError, naming the query, if a selector broke its contract.
 
-    It may not return another shape or dtype, a key that its query may not see, a key twice, or positions that do not
-    ascend. The check reads values, so a GPU's queue stops for it.
+    It may not return another shape or dtype, a key that its query may not see, a key twice, positions that do not
+    ascend, or no key at all for a query that sees some: attention would be 0 there. The check reads values, so a GPU's
+    queue stops for it.
     """
-    name = getattr(selector, "__name__", type(selector).__name__)
+    name = name_of(selector)
     if not isinstance(indices_NK, Tensor) or indices_NK.dim() != 2 or indices_NK.shape[0] != len(c):
         result = tuple(indices_NK.shape) if isinstance(indices_NK, Tensor) else type(indices_NK).__name__
         raise UserError(f"selection {name} returned {result} in layer {c.layer}; return ({len(c)}, K) int32 positions")
@@ -345,6 +361,7 @@ def check_indices(selector: Selector, c: SelectionContext, indices_NK: Any) -> N
         ((indices_NK < -1).any(1), "a negative position other than -1"),
         (unseen.any(1), "a key that its query may not see: outside of [starts, ends)"),
         (disorder.any(1), "positions that do not ascend, or a key twice; join() puts sets in order"),
+        (~used.any(1) & (c.starts_N < c.ends_N), "no key, though it sees some; give each query at least one"),
     ):
         if bool(wrong.any()):
             raise UserError(f"selection {name} gave query {int(wrong.nonzero()[0])} of layer {c.layer} {reason}")

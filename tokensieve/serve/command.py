@@ -29,13 +29,15 @@ def serve(
 
     options, settings: fields of EngineConfig and of ServeConfig. check: called with the model once it is read, to raise
     UserError if it cannot be served so. announce: called with one line once the server answers.
-    Raises UserError for a missing package, a port in use, and settings that do not go together.
+    Raises UserError for a missing package, a port in use, settings that do not go together, and a selector of one's own
+    that breaks its contract. One that runs on several ranks is not tried.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}; pip install 'tokensieve[serve]'")
     from tokensieve.engine import EngineConfig, engine_on
     from tokensieve.engine.tensor_parallel import load_rank
+    from tokensieve.evals.trial import try_selection
     from tokensieve.mesh import join_mesh
     from tokensieve.model import check_tokenizer, load_tokenizer
     from tokensieve.serve import server
@@ -55,6 +57,8 @@ def serve(
             if config.mirror:
                 raise UserError(f"--mirror: {model} is dense, and there is nothing to compare it with")
             config = replace(config, dense=False)
+        if ranks.size == 1:
+            try_selection(loaded, config.selection)
         tokenizer = load_tokenizer(model)
         check_tokenizer(tokenizer, loaded.config)
         served = " and ".join(config.models)

@@ -136,6 +136,6 @@ def _raise_failure(output: Output) -> None:
     if output.refused:
         raise ApiError(400, output.error)
     if output.finish == "error":
-        raise ApiError(500, f"{output.error}; the request may be sent again", code="engine_error")
+        raise ApiError(500, output.error, code="engine_error")
     if output.finish == "abort":
         raise ApiError(503, "the server is stopping", code="unavailable")

@@ -16,7 +16,7 @@ STATUSES = {
     413: "The body is too large, or holds too many values",
     415: "The body's Content-Encoding is none that is read",
     429: "The queue is full; Retry-After gives the seconds to wait",
-    500: "A step of the engine failed; the request may be sent again",
+    500: "A step of the engine failed; the message says whether the request may be sent again",
     503: "The server is stopping",
 }
 

@@ -44,7 +44,7 @@ from tokensieve.train.parallelize import (
 from tokensieve.train.progress import progress_bar
 from tokensieve.train.saving import Saver, clear
 from tokensieve.train.schedule import check_phases, extends, lr_share, position, total_steps
-from tokensieve.train.stage import Stage, backward, options_of
+from tokensieve.train.stage import Stage, backward, options_of, try_selector
 from tokensieve.train.starting import check_positions, make_optimizer, start, starting_config
 from tokensieve.train.state import (
     CONFIG,
@@ -208,6 +208,8 @@ class Run:
                 self._restore()
                 if self.first < self.last:
                     self.saver.check(model, self.adapter, config.lora is not None and config.lora.merge)
+                    if self.mesh.size == 1:
+                        try_selector(config, model, self.device)
                 self.mesh.agree(lambda: write_json(self.out / CONFIG, to_dict(config)) if self.mesh.leads else None)
                 model.train()
                 rehearsal = None

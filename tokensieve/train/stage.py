@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokensieve import cost
 from tokensieve.config import TrainConfig
+from tokensieve.evals.trial import try_selection
 from tokensieve.model import DecoderForCausalLM, ForwardOptions, KLScale, Objective
 from tokensieve.model.selection import resolve
 from tokensieve.train import precision
@@ -70,6 +71,19 @@ def options_of(stage: Stage, config: TrainConfig) -> ForwardOptions:
     )
 
 
+def try_selector(config: TrainConfig, model: DecoderForCausalLM, device: torch.device) -> None:
+    """UserError if the config names a selector of one's own that breaks its contract: before the first step."""
+    if isinstance(config.selection, str):
+        with _products(device):
+            try_selection(model, config.selection)
+
+
+def _products(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within the block products are in the precision of training."""
+    dtype = precision.product_dtype(device)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def backward(
     stage: Stage,
     model: DecoderForCausalLM | Root,
@@ -85,8 +99,7 @@ def backward(
     inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     objective = options.objective or Objective()
     scaled = replace(options, objective=replace(objective, scale=KLScale(per_query=1.0 / totals.queries)))
-    dtype = precision.product_dtype(device)
-    with contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype):
+    with _products(device):
         arguments = inputs, totals, scaled
         losses = model(stage.losses, *arguments) if isinstance(model, Root) else stage.losses(model, *arguments)
     losses.total.backward()

@@ -46,7 +46,7 @@ async def lens(body: LensRequest, request: Request) -> JSONResponse:
     traced = engine_request(record.id, tuple(body.token_ids), sampling, selector, trace=True)
     output = await unless_gone(request.receive, _first_output(state.service, traced))
     if output.finish == "error":
-        raise ApiError(500, f"{output.error}; the request may be sent again", code="engine_error")
+        raise ApiError(500, output.error, code="engine_error")
     record.cached_tokens = output.cached_tokens
     # a million numbers at a long context: too much work for the event loop, which sends all other answers
     return await run_in_threadpool(_response, state.tokenizer, body, output.trace)
