@@ -216,7 +216,12 @@ def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
         log.info("%s: continues from %s", folder, checkpoint.name)
         make_resumable(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return [row for row in trainer.state.log_history if "train_runtime" not in row]
+    return [known_figures(row) for row in trainer.state.log_history if "train_runtime" not in row]
+
+
+def known_figures(row: Mapping[str, float | None]) -> dict[str, float]:
+    """A row of TRL's log without what it has no figure for, such as the reward of a step in which no answer has one."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _leave(model: DecoderForCausalLM, rows: History, folder: Path) -> History:
@@ -258,7 +263,7 @@ class _Told(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is not None and "train_runtime" not in logs:
-            self.on_step(state.global_step, state.max_steps, logs)
+            self.on_step(state.global_step, state.max_steps, known_figures(logs))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
