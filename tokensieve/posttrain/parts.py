@@ -350,26 +350,24 @@ class Parts:
         Figures at another difficulty than the group's are forgotten, of every model: a table has them side by side.
         """
         groups, evaluation = self.groups(domains), self.found.setdefault("evaluation", {})
-        for measured in evaluation.values():
+        for known in evaluation.values():
             for group in groups:
-                if measured.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
-                    del measured[group.name]
+                if known.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
+                    del known[group.name]
         own = evaluation.setdefault(name, {})
         missing = [group for group in groups if group.name not in own]
         if not missing:
             return
         model, seed = self.load(self.path(name)), self.config.seed
         asked = [(g, g.examples("test", self.config.evaluation_of(g.domain), seed)) for g in missing]
-        found = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
+        answers = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
+        measured = {}
         for group, examples in asked:
-            answers = [*islice(found, len(examples))]
-            own[group.name] = {
-                "difficulty": group.difficulty,
-                **figures(answers, model.top_k if model.is_sparse else None),
-            }
+            found = figures([*islice(answers, len(examples))], model.top_k if model.is_sparse else None)
             if name != BASE:
-                before = self.found["evaluation"][BASE][group.name]["scores"]
-                own[group.name]["gain"] = gain(own[group.name]["scores"], before).to_dict()
+                found["gain"] = gain(found["scores"], evaluation[BASE][group.name]["scores"]).to_dict()
+            measured[group.name] = {"difficulty": group.difficulty, **found}
+        own |= measured  # all at once: Ctrl-C, whose figures are noted, leaves none that are half done
         self.watch.note()
 
 

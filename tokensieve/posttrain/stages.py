@@ -100,7 +100,7 @@ def reinforce(
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseGRPOTrainer(
             learner, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
-            at_once=config.at_once,
+            at_once=config.at_once, result_tokens=room,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -127,7 +127,7 @@ def distill_on_policy(
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseDistillationTrainer(
             learner, teachers, tokenizer, args, prompts, tokens=_longest(prompts, config, room),
-            selection=config.selection, respond=respond, at_once=config.at_once,
+            selection=config.selection, respond=respond, at_once=config.at_once, result_tokens=room,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
