@@ -205,6 +205,9 @@ def test_a_judge_that_is_down_or_refuses_is_an_error(serve: Serve) -> None:
         (lambda: JudgeSettings("u", "m", budget=0), "judge.budget is 0"),
         (lambda: JudgeSettings("u", "m", retries=-1), "judge.retries is -1"),
         (lambda: JudgeSettings("u", "m", timeout=0), "timeout 0"),
+        (lambda: JudgeSettings("http://[::1", "m"), "'http://.*' is no address of a server; give one such as http://"),
+        (lambda: JudgeSettings("127.0.0.1:8000/v1", "m"), "is no address of a server"),
+        (lambda: JudgeSettings("http://a:b/v1", "m"), "is no address of a server"),
     ],
 )
 def test_what_is_refused(make: Any, message: str) -> None:

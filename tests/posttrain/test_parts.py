@@ -27,9 +27,8 @@ def test_a_stopped_evaluation_leaves_no_figures_that_are_half_done(
 
     names = ["logic", "writing"]
     base = {f"{name}-direct": {"difficulty": DOMAINS[name].difficulty[1], "scores": [0.0]} for name in names}
-    settings = load_config(
-        PosttrainConfig, "posttrain-tiny", ("model=sparse", f"out={tmp_path}", 'modes=["direct"]', "difficulty.fixed={}")
-    )
+    changes = ("model=sparse", f"out={tmp_path}", 'modes=["direct"]', "difficulty.fixed={}")
+    settings = load_config(PosttrainConfig, "posttrain-tiny", changes)
     measured = Parts(settings, {name: DOMAINS[name] for name in names}, {"evaluation": {BASE: base}}, Quiet())
     monkeypatch.setattr(Parts, "load", lambda *_: SimpleNamespace(top_k=16, is_sparse=True))
     monkeypatch.setattr(Parts, "path", lambda *_: "somewhere")

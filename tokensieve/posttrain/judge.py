@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import UserError
+from tokensieve.evals.endpoint import check_address
 
 log = logging.getLogger("tokensieve")
 
@@ -72,6 +73,7 @@ class JudgeSettings:
                 raise UserError(f"judge.{name} is {getattr(self, name)}; it must be at least 1")
         if self.retries < 0 or not self.timeout > 0:
             raise UserError(f"judge.retries is {self.retries} and timeout {self.timeout}; give 0 or more, and seconds")
+        check_address(self.url)
 
 
 class Judge:
