@@ -144,7 +144,7 @@ def test_rubrics_are_graded_by_rules_or_by_a_judge_alone(write, encode) -> None:
     task = Problems(domain(write(rows)), encode)
     example = task.examples("train", 1)[0]
     assert task.reward(example, Answer("The sea.")) == 1 and task.reward(example, Answer("The sea. So.")) == 0.5
-    with pytest.raises(UserError, match="own has no answers in its train split to show as worked examples"):
+    with pytest.raises(UserError, match="own has no other answers in its train split to show as worked examples"):
         Problems(domain(write(rows)), encode, tokens=600).examples("train", 1)
     with pytest.raises(UserError, match="no example has a right answer to show, so there is no cold start"):
         demonstrations_of([example], encode)

@@ -5,6 +5,7 @@ OUT/checkpoint-N while it trains. Then OUT/model, with LoRA also OUT/adapter, an
 
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -186,6 +187,7 @@ def _arguments(
         "save_steps": config.save_every or stage.steps,
         "save_total_limit": 1,  # the older one goes when the new one is complete
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # `_Finite` is to see them
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": config.device == "cpu",
@@ -209,6 +211,7 @@ def _made(kind: Any, arguments: dict[str, Any]) -> Any:
 
 def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Finite())
     if on_step is not None:
         trainer.add_callback(_Told(on_step))
     checkpoint = last_checkpoint(folder)
@@ -246,6 +249,26 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
+
+
+class _Finite(TrainerCallback):
+    """Ends training, before the step is saved, if its loss or gradient is not finite, as are then all weights."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise UserError(
+                    f"{args.output_dir}: {name} of step {state.global_step} is {value}, and the step is not saved; "
+                    "begin again in another folder with a lower learning rate"
+                )
 
 
 class _Told(TrainerCallback):

@@ -173,8 +173,8 @@ class Problems:
                 length += sum(len(self.encode.solution(turn)) for turn in turns)
             elif not shown and tries > TRIES:
                 raise UserError(
-                    f"{self.domain.name} has no answers in its {split} split to show as worked examples, which make "
-                    f"prompts long; give some, or prompts of {self.tokens} tokens"
+                    f"{self.domain.name} has no other answers in its {split} split to show as worked examples, "
+                    f"which make prompts long; give some, or prompts of {self.tokens} tokens"
                 )
         first, *others = [*shown, asked.question]
         texts = [f"{ask}\n\n{first}", *others]
