@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tokensieve.config import UserError, from_dict, load_config, set_value
+from tokensieve.config import TrainConfig, UserError, from_dict, load_config, set_value
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ def test_what_set_reads(text: str, value: Any) -> None:
 def test_what_is_no_number_is_refused_by_its_key(raw: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=re.escape(line)):
         from_dict(Outer, raw, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("optimizer.lr=-1", "optimizer.lr is -1.0; give a finite number of at least 0"),
+        ("optimizer.lr=nan", "optimizer.lr is nan"),
+        ("optimizer.indexer_lr=inf", "optimizer.indexer_lr is inf"),
+        ("seed=-1", "seed is -1; it must be at least 0"),
+        ("save_every=-1", "save_every is -1; it must be at least 0"),
+    ],
+)
+def test_numbers_of_training_that_mean_nothing(change: str, line: str) -> None:
+    with pytest.raises(UserError, match=re.escape(line)):
+        load_config(TrainConfig, "warmup", (change,))
 
 
 def test_digits_without_end(tmp_path: Path) -> None:

@@ -90,6 +90,11 @@ class OptimizerConfig:
     indexer_lr: float | None = None  # peak for the indexers; None: the same as lr
     indexer_clip: float = 1.0  # largest gradient norm of all indexers together
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "indexer_lr"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):  # a NaN too
+                raise UserError(f"optimizer.{name} is {value}; give a finite number of at least 0")
+
 
 @dataclass(frozen=True)
 class PhaseConfig:
@@ -187,6 +192,9 @@ class TrainConfig:
             raise UserError(
                 f"selection is {self.selection}, and {self.stage} attends to every key; leave it out, it is for adapt"
             )
+        for name in ("seed", "save_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.kl_every < 1 or (self.kl_every > 1 and self.stage == "pretrain"):
             raise UserError(f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and 1 in pretrain")
         ranks = self.context_parallel

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from tokensieve.config import UserError, to_dict
 from tokensieve.machine import choose_device
 from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
-from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts, Watch, specialist_of
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, SAME, Parts, Watch, specialist_of
 from tokensieve.posttrain_config import GrpoConfig, JudgeConfig, PosttrainConfig
 from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
@@ -124,7 +125,9 @@ def run(
     write_posttraining(out, arms, {arm: _histories(f, plan) for arm, f in zip(arms, folders, strict=True)})
     show_posttraining(console, record.figures)
     console.print(
-        f"\nDone in {cost.duration(time.perf_counter() - begin)}. {_next(out, wanted[-1].name)}", highlight=False
+        f"\nDone in {cost.duration(time.perf_counter() - begin)}. {_next(out, wanted[-1].name, [*more])}",
+        highlight=False,
+        markup=False,
     )
     return record.figures
 
@@ -287,8 +290,10 @@ def _announce(console: Console, begin: float, part: str, needed: str) -> None:
     console.print(f"{passed}  [bold]{part}[/bold]: {needed}", highlight=False)
 
 
-def _next(out: Path, name: str) -> str:
+def _next(out: Path, name: str, added: Sequence[str]) -> str:
+    """added: names of domains that may not be among those of the config."""
     if name == FINAL:
-        return f"Next: tokensieve generate {out / 'final' / stages.MODEL} --chat 'Who are you?'"
+        return f"Next: tokensieve generate {quote(str(out / 'final' / stages.MODEL))} --chat 'Who are you?'"
     following = "rl" if name in (DISTILLED, ON_POLICY) else "distill"
-    return f"Next, when all specialists are there: tokensieve {following} --out {out}"
+    named = f", and {added[0]} among its domains" if added and added[0] not in DOMAINS else ""
+    return f"Next, when all specialists are there: tokensieve {following} --out {quote(str(out))} {SAME}{named}"

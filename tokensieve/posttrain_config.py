@@ -5,11 +5,30 @@ from typing import Any, Literal
 
 from tokensieve.config import LoraConfig, UserError
 
+# What TRL calls settings that have a key of their own here, by which data, rollouts and checkpoints go too.
+KEYS = {
+    "output_dir": "out", "seed": "seed", "max_steps": "steps", "num_train_epochs": "steps", "learning_rate": "lr",
+    "save_strategy": "save_every", "save_steps": "save_every", "use_cpu": "device", "num_generations": "samples",
+    "per_device_train_batch_size": "micro_batch", "gradient_accumulation_steps": "the rows or prompts of a step",
+    "max_completion_length": "new_tokens",
+}  # fmt: skip
+
 
 def _check_counts(config: Any, table: str, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise UserError(f"{table}{name} is {getattr(config, name)}; it must be at least 1")
+
+
+def _check_rate(lr: float) -> None:
+    if not 0 < lr < float("inf"):  # a NaN too
+        raise UserError(f"lr is {lr}; give a finite number above 0")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    for name in options:
+        if name in KEYS:
+            raise UserError(f"options.{name} would contradict {KEYS[name]}; set that instead")
 
 
 def _check_merged(lora: LoraConfig | None) -> None:
@@ -30,6 +49,8 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "steps", "rows", "micro_batch")
+        _check_rate(self.lr)
+        _check_options(self.options)
         _check_merged(self.lora)
         if self.rows % self.micro_batch:
             raise UserError(f"micro_batch is {self.micro_batch}; it must divide rows, {self.rows}")
@@ -50,6 +71,8 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "steps", "prompts", "micro_batch")
+        _check_rate(self.lr)
+        _check_options(self.options)
         _check_merged(self.lora)
         if self.samples < 2:
             raise UserError(f"samples is {self.samples}; a group of GRPO has at least 2 answers")
@@ -92,6 +115,8 @@ class OnPolicyConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "distill.on_policy.", "steps", "prompts")
+        _check_rate(self.lr)
+        _check_options(self.options)
         _check_merged(self.lora)
 
 
@@ -194,6 +219,10 @@ class PosttrainConfig:
 
     def __post_init__(self) -> None:
         _check_counts(self, "", "tokens", "new_tokens", "result_tokens", "evaluation", "at_once")
+        if self.save_every < 0:
+            raise UserError(f"save_every is {self.save_every}; give 0 or more steps")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
         for table in ("cold_steps", "evaluations"):
             for name, value in getattr(self, table).items():
                 if value < 1:

@@ -37,6 +37,12 @@ def test_nobody_is_there(pauses) -> None:
     assert pauses == [1, 2]
 
 
+@pytest.mark.parametrize("url", ["http://[::1", "http://a:b/v1", "127.0.0.1:8000/v1", "http:///v1", ""])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UserError, match="is no address of a server; give one such as http://127.0.0.1:8000/v1"):
+        Endpoint(url)
+
+
 def test_an_endpoint_that_is_slow() -> None:
     def answer(*_: Any) -> tuple[int, Any]:
         time.sleep(0.6)

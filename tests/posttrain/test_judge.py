@@ -19,9 +19,12 @@ ASKED = Question("Which river?", "The Elbe. It is long.", RUBRIC)
 
 
 class Endpoint:
-    """A server whose replies are (status, content), given by a function of the request's number and body."""
+    """A server whose replies are (status, content), given by a function of the request's number and body.
 
-    def __init__(self, reply: Callable[[int, dict[str, Any]], tuple[int, str]]):
+    A third item is the body to send in place of a completion with the content.
+    """
+
+    def __init__(self, reply: Callable[[int, dict[str, Any]], tuple[Any, ...]]):
         self.bodies: list[dict[str, Any]] = []
         lock = threading.Lock()
 
@@ -31,11 +34,12 @@ class Endpoint:
                 with lock:
                     self.bodies.append(body)
                     number = len(self.bodies)
-                status, content = reply(number, body)
+                status, content, *bare = reply(number, body)
                 message = {"role": "assistant", "content": content}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-                raw = json.dumps(answer if status == 200 else {"error": {"message": content}}).encode()
+                told = bare[0] if bare else json.dumps(answer if status == 200 else {"error": {"message": content}})
+                raw = told.encode()
                 handler.send_response(status)
                 handler.send_header("Content-Type", "application/json")
                 handler.send_header("Content-Length", str(len(raw)))
@@ -113,6 +117,24 @@ def test_an_unreadable_reply_is_missing_and_not_kept(
         assert grader.scores([ASKED]) == [1.0]
 
 
+def completion(message: Any) -> str:
+    return json.dumps({"choices": [{"message": message}]})
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["<html>Welcome</html>", "{bad", "null", "[1]", "{}", '{"choices": []}', '{"choices": "abc"}', completion(None)],
+)
+def test_a_server_of_another_kind_is_no_reply(serve: Serve, body: str) -> None:
+    """Such as the page that an address without /v1 leads to. What has a message without text is an unreadable reply."""
+    with judge(serve(lambda *_: (200, None, body))) as grader:
+        with pytest.raises(UserError, match=r"no reply from judge grader at .*no chat completion; .*correct judge.url"):
+            grader.scores([ASKED])
+    for message in ({"content": None}, {"content": [{"text": "x"}]}):
+        with judge(serve(lambda *_, message=message: (200, None, completion(message)))) as grader:
+            assert grader.scores([ASKED]) == [None]
+
+
 def test_a_failing_server_is_asked_again(serve: Serve) -> None:
     endpoint = serve(lambda number, body: good(number, body) if number > 2 else (503, "busy"))
     with judge(endpoint, retries=3) as grader:
@@ -183,6 +205,9 @@ def test_a_judge_that_is_down_or_refuses_is_an_error(serve: Serve) -> None:
         (lambda: JudgeSettings("u", "m", budget=0), "judge.budget is 0"),
         (lambda: JudgeSettings("u", "m", retries=-1), "judge.retries is -1"),
         (lambda: JudgeSettings("u", "m", timeout=0), "timeout 0"),
+        (lambda: JudgeSettings("http://[::1", "m"), "'http://.*' is no address of a server; give one such as http://"),
+        (lambda: JudgeSettings("127.0.0.1:8000/v1", "m"), "is no address of a server"),
+        (lambda: JudgeSettings("http://a:b/v1", "m"), "is no address of a server"),
     ],
 )
 def test_what_is_refused(make: Any, message: str) -> None:

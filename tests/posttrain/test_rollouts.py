@@ -324,5 +324,10 @@ def test_an_episode_is_cut_off_before_a_result_that_has_no_room() -> None:
     crowded = episodes(model, tokens=200)
     assert {(len(r.prompt), len(stretches(r)), r.ended) for r in crowded} == {(150, 3, False), (90, 5, True)}
     assert all(len(r.prompt) + len(r.answer) <= 200 and r.mask[-1] for r in crowded)
+    model.generation_config.eos_token_id = ENDS
+    limited = Rollouts(model, tokensieve.load_tokenizer("base"), 256, config=SMALL, result_tokens=59)
+    for lengths in ((90,), (90, 150)):  # each result has 30 tokens, so the second is cut off, whatever is beside it
+        first, *_ = limited.sample(prompts(*lengths), SAMPLES, TURNS, respond=result_of)
+        assert all(len(stretches(r)) == 3 and r.mask.count(False) == 30 and not r.ended for r in first)
     brief = episodes(model, Sampling(max_tokens=8, temperature=1.0))
     assert all(len(r.logprobs) <= 8 and r.mask[-1] and not r.ended for r in brief) and any(r.written for r in brief)

@@ -92,3 +92,20 @@ def test_figures(encode) -> None:
     assert shown["tokens"] == 15 and shown["ended"] == 0.5 and shown["past_k"] == (20 + 30) / (40 + 50)
     assert shown["accuracy"]["value"] == 0.75 and shown["accuracy"]["n"] == 2
     assert figures(found, None)["past_k"] is None and pass_rate(found) == 0.5
+
+
+def test_an_episode_is_cut_off_where_it_would_be_alone(encode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside another group, whose longer prompts need more room: figures of a group do not depend on what is asked."""
+    tokenizer, model = tokensieve.load_tokenizer("base"), ours(config("v32", index_topk=K, vocab_size=4096))
+    model.generation_config.eos_token_id = [*range(0, 4096, 8)]  # so many that an episode has several turns
+    monkeypatch.setattr(Problems, "respond", lambda *_: "some words of a result")
+    agent, other = group(encode, "search", "direct", 60), group(encode, "logic", "direct", 700)
+    asked = [(each, each.examples("test", 2, 0)) for each in (agent, other)]
+    alone, beside = (
+        sample(
+            model, tokenizer, encode, given, 1, 40, result_tokens=40, selector="indexer", at_once=4, temperature=0.0
+        )
+        for given in (asked[:1], asked)
+    )  # fmt: skip
+    assert [found.rollout.answer for (found,) in alone] == [found.rollout.answer for (found,) in beside[:2]]
+    assert all(0 < found.rollout.mask.count(False) <= 40 and not found.rollout.ended for (found,) in alone)

@@ -10,11 +10,12 @@ import pytest
 import tokensieve
 from tests.support import grouped
 from tests.support.models import config, ours
-from tokensieve.config import load_config
+from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import Rollouts, parts, stages
-from tokensieve.posttrain.outcomes import demonstrations_of
+from tokensieve.posttrain.outcomes import demonstrations_of, prompts_of
 from tokensieve.posttrain.parts import Parts, Watch, release_memory
 from tokensieve.posttrain_config import PosttrainConfig
+from tokensieve.report import write_curves
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import DOMAINS, Problems
 
@@ -60,6 +61,43 @@ def test_experts_learn_without_a_balance_loss(tmp_path: Path) -> None:
     (row,) = stages.fine_tune(model, tokenizer, rows, settings.cold, settings, tmp_path)
     assert row["loss"] > 0 and "aux_loss" not in row
     assert stages._grpo_arguments(settings.rl.train, settings, tmp_path).router_aux_loss_coef == 0
+
+
+def test_a_step_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """Neither a checkpoint nor a model of such weights, which a dense model runs without a word."""
+    tokenizer = tokensieve.load_tokenizer("base")
+    encode = encoder(tokenizer)
+    rows = demonstrations_of(Problems(DOMAINS["logic"], encode, tokens=100).examples("train", 3), encode)
+    wanted = (f"out={tmp_path}", "selection=dense", "cold.steps=3", "cold.lr=1e30", "save_every=1", "device=cpu")
+    settings = load_config(PosttrainConfig, "posttrain-tiny", wanted)
+    model = ours(grouped.config("qwen3", vocab_size=4096, num_hidden_layers=1, max_position_embeddings=8192))
+    with pytest.raises(UserError, match=r"of step 2 is nan, and the step is not saved; begin again in another folder"):
+        stages.fine_tune(model, tokenizer, rows, settings.cold, settings, tmp_path)
+    assert stages.history(tmp_path) is None and [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_step_without_any_reward_is_a_row_without_one(tmp_path: Path) -> None:
+    """Such as one whose answers the judge could not score: it is said, and drawn, as a step that has no figure."""
+    tokenizer = tokensieve.load_tokenizer("base")
+    encode = encoder(tokenizer)
+    prompts = prompts_of(Problems(DOMAINS["logic"], encode, tokens=100).examples("train", 2), encode)
+    wanted = (f"out={tmp_path}", "device=cpu", "new_tokens=4", "specialist.steps=2", "specialist.prompts=1")
+    settings = load_config(PosttrainConfig, "posttrain-tiny", wanted)
+    model = ours(config("v32", index_topk=16, vocab_size=4096, num_hidden_layers=1, max_position_embeddings=8192))
+    asked: list[bool] = []
+
+    def later(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        asked.append(True)
+        return [float(len(asked) > 1) or None for _ in completion_ids]
+
+    told: list[dict[str, float]] = []
+    rows = stages.reinforce(
+        model, tokenizer, prompts, [later], settings.specialist, settings, tmp_path, lambda *step: told.append(step[2])
+    )
+    assert ["reward" in row for row in told] == ["reward" in row for row in rows] == [False, True]
+    assert stages.history(tmp_path) == rows and not any(value is None for row in rows for value in row.values())
+    write_curves(tmp_path, {"logic": rows, "without": rows[:1]})
+    assert "<svg" in (tmp_path / "reward.svg").read_text()
 
 
 def test_no_engine_is_left_when_the_next_model_is_loaded() -> None:

@@ -144,7 +144,7 @@ def test_rubrics_are_graded_by_rules_or_by_a_judge_alone(write, encode) -> None:
     task = Problems(domain(write(rows)), encode)
     example = task.examples("train", 1)[0]
     assert task.reward(example, Answer("The sea.")) == 1 and task.reward(example, Answer("The sea. So.")) == 0.5
-    with pytest.raises(UserError, match="own has no answers in its train split to show as worked examples"):
+    with pytest.raises(UserError, match="own has no other answers in its train split to show as worked examples"):
         Problems(domain(write(rows)), encode, tokens=600).examples("train", 1)
     with pytest.raises(UserError, match="no example has a right answer to show, so there is no cold start"):
         demonstrations_of([example], encode)
@@ -181,6 +181,11 @@ GOOD = {"prompt": "Why?", "answer": "So."}
         (GOOD | {"language": "de"}, "row 1: language 'de' is unknown; use one of en, zh"),
         (GOOD | {"difficulty": 0}, "row 1: difficulty is 0; it is a whole number from 1 on"),
         (GOOD | {"thoughts": 3}, "row 1: thoughts are no text"),
+        (GOOD | {"answer": float("nan")}, "row 1: an answer is nan, as tables write one that is missing"),
+        (GOOD | {"answer": [1, float("inf")]}, "row 1: an answer is inf"),
+        (GOOD | {"prompt": "Why\ud800?"}, "row 1 holds half of a surrogate pair"),
+        (GOOD | {"answer": ["So.", "\udfff"]}, "row 1 holds half of a surrogate pair"),
+        (GOOD | {"rubric": ["It is \ud800."]}, "row 1 holds half of a surrogate pair"),
         (GOOD, "has 1 rows in language en, and none is in the (train|test) split"),
     ],
 )
@@ -235,6 +240,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     made = ModuleType("of_a_user")
     made.doubling, made.Doubling, made.logic, made.nothing = Doubling(), Doubling, DOMAINS["logic"], 3
     made.tokens = type("T", (Doubling,), {"examples": lambda *_: [Example(name="a", prompt=[1, 2])]})()
+    made.up = type("T", (Doubling,), {"name": "../up"})()
     monkeypatch.setitem(sys.modules, "of_a_user", made)
     return made
 
@@ -254,9 +260,28 @@ def test_objects_of_modules(module: ModuleType, encode) -> None:
         ("of_a_user:Doubling", "Doubling is a class; name an object of it"),
         ("of_a_user:nothing", r"nothing is neither a Domain \(name, .*grade\) nor a Task"),
         ("of_a_user:none", "module of_a_user has no none"),
+        ("of_a_user:up", "its name is '../up', and folders have it; use letters"),
         ("of_no_user:task", "there is no module of_no_user; is it on PYTHONPATH"),
     ):
         with pytest.raises(UserError, match=message):
             domain(name)
     with pytest.raises(UserError, match="task doubling: example a has another prompt than one text"):
         Problems(domain("of_a_user:tokens"), encode).examples("train", 1)
+
+
+@pytest.mark.parametrize("grade", [float("nan"), 7.0, -1.0, None, "1"])
+def test_a_grade_that_is_none_is_refused_by_its_domain(module: ModuleType, encode, grade: Any) -> None:
+    module.doubling = type("T", (Doubling,), {"score": lambda *_: Score(grade)})()
+    task = Problems(domain("of_a_user:doubling"), encode)
+    with pytest.raises(UserError, match=r"doubling grades an answer .*; a grade is a number from 0 to 1"):
+        task.score(task.examples("train", 1)[0], Answer("4"))
+
+
+def test_a_problem_that_is_no_text_is_refused_by_its_domain(module: ModuleType, encode) -> None:
+    def examples(*_: Any) -> list[Example]:
+        return [Example(name=f"n{number}", prompt=f"\ud800 {number}") for number in (next(count),)]
+
+    count = itertools.count()
+    module.doubling = type("T", (Doubling,), {"examples": examples})()
+    with pytest.raises(UserError, match="doubling has a problem with half of a surrogate pair; leave it out"):
+        Problems(domain("of_a_user:doubling"), encode).examples("train", 1)

@@ -10,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import chain
 from typing import Any
+from urllib.parse import urlsplit
 
 from tokensieve.config import UserError
 from tokensieve.integers import LARGEST
@@ -54,6 +55,17 @@ class Reply:
         return asdict(self)
 
 
+def check_address(url: str) -> None:
+    """UserError for what is not the address of an HTTP server."""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:  # of a bracket that is open, or of a port
+        known = False
+    if not known:
+        raise UserError(f"{url!r} is no address of a server; give one such as http://127.0.0.1:8000/v1")
+
+
 class Endpoint:
     """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
@@ -77,6 +89,7 @@ class Endpoint:
             raise UserError(
                 "to ask an endpoint needs the openai package; install it with: pip install 'tokensieve[eval]'"
             ) from error
+        check_address(url)
         self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
         self._setting = setting
 

@@ -48,7 +48,7 @@ class SparseGRPOTrainer(GRPOTrainer):
     replay: False leaves selection to the training pass, to see what that does.
     config: the engine's; its size follows from `tokens` and the batch unless given.
     at_once: answers that run together, at most; None: all of a step, and no more than `MOST_AT_ONCE`.
-    respond: gives the results of tools, as in `Rollouts.sample`. `max_completion_length` is then for all turns of the
+    respond, result_tokens: the results of tools, as in `Rollouts`. `max_completion_length` is then for all turns of the
         model together. Rewards get each rollout's `mask` as "written".
     model, peft_config: LoRA adapters learn if PEFT's wrapper of a model is given (`tokensieve.train.lora.adapted`
         yields one), or a config for a new one. The engine runs their layers as training does. The indexers learn whole,
@@ -83,6 +83,7 @@ class SparseGRPOTrainer(GRPOTrainer):
         peft_config: Any = None,
         at_once: int | None = None,
         respond: Respond | None = None,
+        result_tokens: int | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
         check_model(decoder, selection, config)
@@ -121,6 +122,7 @@ class SparseGRPOTrainer(GRPOTrainer):
             keep_selection=self.replays,
             config=config,
             dtype=torch.bfloat16 if args.bf16 else decoder.dtype,
+            result_tokens=result_tokens,
         )
 
     def _set_reference(self, reference: DecoderForCausalLM | None, beta: float) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.config import UserError
+from tokensieve.evals.endpoint import check_address
 
 log = logging.getLogger("tokensieve")
 
@@ -72,6 +73,7 @@ class JudgeSettings:
                 raise UserError(f"judge.{name} is {getattr(self, name)}; it must be at least 1")
         if self.retries < 0 or not self.timeout > 0:
             raise UserError(f"judge.retries is {self.retries} and timeout {self.timeout}; give 0 or more, and seconds")
+        check_address(self.url)
 
 
 class Judge:
@@ -159,7 +161,7 @@ class Judge:
         where = f"{self.settings.model} at {self.settings.url}"
         arguments: dict[str, Any] = {"messages": messages, "response_format": schema_for(criteria)}
         try:
-            reply = self._client.chat.completions.create(
+            reply = self._client.chat.completions.with_raw_response.create(
                 model=self.settings.model, temperature=0, max_tokens=self.settings.new_tokens, **arguments
             )
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
@@ -168,7 +170,8 @@ class Judge:
             raise UserError(
                 f"judge {where} refuses: {_one_line(error)}; check judge.url, judge.model and the key in OPENAI_API_KEY"
             ) from error
-        return (reply.choices[0].message.content or "") if reply.choices else "", ""
+        content = content_of(reply.text)
+        return content, "" if content is not None else f"{NO_REPLY} {where}: what it sends is no chat completion"
 
 
 def messages_for(question: Question, answer_chars: int) -> list[dict[str, str]]:
@@ -187,6 +190,15 @@ def schema_for(criteria: int) -> dict[str, Any]:
     scores = numbers | {"minItems": criteria, "maxItems": criteria}
     schema = {"type": "object", "properties": {"scores": scores}, "required": ["scores"], "additionalProperties": False}
     return {"type": "json_schema", "json_schema": {"name": "scores", "strict": True, "schema": schema}}
+
+
+def content_of(body: str) -> str | None:
+    """The text of a chat completion, empty if it has none; None for anything else, such as a page of another server."""
+    try:
+        content = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        return None
+    return content if isinstance(content, str) else ""
 
 
 def read_scores(reply: str, rubric: Sequence[Criterion]) -> float | None:

@@ -35,8 +35,8 @@ class SparseDistillationTrainer(DistillationTrainer):
 
     teachers: by name; of the student's vocabulary. All are in memory at once.
     prompts: the columns "prompt", as `SparseGRPOTrainer` takes it, and "teacher", the name of one.
-    model, tokens, selection, config, at_once, respond: as `SparseGRPOTrainer` takes them. With "dense" teachers attend
-        densely too.
+    model, tokens, selection, config, at_once, respond, result_tokens: as `SparseGRPOTrainer` takes them. With "dense"
+        teachers attend densely too.
 
     Raises:
         UserError: what this trainer cannot honour: rows that are trained together, since each has its own teacher and
@@ -58,6 +58,7 @@ class SparseDistillationTrainer(DistillationTrainer):
         config: EngineConfig | None = None,
         at_once: int | None = None,
         respond: Respond | None = None,
+        result_tokens: int | None = None,
     ):
         decoder = model.get_base_model() if is_peft_model(model) else model
         check_model(decoder, selection, config)
@@ -81,6 +82,7 @@ class SparseDistillationTrainer(DistillationTrainer):
             keep_selection=self.selects,
             config=config,
             dtype=torch.bfloat16 if args.bf16 else decoder.dtype,
+            result_tokens=result_tokens,
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

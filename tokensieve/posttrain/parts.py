@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from tokensieve.config import UserError
 from tokensieve.model import DecoderForCausalLM, check_tokenizer, load, load_tokenizer
 from tokensieve.model.files import model_path
+from tokensieve.model.positions import check_positions
 from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
@@ -24,7 +26,7 @@ from tokensieve.posttrain.sampled import Sampled, figures, gain, pass_rate, room
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.documents import Split
-from tokensieve.tasks.problems import Domain, Problem
+from tokensieve.tasks.problems import DOMAINS, Domain, Problem
 from tokensieve.train.lora import targets_of
 
 log = logging.getLogger("tokensieve")
@@ -35,6 +37,8 @@ PURPOSES = 10  # so that the next seed of a config has none of these
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 BASE, DISTILLED, ON_POLICY, FINAL = "base", "distilled", "on-policy", "final"  # the models, beside "specialist-DOMAIN"
+
+SAME = "with the same --config, --model and --set"  # that the commands of one folder need
 
 
 def specialist_of(domain: str) -> str:
@@ -92,6 +96,9 @@ class Parts:
                 f"tokens is {config.tokens}, and {source} selects {model.top_k} keys: nothing would be selected; "
                 "make the prompts several times longer"
             )
+        longest = config.tokens + config.new_tokens
+        what = f"tokens and new_tokens, {longest} together, are"
+        check_positions(model.config.max_position_embeddings, longest, what, f"give {source} fewer")
         return model
 
     def groups(self, domains: Sequence[str]) -> list[Group]:
@@ -124,9 +131,13 @@ class Parts:
             return self.config.model
         if not self.is_done(model):
             commands = {DISTILLED: "distill", ON_POLICY: "distill", FINAL: "rl"}
-            command = commands.get(model, f"specialist --domain {model.removeprefix(specialist_of(''))}")
+            domain = model.removeprefix(specialist_of(""))
+            named = domain if domain in DOMAINS else f"FILE_OR_OBJECT (of {domain})"
+            command = commands.get(model, f"specialist --domain {named}")
+            other = "" if model in commands else f", or leave {domain} out of domains"
             raise UserError(
-                f"{self.out}: there is no {model} model yet; run first: tokensieve {command} --out {self.out}"
+                f"{self.out}: there is no {model} model yet; run first: tokensieve {command} "
+                f"--out {quote(str(self.out))} {SAME}{other}"
             )
         return self.folder(model) / stages.MODEL
 
@@ -156,10 +167,9 @@ class Parts:
                 model_path(started)
         tuned = (self.config.cold, self.config.specialist, distill.train, distill.on_policy, rl.train)
         adapters = [stage.lora for stage in tuned if stage is not None and stage.lora is not None]
-        if adapters:
-            trunk = self.load(self.config.model).model
-            for adapter in adapters:
-                targets_of(trunk, adapter.targets)
+        trunk = self.load(self.config.model).model  # before prompts that it cannot read are made
+        for adapter in adapters:
+            targets_of(trunk, adapter.targets)
         asked: list[tuple[Group, list[Problem]]] = []
         for group in self.groups(domains):
             count, seed = len(group.by_language), self._seed(COLD)
@@ -350,26 +360,24 @@ class Parts:
         Figures at another difficulty than the group's are forgotten, of every model: a table has them side by side.
         """
         groups, evaluation = self.groups(domains), self.found.setdefault("evaluation", {})
-        for measured in evaluation.values():
+        for known in evaluation.values():
             for group in groups:
-                if measured.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
-                    del measured[group.name]
+                if known.get(group.name, {}).get("difficulty", group.difficulty) != group.difficulty:
+                    del known[group.name]
         own = evaluation.setdefault(name, {})
         missing = [group for group in groups if group.name not in own]
         if not missing:
             return
         model, seed = self.load(self.path(name)), self.config.seed
         asked = [(g, g.examples("test", self.config.evaluation_of(g.domain), seed)) for g in missing]
-        found = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
+        answers = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
+        measured = {}
         for group, examples in asked:
-            answers = [*islice(found, len(examples))]
-            own[group.name] = {
-                "difficulty": group.difficulty,
-                **figures(answers, model.top_k if model.is_sparse else None),
-            }
+            found = figures([*islice(answers, len(examples))], model.top_k if model.is_sparse else None)
             if name != BASE:
-                before = self.found["evaluation"][BASE][group.name]["scores"]
-                own[group.name]["gain"] = gain(own[group.name]["scores"], before).to_dict()
+                found["gain"] = gain(found["scores"], evaluation[BASE][group.name]["scores"]).to_dict()
+            measured[group.name] = {"difficulty": group.difficulty, **found}
+        own |= measured  # all at once: Ctrl-C, whose figures are noted, leaves none that are half done
         self.watch.note()
 
 

@@ -74,15 +74,15 @@ class Episode:
         self.logprobs += [entry.logprob for output in outputs for entry in output.logprobs]
         self.ended, self.selection = outputs[-1].finish == "stop", outputs[-1].selection
 
-    def add_result(self, result: Sequence[int], room: int) -> bool:
+    def add_result(self, result: Sequence[int], room: int, results: float) -> bool:
         """Whether there is room for another turn behind the result. If not, the episode is cut off before it.
 
-        room: for all tokens of prompt and answer.
+        room: for all tokens of prompt and answer. results: tokens of all results together, at most.
         """
         most = min(
             self.sampling.max_tokens - len(self.turns[-1]), room - len(self.prompt) - len(self.answer) - len(result)
         )
-        if most < 1:
+        if most < 1 or self.written.count(False) + len(result) > results:
             self.ended = False
             return False
         self._extend(result, written=False)
@@ -139,7 +139,9 @@ class Rollouts:
     dtype: of the weights in the engine. If it is not the model's, the engine has a copy of them, rounded; head weights
     of indexers stay float32. None: bfloat16 for float32 weights on a GPU, as autocast rounds them in training, else the
     model's own.
-    tokens: of the longest prompt and answer together, results of tools included. at_once: answers that run together.
+    tokens: of the longest prompt and answer together, results of tools included. result_tokens: of the results in one
+    answer, at most, so that it is cut off at the same place whatever is sampled beside it; None: all for which there is
+    room. at_once: answers that run together.
     keep_selection: for `replaying`. UserError for a model or sizes that the engine does not take.
     """
 
@@ -154,6 +156,7 @@ class Rollouts:
         keep_selection: bool = True,
         config: EngineConfig | None = None,
         dtype: torch.dtype | None = None,
+        result_tokens: int | None = None,
     ):
         config = config or rollout_config(tokens, at_once, model.device)
         if dtype is None:
@@ -163,6 +166,7 @@ class Rollouts:
         self.engine = Engine(runs, tokenizer, replace(config, form="gathered", keep_selection=keep_selection))
         model.train(training)  # an engine sets it to evaluation
         self._selector, self._tokens = selector, tokens
+        self._results = float("inf") if result_tokens is None else result_tokens
 
     def check_room(self, prompts: Sequence[Sequence[int]], most: int) -> None:
         """UserError for a prompt that leaves no room for `most` tokens of an answer."""
@@ -217,9 +221,9 @@ class Rollouts:
         ended = [episode for episode in episodes if episode.ended]
         with ThreadPoolExecutor(usable_cores() or 1) as pool:
             results = [*pool.map(lambda episode: respond(episode.prompt, episode.turns), ended)]
-        going = []
+        going, room = [], min(self._tokens, self.engine.longest)
         for episode, result in zip(ended, results, strict=True):
-            if result is not None and episode.add_result(result, min(self._tokens, self.engine.longest)):
+            if result is not None and episode.add_result(result, room, self._results):
                 going.append(episode)
         return going
 

@@ -43,13 +43,15 @@ def sample(
 ) -> list[list[Sampled]]:
     """`samples` answers to each problem of each group, in order; at temperature 0 the likeliest.
 
-    result_tokens: room for the results of an agent's tools.
+    result_tokens: of the results of an agent's tools in one answer, at most.
     """
     problems = [(group, example) for group, examples in asked for example in examples]
     prompts = prompts_of([example for _, example in problems], encode)["prompt"]
     longest = max(map(len, prompts)) + new_tokens + room(asked, result_tokens)
     respond = respond_of([(group.task, examples) for group, examples in asked], encode)
-    rollouts = Rollouts(model, tokenizer, longest, at_once=at_once, selector=selector, keep_selection=False)
+    rollouts = Rollouts(
+        model, tokenizer, longest, at_once=at_once, selector=selector, keep_selection=False, result_tokens=result_tokens
+    )
     sampling = Sampling(max_tokens=new_tokens, temperature=temperature)
     answers = rollouts.sample(prompts, samples, sampling, seed, on_progress, respond)
     each = [(g, example, rollout) for (g, example), found in zip(problems, answers, strict=True) for rollout in found]

@@ -5,6 +5,7 @@ OUT/checkpoint-N while it trains. Then OUT/model, with LoRA also OUT/adapter, an
 
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def reinforce(
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseGRPOTrainer(
             learner, tokenizer, rewards, args, prompts, tokens=longest, selection=config.selection, respond=respond,
-            at_once=config.at_once,
+            at_once=config.at_once, result_tokens=room,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -127,7 +128,7 @@ def distill_on_policy(
     with _learner(model, stage.lora, config, folder) as learner:
         trainer = SparseDistillationTrainer(
             learner, teachers, tokenizer, args, prompts, tokens=_longest(prompts, config, room),
-            selection=config.selection, respond=respond, at_once=config.at_once,
+            selection=config.selection, respond=respond, at_once=config.at_once, result_tokens=room,
         )  # fmt: skip
         found = _run(trainer, folder, on_step)
     return _leave(model, found, folder)
@@ -186,6 +187,7 @@ def _arguments(
         "save_steps": config.save_every or stage.steps,
         "save_total_limit": 1,  # the older one goes when the new one is complete
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # `_Finite` is to see them
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": config.device == "cpu",
@@ -209,6 +211,7 @@ def _made(kind: Any, arguments: dict[str, Any]) -> Any:
 
 def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Finite())
     if on_step is not None:
         trainer.add_callback(_Told(on_step))
     checkpoint = last_checkpoint(folder)
@@ -216,7 +219,12 @@ def _run(trainer: Any, folder: Path, on_step: OnStep | None) -> History:
         log.info("%s: continues from %s", folder, checkpoint.name)
         make_resumable(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    return [row for row in trainer.state.log_history if "train_runtime" not in row]
+    return [known_figures(row) for row in trainer.state.log_history if "train_runtime" not in row]
+
+
+def known_figures(row: Mapping[str, float | None]) -> dict[str, float]:
+    """A row of TRL's log without what it has no figure for, such as the reward of a step in which no answer has one."""
+    return {name: value for name, value in row.items() if value is not None}
 
 
 def _leave(model: DecoderForCausalLM, rows: History, folder: Path) -> History:
@@ -243,6 +251,26 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
+class _Finite(TrainerCallback):
+    """Ends training, before the step is saved, if its loss or gradient is not finite, as are then all weights."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(float(value)):
+                raise UserError(
+                    f"{args.output_dir}: {name} of step {state.global_step} is {value}, and the step is not saved; "
+                    "begin again in another folder with a lower learning rate"
+                )
+
+
 class _Told(TrainerCallback):
     """Calls a function with each step's figures."""
 
@@ -258,7 +286,7 @@ class _Told(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs is not None and "train_runtime" not in logs:
-            self.on_step(state.global_step, state.max_steps, logs)
+            self.on_step(state.global_step, state.max_steps, known_figures(logs))
 
 
 def last_checkpoint(folder: Path) -> Path | None:

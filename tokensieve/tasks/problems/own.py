@@ -1,6 +1,7 @@
 """A user's own domain: a file of rows, or an object of a module."""
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,13 @@ def _of_module(name: str, module: str, attribute: str) -> Domain:
     found = named_object(f"domain {name}", module, attribute)
     if isinstance(found, type):
         raise UserError(f"domain {name}: {attribute} is a class; name an object of it")
-    if all(hasattr(found, field) for field in DOMAIN):
-        return found
-    if all(hasattr(found, field) for field in TASK):
-        return OfTask(found)
-    raise UserError(
-        f"domain {name}: {attribute} is neither a Domain ({', '.join(DOMAIN)}) nor a Task ({', '.join(TASK)})"
-    )
+    is_domain = all(hasattr(found, field) for field in DOMAIN)
+    if not is_domain and not all(hasattr(found, field) for field in TASK):
+        raise UserError(
+            f"domain {name}: {attribute} is neither a Domain ({', '.join(DOMAIN)}) nor a Task ({', '.join(TASK)})"
+        )
+    if not re.fullmatch(r"[\w-]+", str(found.name)):
+        raise UserError(
+            f"domain {name}: its name is {found.name!r}, and folders have it; use letters, digits, _ and - alone"
+        )
+    return found if is_domain else OfTask(found)

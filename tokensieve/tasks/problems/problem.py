@@ -9,13 +9,14 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 from tokensieve.config import UserError
 from tokensieve.tasks.contract import Answer, Example, Score
 from tokensieve.tasks.documents import Split, stable_fraction
 from tokensieve.tasks.encoder import PlainEncoder
-from tokensieve.tasks.problems.tools import Call, CallFault, Step, Tool, call_in, listing, response
+from tokensieve.tasks.problems.tools import Call, CallFault, Step, Tool, call_in, is_text, listing, response
 from tokensieve.tasks.turns import CALL, END_THINK, THINK
 
 Mode = Literal["think", "direct"]
@@ -172,8 +173,8 @@ class Problems:
                 length += sum(len(self.encode.solution(turn)) for turn in turns)
             elif not shown and tries > TRIES:
                 raise UserError(
-                    f"{self.domain.name} has no answers in its {split} split to show as worked examples, which make "
-                    f"prompts long; give some, or prompts of {self.tokens} tokens"
+                    f"{self.domain.name} has no other answers in its {split} split to show as worked examples, "
+                    f"which make prompts long; give some, or prompts of {self.tokens} tokens"
                 )
         first, *others = [*shown, asked.question]
         texts = [f"{ask}\n\n{first}", *others]
@@ -188,6 +189,8 @@ class Problems:
         for _ in range(TRIES):
             item = self.domain.draw(rng, size, self.language, split)
             if split_of(self.domain.name, item.key) == split:
+                if not all(map(is_text, (item.question, item.thoughts, item.answer))):
+                    raise UserError(f"{self.domain.name} has a problem with half of a surrogate pair; leave it out")
                 return item
         raise UserError(f"{self.domain.name} has too few problems of difficulty {size}; use a greater one")
 
@@ -220,11 +223,14 @@ class Problems:
     def score(self, example: Problem, answer: Answer) -> Score:
         """The domain's grade of an answer that ended and kept to its mode in every turn; else 0.
 
-        Parts: "ended", and "format": each turn thinks if it should, and only then.
+        Parts: "ended", and "format": each turn thinks if it should, and only then. UserError for a grade that is no
+        number from 0 to 1.
         """
         kept, (_, text) = self.kept(example, answer), split_thinking(answer.text)
         value = self._grade(example.item, answer.earlier, text) if answer.ended and kept else 0.0
-        return Score(value, {"ended": float(answer.ended), "format": float(kept)})
+        if not (isinstance(value, Real) and 0 <= value <= 1):  # a NaN too
+            raise UserError(f"{self.domain.name} grades an answer {value!r}; a grade is a number from 0 to 1")
+        return Score(float(value), {"ended": float(answer.ended), "format": float(kept)})
 
     def kept(self, example: Problem, answer: Answer) -> bool:
         """Whether each turn of the answer thinks if it should, and only then."""

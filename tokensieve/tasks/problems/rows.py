@@ -12,6 +12,7 @@ A row has these fields, and any others, which are not read:
 import bisect
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from tokensieve.tasks.documents import Split
 from tokensieve.tasks.problems.checks import met
 from tokensieve.tasks.problems.expressions import Expressions, final, is_expression, is_symbolic
 from tokensieve.tasks.problems.problem import LANGUAGES, Item, split_of
+from tokensieve.tasks.problems.tools import is_text
 
 FILES = (".jsonl", ".ndjson", ".parquet")
 
@@ -170,6 +172,8 @@ def _item(row: Any, where: str) -> tuple[int, str, Item]:
     thoughts = row.get("thoughts") or ""
     if not isinstance(thoughts, str):
         raise UserError(f"{where}: thoughts are no text")
+    if not all(map(is_text, (prompt, thoughts, *answers, *rubric))):
+        raise UserError(f"{where} holds half of a surrogate pair, which is no character; write its texts again")
     data = tuple(rubric) if rubric and all(map(_checked, rubric)) else () if rubric else answers
     return level, language, Item(key_of(prompt), prompt, thoughts, answers[0] if answers else "", data, rubric)
 
@@ -177,6 +181,10 @@ def _item(row: Any, where: str) -> tuple[int, str, Item]:
 def _answers(value: Any, where: str) -> tuple[str, ...]:
     given = value if isinstance(value, list) else [] if value is None else [value]
     for answer in given:
+        if isinstance(answer, float) and not math.isfinite(answer):
+            raise UserError(
+                f"{where}: an answer is {answer}, as tables write one that is missing; give a finite number or a text"
+            )
         if isinstance(answer, bool) or not isinstance(answer, str | int | float):
             raise UserError(f"{where}: an answer is {type(answer).__name__}; give a text, a number, or a list of them")
     return tuple(text for text in (str(answer).strip() for answer in given) if text)

@@ -84,12 +84,12 @@ def call_in(text: str, tools: Sequence[Tool]) -> Call | None:
     arguments = call["arguments"]
     if not isinstance(arguments, dict) or arguments.keys() != {*tool.parameters}:
         raise CallFault(f"error: the arguments of {tool.name} are: {', '.join(tool.parameters) or 'none'}")
-    if not all(isinstance(value, str) and _is_text(value) for value in arguments.values()):
+    if not all(isinstance(value, str) and is_text(value) for value in arguments.values()):
         raise CallFault(f"error: every argument of {tool.name} is a text")
     return Call(tool.name, arguments)
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
     """Whether it can be written in UTF-8: JSON can spell half of a surrogate pair."""
     return not any("\ud800" <= char <= "\udfff" for char in value)
 
