@@ -192,18 +192,14 @@ class TrainConfig:
             raise UserError(
                 f"selection is {self.selection}, and {self.stage} attends to every key; leave it out, it is for adapt"
             )
-        for name in ("seed", "save_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name, least in (("seed", 0), ("save_every", 0), ("context_parallel", 1), ("expert_parallel", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.kl_every < 1 or (self.kl_every > 1 and self.stage == "pretrain"):
             raise UserError(f"kl_every is {self.kl_every} in {self.stage}; it is at least 1, and 1 in pretrain")
-        ranks = self.context_parallel
-        if ranks < 1:
-            raise UserError(f"context_parallel is {ranks}; it must be at least 1")
-        if self.expert_parallel < 1:
-            raise UserError(f"expert_parallel is {self.expert_parallel}; it must be at least 1")
         if self.offload and self.device == "cpu":
             raise UserError("offload is true and device is cpu, whose memory is the host's; leave one of the two out")
+        ranks = self.context_parallel
         multiple = self.kl_queries * (2 * ranks if ranks > 1 else 1)
         if any(phase.context % multiple for phase in self.phases):
             given = [f"{key} is {n}" for key, n in (("kl_every", self.kl_every), ("context_parallel", ranks)) if n > 1]
