@@ -58,7 +58,7 @@ def test_the_engine_selects_as_generate_does_and_keeps_it() -> None:
     while engine.busy:
         for output in engine.step():
             answer += output.tokens
-            kept = output.selection or kept
+            kept = torch.cat(output.selection, 1) if output.selection else kept
     assert answer == whole[0, 100:].tolist()
     wanted = model(whole[:, :-1], return_selection=True).selection
     for layer, k in enumerate(KS):
