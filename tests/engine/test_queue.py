@@ -80,6 +80,16 @@ def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     assert scheduler.fork(twins[0]) == twins[1 : 1 + MOST_PASSES] and large.passed == MOST_PASSES
 
 
+def test_a_prompt_that_ends_hashes_no_queue_of_other_prompts() -> None:
+    """Thousands of long ones may wait, and a step would stand still for them."""
+    scheduler = Scheduler(pages=40, max_running=1, chunk=512, chunks=2)
+    leader = scheduler.add(Request("leader", tuple(range(100))), 0)
+    scheduler.admit()
+    others = [scheduler.add(Request(f"other {i}", tuple(range(i, 101 + 2 * i))), 0) for i in range(40)]
+    scheduler.ran(leader, scheduler.chunk_of(leader))
+    assert scheduler.fork(leader) == [] and not any({"whole", "digests"} & vars(r).keys() for r in others)
+
+
 @pytest.mark.parametrize("answers", [2, 40, 128])
 def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
     """They wait for the prompt, which is run once, and who came after them is let in at once."""

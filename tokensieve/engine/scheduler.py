@@ -126,11 +126,12 @@ class Scheduler:
 
         They share its full pages. If the prompt ends within a page, its entries have to be copied to their last one.
         """
+        twins = [r for r in self.waiting if self._same_prompt(r, leader)] if self._forks(leader) else []
         forked: list[Running] = []
         skipped: list[Running] = []
-        in_progress = {digest for r in self.running for digest in self._in_progress(r)}
-        for running in list(self.waiting):
-            if not (self._forks(leader) and self._forks(running) and running.whole == leader.whole):
+        in_progress = {digest for r in self.running for digest in self._in_progress(r)} if twins else set()
+        for running in list(self.waiting) if twins else []:
+            if running is not twins[len(forked)]:
                 skipped += [] if self._waits(running, in_progress) else [running]
                 continue
             full = len(self.running) >= self.max_running or any(r.passed >= MOST_PASSES for r in skipped)
@@ -139,7 +140,13 @@ class Scheduler:
             forked.append(running)
             for other in skipped:
                 other.passed += 1
+            if len(forked) == len(twins):
+                break
         return forked
+
+    def _same_prompt(self, running: Running, leader: Running) -> bool:
+        """Whether a waiting request may begin at the end of the leader's prompt. Only prompts of its length are hashed."""
+        return running.prompt == leader.prompt and self._forks(running) and running.whole == leader.whole
 
     def _forks(self, running: Running) -> bool:
         """Whether a request may begin at the end of another one's prompt: it needs no pass of its own over it."""
