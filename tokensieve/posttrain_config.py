@@ -30,7 +30,7 @@ def _check_options(options: dict[str, Any]) -> None:
         if name in KEYS:
             raise UserError(f"options.{name} would contradict {KEYS[name]}; set that instead")
         if name in ("logging_strategy", "logging_steps"):
-            raise UserError(f"options.{name}: every step is logged, so that one that is not finite is seen; leave it out")
+            raise UserError(f"options.{name}: every step is logged, so that a loss of NaN is seen; leave it out")
 
 
 def _check_merged(lora: LoraConfig | None) -> None:

@@ -67,6 +67,20 @@ def test_who_began_at_the_end_of_anothers_prompt_has_pages_of_its_own(
     assert engine.scheduler.pool.used == 0
 
 
+@pytest.mark.parametrize("length", [128, 200])
+def test_answers_for_which_there_was_no_room_begin_where_one_that_runs_did(
+    sparse: DecoderForCausalLM, tokenizer: Any, length: int
+) -> None:
+    """Whatever it has answered since: the prompt is run once, as long as one of its answers runs."""
+    requests = [ask(f"same {i}", length, seed=i, temperature=1.0, max_tokens=3 + 4 * i) for i in range(5)]
+    alone = {r.id: tokens(run(Engine(sparse, tokenizer, SMALL), [r])[r.id]) for r in requests}
+    found = run(Engine(sparse, tokenizer, replace(SMALL, running=2, keep_selection=True)), requests)
+    assert {id: tokens(outputs) for id, outputs in found.items()} == alone
+    assert [found[r.id][-1].cached_tokens for r in requests] == [0, *[length] * 4]
+    first, *others = (found[r.id][-1].selection for r in requests)
+    assert all(parts[0] is first[0] for parts in others)
+
+
 def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     """With no room for it, a large request is passed by the samples of a prompt as by others; then it is their turn."""
     scheduler = Scheduler(pages=40, max_running=256, chunk=512, chunks=2)

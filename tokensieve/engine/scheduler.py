@@ -4,7 +4,7 @@ A request waits until there are pages for its whole prompt and one more token. F
 runs a few chunks of prompts and one token of every answer.
 
 Requests with the same prompt wait while the first of them runs it, and then begin where it ends: they share its full
-pages and have a copy of the last one.
+pages and have a copy of the last one. So do later ones, as long as one of them runs.
 
 If pages run out, the youngest request is preempted: its pages are released, and it begins again later. Its prompt is
 then run anew. Its tokens are kept and fed back one by one, exactly as before, so that nothing in the answer changes.
@@ -99,11 +99,14 @@ class Scheduler:
         self.waiting.append(running)
         return running
 
-    def admit(self) -> None:
+    def admit(self) -> list[tuple[Running, Running]]:
         """Admits the requests for which there is room, in order of arrival.
 
-        Smaller requests may pass one that has to wait, but only `MOST_PASSES` times.
+        Smaller requests may pass one that has to wait, but only `MOST_PASSES` times. Returns those that begin at the
+        end of their prompt, each with another one that has run it.
         """
+        begun: list[tuple[Running, Running]] = []
+        read = {r.whole: r for r in self.running if not r.in_prompt} if self.waiting and self.share else {}
         skipped: list[Running] = []
         in_progress = {digest for r in self.running for digest in self._in_progress(r)}
         considered = 0
@@ -113,13 +116,16 @@ class Scheduler:
             considered += 1
             full = considered > AHEAD or len(self.running) >= self.max_running
             if full or any(r.passed >= MOST_PASSES for r in skipped):
-                return
-            if self._start(running):
+                break
+            leader = read.get(running.whole) if self._forks(running) else None
+            if self._start(running, leader):
                 for other in skipped:
                     other.passed += 1
                 in_progress |= self._in_progress(running)
+                begun += [] if leader is None else [(running, leader)]
             else:
                 skipped.append(running)
+        return begun
 
     def fork(self, leader: Running) -> list[Running]:
         """Admits waiting requests with the prompt that `leader` has just ended, in order, as far as there is room.
@@ -145,7 +151,7 @@ class Scheduler:
         return forked
 
     def _same_prompt(self, running: Running, leader: Running) -> bool:
-        """Whether a waiting request may begin at the end of the leader's prompt. Only prompts of its length are hashed."""
+        """Whether a request may begin at the end of the leader's prompt. Only prompts of the same length are hashed."""
         return running.prompt == leader.prompt and self._forks(running) and running.whole == leader.whole
 
     def _forks(self, running: Running) -> bool:
