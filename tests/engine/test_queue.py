@@ -81,6 +81,18 @@ def test_answers_for_which_there_was_no_room_begin_where_one_that_runs_did(
     assert all(parts[0] is first[0] for parts in others)
 
 
+def test_a_request_that_begins_again_brings_its_trace_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, SMALL)
+    engine.add(replace(ask("one", 70), trace=True))
+    outputs = engine.step()
+    while not any(output.tokens for output in outputs):
+        outputs += engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    while engine.busy:
+        outputs += engine.step()
+    assert [bool(output.trace) for output in outputs if output.tokens] == [True] + [False] * 11
+
+
 def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     """With no room for it, a large request is passed by the samples of a prompt as by others; then it is their turn."""
     scheduler = Scheduler(pages=40, max_running=256, chunk=512, chunks=2)

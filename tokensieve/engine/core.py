@@ -221,7 +221,7 @@ class Engine:
         (running,) = batch
         a, b = running.cached, self.scheduler.chunk_of(running)
         generation, sampling, trace = self._generations[running.request.id], running.request.sampling, None
-        if running.request.trace and b == running.prompt:
+        if running.request.trace and b == running.prompt and running.answered == 0:
             trace = generation.trace = AttentionTrace()
         # A preempted request runs its prompt again, and has had its log probabilities if it has answered.
         scores = sampling.prompt_logprobs is not None and running.answered == 0
