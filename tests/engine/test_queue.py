@@ -93,6 +93,14 @@ def test_a_request_that_begins_again_brings_its_trace_once(sparse: DecoderForCau
     assert [bool(output.trace) for output in outputs if output.tokens] == [True] + [False] * 11
 
 
+def test_a_traced_prompt_is_run_for_its_trace_alone(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """Such a pass may round otherwise, so that other answers must not begin at its end."""
+    traced, plain = replace(ask("traced", 20, max_tokens=30), trace=True), ask("plain", 20, logprobs=0)
+    alone = run(Engine(sparse, tokenizer, SMALL), [plain])["plain"]
+    found = run(Engine(sparse, tokenizer, SMALL), [traced, ask("other", 30), plain], late=2)["plain"]
+    assert [o.logprobs for o in found] == [o.logprobs for o in alone] and found[-1].cached_tokens == 0
+
+
 def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     """With no room for it, a large request is passed by the samples of a prompt as by others; then it is their turn."""
     scheduler = Scheduler(pages=40, max_running=256, chunk=512, chunks=2)

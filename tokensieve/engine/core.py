@@ -221,8 +221,9 @@ class Engine:
         (running,) = batch
         a, b = running.cached, self.scheduler.chunk_of(running)
         generation, sampling, trace = self._generations[running.request.id], running.request.sampling, None
-        if running.request.trace and b == running.prompt and running.answered == 0:
-            trace = generation.trace = AttentionTrace()
+        if running.request.trace and b == running.prompt:
+            trace = AttentionTrace()  # again after a preemption too, since a pass with a trace may round otherwise
+            generation.trace = None if running.answered else trace
         # A preempted request runs its prompt again, and has had its log probabilities if it has answered.
         scores = sampling.prompt_logprobs is not None and running.answered == 0
         selector = running.request.selector

@@ -106,7 +106,8 @@ class Scheduler:
         end of their prompt, each with another one that has run it.
         """
         begun: list[tuple[Running, Running]] = []
-        read = {r.whole: r for r in self.running if not r.in_prompt} if self.waiting and self.share else {}
+        shared = self.running if self.waiting and self.share else []
+        read = {r.whole: r for r in shared if not (r.in_prompt or r.request.trace)}  # a trace may round otherwise
         skipped: list[Running] = []
         in_progress = {digest for r in self.running for digest in self._in_progress(r)}
         considered = 0
