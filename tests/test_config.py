@@ -64,6 +64,8 @@ def test_what_is_no_number_is_refused_by_its_key(raw: dict[str, Any], line: str)
         ("optimizer.lr=-1", "optimizer.lr is -1.0; give a finite number of at least 0"),
         ("optimizer.lr=nan", "optimizer.lr is nan"),
         ("optimizer.indexer_lr=inf", "optimizer.indexer_lr is inf"),
+        ("optimizer.clip=-1", "optimizer.clip is -1.0; give a finite number of at least 0"),
+        ("optimizer.indexer_clip=nan", "optimizer.indexer_clip is nan"),
         ("seed=-1", "seed is -1; it must be at least 0"),
         ("save_every=-1", "save_every is -1; it must be at least 0"),
     ],

@@ -23,6 +23,7 @@ from tokensieve.posttrain_config import PosttrainConfig
         ("evaluation=0", "evaluation is 0; it must be at least 1"),
         *((f"{name}.lr={lr}", "lr is ") for name in ("cold", "rl.train", "distill.on_policy") for lr in ("-1", "nan")),
         ("specialist.options.max_steps=9", "options.max_steps would contradict steps; set that instead"),
+        ("cold.options.logging_steps=9", "options.logging_steps: every step is logged"),
         ("save_every=-1", "save_every is -1; give 0 or more steps"),
         ("seed=-1", "seed is -1; give a whole number from 0 to"),
         ("cold_steps.logic=0", "cold_steps.logic is 0; it must be at least 1"),

@@ -91,7 +91,7 @@ class OptimizerConfig:
     indexer_clip: float = 1.0  # largest gradient norm of all indexers together
 
     def __post_init__(self) -> None:
-        for name in ("lr", "indexer_lr"):
+        for name in ("lr", "indexer_lr", "clip", "indexer_clip"):  # a negative clip would turn gradients round
             if (value := getattr(self, name)) is not None and not 0 <= value < float("inf"):  # a NaN too
                 raise UserError(f"optimizer.{name} is {value}; give a finite number of at least 0")
 

@@ -29,6 +29,8 @@ def _check_options(options: dict[str, Any]) -> None:
     for name in options:
         if name in KEYS:
             raise UserError(f"options.{name} would contradict {KEYS[name]}; set that instead")
+        if name in ("logging_strategy", "logging_steps"):
+            raise UserError(f"options.{name}: every step is logged, so that a loss of NaN is seen; leave it out")
 
 
 def _check_merged(lora: LoraConfig | None) -> None:

@@ -67,6 +67,40 @@ def test_who_began_at_the_end_of_anothers_prompt_has_pages_of_its_own(
     assert engine.scheduler.pool.used == 0
 
 
+@pytest.mark.parametrize("length", [128, 200])
+def test_answers_for_which_there_was_no_room_begin_where_one_that_runs_did(
+    sparse: DecoderForCausalLM, tokenizer: Any, length: int
+) -> None:
+    """Whatever it has answered since: the prompt is run once, as long as one of its answers runs."""
+    requests = [ask(f"same {i}", length, seed=i, temperature=1.0, max_tokens=3 + 4 * i) for i in range(5)]
+    alone = {r.id: tokens(run(Engine(sparse, tokenizer, SMALL), [r])[r.id]) for r in requests}
+    found = run(Engine(sparse, tokenizer, replace(SMALL, running=2, keep_selection=True)), requests)
+    assert {id: tokens(outputs) for id, outputs in found.items()} == alone
+    assert [found[r.id][-1].cached_tokens for r in requests] == [0, *[length] * 4]
+    first, *others = (found[r.id][-1].selection for r in requests)
+    assert all(parts[0] is first[0] for parts in others)
+
+
+def test_a_request_that_begins_again_brings_its_trace_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    engine = Engine(sparse, tokenizer, SMALL)
+    engine.add(replace(ask("one", 70), trace=True))
+    outputs = engine.step()
+    while not any(output.tokens for output in outputs):
+        outputs += engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    while engine.busy:
+        outputs += engine.step()
+    assert [bool(output.trace) for output in outputs if output.tokens] == [True] + [False] * 11
+
+
+def test_a_traced_prompt_is_run_for_its_trace_alone(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
+    """Such a pass may round otherwise, so that other answers must not begin at its end."""
+    traced, plain = replace(ask("traced", 20, max_tokens=30), trace=True), ask("plain", 20, logprobs=0)
+    alone = run(Engine(sparse, tokenizer, SMALL), [plain])["plain"]
+    found = run(Engine(sparse, tokenizer, SMALL), [traced, ask("other", 30), plain], late=2)["plain"]
+    assert [o.logprobs for o in found] == [o.logprobs for o in alone] and found[-1].cached_tokens == 0
+
+
 def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     """With no room for it, a large request is passed by the samples of a prompt as by others; then it is their turn."""
     scheduler = Scheduler(pages=40, max_running=256, chunk=512, chunks=2)
@@ -78,6 +112,16 @@ def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     assert scheduler.running == twins[:1]
     scheduler.ran(twins[0], scheduler.chunk_of(twins[0]))
     assert scheduler.fork(twins[0]) == twins[1 : 1 + MOST_PASSES] and large.passed == MOST_PASSES
+
+
+def test_a_prompt_that_ends_hashes_no_queue_of_other_prompts() -> None:
+    """Thousands of long ones may wait, and a step would stand still for them."""
+    scheduler = Scheduler(pages=40, max_running=1, chunk=512, chunks=2)
+    leader = scheduler.add(Request("leader", tuple(range(100))), 0)
+    scheduler.admit()
+    others = [scheduler.add(Request(f"other {i}", tuple(range(i, 101 + 2 * i))), 0) for i in range(40)]
+    scheduler.ran(leader, scheduler.chunk_of(leader))
+    assert scheduler.fork(leader) == [] and not any({"whole", "digests"} & vars(r).keys() for r in others)
 
 
 @pytest.mark.parametrize("answers", [2, 40, 128])

@@ -4,6 +4,7 @@ Only one thread may call it. `service.py` serves many callers through that threa
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -114,7 +115,9 @@ class Generation:
     matcher: Matcher | None
     trace: AttentionTrace | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    selection: tuple[Tensor, ...] = ()  # of the prompt, if the engine keeps it: one tensor for all that share it
+    # After the prompt, and of the prompt if the engine keeps it: one tensor for all that share it.
+    logits_V: Tensor | None = None
+    selection: tuple[Tensor, ...] = ()
 
 
 class Engine:
@@ -193,7 +196,11 @@ class Engine:
     def step(self) -> list[Output]:
         """Runs a few chunks of prompts and one token of every answer; returns the outputs."""
         scheduler, outputs = self.scheduler, []
-        scheduler.admit()
+        begun: defaultdict[Running, list[Running]] = defaultdict(list)
+        for running, leader in scheduler.admit():
+            begun[leader].append(running)
+        for leader, others in begun.items():
+            outputs += self._begin(others, leader)
         ready = scheduler.prepare_step()
         for selector in dict.fromkeys(r.request.selector for r in ready):
             outputs += self._or_end(self._decode, [r for r in ready if r.request.selector == selector])
@@ -215,7 +222,8 @@ class Engine:
         a, b = running.cached, self.scheduler.chunk_of(running)
         generation, sampling, trace = self._generations[running.request.id], running.request.sampling, None
         if running.request.trace and b == running.prompt:
-            trace = generation.trace = AttentionTrace()
+            trace = AttentionTrace()  # again after a preemption too, since a pass with a trace may round otherwise
+            generation.trace = None if running.answered else trace
         # A preempted request runs its prompt again, and has had its log probabilities if it has answered.
         scores = sampling.prompt_logprobs is not None and running.answered == 0
         selector = running.request.selector
@@ -226,24 +234,25 @@ class Engine:
         self.scheduler.ran(running, b)
         if b < running.prompt:
             return [self._reading(running)] if running.request.progress and not running.answered else []
-        together = [running, *self._fork(running)]
+        generation.logits_V = logits.clone()
         if self.runner.selected is not None:
             generation.selection = (self.runner.selected.read(running.pages, b),)
-            for other in together[1:]:
-                self._generations[other.request.id].selection = generation.selection
-        if running.answered > 0:
-            return []
-        answering = [r for r in together if r.request.sampling.max_tokens]
-        outputs = [self._end(self._generations[r.request.id], "length") for r in together if r not in answering]
-        return outputs + (self._extend(answering, logits.expand(len(answering), -1)) if answering else [])
+        return [] if running.answered else self._begin([running, *self.scheduler.fork(running)], running)
 
-    def _fork(self, running: Running) -> list[Running]:
-        """Other requests with the prompt that this one has just ended; they begin here."""
-        forked = self.scheduler.fork(running)
-        if forked and running.prompt % PAGE_TOKENS:
-            last = running.prompt // PAGE_TOKENS
-            self.runner.copy_page(running.pages[last], [other.pages[last] for other in forked])
-        return forked
+    def _begin(self, batch: list[Running], leader: Running) -> list[Output]:
+        """Outputs of requests that begin at the end of the prompt that `leader` has run, which may be one of them."""
+        others, generation = [r for r in batch if r is not leader], self._generations[leader.request.id]
+        if others and leader.prompt % PAGE_TOKENS:
+            last = leader.prompt // PAGE_TOKENS
+            self.runner.copy_page(leader.pages[last], [other.pages[last] for other in others])
+        for other in others:
+            its = self._generations[other.request.id]
+            its.logits_V, its.selection = generation.logits_V, generation.selection
+        assert generation.logits_V is not None  # of a request that has run its prompt
+        answering = [r for r in batch if r.request.sampling.max_tokens]
+        outputs = [self._end(self._generations[r.request.id], "length") for r in batch if r not in answering]
+        logits_BV = generation.logits_V.expand(len(answering), -1)
+        return outputs + (self._extend(answering, logits_BV) if answering else [])
 
     def _reading(self, running: Running) -> Output:
         """Output that reports how much of a prompt has been read."""

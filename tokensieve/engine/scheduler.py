@@ -4,7 +4,7 @@ A request waits until there are pages for its whole prompt and one more token. F
 runs a few chunks of prompts and one token of every answer.
 
 Requests with the same prompt wait while the first of them runs it, and then begin where it ends: they share its full
-pages and have a copy of the last one.
+pages and have a copy of the last one. So do later ones, as long as one of them runs.
 
 If pages run out, the youngest request is preempted: its pages are released, and it begins again later. Its prompt is
 then run anew. Its tokens are kept and fed back one by one, exactly as before, so that nothing in the answer changes.
@@ -99,11 +99,15 @@ class Scheduler:
         self.waiting.append(running)
         return running
 
-    def admit(self) -> None:
+    def admit(self) -> list[tuple[Running, Running]]:
         """Admits the requests for which there is room, in order of arrival.
 
-        Smaller requests may pass one that has to wait, but only `MOST_PASSES` times.
+        Smaller requests may pass one that has to wait, but only `MOST_PASSES` times. Returns those that begin at the
+        end of their prompt, each with another one that has run it.
         """
+        begun: list[tuple[Running, Running]] = []
+        shared = self.running if self.waiting and self.share else []
+        read = {r.whole: r for r in shared if not (r.in_prompt or r.request.trace)}  # a trace may round otherwise
         skipped: list[Running] = []
         in_progress = {digest for r in self.running for digest in self._in_progress(r)}
         considered = 0
@@ -113,24 +117,28 @@ class Scheduler:
             considered += 1
             full = considered > AHEAD or len(self.running) >= self.max_running
             if full or any(r.passed >= MOST_PASSES for r in skipped):
-                return
-            if self._start(running):
+                break
+            leader = read.get(running.whole) if self._forks(running) else None
+            if self._start(running, leader):
                 for other in skipped:
                     other.passed += 1
                 in_progress |= self._in_progress(running)
+                begun += [] if leader is None else [(running, leader)]
             else:
                 skipped.append(running)
+        return begun
 
     def fork(self, leader: Running) -> list[Running]:
         """Admits waiting requests with the prompt that `leader` has just ended, in order, as far as there is room.
 
         They share its full pages. If the prompt ends within a page, its entries have to be copied to their last one.
         """
+        twins = [r for r in self.waiting if self._same_prompt(r, leader)] if self._forks(leader) else []
         forked: list[Running] = []
         skipped: list[Running] = []
-        in_progress = {digest for r in self.running for digest in self._in_progress(r)}
-        for running in list(self.waiting):
-            if not (self._forks(leader) and self._forks(running) and running.whole == leader.whole):
+        in_progress = {digest for r in self.running for digest in self._in_progress(r)} if twins else set()
+        for running in list(self.waiting) if twins else []:
+            if running is not twins[len(forked)]:
                 skipped += [] if self._waits(running, in_progress) else [running]
                 continue
             full = len(self.running) >= self.max_running or any(r.passed >= MOST_PASSES for r in skipped)
@@ -139,7 +147,13 @@ class Scheduler:
             forked.append(running)
             for other in skipped:
                 other.passed += 1
+            if len(forked) == len(twins):
+                break
         return forked
+
+    def _same_prompt(self, running: Running, leader: Running) -> bool:
+        """Whether a request may begin at the end of the leader's prompt. Only prompts of the same length are hashed."""
+        return running.prompt == leader.prompt and self._forks(running) and running.whole == leader.whole
 
     def _forks(self, running: Running) -> bool:
         """Whether a request may begin at the end of another one's prompt: it needs no pass of its own over it."""

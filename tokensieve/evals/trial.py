@@ -47,17 +47,19 @@ class _Tried:
             check_indices(self.selector, c, indices)
         half = slice(len(c) // 2, None)
         alone = self.selector(c.rows(half))
-        if indices is not None and alone is not None:
+        if alone is not None:
             check_indices(self.selector, c.rows(half), alone)
-            if _differing(indices[half], alone) > ROUNDED:
-                raise UserError(
-                    f"selection {name_of(self.selector)} gave queries of layer {c.layer} other keys when it was asked "
-                    "for half of them; let them depend on the query's own scores and range, c.starts_N and c.ends_N"
-                )
+        if _differing(c.rows(half), None if indices is None else indices[half], alone) > ROUNDED:
+            raise UserError(
+                f"selection {name_of(self.selector)} gave queries of layer {c.layer} other keys when it was asked "
+                "for half of them; let them depend on the query's own scores and range, c.starts_N and c.ends_N"
+            )
         return indices
 
 
-def _differing(a_NK: Tensor, b_NK: Tensor) -> float:
-    """The keys that are in one of two index sets alone, over the keys of the first."""
-    first, second, both = (int((x >= 0).sum()) for x in (a_NK, b_NK, join(a_NK, b_NK)))
+def _differing(c: SelectionContext, a_NK: Tensor | None, b_NK: Tensor | None) -> float:
+    """The keys that are in one of two index sets alone, over the keys of the first. None is every key."""
+    both_NK = None if a_NK is None or b_NK is None else join(a_NK, b_NK)
+    every = int((c.ends_N - c.starts_N).sum())
+    first, second, both = (every if x is None else int((x >= 0).sum()) for x in (a_NK, b_NK, both_NK))
     return (2 * both - first - second) / max(1, first)

@@ -21,7 +21,7 @@ from tokensieve.evals.progress import OnProgress
 from tokensieve.machine import usable_cores
 from tokensieve.model import DecoderForCausalLM
 
-GPU_CHUNK = 2048  # tokens of a prompt that a GPU reads at once; samples share whole chunks
+GPU_CHUNK = 2048  # tokens of a prompt that a GPU reads at once
 NEXT_TURN = 1 << 40  # what parts the seeds of an answer's turns: above those of all answers
 
 # Of a prompt and the turns that a model wrote behind it: the tokens up to its next turn; None if the episode is over.
