@@ -123,15 +123,16 @@ def completion(message: Any) -> str:
 
 @pytest.mark.parametrize(
     "body",
-    ["<html>Welcome</html>", "{bad", "null", "[1]", "{}", '{"choices": []}', '{"choices": "abc"}', completion(None)],
+    ["<html>Welcome</html>", "{bad", "null", "[1]", "{}", '{"choices": "abc"}', completion(None)],
 )
 def test_a_server_of_another_kind_is_no_reply(serve: Serve, body: str) -> None:
     """Such as the page that an address without /v1 leads to. What has a message without text is an unreadable reply."""
     with judge(serve(lambda *_: (200, None, body))) as grader:
         with pytest.raises(UserError, match=r"no reply from judge grader at .*no chat completion; .*correct judge.url"):
             grader.scores([ASKED])
-    for message in ({"content": None}, {"content": [{"text": "x"}]}):
-        with judge(serve(lambda *_, message=message: (200, None, completion(message)))) as grader:
+    without_text = [completion({"content": None}), completion({"content": [{"text": "x"}]}), '{"choices": []}']
+    for body in without_text:
+        with judge(serve(lambda *_, body=body: (200, None, body))) as grader:
             assert grader.scores([ASKED]) == [None]
 
 

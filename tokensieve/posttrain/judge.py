@@ -195,8 +195,9 @@ def schema_for(criteria: int) -> dict[str, Any]:
 def content_of(body: str) -> str | None:
     """The text of a chat completion, empty if it has none; None for anything else, such as a page of another server."""
     try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        choices = json.loads(body)["choices"]
+        content = "" if choices == [] else choices[0]["message"]["content"]  # none: what a filter of contents sends
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return content if isinstance(content, str) else ""
 

@@ -58,7 +58,7 @@ def serve(
                 raise UserError(f"--mirror: {model} is dense, and there is nothing to compare it with")
             config = replace(config, dense=False)
         if ranks.size == 1:
-            try_selection(loaded, config.selection)
+            try_selection(loaded, config.selection, engine_config.top_k or None)
         tokenizer = load_tokenizer(model)
         check_tokenizer(tokenizer, loaded.config)
         served = " and ".join(config.models)
