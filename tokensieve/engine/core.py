@@ -5,7 +5,7 @@ Only one thread may call it. `service.py` serves many callers through that threa
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -195,12 +195,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Runs a few chunks of prompts and one token of every answer; returns the outputs."""
-        scheduler, outputs = self.scheduler, []
-        begun: defaultdict[Running, list[Running]] = defaultdict(list)
-        for running, leader in scheduler.admit():
-            begun[leader].append(running)
-        for leader, others in begun.items():
-            outputs += self._begin(others, leader)
+        scheduler, outputs = self.scheduler, self._admit()
         ready = scheduler.prepare_step()
         for selector in dict.fromkeys(r.request.selector for r in ready):
             outputs += self._or_end(self._decode, [r for r in ready if r.request.selector == selector])
@@ -237,7 +232,14 @@ class Engine:
         generation.logits_V = logits.clone()
         if self.runner.selected is not None:
             generation.selection = (self.runner.selected.read(running.pages, b),)
-        return [] if running.answered else self._begin([running, *self.scheduler.fork(running)], running)
+        return self._admit([] if running.answered else [running])  # it begins beside those that share the prompt
+
+    def _admit(self, read: Sequence[Running] = ()) -> list[Output]:
+        """Admits waiting requests. Outputs of those that begin at the end of a prompt, as do those in `read`."""
+        begun = defaultdict[Running, list[Running]](list, {running: [running] for running in read})
+        for running, leader in self.scheduler.admit():
+            begun[leader].append(running)
+        return [output for leader, batch in begun.items() for output in self._begin(batch, leader)]
 
     def _begin(self, batch: list[Running], leader: Running) -> list[Output]:
         """Outputs of requests that begin at the end of the prompt that `leader` has run, which may be one of them."""

@@ -103,7 +103,8 @@ class Scheduler:
         """Admits the requests for which there is room, in order of arrival.
 
         Smaller requests may pass one that has to wait, but only `MOST_PASSES` times. Returns those that begin at the
-        end of their prompt, each with another one that has run it.
+        end of their prompt, each with another one that has run it. They share its full pages. If the prompt ends within
+        a page, its entries have to be copied to their last one.
         """
         begun: list[tuple[Running, Running]] = []
         shared = self.running if self.waiting and self.share else []
@@ -114,11 +115,11 @@ class Scheduler:
         for running in list(self.waiting):
             if self._waits(running, in_progress):
                 continue
-            considered += 1
+            leader = read.get(running.whole) if self._forks(running) else None
+            considered += leader is None
             full = considered > AHEAD or len(self.running) >= self.max_running
             if full or any(r.passed >= MOST_PASSES for r in skipped):
                 break
-            leader = read.get(running.whole) if self._forks(running) else None
             if self._start(running, leader):
                 for other in skipped:
                     other.passed += 1
@@ -127,33 +128,6 @@ class Scheduler:
             else:
                 skipped.append(running)
         return begun
-
-    def fork(self, leader: Running) -> list[Running]:
-        """Admits waiting requests with the prompt that `leader` has just ended, in order, as far as there is room.
-
-        They share its full pages. If the prompt ends within a page, its entries have to be copied to their last one.
-        """
-        twins = [r for r in self.waiting if self._same_prompt(r, leader)] if self._forks(leader) else []
-        forked: list[Running] = []
-        skipped: list[Running] = []
-        in_progress = {digest for r in self.running for digest in self._in_progress(r)} if twins else set()
-        for running in list(self.waiting) if twins else []:
-            if running is not twins[len(forked)]:
-                skipped += [] if self._waits(running, in_progress) else [running]
-                continue
-            full = len(self.running) >= self.max_running or any(r.passed >= MOST_PASSES for r in skipped)
-            if full or not self._start(running, leader):
-                break
-            forked.append(running)
-            for other in skipped:
-                other.passed += 1
-            if len(forked) == len(twins):
-                break
-        return forked
-
-    def _same_prompt(self, running: Running, leader: Running) -> bool:
-        """Whether a request may begin at the end of the leader's prompt. Only prompts of the same length are hashed."""
-        return running.prompt == leader.prompt and self._forks(running) and running.whole == leader.whole
 
     def _forks(self, running: Running) -> bool:
         """Whether a request may begin at the end of another one's prompt: it needs no pass of its own over it."""

@@ -59,7 +59,7 @@ class _Tried:
 
 def _differing(c: SelectionContext, a_NK: Tensor | None, b_NK: Tensor | None) -> float:
     """The keys that are in one of two index sets alone, over the keys of the first. None is every key."""
-    both_NK = None if a_NK is None or b_NK is None else join(a_NK, b_NK)
+    union_NK = None if a_NK is None or b_NK is None else join(a_NK, b_NK)
     every = int((c.ends_N - c.starts_N).sum())
-    first, second, both = (every if x is None else int((x >= 0).sum()) for x in (a_NK, b_NK, both_NK))
-    return (2 * both - first - second) / max(1, first)
+    first, second, union = (every if x is None else int((x >= 0).sum()) for x in (a_NK, b_NK, union_NK))
+    return (2 * union - first - second) / max(1, first)
