@@ -1,6 +1,7 @@
 """The engine on a GPU: quantized pages, chunks on fused kernels, and the decode step in CUDA graphs."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import tokensieve
 from tests.support.models import config, ours
-from tokensieve.engine.runner import Runner, is_quantized
+from tokensieve.engine.runner import Chunk, Runner, is_quantized
 from tokensieve.model import DecoderForCausalLM
 
 pytestmark = pytest.mark.gpu
@@ -77,6 +78,24 @@ def test_decoding_agrees_with_the_whole_forward(model: DecoderForCausalLM, selec
             # of those near the k-th place change.
             rounding = 0.4 if selection == "oracle" else 0.25
             assert float((got - expected).norm()) < rounding * float(expected.norm())
+
+
+@pytest.mark.parametrize("selection", ["indexer", "dense", "window"])
+def test_prompts_that_share_a_pass(model: DecoderForCausalLM, selection: str) -> None:
+    """Whole prompts, then their next chunks beside a whole one: as in passes of their own."""
+    draw, free = random.Random(4), iter(range(1000))
+    lengths = (1, 63, 600, 700, 1100, 64, 900)
+    whole = [
+        Chunk([draw.randrange(16, 512) for _ in range(n)], 0, [next(free) for _ in range(-(-n // 64))]) for n in lengths
+    ]
+    rests = [Chunk(chunk.tokens[512:], 512, chunk.pages) for chunk in whole[:-1] if len(chunk.tokens) > 512]
+    together, alone = Runner(model, 64), Runner(model, 64)
+    for chunks in ([replace(chunk, tokens=chunk.tokens[:512]) for chunk in whole[:-1]], [*rests, whole[-1]]):
+        logits = together.chunks(chunks, selection).float()
+        for chunk, got in zip(chunks, logits, strict=True):
+            expected = alone.chunk(chunk.tokens, chunk.past, chunk.pages, selection).float()
+            # bfloat16's rounding of three layers, from which entries of E4M3 and keys near the k-th place may change.
+            assert float((got - expected).norm()) < 0.1 * float(expected.norm())
 
 
 def test_a_float32_model_with_experts_decodes() -> None:

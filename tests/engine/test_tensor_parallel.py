@@ -169,7 +169,7 @@ def test_requests_travel_as_they_are() -> None:
             schema={"type": "object"},
         ),
         Sampling(grammar="start: 'x'"),
-        Sampling(min_tokens=2, prompt_logprobs=1),
+        Sampling(min_tokens=2, prompt_logprobs=1, detokenize=False),
     ]
     requests = [Request("ä", (1, 2, 3), sampling, "dense", True, True) for sampling in samplings]
     default = Request("", ())

@@ -22,7 +22,7 @@ from tokensieve.evals.serving import answers_differ, worse
 from tokensieve.evaluate_config import ServingSizes
 from tokensieve.families import family_of
 from tokensieve.model import entries
-from tokensieve.model.entries import PagedKeys
+from tokensieve.model.paged import PagedKeys
 from tokensieve.model.selection import SelectionContext
 
 K = 208

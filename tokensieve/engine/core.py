@@ -8,102 +8,26 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from tokensieve.config import UserError
+from tokensieve.engine.config import PASS_TOKENS, EngineConfig, check_pages, default_pages
 from tokensieve.engine.detokenizer import Detokenizer
 from tokensieve.engine.grammar import Grammars, Matcher
 from tokensieve.engine.request import Finish, Output, Request, TokenLogprob
-from tokensieve.engine.runner import Runner, check_servable, page_bytes
+from tokensieve.engine.runner import Chunk, Runner, check_servable
 from tokensieve.engine.sampling import SamplingRow, choose, logprobs_of
-from tokensieve.engine.scheduler import Running, Scheduler, pages_for
+from tokensieve.engine.scheduler import Running, Scheduler
 from tokensieve.engine.trace import AttentionTrace
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.model.context import Form
-from tokensieve.model.selection import Selector
+from tokensieve.model.selection import Selector, is_own
 from tokensieve.ops.quant import PAGE_TOKENS
 from tokensieve.tasks import end_tokens
 
 NOT_FINITE = "the model's logits are not finite"
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Settings of an engine.
-
-    pages: size of the cache in pages of 64 tokens. 0 takes a quarter of the free memory, or 85% of a GPU's, but no more
-        than `running` full contexts need.
-    running: requests that run at once.
-    chunk: tokens of a prompt that are run at once, a multiple of 64.
-    chunks: chunks of prompts that are run between two tokens of the answers.
-    prefix_cache: whether prompts that begin alike share the pages of their beginning.
-    backend: backend of the ops.
-    top_k: keys selected per query. 0 takes the number in the model's config.
-    check_selection: whether what your own selectors return is checked. None checks it on the CPU only.
-    form: how chunks of prompts read their keys, as in `tokensieve.model.context.Form`. auto takes what costs less;
-        gathered is what training does, and agrees with it best.
-    keep_selection: whether the last output of a request brings the keys that each token's attention read. Memory: 4 k
-        bytes for each token of the cache and layer.
-
-    Raises UserError for values outside of these ranges.
-    """
-
-    pages: int = 0
-    running: int = 64
-    chunk: int = 512
-    chunks: int = 2
-    prefix_cache: bool = True
-    backend: Literal["auto", "reference"] = "auto"
-    top_k: int = 0
-    check_selection: bool | None = None
-    form: Form = "auto"
-    keep_selection: bool = False
-
-    def __post_init__(self) -> None:
-        if (
-            self.pages < 0
-            or self.running < 1
-            or self.chunks < 1
-            or self.top_k < 0
-            or self.chunk < PAGE_TOKENS
-            or self.chunk % PAGE_TOKENS
-        ):
-            raise UserError(
-                f"engine: pages {self.pages} and top_k {self.top_k} must be 0 or more, "
-                f"running {self.running} and chunks {self.chunks} at least 1, "
-                f"chunk {self.chunk} a multiple of {PAGE_TOKENS}"
-            )
-
-
-def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1, kept_keys: int = 0) -> int:
-    """Number of pages if `EngineConfig.pages` is 0.
-
-    kept_keys: of each token's selection that is kept.
-    processes: processes that share the processor's memory. On GPUs each process has a GPU of its own.
-    """
-    share = 0.85 if model.device.type == "cuda" else 1 / (4 * processes)
-    budget = int(_free_memory(model.device) * share)
-    full_contexts = running * pages_for(model.config.max_position_embeddings)
-    return max(1, min(full_contexts, budget // page_bytes(model, kept_keys)))
-
-
-def _check_pages(model: DecoderForCausalLM, pages: int, kept_keys: int) -> None:
-    """Raises UserError for more pages than there is memory for."""
-    each, free = page_bytes(model, kept_keys), _free_memory(model.device)
-    if pages * each > free:
-        raise UserError(
-            f"{pages} pages of the cache need {pages * each / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-            f"choose at most {free // each} pages"
-        )
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @dataclass
@@ -111,7 +35,7 @@ class Generation:
     """State that the engine keeps for a request, besides its tokens."""
 
     running: Running
-    text: Detokenizer
+    text: Detokenizer | None
     matcher: Matcher | None
     trace: AttentionTrace | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
@@ -134,7 +58,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         kept = max(model.model.layer_top_k(self.config.top_k or None)) if self.config.keep_selection else 0
         pages = self.config.pages or default_pages(model, self.config.running, kept_keys=kept)
-        _check_pages(model, pages, kept)
+        check_pages(model, pages, kept)
         self.runner = Runner(
             model,
             pages,
@@ -148,6 +72,7 @@ class Engine:
         self.scheduler = Scheduler(
             pages, self.config.running, self.config.chunk, self.config.chunks, self.config.prefix_cache
         )
+        self._pass_tokens = self.config.pass_tokens or (0 if model.device.type == "cpu" else PASS_TOKENS)
         # tokens of prompt and answer together
         self.longest = min(model.config.max_position_embeddings, pages * PAGE_TOKENS)
         self._grammars = Grammars(tokenizer, model.config.vocab_size)
@@ -178,7 +103,8 @@ class Engine:
         matcher = self._grammars.matcher(request.sampling)
         seed = request.sampling.seed
         running = self.scheduler.add(request, int.from_bytes(os.urandom(8), "little") if seed is None else seed)
-        self._generations[request.id] = Generation(running, Detokenizer(self.tokenizer, request.sampling.stop), matcher)
+        text = Detokenizer(self.tokenizer, request.sampling.stop) if request.sampling.detokenize else None
+        self._generations[request.id] = Generation(running, text, matcher)
 
     def abort(self, id: str) -> Output | None:
         """Aborts a request and releases its pages. None if there is no request of this id."""
@@ -199,8 +125,8 @@ class Engine:
         ready = scheduler.prepare_step()
         for selector in dict.fromkeys(r.request.selector for r in ready):
             outputs += self._or_end(self._decode, [r for r in ready if r.request.selector == selector])
-        for running in scheduler.next_chunks():
-            outputs += self._or_end(self._prefill, [running])
+        for batch in self._passes(scheduler.next_chunks()):
+            outputs += self._or_end(self._prefill, batch)
         return outputs
 
     def _or_end(self, run: Callable[[list[Running]], list[Output]], batch: list[Running]) -> list[Output]:
@@ -211,50 +137,96 @@ class Engine:
             self.scheduler.pool.forget()  # some layers of their pages are not written
             return [self._end(self._generations[r.request.id], "error", str(error)) for r in batch]
 
+    def _passes(self, chosen: Sequence[Running]) -> list[list[Running]]:
+        """The prompts that run a chunk, in the passes in which they do."""
+        passes: list[list[Running]] = []
+        room = 0
+        for running in chosen:
+            tokens, together = self.scheduler.chunk_of(running) - running.cached, self._may_join(running)
+            if together and tokens <= room and passes[-1][0].request.selector == running.request.selector:
+                passes[-1].append(running)
+                room -= tokens
+            else:
+                passes.append([running])
+                room = self._pass_tokens - tokens if together else 0
+        return passes
+
+    def _may_join(self, running: Running) -> bool:
+        """Whether a request's chunk needs no pass of its own, as for a trace, for log probabilities of the prompt, and
+        for a selector of the user's, whose errors end all in its pass.
+        """
+        request = running.request
+        return not (request.trace or self._scores(running)) and is_own(self.runner.selector(request.selector))
+
+    def _scores(self, running: Running) -> bool:
+        """Whether log probabilities of the prompt are due. A preempted request that has answered has had its own."""
+        return running.request.sampling.prompt_logprobs is not None and running.answered == 0
+
     def _prefill(self, batch: list[Running]) -> list[Output]:
-        """Runs a chunk of one prompt."""
-        (running,) = batch
-        a, b = running.cached, self.scheduler.chunk_of(running)
-        generation, sampling, trace = self._generations[running.request.id], running.request.sampling, None
-        if running.request.trace and b == running.prompt:
+        """Runs a chunk of each of these prompts, in one pass."""
+        chunks = [Chunk(r.tokens[r.cached : self.scheduler.chunk_of(r)], r.cached, r.pages) for r in batch]
+        if len(batch) == 1:
+            logits_BV = self._prefill_alone(batch[0], chunks[0])[None]
+        else:
+            logits_BV = self.runner.chunks(chunks, batch[0].request.selector)
+        outputs, read = [], []
+        for running, chunk, logits_V in zip(batch, chunks, logits_BV, strict=True):
+            self.scheduler.ran(running, chunk.end)
+            if running.in_prompt:
+                outputs += [self._reading(running)] if running.request.progress and not running.answered else []
+                continue
+            generation = self._generations[running.request.id]
+            generation.logits_V = logits_V.clone()
+            if self.runner.selected is not None:
+                generation.selection = (self.runner.selected.read(running.pages, chunk.end),)
+            read.append(running)
+        return outputs + self._admit(read) if read else outputs
+
+    def _prefill_alone(self, running: Running, chunk: Chunk) -> Tensor:
+        """Logits (V) of a chunk's last token, of a request that may want more of its pass."""
+        generation, trace = self._generations[running.request.id], None
+        if running.request.trace and chunk.end == running.prompt:
             trace = AttentionTrace()  # again after a preemption too, since a pass with a trace may round otherwise
             generation.trace = None if running.answered else trace
-        # A preempted request runs its prompt again, and has had its log probabilities if it has answered.
-        scores = sampling.prompt_logprobs is not None and running.answered == 0
-        selector = running.request.selector
-        logits = self.runner.chunk(running.tokens[a:b], a, running.pages, selector, trace, scores)
-        if scores:
-            self._score(generation, logits, a)
-            logits = logits[-1]
-        self.scheduler.ran(running, b)
-        if b < running.prompt:
-            return [self._reading(running)] if running.request.progress and not running.answered else []
-        generation.logits_V = logits.clone()
-        if self.runner.selected is not None:
-            generation.selection = (self.runner.selected.read(running.pages, b),)
-        return self._admit([] if running.answered else [running])  # it begins beside those that share the prompt
+        scores = self._scores(running)
+        logits = self.runner.chunk(chunk.tokens, chunk.past, chunk.pages, running.request.selector, trace, every=scores)
+        if not scores:
+            return logits
+        self._score(generation, logits, chunk.past)
+        return logits[-1]
 
     def _admit(self, read: Sequence[Running] = ()) -> list[Output]:
-        """Admits waiting requests. Outputs of those that begin at the end of a prompt, as do those in `read`."""
-        begun = defaultdict[Running, list[Running]](list, {running: [running] for running in read})
+        """Admits waiting requests. First outputs of those that begin at the end of a prompt that another one has run,
+        and of those in `read`, unless they have answered before.
+        """
+        begin = [r for r in read if not r.answered]
+        others = defaultdict[Running, list[Running]](list)
         for running, leader in self.scheduler.admit():
-            begun[leader].append(running)
-        return [output for leader, batch in begun.items() for output in self._begin(batch, leader)]
+            others[leader].append(running)
+            begin.append(running)
+        for leader, followers in others.items():
+            self._share(leader, followers)
+        answering = [r for r in begin if r.request.sampling.max_tokens]
+        outputs = [self._end(self._generations[r.request.id], "length") for r in begin if r not in answering]
+        if not answering:
+            return outputs
+        return outputs + self._extend(answering, torch.stack([self._prompt_logits(r) for r in answering]))
 
-    def _begin(self, batch: list[Running], leader: Running) -> list[Output]:
-        """Outputs of requests that begin at the end of the prompt that `leader` has run, which may be one of them."""
-        others, generation = [r for r in batch if r is not leader], self._generations[leader.request.id]
-        if others and leader.prompt % PAGE_TOKENS:
+    def _share(self, leader: Running, others: Sequence[Running]) -> None:
+        """Gives requests what the end of the prompt left that `leader` has run: their last page, logits, selections."""
+        if leader.prompt % PAGE_TOKENS:
             last = leader.prompt // PAGE_TOKENS
             self.runner.copy_page(leader.pages[last], [other.pages[last] for other in others])
+        generation = self._generations[leader.request.id]
         for other in others:
             its = self._generations[other.request.id]
             its.logits_V, its.selection = generation.logits_V, generation.selection
-        assert generation.logits_V is not None  # of a request that has run its prompt
-        answering = [r for r in batch if r.request.sampling.max_tokens]
-        outputs = [self._end(self._generations[r.request.id], "length") for r in batch if r not in answering]
-        logits_BV = generation.logits_V.expand(len(answering), -1)
-        return outputs + (self._extend(answering, logits_BV) if answering else [])
+
+    def _prompt_logits(self, running: Running) -> Tensor:
+        """Logits (V) at the end of a prompt that has been run."""
+        logits_V = self._generations[running.request.id].logits_V
+        assert logits_V is not None
+        return logits_V
 
     def _reading(self, running: Running) -> Output:
         """Output that reports how much of a prompt has been read."""
@@ -323,9 +295,11 @@ class Engine:
                 error = "the JSON schema or grammar is too complex to be followed; simplify it"
                 return replace(self._end(generation, "error", error), refused=True)
             ended = ended or generation.matcher.done
-        may_stop = running.answered >= sampling.min_tokens
-        text = "" if ended and token in self._ends else generation.text.push(token, may_stop)
-        if ended or generation.text.stopped:
+        text = ""
+        if generation.text is not None and not (ended and token in self._ends):
+            text = generation.text.push(token, may_stop=running.answered >= sampling.min_tokens)
+            ended = ended or generation.text.stopped
+        if ended:
             return self._end(generation, "stop", text=text, tokens=(token,), logprobs=logprobs)
         if running.answered == sampling.max_tokens or len(running.tokens) >= self.longest:
             return self._end(generation, "length", text=text, tokens=(token,), logprobs=logprobs)
@@ -347,7 +321,8 @@ class Engine:
             selection = (*generation.selection, more)
         self.scheduler.remove(running)
         del self._generations[running.request.id]
-        return self._output(generation, text + generation.text.finish(), tokens, logprobs, finish, error, selection)
+        text += "" if generation.text is None else generation.text.finish()
+        return self._output(generation, text, tokens, logprobs, finish, error, selection)
 
     def _output(
         self,

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokensieve.engine.core import Engine, EngineConfig, default_pages
+from tokensieve.engine.config import EngineConfig, default_pages
+from tokensieve.engine.core import Engine
 from tokensieve.engine.request import Output, Request, Sampling
 from tokensieve.engine.sampling import SamplingRow
 from tokensieve.mesh import Mesh

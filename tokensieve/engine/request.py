@@ -34,6 +34,7 @@ class Sampling:
     logit_bias: pairs of a token and a number, which is added to the token's logit.
     seed: the same seed gives the same draws, whatever else runs. None: the engine picks one.
     stop: strings at which the answer ends. The string itself is left out of it.
+    detokenize: whether outputs have text. Without it there are no `stop` strings.
     ignore_eos: whether the answer goes on after an end token.
     logprobs: number of alternatives returned beside the natural log probability of every token. The log probabilities
         are the model's, before any of the above. None returns none of them.
@@ -56,6 +57,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    detokenize: bool = True
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -91,6 +93,8 @@ class Sampling:
             raise UserError("schema and grammar exclude each other; leave one out")
         if self.min_tokens and not (self.schema is self.grammar is None):
             raise UserError("min_tokens excludes a schema and a grammar, which say where an answer ends; leave one out")
+        if self.stop and not self.detokenize:
+            raise UserError("stop strings are found in the text, which detokenize=False leaves out; leave one out")
         if len(self.stop) > MOST_STOPS or any(not 0 < len(s) <= LONGEST_STOP for s in self.stop):
             raise UserError(f"stop takes up to {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
 
@@ -135,7 +139,8 @@ class Output:
     """Result of one step for a request.
 
     id: id of the request.
-    text: new text. May be empty while the rest of a character or of a stop string may still follow.
+    text: new text. May be empty while the rest of a character or of a stop string may still follow. Always empty
+        without `detokenize`.
     tokens: new tokens.
     logprobs: one per new token, if they were requested.
     prompt_logprobs: with the first output, one per token of the prompt, if they were requested. The first token has

@@ -1,17 +1,20 @@
-"""Passes of the model over the cache's pages: a chunk of one prompt, or one token of every sequence.
+"""Passes of the model over the cache's pages: a chunk of one prompt or of several, or one token of every sequence.
 
-Legend: S tokens of a chunk, T tokens of a sequence so far, B sequences, P pages, V vocabulary.
+Legend: S tokens of a pass, T keys of a pass, B sequences, P pages, V vocabulary.
 
-A row's numbers do not depend on what runs beside it; on the CPU they are the same to the bit. For that, a chunk holds
-tokens of one prompt only, and the chunks of a prompt always begin at the same tokens. The rows of a step are padded to
-a multiple of four, since matrix libraries treat the rows left over otherwise.
+A row's numbers do not depend on what runs beside it; on the CPU they are the same to the bit. For that, the engine runs
+the chunks of different prompts apart there, and the chunks of a prompt always begin at the same tokens. The rows of a
+step are padded to a multiple of four, since matrix libraries treat the rows left over otherwise.
 """
 
 import math
 import mmap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +24,10 @@ from tokensieve.engine.selected_pages import SelectedPages
 from tokensieve.families import Entry, family_of
 from tokensieve.model import DecoderForCausalLM, ForwardOptions
 from tokensieve.model.context import Form, Trace
-from tokensieve.model.entries import Entries, PagedChunk, PagedStep, Pools
+from tokensieve.model.entries import Entries
 from tokensieve.model.moe import ORDINARY_ROWS
 from tokensieve.model.pack import Pack
+from tokensieve.model.paged import PagedChunk, PagedStep, Pools
 from tokensieve.model.selection import Selector, dense, indexer, resolve, sinks, window
 from tokensieve.ops import quant
 from tokensieve.ops.quant import PAGE_TOKENS
@@ -98,6 +102,23 @@ def make_pools(model: DecoderForCausalLM, pages: int) -> Pools:
     )
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of a prompt from its token `past` on.
+
+    pages: pages of the prompt, in order. They hold the entries of the tokens before `past`.
+    """
+
+    tokens: Sequence[int]
+    past: int
+    pages: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        """Tokens of the prompt up to the chunk's last one."""
+        return self.past + len(self.tokens)
+
+
 class Runner:
     def __init__(
         self,
@@ -146,33 +167,64 @@ class Runner:
         trace: Trace | None = None,
         every: bool = False,
     ) -> Tensor:
-        """Runs tokens `past` to `past` + S of a prompt; returns the logits (V) of the last one.
+        """Runs one `Chunk` of these tokens; returns the logits (V) of the last one.
 
-        pages: pages of the prompt, in order. They hold the entries of the tokens before `past`.
         trace: called with what every layer selects.
         every: whether to return the logits of all tokens (S, V) instead.
         """
-        S, T = len(tokens), past + len(tokens)
-        table = torch.tensor(pages[: -(-T // PAGE_TOKENS)], dtype=torch.int32, device=self.device)
-        ends = torch.arange(past + 1, T + 1, dtype=torch.int32, device=self.device)
-        pack = Pack(
-            batch=1,
-            length=S,
-            positions_N=(ends - 1).long(),
-            starts_N=torch.zeros_like(ends),
-            ends_N=ends,
-            row_keys=T,
-            max_keys=T,
-            bounds=torch.tensor([0, T], dtype=torch.int32, device=self.device),
-            longest=T,
-            valid_N=None,
-        )
-        entries = PagedChunk(self.pools, table, pack, self.entry, self.model.dtype, self.backend)
-        ids = torch.tensor(tokens, device=self.device)
+        x = self._run_chunks([Chunk(tokens, past, pages)], selector, trace)
         # The last row is multiplied together with others: alone, it would be another kind of product, with other bits.
-        x = self._forward(ids, pack, entries, self.selector(selector), entries.slots, trace=trace)
         last_V = self.model.lm_head(x[-ORDINARY_ROWS:])[-1]
         return torch.cat((self.model.lm_head(x[:-1]), last_V[None])) if every else last_V
+
+    @torch.inference_mode()
+    def chunks(self, chunks: Sequence[Chunk], selector: str) -> Tensor:
+        """Runs chunks of several prompts in one pass; returns the logits (B, V) of the last token of each."""
+        x = self._run_chunks(chunks, selector)
+        last = torch.tensor([n - 1 for n in accumulate(len(chunk.tokens) for chunk in chunks)], device=self.device)
+        return self.model.lm_head(x[last])
+
+    def _run_chunks(self, chunks: Sequence[Chunk], selector: str, trace: Trace | None = None) -> Tensor:
+        """Hidden states (S, D) of the chunks' tokens. The keys of a pass are all tokens so far, prompt by prompt."""
+        several, ends = len(chunks) > 1, [chunk.end for chunk in chunks]
+        firsts = [0, *accumulate(ends)]  # of each prompt's keys, and their number
+        positions = np.concatenate([np.arange(chunk.past, chunk.end) for chunk in chunks])
+        starts = np.repeat(firsts[:-1], [len(chunk.tokens) for chunk in chunks])
+        ids = np.concatenate([np.asarray(chunk.tokens) for chunk in chunks])
+        # One copy brings all of it to the device.
+        ids_N, positions_N, starts_N, ends_N = torch.tensor(
+            np.stack((ids, positions, starts, starts + positions + 1)), dtype=torch.int32, device=self.device
+        )
+        whole = not several or not any(chunk.past for chunk in chunks)
+        pack = Pack(
+            batch=1,
+            length=len(positions),
+            positions_N=positions_N.long(),
+            starts_N=starts_N,
+            ends_N=ends_N,
+            row_keys=firsts[-1],
+            max_keys=max(ends),
+            bounds=torch.tensor(firsts, dtype=torch.int32, device=self.device) if whole else None,
+            longest=max(ends),
+            valid_N=None,
+        )
+        tables = [chunk.pages[: -(-chunk.end // PAGE_TOKENS)] for chunk in chunks]
+        table = torch.tensor([page for pages in tables for page in pages], dtype=torch.int32, device=self.device)
+        places = None
+        if several:  # the prompts' last pages are not full
+            begins = [PAGE_TOKENS * n for n in accumulate(map(len, tables), initial=0)]
+            rows = [np.arange(begin, begin + end) for begin, end in zip(begins, ends, strict=False)]
+            places = torch.tensor(np.concatenate(rows), device=self.device)
+        entries = PagedChunk(self.pools, table, places, pack, self.entry, self.model.dtype, self.backend)
+        return self._forward(
+            ids_N,
+            pack,
+            entries,
+            self.selector(selector),
+            entries.slots,
+            trace=trace,
+            firsts=starts_N if several else None,
+        )
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], lengths: Sequence[int], pages: Sequence[list[int]], selector: str) -> Tensor:
@@ -239,8 +291,12 @@ class Runner:
         slots: Tensor,
         trace: Trace | None = None,
         real: int | None = None,
+        firsts: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (S, D) of the tokens, which the head multiplies. slots: of their entries."""
+        """Hidden states (S, D) of the tokens, which the head multiplies.
+
+        slots: of their entries. firsts (S): first key of each token's sequence; None if that is 0.
+        """
         trunk = self.model.model
         options = ForwardOptions(
             selector=selector,
@@ -252,7 +308,7 @@ class Runner:
         ctx = trunk.context(pack, entries, options, trace=trace, real=real, keep_indices=self.selected is not None)
         x, results = trunk.run(trunk.embed_tokens(tokens), ctx)
         if self.selected is not None:
-            self.selected.write(results, slots)
+            self.selected.write(results, slots, firsts)
         return trunk.norm(x)
 
 

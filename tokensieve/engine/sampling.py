@@ -6,12 +6,15 @@ Legend: B rows, V vocabulary.
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokensieve.engine.request import Sampling, TokenLogprob
+
+DRAWS = 64  # numbers of a request that are drawn together
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,14 @@ def uniform(seed: int, position: int) -> float:
 
     The generator is counter-based, so the number depends on `seed` and `position` alone.
     """
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+    return _uniforms(seed, position // DRAWS)[position % DRAWS]
+
+
+@lru_cache(4096)
+def _uniforms(seed: int, block: int) -> list[float]:
+    """The numbers of DRAWS positions. A counter has four, of which the first is taken: making a generator is slow."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=block * DRAWS))
+    return generator.random(4 * DRAWS)[::4].tolist()
 
 
 def choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -56,7 +66,9 @@ def choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         _adjust(x_BV[b], rows[b])
     tokens_B = x_BV.argmax(-1)
     drawn = [b for b, row in enumerate(rows) if row.sampling.temperature > 0]
-    if drawn:
+    if len(drawn) == len(rows):
+        tokens_B = _draw(x_BV, rows)
+    elif drawn:
         tokens_B[drawn] = _draw(x_BV[drawn], [rows[b] for b in drawn])
     return tokens_B.tolist()
 
@@ -91,23 +103,26 @@ def _adjust(x_V: Tensor, row: SamplingRow) -> None:
 
 def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Token drawn for each row, (B) int64."""
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=x_BV.device)[:, None]
-
     V = x_BV.shape[1]
-    temperature = column([row.sampling.temperature for row in rows])
+    sampling = [row.sampling for row in rows]
+    columns = (
+        [s.temperature for s in sampling],
+        [s.top_k or V for s in sampling],
+        [s.top_p for s in sampling],
+        [s.min_p for s in sampling],
+        [uniform(row.seed, row.position) for row in rows],
+    )  # one copy brings all of them to a GPU
+    temperature, top_k, top_p, min_p, u_B1 = torch.tensor(columns, dtype=torch.float64, device=x_BV.device)[..., None]
     sorted_BV, order_BV = x_BV.sort(dim=-1, descending=True, stable=True)
     # In float64: in float32 a cumulative sum of a hundred thousand probabilities would lose the small ones at its end.
     p_BV = (sorted_BV.double() / temperature).softmax(-1)
     index_V = torch.arange(V, device=x_BV.device)
-    p_BV = p_BV.masked_fill(index_V >= column([row.sampling.top_k or V for row in rows]), 0)
+    p_BV = p_BV.masked_fill(index_V >= top_k, 0)
     p_BV = p_BV / p_BV.sum(-1, keepdim=True)
     before_BV = p_BV.cumsum(-1) - p_BV
-    p_BV = p_BV.masked_fill(before_BV >= column([row.sampling.top_p for row in rows]), 0)
-    p_BV = p_BV.masked_fill(p_BV < p_BV[:, :1] * column([row.sampling.min_p for row in rows]), 0)
+    p_BV = p_BV.masked_fill(before_BV >= top_p, 0)
+    p_BV = p_BV.masked_fill(p_BV < p_BV[:, :1] * min_p, 0)
     sums_BV = p_BV.cumsum(-1)
-    u_B1 = column([uniform(row.seed, row.position) for row in rows])
     index_B1 = torch.searchsorted(sums_BV, u_B1 * sums_BV[:, -1:], right=True)
     # The last token with a probability: by rounding, the number times the sum may be the whole sum.
     last_B1 = (p_BV > 0).sum(-1, keepdim=True).clamp_min(1) - 1
@@ -117,8 +132,10 @@ def _draw(x_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def logprobs_of(logits_BV: Tensor, tokens: Sequence[int], alternatives: int) -> list[TokenLogprob]:
     """Natural log probabilities of a token per row, and those of the likeliest `alternatives`. logits_BV: floating."""
     logprobs_BV = logits_BV.float().log_softmax(-1)
-    top = logprobs_BV.topk(min(alternatives, logprobs_BV.shape[1]))
     of_tokens = logprobs_BV.gather(1, torch.tensor(tokens, device=logits_BV.device)[:, None])[:, 0].tolist()
+    if not alternatives:
+        return [*map(TokenLogprob, tokens, of_tokens)]
+    top = logprobs_BV.topk(min(alternatives, logprobs_BV.shape[1]))
     return [
         TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
         for token, logprob, ids, values in zip(

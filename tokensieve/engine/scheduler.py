@@ -60,9 +60,9 @@ class Running:
         """Digest of the whole prompt. No page has it."""
         return digest_of(self.request.prompt, f"whole {self.request.selector}")
 
-    @property
+    @cached_property
     def prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Tokens of the prompt. Cached, since every step asks every request."""
         return len(self.request.prompt)
 
     @property
@@ -106,8 +106,10 @@ class Scheduler:
         end of their prompt, each with another one that has run it. They share its full pages. If the prompt ends within
         a page, its entries have to be copied to their last one.
         """
+        if not self.waiting:
+            return []
         begun: list[tuple[Running, Running]] = []
-        shared = self.running if self.waiting and self.share else []
+        shared = self.running if self.share else []
         read = {r.whole: r for r in shared if not (r.in_prompt or r.request.trace)}  # a trace may round otherwise
         skipped: list[Running] = []
         in_progress = {digest for r in self.running for digest in self._in_progress(r)}

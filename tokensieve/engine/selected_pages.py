@@ -25,10 +25,11 @@ class SelectedPages:
         rows = pages * PAGE_TOKENS + 1  # the last one is for padding, whose slot is -1
         self._pools = tuple(torch.full((rows, k), -1, dtype=torch.int32, device=device) for _ in range(layers))
 
-    def write(self, results: Sequence[LayerResult], slots_N: Tensor) -> None:
+    def write(self, results: Sequence[LayerResult], slots_N: Tensor, firsts_N: Tensor | None = None) -> None:
         """Keeps what every layer selected for the tokens whose entries lie in these slots; negative slots are padding.
 
-        UserError for a layer that attends to every key, or selects more than K: neither can be kept here.
+        firsts: first key of each token's sequence in the pass, which is its position 0; None if all are 0. UserError
+        for a layer that attends to every key, or selects more than K: neither can be kept here.
         """
         for layer, (pool, result) in enumerate(zip(self._pools, results, strict=True)):
             indices = result.indices
@@ -37,6 +38,8 @@ class SelectedPages:
                 raise UserError(
                     f"layer {layer} {found}, and keep_selection keeps {pool.shape[1]} of a query; use the indexer"
                 )
+            if firsts_N is not None:
+                indices = torch.where(indices < 0, -1, indices - firsts_N[:, None])
             pool[slots_N.long()] = F.pad(indices, (0, pool.shape[1] - indices.shape[1]), value=-1).to(pool.dtype)
 
     def copy(self, page: int, others: Sequence[int]) -> None:

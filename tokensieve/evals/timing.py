@@ -15,7 +15,7 @@ from tokensieve import cost
 from tokensieve.engine.runner import Runner
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
-from tokensieve.model.entries import INDEX_ROOM
+from tokensieve.model.paged import INDEX_ROOM
 from tokensieve.model.positions import check_positions
 from tokensieve.ops.quant import PAGE_TOKENS
 

@@ -201,7 +201,7 @@ class Rollouts:
         episodes = []
         for number in range(len(prompts) * samples):
             place = number // samples
-            drawn = replace(sampling, logprobs=0, seed=seed * 1_000_003 + number)
+            drawn = replace(sampling, logprobs=0, detokenize=False, seed=seed * 1_000_003 + number)
             episodes.append(Episode(f"{place} {number % samples}", tuple(prompts[place]), drawn))
         try:
             going = episodes
