@@ -220,7 +220,9 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         do=lambda parts: parts.distill(domains),
         trains_on=[mine, to_dict(replace(config.distill, on_policy=None))],
     )
-    start = config.rl.model or distilled.trains_on
+    on_policy = _on_policy(config, domains, mine, distilled)
+    starts = {part.name: part.trains_on for part in (distilled, *on_policy)}
+    start = config.rl.model or DISTILLED
     final = Part(
         name=FINAL,
         folder="final",
@@ -228,12 +230,12 @@ def _plan(config: PosttrainConfig, domains: tuple[str, ...], sources: Mapping[st
         work=_grpo_work(config.rl.train),
         micro_batch=config.rl.train.micro_batch,
         do=lambda parts: parts.rl(domains),
-        trains_on=[start, mine, to_dict(config.rl)],
+        trains_on=[starts.get(start, start), mine, to_dict(config.rl)],
     )
-    return [*plan, distilled, *_on_policy(config, domains, mine), final]
+    return [*plan, distilled, *on_policy, final]
 
 
-def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any]) -> list[Part]:
+def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any], distilled: Part) -> list[Part]:
     stage = config.distill.on_policy
     if stage is None:
         return []
@@ -245,7 +247,7 @@ def _on_policy(config: PosttrainConfig, domains: tuple[str, ...], mine: list[Any
         work=Work(trained=rows, read=2 * rows, answers=rows),  # read by the student and by a teacher
         micro_batch=1,
         do=lambda parts: parts.distill_on_policy(domains),
-        trains_on=[mine, to_dict(stage)],
+        trains_on=[mine, to_dict(stage), distilled.trains_on if stage.model == DISTILLED else []],
     )
     return [part]
 

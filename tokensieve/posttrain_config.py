@@ -111,7 +111,7 @@ class OnPolicyConfig:
     steps: int
     prompts: int  # per step; one answer to each
     lr: float = 1e-6
-    model: str = ""  # to start from; empty: the one that the specialists started from
+    model: str = ""  # to start from, "distilled": this run's; empty: the one that the specialists started from
     options: dict[str, Any] = field(default_factory=dict)  # further fields of TRL's DistillationConfig, such as beta
     lora: LoraConfig | None = None  # as in SftConfig
 
@@ -146,7 +146,7 @@ class MixedConfig:
     """The one stage of reinforcement learning over all domains."""
 
     train: GrpoConfig
-    model: str = ""  # to start from; empty: the distilled one
+    model: str = ""  # to start from, "on-policy": this run's; empty: the distilled one
     ratios: dict[str, float] = field(default_factory=dict)  # of a domain's prompts; 1 if it is not named
 
     def __post_init__(self) -> None:
@@ -225,6 +225,8 @@ class PosttrainConfig:
             raise UserError(f"save_every is {self.save_every}; give 0 or more steps")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
+        if self.rl.model == "on-policy" and self.distill.on_policy is None:
+            raise UserError("rl.model is on-policy, and no such model is made; add a table distill.on_policy")
         for table in ("cold_steps", "evaluations"):
             for name, value in getattr(self, table).items():
                 if value < 1:

@@ -7,11 +7,50 @@ from typing import Any
 
 import pytest
 
-from tokensieve.config import load_config
+from tokensieve import pipeline
+from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import parts
-from tokensieve.posttrain.parts import BASE, DISTILLED, Parts, Watch
+from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts, Watch
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks.problems import DOMAINS
+
+
+class Quiet(Watch):
+    pass
+
+
+def settings(out: Path, *changes: str) -> PosttrainConfig:
+    return load_config(PosttrainConfig, "posttrain-tiny", ("model=sparse", f"out={out}", *changes))
+
+
+CHAINED = (f"distill.on_policy.model={DISTILLED}", f"rl.model={ON_POLICY}")
+
+
+def test_stages_may_start_from_the_runs_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On-policy distillation from the distilled model, and the mixed stage from what that leaves."""
+
+    def starts(*changes: str) -> list[Any]:
+        run = Parts(settings(tmp_path, *changes), {}, {}, Quiet())
+        return [run.start(model) for model in (ON_POLICY, FINAL)]
+
+    with pytest.raises(UserError, match="there is no distilled model yet; run first: tokensieve distill"):
+        Parts(settings(tmp_path, *CHAINED), {}, {}, Quiet()).check_start(ON_POLICY, ())
+    monkeypatch.setattr(Parts, "is_done", lambda *_: True)
+    distilled, on_policy = tmp_path / "distilled/train/model", tmp_path / "on-policy/model"
+    assert starts() == ["sparse", distilled]
+    assert starts(*CHAINED) == [distilled, on_policy]
+    assert starts("distill.on_policy.model=one", "rl.model=another") == ["one", "another"]
+
+
+def test_what_a_model_starts_from_counts_among_its_settings(tmp_path: Path) -> None:
+    def of(*changes: str) -> dict[str, str]:
+        config = settings(tmp_path, *changes)
+        return pipeline._settings(config, pipeline._plan(config, ("logic",), {"logic": None}))
+
+    before, after = of(*CHAINED), of(*CHAINED, "distill.train.steps=99")
+    assert {name for name in before if before[name] != after[name]} == {DISTILLED, ON_POLICY, FINAL}
+    with pytest.raises(UserError, match="rl.model is on-policy, and no such model is made"):
+        load_config(PosttrainConfig, "posttrain-base", (f"rl.model={ON_POLICY}",))
 
 
 def test_a_stopped_evaluation_leaves_no_figures_that_are_half_done(
@@ -19,17 +58,13 @@ def test_a_stopped_evaluation_leaves_no_figures_that_are_half_done(
 ) -> None:
     """They would count as done. Groups that are asked by themselves would be in batches of other sizes, too."""
 
-    class Quiet(Watch):
-        pass
-
     def stopped(scores: Sequence[float], before: Sequence[float]) -> Any:
         raise KeyboardInterrupt
 
     names = ["logic", "writing"]
     base = {f"{name}-direct": {"difficulty": DOMAINS[name].difficulty[1], "scores": [0.0]} for name in names}
-    changes = ("model=sparse", f"out={tmp_path}", 'modes=["direct"]', "difficulty.fixed={}")
-    settings = load_config(PosttrainConfig, "posttrain-tiny", changes)
-    measured = Parts(settings, {name: DOMAINS[name] for name in names}, {"evaluation": {BASE: base}}, Quiet())
+    config = settings(tmp_path, 'modes=["direct"]', "difficulty.fixed={}")
+    measured = Parts(config, {name: DOMAINS[name] for name in names}, {"evaluation": {BASE: base}}, Quiet())
     monkeypatch.setattr(Parts, "load", lambda *_: SimpleNamespace(top_k=16, is_sparse=True))
     monkeypatch.setattr(Parts, "path", lambda *_: "somewhere")
     monkeypatch.setattr(Parts, "_sample", lambda *_, **__: [[]] * 28)

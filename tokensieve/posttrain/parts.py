@@ -37,6 +37,7 @@ PURPOSES = 10  # so that the next seed of a config has none of these
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 BASE, DISTILLED, ON_POLICY, FINAL = "base", "distilled", "on-policy", "final"  # the models, beside "specialist-DOMAIN"
+STARTS = {ON_POLICY: (DISTILLED,), FINAL: (DISTILLED, ON_POLICY)}  # of this run; another name is a checkpoint's
 
 SAME = "with the same --config, --model and --set"  # that the commands of one folder need
 
@@ -150,8 +151,23 @@ class Parts:
         elif model == ON_POLICY:
             for name in domains:
                 self.path(specialist_of(name))
-        elif model == FINAL and not self.config.rl.model:
-            self.path(DISTILLED)
+            self.start(model)
+        elif model == FINAL:
+            self.start(model)
+
+    def start(self, model: str) -> str | Path:
+        """What the on-policy or the final model starts from, as `load` takes it. UserError if it is not there yet."""
+        named = self._start_named(model)
+        if not named:
+            return self.path(DISTILLED if model == FINAL else BASE)
+        return self.path(named) if named in STARTS[model] else named
+
+    def _start_named(self, model: str) -> str:
+        """As the config names it; empty if it does not."""
+        on_policy = self.config.distill.on_policy
+        if model == FINAL:
+            return self.config.rl.model
+        return "" if on_policy is None else on_policy.model
 
     def check(self, domains: Sequence[str], rewarded: bool) -> None:
         """UserError now for what would stop a part only after hours.
@@ -162,9 +178,10 @@ class Parts:
         """
         stages.check_options(self.config)
         distill, rl = self.config.distill, self.config.rl
-        for started in (rl.model, "" if distill.on_policy is None else distill.on_policy.model):
-            if started:
-                model_path(started)
+        for started, own in STARTS.items():
+            named = self._start_named(started)
+            if named and named not in own:
+                model_path(named)
         tuned = (self.config.cold, self.config.specialist, distill.train, distill.on_policy, rl.train)
         adapters = [stage.lora for stage in tuned if stage is not None and stage.lora is not None]
         trunk = self.load(self.config.model).model  # before prompts that it cannot read are made
@@ -320,7 +337,7 @@ class Parts:
         self.found[ON_POLICY] = {"prompts": {group.name: len(examples) for group, examples in asked}}
         self.watch.note()
         stages.distill_on_policy(
-            self.load(config.model or self.config.model),
+            self.load(self.start(ON_POLICY)),
             {name: self.load(self.path(specialist_of(name))) for name in dict.fromkeys(g.domain for g, _ in asked)},
             self.tokenizer, prompts, config, self.config, self.folder(ON_POLICY),
             self._on_step("on-policy distillation"),
@@ -345,7 +362,7 @@ class Parts:
     def rl(self, domains: Sequence[str]) -> None:
         """GRPO over all domains in one stage, from the distilled model unless the config names another."""
         config = self.config.rl
-        model = self.load(config.model or self.path(DISTILLED))
+        model = self.load(self.start(FINAL))
         modes = len(self.config.modes)
         groups = self.groups(domains)
         ratios = {group.name: config.ratios.get(group.domain, 1.0) / modes for group in groups}
