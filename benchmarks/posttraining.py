@@ -6,11 +6,13 @@
 - seed-N-sparse, seed-N-dense: the whole pipeline and its dense twin, on the same problems.
 - sequential-1-DOMAIN and so on: from the distilled model of the first seed, GRPO on one domain after the other, with
   the problems and the budget of the mixed stage. The last one is measured on all domains: what was forgotten.
-- without-TERM: the mixed stage again, from the same model, without one term of the reward.
+- without-TERM, TERM-xN: the mixed stage again, from the same model, with the weight of one term of the reward 0, or N
+  times what it is.
 
 Each is a command of `tokensieve` in a folder of its own under --work, with a log beside it. After --minutes, or Ctrl-C,
 or if this process is killed, what runs is stopped. The same command goes on with what is not done. Whatever is there
-goes to --out: tables.md, figures.json, and each run's figures, curves and log. Weights stay under --work.
+goes to --out: tables.md, figures.json, trade-offs.svg, and each run's figures, curves and log. The models stay under
+--work.
 
 If programs cannot be isolated, the domains that run them are left out, and the tables say so.
 """
@@ -26,6 +28,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import posttraining_plot
 import posttraining_tables
 
 from tokensieve import sandbox
@@ -37,7 +40,8 @@ from tokensieve.tasks.problems import DOMAINS
 from tokensieve.tethered import tethered
 
 RUN_PROGRAMS = ("programming", "coding")
-TERMS = ("length", "language", "rubric", "outcome")
+# By which the weight of a term is multiplied. The highest makes length and language count more than the outcome.
+FACTORS = {"length": (0, 1, 4, 16), "language": (0, 1, 4, 16), "rubric": (0, 1), "outcome": (0, 1)}
 KEPT = ("metrics.json", "history.json", "*.html", "*.svg")  # of a run: all but weights and samples
 
 QUICK = (
@@ -114,6 +118,23 @@ def settings(asked: argparse.Namespace) -> tuple[PosttrainConfig, list[str]]:
     return load_config(PosttrainConfig, name, tuple(asked.sets)), notes
 
 
+def runs_by_weight(config: PosttrainConfig, first: str) -> posttraining_tables.ByWeight:
+    """The runs of the mixed stage by term of the reward and its weight: `first`, with the config's, and others.
+
+    A term that the config gives the weight 0 is not there.
+    """
+
+    def name(term: str, factor: int) -> str:
+        return {0: f"without-{term}", 1: first}.get(factor, f"{term}-x{factor}")
+
+    given = {term: getattr(config.reward, term) for term in FACTORS}
+    return {
+        term: {factor * given[term]: name(term, factor) for factor in factors}
+        for term, factors in FACTORS.items()
+        if given[term]
+    }
+
+
 def jobs(asked: argparse.Namespace, config: PosttrainConfig) -> list[Job]:
     """In the order in which they begin, as far as what they need is done."""
     begin = ("--config", asked.config)
@@ -136,14 +157,17 @@ def jobs(asked: argparse.Namespace, config: PosttrainConfig) -> list[Job]:
         chain.append(Job(f"sequential-{place}-{domain}", stage, sets, needs))
         needs, model = (chain[-1].name,), asked.work / chain[-1].name / "final/model"
     starts = (f"model={distilled}", f"rl.model={distilled}")
-    without = [
-        Job(f"without-{term}", stage, (*first.sets, *starts, f"reward.{term}=0"), (first.name,)) for term in TERMS
+    weighed = [
+        Job(name, stage, (*first.sets, *starts, f"reward.{term}={weight:g}"), (first.name,))
+        for term, by_weight in runs_by_weight(config, first.name).items()
+        for weight, name in by_weight.items()
+        if name != first.name
     ]
     pages = [  # again, for a report that shows both arms
         Job(one.name, one.command, (*one.sets, f"beside={asked.work / other.name}"), (one.name, other.name))
         for one, other in zip(found[::2], found[1::2], strict=True)
     ]
-    return [*found, *chain, *without, *pages]
+    return [*found, *chain, *weighed, *pages]
 
 
 class Runs:
@@ -236,9 +260,11 @@ def main() -> None:
     collect(asked.work, asked.out)
     runs = posttraining_tables.read(asked.out / "runs")
     asked_for = {name: run for name, run in runs.items() if name in names}  # those of other seeds may lie there too
-    text, figures = posttraining_tables.tables(asked_for, names[0], notes)
+    by_weight = runs_by_weight(config, names[0])
+    text, figures = posttraining_tables.tables(asked_for, names[0], by_weight, notes)
     write_text(asked.out / "tables.md", text)
     write_json(asked.out / "figures.json", figures)
+    posttraining_plot.write_trade_offs(asked.out, figures[posttraining_tables.WEIGHTS])
     print(text)
     sys.exit(1 if left else 0)
 

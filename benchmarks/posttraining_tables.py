@@ -20,7 +20,9 @@ JUDGE = (
     "Every judge of these runs is the scripted one, which checks rubrics by rules. No other judge was at hand, so "
     "there is no agreement to report."
 )
+WEIGHTS = "The weights of the reward"  # the table that the plot is of
 History = list[dict[str, float]]
+ByWeight = Mapping[str, Mapping[float, str]]  # by term of the reward and its weight: the name of a run
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def read(folder: Path) -> dict[str, Run]:
     return runs
 
 
-def tables(runs: Mapping[str, Run], first: str, notes: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+def tables(
+    runs: Mapping[str, Run], first: str, by_weight: ByWeight, notes: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
     """All tables as Markdown, and what is in them. first: the run from which the sequence and others began."""
     arms = {arm: {n: r for n, r in runs.items() if n.startswith("seed-") and n.endswith(arm)} for arm in ARMS}
     parts: dict[str, tuple[str, list[list[Any]]]] = {
@@ -59,7 +63,7 @@ def tables(runs: Mapping[str, Run], first: str, notes: Sequence[str] = ()) -> tu
         "Sparse beside dense": beside(arms),
         "Sparse beside dense at equal output tokens": at_equal_tokens(arms),
         "One mixed stage beside one domain after the other": sequential(runs, first),
-        "Without a term of the reward": without(runs, first),
+        WEIGHTS: weights(runs, first, by_weight),
         "The runs": of_runs(runs),
     }
     text = "".join(f"- {note}\n" for note in [*notes, JUDGE])
@@ -169,21 +173,25 @@ def sequential(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]
     return lead, rows
 
 
-def without(runs: Mapping[str, Run], begin: str) -> tuple[str, list[list[Any]]]:
+def weights(runs: Mapping[str, Run], begin: str, by_weight: ByWeight) -> tuple[str, list[list[Any]]]:
     lead = (
-        "The mixed stage again, from the same model on the same problems. Accuracy in % over all groups, less that "
-        "with every term in points; problems of one group are a cluster. One seed."
+        "The mixed stage again, from the same model on the same problems, with another weight of one term. Accuracy in "
+        "% over all groups, less that of the config's weights in points; problems of one group are a cluster. Mean "
+        "output tokens. Language share: of an answer's letters in the prompt's language, in %, mean over the answers "
+        "with prose. One seed."
     )
-    rows: list[list[Any]] = [["without", "accuracy", "less all terms", "output tokens", "with all terms"]]
-    first = _only(runs, begin)
-    for name, run in runs.items():
-        if not name.startswith("without-") or not first or "final" not in run.models:
-            continue
-        groups = [group for group in _groups(first.values(), all_of_them=True) if group in run.models["final"]]
-        both = [one.models.get("final", {}) for one in (run, *first.values())]
-        scores = [{group: found[group]["scores"] for group in groups if group in found} for found in both]
-        tokens = [fmean(found[group]["tokens"] for group in groups) if found else "" for found in both]
-        rows.append([name.removeprefix("without-"), _share(scores[0]), _gain(*scores), *tokens])
+    rows: list[list[Any]] = [["term", "weight", "accuracy", "less the config's", "output tokens", "language share"]]
+    final = {name: run.models.get("final", {}) for name, run in runs.items()}
+    scores = {name: {group: one["scores"] for group, one in found.items()} for name, found in final.items()}
+    for term, names in by_weight.items():
+        for weight, name in names.items():
+            if not (groups := [*final.get(name, {}).values()]):
+                continue
+            tokens = fmean([one["tokens"] for one in groups], [len(one["scores"]) for one in groups])
+            spoken = [one["language"] for one in groups if one.get("language")]  # earlier versions have none
+            share = 100 * fmean([e["value"] for e in spoken], [e["n"] for e in spoken]) if spoken else ""
+            gain = _gain(scores[name], scores.get(begin, {})) if name != begin else ""
+            rows.append([term, weight, _share(scores[name]), gain, tokens, share])
     return lead, rows
 
 

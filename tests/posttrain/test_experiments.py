@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from tokensieve.posttrain_config import PosttrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("tokens=64", "new_tokens=6", "reward.free=0.5")
+BY_WEIGHT = {
+    "length": {0.0: "without-length", 0.1: "seed-0-sparse", 1.6: "length-x16"},
+    "language": {0.1: "seed-0-sparse", 0.4: "language-x4"},
+}
 
 
 @pytest.fixture
@@ -53,10 +58,6 @@ def test_sequential_stages_have_the_mixed_stages_budget(
     assert given[-1].rl.ratios.keys() == {*config.domains} - {config.domains[-1]}
     assert [job.needs for job in chain[1:]] == [(job.name,) for job in chain[:-1]]
     assert given[1].rl.model == str(tmp_path / chain[0].name / "final/model") == given[1].model
-    terms = [load_config(PosttrainConfig, "posttrain-base", j.sets).reward for j in found if "without" in j.name]
-    assert [term for each in terms for term, weight in vars(each).items() if weight == 0] == [
-        "length", "language", "rubric", "outcome"
-    ]  # fmt: skip
 
     monkeypatch.setattr("tokensieve.sandbox.why_not", lambda: "no isolation here")
     asked = asked_for(tmp_path)
@@ -64,6 +65,23 @@ def test_sequential_stages_have_the_mixed_stages_budget(
     assert not {"programming", "coding"} & {*config.domains} and config.rl.train.steps == 10 == 5 * 2
     assert "programming and coding are left out: no isolation here" in left_out and "10 steps in place of 14" in steps
     assert json.loads(next(s for s in asked.sets if "domains=" in s).partition("=")[2]) == [*config.domains]
+
+
+def test_the_weight_of_one_term_is_multiplied(script: dict[str, Any], tmp_path: Path) -> None:
+    asked = asked_for(tmp_path, "reward.length=0.25", "reward.language=0")
+    config, _ = script["settings"](asked)
+    by_name = {job.name: job for job in script["jobs"](asked, config)}
+    weighed = {name: by_name[name] for name in by_name if "without" in name or "-x" in name}
+    rewards = {n: load_config(PosttrainConfig, "posttrain-base", job.sets).reward for n, job in weighed.items()}
+    changed = {n: {k: w for k, w in vars(r).items() if w != vars(config.reward)[k]} for n, r in rewards.items()}
+    assert changed == {
+        "without-length": {"length": 0}, "length-x4": {"length": 1}, "length-x16": {"length": 4},
+        "without-rubric": {"rubric": 0}, "without-outcome": {"outcome": 0},
+    }  # fmt: skip
+    assert {job.needs for job in weighed.values()} == {("seed-0-sparse",)}
+    assert script["runs_by_weight"](config, "seed-0-sparse")["length"] == {
+        0: "without-length", 0.25: "seed-0-sparse", 1: "length-x4", 4: "length-x16"
+    }  # fmt: skip
 
 
 def test_what_is_done_with_other_settings_is_refused(
@@ -154,7 +172,7 @@ def test_tables(tables: dict[str, Any]) -> None:
     runs |= {f"seed-{seed}-dense": run_of(tables, dense, [(15.0, 0.5), (30.0, 0.9)]) for seed in (0, 1)}
     runs |= {"sequential-1-a": run_of(tables, after, []), "sequential-2-b": run_of(tables, worse, [])}
     runs |= {"without-length": run_of(tables, worse, [])}
-    text, figures = tables["tables"](runs, "seed-0-sparse", ["a note"])
+    text, figures = tables["tables"](runs, "seed-0-sparse", BY_WEIGHT, ["a note"])
 
     first, beyond = figures["Specialists, the distilled model, and the mixed stage"]
     assert first["specialist - base"]["value"] == 100 and first["specialist"]["n"] == 16
@@ -168,8 +186,10 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert figures["output tokens and outcome of every step"]["seed-0-sparse"][tables["MIXED"]][0] == (10.0, 0.2)
     (a,) = figures["One mixed stage beside one domain after the other"]
     assert a["end - own stage"]["value"] == -100 and a["mixed - end"]["value"] == 50 and a["place"] == 1
-    (length,) = figures["Without a term of the reward"]
-    assert length["less all terms"]["value"] == -25 and length["less all terms"]["n"] == 16
+    without, given, _ = figures["The weights of the reward"]
+    assert (without["term"], without["weight"], given["weight"]) == ("length", 0, 0.1)
+    assert without["less the config's"]["value"] == -25 and without["less the config's"]["n"] == 16
+    assert given["less the config's"] == "" and given["language share"] == ""  # figures of an earlier version
     mine = {row["run"]: row for row in figures["The runs"]}["seed-0-sparse"]
     assert mine["difference, mean"] == "1.50e-06" and mine["largest step"] == "2.00e-06" and mine["seconds"] == 60
     assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
@@ -177,13 +197,58 @@ def test_tables(tables: dict[str, Any]) -> None:
 
     short = {name: run for name, run in runs.items() if name != "sequential-2-b"}
     short["sequential-1-a"] = run_of(tables, {"final": {"a-think": all_right}}, [])
-    _, figures = tables["tables"](short, "seed-0-sparse")
+    _, figures = tables["tables"](short, "seed-0-sparse", BY_WEIGHT)
     (a,) = figures["One mixed stage beside one domain after the other"]
     assert a["behind its own stage"]["value"] == 100
     assert [a[column] for column in ("at the end", "end - own stage", "mixed - end")] == ["", "", ""]
 
-    text, figures = tables["tables"]({}, "seed-0-sparse")
+    text, figures = tables["tables"]({}, "seed-0-sparse", BY_WEIGHT)
     assert text.count("Nothing yet.") == 6 and figures["The runs"] == []
+
+
+def test_trade_offs(script: dict[str, Any], tables: dict[str, Any], tmp_path: Path) -> None:
+    """A row for each weight, over answers and not over groups, and a point of the plot where a row says."""
+
+    def measured(right: int, tokens: float, shares: tuple[float | None, float | None]) -> Any:
+        found = {}
+        for group, problems, share in zip(("a-think", "b-direct"), (30, 10), shares, strict=True):
+            language = None if share is None else {"value": share, "n": problems}
+            scores = [1.0] * right + [0.0] * (problems - right)
+            found[group] = {"scores": scores, "tokens": tokens * problems / 10, "language": language}
+        return tables["Run"]({"evaluation": {"final": found}}, {})
+
+    runs = {
+        "without-length": measured(10, 40.0, (0.9, None)), "seed-0-sparse": measured(8, 20.0, (0.8, 0.4)),
+        "length-x16": measured(2, 4.0, (None, None)), "language-x4": measured(6, 20.0, (1.0, 0.8)),
+    }  # fmt: skip
+    text, figures = tables["tables"](runs, "seed-0-sparse", BY_WEIGHT)
+    rows = figures["The weights of the reward"]
+    columns = ("term", "weight", "output tokens", "language share")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("length", 0.0, 100.0, pytest.approx(90)), ("length", 0.1, 50.0, pytest.approx(70)), ("length", 1.6, 10.0, ""),
+        ("language", 0.1, 50.0, pytest.approx(70)), ("language", 0.4, 50.0, pytest.approx(95)),
+    ]  # fmt: skip
+    assert [row["accuracy"]["value"] for row in rows] == [50, 40, 10, 40, 30]
+    assert [row["less the config's"] and row["less the config's"]["value"] for row in rows] == [10, "", -30, "", -10]
+    assert "| language | 0.40 | 30.0 (" in text and " | 50.0 | 95.0 |\n" in text
+
+    plot = script["posttraining_plot"]
+    assert plot.write_trade_offs(tmp_path, rows[:1]) is None and not [*tmp_path.iterdir()]
+    plot.write_trade_offs(tmp_path, rows)
+    drawn = (tmp_path / "trade-offs.svg").read_text()
+    for words in (">weight of length<", ">weight of language<", ">accuracy, %<", ">output tokens, mean<"):
+        assert words in drawn
+    labels = re.findall(r'middle; fill: var\(--ink\)" x="([\d.]+)" y="([\d.]+)"[^>]*>([\d.]+)<', drawn)
+    assert [weight for *_, weight in labels] == ["0", "0.1", "1.6", "0.1", "0.4"]
+    across, down = ([float(label[axis]) for label in labels] for axis in (0, 1))
+    highs = [row["accuracy"]["high"] for row in rows]
+    assert (across[0] - across[2]) / (across[1] - across[2]) == pytest.approx((100 - 10) / (50 - 10), rel=1e-3)
+    assert (down[0] - down[2]) / (down[4] - down[2]) == pytest.approx(
+        (highs[0] - highs[2]) / (highs[4] - highs[2]), rel=1e-3
+    )
+    plot.write_trade_offs(tmp_path, [row | {"weight": weight} for row in rows[:1] for weight in (0, 0.4)])
+    assert ">0, 0.4<" in (tmp_path / "trade-offs.svg").read_text()
+    assert max(across[:3]) < min(across[3:]) and down[1] == down[3]  # panels beside each other, with one vertical axis
 
 
 def test_others_are_compared_with_the_run_that_they_began_from(
@@ -205,8 +270,8 @@ def test_others_are_compared_with_the_run_that_they_began_from(
     with pytest.raises(SystemExit):
         script["main"]()
     figures = json.loads((tmp_path / "out/figures.json").read_text())
-    (length,) = figures["Without a term of the reward"]
-    assert length["less all terms"]["value"] == -100
+    length = figures["The weights of the reward"][0]
+    assert length["weight"] == 0 and length["less the config's"]["value"] == -100
     assert {row["run"] for row in figures["The runs"]} == {"seed-2-sparse", "seed-10-sparse", "without-length"}
 
 
@@ -232,9 +297,12 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert child.returncode == 0 and "not done" not in child.stdout, (child.stdout, child.stderr, logs)
     figures = json.loads((tmp_path / "out/figures.json").read_text())
     assert {row["run"] for row in figures["The runs"]} == {
-        "seed-0-sparse", "seed-0-dense", "sequential-1-logic", "sequential-2-writing", "without-length",
-        "without-language", "without-rubric", "without-outcome",
+        "seed-0-sparse", "seed-0-dense", "sequential-1-logic", "sequential-2-writing", "without-length", "length-x4",
+        "length-x16", "without-language", "language-x4", "language-x16", "without-rubric", "without-outcome",
     }  # fmt: skip
+    weighed = figures["The weights of the reward"]
+    assert [row["weight"] for row in weighed] == [0, 0.1, 0.4, 1.6, 0, 0.1, 0.4, 1.6, 0, 1, 0, 1]
+    assert all(0 <= row["language share"] <= 100 for row in weighed) and (tmp_path / "out/trade-offs.svg").is_file()
     assert all(row["steps"] for row in figures["The runs"])
     for name in ("sparse", "dense"):
         kept = tmp_path / "out/runs" / f"seed-0-{name}"

@@ -1,5 +1,6 @@
 """The parts of the pipeline, one by one."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,18 +10,32 @@ import pytest
 
 from tokensieve import pipeline
 from tokensieve.config import UserError, load_config
-from tokensieve.posttrain import parts
+from tokensieve.posttrain import LanguageShare, parts
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, Parts, Watch
 from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks.problems import DOMAINS
 
+NAMES = ["logic", "writing"]
+
 
 class Quiet(Watch):
-    pass
+    def note(self) -> None:
+        pass
 
 
 def settings(out: Path, *changes: str) -> PosttrainConfig:
     return load_config(PosttrainConfig, "posttrain-tiny", ("model=sparse", f"out={out}", *changes))
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
+    """Of a base that has figures, with models that answer nothing."""
+    base = {f"{name}-direct": {"difficulty": DOMAINS[name].difficulty[1], "scores": [0.0]} for name in NAMES}
+    config = settings(tmp_path, 'modes=["direct"]', "difficulty.fixed={}")
+    monkeypatch.setattr(Parts, "load", lambda *_: SimpleNamespace(top_k=16, is_sparse=True))
+    monkeypatch.setattr(Parts, "path", lambda *_: "somewhere")
+    monkeypatch.setattr(Parts, "_sample", lambda *_, **__: [[]] * 28)
+    return Parts(config, {name: DOMAINS[name] for name in NAMES}, {"evaluation": {BASE: base}}, Quiet())
 
 
 CHAINED = (f"distill.on_policy.model={DISTILLED}", f"rl.model={ON_POLICY}")
@@ -54,22 +69,28 @@ def test_what_a_model_starts_from_counts_among_its_settings(tmp_path: Path) -> N
 
 
 def test_a_stopped_evaluation_leaves_no_figures_that_are_half_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    measured: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They would count as done. Groups that are asked by themselves would be in batches of other sizes, too."""
 
     def stopped(scores: Sequence[float], before: Sequence[float]) -> Any:
         raise KeyboardInterrupt
 
-    names = ["logic", "writing"]
-    base = {f"{name}-direct": {"difficulty": DOMAINS[name].difficulty[1], "scores": [0.0]} for name in names}
-    config = settings(tmp_path, 'modes=["direct"]', "difficulty.fixed={}")
-    measured = Parts(config, {name: DOMAINS[name] for name in names}, {"evaluation": {BASE: base}}, Quiet())
-    monkeypatch.setattr(Parts, "load", lambda *_: SimpleNamespace(top_k=16, is_sparse=True))
-    monkeypatch.setattr(Parts, "path", lambda *_: "somewhere")
-    monkeypatch.setattr(Parts, "_sample", lambda *_, **__: [[]] * 28)
     monkeypatch.setattr(parts, "figures", lambda *_: {"scores": [1.0]})
     monkeypatch.setattr(parts, "gain", stopped)
     with pytest.raises(KeyboardInterrupt):
-        measured.evaluate(DISTILLED, names)
+        measured.evaluate(DISTILLED, NAMES)
     assert measured.found["evaluation"][DISTILLED] == {}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_language_is_measured_where_it_can_be(
+    installed: bool, measured: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its weight in the reward: at 0 it is traded too. Only a reward needs the package."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "py3langid", None)
+    given: list[Any] = []
+    monkeypatch.setattr(parts, "figures", lambda *all_of_it: given.append(all_of_it[2]) or {"scores": [1.0]})
+    measured.evaluate(DISTILLED, NAMES)
+    assert [isinstance(language, LanguageShare) for language in given] == [installed] * 2

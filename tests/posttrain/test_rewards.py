@@ -60,6 +60,7 @@ def test_language_is_counted_by_letters() -> None:
 def test_what_has_no_language_is_consistent(text: str) -> None:
     share = LanguageShare()
     assert share(text, "zh") == 1 and share(f"{CHINESE}\n{text}", "zh") == 1
+    assert share.of_prose(text, "zh") is None and share.of_prose(f"{CHINESE}\n{text}", "zh") == 1
 
 
 WRONG: list[tuple[Any, str]] = [

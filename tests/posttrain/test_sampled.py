@@ -6,12 +6,13 @@ import pytest
 
 import tokensieve
 from tests.support.models import config, ours
-from tokensieve.posttrain import distillation
+from tokensieve.posttrain import LanguageShare, distillation
 from tokensieve.posttrain.groups import Group
 from tokensieve.posttrain.outcomes import demonstrations_of, reward_of
 from tokensieve.posttrain.rewards import Weights
 from tokensieve.posttrain.rollouts import Rollout
 from tokensieve.posttrain.sampled import Sampled, figures, pass_rate, room, sample, scored
+from tokensieve.report.posttrain import accuracy_cells
 from tokensieve.tasks import Answer, encoder
 from tokensieve.tasks.problems import Mode, Problems, domain
 
@@ -92,6 +93,23 @@ def test_figures(encode) -> None:
     assert shown["tokens"] == 15 and shown["ended"] == 0.5 and shown["past_k"] == (20 + 30) / (40 + 50)
     assert shown["accuracy"]["value"] == 0.75 and shown["accuracy"]["n"] == 2
     assert figures(found, None)["past_k"] is None and pass_rate(found) == 0.5
+
+
+def test_the_language_of_answers_is_measured(encode) -> None:
+    """Thoughts count, numbers have none, and figures without it, as of earlier versions, can still be shown."""
+    (example,) = group(encode, "logic", "think").examples("test", 1, 0)
+
+    def answer(text: str) -> list[Sampled]:
+        return [Sampled("logic-think", example, Rollout((1,) * 8, (2,), (0.0,), True), Answer(text, True), 1.0)]
+
+    english, chinese = "The river was wide, and nobody had crossed it.", "这条河又宽又慢，多年来没有人渡过它。"
+    found = [answer(f"<think>{english}</think>42"), answer(f"<think>{chinese}</think>42"), answer("42")]
+    shown = figures(found, K, LanguageShare())
+    assert shown["language"]["value"] == 0.5 and shown["language"]["n"] == 2
+    assert figures(found[2:], K, LanguageShare())["language"] is None
+    place = accuracy_cells(shown).index("50%")
+    for without in (figures(found, K), {key: value for key, value in shown.items() if key != "language"}):
+        assert accuracy_cells(without)[place] == "" and len(accuracy_cells(without)) == len(accuracy_cells(shown))
 
 
 def test_an_episode_is_cut_off_where_it_would_be_alone(encode, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,12 @@ class LanguageShare:
             ) from error
 
     def __call__(self, text: str, language: str) -> float:
-        """In [0, 1]. 1 for a text without prose, such as a number or a program: nothing in it is in another language.
+        """As `of_prose`, and 1 for a text without prose: nothing in it is in another language."""
+        found = self.of_prose(text, language)
+        return 1.0 if found is None else found
+
+    def of_prose(self, text: str, language: str) -> float | None:
+        """In [0, 1]. None for a text without prose, such as a number or a program.
 
         UserError for a language that is not among `languages`.
         """
@@ -51,4 +56,4 @@ class LanguageShare:
             if letters >= LEAST:
                 total += letters
                 inside += letters if self._identifier.classify(sentence)[0] == language else 0
-        return inside / total if total else 1.0
+        return inside / total if total else None

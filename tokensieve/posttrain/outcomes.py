@@ -118,7 +118,7 @@ def reward_of(
             terms = Terms(
                 outcome=outcome,
                 rubric=judged.pop(0) if by_judge else None,
-                language=None if language is None else language(_prose(answer), example.language),
+                language=None if language is None else language(prose(answer), example.language),
                 length=length_penalty(sum(mask), free_tokens or 0, limit_tokens or 1) if both else None,
             )
             found.append(reward(terms, weighed, needed=("outcome", "rubric") if by_judge else ("outcome",)))
@@ -202,7 +202,7 @@ def _text(encode: PlainEncoder, example: Problem, turn: Sequence[int]) -> str:
     return f"{THINK}{text}" if _opens_thoughts(example, encode) else text
 
 
-def _prose(answer: Answer) -> str:
+def prose(answer: Answer) -> str:
     """Thoughts and answer, without an agent's calls, which are in no language."""
     thoughts, text = split_thinking(answer.text)
     return "\n".join([*(split_thinking(turn)[0] or "" for turn in answer.earlier), thoughts or "", text])

@@ -7,6 +7,8 @@ import gc
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from shlex import quote
@@ -21,6 +23,7 @@ from tokensieve.model.positions import check_positions
 from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
+from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
 from tokensieve.posttrain.sampled import Sampled, figures, gain, pass_rate, room, sample
 from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
@@ -390,12 +393,18 @@ class Parts:
         answers = iter(self._sample(model, f"{name} on held-out problems", asked, 1, temperature=0.0))
         measured = {}
         for group, examples in asked:
-            found = figures([*islice(answers, len(examples))], model.top_k if model.is_sparse else None)
+            mine = [*islice(answers, len(examples))]
+            found = figures(mine, model.top_k if model.is_sparse else None, self._language)
             if name != BASE:
                 found["gain"] = gain(found["scores"], evaluation[BASE][group.name]["scores"]).to_dict()
             measured[group.name] = {"difficulty": group.difficulty, **found}
         own |= measured  # all at once: Ctrl-C, whose figures are noted, leaves none that are half done
         self.watch.note()
+
+    @cached_property
+    def _language(self) -> LanguageShare | None:
+        """What measures the language of answers; None without py3langid, which only its reward cannot do without."""
+        return LanguageShare() if find_spec("py3langid") else None
 
 
 def _prompts(stage: GrpoConfig) -> int:

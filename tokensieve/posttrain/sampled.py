@@ -9,7 +9,8 @@ from tokensieve.evals import intervals
 from tokensieve.evals.progress import OnProgress
 from tokensieve.model import DecoderForCausalLM
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.outcomes import answer_to, in_threads, prompts_of, respond_of
+from tokensieve.posttrain.language import LanguageShare
+from tokensieve.posttrain.outcomes import answer_to, in_threads, prompts_of, prose, respond_of
 from tokensieve.posttrain.rollouts import Rollout, Rollouts
 from tokensieve.tasks import Answer, PlainEncoder
 from tokensieve.tasks.problems import Agent, Problem
@@ -75,21 +76,28 @@ def pass_rate(found: Sequence[Sequence[Sampled]]) -> float:
     return sum(score == 1 for score in scores) / len(scores)
 
 
-def figures(found: Sequence[Sequence[Sampled]], top_k: int | None) -> dict[str, Any]:
+def figures(
+    found: Sequence[Sequence[Sampled]], top_k: int | None, language: LanguageShare | None = None
+) -> dict[str, Any]:
     """{"scores": of each; "accuracy": `Estimate` of their mean; "tokens": mean of an answer, without results of tools;
     "ended": share of the answers that did; "past_k": share of the queries, in prompt and answer, that see more than
-    `top_k` keys, None for a dense model}. One answer to each problem.
+    `top_k` keys, None for a dense model; "language": `Estimate` of the mean share of an answer's letters that are in
+    its prompt's language, over the answers with prose, None without these or without `language`}. One answer to each
+    problem.
 
     Scores that are shares, as of writing, vary less than those of 0 or 1, so Wilson's interval is on the safe side.
     """
     each = [answers[0] for answers in found]
     lengths = [len(sampled.rollout.prompt) + len(sampled.rollout.answer) for sampled in each]
+    shares = [] if language is None else [language.of_prose(prose(s.answer), s.example.language) for s in each]
+    known = [share for share in shares if share is not None]
     return {
         "scores": [sampled.score for sampled in each],
         "accuracy": intervals.share(sum(sampled.score for sampled in each), len(each)).to_dict(),
         "tokens": sum(sum(sampled.rollout.mask) for sampled in each) / len(each),
         "ended": sum(sampled.answer.ended for sampled in each) / len(each),
         "past_k": None if top_k is None else sum(max(0, length - top_k) for length in lengths) / sum(lengths),
+        "language": intervals.share(sum(known), len(known)).to_dict() if known else None,
     }
 
 

@@ -74,8 +74,9 @@ def show_posttraining(console: Console, figures: Mapping[str, Any]) -> None:
     models = figures.get("evaluation", {})
     groups = dict.fromkeys(group for found in models.values() for group in found)
     shown = table(
-        "held-out problems", "model", "accuracy", "95% interval", "n", "output tokens", "queries past k", "gain"
-    )
+        "held-out problems", "model", "accuracy", "95% interval", "n", "output tokens", "language share",
+        "queries past k", "gain",
+    )  # fmt: skip
     for group in groups:
         for model, found in models.items():
             if group in found:
@@ -98,13 +99,16 @@ def _show_difficulties(console: Console, figures: Mapping[str, Any]) -> None:
 
 
 def accuracy_cells(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Accuracy, its interval, the number of problems, output tokens, the share of queries past k, and the gain."""
-    accuracy, past, gain = found["accuracy"], found["past_k"], found.get("gain")
+    """Accuracy, its interval, the number of problems, output tokens, the shares of letters in the prompt's language and
+    of queries past k, and the gain. Runs of earlier versions have no language.
+    """
+    accuracy, language, past, gain = found["accuracy"], found.get("language"), found["past_k"], found.get("gain")
     return (
         f"{100 * accuracy['value']:.1f}%",
         f"{100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f}%",
         str(accuracy["n"]),
         f"{found['tokens']:.1f}",
+        "" if language is None else f"{100 * language['value']:.0f}%",
         "" if past is None else f"{100 * past:.0f}%",
         "" if gain is None else _points(gain),
     )
