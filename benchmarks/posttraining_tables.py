@@ -17,8 +17,8 @@ from tokensieve.report.posttrain import MIXED
 
 BINS = 4  # of output tokens, in the range that both arms have
 JUDGE = (
-    "Every judge of these runs is the scripted one, which checks rubrics by rules. No other judge was at hand, so "
-    "there is no agreement to report."
+    "Every judge of these runs is the scripted one, which checks rubrics by rules, so there is no agreement to report. "
+    "With `--set judge.model=MODEL` the table of the runs has that of another judge."
 )
 WEIGHTS = "The weights of the reward"  # the table that the plot is of
 History = list[dict[str, float]]
@@ -66,8 +66,9 @@ def tables(
         WEIGHTS: weights(runs, first, by_weight),
         "The runs": of_runs(runs),
     }
-    text = "".join(f"- {note}\n" for note in [*notes, JUDGE])
-    figures: dict[str, Any] = {"notes": [*notes, JUDGE]}
+    notes = [*notes, *([] if any("judge_agreement" in run.metrics for run in runs.values()) else [JUDGE])]
+    text = "".join(f"- {note}\n" for note in notes)
+    figures: dict[str, Any] = {"notes": notes}
     for title, (lead, (head, *rows)) in parts.items():
         text += f"\n## {title}\n\n{lead}\n\n{_markdown(head, rows) if rows else 'Nothing yet.'}\n"
         figures[title] = [dict(zip(head, map(_plain, row), strict=True)) for row in rows]
@@ -198,16 +199,20 @@ def weights(runs: Mapping[str, Run], begin: str, by_weight: ByWeight) -> tuple[s
 def of_runs(runs: Mapping[str, Run]) -> tuple[str, list[list[Any]]]:
     lead = (
         "Over all steps of GRPO: the difference of log probabilities between rollout and training, in nats, with "
-        "selections replayed in sparse runs. Queries past k: the share that sees more than k keys."
+        "selections replayed in sparse runs. Queries past k: the share that sees more than k keys. Agreement: the "
+        "judge's with the rules, Somers' d, n pairs of answers."
     )
-    rows: list[list[Any]] = [["run", "seconds", "steps", "difference, mean", "largest step", "queries past k", "judge"]]
+    head = ["run", "seconds", "steps", "difference, mean", "largest step", "queries past k", "judge", "agreement"]
+    rows: list[list[Any]] = [head]
     for name, run in runs.items():
         steps = [row for rows in run.histories.values() for row in rows if "rollout/logp_difference" in row]
         differences = [row["rollout/logp_difference"] for row in steps]
         past = [row["rollout/queries_past_k"] for row in steps]
         cells = [f"{fmean(differences):.2e}", f"{max(differences):.2e}", fmean(past)] if steps else ["", "", ""]
         seconds = sum(run.metrics.get("seconds", {}).values())
-        rows.append([name, round(seconds), len(steps), *cells, run.metrics.get("judge", "")])
+        measured = run.metrics.get("judge_agreement", {}).get("all", {}).get("agreement")
+        agreement = Estimate(**measured) if measured else ""
+        rows.append([name, round(seconds), len(steps), *cells, run.metrics.get("judge", ""), agreement])
     return lead, rows
 
 

@@ -21,7 +21,7 @@ from tokensieve.machine import choose_device
 from tokensieve.posttrain import stages
 from tokensieve.posttrain.pace import Pace, Work
 from tokensieve.posttrain.parts import BASE, DISTILLED, FINAL, ON_POLICY, SAME, Parts, Watch, specialist_of
-from tokensieve.posttrain_config import GrpoConfig, JudgeConfig, PosttrainConfig
+from tokensieve.posttrain_config import GrpoConfig, PosttrainConfig
 from tokensieve.report import environment, show_posttraining, write_curves, write_posttraining
 from tokensieve.report.posttrain import MIXED
 from tokensieve.report.posttrain_page import ARMS
@@ -56,9 +56,9 @@ def run(
     `tasks.problems.domain`.
 
     Returns what metrics.json holds: by part its figures; "evaluation": by model and group; "seconds" of each part;
-    "settings": digests; "selection", "judge"; "run": the machine. UserError for bad configs, for a part that is there
-    without `resume`, for one whose model to start from is missing, and for whatever `Parts.check` finds missing;
-    train.Interrupted after Ctrl-C.
+    "settings": digests; "selection", "judge", "judge_agreement"; "run": the machine. UserError for bad configs, for a
+    part that is there without `resume`, for one whose model to start from is missing, and for whatever `Parts.check`
+    finds missing; train.Interrupted after Ctrl-C.
     """
     begin, console, out = time.perf_counter(), console or Console(), Path(config.out)
     config = replace(config, device=choose_device(config.device))
@@ -135,17 +135,21 @@ def run(
 class _Watched(Watch):
     """Progress on the console, and the part's time in the record."""
 
-    clock: Clock
+    clock: Clock | None = None  # before the first part
 
     def __init__(self, record: RunRecord, show: Callable[[str], None]):
         self.record, self.show = record, show
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         self.show(f"{what}: {done} of {total}")
-        self.clock.tick()
+        if self.clock is not None:
+            self.clock.tick()
 
     def note(self) -> None:
-        self.clock.note()
+        if self.clock is None:
+            self.record.write()
+        else:
+            self.clock.note()
 
 
 def _twin(config: PosttrainConfig) -> list[dict[str, Any]]:
@@ -258,8 +262,7 @@ def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
     asked = knob.prompts * measured * min(2, knob.tries)  # the usual difficulty and a next one
     given = ("model", "tokens", "new_tokens", "result_tokens", "modes", "languages", "selection", "seed")
     begin = config.cold_of(name)
-    judge = JudgeConfig(url=config.judge.model, model=config.judge.model)  # where it is, and its budget, may change
-    tables = (config.reward, judge, begin, config.difficulty, config.specialist)
+    tables = (config.reward, begin, config.difficulty, config.specialist)
     cold = Work(trained=begin.steps * begin.rows, read=asked, answers=asked * knob.samples)
     return Part(
         name=specialist_of(name),
@@ -268,7 +271,8 @@ def _specialist(config: PosttrainConfig, name: str, source: Any) -> Part:
         work=cold + _grpo_work(config.specialist),
         micro_batch=max(config.cold.micro_batch, config.specialist.micro_batch),
         do=lambda parts: parts.specialist(name),
-        trains_on=[source, [getattr(config, key) for key in given], *map(to_dict, tables)],
+        # of the judge the model alone: where it is, and its budget, may change
+        trains_on=[source, [getattr(config, key) for key in given], config.judge.model, *map(to_dict, tables)],
     )
 
 

@@ -177,16 +177,24 @@ class RewardConfig:
 class JudgeConfig:
     """The generative reward model of domains with a rubric. Its API key, if it needs one, is in OPENAI_API_KEY."""
 
-    url: str = "scripted"  # of an OpenAI-compatible server, with its /v1; scripted: by rules, started by the command
-    model: str = "scripted"  # its name there
+    url: str = ""  # of an OpenAI-compatible server, with its /v1; empty: the command starts the judge, and ends it
+    model: str = "scripted"  # its name at the url; without one, a model to serve, or scripted: by rules
     budget: int = 10_000  # questions of the whole run
     timeout: float = 60.0  # seconds for one
+    agreement: float = 0.0  # Somers' d with the rules, below which a judge is refused; 0: it is measured and told only
 
     def __post_init__(self) -> None:
-        if (self.url == "scripted") != (self.model == "scripted"):
+        if self.url and self.model == "scripted":
             raise UserError(
-                f"judge.url is {self.url!r} and judge.model {self.model!r}: results name the judge; give both or none"
+                f"judge.url is {self.url!r} without judge.model: results name the judge; give its name there, or no url"
             )
+        if not 0 <= self.agreement <= 1:
+            raise UserError(f"judge.agreement is {self.agreement}; give Somers' d from 0 to 1")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the command serves the judge's model itself."""
+        return not self.url and self.model != "scripted"
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 Imports the standard library alone, so that it works in the environment of a harness too.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from tokensieve.tethered import tethered
@@ -18,20 +20,36 @@ class NotServed(Exception):
 
 
 @contextmanager
-def server_process(model: str, device: str = "auto", python: str = sys.executable) -> Iterator[str]:
+def server_process(
+    model: str,
+    device: str = "auto",
+    python: str = sys.executable,
+    options: Sequence[str] = (),
+    log: Path | None = None,
+) -> Iterator[str]:
     """The address, with its /v1, of a server that answers for as long as the block lasts, and this process lives.
 
-    model: a folder, a GGUF file or a name. python: an interpreter that has tokensieve and its extra `serve`. The server
-    takes a free port on the loopback interface, and names the model first among those that it lists.
+    model: a folder, a GGUF file or a name. python: an interpreter that has tokensieve and its extra `serve`. options:
+    further ones of `tokensieve serve`. log: a file for what the server writes to standard error; None keeps nothing.
+
+    The server takes a free port on the loopback interface, asks for no key, and names the model first among those that
+    it lists.
 
     Raises:
         NotServed: the server could not start.
     """
     command = [python, "-m", "tokensieve", "serve", model, "--port", "0", "--device", device, "--no-playground"]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": log}
-        with tethered(command, text=True, **streams) as process:
-            yield _address(process) or _reason(process, log)
+    with _opened(log) as written:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": written}
+        without_key = {name: value for name, value in os.environ.items() if name != "TOKENSIEVE_API_KEY"}
+        with tethered([*command, *options], text=True, env=without_key, **streams) as process:
+            yield _address(process) or _reason(process, written)
+
+
+def _opened(log: Path | None) -> IO[str]:
+    if log is None:
+        return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    return log.open("w+", encoding="utf-8", errors="replace")
 
 
 def _address(process: subprocess.Popen) -> str:
@@ -43,8 +61,8 @@ def _address(process: subprocess.Popen) -> str:
     return ""
 
 
-def _reason(process: subprocess.Popen, log: IO[str]) -> str:
+def _reason(process: subprocess.Popen, written: IO[str]) -> str:
     process.wait()
-    log.seek(0)
-    lines = [line.strip() for line in log if line.strip()]
+    written.seek(0)
+    lines = [line.strip() for line in written if line.strip()]
     raise NotServed(lines[-1].removeprefix("tokensieve: error: ") if lines else "the server ended without a word")

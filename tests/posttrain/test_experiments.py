@@ -192,8 +192,14 @@ def test_tables(tables: dict[str, Any]) -> None:
     assert given["less the config's"] == "" and given["language share"] == ""  # figures of an earlier version
     mine = {row["run"]: row for row in figures["The runs"]}["seed-0-sparse"]
     assert mine["difference, mean"] == "1.50e-06" and mine["largest step"] == "2.00e-06" and mine["seconds"] == 60
-    assert text.startswith("- a note\n- Every judge of these runs is the scripted one")
+    assert mine["agreement"] == "" and text.startswith("- a note\n- Every judge of these runs is the scripted one")
     assert "| a-think | 0.00 (0.00 to " in text and "n = 16 in 2 | 100.0 (" in text and "| b-think |" in text
+
+    agreement = {"value": 0.5, "low": 0.1, "high": 0.8, "n": 21, "clusters": 8}
+    other = {"judge": "m", "judge_agreement": {"all": {"agreement": agreement}}}
+    judged = tables["Run"](runs["seed-0-sparse"].metrics | other, {})
+    text, _ = tables["tables"](runs | {"seed-0-sparse": judged}, "seed-0-sparse", BY_WEIGHT, ["a note"])
+    assert "| m | 0.50 (0.10 to 0.80), n = 21 in 8 |" in text and "Every judge" not in text
 
     short = {name: run for name, run in runs.items() if name != "sequential-2-b"}
     short["sequential-1-a"] = run_of(tables, {"final": {"a-think": all_right}}, [])

@@ -1,17 +1,12 @@
-"""Prompts of several groups in one dataset: their counts, their own rewards, and the judge that the command starts."""
-
-from pathlib import Path
-from typing import Any
+"""Prompts of several groups in one dataset: their counts, and their own rewards."""
 
 import pytest
-from openai import OpenAI
 
 import tokensieve
 from tokensieve.config import UserError, load_config
 from tokensieve.posttrain import mixture
 from tokensieve.posttrain.groups import groups_of
-from tokensieve.posttrain.judge import Judge
-from tokensieve.posttrain_config import JudgeConfig, PosttrainConfig
+from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import encoder
 from tokensieve.tasks.problems import domain
 
@@ -71,39 +66,3 @@ def test_languages_take_turns(encode) -> None:
     assert {example.language for example in groups[-1][1]} == {"en"}  # writing has no other
     with pytest.raises(UserError, match=r"writing has problems in en, none of them in languages"):
         asked(settings('languages=["zh"]'), encode, "writing")
-
-
-def test_the_judge_is_started_only_for_rubrics_and_ends_with_the_block(encode, tmp_path: Path, monkeypatch) -> None:
-    config = settings()
-    with mixture.judging(config.judge, asked(config, encode, "logic"), tmp_path / "replies") as judge:
-        assert judge is None
-    groups = asked(settings("reward.language=0", "reward.length=0"), encode, "writing")
-    with mixture.judging(config.judge, groups, tmp_path / "replies") as judge:
-        assert judge is not None and judge.settings.model == "scripted"
-        url, (group, examples) = judge.settings.url, groups[1]
-        (reward,) = (r for r in mixture.rewards(groups, encode, config, judge) if r.__name__ == group.name)
-        answer = [*encode.solution(examples[0].demonstration), *encode.chat().close]
-        assert reward(completion_ids=[answer], number=[0], task=[group.name])[0] > 1.9  # the outcome and the rubric
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    given = JudgeConfig(url=url, model="m")
-    with mixture.judging(given, groups, tmp_path / "replies") as judge:
-        assert judge is not None and judge.settings.api_key == "secret"
-    with pytest.raises(Exception, match="Connection error"):
-        OpenAI(base_url=url, api_key="none", max_retries=0).models.list()
-
-
-def test_a_judge_is_asked_for_the_first_rubric_that_there_is(encode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind problems without one, and a judge without a single score is refused."""
-    groups = asked(settings("reward.language=0"), encode, "writing")
-    plain = asked(settings(), encode, "logic")[0][1][:1]
-    mixed = [(group, [*plain, *examples]) for group, examples in groups]
-    found: list[int] = []
-
-    def scores(judge: Judge, questions: list[Any]) -> list[float | None]:
-        found.append(len(questions))
-        return [None] * len(questions)
-
-    monkeypatch.setattr(Judge, "scores", scores)
-    with pytest.raises(UserError, match="judge scripted scores no right answer"):
-        mixture.check_judge(JudgeConfig(), mixed)
-    assert found == [len(mixed)]

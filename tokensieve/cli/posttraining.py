@@ -94,7 +94,7 @@ def _run(
     resume: bool,
     only: str | None,
 ) -> None:
-    from tokensieve.config import load_config
+    from tokensieve.config import UserError, load_config
     from tokensieve.files import known_folder, locked
     from tokensieve.machine import check_device
     from tokensieve.posttrain_config import PosttrainConfig
@@ -104,6 +104,11 @@ def _run(
     changes = overrides([*start, *(set_ or [])], out=out, selection="dense" if dense else None)
     settings = load_config(PosttrainConfig, _bundled(name), changes)
     known_folder(settings.model)
+    if settings.judge.embedded:
+        try:
+            known_folder(settings.judge.model)
+        except UserError as error:
+            raise UserError(f"judge.model: {error}; or give judge.url, of a server that has it") from error
     check_device(settings.device)
     for asked in (*settings.domains, *([only.removeprefix("specialist-")] if only and "-" in only else [])):
         domain(asked)

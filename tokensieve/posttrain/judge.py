@@ -50,8 +50,10 @@ class Question:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """url: of an OpenAI-compatible server, with its /v1. model: the judge's name there; results name it too.
+    """url: of an OpenAI-compatible server, with its /v1. model: the judge's name there.
 
+    name: of the judge in messages and for its cache; empty: as at the server. log: of a server that this process
+    started, which errors name.
     budget: questions of all judges with the same cache; one whose reply is kept already costs nothing. retries: of a
     request that failed, each after a longer pause. timeout: seconds for one request. at_once: requests in flight.
     answer_chars: of an answer, as many are shown to the judge. new_tokens: of its reply, at most.
@@ -66,6 +68,8 @@ class JudgeSettings:
     at_once: int = 8
     answer_chars: int = 20_000
     new_tokens: int = 256
+    name: str = ""
+    log: str = ""
 
     def __post_init__(self) -> None:
         for name in ("budget", "at_once", "answer_chars", "new_tokens"):
@@ -91,6 +95,8 @@ class Judge:
                 "a judge needs the openai package; install it with: pip install 'tokensieve[rl]'"
             ) from error
         self.settings, self.asked, self.missing = settings, 0, 0
+        self.name = settings.name or settings.model
+        self._remedy = settings.log and f"look into the log of its server, {settings.log}"
         self._client = openai.OpenAI(
             base_url=settings.url, api_key=settings.api_key, timeout=settings.timeout, max_retries=settings.retries
         )
@@ -127,14 +133,15 @@ class Judge:
             log.warning("%d of %d answers have no score: %s", causes.count(cause), len(questions), cause)
         self.missing += len(causes)
         if causes and len(causes) == len(questions) and all(cause.startswith((NO_REPLY, SPENT)) for cause in causes):
-            remedy = "" if causes[0].startswith(SPENT) else "; start the judge, or correct judge.url"
-            raise UserError(f"{causes[0]}{remedy}, and go on from the last checkpoint")
+            remedy = self._remedy or "start the judge, or correct judge.url"
+            said = causes[0] if causes[0].startswith(SPENT) else f"{causes[0]}; {remedy}"
+            raise UserError(f"{said}, and go on from the last checkpoint")
         return [score for score, _ in found]
 
     def _score(self, question: Question) -> tuple[float | None, str]:
         """The score, or the reason why there is none."""
         messages = messages_for(question, self.settings.answer_chars)
-        key = hashlib.sha256(json.dumps([self.settings.model, messages]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.name, messages]).encode()).hexdigest()
         with self._lock:
             row = self._kept.execute("SELECT reply FROM replies WHERE question = ?", (key,)).fetchone()
         if row is not None:
@@ -144,7 +151,7 @@ class Judge:
             return None, cause
         score = read_scores(reply, question.rubric)
         if score is None:
-            return None, f"a reply of {self.settings.model} is not the JSON that was asked for"
+            return None, f"a reply of {self.name} is not the JSON that was asked for"
         with self._lock, self._kept:
             self._kept.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
         return score, ""
@@ -158,7 +165,7 @@ class Judge:
                 return None, f"{SPENT} {self.settings.budget} questions is spent; raise judge.budget"
             self._kept.execute("INSERT INTO asked VALUES (?)", (key,))
             self.asked += 1
-        where = f"{self.settings.model} at {self.settings.url}"
+        where = f"{self.name} at {self.settings.url}"
         arguments: dict[str, Any] = {"messages": messages, "response_format": schema_for(criteria)}
         try:
             reply = self._client.chat.completions.with_raw_response.create(
@@ -167,9 +174,8 @@ class Judge:
         except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
             return None, f"{NO_REPLY} {where}: {_one_line(error)}"
         except openai.APIError as error:
-            raise UserError(
-                f"judge {where} refuses: {_one_line(error)}; check judge.url, judge.model and the key in OPENAI_API_KEY"
-            ) from error
+            remedy = self._remedy or "check judge.url, judge.model and the key in OPENAI_API_KEY"
+            raise UserError(f"judge {where} refuses: {_one_line(error)}; {remedy}") from error
         content = content_of(reply.text)
         return content, "" if content is not None else f"{NO_REPLY} {where}: what it sends is no chat completion"
 

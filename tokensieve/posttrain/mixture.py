@@ -1,20 +1,16 @@
 """Prompts of several groups in one stage of reinforcement learning, each with the reward of its own task."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from datasets import Dataset, concatenate_datasets
 
 from tokensieve.config import UserError
 from tokensieve.posttrain.groups import Group
-from tokensieve.posttrain.judge import Criterion, Judge, JudgeSettings, Question
+from tokensieve.posttrain.judge import Judge
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.outcomes import RewardFunction, prompts_of, reward_of
 from tokensieve.posttrain.rewards import Weights
-from tokensieve.posttrain.scripted_judge import NAME, scripted_judge
-from tokensieve.posttrain_config import JudgeConfig, PosttrainConfig
+from tokensieve.posttrain_config import PosttrainConfig
 from tokensieve.tasks import PlainEncoder
 from tokensieve.tasks.problems import Problem
 
@@ -72,38 +68,3 @@ def _only(name: str, reward: RewardFunction) -> RewardFunction:
 def _rows(value: object, places: Sequence[int], rows: int) -> object:
     """Those rows of a column; whatever is no column as it is."""
     return [value[place] for place in places] if isinstance(value, list) and len(value) == rows else value
-
-
-def check_judge(config: JudgeConfig, asked: Asked) -> None:
-    """UserError if a judge is needed and does not score an answer of each group that has rubrics, or refuses."""
-    with judging(config, asked) as judge:
-        if judge is None:
-            return
-        shown = [next((example for example in examples if example.item.rubric), None) for _, examples in asked]
-        found = judge.scores(
-            [Question(e.item.question, e.item.answer, tuple(map(Criterion, e.item.rubric))) for e in shown if e]
-        )
-        if all(score is None for score in found):
-            raise UserError(
-                f"judge {config.model} scores no right answer, as the log says; name another one with judge.url and "
-                "judge.model"
-            )
-
-
-@contextmanager
-def judging(config: JudgeConfig, asked: Asked, cache: Path | None = None) -> Iterator[Judge | None]:
-    """Within the block: the judge, if a problem has a rubric, else None. The scripted one lives as long as the block.
-
-    cache: a SQLite file of its replies; None keeps them in memory.
-    """
-    if not any(example.item.rubric for _, examples in asked for example in examples):
-        yield None
-        return
-    if config.url == NAME:
-        with scripted_judge() as url, Judge(JudgeSettings(url, NAME, budget=config.budget), cache) as judge:
-            yield judge
-        return
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    settings = JudgeSettings(config.url, config.model, key, budget=config.budget, timeout=config.timeout)
-    with Judge(settings, cache) as judge:
-        yield judge

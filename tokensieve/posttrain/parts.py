@@ -23,6 +23,7 @@ from tokensieve.model.positions import check_positions
 from tokensieve.posttrain import distillation, mixture, stages
 from tokensieve.posttrain.difficulty import find_difficulty
 from tokensieve.posttrain.groups import Group, groups_of
+from tokensieve.posttrain.judging import check_judge, judging
 from tokensieve.posttrain.language import LanguageShare
 from tokensieve.posttrain.outcomes import demonstrations_of, respond_of
 from tokensieve.posttrain.sampled import Sampled, figures, gain, pass_rate, room, sample
@@ -177,7 +178,7 @@ class Parts:
 
         Problems that cannot be drawn or graded: no language, too few rows, no sandbox, no math-verify. Options that TRL
         does not take, adapters of layers that are not there, and models to start from that are not. If answers are to
-        be `rewarded`: no py3langid, or a judge that does not answer.
+        be `rewarded`: no py3langid, or a judge that does not answer, or not as `judge.agreement` wants it.
         """
         stages.check_options(self.config)
         distill, rl = self.config.distill, self.config.rl
@@ -198,7 +199,7 @@ class Parts:
                 group.task.score(example, example.shown)
         if rewarded:
             mixture.rewards(asked, self.encode, self.config)
-            mixture.check_judge(self.config.judge, asked)
+            check_judge(self.config, asked, self.found, self.watch.note)
 
     def _on_step(self, what: str) -> stages.OnStep:
         def told(step: int, steps: int, row: dict[str, float]) -> None:
@@ -305,7 +306,7 @@ class Parts:
         self, model: DecoderForCausalLM, asked: mixture.Asked, stage: GrpoConfig, folder: Path, what: str
     ) -> None:
         config = self.config
-        with mixture.judging(config.judge, asked, self.out / "judge.sqlite") as judge:
+        with judging(config, asked) as judge:
             rewards = mixture.rewards(asked, self.encode, config, judge)
             prompts = mixture.prompts(asked, self.encode)
             on_step = self._on_step(f"{what}, GRPO")

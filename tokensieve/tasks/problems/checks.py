@@ -72,3 +72,12 @@ def met(criterion: str, answer: str) -> bool:
         if found is not None:
             return bool(words(answer)) and check.met(answer, found[1])
     raise UserError(f"no rule checks the criterion {criterion!r}; a language model has to judge it")
+
+
+def is_checked(criterion: str) -> bool:
+    """Whether a rule can say if an answer meets a criterion."""
+    try:
+        met(criterion, "a word")
+    except (UserError, ValueError):  # another text, or one of ours with a word in the place of its number
+        return False
+    return True

@@ -21,7 +21,7 @@ from typing import Any
 
 from tokensieve.config import UserError
 from tokensieve.tasks.documents import Split
-from tokensieve.tasks.problems.checks import met
+from tokensieve.tasks.problems.checks import is_checked, met
 from tokensieve.tasks.problems.expressions import Expressions, final, is_expression, is_symbolic
 from tokensieve.tasks.problems.problem import LANGUAGES, Item, split_of
 from tokensieve.tasks.problems.tools import is_text
@@ -174,7 +174,7 @@ def _item(row: Any, where: str) -> tuple[int, str, Item]:
         raise UserError(f"{where}: thoughts are no text")
     if not all(map(is_text, (prompt, thoughts, *answers, *rubric))):
         raise UserError(f"{where} holds half of a surrogate pair, which is no character; write its texts again")
-    data = tuple(rubric) if rubric and all(map(_checked, rubric)) else () if rubric else answers
+    data = tuple(rubric) if rubric and all(map(is_checked, rubric)) else () if rubric else answers
     return level, language, Item(key_of(prompt), prompt, thoughts, answers[0] if answers else "", data, rubric)
 
 
@@ -195,15 +195,6 @@ def _rubric(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(x, str) and x.strip() for x in given):
         raise UserError(f"{where}: a rubric is a list of criteria, each of them a text")
     return tuple(given)
-
-
-def _checked(criterion: str) -> bool:
-    """Whether a rule can say if an answer meets a criterion."""
-    try:
-        met(criterion, "a word")
-    except (UserError, ValueError):  # another text, or one of ours with a word in the place of its number
-        return False
-    return True
 
 
 def _plain(answer: str, right: str) -> str:
