@@ -47,16 +47,19 @@ def _panel(axes: Axes, term: str, rows: Rows) -> None:
     axes.patch.set_alpha(0.0)
     axes.plot([row[column] for row in rows], [row["accuracy"]["value"] for row in rows], color=BLUE, marker="o",
               markersize=4.5, linewidth=1.2)  # fmt: skip
-    labels: dict[tuple[float, float], list[str]] = {}  # weights that make no difference share a point
+    labels: dict[float, list[tuple[float, str]]] = {}  # weights that trade nothing stand above each other
     for row in rows:
         x, value, low, high = row[column], *(row["accuracy"][key] for key in ("value", "low", "high"))
         if low is not None:  # one group bounds nothing
             axes.vlines(x, low, high, color=BLUE, linewidth=1.4, alpha=0.5)
-        labels.setdefault((x, value if high is None else high), []).append(f"{row['weight']:g}")
-    for place, alike in labels.items():
-        axes.annotate(", ".join(alike), place, xytext=(0, 4), textcoords="offset points", ha="center", color=INK)
+        labels.setdefault(round(x, 1), []).append((value if high is None else high, f"{row['weight']:g}"))
+    for x, alike in labels.items():
+        place, text = (x, max(top for top, _ in alike)), ", ".join(weight for _, weight in alike)
+        axes.annotate(text, place, xytext=(0, 4), textcoords="offset points", ha="center", color=INK)
     axes.set_title(f"weight of {term}", fontsize=10, loc="left")
     axes.set_xlabel(name)
     axes.margins(0.12)
+    if column == "language share":
+        axes.set_xlim(right=min(axes.get_xlim()[1], 101))  # a share has an end
     axes.grid(True, axis="y")
     axes.tick_params(length=0)
