@@ -146,7 +146,7 @@ class Engine:
         passes: list[list[Running]] = []
         room = 0
         for running in chosen:
-            tokens, shares = self.scheduler.chunk_of(running) - running.cached, self._may_share(running)
+            tokens, shares = self.scheduler.chunk_end(running) - running.cached, self._may_share(running)
             if shares and tokens <= room and passes[-1][0].request.selector == running.request.selector:
                 passes[-1].append(running)
                 room -= tokens
@@ -168,7 +168,7 @@ class Engine:
 
     def _prefill(self, batch: list[Running]) -> list[Output]:
         """Runs a chunk of each of these prompts, in one pass."""
-        chunks = [Chunk(r.tokens[r.cached : self.scheduler.chunk_of(r)], r.cached, r.pages) for r in batch]
+        chunks = [Chunk(r.tokens[r.cached : self.scheduler.chunk_end(r)], r.cached, r.pages) for r in batch]
         if len(batch) == 1:
             logits_BV = self._prefill_alone(batch[0], chunks[0])[None]
         else:
