@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -136,6 +137,8 @@ def test_a_draw_depends_on_seed_and_place_alone() -> None:
     each = [uniform(seed, position) for seed in range(40) for position in range(40)]
     assert len(set(each)) == 1600 and all(0 <= u < 1 for u in each) and uniform(3, 4) == each[3 * 40 + 4]
     assert abs(sum(each) / 1600 - 0.5) < 0.03 and uniform((1 << 64) - 1, 0) < 1
+    for position in (0, 1, 63, 64, 127, 1000):  # drawn in blocks, each is that of a generator that begins there
+        assert uniform(7, position) == np.random.Generator(np.random.Philox(key=7, counter=position)).random()
 
 
 @given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=4), max_size=3))

@@ -13,6 +13,7 @@ from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Sampling
 from tokensieve.engine.runner import Chunk, Runner
 from tokensieve.model import DecoderForCausalLM
+from tokensieve.model.selection import window
 
 KINDS: dict[str, Any] = {
     "dense": config("v3"),
@@ -91,15 +92,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[Chunk]]:
 def test_answers_are_those_of_passes_apart(
     model: DecoderForCausalLM, tokenizer: Any, passes: list[list[Chunk]]
 ) -> None:
-    """Every chunk once, up to 300 tokens a pass; samples of a prompt still share it."""
+    """Every chunk once, up to 500 keys a pass; samples of a prompt still share it."""
     requests = [ask(str(n), n, temperature=1.0, seed=n, logprobs=0) for n in LENGTHS]
     requests.append(replace(requests[-1], id="twin", sampling=replace(requests[-1].sampling, seed=99)))
-    packed = replace(SMALL, chunks=8, pass_tokens=300)
+    packed = replace(SMALL, chunks=8, pass_tokens=500)
     together = run(Engine(model, tokenizer, packed), requests)
     read = [chunk for chunks in passes for chunk in chunks]
     assert sum(len(chunk.tokens) for chunk in read) == sum(LENGTHS) and len(read) == sum(-(-n // 64) for n in LENGTHS)
     assert len(passes) < len(read) / 2 and max(map(len, passes)) > 3
-    assert all(sum(len(chunk.tokens) for chunk in chunks) <= 300 for chunks in passes)
+    assert max(sum(chunk.end for chunk in chunks) for chunks in passes) in range(300, 501)
     assert together["twin"][-1].cached_tokens == LENGTHS[-1]
     apart = run(Engine(model, tokenizer, SMALL), requests)
     for r in requests:
@@ -127,6 +128,26 @@ def test_who_wants_more_of_its_pass_has_one_to_itself(
     assert [name for name, outputs in found.items() if outputs[-1].finish == "error"] == ["ended"]
     assert found["traced"][0].trace and len(found["scored"][0].prompt_logprobs) == 45
     apart = run(Engine(sparse, tokenizer, SMALL), [*plain, traced, scored, dense])
+    assert all(tokens(apart[name]) == tokens(found[name]) for name in apart)
+
+
+def test_an_error_ends_the_request_that_made_it(tokenizer: Any) -> None:
+    """In a pass that it shares with others, and in a step: those have the answers that they have alone."""
+
+    def short(c: Any) -> torch.Tensor:
+        return window(c) if int((c.ends_N - c.starts_N).max()) < 40 else torch.full((len(c), c.k), 10**6)
+
+    model = ours(KINDS["sparse"], seed=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = float("nan")
+    others, broken = [ask(str(n), n) for n in (50, 70)], replace(ask("broken", 30), prompt=(20, 3, 30))
+    steps = [replace(ask(f"step {n}", n), selector="short") for n in (20, 30)]
+    packed = replace(SMALL, chunk=128, chunks=8, pass_tokens=512)
+    found = run(Engine(model, tokenizer, packed, {"short": short}), [others[0], broken, others[1], *steps])
+    errors = {name: outputs[-1].error for name, outputs in found.items() if outputs[-1].finish == "error"}
+    assert errors.keys() == {"broken", "step 30"} and "short gave" in errors["step 30"]
+    assert len(found["step 30"]) == 11  # an answer's tokens while there are fewer than 40 keys, and the error
+    apart = run(Engine(model, tokenizer, replace(SMALL, chunk=128), {"short": short}), [*others, steps[0]])
     assert all(tokens(apart[name]) == tokens(found[name]) for name in apart)
 
 

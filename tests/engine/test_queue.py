@@ -110,7 +110,7 @@ def test_answers_that_begin_together_pass_who_waits_only_so_often() -> None:
     twins += [scheduler.add(Request(f"twin {i}", twins[0].request.prompt), i) for i in range(1, 30)]
     scheduler.admit()
     assert scheduler.running == twins[:1]
-    scheduler.ran(twins[0], scheduler.chunk_of(twins[0]))
+    scheduler.ran(twins[0], scheduler.chunk_end(twins[0]))
     begun = [running for running, leader in scheduler.admit() if leader is twins[0]]
     assert begun == twins[1 : 1 + MOST_PASSES] and large.passed == MOST_PASSES
 
@@ -121,7 +121,7 @@ def test_a_prompt_that_ends_hashes_no_queue_of_other_prompts() -> None:
     leader = scheduler.add(Request("leader", tuple(range(100))), 0)
     scheduler.admit()
     others = [scheduler.add(Request(f"other {i}", tuple(range(i, 101 + 2 * i))), 0) for i in range(40)]
-    scheduler.ran(leader, scheduler.chunk_of(leader))
+    scheduler.ran(leader, scheduler.chunk_end(leader))
     assert scheduler.admit() == [] and not any({"whole", "digests"} & vars(r).keys() for r in others[1:])
 
 
@@ -137,7 +137,7 @@ def test_many_answers_to_a_long_prompt_delay_nobody(answers: int) -> None:
         scheduler.admit()
         assert not first or scheduler.running == [twins[0], other]
         for running in scheduler.next_chunks():
-            scheduler.ran(running, scheduler.chunk_of(running))
+            scheduler.ran(running, scheduler.chunk_end(running))
             if not running.in_prompt:
                 scheduler.admit()
         first, steps = False, steps + 1

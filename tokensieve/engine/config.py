@@ -13,7 +13,7 @@ from tokensieve.model import DecoderForCausalLM
 from tokensieve.model.context import Form
 from tokensieve.ops.quant import PAGE_TOKENS
 
-PASS_TOKENS = 8192  # that a GPU reads in one pass: with fewer of a small model, kernels end before the next is launched
+PASS_TOKENS = 8192  # of a pass on a GPU: with fewer, the kernels of a small model end before the next are launched
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class EngineConfig:
     running: requests that run at once.
     chunk: tokens of a prompt that are run at once, a multiple of 64.
     chunks: chunks of prompts that are run between two tokens of the answers.
-    pass_tokens: chunks of several prompts run in one pass, as long as they have no more tokens than this together. 0
-        takes 8192 on a GPU, and on the CPU one chunk a pass, where an answer's bits do not depend on other requests.
+    pass_tokens: chunks of several prompts run in one pass, as long as these prompts have no more tokens than this
+        together, up to the ends of the chunks. 0 takes 8192 on a GPU. On the CPU it gives each chunk a pass of its own,
+        so that an answer's bits do not depend on other requests.
     prefix_cache: whether prompts that begin alike share the pages of their beginning.
     backend: backend of the ops.
     top_k: keys selected per query. 0 takes the number in the model's config.

@@ -130,30 +130,34 @@ class Engine:
         return outputs
 
     def _or_end(self, run: Callable[[list[Running]], list[Output]], batch: list[Running]) -> list[Output]:
-        """Outputs of `run`, or the end of its requests if a selector broke its contract or a logit is not finite."""
+        """Outputs of `run`. If a selector breaks its contract or scores are not finite, the request ends. One of
+        several is found by running each alone: nothing that has failed has changed them.
+        """
         try:
             return run(batch)
         except UserError as error:
             self.scheduler.pool.forget()  # some layers of their pages are not written
-            return [self._end(self._generations[r.request.id], "error", str(error)) for r in batch]
+            if len(batch) > 1:
+                return [output for running in batch for output in self._or_end(run, [running])]
+            return [self._end(self._generations[batch[0].request.id], "error", str(error))]
 
     def _passes(self, chosen: Sequence[Running]) -> list[list[Running]]:
-        """The prompts that run a chunk, in the passes in which they do."""
+        """The prompts that run a chunk, in the passes in which they do. What counts is keys: a pass makes them all."""
         passes: list[list[Running]] = []
         room = 0
         for running in chosen:
-            tokens, together = self.scheduler.chunk_of(running) - running.cached, self._may_join(running)
-            if together and tokens <= room and passes[-1][0].request.selector == running.request.selector:
+            keys, shares = self.scheduler.chunk_end(running), self._may_share(running)
+            if shares and keys <= room and passes[-1][0].request.selector == running.request.selector:
                 passes[-1].append(running)
-                room -= tokens
+                room -= keys
             else:
                 passes.append([running])
-                room = self._pass_tokens - tokens if together else 0
+                room = self._pass_tokens - keys if shares else 0
         return passes
 
-    def _may_join(self, running: Running) -> bool:
-        """Whether a request's chunk needs no pass of its own, as for a trace, for log probabilities of the prompt, and
-        for a selector of the user's, whose errors end all in its pass.
+    def _may_share(self, running: Running) -> bool:
+        """Whether a request's chunk may share a pass. A trace and log probabilities of the prompt need one of their
+        own, and so does a selector of the user's, whose mistakes would read the keys of another prompt.
         """
         request = running.request
         return not (request.trace or self._scores(running)) and is_own(self.runner.selector(request.selector))
@@ -164,7 +168,7 @@ class Engine:
 
     def _prefill(self, batch: list[Running]) -> list[Output]:
         """Runs a chunk of each of these prompts, in one pass."""
-        chunks = [Chunk(r.tokens[r.cached : self.scheduler.chunk_of(r)], r.cached, r.pages) for r in batch]
+        chunks = [Chunk(r.tokens[r.cached : self.scheduler.chunk_end(r)], r.cached, r.pages) for r in batch]
         if len(batch) == 1:
             logits_BV = self._prefill_alone(batch[0], chunks[0])[None]
         else:

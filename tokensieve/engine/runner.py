@@ -1,10 +1,12 @@
-"""Passes of the model over the cache's pages: a chunk of one prompt or of several, or one token of every sequence.
+"""Passes of the model over the cache's pages: a chunk of one prompt or of each of several, or one token of every
+sequence.
 
 Legend: S tokens of a pass, T keys of a pass, B sequences, P pages, V vocabulary.
 
-A row's numbers do not depend on what runs beside it; on the CPU they are the same to the bit. For that, the engine runs
-the chunks of different prompts apart there, and the chunks of a prompt always begin at the same tokens. The rows of a
-step are padded to a multiple of four, since matrix libraries treat the rows left over otherwise.
+A row's numbers do not depend on what runs beside it; on the CPU they are the same to the bit. For that, the chunks of
+different prompts run apart there, unless `EngineConfig.pass_tokens` is set, and the chunks of a prompt always begin at
+the same tokens. The rows of a step are padded to a multiple of four, since matrix libraries treat the rows left over
+otherwise.
 """
 
 import math
@@ -187,24 +189,24 @@ class Runner:
     def _run_chunks(self, chunks: Sequence[Chunk], selector: str, trace: Trace | None = None) -> Tensor:
         """Hidden states (S, D) of the chunks' tokens. The keys of a pass are all tokens so far, prompt by prompt."""
         several, ends = len(chunks) > 1, [chunk.end for chunk in chunks]
-        firsts = [0, *accumulate(ends)]  # of each prompt's keys, and their number
-        positions = np.concatenate([np.arange(chunk.past, chunk.end) for chunk in chunks])
-        starts = np.repeat(firsts[:-1], [len(chunk.tokens) for chunk in chunks])
+        bounds = [0, *accumulate(ends)]  # the first key of each prompt, and the number of keys
         ids = np.concatenate([np.asarray(chunk.tokens) for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.past, chunk.end) for chunk in chunks])
+        starts = np.repeat(bounds[:-1], [len(chunk.tokens) for chunk in chunks])
         # One copy brings all of it to the device.
-        ids_N, positions_N, starts_N, ends_N = torch.tensor(
+        ids_S, positions_S, starts_S, ends_S = torch.tensor(
             np.stack((ids, positions, starts, starts + positions + 1)), dtype=torch.int32, device=self.device
         )
         whole = not several or not any(chunk.past for chunk in chunks)
         pack = Pack(
             batch=1,
             length=len(positions),
-            positions_N=positions_N.long(),
-            starts_N=starts_N,
-            ends_N=ends_N,
-            row_keys=firsts[-1],
+            positions_N=positions_S.long(),
+            starts_N=starts_S,
+            ends_N=ends_S,
+            row_keys=bounds[-1],
             max_keys=max(ends),
-            bounds=torch.tensor(firsts, dtype=torch.int32, device=self.device) if whole else None,
+            bounds=torch.tensor(bounds, dtype=torch.int32, device=self.device) if whole else None,
             longest=max(ends),
             valid_N=None,
         )
@@ -217,13 +219,13 @@ class Runner:
             places = torch.tensor(np.concatenate(rows), device=self.device)
         entries = PagedChunk(self.pools, table, places, pack, self.entry, self.model.dtype, self.backend)
         return self._forward(
-            ids_N,
+            ids_S,
             pack,
             entries,
             self.selector(selector),
             entries.slots,
             trace=trace,
-            firsts=starts_N if several else None,
+            firsts=starts_S if several else None,
         )
 
     @torch.inference_mode()

@@ -64,11 +64,11 @@ def choose(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         x_BV = logits_BV.clone()
     for b in adjusted:
         _adjust(x_BV[b], rows[b])
-    tokens_B = x_BV.argmax(-1)
     drawn = [b for b, row in enumerate(rows) if row.sampling.temperature > 0]
     if len(drawn) == len(rows):
-        tokens_B = _draw(x_BV, rows)
-    elif drawn:
+        return _draw(x_BV, rows).tolist()
+    tokens_B = x_BV.argmax(-1)
+    if drawn:
         tokens_B[drawn] = _draw(x_BV[drawn], [rows[b] for b in drawn])
     return tokens_B.tolist()
 

@@ -202,7 +202,7 @@ class Scheduler:
             chosen.append(best)
         return chosen
 
-    def chunk_of(self, running: Running) -> int:
+    def chunk_end(self, running: Running) -> int:
         """End of the prompt's next chunk, in tokens from the beginning of the prompt."""
         return min((running.cached // self.chunk + 1) * self.chunk, running.prompt)
 

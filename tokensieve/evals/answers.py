@@ -10,7 +10,7 @@ import torch
 
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request, Sampling
-from tokensieve.engine.core import default_pages
+from tokensieve.engine.config import default_pages
 from tokensieve.engine.scheduler import pages_for
 from tokensieve.evals.evaluation import Evaluation, Record, answer_of, by_context
 from tokensieve.evals.parity import Arm
