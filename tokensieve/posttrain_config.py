@@ -191,7 +191,7 @@ class JudgeConfig:
             raise UserError("judge.model is empty; name a model, or leave it out for the scripted judge")
         if self.url and self.model == "scripted":
             raise UserError(
-                f"judge.url is {self.url!r}, and judge.model is scripted, as by default, which is no model of a server; "
+                f"judge.url is {self.url!r}, and judge.model is scripted, as by default, which no server has; "
                 "give the judge's name there as judge.model, or no url"
             )
         if not 0 <= self.agreement <= 1:

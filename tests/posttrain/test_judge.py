@@ -211,6 +211,11 @@ def test_a_judge_that_is_down_or_refuses_is_an_error(serve: Serve) -> None:
     endpoint = serve(lambda number, body: (401, "bad key"))
     with judge(endpoint) as grader, pytest.raises(UserError, match=r"refuses: .*bad key.*the key in OPENAI_API_KEY"):
         grader.scores([ASKED])
+    with (
+        judge(endpoint, log="out/log") as served,
+        pytest.raises(UserError, match=r"bad key.*name another model .*out/log"),
+    ):
+        served.scores([ASKED])
     endpoint.stop()
     with judge(endpoint) as grader, pytest.raises(UserError, match=r"no reply from judge grader.*start the judge"):
         grader.scores([ASKED, ASKED])

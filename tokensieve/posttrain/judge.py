@@ -153,7 +153,7 @@ class Judge:
             return None, cause
         score = read_scores(reply, question.rubric)
         if score is None:
-            asked = f"{len(question.rubric)} numbers from 0 to 1, as {{\"scores\": [...]}}"
+            asked = f'{len(question.rubric)} numbers from 0 to 1, as {{"scores": [...]}}'
             return None, f"a reply of {self.name} is not the JSON that was asked for: {asked}"
         with self._lock, self._kept:
             self._kept.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
@@ -176,10 +176,15 @@ class Judge:
             return None, f"{NO_REPLY} {where} within {self.settings.timeout:g} seconds{LATE}"
         except TooLarge:
             return None, f"{NO_REPLY} {where}: {NO_COMPLETION}"
-        except (self._openai.APIConnectionError, self._openai.RateLimitError, self._openai.InternalServerError) as error:
+        except (
+            self._openai.APIConnectionError,
+            self._openai.RateLimitError,
+            self._openai.InternalServerError,
+        ) as error:
             return None, f"{NO_REPLY} {where}: {_one_line(error)}"
         except self._openai.APIError as error:
-            remedy = self._remedy or "check judge.url, judge.model and the key in OPENAI_API_KEY"
+            own = self._remedy and f"name another model with judge.model, or {self._remedy}"
+            remedy = own or "check judge.url, judge.model and the key in OPENAI_API_KEY"
             raise UserError(f"judge {where} refuses: {_one_line(error)}; {remedy}") from error
         content = content_of(reply.text)
         return content, "" if content is not None else f"{NO_REPLY} {where}: {NO_COMPLETION}"
