@@ -68,6 +68,11 @@ class Job:
         return [sys.executable, "-m", "tokensieve", *self.command, "--out", str(work / self.name), *sets, *resume]
 
     @property
+    def label(self) -> str:
+        """What is told of it. A job that needs itself makes the page of a run that is done, beside its twin."""
+        return f"the page of {self.name} and its twin" if self.name in self.needs else self.name
+
+    @property
     def settings(self) -> str:
         """All that its figures depend on, as the file of what is done keeps it."""
         return "\n".join([*self.command, *self.sets]) + "\n"
@@ -193,14 +198,14 @@ class Runs:
         return self.work / f"{job.name}{'.page' if job.name in job.needs else ''}.done"
 
     def run(self, seconds: float) -> list[str]:
-        """Names of what is not done: it failed, waits for what did, or was stopped after so many seconds."""
+        """Labels of what is not done: it failed, waits for what did, or was stopped after so many seconds."""
         begin = time.monotonic()
         with self.tethers:
             stopped = self._until(begin + seconds)
-        return [*self.failed, *stopped, *(job.name for job in self.waiting if not self._done(job).exists())]
+        return [*self.failed, *stopped, *(job.label for job in self.waiting if not self._done(job).exists())]
 
     def _until(self, end: float) -> list[str]:
-        """Names of what still ran at that time of the monotonic clock, or at Ctrl-C, and has been told to end."""
+        """Labels of what still ran at that time of the monotonic clock, or at Ctrl-C, and has been told to end."""
         try:
             while self.waiting or self.running:
                 self._start()
@@ -212,7 +217,7 @@ class Runs:
             print("stopped", flush=True)
         for process, _ in self.running.values():
             process.terminate()  # all of them, before the first one is waited for
-        return [job.name for job in self.running]
+        return [job.label for job in self.running]
 
     def _start(self) -> None:
         for job in list(self.waiting):
@@ -225,18 +230,18 @@ class Runs:
                     streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": self.environment}
                     process = self.tethers.enter_context(tethered(job.arguments(self.work), **streams))
                 self.running[job] = process, time.monotonic()
-                print(f"{job.name}: begun", flush=True)
+                print(f"{job.label}: begun", flush=True)
 
     def _reap(self) -> None:
         for job, (process, begun) in list(self.running.items()):
             if process.poll() is None:
                 continue
             del self.running[job]
-            print(f"{job.name}: status {process.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"{job.label}: status {process.returncode} after {time.monotonic() - begun:.0f} s", flush=True)
             if process.returncode == 0:
                 write_text(self._done(job), job.settings)
             else:
-                self.failed.append(job.name)
+                self.failed.append(job.label)
 
 
 def collect(work: Path, out: Path) -> None:

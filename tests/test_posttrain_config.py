@@ -19,7 +19,13 @@ from tokensieve.posttrain_config import PosttrainConfig
         ("reward.length=-1", "reward.length is -1.0; give a number of at least 0"),
         ("reward.free=1", "reward.free is 1.0; it must be a share below 1"),
         ("rl.ratios.logic=-1", "rl.ratios.logic is -1.0; give a finite number"),
-        ("judge.url=http://a/v1", "judge.url is 'http://a/v1' without judge.model: results name the judge"),
+        ("judge.url=http://a/v1", "judge.url is 'http://a/v1', and judge.model is scripted, as by default"),
+        ("judge.model=", "judge.model is empty; name a model"),
+        ("judge.budget=0", "judge.budget is 0; it must be at least 1"),
+        *(
+            (f"judge.timeout={seconds}", f"judge.timeout is {seconds}; give seconds")
+            for seconds in ("-1.0", "nan", "inf")
+        ),
         ("judge.agreement=1.5", "judge.agreement is 1.5; give Somers' d from 0 to 1"),
         ("evaluation=0", "evaluation is 0; it must be at least 1"),
         *((f"{name}.lr={lr}", "lr is ") for name in ("cold", "rl.train", "distill.on_policy") for lr in ("-1", "nan")),

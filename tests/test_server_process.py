@@ -26,3 +26,14 @@ def test_it_gets_the_options_and_no_key(tmp_path: Path, monkeypatch: pytest.Monk
         pass
     given = ["m", "--port", "0", "--device", "cpu", "--no-playground", "--pages", "9"]
     assert str(raised.value) == f"{given} None"
+
+
+def test_a_server_that_is_killed_says_so(tmp_path: Path) -> None:
+    """As the system kills one that needs more memory than there is. What it wrote before is not the reason."""
+    fake = tmp_path / "python"
+    code = "import os, sys; print('reading weights', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
+    fake.write_text(f"#!{sys.executable}\n{code}\n")
+    fake.chmod(0o755)
+    with pytest.raises(NotServed, match="killed the server, most likely for want of memory"):
+        with server_process("m", "cpu", str(fake)):
+            pass

@@ -180,13 +180,19 @@ class JudgeConfig:
     url: str = ""  # of an OpenAI-compatible server, with its /v1; empty: the command starts the judge, and ends it
     model: str = "scripted"  # its name at the url; without one, a model to serve, or scripted: by rules
     budget: int = 10_000  # questions of the whole run
-    timeout: float = 60.0  # seconds for one
+    timeout: float = 60.0  # seconds for the whole of a reply
     agreement: float = 0.0  # Somers' d with the rules, below which a judge is refused; 0: it is measured and told only
 
     def __post_init__(self) -> None:
+        _check_counts(self, "judge.", "budget")
+        if not 0 < self.timeout < float("inf"):  # a NaN too
+            raise UserError(f"judge.timeout is {self.timeout}; give seconds above 0, and finite")
+        if not self.model:
+            raise UserError("judge.model is empty; name a model, or leave it out for the scripted judge")
         if self.url and self.model == "scripted":
             raise UserError(
-                f"judge.url is {self.url!r} without judge.model: results name the judge; give its name there, or no url"
+                f"judge.url is {self.url!r}, and judge.model is scripted, as by default, which no server has; "
+                "give the judge's name there as judge.model, or no url"
             )
         if not 0 <= self.agreement <= 1:
             raise UserError(f"judge.agreement is {self.agreement}; give Somers' d from 0 to 1")

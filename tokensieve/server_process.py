@@ -14,9 +14,11 @@ from typing import IO
 
 from tokensieve.tethered import tethered
 
+KILLED = 128 + 9  # the status of a tethered command that SIGKILL ended, as the system does if memory runs out
+
 
 class NotServed(Exception):
-    """The server ended before it answered. The message is the last line that it wrote."""
+    """The server ended before it answered. The message is the last line that it wrote, or that it was killed."""
 
 
 @contextmanager
@@ -62,7 +64,8 @@ def _address(process: subprocess.Popen) -> str:
 
 
 def _reason(process: subprocess.Popen, written: IO[str]) -> str:
-    process.wait()
+    if process.wait() == KILLED:  # its last line says nothing of it
+        raise NotServed("the system killed the server, most likely for want of memory")
     written.seek(0)
     lines = [line.strip() for line in written if line.strip()]
     raise NotServed(lines[-1].removeprefix("tokensieve: error: ") if lines else "the server ended without a word")

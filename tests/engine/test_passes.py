@@ -156,8 +156,14 @@ def test_on_the_cpu_each_chunk_has_a_pass_unless_it_is_told(
 ) -> None:
     run(Engine(sparse, tokenizer, replace(SMALL, chunks=8)), [ask(str(n), n) for n in (20, 30)])
     assert [len(chunks) for chunks in passes] == [1, 1]
-    with pytest.raises(UserError, match="pass_tokens -1 must be 0 or more"):
-        EngineConfig(pass_tokens=-1)
+    for sizes, message in (
+        ({"pass_tokens": -1}, "pass_tokens is -1; it must be at least 0"),
+        ({"pass_tokens": float("nan")}, "pass_tokens is nan"),
+        ({"chunks": 0}, "chunks is 0; it must be at least 1"),
+        ({"chunk": 100}, "chunk is 100; it must be a multiple of 64"),
+    ):
+        with pytest.raises(UserError, match=f"engine: {message}"):
+            EngineConfig(**sizes)
 
 
 def test_without_text(sparse: DecoderForCausalLM, tokenizer: Any) -> None:

@@ -145,6 +145,11 @@ def test_what_runs_too_long_is_stopped(script: dict[str, Any], tmp_path: Path, m
     assert all(gone(int((tmp_path / f"{name}.log").read_text() or 0)) for name in "ab")
 
 
+def test_a_page_that_is_not_made_is_no_run_that_is_not_done(tmp_path: Path, script: dict[str, Any]) -> None:
+    page = script["Job"]("a", ("posttrain",), ("beside=b",), ("a", "b"))
+    assert script["Runs"](tmp_path, [page], 1).run(0.5) == ["the page of a and its twin"]
+
+
 def run_of(tables: dict[str, Any], scores: dict[str, dict[str, list[float]]], steps: list[tuple[float, float]]) -> Any:
     evaluation = {
         model: {group: {"scores": values, "tokens": 10.0} for group, values in groups.items()}

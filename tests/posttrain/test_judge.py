@@ -21,10 +21,10 @@ ASKED = Question("Which river?", "The Elbe. It is long.", RUBRIC)
 class Endpoint:
     """A server whose replies are (status, content), given by a function of the request's number and body.
 
-    A third item is the body to send in place of a completion with the content.
+    A third item is the body to send in place of a completion with the content. pause: seconds between its bytes.
     """
 
-    def __init__(self, reply: Callable[[int, dict[str, Any]], tuple[Any, ...]]):
+    def __init__(self, reply: Callable[[int, dict[str, Any]], tuple[Any, ...]], pause: float = 0.0):
         self.bodies: list[dict[str, Any]] = []
         lock = threading.Lock()
 
@@ -44,7 +44,12 @@ class Endpoint:
                 handler.send_header("Content-Type", "application/json")
                 handler.send_header("Content-Length", str(len(raw)))
                 handler.end_headers()
-                handler.wfile.write(raw)
+                for piece in (raw[i : i + 1] for i in range(len(raw))) if pause else (raw,):
+                    try:
+                        handler.wfile.write(piece)
+                    except OSError:  # the judge waits no longer
+                        return
+                    time.sleep(pause)
 
             def log_message(handler, *_: object) -> None:
                 pass
@@ -65,8 +70,8 @@ Serve = Callable[..., Endpoint]
 def serve() -> Iterator[Serve]:
     made: list[Endpoint] = []
 
-    def start(reply: Callable[[int, dict[str, Any]], tuple[int, str]]) -> Endpoint:
-        made.append(Endpoint(reply))
+    def start(reply: Callable[[int, dict[str, Any]], tuple[int, str]], pause: float = 0.0) -> Endpoint:
+        made.append(Endpoint(reply, pause))
         return made[-1]
 
     yield start
@@ -155,6 +160,21 @@ def test_a_slow_or_broken_reply_leaves_the_others_alone(serve: Serve) -> None:
         assert grader.scores(questions) == [1.0, None, 1.0, None, 1.0] and grader.missing == 2
 
 
+def test_a_reply_in_drops_is_late(serve: Serve) -> None:
+    """The timeout is of the whole reply: each drop comes in time, and the last one would after 4 s."""
+    grader = judge(serve(good, pause=0.02), timeout=0.5)
+    begin = time.monotonic()
+    with grader, pytest.raises(UserError, match=r"no reply .* within 0.5 seconds; raise judge.timeout, and go on from"):
+        grader.scores([ASKED])
+    assert time.monotonic() - begin < 2
+
+
+def test_a_reply_without_end_is_no_reply(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokensieve.evals.endpoint.MOST_BYTES", 10)
+    with judge(serve(good)) as grader, pytest.raises(UserError, match="what it sends is no chat completion"):
+        grader.scores([ASKED])
+
+
 def test_a_spent_budget_is_missing(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     questions = [Question("?", str(number), RUBRIC) for number in range(5)]
     endpoint = serve(good)
@@ -191,6 +211,11 @@ def test_a_judge_that_is_down_or_refuses_is_an_error(serve: Serve) -> None:
     endpoint = serve(lambda number, body: (401, "bad key"))
     with judge(endpoint) as grader, pytest.raises(UserError, match=r"refuses: .*bad key.*the key in OPENAI_API_KEY"):
         grader.scores([ASKED])
+    with (
+        judge(endpoint, log="out/log") as served,
+        pytest.raises(UserError, match=r"bad key.*name another model .*out/log"),
+    ):
+        served.scores([ASKED])
     endpoint.stop()
     with judge(endpoint) as grader, pytest.raises(UserError, match=r"no reply from judge grader.*start the judge"):
         grader.scores([ASKED, ASKED])
@@ -206,6 +231,7 @@ def test_a_judge_that_is_down_or_refuses_is_an_error(serve: Serve) -> None:
         (lambda: JudgeSettings("u", "m", budget=0), "judge.budget is 0"),
         (lambda: JudgeSettings("u", "m", retries=-1), "judge.retries is -1"),
         (lambda: JudgeSettings("u", "m", timeout=0), "timeout 0"),
+        (lambda: JudgeSettings("u", "m", timeout=float("inf")), "timeout inf"),
         (lambda: JudgeSettings("http://[::1", "m"), "'http://.*' is no address of a server; give one such as http://"),
         (lambda: JudgeSettings("127.0.0.1:8000/v1", "m"), "is no address of a server"),
         (lambda: JudgeSettings("http://a:b/v1", "m"), "is no address of a server"),

@@ -57,6 +57,24 @@ def test_stages_may_start_from_the_runs_own_models(tmp_path: Path, monkeypatch: 
     assert starts("distill.on_policy.model=one", "rl.model=another") == ["one", "another"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "distill.on_policy.model=disilled",
+            r"^distill.on_policy.model: model 'disilled': .*; or distilled, of this run",
+        ),
+        (
+            "rl.model=specialist-logic",
+            r"^rl.model: model 'specialist-logic': .*; or distilled or on-policy, of this run",
+        ),
+    ],
+)
+def test_a_start_that_is_not_there_is_named_by_its_key(tmp_path: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Parts(settings(tmp_path, change, "device=cpu"), {}, {}, Quiet()).check((), rewarded=False)
+
+
 def test_what_a_model_starts_from_counts_among_its_settings(tmp_path: Path) -> None:
     def of(*changes: str) -> dict[str, str]:
         config = settings(tmp_path, *changes)

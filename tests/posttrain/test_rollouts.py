@@ -237,6 +237,19 @@ def test_what_is_refused() -> None:
         asked = Rollouts(model, tokenizer, 256, selector=selector, config=SMALL)
         with pytest.raises(UserError, match=f"rollout of prompt 0 failed: layer 0 {message}.*use the indexer"):
             asked.sample(prompts(90), 1, SAMPLING)
+    for sizes, message in (
+        ({"tokens": 0}, "tokens is 0"),
+        ({"at_once": 0}, "at_once is 0"),
+        ({"result_tokens": -1}, "-1"),
+    ):
+        with pytest.raises(UserError, match=f"rollouts: .*{message}; it must be at least"):
+            Rollouts(model, tokenizer, **{"tokens": 256, "config": SMALL} | sizes)
+    small = Rollouts(model, tokenizer, 256, config=SMALL)
+    for options, message in (({"samples": 0}, "samples is 0"), ({"seed": -1}, "seed -1")):
+        with pytest.raises(UserError, match=f"rollouts: .*{message}"):
+            small.sample(prompts(90), **{"samples": 1, "sampling": SAMPLING} | options)
+    with pytest.raises(UserError, match="no text to find stop strings in"):
+        small.sample(prompts(90), 1, replace(SAMPLING, stop=("x",)))
     with pytest.raises(UserError, match=r"pages of the cache need .* choose at most"):
         Rollouts(model, tokenizer, 256, config=EngineConfig(pages=1 << 24))
     with pytest.raises(UserError, match="shorten it"):

@@ -1,6 +1,7 @@
 """What a stage under TRL learns from, and what is left in memory behind it."""
 
 import gc
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,16 @@ def test_no_engine_is_left_behind_sampled_answers(tmp_path: Path, monkeypatch: p
         assert left[0]() is None
     finally:
         gc.enable()
+
+
+def test_trl_does_not_print_the_answers_without_a_reward(caplog: pytest.LogCaptureFixture) -> None:
+    """The judge has said in a line how many there are, and why. Outside of a stage TRL says what it likes."""
+    told = logging.getLogger("trl.trainer.grpo_trainer")
+    with stages._quiet():
+        told.warning("[RANK 0] All reward functions returned None for the following kwargs:\n%s", "[True, True]")
+        told.warning("something else")
+    told.warning("All reward functions returned None again")
+    assert [record.getMessage().split("\n")[0] for record in caplog.records] == [
+        "something else",
+        "All reward functions returned None again",
+    ]

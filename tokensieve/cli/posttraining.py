@@ -62,7 +62,9 @@ def rl(
     dense: Dense = False,
     resume: Resume = False,
 ) -> None:
-    """One stage of GRPO over all domains, from the distilled model in the run folder, or from --set rl.model=FOLDER.
+    """One stage of GRPO over all domains, from the distilled model in the run folder.
+
+    Another one to start from: --set rl.model=FOLDER, or --set rl.model=on-policy for that model of the run.
 
     Example: tokensieve rl --out runs/posttrain
     """

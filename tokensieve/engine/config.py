@@ -53,20 +53,13 @@ class EngineConfig:
     keep_selection: bool = False
 
     def __post_init__(self) -> None:
-        if (
-            self.pages < 0
-            or self.running < 1
-            or self.chunks < 1
-            or self.top_k < 0
-            or self.pass_tokens < 0
-            or self.chunk < PAGE_TOKENS
-            or self.chunk % PAGE_TOKENS
-        ):
-            raise UserError(
-                f"engine: pages {self.pages}, top_k {self.top_k} and pass_tokens {self.pass_tokens} must be 0 or more, "
-                f"running {self.running} and chunks {self.chunks} at least 1, "
-                f"chunk {self.chunk} a multiple of {PAGE_TOKENS}"
-            )
+        least = {"pages": 0, "running": 1, "chunk": PAGE_TOKENS, "chunks": 1, "pass_tokens": 0, "top_k": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not value >= bound:  # a NaN too
+                raise UserError(f"engine: {name} is {value}; it must be at least {bound}")
+        if self.chunk % PAGE_TOKENS:
+            raise UserError(f"engine: chunk is {self.chunk}; it must be a multiple of {PAGE_TOKENS}")
 
 
 def default_pages(model: DecoderForCausalLM, running: int, processes: int = 1, kept_keys: int = 0) -> int:

@@ -9,11 +9,14 @@ from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tokensieve.config import UserError
 from tokensieve.integers import LARGEST
+
+if TYPE_CHECKING:
+    import openai
 
 ALTERNATIVES = 5  # log probabilities beside that of each token
 LONGER = 4  # times as many tokens are made beside an answer that is to run in a crowd
@@ -66,6 +69,45 @@ def check_address(url: str) -> None:
         raise UserError(f"{url!r} is no address of a server; give one such as http://127.0.0.1:8000/v1")
 
 
+def bounded_client(url: str, key: str, seconds: float, retries: int = 0) -> "openai.OpenAI":
+    """OpenAI's client, whose replies come whole within so many seconds of their request, or not at all.
+
+    retries: of the client's own. UserError for what is no address of a server.
+
+    Raises, with a request:
+        TooLarge: the body has more than `MOST_BYTES` bytes.
+    """
+    import openai
+
+    class Client(openai.DefaultHttpxClient):
+        def send(self, request: Any, **how: Any) -> Any:
+            end = time.monotonic() + seconds
+
+            def bounded(read: Callable[..., bytes], most: int, timeout: float | None = None) -> bytes:
+                if (left := end - time.monotonic()) <= 0:
+                    raise openai.APITimeoutError(request=request)
+                return read(most, left if timeout is None else min(left, timeout))
+
+            def trace(event: str, info: Mapping[str, Any]) -> None:
+                if event.endswith(CONNECTED):
+                    stream = info["return_value"]
+                    stream.read = partial(bounded, stream.read)
+
+            # The library's own timeout is of one wait: what comes in drops, or has no end, would never be late.
+            request.extensions["trace"] = trace
+            return _whole(super().send(request, **how | {"stream": True}))
+
+    check_address(url)
+    return openai.OpenAI(
+        base_url=url,
+        api_key=key,
+        timeout=seconds,
+        max_retries=retries,
+        http_client=Client(timeout=seconds),
+        default_headers={"Connection": "close"},  # each request reads from its own connection
+    )
+
+
 class Endpoint:
     """One model of an OpenAI-compatible server. Answers are greedy, unless a chat is asked for otherwise.
 
@@ -89,36 +131,10 @@ class Endpoint:
             raise UserError(
                 "to ask an endpoint needs the openai package; install it with: pip install 'tokensieve[eval]'"
             ) from error
-        check_address(url)
         self._errors, self.url, self._seconds, self._retries = openai, url, seconds, retries
         self._setting = setting
 
-        class Client(openai.DefaultHttpxClient):
-            def send(self, request: Any, **how: Any) -> Any:
-                end = time.monotonic() + seconds
-
-                def bounded(read: Callable[..., bytes], most: int, timeout: float | None = None) -> bytes:
-                    if (left := end - time.monotonic()) <= 0:
-                        raise openai.APITimeoutError(request=request)
-                    return read(most, left if timeout is None else min(left, timeout))
-
-                def trace(event: str, info: Mapping[str, Any]) -> None:
-                    if event.endswith(CONNECTED):
-                        stream = info["return_value"]
-                        stream.read = partial(bounded, stream.read)
-
-                # The library's own timeout is of one wait: what comes in drops, or has no end, would never be late.
-                request.extensions["trace"] = trace
-                return _whole(super().send(request, **how | {"stream": True}))
-
-        self._client = openai.OpenAI(
-            base_url=url,
-            api_key=key,
-            timeout=seconds,
-            max_retries=0,
-            http_client=Client(timeout=seconds),
-            default_headers={"Connection": "close"},  # each request reads from its own connection
-        )
+        self._client = bounded_client(url, key, seconds)
 
     def models(self) -> list[dict[str, Any]]:
         """The cards of the served models. UserError if the reply has none."""

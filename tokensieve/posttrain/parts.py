@@ -42,6 +42,7 @@ PURPOSES = 10  # so that the next seed of a config has none of these
 SPLITS: tuple[Split, ...] = ("train", "test")
 BASE, DISTILLED, ON_POLICY, FINAL = "base", "distilled", "on-policy", "final"  # the models, beside "specialist-DOMAIN"
 STARTS = {ON_POLICY: (DISTILLED,), FINAL: (DISTILLED, ON_POLICY)}  # of this run; another name is a checkpoint's
+START_KEYS = {ON_POLICY: "distill.on_policy.model", FINAL: "rl.model"}
 
 SAME = "with the same --config, --model and --set"  # that the commands of one folder need
 
@@ -185,7 +186,10 @@ class Parts:
         for started, own in STARTS.items():
             named = self._start_named(started)
             if named and named not in own:
-                model_path(named)
+                try:
+                    model_path(named)
+                except UserError as error:
+                    raise UserError(f"{START_KEYS[started]}: {error}; or {' or '.join(own)}, of this run") from error
         tuned = (self.config.cold, self.config.specialist, distill.train, distill.on_policy, rl.train)
         adapters = [stage.lora for stage in tuned if stage is not None and stage.lora is not None]
         trunk = self.load(self.config.model).model  # before prompts that it cannot read are made

@@ -158,6 +158,9 @@ class Rollouts:
         dtype: torch.dtype | None = None,
         result_tokens: int | None = None,
     ):
+        for name, count, least in (("tokens", tokens, 1), ("at_once", at_once, 1), ("result_tokens", result_tokens, 0)):
+            if count is not None and count < least:
+                raise UserError(f"rollouts: {name} is {count}; it must be at least {least}")
         config = config or rollout_config(tokens, at_once, model.device)
         if dtype is None:
             dtype = torch.bfloat16 if model.device.type == "cuda" and model.dtype == torch.float32 else model.dtype
@@ -170,7 +173,7 @@ class Rollouts:
 
     def check_room(self, prompts: Sequence[Sequence[int]], most: int) -> None:
         """UserError for a prompt that leaves no room for `most` tokens of an answer."""
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts), default=0)
         if longest + most > self._tokens:
             raise UserError(
                 f"a prompt has {longest} tokens, and with {most} of an answer more than the {self._tokens} that "
@@ -191,8 +194,12 @@ class Rollouts:
         `sampling.seed` is replaced by one of each turn's own; `sampling.max_tokens` is for all turns of an answer.
         respond: gives the results of tools. Every answer that ended is offered to it, and goes on if there is one. An
         answer whose result has no room, or leaves none for another turn, is cut off before it. UserError for a prompt
-        that the engine cannot run, and if the engine fails.
+        that the engine cannot run, for stop strings, since rollouts have no text, and if the engine fails.
         """
+        if samples < 1 or seed < 0:
+            raise UserError(f"rollouts: samples is {samples} and seed {seed}; give at least 1, and at least 0")
+        if sampling.stop:
+            raise UserError("rollouts have no text to find stop strings in; leave them out of sampling")
         engine, training = self.engine, self.engine.model.training
         engine.scheduler.pool.forget()
         if engine.model is not self._learns:

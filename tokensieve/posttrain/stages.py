@@ -239,16 +239,23 @@ def _leave(model: DecoderForCausalLM, rows: History, folder: Path) -> History:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within the block neither bars of datasets nor what transformers and TRL have to say to each other."""
-    shown = not are_progress_bars_disabled()
+    shown, of_rewards = not are_progress_bars_disabled(), logging.getLogger("trl.trainer.grpo_trainer")
     disable_progress_bars()
+    of_rewards.addFilter(_is_told)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using 'rollout_func'")
             warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
             yield
     finally:
+        of_rewards.removeFilter(_is_told)
         if shown:
             enable_progress_bars()
+
+
+def _is_told(record: logging.LogRecord) -> bool:
+    """False for the line in which TRL shows a whole answer without a reward; the judge has said why there is none."""
+    return "All reward functions returned None" not in record.getMessage()
 
 
 class _Finite(TrainerCallback):
