@@ -20,7 +20,7 @@ KEYS = {
         "cold.rows=1",
         "rl.train.samples=2",
         "reward.outcome=1.0",
-        'judge.url="scripted"',
+        'judge.model="scripted"',
         "posttrain_config.py",
     ],
     "eval": ["sparse.contexts=[8192]", "base.needles=", "long.keys=16", "short.tokens=512"],

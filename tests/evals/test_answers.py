@@ -122,11 +122,13 @@ def test_as_many_contexts_are_in_work_as_the_cache_has_room_for(model, tokenizer
 
 
 def test_an_arms_engine_writes_nothing(model, tokenizer, caplog):
-    """Its lines would come between progress bars; the size of its cache is of interest to servers only."""
+    """Its lines would come between progress bars; the size of its cache is of interest to servers only. An op tells
+    its backend once a process, whoever comes first.
+    """
     caplog.set_level(logging.INFO, logger="tokensieve")
     with answering(Arm(model, "dense"), tokenizer, 300) as answer:
         answer(Anything(), examples_of(PlainEncoder(tokenizer), [(5, 6), (7, 8), (9,)], (2,)))
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name != "tokensieve.ops"]
 
 
 def test_a_context_without_a_target_is_read_by_each_of_its_questions(model, tokenizer):

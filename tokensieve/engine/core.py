@@ -193,7 +193,7 @@ class Engine:
             trace = AttentionTrace()  # again after a preemption too, since a pass with a trace may round otherwise
             generation.trace = None if running.answered else trace
         scores = self._scores(running)
-        logits = self.runner.chunk(chunk.tokens, chunk.past, chunk.pages, running.request.selector, trace, every=scores)
+        logits = self.runner.chunk(chunk.tokens, chunk.past, chunk.pages, running.request.selector, trace, scores)
         if not scores:
             return logits
         self._score(generation, logits, chunk.past)
