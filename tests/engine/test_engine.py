@@ -36,16 +36,6 @@ def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
     return ours(KINDS[request.param], seed=1)
 
 
-@pytest.fixture(scope="module")
-def sparse() -> DecoderForCausalLM:
-    return ours(KINDS["sparse"], seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tokensieve.load_tokenizer("base")
-
-
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(random.Random(seed * 1000 + length).choices(range(16, 96), k=length))
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-import tokensieve
 from tests.engine.test_engine import SMALL, ask, run, tokens
 from tests.support.models import config, ours
 from tokensieve.config import UserError
@@ -27,16 +26,6 @@ ROUNDING = 2e-5  # products of other sizes add in another order: a few units of 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest) -> DecoderForCausalLM:
     return ours(KINDS[request.param], seed=1)
-
-
-@pytest.fixture(scope="module")
-def sparse() -> DecoderForCausalLM:
-    return ours(KINDS["sparse"], seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tokensieve.load_tokenizer("base")
 
 
 def prompts(runner: Runner) -> list[Chunk]:

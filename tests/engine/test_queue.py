@@ -8,23 +8,12 @@ from typing import Any
 
 import pytest
 
-import tokensieve
-from tests.engine.test_engine import KINDS, SMALL, ask, run, tokens
+from tests.engine.test_engine import SMALL, ask, run, tokens
 from tests.support.models import config, ours
 from tokensieve.config import UserError
 from tokensieve.engine import Engine, EngineConfig, Request
 from tokensieve.engine.scheduler import MOST_PASSES, Scheduler
 from tokensieve.model import DecoderForCausalLM
-
-
-@pytest.fixture(scope="module")
-def sparse() -> DecoderForCausalLM:
-    return ours(KINDS["sparse"], seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tokensieve.load_tokenizer("base")
 
 
 def test_the_same_prompt_is_run_once(sparse: DecoderForCausalLM, tokenizer: Any) -> None:
